@@ -1,0 +1,546 @@
+"""Settings: frozen dataclasses; YAML is their text. No torch is imported here, so a misspelt key answers at once.
+
+Order of sources, the later one wins: defaults of this file, environment (`PECO_DATA_ROOT`), recipe, `a.b=c` on the command line.
+Who owns what: the recipe owns batch, optimiser, schedule, clipping and precision; accumulation is derived; the DeepSpeed JSON
+owns ZeRO stage, buckets, overlap, offload, communication types. Where a JSON key belongs to the recipe it says "auto".
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from dataclasses import asdict, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from peco_ds.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+ONLINE = "online"  # value of data.tokens that asks for codes computed in the training loop
+
+_strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, config=_strict)
+class DataSettings:
+    """Where records lie. Relative paths are taken under `root`."""
+
+    root: str = "data"
+    images: str = "images/train"  # folder of image shards (pack_images.py)
+    val_images: str = ""  # held-out image shards; empty: the last `holdout` pictures of `images` judge the tokenizer
+    holdout: int = 0  # pictures kept from tokenizer training and used to judge it, when val_images is empty
+    tokens: str = "tokens/train"  # folder of token shards (tokenize_shards.py), or "online"
+    tokenizer: str = "tokenizer"  # tokenizer release folder (train_tokenizer.py)
+    num_workers: int = 8  # loader processes a rank; the order of samples does not depend on it
+    shuffle_window_shards: int = 16  # samples are permuted inside a window of so many permuted shards
+    max_bad_share: float = 1e-4  # share of unreadable pictures after which a run stops; each one is named and counted
+    verify: Literal["size", "tokens", "all"] = "tokens"  # what is hashed at start; every record's CRC is checked when read
+
+
+@dataclass(frozen=True, config=_strict)
+class ViewSettings:
+    """The views that are recorded by the tokenizer and replayed in pre-training (papers: BEiT 4.2)."""
+
+    tokenizer_px: int = 224
+    scale: tuple[float, float] = (0.08, 1.0)  # share of the picture's area
+    ratio: tuple[float, float] = (0.75, 4.0 / 3.0)
+    flip: float = 0.5
+    color_jitter: float = 0.4  # brightness, contrast, saturation; as in BEiT both views of a picture carry the same jitter
+    count: int = 1  # K, views recorded for each picture
+    topk: int = 0  # soft codes kept for each patch beside the hard one; 0: none
+    topk_temperature: float = 1.0  # of the softmax over negative squared distances (cosine for unit codes) that gives their probabilities
+    seed: int = 0
+
+
+@dataclass(frozen=True, config=_strict)
+class ModelSettings:
+    image_px: int = 224
+    patch_px: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    layer_scale: float = 0.1  # initial value on both residual branches
+    drop_path: float = 0.1  # stochastic depth of the last block; linear from 0 at the first
+    init_std: float = 0.02  # truncated at one standard deviation, as BEiT
+
+    @property
+    def grid(self) -> int:
+        return self.image_px // self.patch_px
+
+
+@dataclass(frozen=True, config=_strict)
+class MaskSettings:
+    kind: Literal["block", "random"] = "block"
+    count: int = 75  # patches hidden in every picture, exactly
+    min_block: int = 16  # patches in the smallest block
+    min_aspect: float = 0.3  # block aspect is log-uniform in [min_aspect, 1 / min_aspect]
+
+
+@dataclass(frozen=True, config=_strict)
+class ObjectiveSettings:
+    name: str = "hard_tokens"
+    num_codes: int = 8192  # V; must be the tokenizer's
+
+
+@dataclass(frozen=True, config=_strict)
+class OptimSettings:
+    impl: Literal["torch", "deepspeed", "apex"] = "torch"  # whose AdamW
+    lr: float = 1.5e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip_norm: float = 3.0  # 0: no clipping
+
+
+@dataclass(frozen=True, config=_strict)
+class ScheduleSettings:
+    """Durations as people think of them. They become optimiser steps once, in `resolve_durations`."""
+
+    epochs: Optional[float] = None
+    steps: Optional[int] = None
+    warmup_epochs: Optional[float] = None
+    warmup_steps: Optional[int] = None
+    min_lr: float = 1e-5
+    stop_at_step: Optional[int] = None  # stop in good order at this step (exit 75); the schedule is unchanged
+
+
+@dataclass(frozen=True, config=_strict)
+class RunSettings:
+    seed: int = 0
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    global_batch: int = 2048  # pictures an optimiser step, over all ranks
+    micro_batch: int = 64  # pictures a forward pass, a rank; accumulation follows from it
+    activation_checkpointing: Literal["none", "full"] = "none"
+    log_every_steps: int = 20
+
+
+@dataclass(frozen=True, config=_strict)
+class CheckpointSettings:
+    every_epochs: Optional[float] = None
+    every_steps: Optional[int] = None  # both empty: only at the end and when stopped
+    keep_last: int = 2  # newest complete checkpoints kept
+    keep_every_steps: int = 0  # checkpoints at multiples of this are kept for good; 0: none
+    resume: Literal["auto", "never"] = "auto"  # auto: continue the newest checkpoint of --out that verifies
+
+
+@dataclass(frozen=True, config=_strict)
+class PretrainRecipe:
+    """One masked pre-training run; tokenize_shards.py reads the same file for its `data` and `views`."""
+
+    name: str = "pretrain"
+    data: DataSettings = field(default_factory=DataSettings)
+    views: ViewSettings = field(default_factory=ViewSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    mask: MaskSettings = field(default_factory=MaskSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+
+
+@dataclass(frozen=True, config=_strict)
+class TokenizerSettings:
+    """Convolutional VQ autoencoder (VQGAN f16 stand-in, papers.md 1.3 and 10.1) and its codebook."""
+
+    channels: int = 128
+    channel_mults: tuple[int, ...] = (1, 1, 2, 2, 4)  # one level each; stride 2 ** (levels - 1)
+    blocks_per_level: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    attention: bool = True  # single-head attention at the coarsest level and in the middle
+    z_channels: int = 256
+    num_codes: int = 8192
+    code_dim: int = 256
+    l2_normalized: bool = False  # BEiT v2's cure for dead codes: unit codes and features; use with code_dim 32
+    decay: float = 0.99  # of the moving averages of counts and sums
+    count_eps: float = 1e-5  # Laplace smoothing of the counts
+    kmeans_iters: int = 10  # Lloyd iterations of the initialisation on the first pictures; 0: uniform random codes
+    kmeans_vectors: int = 65536  # encoder outputs gathered for it, over all ranks
+    revive_below: float = 0.0  # codes whose averaged count falls below this restart at a random encoder output; 0: never
+
+    @property
+    def stride_px(self) -> int:
+        return 2 ** (len(self.channel_mults) - 1)
+
+
+@dataclass(frozen=True, config=_strict)
+class PerceptualSettings:
+    """The frozen network that judges reconstructions."""
+
+    weights: str = ""  # MoCo v3 .pth.tar, any timm ViT file, or a release folder; empty with weight 0: no judge
+    architecture: str = "auto"  # timm name; auto: read off the file's shapes
+    blocks: tuple[int, ...] = (3, 6, 9, 12)  # features after these blocks, counted from 1 (papers.md 1.2: recollection)
+    image_px: int = 0  # size the judge looks at; 0: the size of the reconstruction
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, config=_strict)
+class AdversarialSettings:
+    """PatchGAN critic, off by default (papers.md 1.2: recollected as no help to masked pre-training)."""
+
+    weight: float = 0.0
+    start_step: int = 0
+    channels: int = 64
+    layers: int = 3
+    lr: float = 1e-4
+
+
+@dataclass(frozen=True, config=_strict)
+class TokenizerLossSettings:
+    pixel: Literal["mse", "l1"] = "mse"
+    pixel_weight: float = 1.0
+    commitment_weight: float = 0.25
+
+
+@dataclass(frozen=True, config=_strict)
+class EvaluationSettings:
+    every_steps: int = 1000  # held-out PSNR, SSIM, code usage; 0: only at the end
+    max_images: int = 1000
+    grid_images: int = 8  # original | reconstruction pairs in TensorBoard and reconstructions.png
+
+
+@dataclass(frozen=True, config=_strict)
+class TokenizerRecipe:
+    """One tokenizer training run."""
+
+    name: str = "tokenizer"
+    data: DataSettings = field(default_factory=DataSettings)
+    views: ViewSettings = field(default_factory=ViewSettings)
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    loss: TokenizerLossSettings = field(default_factory=TokenizerLossSettings)
+    perceptual: PerceptualSettings = field(default_factory=PerceptualSettings)
+    adversarial: AdversarialSettings = field(default_factory=AdversarialSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe with the source of every value that is not a default."""
+
+    recipe: PretrainRecipe | TokenizerRecipe
+    sources: dict[str, str]
+
+    def as_dict(self) -> dict:
+        """What `settings.yaml` of a run folder holds."""
+        return {"recipe": asdict(self.recipe), "sources": self.sources}
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def load_recipe(recipe_type: type, path: str | Path, overrides: list[str], environ=os.environ) -> Resolved:
+    """Defaults, environment, recipe file, overrides -> one frozen recipe.
+
+    Args:
+        recipe_type: PretrainRecipe or TokenizerRecipe.
+        path: YAML file; a bare name is looked up among the package's recipes.
+        overrides: "a.b=c" texts; the value is read as YAML.
+    Raises: UserError naming the key, with the nearest known one, for an unknown or mistyped key, a missing file, a value
+        out of range, or two spellings of one duration.
+    """
+    path = find_recipe(path)
+    merged: dict = {}
+    sources: dict[str, str] = {}
+    if environ.get("PECO_DATA_ROOT"):
+        _set(merged, sources, "data.root", environ["PECO_DATA_ROOT"], "environment PECO_DATA_ROOT", recipe_type)
+    for key, value in _read_yaml(path):
+        _set(merged, sources, key, value, str(path), recipe_type)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"override {text!r}: written as key.sub=value")
+        try:
+            parsed = yaml.safe_load(value) if value else ""
+        except _NOT_YAML:
+            raise UserError(f"override {text!r}: the value is not YAML; quote it") from None
+        if isinstance(parsed, dict):
+            raise UserError(f"override {text!r}: sets one value, not a section; write {key}.NAME=VALUE for each")
+        _set(merged, sources, key, parsed, "command line", recipe_type)
+    try:
+        recipe = TypeAdapter(recipe_type).validate_python(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        raise UserError(f"{key} = {first['input']!r}: {first['msg']} (from {sources.get(key, 'the recipe')})") from None
+    check_recipe(recipe)
+    return Resolved(recipe, sources)
+
+
+def find_recipe(path: str | Path) -> Path:
+    path = Path(path)
+    for candidate in (path, RECIPES / path.name, RECIPES / f"{path.name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    raise UserError(f"recipe {str(path)!r}: no such file; known recipes: {', '.join(known)}{_nearest(path.stem, known)}")
+
+
+# PyYAML lets these through, beside its own error, for text of the right form without a value (a 13th month) or nested without end.
+_NOT_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+
+
+def _read_yaml(path: Path) -> list[tuple[str, object]]:
+    """Dotted settings of a recipe file, in its order."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+        raw = {} if raw is None else raw
+        settings = list(_flatten(raw)) if isinstance(raw, dict) else []
+    except _NOT_YAML as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds {type(raw).__name__}, a recipe is sections of settings")
+    return settings
+
+
+def _flatten(tree: dict, prefix: str = ""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _set(merged: dict, sources: dict, key: str, value, source: str, recipe_type: type) -> None:
+    known = known_keys(recipe_type)
+    if key not in known:
+        raise UserError(f"{source}: unknown setting {key!r}{_nearest(key, known)}")
+    *sections, name = key.split(".")
+    node = merged
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[name] = value
+    sources[key] = source
+
+
+def known_keys(recipe_type: type) -> list[str]:
+    """Every dotted setting of a recipe."""
+    keys = []
+
+    def collect(instance, prefix):
+        for item in fields(instance):
+            value = getattr(instance, item.name)
+            collect(value, f"{prefix}{item.name}.") if is_dataclass(value) else keys.append(prefix + item.name)
+
+    collect(recipe_type(), "")
+    return keys
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not close:  # right name in the wrong section, or no section at all
+        close = [other for other in known if other.split(".")[-1] == key.split(".")[-1]][:1]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# ---------------------------------------------------------------------------------------------- cross-checks
+
+
+def check_recipe(recipe) -> None:
+    """Everything that can be refused without files and without knowing the number of ranks."""
+    run, schedule = recipe.run, recipe.schedule
+    _require(run.global_batch > 0 and run.micro_batch > 0, f"run.global_batch {run.global_batch} and run.micro_batch {run.micro_batch}: both must be positive")
+    _require(schedule.epochs is None or schedule.steps is None, "schedule.epochs and schedule.steps are both set; a duration has one spelling, drop one")
+    _require(schedule.epochs is not None or schedule.steps is not None, "schedule.epochs is not set; give schedule.epochs or schedule.steps")
+    _require(schedule.warmup_epochs is None or schedule.warmup_steps is None, "schedule.warmup_epochs and schedule.warmup_steps are both set; drop one")
+    _require(recipe.checkpoint.every_epochs is None or recipe.checkpoint.every_steps is None, "checkpoint.every_epochs and checkpoint.every_steps are both set; drop one")
+    _require(recipe.checkpoint.keep_last >= 1, f"checkpoint.keep_last {recipe.checkpoint.keep_last}: at least 1")
+    _require(run.log_every_steps >= 1, f"run.log_every_steps {run.log_every_steps}: at least 1")
+    views = recipe.views
+    _require(0 < views.scale[0] <= views.scale[1] <= 1, f"views.scale {views.scale}: two shares of the area, 0 < low <= high <= 1")
+    _require(0 < views.ratio[0] <= views.ratio[1], f"views.ratio {views.ratio}: two positive aspect ratios, low <= high")
+    _require(0 <= views.flip <= 1, f"views.flip {views.flip}: a probability")
+    _require(0 <= views.color_jitter < 1, f"views.color_jitter {views.color_jitter}: in [0, 1)")
+    _require(views.count >= 1, f"views.count {views.count}: at least one view a picture")
+    if isinstance(recipe, PretrainRecipe):
+        _check_pretrain(recipe)
+    else:
+        _check_tokenizer(recipe)
+
+
+def _check_pretrain(recipe: PretrainRecipe) -> None:
+    model, mask = recipe.model, recipe.mask
+    _require(model.image_px % model.patch_px == 0, f"model.image_px {model.image_px} is not a multiple of model.patch_px {model.patch_px}")
+    _require(model.width % model.heads == 0, f"model.width {model.width} is not a multiple of model.heads {model.heads}")
+    _require(model.depth >= 1, f"model.depth {model.depth}: at least one block")
+    patches = model.grid**2
+    _require(0 < mask.count < patches, f"mask.count {mask.count}: the picture has {patches} patches, hide between 1 and {patches - 1}")
+    _require(0 < mask.min_aspect <= 1, f"mask.min_aspect {mask.min_aspect}: in (0, 1]")
+    _require(mask.kind == "random" or mask.min_block <= mask.count, f"mask.min_block {mask.min_block} is more than mask.count {mask.count}; lower it")
+    _require(recipe.objective.num_codes <= 65536, f"objective.num_codes {recipe.objective.num_codes}: codes are stored as uint16, at most 65536")
+
+
+def _check_tokenizer(recipe: TokenizerRecipe) -> None:
+    stride, size = recipe.tokenizer.stride_px, recipe.views.tokenizer_px
+    _require(size % stride == 0, f"views.tokenizer_px {size} is not a multiple of the tokenizer's stride {stride}")
+    _require(recipe.tokenizer.num_codes <= 65536, f"tokenizer.num_codes {recipe.tokenizer.num_codes}: codes are stored as uint16, at most 65536")
+    _require(
+        recipe.perceptual.weight == 0 or recipe.perceptual.weights != "",
+        "perceptual.weights is empty; give a MoCo v3 file (vit-b-300ep.pth.tar) or any timm ViT file, or set perceptual.weight=0 for a tokenizer without a judge",
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+# ---------------------------------------------------------------------------------------------- derived numbers
+
+
+@dataclass(frozen=True)
+class Durations:
+    """The schedule in optimiser steps."""
+
+    total_steps: int
+    warmup_steps: int
+    checkpoint_steps: int  # 0: only at the end
+    stop_step: int  # where this run ends: total_steps, or schedule.stop_at_step
+
+
+def resolve_durations(recipe, num_samples: int) -> Durations:
+    """Epochs -> steps, once. An epoch is every sample once; batches run across its end, so nothing is dropped.
+
+    Raises: UserError if a run would have no step at all.
+    """
+    schedule, batch = recipe.schedule, recipe.run.global_batch
+
+    def steps(epochs, count, default):
+        if count is not None:
+            return count
+        return math.floor(epochs * num_samples / batch) if epochs is not None else default
+
+    total = steps(schedule.epochs, schedule.steps, 0)
+    _require(total >= 1, f"schedule gives {total} steps: {num_samples} samples, global_batch {batch}, epochs {schedule.epochs}; raise schedule.epochs or lower run.global_batch")
+    every = steps(recipe.checkpoint.every_epochs, recipe.checkpoint.every_steps, 0)
+    warmup = steps(schedule.warmup_epochs, schedule.warmup_steps, 0)
+    _require(warmup <= total, f"warm-up of {warmup} steps is longer than the run of {total}; lower schedule.warmup_steps")
+    return Durations(total, warmup, every, min(total, schedule.stop_at_step or total))
+
+
+def micro_steps(run: RunSettings, world_size: int) -> int:
+    """Gradient accumulation: forward passes a rank makes for one optimiser step.
+
+    Raises: UserError if the global batch does not divide.
+    """
+    per_pass = run.micro_batch * world_size
+    if run.global_batch % per_pass:
+        low = run.global_batch // per_pass * per_pass
+        near = f"{low} or {low + per_pass}" if low else f"{per_pass}"
+        raise UserError(
+            f"global_batch {run.global_batch} is not a multiple of micro_batch {run.micro_batch} x {world_size} ranks = {per_pass}; "
+            f"use {near}, or change run.micro_batch"
+        )
+    return run.global_batch // per_pass
+
+
+def data_path(data: DataSettings, value: str) -> Path:
+    """A path of the recipe: absolute as it stands, else under data.root."""
+    return Path(os.path.expanduser(value)) if os.path.isabs(os.path.expanduser(value)) else Path(os.path.expanduser(data.root)) / value
+
+
+# ---------------------------------------------------------------------------------------------- DeepSpeed JSON
+
+# Top-level keys of deepspeed 0.19.8 (runtime/constants.py and the blocks read in runtime/config.py). DeepSpeed itself ignores a
+# misspelt one in silence; test_config.py holds this list against the installed package.
+DEEPSPEED_KEYS = frozenset(
+    """activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type comet compile
+    csv_monitor data_efficiency data_parallel_size data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc
+    dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
+    gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
+    prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel tensorboard
+    timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
+    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization""".split()
+)
+
+
+def read_deepspeed_json(path: str | Path) -> dict:
+    """Read a DeepSpeed JSON.
+
+    Raises: UserError if it is missing, is not JSON, or has a top-level key that DeepSpeed does not know.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"DeepSpeed config {str(path)!r}: no such file; ready ones lie in ds_configs/")
+    try:
+        raw = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); a DeepSpeed config is a JSON object") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds {type(raw).__name__}, a DeepSpeed config is a JSON object")
+    for key in raw:
+        if key not in DEEPSPEED_KEYS:
+            raise UserError(f"{path}: {key!r} is no DeepSpeed key{_nearest(key, sorted(DEEPSPEED_KEYS))}")
+    zero = raw.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    return raw
+
+
+def merge_deepspeed(raw: dict, path: str | Path, run: RunSettings, optim: OptimSettings, world_size: int) -> dict:
+    """Fill a DeepSpeed JSON with what the recipe owns.
+
+    Args:
+        raw: as `read_deepspeed_json` gives it.  world_size: ranks.
+    Returns: a complete DeepSpeed config; keys the recipe does not own are passed through untouched.
+    Raises: UserError naming both values where the JSON holds a plain value that differs from the recipe's.
+    """
+    accumulation = micro_steps(run, world_size)
+    # 16-bit gradients are summed in 32 bits unless the JSON says otherwise: DeepSpeed's own default for bf16 is bf16. Without ZeRO it
+    # sums them in the weights' type and refuses any other.
+    without_zero = raw.get("zero_optimization", {}).get("stage", 0) == 0
+    summed_in = {"communication_data_type": "fp32", "data_types.grad_accum_dtype": run.precision if without_zero else "fp32"}
+    owned = {
+        "train_batch_size": (run.global_batch, "run.global_batch"),
+        "train_micro_batch_size_per_gpu": (run.micro_batch, "run.micro_batch"),
+        "gradient_accumulation_steps": (accumulation, "run.global_batch / (run.micro_batch x ranks)"),
+        "gradient_clipping": (optim.clip_norm, "optim.clip_norm"),
+        "bf16.enabled": (run.precision == "bf16", "run.precision"),
+        "fp16.enabled": (run.precision == "fp16", "run.precision"),
+        "optimizer.params.lr": (optim.lr, "optim.lr"),
+        "optimizer.params.betas": (list(optim.betas), "optim.betas"),
+        "optimizer.params.eps": (optim.eps, "optim.eps"),
+        "optimizer.params.weight_decay": (optim.weight_decay, "optim.weight_decay"),
+    }
+    merged = json.loads(json.dumps(raw))
+    for key, (value, owner) in owned.items():
+        *sections, name = key.split(".")
+        node = merged
+        for section in sections:
+            node = node.setdefault(section, {}) if sections[0] != "optimizer" else (node or {}).get(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{path}: {'.'.join(sections)} is {node!r}, DeepSpeed wants an object there")
+        found = node.get(name, "auto")
+        if found != "auto" and found != value:
+            raise UserError(f"{path} says {key} = {found!r} but the recipe says {owner} = {value!r}; write \"auto\" in the JSON or change one of them")
+        if sections[:1] != ["optimizer"]:
+            node[name] = value
+    if merged.get("scheduler"):
+        raise UserError(f"{path}: 'scheduler' belongs to the recipe (schedule.*), which sets the rate of every step; remove it from the JSON")
+    merged.pop("optimizer", None)  # compared above; built from the recipe, because it needs parameter groups
+    for key, dtype in summed_in.items():
+        *sections, name = key.split(".")
+        node = merged
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{path}: {section} is {node!r}, DeepSpeed wants an object there")
+        if node.get(name, "auto") == "auto":
+            node[name] = dtype
+    if without_zero and merged["data_types"]["grad_accum_dtype"] != run.precision:
+        raise UserError(
+            f"{path}: data_types.grad_accum_dtype = {merged['data_types']['grad_accum_dtype']!r} with ZeRO stage 0 and run.precision {run.precision}: "
+            f"DeepSpeed sums gradients in the weights' type there; write \"auto\", or take stage 1, 2 or 3"
+        )
+    return merged

@@ -1,0 +1,13 @@
+"""The one exception that is meant for people.
+
+Everything a user can cause (a misspelt key, a missing file, a damaged shard) is raised as `UserError`; `command_line.run`
+turns it into one line on stderr and exit code 2. Any other exception is a fault of ours and keeps its traceback.
+"""
+
+EXIT_DONE = 0
+EXIT_BAD_INPUT = 2
+EXIT_REQUEUE = 75  # stopped in good order, state saved: BSD's EX_TEMPFAIL, "try again later"
+
+
+class UserError(ValueError):
+    """Bad input, in one line: the value, the reason, the remedy."""

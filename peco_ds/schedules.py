@@ -1,0 +1,20 @@
+"""Learning rate as a pure function of the optimiser step."""
+
+from __future__ import annotations
+
+import math
+
+
+def cosine_with_warmup(step: int, *, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:
+    """Linear from 0 over `warmup_steps`, then half a cosine from `peak` to `floor`.
+
+    Args:
+        step: optimiser step about to be taken, from 0.
+    Returns: the rate for that step. The warm-up starts at 0 as the released BEiT code does (its `warmup_lr` is parsed but
+        never used), so step 0 of a warmed-up run moves nothing but the optimiser's moments.
+    Source: BEiT (arXiv 2106.08254), appendix; released code `utils.cosine_scheduler`.
+    """
+    if step < warmup_steps:
+        return peak * step / max(1, warmup_steps)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return floor + 0.5 * (peak - floor) * (1.0 + math.cos(math.pi * min(1.0, progress)))
