@@ -1,0 +1,370 @@
+"""One function a stage -> typed batches, in an order that no worker, rank or micro-batch can change.
+
+Workers decode and cut; jitter and normalisation run in batches on the device. A picture that cannot be read is named and counted and its
+place taken by the next one of the set; a token record that cannot be trusted stops the run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from peco_ds.config import DataSettings, MaskSettings, ViewSettings, data_path
+from peco_ds.data.decode import DecodeError, decode_rgb
+from peco_ds.data.indexed_tar import DamagedRecord, ShardSet
+from peco_ds.data.masking import draw_masked
+from peco_ds.data.order import SampleOrder, view_at
+from peco_ds.data.token_shards import TokenSet
+from peco_ds.data.views import center_view, cut, draw_view, jitter, to_backbone, to_tokenizer
+from peco_ds.errors import UserError
+from peco_ds.schema import IMAGE_EXTENSIONS, VIEW_COLUMNS, ImageManifest, read_manifest
+
+logger = logging.getLogger("peco_ds")
+
+UNREADABLE = np.zeros(len(VIEW_COLUMNS), dtype=np.float32)  # view row of a picture that could not be read: a box without height
+
+
+class MaskedBatch(NamedTuple):
+    """What a masked pre-training step needs, on the device."""
+
+    images_norm: torch.Tensor  # float32 [B, 3, S, S], ImageNet statistics
+    masked: torch.Tensor  # int64 [B, M], hidden patches, increasing
+    targets: torch.Tensor  # int64 [B, M], codes of the hidden patches
+    keys: list[str]
+
+
+class Pictures:
+    """Decoded pictures of an image set by global sample number.
+
+    Args:
+        folder: of image shards, with its manifest.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(folder, ImageManifest)
+        self.shards = ShardSet(folder, self.manifest)
+        self.num_samples = self.shards.num_samples
+
+    def decode(self, sample: int) -> tuple[str, torch.Tensor]:
+        """Key and uint8 [3, H, W].
+
+        Raises: DecodeError (names the key) if the record is damaged or is no picture.
+        """
+        try:
+            key, members = self.shards.read(sample, IMAGE_EXTENSIONS)
+        except DamagedRecord as error:
+            raise DecodeError(str(error)) from None
+        if not members:
+            raise DecodeError(f"{key}: has no picture ({', '.join(IMAGE_EXTENSIONS)})")
+        try:
+            return key, decode_rgb(next(iter(members.values())))
+        except DecodeError as error:
+            raise DecodeError(f"{key}: {error}") from None
+
+    def key(self, sample: int) -> str:
+        return self.shards.key(sample)
+
+    def decode_or_next(self, sample: int) -> tuple[int, str, torch.Tensor, list[str]]:
+        """As `decode`, or the next readable picture of the set; the same substitute on every rank and after every restart.
+
+        Returns: sample number used, key, picture, and what was unreadable on the way.
+        """
+        bad: list[str] = []
+        for step in range(self.num_samples):
+            candidate = (sample + step) % self.num_samples
+            try:
+                return candidate, *self.decode(candidate), bad
+            except DecodeError as error:
+                bad.append(str(error))
+        raise UserError(f"{self.folder}: none of {self.num_samples} pictures can be read; first: {bad[0]}")
+
+
+@dataclass
+class _Raw:
+    """A batch as it leaves a worker."""
+
+    cuts: dict[int, torch.Tensor] = field(default_factory=dict)  # size px -> uint8 [B, 3, size, size]
+    rows: torch.Tensor | None = None  # float32 [B, len(VIEW_COLUMNS)]
+    masked: torch.Tensor | None = None
+    codes: torch.Tensor | None = None  # int64 [B, N]
+    samples: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    error: str = ""  # a UserError raised in the worker; raised again, in one line, in the main process
+
+    def pin_memory(self) -> "_Raw":
+        self.cuts = {size: images.pin_memory() for size, images in self.cuts.items()}
+        return self
+
+
+class _Dataset(Dataset):
+    """Positions (or samples) in, one finished batch out. `make` does the work and may raise UserError."""
+
+    def __init__(self, make: Callable[[np.ndarray], _Raw]) -> None:
+        self._make = make
+
+    def __getitem__(self, places: np.ndarray) -> _Raw:
+        # An exception crossing a worker's border arrives as a traceback inside a message; a field arrives as it is.
+        try:
+            return self._make(places)
+        except UserError as error:
+            return _Raw(error=str(error))
+
+
+def _load(make: Callable, places, num_workers: int) -> Iterator[_Raw]:
+    loader = DataLoader(
+        _Dataset(make),
+        sampler=places,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_one_thread if num_workers else None,
+        prefetch_factor=2 if num_workers else None,
+    )
+    for raw in loader:
+        if raw.error:
+            raise UserError(raw.error)
+        yield raw
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)  # workers are the parallelism; more threads would fight over the same cores
+
+
+class BadPictures:
+    """Names and counts unreadable pictures of this rank, and stops the run when they are too many.
+
+    Args:
+        max_share: of the pictures read so far; the first few are always tolerated.
+    """
+
+    tolerated = 10
+
+    def __init__(self, max_share: float) -> None:
+        self._max_share = max_share
+        self.count = 0
+        self._read = 0
+
+    def add(self, read: int, bad: list[str]) -> None:
+        self._read += read
+        self.count += len(bad)
+        for text in bad:
+            logger.warning("unreadable picture, the next one takes its place: %s", text)
+        if self.count > max(self.tolerated, self._max_share * self._read):
+            raise UserError(
+                f"{self.count} of {self._read} pictures are unreadable, more than data.max_bad_share {self._max_share}; last: {bad[-1]}; repair the image set or raise the share"
+            )
+
+
+@dataclass
+class _MaskedMaker:
+    """Positions of the run -> what a masked pre-training batch is made of. Travels to the workers, so it holds no open file."""
+
+    pictures: Pictures
+    tokens: TokenSet | None  # None: views are drawn here and codes computed in the loop
+    order: SampleOrder
+    views: ViewSettings
+    mask: MaskSettings
+    image_px: int
+    grid: int
+    seed: int
+
+    def _read(self, sample: int):
+        """The first picture from `sample` on that can be read here and could be read by the tokenizer, with its record."""
+        bad: list[str] = []
+        while True:
+            sample, key, image, unreadable = self.pictures.decode_or_next(sample)
+            bad += unreadable
+            record = self.tokens.read(sample, key) if self.tokens is not None else None
+            if record is None or record.is_usable:
+                return sample, key, image, record, bad
+            bad.append(f"{key}: the tokenizer could not read it")
+            if len(bad) > self.pictures.num_samples:
+                raise UserError(f"{self.tokens.folder}: no picture of the set was readable when it was tokenized; tokenize again")
+            sample = (sample + 1) % self.pictures.num_samples
+
+    def __call__(self, positions: np.ndarray) -> _Raw:
+        raw = _Raw()
+        sizes = {self.image_px} if self.tokens is not None else {self.image_px, self.views.tokenizer_px}
+        cuts, rows, codes, masked = {size: [] for size in sizes}, [], [], []
+        for position in positions:
+            epoch = self.order.epoch_of(int(position))
+            sample, key, image, record, bad = self._read(self.order.sample_at(int(position)))
+            view = view_at(self.seed, epoch, sample, self.views.count)
+            if record is not None:
+                row = record.views[view]
+                codes.append(record.codes[view].astype(np.int64))
+            else:
+                row = draw_recorded_view(image, self.views, sample, view)
+            for size in sizes:
+                cuts[size].append(cut(image, row, size))
+            rows.append(row)
+            masked.append(draw_masked(seed=self.seed, epoch=epoch, sample=sample, grid=self.grid, kind=self.mask.kind, count=self.mask.count, min_block=self.mask.min_block, min_aspect=self.mask.min_aspect))
+            raw.samples.append(sample)
+            raw.keys.append(key)
+            raw.bad += bad
+        raw.cuts = {size: torch.stack(images) for size, images in cuts.items()}
+        raw.rows = torch.from_numpy(np.stack(rows))
+        raw.masked = torch.from_numpy(np.stack(masked))
+        raw.codes = torch.from_numpy(np.stack(codes)) if codes else None
+        return raw
+
+
+def draw_recorded_view(image: torch.Tensor, views: ViewSettings, sample: int, view: int) -> np.ndarray:
+    """The row that tokenize_shards.py records for this view; drawn anew it is the same."""
+    return draw_view(*image.shape[1:], seed=views.seed, sample=sample, view=view, scale=views.scale, ratio=views.ratio, flip=views.flip, color_jitter=views.color_jitter)
+
+
+def masked_batches(
+    pictures: Pictures,
+    tokens: TokenSet | Callable[[torch.Tensor], torch.Tensor],
+    positions,
+    *,
+    data: DataSettings,
+    views: ViewSettings,
+    mask: MaskSettings,
+    image_px: int,
+    grid: int,
+    seed: int,
+    device: torch.device,
+) -> Iterator[MaskedBatch]:
+    """Batches of masked pre-training.
+
+    Args:
+        tokens: a token set, or a tokenizer `images_11 [B, 3, T, T] -> codes [B, N]` that computes them online.
+        positions: iterable of position arrays, one a batch (`order.rank_positions`).
+    Yields: MaskedBatch on `device`.
+    """
+    stored = tokens if isinstance(tokens, TokenSet) else None
+    order = SampleOrder(pictures.shards.shard_sizes, seed, data.shuffle_window_shards)
+    make = _MaskedMaker(pictures, stored, order, views, mask, image_px, grid, seed)
+    bad = BadPictures(data.max_bad_share)
+    for raw in _load(make, positions, data.num_workers):
+        bad.add(len(raw.keys), raw.bad)
+        images = {size: jitter(images.to(device, non_blocking=True), raw.rows) for size, images in raw.cuts.items()}
+        masked = raw.masked.to(device, non_blocking=True)
+        codes = raw.codes.to(device, non_blocking=True) if stored is not None else tokens(to_tokenizer(images[views.tokenizer_px]))
+        yield MaskedBatch(to_backbone(images[image_px]), masked, codes.gather(1, masked), raw.keys)
+
+
+@dataclass
+class _CropMaker:
+    """Positions of the run -> one random crop of each picture, another one every epoch."""
+
+    pictures: Pictures
+    order: SampleOrder
+    views: ViewSettings
+
+    def __call__(self, positions: np.ndarray) -> _Raw:
+        raw, cuts, rows = _Raw(), [], []
+        for position in positions:
+            epoch = self.order.epoch_of(int(position))
+            sample, key, image, bad = self.pictures.decode_or_next(self.order.sample_at(int(position)))
+            row = draw_recorded_view(image, self.views, sample, epoch)
+            cuts.append(cut(image, row, self.views.tokenizer_px))
+            rows.append(row)
+            raw.samples.append(sample)
+            raw.keys.append(key)
+            raw.bad += bad
+        raw.cuts = {self.views.tokenizer_px: torch.stack(cuts)}
+        raw.rows = torch.from_numpy(np.stack(rows))
+        return raw
+
+
+def crop_batches(pictures: Pictures, order: SampleOrder, positions, *, data: DataSettings, views: ViewSettings, device: torch.device) -> Iterator[torch.Tensor]:
+    """Batches of tokenizer training. Yields: images_11 float32 [B, 3, T, T] on `device`."""
+    bad = BadPictures(data.max_bad_share)
+    for raw in _load(_CropMaker(pictures, order, views), positions, data.num_workers):
+        bad.add(len(raw.keys), raw.bad)
+        yield to_tokenizer(jitter(raw.cuts[views.tokenizer_px].to(device, non_blocking=True), raw.rows))
+
+
+@dataclass
+class _ViewsMaker:
+    """Sample numbers -> all K recorded views of each picture; every picture is decoded once."""
+
+    pictures: Pictures
+    views: ViewSettings
+
+    def __call__(self, samples: np.ndarray) -> _Raw:
+        raw, cuts, rows, size = _Raw(), [], [], self.views.tokenizer_px
+        for sample in samples:
+            key = self.pictures.key(int(sample))
+            try:
+                _, image = self.pictures.decode(int(sample))
+            except DecodeError as error:
+                # Token records keep the pictures' places: an unreadable one is recorded without a box and never used.
+                raw.bad.append(str(error))
+                image = None
+            for view in range(self.views.count):
+                row = UNREADABLE if image is None else draw_recorded_view(image, self.views, int(sample), view)
+                cuts.append(torch.zeros(3, size, size, dtype=torch.uint8) if image is None else cut(image, row, size))
+                rows.append(row)
+            raw.samples.append(int(sample))
+            raw.keys.append(key)
+        raw.cuts = {size: torch.stack(cuts)}
+        raw.rows = torch.from_numpy(np.stack(rows))
+        return raw
+
+
+class ViewsBatch(NamedTuple):
+    """All K views of b pictures."""
+
+    samples: list[int]
+    keys: list[str]
+    rows: np.ndarray  # float32 [b, K, len(VIEW_COLUMNS)]
+    images_11: torch.Tensor  # float32 [b * K, 3, T, T] on the device, views of a picture adjacent
+    bad: list[str]  # unreadable pictures of this batch
+
+
+def view_batches(pictures: Pictures, samples: list[np.ndarray], *, data: DataSettings, views: ViewSettings, device: torch.device) -> Iterator[ViewsBatch]:
+    """Batches of tokenizing: `samples` is a list of arrays of sample numbers, one a batch."""
+    for raw in _load(_ViewsMaker(pictures, views), samples, data.num_workers):
+        rows = raw.rows.numpy().reshape(len(raw.keys), views.count, -1)
+        images = jitter(raw.cuts[views.tokenizer_px].to(device, non_blocking=True), raw.rows)
+        yield ViewsBatch(raw.samples, raw.keys, rows, to_tokenizer(images), raw.bad)
+
+
+def training_order(pictures: Pictures, data: DataSettings, seed: int) -> SampleOrder:
+    """The order of a run over an image set, without the last `data.holdout` pictures when they are the held-out set.
+
+    Raises: UserError if nothing would be left to train on.
+    """
+    holdout = 0 if data.val_images else data.holdout
+    ends = np.cumsum(pictures.shards.shard_sizes)
+    if holdout >= pictures.num_samples:
+        raise UserError(f"data.holdout {holdout}: the set has {pictures.num_samples} pictures; keep fewer")
+    kept = np.minimum(ends, pictures.num_samples - holdout)
+    return SampleOrder(np.diff(kept, prepend=0), seed, data.shuffle_window_shards)
+
+
+def held_out_pictures(pictures: Pictures, data: DataSettings, max_images: int, size_px: int) -> torch.Tensor:
+    """Central squares of the held-out pictures: of data.val_images (spread over the set), or the last data.holdout of the training set.
+
+    Returns: uint8 [n, 3, size_px, size_px]; unreadable ones are named and left out.
+    Raises: UserError if there is none.
+    """
+    if data.val_images:
+        pictures = Pictures(data_path(data, data.val_images))
+        samples = np.unique(np.linspace(0, pictures.num_samples - 1, max_images).astype(int))
+    else:
+        samples = np.arange(pictures.num_samples - min(data.holdout, max_images), pictures.num_samples)
+    crops = []
+    for sample in samples:
+        try:
+            _, image = pictures.decode(int(sample))
+        except DecodeError as error:
+            logger.warning("unreadable held-out picture, left out: %s", error)
+            continue
+        crops.append(cut(image, center_view(*image.shape[1:]), size_px))
+    if not crops:
+        raise UserError("no held-out picture to judge the tokenizer on; set data.val_images to an image set or data.holdout to a number of pictures")
+    return torch.stack(crops)

@@ -1,0 +1,110 @@
+"""(seed, epoch, position) -> sample, as a pure function; and the cursor that names a place in that order.
+
+Every epoch permutes the shards, groups them into windows, and permutes the samples inside each window, so that reading stays
+local to a few tars while batches mix many. Positions count on across epochs: position p is sample p mod n of epoch p div n. Which
+rank, worker or micro-batch asks never enters, so 1, 2 or 512 ranks see the same global batches in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from peco_ds.errors import UserError
+
+# First word of every seed sequence, so that no two uses of one seed share a stream.
+SHARDS, WINDOW, VIEW, MASK, VIEW_CYCLE = range(5)
+
+
+def generator(*words: int) -> np.random.Generator:
+    """A generator that is a pure function of its words (non-negative integers)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run stands in its data; holds for any number of ranks, workers and any micro-batch.
+
+    `samples` counts what was trained on over all ranks, not what was prefetched.
+    """
+
+    fingerprint: str  # of the image set: another set has another order
+    seed: int
+    samples: int
+
+    def check(self, fingerprint: str, seed: int) -> None:
+        """Raises: UserError if the order this cursor points into is not the one at hand."""
+        if fingerprint != self.fingerprint:
+            raise UserError(f"checkpoint was trained on image set {self.fingerprint[:12]}, this run reads {fingerprint[:12]}; resume with the same images or start a new --out")
+        if seed != self.seed:
+            raise UserError(f"checkpoint was trained with run.seed {self.seed}, this run has {seed}; resume with the same seed or start a new --out")
+
+
+class SampleOrder:
+    """The order of a whole run over a set of shards.
+
+    Args:
+        shard_sizes: [S] samples in each shard.  seed: of the run.  window_shards: permuted shards whose samples are mixed.
+    """
+
+    def __init__(self, shard_sizes: np.ndarray, seed: int, window_shards: int) -> None:
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
+        self.num_samples = int(self._starts[-1])
+        if self.num_samples == 0:
+            raise UserError("the set of shards holds no sample")
+        self._seed = seed
+        self._window_shards = max(1, window_shards)
+        # Bounded: a batch touches at most two epochs and, near a border, two windows of each.
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._window = lru_cache(maxsize=4)(self._make_window)
+
+    def __reduce__(self):  # the caches do not travel to loader processes
+        return SampleOrder, (self._sizes, self._seed, self._window_shards)
+
+    def epoch_of(self, position: int) -> int:
+        return position // self.num_samples
+
+    def sample_at(self, position: int) -> int:
+        """Global sample number at a position of the run; 0 <= result < num_samples."""
+        epoch, place = divmod(position, self.num_samples)
+        _, window_starts = self._epoch(epoch)
+        window = int(np.searchsorted(window_starts, place, side="right")) - 1
+        return int(self._window(epoch, window)[place - window_starts[window]])
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        shards = generator(SHARDS, self._seed, epoch).permutation(len(self._sizes))
+        ends = np.cumsum(self._sizes[shards])
+        starts = np.concatenate([[0], ends])[: len(shards) : self._window_shards]
+        return shards, starts
+
+    def _make_window(self, epoch: int, window: int) -> np.ndarray:
+        shards, _ = self._epoch(epoch)
+        chosen = shards[window * self._window_shards : (window + 1) * self._window_shards]
+        samples = np.concatenate([np.arange(self._starts[s], self._starts[s + 1]) for s in chosen])
+        return generator(WINDOW, self._seed, epoch, window).permutation(samples)
+
+
+def view_at(seed: int, epoch: int, sample: int, num_views: int) -> int:
+    """Which recorded view of a sample an epoch uses.
+
+    Each sample walks its K views in its own order, a new one for every K epochs: no view repeats before all were seen.
+    """
+    cycle, place = divmod(epoch, num_views)
+    return int(generator(VIEW_CYCLE, seed, sample, cycle).permutation(num_views)[place])
+
+
+def rank_positions(*, global_batch: int, micro_batch: int, rank: int, world_size: int, first_step: int, last_step: int) -> Iterator[np.ndarray]:
+    """The positions of each forward pass of one rank, step after step.
+
+    Micro-step m of rank r takes the m * world_size + r -th slice of the global batch, so the union over ranks and micro-steps
+    of one optimiser step is positions [step * global_batch, (step + 1) * global_batch) however it is divided.
+    """
+    slices = global_batch // micro_batch
+    for step in range(first_step, last_step):
+        for slice_number in range(rank, slices, world_size):
+            start = step * global_batch + slice_number * micro_batch
+            yield np.arange(start, start + micro_batch)

@@ -1,0 +1,119 @@
+"""Paired crops: what the backbone sees and what the tokenizer saw.
+
+A view is a row of numbers (`schema.VIEW_COLUMNS`), drawn once and recorded. From the row both crops come out of the source
+picture: same box, same flip, same colour jitter, each at its own size. Crops are cut and resized once to uint8 on the CPU; jitter runs on whole
+batches on the device, in integer steps, so a replayed crop equals the recorded one pixel for pixel whatever the batch.
+
+Source: BEiT's two-view transform (arXiv 2106.08254; released `datasets.py`). One difference, for speed: BEiT jitters the whole picture
+before it cuts, here the cut is jittered, so contrast pivots on the mean grey of the crop and not of the picture.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from peco_ds.data.order import VIEW, generator
+from peco_ds.schema import VIEW_COLUMNS
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_JITTER_ORDERS = tuple(itertools.permutations(range(3)))  # 0 brightness, 1 contrast, 2 saturation
+_BOX = slice(0, 4)
+_FLIP = VIEW_COLUMNS.index("flip")
+_FACTORS = slice(VIEW_COLUMNS.index("brightness"), VIEW_COLUMNS.index("saturation") + 1)
+_ORDER = VIEW_COLUMNS.index("jitter_order")
+
+
+def draw_view(height: int, width: int, *, seed: int, sample: int, view: int, scale, ratio, flip: float, color_jitter: float) -> np.ndarray:
+    """One view of one picture, as a pure function of (seed, sample, view).
+
+    Args:
+        height, width: of the upright source picture, px.  scale: (low, high) share of its area.  ratio: (low, high) aspect,
+        log-uniform.  flip: probability.  color_jitter: factors are uniform in [1 - j, 1 + j].
+    Returns: float32 [len(VIEW_COLUMNS)].
+    Source: random resized crop as torchvision's (ten tries, then the central crop of the nearest allowed aspect).
+    """
+    draw = generator(VIEW, seed, sample, view)
+    row = np.empty(len(VIEW_COLUMNS), dtype=np.float32)
+    row[_BOX] = _draw_box(draw, height, width, scale, ratio)
+    row[_FLIP] = draw.random() < flip
+    row[_FACTORS] = draw.uniform(1 - color_jitter, 1 + color_jitter, 3)
+    row[_ORDER] = draw.integers(len(_JITTER_ORDERS))
+    return row
+
+
+def _draw_box(draw, height: int, width: int, scale, ratio) -> tuple[int, int, int, int]:
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * draw.uniform(*scale)
+        aspect = math.exp(draw.uniform(low, high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draw.integers(height - h + 1)), int(draw.integers(width - w + 1)), h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def center_view(height: int, width: int) -> np.ndarray:
+    """The central square, upright and unjittered: what held-out pictures are judged on."""
+    side = min(height, width)
+    return np.array([(height - side) // 2, (width - side) // 2, side, side, 0, 1, 1, 1, 0], dtype=np.float32)
+
+
+def cut(image: torch.Tensor, row: np.ndarray, size_px: int) -> torch.Tensor:
+    """Box, antialiased bicubic resize, flip; jitter is `jitter`'s.
+
+    Args:
+        image: uint8 [3, H, W].  row: a view.
+    Returns: uint8 [3, size_px, size_px].
+    """
+    top, left, height, width = (int(value) for value in row[_BOX])
+    crop = image[:, top : top + height, left : left + width]
+    assert crop.shape[1:] == (height, width), f"view box {row[_BOX]} does not fit a picture of {tuple(image.shape)}"
+    if (height, width) != (size_px, size_px):
+        crop = F.interpolate(crop[None], size=(size_px, size_px), mode="bicubic", antialias=True)[0]
+    return crop.flip(-1) if row[_FLIP] else crop.contiguous()
+
+
+def jitter(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Brightness, contrast and saturation of each picture in its own recorded order.
+
+    Args:
+        images: uint8 [B, 3, S, S] on any device.  rows: float32 [B, len(VIEW_COLUMNS)] on the CPU, so that looking at them waits for nothing.
+    Returns: uint8 [B, 3, S, S]. Each of the three steps ends in uint8, as the reference on PIL pictures does, so no rounding of a batched
+        reduction can leak into a pixel.
+    """
+    if bool((rows[:, _FACTORS] == 1).all()):
+        return images
+    orders = torch.tensor(_JITTER_ORDERS)[rows[:, _ORDER].long()]  # [B, 3]: the operation at each place
+    factors = rows[:, _FACTORS].gather(1, orders).to(images.device, non_blocking=True)
+    orders = orders.to(images.device, non_blocking=True)
+    x = images
+    for place in range(3):
+        operation = orders[:, place].view(-1, 1, 1, 1)
+        factor = factors[:, place].view(-1, 1, 1, 1)
+        # ITU-R 601 luma in 16-bit fixed point: exact, so its mean is the same on every device and in every batch.
+        red, green, blue = x.to(torch.int32).unbind(1)
+        grey = ((red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16).unsqueeze(1)
+        mean = (grey.sum(dim=(1, 2, 3), dtype=torch.int64).double() / grey[0].numel() + 0.5).floor().view(-1, 1, 1, 1)
+        pivot = torch.where(operation == 0, 0.0, torch.where(operation == 1, mean.float(), grey.float()))
+        x = (pivot + factor * (x.float() - pivot)).clamp_(0, 255).to(torch.uint8)
+    return x
+
+
+def to_backbone(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, 3, S, S] -> float32, ImageNet statistics (BEiT's choice when it trains on ImageNet-1K)."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
+    return (images.float().div_(255).sub_(mean)).div_(std)
+
+
+def to_tokenizer(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, 3, S, S] -> float32 in [-1, 1], the tokenizer's range."""
+    return images.float().div_(127.5).sub_(1.0)
