@@ -1,0 +1,74 @@
+"""The backbone: timm's `Beit` with one relative position bias shared by all blocks, BEiT's initialisation.
+
+Everything below the mask token is timm's own code, so a release for timm is a change of names. Sizes: B 768 x 12 x 12 heads, L 1024 x 24 x 16,
+H 1280 x 32 x 16 with patch 14.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.models.beit import Beit, Block
+from torch import nn
+
+from peco_ds.config import ModelSettings
+
+TransformerBlock = Block  # the unit that ZeRO-3 gathers at once
+
+
+def build_backbone(settings: ModelSettings) -> Beit:
+    """A `Beit` without head that ends in its final norm: [B, 3, S, S] -> [B, 1 + N, D].
+
+    Source: BEiT (arXiv 2106.08254) and its released `modeling_pretrain.py`: shared bias table, no absolute position embedding,
+        q and v bias but no key bias, layer scale, LayerNorm eps 1e-6.
+    """
+    backbone = Beit(**timm_arguments(settings))
+    init_as_beit(backbone, settings.init_std)
+    return backbone
+
+
+def timm_arguments(settings: ModelSettings, *, shared_bias: bool = True) -> dict:
+    """Keyword arguments that make timm's `Beit` this backbone.
+
+    Args:
+        shared_bias: one table for all blocks (pre-training) or one a block (fine-tuning, releases).
+    """
+    return dict(
+        img_size=settings.image_px,
+        patch_size=settings.patch_px,
+        embed_dim=settings.width,
+        depth=settings.depth,
+        num_heads=settings.heads,
+        mlp_ratio=settings.mlp_ratio,
+        init_values=settings.layer_scale,
+        drop_path_rate=settings.drop_path,
+        use_abs_pos_emb=False,
+        use_shared_rel_pos_bias=shared_bias,
+        use_rel_pos_bias=not shared_bias,
+        num_classes=0,
+        global_pool="token",  # keeps the norm on every token; "avg" would move it behind the pooling
+    )
+
+
+@torch.no_grad()
+def init_as_beit(backbone: Beit, std: float) -> None:
+    """Truncated normal cut at one standard deviation, then attention output and second MLP weights of block i (from 1) over sqrt(2 i).
+
+    Must run on whole parameters, so before ZeRO-3 partitions them: under `zero.Init` the in-place division is lost without a word.
+    Source: released BEiT `modeling_pretrain.py` (`trunc_normal_` with a = -std, b = std; `fix_init_weight`).
+    """
+    for module in backbone.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            trunc_normal(module.weight, std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    trunc_normal(backbone.cls_token, std)
+    for number, block in enumerate(backbone.blocks, start=1):
+        block.attn.proj.weight.div_(math.sqrt(2.0 * number))
+        block.mlp.fc2.weight.div_(math.sqrt(2.0 * number))
+
+
+def trunc_normal(tensor: torch.Tensor, std: float) -> None:
+    """Normal(0, std) cut at +-std: its own standard deviation is 0.54 of `std`."""
+    nn.init.trunc_normal_(tensor, std=std, a=-std, b=std)
