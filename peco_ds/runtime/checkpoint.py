@@ -1,0 +1,239 @@
+"""Save, restore, retention. A checkpoint is whole or absent.
+
+Protocol: every rank writes into `checkpoints/.tmp-step_N`; all agree; every rank hashes and fsyncs its share of the files; rank 0 writes the manifest,
+renames the folder, and only then moves `latest`. DeepSpeed's own `latest` is never written: it would name a tag
+before other ranks have finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from peco_ds.config import CheckpointSettings
+from peco_ds.data.order import Cursor
+from peco_ds.errors import UserError
+from peco_ds.runtime.distributed import World
+from peco_ds.schema import sha256_of_file, write_json
+
+logger = logging.getLogger("peco_ds")
+
+FOLDER = "checkpoints"
+LATEST = "latest"
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What was done: `step` optimiser steps, up to `cursor` in the data."""
+
+    step: int
+    cursor: Cursor
+    world_size: int
+    zero_stage: int
+
+
+def tag_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def save(run_folder: Path, engine, progress: Progress, settings: CheckpointSettings, world: World) -> Path:
+    """Write one checkpoint whole, then apply retention. Collective.
+
+    Args:
+        run_folder: on a file system that all ranks share.
+    Returns: the checkpoint's folder.
+    """
+    root = run_folder / FOLDER
+    tag = tag_of(progress.step)
+    temporary, final = root / f".tmp-{tag}", root / tag
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.barrier()
+    engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
+    torch.save(_random_states(world.device), temporary / f"random_rank_{world.rank:05d}.pt")
+    if world.is_main:
+        write_json(temporary / PROGRESS, {**asdict(progress), "cursor": asdict(progress.cursor)})
+    world.barrier()
+    _seal(temporary, world)
+    if world.is_main:
+        shutil.rmtree(final, ignore_errors=True)  # the same step saved again after a resume from an older checkpoint
+        os.rename(temporary, final)
+        _fsync_folder(root)
+        _write_text(root / LATEST, tag)
+        _retain(root, settings)
+    world.barrier()
+    return final
+
+
+def _seal(folder: Path, world: World) -> None:
+    """Hash and fsync every file, shared by the ranks; rank 0 writes the manifest last."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    mine = {}
+    for path in files[world.rank :: world.size]:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        mine[str(path.relative_to(folder))] = [path.stat().st_size, sha256_of_file(path)]
+    parts = world.gather_objects(mine)
+    if world.is_main:
+        write_json(folder / MANIFEST, {"files": {name: entry for part in parts for name, entry in sorted(part.items())}})
+        _fsync_folder(folder)
+
+
+def verify(folder: Path, world: World | None = None) -> str:
+    """Compare a checkpoint with its manifest; the hashing is shared by the ranks. Collective when `world` is given.
+
+    Returns: "" if it is whole, else what is wrong.
+    """
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    fault = ""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        for name, (num_bytes, sha256) in sorted(files.items())[rank::size]:
+            path = folder / name
+            if not path.is_file():
+                fault = f"{name} is missing"
+            elif path.stat().st_size != num_bytes:
+                fault = f"{name} has {path.stat().st_size} bytes, {num_bytes} were written"
+            elif sha256_of_file(path) != sha256:
+                fault = f"{name} has changed since it was written"
+            if fault:
+                break
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fault = f"{MANIFEST} is not readable ({error})"
+    faults = world.gather_objects(fault) if world else [fault]
+    return next(filter(None, faults), "")
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Complete checkpoints, newest first: a folder counts once it has its final name and a manifest."""
+    root = run_folder / FOLDER
+    return sorted((path for path in root.glob("step_*") if (path / MANIFEST).is_file()), reverse=True)
+
+
+def newest_whole(run_folder: Path, world: World | None = None) -> Path | None:
+    """The newest checkpoint that verifies; says which newer ones do not. Collective when `world` is given."""
+    for folder in list_checkpoints(run_folder):
+        fault = verify(folder, world)
+        if not fault:
+            return folder
+        logger.warning("checkpoint %s is damaged (%s); an older one is tried", folder.name, fault)
+    return None
+
+
+def read_progress(folder: Path) -> Progress:
+    raw = json.loads((folder / PROGRESS).read_text())
+    return Progress(**{**raw, "cursor": Cursor(**raw["cursor"])})
+
+
+def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World) -> Progress | None:
+    """Continue the newest checkpoint of the run folder that verifies. Collective.
+
+    Returns: its progress, or None if the run starts from scratch.
+    Raises: UserError if checkpoints exist but none is whole, or it was written by another number of ranks or another ZeRO stage.
+    """
+    if settings.resume == "never":
+        return None
+    existing = list_checkpoints(run_folder)
+    folder = newest_whole(run_folder, world)
+    if folder is None:
+        if existing:
+            raise UserError(f"{run_folder}: {len(existing)} checkpoints, none of them whole; set checkpoint.resume=never to start from scratch, or a new --out")
+        return None
+    progress = read_progress(folder)
+    here = (world.size, engine.zero_optimization_stage())
+    if (progress.world_size, progress.zero_stage) != here:
+        raise UserError(
+            f"{folder.name} was written by {progress.world_size} ranks under ZeRO-{progress.zero_stage}, this run has {here[0]} ranks under ZeRO-{here[1]}; "
+            "continue with the same, or start a new --out"
+        )
+    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    assert loaded is not None, f"DeepSpeed found nothing in {folder}"
+    # weights_only: the file is ours and verified, and holds only tensors, numbers and strings all the same
+    _set_random_states(torch.load(folder / f"random_rank_{world.rank:05d}.pt", weights_only=True), world.device)
+    logger.info("continuing %s at step %d, %d samples", folder, progress.step, progress.cursor.samples)
+    return progress
+
+
+def fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a checkpoint in float32, whatever the ZeRO stage and number of ranks that wrote it.
+
+    Args:
+        checkpoint: a complete checkpoint folder.
+    Raises: UserError if it does not verify.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    fault = verify(checkpoint)
+    if fault:
+        raise UserError(f"{checkpoint}: damaged ({fault}); give an older checkpoint of the run")
+    if list(checkpoint.glob("*_optim_states.pt")):
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    # ZeRO-0 writes whole modules and no partitioned optimiser; deepspeed pickles classes of its own beside the tensors.
+    module = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in module.items()}
+
+
+def _retain(root: Path, settings: CheckpointSettings) -> None:
+    """Keep the newest `keep_last` and every multiple of `keep_every_steps`; remove the rest and left-over temporary folders."""
+    for number, folder in enumerate(list_checkpoints(root.parent)):
+        step = int(folder.name.removeprefix("step_"))
+        for_good = settings.keep_every_steps > 0 and step % settings.keep_every_steps == 0
+        if number >= settings.keep_last and not for_good:
+            # Renamed first: a removal that is cut short must not leave half a checkpoint under a good name.
+            doomed = root / f".old-{folder.name}"
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed)
+    for pattern in (".tmp-*", ".old-*"):
+        for leftover in root.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _random_states(device: torch.device) -> dict:
+    python = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    states = {
+        "python": [python[0], list(python[1]), python[2]],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_states(states: dict, device: torch.device) -> None:
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

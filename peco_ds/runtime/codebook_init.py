@@ -1,0 +1,35 @@
+"""k-means start of a codebook from the first pictures of the run, the same on every rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+
+from peco_ds.config import TokenizerSettings
+from peco_ds.runtime.distributed import World
+
+logger = logging.getLogger("peco_ds")
+
+
+@torch.no_grad()
+def init_codebook(tokenizer, batches: Iterator[torch.Tensor], settings: TokenizerSettings, seed: int, world: World) -> None:
+    """Gather encoder outputs of all ranks, run k-means on rank 0, broadcast. Collective; before the engine partitions anything.
+
+    Args:
+        tokenizer: PecoTokenizer on the device, whole.  batches: images_11 [B, 3, T, T], equally long on every rank.
+    Source: BEiT v2's `norm_ema_quantizer.py`, which runs k-means on each rank's own first batch and never compares the results; here they are one.
+    """
+    tokenizer.eval()
+    vectors, wanted = [], -(-settings.kmeans_vectors // world.size)
+    while sum(map(len, vectors)) < wanted:
+        features = tokenizer.encode(next(batches))
+        vectors.append(features.float().flatten(2).transpose(1, 2).reshape(-1, features.shape[1]))
+    everywhere = world.gather(torch.cat(vectors)[:wanted])
+    if world.is_main:
+        tokenizer.codebook.init_kmeans(everywhere, settings.kmeans_iters, torch.Generator(everywhere.device).manual_seed(seed))
+        logger.info("codebook started by k-means on %d encoder outputs", len(everywhere))
+    for buffer in tokenizer.codebook.buffers():
+        world.broadcast(buffer)
+    tokenizer.train()

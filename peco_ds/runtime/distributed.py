@@ -1,0 +1,150 @@
+"""Ranks from srun, deepspeed, torchrun or a plain process; device, seeds, collectives, stop flag."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import socket
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when deepspeed is imported
+
+import deepspeed
+import torch.distributed as dist
+
+logger = logging.getLogger("peco_ds")
+
+
+@dataclass
+class World:
+    """This process among all, and the few collectives that stages need."""
+
+    rank: int
+    size: int
+    device: torch.device
+    _stop: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's values, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Equal-shaped tensors of all ranks, concatenated along the first dimension in rank order, on every rank."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def gather_objects(self, value) -> list:
+        """One small picklable value of each rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def watch_signals(self) -> None:
+        """SIGUSR2 (Slurm's warning before the limit) and SIGTERM only set a flag; the loop ends the step and saves."""
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, _frame) -> None:
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        """Whether any rank was asked to stop; the same answer on every rank. A collective: call it where the host waits anyway."""
+        flag = torch.tensor([float(self._stop)], device=self.device)
+        return bool(self.all_reduce(flag).item() > 0)
+
+
+def start_world(seed: int) -> World:
+    """Join the process group that the launcher described, or make one of this process alone.
+
+    Args:
+        seed: the same on every rank until `seed_rank`, so that every rank builds the same weights.
+    """
+    _translate_environment()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ or "LOCAL_SIZE" in os.environ:  # the deepspeed launcher forces one thread
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _local_size()))
+    rank = int(os.environ["RANK"])
+    _configure_logging(rank)
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    seed_all(seed)
+    return World(rank, int(os.environ["WORLD_SIZE"]), device)
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _local_size() -> int:
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):  # deepspeed's launcher, torchrun
+        if name in os.environ:
+            return int(os.environ[name])
+    # "2(x3),1": tasks of each node of a Slurm step; equal on all nodes of a training job
+    return int(os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
+
+
+def _translate_environment() -> None:
+    """Write RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT where the launcher did not.
+
+    Under srun one task is one rank. SLURM_STEP_ID tells a task of srun from the batch script itself, which sees the other SLURM_* variables too.
+    """
+    env = os.environ
+    if "RANK" not in env and "SLURM_STEP_ID" in env:
+        env["RANK"] = env["SLURM_PROCID"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env["WORLD_SIZE"] = env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"])
+        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        env.setdefault("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 20000))
+    env.setdefault("RANK", "0")
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(free.getsockname()[1])
+
+
+def _configure_logging(rank: int) -> None:
+    """Ours at INFO on the first rank and WARNING elsewhere; DeepSpeed's chatter only when it warns."""
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if not os.environ.get("DEEPSPEED_LOG_LEVEL"):
+        deepspeed.utils.logger.setLevel(logging.WARNING)

@@ -1,0 +1,73 @@
+"""Parameter groups and the AdamW that a recipe asks for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+import torch
+from torch import nn
+
+from peco_ds.config import OptimSettings
+from peco_ds.errors import UserError
+
+
+def decay_groups(model: nn.Module, weight_decay: float, lr_scales: dict[str, float] | None = None) -> list[dict]:
+    """Two groups a learning-rate scale: with and without weight decay.
+
+    Args:
+        lr_scales: parameter-name prefix -> factor on the scheduled rate; 1 for the rest.
+    Returns: groups with `lr_scale` and `name`; no parameter is in two, none is left out.
+    Source: released BEiT `optim_factory.py`: no decay on 1-D parameters, biases, position embedding and class token; the mask token and the
+        relative position table are decayed.
+    """
+    groups: dict[tuple[float, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = next((factor for prefix, factor in (lr_scales or {}).items() if name.startswith(prefix)), 1.0)
+        # Under ZeRO-3 a partitioned parameter is an empty 1-D tensor; its own shape is kept in ds_shape.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        decays = len(shape) > 1 and not name.endswith(".bias") and name.split(".")[-1] not in ("cls_token", "pos_embed")
+        group = groups.setdefault((scale, decays), {"params": [], "lr_scale": scale, "weight_decay": weight_decay if decays else 0.0, "name": f"{'decay' if decays else 'no_decay'}_x{scale:g}"})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(groups: list[dict], settings: OptimSettings, *, offloaded: bool) -> torch.optim.Optimizer:
+    """AdamW over the groups.
+
+    Args:
+        offloaded: the DeepSpeed JSON keeps optimiser states on the host: DeepSpeed's CPU Adam is then the one that can step there.
+    Raises: UserError if apex is asked for and is missing, or is the other project of that name on PyPI.
+    """
+    arguments = dict(lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+    if offloaded or (settings.impl == "deepspeed" and not torch.cuda.is_available()):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+    if settings.impl == "deepspeed":
+        from deepspeed.ops.adam import FusedAdam
+
+        return FusedAdam(groups, adam_w_mode=True, **arguments)
+    if settings.impl == "apex":
+        require_nvidia_apex()
+        from apex.optimizers import FusedAdam
+
+        return FusedAdam(groups, adam_w_mode=True, **arguments)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **arguments)
+
+
+def require_nvidia_apex() -> None:
+    """Raises: UserError saying which `apex` is installed, if any, and where the right one comes from."""
+    remedy = "build NVIDIA's from a clone of github.com/NVIDIA/apex (APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .) or set optim.impl=torch"
+    if importlib.util.find_spec("apex") is None:
+        raise UserError(f"optim.impl = 'apex': apex is not installed; {remedy}")
+    if importlib.util.find_spec("apex.optimizers") is None:
+        try:
+            version = importlib.metadata.version("apex")
+        except importlib.metadata.PackageNotFoundError:
+            version = "unknown"
+        raise UserError(f"optim.impl = 'apex': the installed apex {version} is PyPI's web toolkit of the same name; pip uninstall apex, then {remedy}")
+    if importlib.util.find_spec("amp_C") is None:
+        raise UserError(f"optim.impl = 'apex': apex was built without its CUDA extensions; {remedy}")

@@ -1,0 +1,84 @@
+"""What a run folder tells without the program: settings, DeepSpeed JSON, command, commit, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+from peco_ds.config import Resolved
+from peco_ds.errors import UserError
+from peco_ds.schema import write_json
+
+SETTINGS = "settings.yaml"
+DEEPSPEED = "deepspeed.json"
+
+# Settings that may differ between a run and its continuation: they change neither weights nor order of samples.
+_FREE = ("data.num_workers", "data.root", "data.images", "data.tokens", "data.tokenizer", "data.val_images", "data.verify", "data.max_bad_share", "run.log_every_steps", "run.micro_batch", "run.activation_checkpointing", "schedule.stop_at_step", "checkpoint.", "evaluation.", "name")
+
+
+def open_run_folder(folder: Path, stage: str, resolved: Resolved, merged_deepspeed: dict, *, resume: bool) -> None:
+    """Create the folder and record what the run is (rank 0).
+
+    Raises: UserError if the folder holds another run, naming the first setting that differs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps(resolved.as_dict()["recipe"]))  # tuples as lists, as YAML reads them back
+    previous = folder / SETTINGS
+    if previous.is_file() and resume:
+        _refuse_another_run(folder, yaml.safe_load(previous.read_text()), stage, settings)
+    text = yaml.safe_dump({"stage": stage, "recipe": settings, "sources": resolved.sources}, sort_keys=False)
+    previous.write_text(f"# every setting of this run; `sources` names where each value that is no default came from\n{text}")
+    write_json(folder / DEEPSPEED, merged_deepspeed)
+    with open(folder / "commands.txt", "a") as file:
+        file.write(shlex.join(sys.argv) + "\n")
+    write_json(folder / "versions.json", {"commit": commit(), **versions()})
+
+
+def _refuse_another_run(folder: Path, recorded, stage: str, settings: dict) -> None:
+    if not isinstance(recorded, dict) or recorded.get("stage") != stage:
+        raise UserError(f"{folder}: holds a run of another stage; choose another --out")
+
+    def flat(tree, prefix=""):
+        for key, value in tree.items():
+            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+    before = dict(flat(recorded["recipe"]))
+    for key, value in flat(settings):
+        if before.get(key, value) != value and not key.startswith(_FREE):
+            raise UserError(f"{folder}: holds a run with {key} = {before[key]!r}, this one has {value!r}; choose another --out, or set checkpoint.resume=never to start over")
+
+
+def read_settings(folder: Path) -> dict:
+    """The recorded settings of a run: {"stage", "recipe", "sources"}.
+
+    Raises: UserError if the folder is no run folder.
+    """
+    path = Path(folder) / SETTINGS
+    if not path.is_file():
+        raise UserError(f"{folder}: no {SETTINGS} there; give the --out folder of a training run")
+    return yaml.safe_load(path.read_text())
+
+
+def commit() -> str:
+    """Commit of this checkout, with "+changes" if it is not clean; "unknown" outside of git."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, timeout=30).stdout.strip()
+        return head + ("+changes" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.processor() or platform.machine()}"
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}, "device": device}
