@@ -1,0 +1,82 @@
+"""Losses of tokenizer training: pixels, commitment, perceptual distance, critic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from peco_ds.config import TokenizerLossSettings
+
+
+def pixel_loss(reconstruction: torch.Tensor, target: torch.Tensor, kind: Literal["mse", "l1"]) -> torch.Tensor:
+    """Mean squared or absolute difference over all values of two equal shapes; float32."""
+    distance = {"mse": F.mse_loss, "l1": F.l1_loss}[kind]
+    return distance(reconstruction.float(), target.float())
+
+
+def perceptual_loss(features_reconstruction: Sequence[torch.Tensor], features_target: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum over blocks of the squared difference of features, each averaged over its values (C, H, W) and the batch.
+
+    Args:
+        features_reconstruction: one tensor [B, N, D] a block; the gradient goes here.  features_target: same shapes; taken as constants.
+    Source: perceptual loss of arXiv 1603.08155 with PeCo's choice of a self-supervised transformer (arXiv 2111.12710).
+    """
+    assert len(features_reconstruction) == len(features_target) > 0
+    pairs = zip(features_reconstruction, features_target)
+    return torch.stack([F.mse_loss(mine.float(), target.detach().float()) for mine, target in pairs]).sum()
+
+
+def hinge_losses(real: torch.Tensor, fake_detached: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Critic's and generator's loss from one forward, for one backward.
+
+    Args:
+        real, fake_detached, fake: logits of any equal shape, as `CriticLogits` of critic.py describes them.
+    Returns:
+        critic: half the hinge loss of telling real from fake.
+        generator: `fake_detached.mean() - fake.mean()`. Its value is zero; its gradient is that of `-fake.mean()` for the reconstruction
+            and cancels for the critic's weights.
+    Source: hinge loss of arXiv 1705.02894, halved as in VQGAN (arXiv 2012.09841).
+    """
+    real, fake_detached, fake = real.float(), fake_detached.float(), fake.float()
+    critic = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake_detached).mean())
+    return critic, fake_detached.mean() - fake.mean()
+
+
+def tokenizer_loss(
+    output,
+    images_11: torch.Tensor,
+    *,
+    settings: TokenizerLossSettings,
+    features_reconstruction: Sequence[torch.Tensor] = (),
+    features_target: Sequence[torch.Tensor] = (),
+    perceptual_weight: float = 0.0,
+    critic_logits=None,
+    adversarial_weight: float = 0.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The weighted sum of what a recipe switched on.
+
+    Args:
+        output: has `.reconstruction` [B, 3, H, W] and `.commitment`, a scalar.  images_11: [B, 3, H, W] in [-1, 1].
+        features_reconstruction, features_target: of the frozen judge, one [B, N, D] a block; empty without a judge.
+        critic_logits: has `.real`, `.fake_detached`, `.fake`; None without a critic. The critic learns from the first step, whatever
+            adversarial_weight is; the tokenizer feels it with that weight, 0 before the step from which it is wanted.
+    Returns: scalar loss, and detached unweighted scalars on the device: pixel, commitment, and where present perceptual, critic,
+        generator (`-fake.mean()`).
+    """
+    pixel = pixel_loss(output.reconstruction, images_11, settings.pixel)
+    commitment = output.commitment.float()
+    loss = settings.pixel_weight * pixel + settings.commitment_weight * commitment
+    stats = {"pixel": pixel.detach(), "commitment": commitment.detach()}
+    if len(features_reconstruction) > 0:
+        perceptual = perceptual_loss(features_reconstruction, features_target)
+        loss = loss + perceptual_weight * perceptual
+        stats["perceptual"] = perceptual.detach()
+    if critic_logits is not None:
+        critic, generator = hinge_losses(critic_logits.real, critic_logits.fake_detached, critic_logits.fake)
+        loss = loss + critic + adversarial_weight * generator
+        stats["critic"] = critic.detach()
+        stats["generator"] = -critic_logits.fake.detach().float().mean()
+    return loss, stats
