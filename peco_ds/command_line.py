@@ -16,7 +16,7 @@ from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
 OTHER_RANKS_WAIT_S = 6.0
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{self.prog}: {message}; see --help")
 
@@ -27,7 +27,7 @@ def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None)
     Args:
         recipe: name of the default recipe.  deepspeed_config: default file in ds_configs/, None for a stage without training.
     """
-    parser = _Parser(
+    parser = Parser(
         description=description,
         epilog="exit codes: 0 done, 2 bad input (one line says what), 75 stopped in good order, start again to continue",
     )

@@ -177,7 +177,7 @@ class PerceptualSettings:
     weights: str = ""  # MoCo v3 .pth.tar, any timm ViT file, or a release folder; empty with weight 0: no judge
     architecture: str = "auto"  # timm name; auto: read off the file's shapes
     blocks: tuple[int, ...] = (3, 6, 9, 12)  # features after these blocks, counted from 1 (papers.md 1.2: recollection)
-    image_px: int = 0  # size the judge looks at; 0: the size of the reconstruction
+    image_px: int = 0  # size the judge looks at, crops are resized to it; 0: the size it was trained at
     weight: float = 1.0
 
 
@@ -348,20 +348,21 @@ def _nearest(key: str, known: list[str]) -> str:
 
 def check_recipe(recipe) -> None:
     """Everything that can be refused without files and without knowing the number of ranks."""
-    run, schedule = recipe.run, recipe.schedule
-    _require(run.global_batch > 0 and run.micro_batch > 0, f"run.global_batch {run.global_batch} and run.micro_batch {run.micro_batch}: both must be positive")
+    schedule = recipe.schedule
+    _require_at_least(1, recipe, "run.global_batch run.micro_batch run.log_every_steps views.count views.tokenizer_px checkpoint.keep_last data.shuffle_window_shards")
+    _require_at_least(1, recipe, "schedule.stop_at_step checkpoint.every_steps")
+    _require_at_least(0, recipe, "schedule.epochs schedule.steps schedule.warmup_epochs schedule.warmup_steps schedule.min_lr checkpoint.every_epochs")
+    _require_at_least(0, recipe, "optim.lr optim.eps optim.weight_decay optim.clip_norm checkpoint.keep_every_steps")
+    _require_at_least(0, recipe, "data.num_workers data.holdout data.max_bad_share views.topk")
     _require(schedule.epochs is None or schedule.steps is None, "schedule.epochs and schedule.steps are both set; a duration has one spelling, drop one")
     _require(schedule.epochs is not None or schedule.steps is not None, "schedule.epochs is not set; give schedule.epochs or schedule.steps")
     _require(schedule.warmup_epochs is None or schedule.warmup_steps is None, "schedule.warmup_epochs and schedule.warmup_steps are both set; drop one")
     _require(recipe.checkpoint.every_epochs is None or recipe.checkpoint.every_steps is None, "checkpoint.every_epochs and checkpoint.every_steps are both set; drop one")
-    _require(recipe.checkpoint.keep_last >= 1, f"checkpoint.keep_last {recipe.checkpoint.keep_last}: at least 1")
-    _require(run.log_every_steps >= 1, f"run.log_every_steps {run.log_every_steps}: at least 1")
     views = recipe.views
     _require(0 < views.scale[0] <= views.scale[1] <= 1, f"views.scale {views.scale}: two shares of the area, 0 < low <= high <= 1")
     _require(0 < views.ratio[0] <= views.ratio[1], f"views.ratio {views.ratio}: two positive aspect ratios, low <= high")
     _require(0 <= views.flip <= 1, f"views.flip {views.flip}: a probability")
     _require(0 <= views.color_jitter < 1, f"views.color_jitter {views.color_jitter}: in [0, 1)")
-    _require(views.count >= 1, f"views.count {views.count}: at least one view a picture")
     if isinstance(recipe, PretrainRecipe):
         _check_pretrain(recipe)
     else:
@@ -370,9 +371,11 @@ def check_recipe(recipe) -> None:
 
 def _check_pretrain(recipe: PretrainRecipe) -> None:
     model, mask = recipe.model, recipe.mask
+    _require_at_least(1, recipe, "model.image_px model.patch_px model.width model.depth model.heads mask.min_block objective.num_codes")
     _require(model.image_px % model.patch_px == 0, f"model.image_px {model.image_px} is not a multiple of model.patch_px {model.patch_px}")
     _require(model.width % model.heads == 0, f"model.width {model.width} is not a multiple of model.heads {model.heads}")
-    _require(model.depth >= 1, f"model.depth {model.depth}: at least one block")
+    _require(int(model.width * model.mlp_ratio) >= 1, f"model.mlp_ratio {model.mlp_ratio}: gives a hidden layer without units")
+    _require(0 <= model.drop_path < 1, f"model.drop_path {model.drop_path}: in [0, 1)")
     patches = model.grid**2
     _require(0 < mask.count < patches, f"mask.count {mask.count}: the picture has {patches} patches, hide between 1 and {patches - 1}")
     _require(0 < mask.min_aspect <= 1, f"mask.min_aspect {mask.min_aspect}: in (0, 1]")
@@ -381,6 +384,9 @@ def _check_pretrain(recipe: PretrainRecipe) -> None:
 
 
 def _check_tokenizer(recipe: TokenizerRecipe) -> None:
+    _require_at_least(1, recipe, "tokenizer.channels tokenizer.blocks_per_level tokenizer.z_channels tokenizer.num_codes tokenizer.code_dim")
+    mults = recipe.tokenizer.channel_mults
+    _require(len(mults) >= 1 and min(mults) >= 1, f"tokenizer.channel_mults {mults}: one positive factor a level")
     stride, size = recipe.tokenizer.stride_px, recipe.views.tokenizer_px
     _require(size % stride == 0, f"views.tokenizer_px {size} is not a multiple of the tokenizer's stride {stride}")
     _require(recipe.tokenizer.num_codes <= 65536, f"tokenizer.num_codes {recipe.tokenizer.num_codes}: codes are stored as uint16, at most 65536")
@@ -388,6 +394,13 @@ def _check_tokenizer(recipe: TokenizerRecipe) -> None:
         recipe.perceptual.weight == 0 or recipe.perceptual.weights != "",
         "perceptual.weights is empty; give a MoCo v3 file (vit-b-300ep.pth.tar) or any timm ViT file, or set perceptual.weight=0 for a tokenizer without a judge",
     )
+
+
+def _require_at_least(low: int, recipe, keys: str) -> None:
+    for key in keys.split():
+        section, name = key.split(".")
+        value = getattr(getattr(recipe, section), name)
+        _require(value is None or value >= low, f"{key} {value}: must be at least {low}")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -19,14 +19,17 @@ from peco_ds.schema import write_json
 
 SETTINGS = "settings.yaml"
 DEEPSPEED = "deepspeed.json"
+PROVENANCE = "provenance.json"
 
 # Settings that may differ between a run and its continuation: they change neither weights nor order of samples.
 _FREE = ("data.num_workers", "data.root", "data.images", "data.tokens", "data.tokenizer", "data.val_images", "data.verify", "data.max_bad_share", "run.log_every_steps", "run.micro_batch", "run.activation_checkpointing", "schedule.stop_at_step", "checkpoint.", "evaluation.", "name")
 
 
-def open_run_folder(folder: Path, stage: str, resolved: Resolved, merged_deepspeed: dict, *, resume: bool) -> None:
+def open_run_folder(folder: Path, stage: str, resolved: Resolved, merged_deepspeed: dict, *, resume: bool, provenance: dict) -> None:
     """Create the folder and record what the run is (rank 0).
 
+    Args:
+        provenance: fingerprints of what the run reads; ends in the model card of its release.
     Raises: UserError if the folder holds another run, naming the first setting that differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +42,7 @@ def open_run_folder(folder: Path, stage: str, resolved: Resolved, merged_deepspe
     write_json(folder / DEEPSPEED, merged_deepspeed)
     with open(folder / "commands.txt", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
-    write_json(folder / "versions.json", {"commit": commit(), **versions()})
+    write_json(folder / PROVENANCE, {"commit": commit(), **provenance, "versions": versions()})
 
 
 def _refuse_another_run(folder: Path, recorded, stage: str, settings: dict) -> None:
@@ -65,6 +68,11 @@ def read_settings(folder: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{folder}: no {SETTINGS} there; give the --out folder of a training run")
     return yaml.safe_load(path.read_text())
+
+
+def read_provenance(folder: Path) -> dict:
+    path = Path(folder) / PROVENANCE
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def commit() -> str:

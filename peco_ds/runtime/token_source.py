@@ -44,6 +44,14 @@ def open_tokens(recipe: PretrainRecipe, pictures: Pictures, world: World) -> Tok
     return tokens
 
 
+def token_provenance(recipe: PretrainRecipe, tokens) -> dict:
+    """Which tokenizer the codes come from, and what its release says of itself where it is at hand."""
+    folder = data_path(recipe.data, recipe.data.tokenizer)
+    card = read_card(folder) if folder.exists() else None
+    fingerprint = tokens.manifest.tokenizer_fingerprint if isinstance(tokens, TokenSet) else card.fingerprint
+    return {"tokenizer_fingerprint": fingerprint, "tokenizer": card.extra if card else {}}
+
+
 def check_shared(shards: ShardSet, verify: str, world: World) -> None:
     """Each rank checks its share of the shards; a fault found by one rank is raised by all."""
     fault = ""

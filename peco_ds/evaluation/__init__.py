@@ -1,0 +1,1 @@
+"""Measures of finished or running models."""

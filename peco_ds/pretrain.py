@@ -1,0 +1,143 @@
+"""Masked pre-training: token shards -> checkpoints, under ZeRO 0..3 as the DeepSpeed JSON says.
+
+    deepspeed peco_ds/pretrain.py --deepspeed_config ds_configs/zero3.json
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+
+from peco_ds.command_line import parse_stage, run, stage_parser
+from peco_ds.config import ONLINE, PretrainRecipe
+from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = stage_parser(__doc__.splitlines()[0], recipe="peco_vith14", deepspeed_config="zero3.json")
+    args, resolved = parse_stage(parser, PretrainRecipe, argv)
+    return dry_run(args, resolved) if args.dry_run else train(args, resolved)
+
+
+def dry_run(args, resolved) -> int:
+    """Check everything that needs no ranks, and say what the run would be and cost."""
+    from peco_ds.config import data_path, read_deepspeed_json, resolve_durations
+    from peco_ds.planner.report import IMAGENET_1K_TRAIN, pretrain_report
+    from peco_ds.schema import ImageManifest, read_manifest
+
+    cfg = resolved.recipe
+    ds_config = read_deepspeed_json(args.deepspeed_config)
+    images = data_path(cfg.data, cfg.data.images)
+    assumed = not images.exists()
+    num_samples = IMAGENET_1K_TRAIN if assumed else read_manifest(images, ImageManifest).samples
+    if not assumed and cfg.data.tokens != ONLINE:
+        from peco_ds.data.token_shards import TokenSet
+
+        TokenSet(
+            data_path(cfg.data, cfg.data.tokens),
+            read_manifest(images, ImageManifest),
+            num_codes=cfg.objective.num_codes,
+            grid=cfg.model.grid,
+            num_views=cfg.views.count,
+        )
+    durations = resolve_durations(cfg, num_samples)
+    report = pretrain_report(cfg, num_samples=num_samples, num_views=cfg.views.count, durations=durations, ds_config=ds_config, assumed=assumed)
+    sys.stdout.write(report + "\n")
+    return EXIT_DONE
+
+
+def train(args, resolved) -> int:
+    import time
+
+    import torch
+
+    from peco_ds.config import data_path, merge_deepspeed, micro_steps, read_deepspeed_json, resolve_durations
+    from peco_ds.data.loaders import Pictures, masked_batches
+    from peco_ds.data.order import Cursor, rank_positions
+    from peco_ds.models.mim import MaskedImageModel
+    from peco_ds.models.vit import TransformerBlock
+    from peco_ds.objectives import OBJECTIVES
+    from peco_ds.runtime.checkpoint import Progress, restore, save
+    from peco_ds.runtime.distributed import seed_all, start_world
+    from peco_ds.runtime.engine import grad_norm, memory_gib, set_rate, start_engine
+    from peco_ds.runtime.metrics import Meter
+    from peco_ds.runtime.run_folder import open_run_folder
+    from peco_ds.runtime.token_source import open_tokens, token_provenance
+
+    cfg = resolved.recipe
+    objective = OBJECTIVES[cfg.objective.name]
+    merged = read_deepspeed_json(args.deepspeed_config)  # refused before any rank is started up
+    pictures = Pictures(data_path(cfg.data, cfg.data.images))
+    fingerprint = pictures.manifest.fingerprint()
+    durations = resolve_durations(cfg, pictures.num_samples)
+
+    world = start_world(cfg.run.seed)
+    merged = merge_deepspeed(merged, args.deepspeed_config, cfg.run, cfg.optim, world.size)
+    tokens = open_tokens(cfg, pictures, world)
+    if world.is_main:
+        provenance = {"images_fingerprint": fingerprint, "num_samples": pictures.num_samples, **token_provenance(cfg, tokens)}
+        open_run_folder(args.out, "pretrain", resolved, merged, resume=cfg.checkpoint.resume == "auto", provenance=provenance)
+    world.barrier()
+
+    model = MaskedImageModel(cfg.model, cfg.objective.num_codes, checkpoint_blocks=cfg.run.activation_checkpointing == "full")
+    engine = start_engine(model, deepspeed_config=args.deepspeed_config, run=cfg.run, optim=cfg.optim, world=world, leaf_modules=(TransformerBlock,))
+    seed_all(cfg.run.seed + 1 + world.rank)  # stochastic depth differs between ranks; weights did not
+    progress = restore(args.out, engine, cfg.checkpoint, world) or Progress(0, Cursor(fingerprint, cfg.run.seed, 0), world.size, engine.zero_optimization_stage())
+    progress.cursor.check(fingerprint, cfg.run.seed)
+
+    positions = rank_positions(
+        global_batch=cfg.run.global_batch,
+        micro_batch=cfg.run.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        first_step=progress.step,
+        last_step=durations.stop_step,
+    )
+    batches = masked_batches(
+        pictures, tokens, positions, data=cfg.data, views=cfg.views, mask=cfg.mask, image_px=cfg.model.image_px, grid=cfg.model.grid, seed=cfg.run.seed, device=world.device
+    )
+    meter = Meter(
+        args.out,
+        world,
+        first_step=progress.step,
+        total_steps=durations.total_steps,
+        stop_step=durations.stop_step,
+        log_every=cfg.run.log_every_steps,
+        global_batch=cfg.run.global_batch,
+        num_samples=pictures.num_samples,
+    )
+    world.watch_signals()
+    done, stopping = progress.step, False
+    for step in range(progress.step, durations.stop_step):
+        rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
+        for _ in range(micro_steps(cfg.run, world.size)):
+            before = time.perf_counter()
+            batch = next(batches)
+            meter.waited(time.perf_counter() - before)
+            outputs = engine(batch.images_norm, batch.masked)
+            loss, stats = objective(outputs, batch.targets)
+            meter.add(loss, stats)
+            engine.backward(loss)
+            engine.step()
+        done = step + 1
+        meter.step_done()
+        if meter.due(done):  # the only place where the host waits for the device
+            meter.log(done, {"lr": rate, "grad_norm": grad_norm(engine), "memory_gib": memory_gib(world.device), "skipped_steps": engine.skipped_steps})
+            stopping = world.stop_requested()
+        last = done == durations.stop_step
+        if stopping or last or (durations.checkpoint_steps and done % durations.checkpoint_steps == 0):
+            paused = meter.pause()
+            cursor = Cursor(fingerprint, cfg.run.seed, done * cfg.run.global_batch)
+            save(args.out, engine, Progress(done, cursor, world.size, engine.zero_optimization_stage()), cfg.checkpoint, world)
+            meter.resume(paused)
+        if stopping:
+            break
+    meter.close()
+    return EXIT_DONE if done == durations.total_steps else EXIT_REQUEUE
+
+
+if __name__ == "__main__":
+    run(main)

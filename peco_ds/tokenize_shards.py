@@ -1,0 +1,120 @@
+"""Run a tokenizer once over image shards: K recorded views a picture -> token shards and their manifest.
+
+    deepspeed peco_ds/tokenize_shards.py --recipe peco_vith14 data.tokenizer=runs/tokenizer/tokenizer
+    srun ... python peco_ds/tokenize_shards.py --part $SLURM_ARRAY_TASK_ID --parts 8        # then once: --finish --parts 8
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+
+from peco_ds.command_line import parse_stage, run, stage_parser
+from peco_ds.config import PretrainRecipe, data_path
+from peco_ds.errors import EXIT_DONE, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = stage_parser(__doc__.splitlines()[0], recipe="peco_vith14", deepspeed_config=None)
+    parser.add_argument("--part", type=int, default=0, help="this job's part of the shards, from 0 (SLURM_ARRAY_TASK_ID)")
+    parser.add_argument("--parts", type=int, default=1, help="number of parts; with more than one the manifest is written by --finish")
+    parser.add_argument("--finish", action="store_true", help="write the manifest once all parts are there; tokenizes nothing")
+    args, resolved = parse_stage(parser, PretrainRecipe, argv)
+    if not 0 <= args.part < args.parts:
+        raise UserError(f"--part {args.part} of --parts {args.parts}: parts count from 0")
+    cfg = resolved.recipe
+
+    from peco_ds.data.loaders import Pictures
+    from peco_ds.data.token_parts import TokenParts
+    from peco_ds.models.peco_tokenizer import load_tokenizer, read_card
+    from peco_ds.schema import ViewRecipe
+
+    pictures = Pictures(data_path(cfg.data, cfg.data.images))
+    card = read_card(data_path(cfg.data, cfg.data.tokenizer))
+    views = cfg.views
+    if views.tokenizer_px % card.stride_px or views.tokenizer_px // card.stride_px != cfg.model.grid:
+        raise UserError(
+            f"views.tokenizer_px {views.tokenizer_px} with the tokenizer's stride {card.stride_px} px does not give the backbone's {cfg.model.grid}x{cfg.model.grid} grid; "
+            f"set views.tokenizer_px={card.stride_px * cfg.model.grid}"
+        )
+    if views.topk > card.num_codes:
+        raise UserError(f"views.topk {views.topk}: the tokenizer has {card.num_codes} codes")
+    parts = TokenParts(
+        data_path(cfg.data, cfg.data.tokens),
+        pictures.manifest,
+        tokenizer_fingerprint=card.fingerprint,
+        num_codes=card.num_codes,
+        grid=cfg.model.grid,
+        num_views=views.count,
+        topk=views.topk,
+        views=ViewRecipe(views.tokenizer_px, views.scale, views.ratio, views.flip, views.color_jitter, views.seed),
+    )
+    if args.finish:
+        return report(parts.finish())
+    missing = [number for number in range(args.part, len(pictures.manifest.shards), args.parts) if not parts.is_done(number)]
+    if args.dry_run:
+        sys.stdout.write(f"{len(missing)} of {len(pictures.manifest.shards)} shards to tokenize into {parts.folder}, {views.count} views of {views.tokenizer_px} px a picture\n")
+        return EXIT_DONE
+
+    from peco_ds.runtime.distributed import start_world
+
+    world = start_world(cfg.run.seed)
+    tokenizer, _ = load_tokenizer(data_path(cfg.data, cfg.data.tokenizer))
+    tokenizer.to(world.device)
+    tokenize_missing(cfg, pictures, tokenizer, parts, missing[world.rank :: world.size], world)
+    world.barrier()
+    if args.parts == 1 and world.is_main:
+        return report(parts.finish())
+    return EXIT_DONE
+
+
+def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], world) -> None:
+    """One shard after the other; a shard is written when its last picture is tokenized, so an interruption costs one shard."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from peco_ds.data.loaders import BadPictures, view_batches
+    from peco_ds.data.token_shards import TokenRecord
+
+    starts = np.concatenate([[0], np.cumsum(pictures.shards.shard_sizes)])
+    pictures_a_batch = max(1, cfg.run.micro_batch // cfg.views.count)
+    batches_of = {number: [b for b in np.array_split(np.arange(starts[number], starts[number + 1]), -(-pictures.shards.shard_sizes[number] // pictures_a_batch))] for number in shard_numbers}
+    loaded = view_batches(pictures, [batch for number in shard_numbers for batch in batches_of[number]], data=cfg.data, views=cfg.views, device=world.device)
+    bad = BadPictures(cfg.data.max_bad_share)
+    bar = tqdm(total=int(sum(pictures.shards.shard_sizes[n] for n in shard_numbers)), unit="picture", desc="tokenize", disable=not world.is_main, mininterval=5.0)
+
+    @torch.no_grad()
+    def records(number: int):
+        for _ in batches_of[number]:
+            batch = next(loaded)
+            bad.add(len(batch.keys), batch.bad)
+            # Pictures may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
+            pieces = [tokenizer.encode(piece) for piece in batch.images_11.split(cfg.run.micro_batch)]
+            codes = torch.cat([tokenizer.codebook(piece).codes for piece in pieces]).cpu().numpy().astype(np.uint16)
+            shape = (len(batch.keys), cfg.views.count, codes.shape[-1])
+            soft = [None] * 2
+            if cfg.views.topk:
+                picked = [tokenizer.codebook.topk(piece, cfg.views.topk, temperature=cfg.views.topk_temperature) for piece in pieces]
+                soft = [torch.cat(values).cpu().numpy().reshape(*shape, cfg.views.topk) for values in zip(*picked)]
+                soft = [soft[0].astype(np.uint16), soft[1].astype(np.float16)]
+            for place, key in enumerate(batch.keys):
+                yield TokenRecord(key, codes.reshape(shape)[place], batch.rows[place], *(None if values is None else values[place] for values in soft))
+            bar.update(len(batch.keys))
+
+    for number in shard_numbers:
+        parts.write(number, records(number))
+    bar.close()
+
+
+def report(manifest) -> int:
+    total_bytes = sum(shard.bytes for shard in manifest.shards)
+    sys.stdout.write(f"{manifest.samples} pictures, {manifest.num_views} views each, in {len(manifest.shards)} token shards, {total_bytes} bytes; tokenizer {manifest.tokenizer_fingerprint[:12]}\n")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    run(main)
