@@ -1,0 +1,1 @@
+"""Shards, order, views, masks and batches."""

@@ -1,0 +1,189 @@
+"""Bytes of a picture file -> upright 8-bit RGB, or a stated reason why not.
+
+Ordinary JPEGs (grey or three channels, no EXIF rotation) are decoded natively by torchvision. Everything else takes the careful
+path through Pillow, which knows CMYK, palettes, 16 bit, alpha, EXIF and the other formats. Both are strict: a file that ends early
+is refused, never returned with a grey lower half. Embedded colour profiles are ignored, as ImageNet training everywhere does.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_jpeg
+
+# Pillow warns of a decompression bomb from this size on; here it is a refusal, since a loader process would hold 3 bytes for each.
+MAX_PIXELS = 89_478_485
+
+# Nothing else is tried: some of Pillow's other readers start external programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_EXIF_ORIENTATION = 0x0112
+_SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
+_ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+class DecodeError(ValueError):
+    """The bytes are no picture that can be trusted; the message says why."""
+
+
+@dataclass(frozen=True)
+class PictureKind:
+    """What a file is by its content; its name is not asked."""
+
+    extension: str  # jpg, png, webp; empty for a format that image shards do not hold
+    plain: bool  # every decoder gives the same upright RGB, so the bytes may be passed on as they are
+    lossless: bool
+
+
+def decode_rgb(data: bytes) -> torch.Tensor:
+    """Decode a picture file.
+
+    EXIF orientation is applied. Of an animation the first frame is taken. 16 bits are scaled to 8. Transparency is laid over
+    white, the background such pictures are drawn for; dropping alpha would show what lies under it, most often black or noise.
+
+    Returns: [3, H, W] uint8, RGB, channels last in memory.
+    Raises: DecodeError if the bytes are no picture, end early, are empty or hold more than MAX_PIXELS pixels.
+    """
+    header = _read_jpeg_header(data)
+    # Both decoders refuse a file that stops, but one whose end is a hole of zeros, as an interrupted copy leaves it, they may fill.
+    if header is not None and data.rfind(b"\xff\xd9") < header.scan_start:
+        raise DecodeError("JPEG without an end mark: cut short, or its end was never written")
+    if header is not None and header.ordinary:
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        except RuntimeError:
+            pass  # Pillow has the readable reason
+    with _opened(data) as image:
+        return torch.from_numpy(_upright_rgb(image)).permute(2, 0, 1)
+
+
+def picture_kind(data: bytes) -> PictureKind:
+    """Look at the header only.
+
+    Raises: DecodeError if the header is of no known format; a damaged body is found by `decode_rgb`.
+    """
+    header = _read_jpeg_header(data)
+    if header is not None and header.ordinary:
+        return PictureKind("jpg", plain=True, lossless=False)
+    with _opened(data) as image:
+        one_upright_opaque_frame = (
+            image.mode in ("L", "RGB")
+            and "transparency" not in image.info
+            and not getattr(image, "is_animated", False)
+            and image.getexif().get(_EXIF_ORIENTATION, 1) in (0, 1)
+        )
+        if image.format == "PNG":
+            bit_depth = data[24]
+            return PictureKind("png", plain=one_upright_opaque_frame and bit_depth == 8, lossless=True)
+        if image.format == "WEBP":
+            return PictureKind("webp", plain=one_upright_opaque_frame, lossless=b"VP8L" in data[:1024])
+        is_jpeg = image.format in ("JPEG", "MPO")
+        return PictureKind("jpg" if is_jpeg else "", plain=False, lossless=not is_jpeg)
+
+
+class _opened:
+    """`with _opened(data) as image`: a Pillow image whose every failure, opening or decoding, leaves as DecodeError."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __enter__(self) -> Image.Image:
+        if not self._data:
+            raise DecodeError("empty file")
+        try:
+            image = Image.open(io.BytesIO(self._data), formats=_FORMATS)
+        except Image.UnidentifiedImageError:
+            raise DecodeError(f"none of the formats {', '.join(_FORMATS)}") from None
+        except Exception as error:
+            raise _decode_error(error) from None
+        if image.width * image.height > MAX_PIXELS:
+            raise DecodeError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded")
+        return image
+
+    def __exit__(self, kind, error, traceback) -> None:
+        # Any kind: on damaged bytes Pillow's readers raise OSError, SyntaxError, struct.error, EOFError, IndexError and more.
+        if isinstance(error, Exception) and not isinstance(error, DecodeError):
+            raise _decode_error(error) from None
+
+
+def _decode_error(error: Exception) -> DecodeError:
+    return DecodeError(" ".join(str(error).split()) or type(error).__name__)
+
+
+def _upright_rgb(image: Image.Image) -> np.ndarray:
+    """[H, W, 3] uint8."""
+    image.load()
+    widened_16_bit = image.mode == "I" and image.format in ("PNG", "PPM")  # Pillow's mode for some 16-bit greys
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BIT_MODES or widened_16_bit:  # Pillow's own convert("RGB") clips these at 255
+        grey = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
+        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise DecodeError(f"pixels of mode {image.mode} have no stated range to map to 8 bits")
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        picture = image.convert("RGBA")
+        canvas = Image.new("RGBA", picture.size, "white")
+        canvas.alpha_composite(picture)
+        image = canvas
+    return np.array(image.convert("RGB"))
+
+
+class _JpegHeader(NamedTuple):
+    ordinary: bool  # 8-bit grey or three channels, of sane size, upright
+    scan_start: int  # bytes before the first scan
+
+
+def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
+    """Walk the marker segments up to the first scan, in microseconds; None if that is not how the bytes are built.
+
+    Source: ITU-T T.81 annex B (markers and segments).
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    ordinary_frame, upright = False, True
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte before a marker
+            position += 1
+            continue
+        if marker == 0xDA:  # start of scan
+            return _JpegHeader(ordinary_frame and upright, position)
+        if marker in (0xD8, 0xD9):
+            return None
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame = data[position + 4 : position + 10]
+            if len(frame) < 6:
+                return None
+            bits, height, width, components = struct.unpack(">BHHB", frame)
+            ordinary_frame = bits == 8 and components in (1, 3) and 0 < height * width <= MAX_PIXELS
+        elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            upright = upright and not _needs_rotation(data[position + 10 : end])
+        position = end
+    return None
+
+
+def _needs_rotation(tiff: bytes) -> bool:
+    """Whether an EXIF block states an orientation other than upright; a block that cannot be read states none.
+
+    Source: TIFF 6.0 section 2 (header and first directory).
+    """
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return False
+    try:
+        (directory,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, directory)
+        for entry in range(entries):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * entry)
+            if tag == _EXIF_ORIENTATION:
+                return 2 <= value <= 8
+    except struct.error:
+        pass
+    return False

@@ -1,0 +1,311 @@
+"""A WebDataset tar as a random-access list of samples, and a whole set of such tars.
+
+The index is a JSON file beside the tar (or beside the manifest, where the tar was indexed in place): byte offset, size and CRC-32 of
+every member. With it any process reads any sample by one `pread` a member, in any order, and knows that the bytes are those indexed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from peco_ds.errors import UserError
+from peco_ds.schema import FORMAT_VERSION, ImageManifest, Shard, TokenManifest, sha256_of_file, write_json
+
+INDEX_SUFFIX = ".index.json"
+_CHUNK_BYTES = 1 << 20
+
+
+class DamagedRecord(UserError):
+    """A member whose bytes are not those that were indexed; the message names tar, key and member."""
+
+
+def index_name(tar_name: str) -> str:
+    """`train-000007.tar` -> `train-000007.index.json`."""
+    return Path(tar_name).stem + INDEX_SUFFIX
+
+
+# ---------------------------------------------------------------------------------------------- making an index
+
+
+def build_index(tar_path: str | Path) -> dict:
+    """Read a tar from end to end and list its samples.
+
+    Grouping is WebDataset's: the key is the path up to the first dot of the file name, the extension is the rest in lower case,
+    and the members of a sample stand side by side. Folders and files without a dot are not part of any sample.
+
+    Returns: {"format_version", "tar": file name, "tar_bytes", "samples": [{"key", "members": {extension: [offset, size, crc32]}}]},
+        samples in tar order.
+    Raises: UserError naming tar and member if the tar is compressed, cut short or damaged, holds a link, device, absolute path or
+        `..`, repeats a member, or comes back to a key it had left.
+    Source: WebDataset's format description (github.com/webdataset/webdataset, "The WebDataset Format").
+    """
+    tar_path = Path(tar_path)
+    samples: list[dict] = []
+    keys: set[str] = set()
+    end = 0
+    try:
+        tar_bytes = tar_path.stat().st_size
+        with tarfile.open(tar_path, "r:", encoding="utf-8") as tar, open(tar_path, "rb") as file:
+            for member in tar:
+                tar.members.clear()  # tarfile would keep every member in memory
+                end = member.offset_data + (-(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if member.isreg() else 0)
+                _refuse_unsafe(tar_path, member)
+                folder, _, file_name = member.name.rpartition("/")
+                stem, dot, extension = file_name.partition(".")
+                if member.isdir() or not stem or not dot:
+                    continue
+                key = f"{folder}/{stem}" if folder else stem
+                if not samples or samples[-1]["key"] != key:
+                    if key in keys:
+                        raise UserError(
+                            f"{tar_path}: member {member.name!r}: key {key!r} comes back after other keys; "
+                            "make the tar again with the members of a sample side by side (tar --sort=name)"
+                        )
+                    keys.add(key)
+                    samples.append({"key": key, "members": {}})
+                members = samples[-1]["members"]
+                if extension.lower() in members:
+                    raise UserError(f"{tar_path}: member {member.name!r}: key {key!r} has two members .{extension.lower()}; keep one")
+                members[extension.lower()] = [member.offset_data, member.size, _crc32(tar_path, file, member)]
+            # tarfile takes a missing end mark and a damaged header alike for the end of the archive.
+            file.seek(end)
+            mark = file.read(tarfile.BLOCKSIZE)
+    except FileNotFoundError:
+        raise UserError(f"{tar_path}: no such tar; correct the path") from None
+    except tarfile.TarError as error:
+        place = f"after member {samples[-1]['key']!r}" if samples else "at its start"
+        raise UserError(f"{tar_path}: not a whole, uncompressed tar {place} ({error}); unpack it, or copy it again") from None
+    if mark != bytes(tarfile.BLOCKSIZE):
+        place = f"after sample {samples[-1]['key']!r}" if samples else "at its start"
+        fault = "is cut short" if len(mark) < tarfile.BLOCKSIZE else "has a damaged header"
+        raise UserError(f"{tar_path}: {fault} {place}, at byte {end}; copy or make it again")
+    return {"format_version": FORMAT_VERSION, "tar": tar_path.name, "tar_bytes": tar_bytes, "samples": samples}
+
+
+def _refuse_unsafe(tar_path: Path, member: tarfile.TarInfo) -> None:
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        raise UserError(f"{tar_path}: member {member.name!r} points outside the archive; make the tar again with relative paths")
+    if not member.isdir() and (not member.isreg() or member.issparse()):
+        raise UserError(f"{tar_path}: member {member.name!r} is a link, device or sparse file; make the tar again of plain files (tar --dereference)")
+
+
+def _crc32(tar_path: Path, file, member: tarfile.TarInfo) -> int:
+    file.seek(member.offset_data)
+    crc, left = 0, member.size
+    while left:
+        chunk = file.read(min(left, _CHUNK_BYTES))
+        if not chunk:
+            raise UserError(f"{tar_path}: is cut short inside member {member.name!r}; copy or make it again")
+        crc = zlib.crc32(chunk, crc)
+        left -= len(chunk)
+    return crc
+
+
+def write_index(tar_path: str | Path, index_path: str | Path) -> tuple[int, str]:
+    """Index a tar on disk, whole or not at all.
+
+    Returns: number of samples, sha256 of the index file.
+    Raises: UserError as `build_index`.
+    """
+    index = build_index(tar_path)
+    written = write_json(Path(index_path), index)
+    return len(index["samples"]), sha256_of_file(written)
+
+
+# ---------------------------------------------------------------------------------------------- reading by index
+
+
+class IndexedTar:
+    """Random access to the samples of one tar.
+
+    The tar is opened at the first read of a process and read by `pread`, which has no file position: an instance may be pickled,
+    inherited over a fork, or shared by threads.
+
+    Args:
+        index_sha256: of the index file, as a manifest holds it; empty to trust the file.
+    Raises: UserError if tar or index is missing, the index is not the one expected, or the tar has another size than was indexed.
+    """
+
+    _file_descriptor = -1  # closed
+
+    def __init__(self, tar_path: str | Path, index_path: str | Path, index_sha256: str = "") -> None:
+        self.tar_path, self.index_path = Path(tar_path), Path(index_path)
+        if index_sha256 and sha256_of_file(_existing(self.index_path, "index")) != index_sha256:
+            raise UserError(f"{self.index_path}: is not the index its manifest names (sha256 differs); make the set again or copy it whole")
+        index = self._read_index()
+        tar_bytes = _existing(self.tar_path, "tar").stat().st_size
+        if tar_bytes != index["tar_bytes"]:
+            raise UserError(f"{self.tar_path}: holds {tar_bytes} bytes, {index['tar_bytes']} were indexed; copy it again, or index it again if replaced")
+        # Arrays, not the parsed JSON: a process keeps many of these open and objects would cost ten times as much.
+        samples = index["samples"]
+        self._keys = [sample["key"] for sample in samples]
+        names = [name for sample in samples for name in sample["members"]]
+        self._extensions = sorted(set(names))
+        number_of = {name: number for number, name in enumerate(self._extensions)}
+        self._extension_numbers = np.array([number_of[name] for name in names], dtype=np.int32)
+        self._spans = np.array([span for sample in samples for span in sample["members"].values()], dtype=np.int64).reshape(-1, 3)
+        self._first_member = np.concatenate([[0], np.cumsum([len(sample["members"]) for sample in samples])]).astype(np.int64)
+
+    def _read_index(self) -> dict:
+        try:
+            index = json.loads(_existing(self.index_path, "index").read_text())
+        except ValueError as error:
+            raise UserError(f"{self.index_path}: not JSON ({error}); make the set again or copy it whole") from None
+        if not isinstance(index, dict) or index.get("format_version") != FORMAT_VERSION:
+            raise UserError(f"{self.index_path}: is no index of format version {FORMAT_VERSION}; make the set again with this release")
+        return index
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def key(self, i: int) -> str:
+        return self._keys[i]
+
+    def extensions(self, i: int) -> list[str]:
+        """Extensions of the members of sample `i`, in tar order."""
+        return [self._extensions[number] for number in self._extension_numbers[self._first_member[i] : self._first_member[i + 1]]]
+
+    def read(self, i: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
+        """Members of sample `i`, in tar order; only those named, where `extensions` is given. One that it has not is left out.
+
+        Raises: DamagedRecord if a member ends early or its CRC-32 differs from the indexed one.
+        """
+        assert 0 <= i < len(self), f"sample {i} of {len(self)}"
+        wanted = None if extensions is None else frozenset(extensions)
+        members = {}
+        for number in range(self._first_member[i], self._first_member[i + 1]):
+            extension = self._extensions[self._extension_numbers[number]]
+            if wanted is None or extension in wanted:
+                members[extension] = self._read_member(i, extension, *map(int, self._spans[number]))
+        return members
+
+    def _read_member(self, i: int, extension: str, offset: int, size: int, crc32: int) -> bytes:
+        if self._file_descriptor < 0:
+            self._file_descriptor = os.open(_existing(self.tar_path, "tar"), os.O_RDONLY | os.O_CLOEXEC)
+        # One call reads at most about 2 GiB, and a network filesystem may answer with less.
+        parts, left = [], size
+        while left:
+            part = os.pread(self._file_descriptor, left, offset + size - left)
+            if not part:
+                raise DamagedRecord(f"{self.tar_path}: key {self._keys[i]!r}, member .{extension}: ends {left} bytes early; copy the tar again")
+            parts.append(part)
+            left -= len(part)
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        if zlib.crc32(data) != crc32:
+            raise DamagedRecord(f"{self.tar_path}: key {self._keys[i]!r}, member .{extension}: CRC-32 differs from the index; copy the tar again")
+        return data
+
+    def close(self) -> None:
+        """Give the file descriptor back; the next read opens the tar anew."""
+        descriptor, self._file_descriptor = self._file_descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_file_descriptor": -1}
+
+
+class ShardSet:
+    """Random access to the samples of a whole set: global sample number = position in manifest order.
+
+    Nothing but the manifest is needed at construction; an index is read when its shard is first touched.
+
+    Args:
+        folder: where the manifest lies.  manifest: as `schema.read_manifest` gives it.
+        max_open: shards kept open, least recently used first out; each holds a file descriptor and its index in memory.
+    """
+
+    def __init__(self, folder: str | Path, manifest: ImageManifest | TokenManifest, *, max_open: int = 64) -> None:
+        self.folder, self.manifest, self._max_open = Path(folder), manifest, max_open
+        self.shard_sizes = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
+        self._ends = np.cumsum(self.shard_sizes)
+        self.num_samples = int(self._ends[-1]) if len(self._ends) else 0
+        # An evicted shard is closed by its last reference, so a thread that still reads from it is not cut off.
+        self._open_shard = lru_cache(maxsize=max_open)(self._load_shard)
+
+    def __reduce__(self):  # the open shards do not travel to loader processes
+        return _shard_set, (self.folder, self.manifest, self._max_open)
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Global sample number -> (shard number, index in that shard)."""
+        assert 0 <= sample < self.num_samples, f"sample {sample} of {self.num_samples}"
+        shard_number = int(np.searchsorted(self._ends, sample, side="right"))
+        return shard_number, int(sample - self._ends[shard_number] + self.shard_sizes[shard_number])
+
+    def read(self, sample: int, extensions: Iterable[str] | None = None) -> tuple[str, dict[str, bytes]]:
+        """Key and members of a sample.
+
+        Raises: DamagedRecord as `IndexedTar.read`; UserError if its shard is missing or not the one of the manifest.
+        """
+        shard_number, index = self.locate(sample)
+        shard = self._open_shard(shard_number)
+        return shard.key(index), shard.read(index, extensions)
+
+    def key(self, sample: int) -> str:
+        """Key of a sample; no member is read."""
+        shard_number, index = self.locate(sample)
+        return self._open_shard(shard_number).key(index)
+
+    def open_shard(self, shard_number: int) -> IndexedTar:
+        """One shard as a list of samples; from the cache of open ones.
+
+        Raises: UserError if it is missing or not the one of the manifest.
+        """
+        return self._open_shard(shard_number)
+
+    def check(self, verify: Literal["size", "all"]) -> None:
+        """`check_shards` over the whole set."""
+        self.check_shards(range(len(self.manifest.shards)), verify)
+
+    def check_shards(self, shard_numbers: Iterable[int], verify: Literal["size", "all"]) -> None:
+        """Check some shards, so that ranks may share the hashing: tar and index exist and the tar has its size; with "all" both sha256.
+
+        Raises: UserError naming the first shard that is missing, cut short or changed.
+        """
+        assert verify in ("size", "all"), verify
+        for shard_number in shard_numbers:
+            shard = self.manifest.shards[shard_number]
+            tar_path, index_path = self._paths(shard)
+            found_bytes = _existing(tar_path, "shard").stat().st_size
+            if found_bytes != shard.bytes:
+                fault = "cut short" if found_bytes < shard.bytes else "changed"
+                raise UserError(f"{tar_path}: shard is {fault}: {found_bytes} bytes, the manifest says {shard.bytes}; copy or make it again")
+            _existing(index_path, "index")
+            if verify == "all":
+                for path, sha256 in ((index_path, shard.index_sha256), (tar_path, shard.sha256)):
+                    if sha256_of_file(path) != sha256:
+                        raise UserError(f"{path}: changed since the set was made (sha256 differs from the manifest's); copy or make it again")
+
+    def _paths(self, shard: Shard) -> tuple[Path, Path]:
+        tar_path = self.folder / (shard.path or shard.name)  # an absolute path replaces the folder
+        return tar_path, self.folder / index_name(shard.name)
+
+    def _load_shard(self, shard_number: int) -> IndexedTar:
+        shard = self.manifest.shards[shard_number]
+        tar_path, index_path = self._paths(shard)
+        tar = IndexedTar(tar_path, index_path, shard.index_sha256)
+        if len(tar) != shard.samples:
+            raise UserError(f"{tar_path}: its index lists {len(tar)} samples, the manifest {shard.samples}; make the set again or copy it whole")
+        return tar
+
+
+def _shard_set(folder: Path, manifest: ImageManifest | TokenManifest, max_open: int) -> ShardSet:
+    return ShardSet(folder, manifest, max_open=max_open)
+
+
+def _existing(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: no such {what}; copy the set whole or make it again")
+    return path

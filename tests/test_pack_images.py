@@ -1,0 +1,563 @@
+"""What lies in an image folder lies in its shards: the same pictures, the right labels, nothing lost in silence."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from peco_ds import pack_images
+from peco_ds.command_line import run
+from peco_ds.data.decode import decode_rgb
+from peco_ds.data.indexed_tar import ShardSet
+from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE
+from peco_ds.pack_images import main, unique_keys
+from peco_ds.schema import ImageManifest, read_manifest
+
+NUM_PICTURES = 60
+NUM_CLASSES = 6
+
+
+def pack(*options) -> None:
+    main([*map(str, options), *([] if "--workers" in options else ["--workers", "1"])])
+
+
+def refusal(capsys, *options) -> str:
+    """The one line a user reads."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run(main, [*map(str, options)])
+    said = capsys.readouterr()
+    assert exit_.value.code == EXIT_BAD_INPUT and said.out == ""
+    assert said.err.count("\n") == 1, said.err
+    return said.err
+
+
+def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
+    shards = ShardSet(folder, read_manifest(folder, ImageManifest))
+    shards.check("all")
+    samples = dict(shards.read(sample) for sample in range(shards.num_samples))
+    assert len(samples) == shards.num_samples
+    return samples
+
+
+def picture_in(members: dict[str, bytes]) -> np.ndarray:
+    (extension,) = set(members) - {"cls"}
+    assert extension in ("jpg", "png", "webp")
+    return decode_rgb(members[extension]).permute(1, 2, 0).numpy().astype(int)
+
+
+@pytest.fixture(scope="module")
+def tree(real_data, tmp_path_factory) -> Path:
+    """60 real pictures in 6 class folders, in the layout of ILSVRC's training set."""
+    root = tmp_path_factory.mktemp("ilsvrc") / "train"
+    for number, path in enumerate(real_data.imagenet[:NUM_PICTURES]):
+        folder = root / f"n{number % NUM_CLASSES:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / f"{folder.name}_{number}.JPEG")
+    return root
+
+
+@pytest.fixture
+def flat(tree, tmp_path) -> tuple[Path, list[str]]:
+    """The layout of ILSVRC's validation set, and the synset of each picture in name order."""
+    folder = tmp_path / "val"
+    folder.mkdir()
+    synsets = []
+    for number, path in enumerate(sorted(tree.glob("*/*.JPEG"), key=lambda path: path.name[::-1])[:20]):
+        shutil.copyfile(path, folder / f"ILSVRC2012_val_{number + 1:08d}.JPEG")
+        synsets.append(path.parent.name)
+    return folder, synsets
+
+
+def labels_of(folder: Path) -> list[str]:
+    """Class name of each sample, by key."""
+    classes = read_manifest(folder, ImageManifest).classes
+    return [classes[int(members["cls"])] for _, members in sorted(samples_of(folder).items())]
+
+
+# ---------------------------------------------------------------------------------------------- class folders
+
+
+def test_a_class_folder_tree_comes_back_byte_for_byte_with_its_labels(tree, tmp_path, capsys):
+    pack("--images", tree, "--out", tmp_path, "--samples_per_shard", 16)
+    manifest = read_manifest(tmp_path, ImageManifest)
+    assert manifest.classes == sorted(path.name for path in tree.iterdir())
+    assert manifest.rejected == [] and manifest.samples == NUM_PICTURES
+    assert [shard.samples for shard in manifest.shards] == [16, 16, 16, 12]
+    expected = {path.stem: (path.read_bytes(), path.parent.name) for path in tree.glob("*/*.JPEG")}
+    found = {key: (members["jpg"], manifest.classes[int(members["cls"])]) for key, members in samples_of(tmp_path).items()}
+    assert found == expected
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    for part in (f"{NUM_PICTURES} samples", f"{NUM_CLASSES} classes", "4 shards", "0 rejected", str(tmp_path), str(sum(shard.bytes for shard in manifest.shards))):
+        assert part in last_line
+
+
+def test_webdataset_itself_reads_the_shards(tree, tmp_path):
+    pack("--images", tree, "--out", tmp_path, "--samples_per_shard", 40)
+    urls = sorted(str(path) for path in tmp_path.glob("*.tar"))
+    read = {sample["__key__"]: sample["jpg"] for sample in webdataset.WebDataset(urls, shardshuffle=False)}
+    assert read == {path.stem: path.read_bytes() for path in tree.glob("*/*.JPEG")}
+
+
+def test_every_shard_mixes_the_classes(tree, tmp_path):
+    pack("--images", tree, "--out", tmp_path, "--samples_per_shard", 20)
+    shards = ShardSet(tmp_path, read_manifest(tmp_path, ImageManifest))
+    for number in range(3):
+        shard = shards.open_shard(number)
+        assert len({shard.read(i)["cls"] for i in range(len(shard))}) > NUM_CLASSES // 2
+
+
+def test_packing_twice_gives_the_same_bytes_and_another_seed_another_order(tree, tmp_path):
+    sets = {}
+    for name, options in (("once", ["--workers", "1"]), ("twice", ["--workers", "2"]), ("other", ["--shuffle_seed", "1"])):
+        pack("--images", tree, "--out", tmp_path / name, "--samples_per_shard", 30, *options)
+        sets[name] = read_manifest(tmp_path / name, ImageManifest)
+    assert sets["once"].shards == sets["twice"].shards
+    assert sets["once"].fingerprint() != sets["other"].fingerprint()
+    assert samples_of(tmp_path / "once") == samples_of(tmp_path / "other")
+
+
+def test_the_stage_starts_by_path_and_says_one_line(tree, tmp_path):
+    script = Path(pack_images.__file__)
+    command = [sys.executable, str(script), "--images", str(tree), "--out", str(tmp_path / "out"), "--samples_per_shard", "30", "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == EXIT_DONE, done.stderr
+    assert len(done.stdout.splitlines()) == 1 and f"{NUM_PICTURES} samples" in done.stdout
+    assert len(samples_of(tmp_path / "out")) == NUM_PICTURES
+
+
+def test_dry_run_counts_and_writes_nothing(tree, tmp_path, capsys):
+    pack("--images", tree, "--out", tmp_path / "out", "--samples_per_shard", 25, "--dry_run")
+    assert f"{NUM_PICTURES} pictures into 3 shards" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tree, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pack_images, "PROGRESS_EVERY_S", 0.0)
+    pack("--images", tree, "--out", tmp_path, "--samples_per_shard", 30)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(f" of {NUM_PICTURES} pictures, " in line and line.endswith("s left") for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------- odd pictures
+
+
+def save_odd_kinds(folder: Path, photograph: Image.Image) -> dict[str, tuple[np.ndarray, int]]:
+    """One file of each odd kind: name -> (pixels a person should see, tolerance of the mean difference).
+
+    The two JPEGs are coded a second time, at quality 95; measured 1.8 for the inverted CMYK one and 0.9 for the rotated one.
+    """
+    upright = np.asarray(photograph, dtype=int)
+    grey = np.asarray(photograph.convert("L"))
+    expected = {}
+    photograph.convert("CMYK").save(folder / "cmyk.JPEG", quality=95)
+    expected["cmyk"] = np.asarray(Image.open(folder / "cmyk.JPEG").convert("RGB"), dtype=int), 3
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph.save(folder / "rotated.jpg", quality=95, exif=exif)
+    expected["rotated"] = np.rot90(np.asarray(Image.open(folder / "rotated.jpg"), dtype=int), -1), 2
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
+    expected["deep"] = np.repeat(grey[..., None], 3, axis=2), 0
+    palette = photograph.quantize(64)
+    palette.save(folder / "palette.png")
+    palette.save(folder / "moving.gif", save_all=True, append_images=[ImageOps.invert(photograph).quantize(64)])
+    expected["palette"] = expected["moving"] = np.asarray(palette.convert("RGB")), 0
+    layered = photograph.copy()
+    layered.putalpha(Image.fromarray(np.where(np.arange(grey.shape[1]) < 20, 0, 255).astype(np.uint8)[None].repeat(grey.shape[0], axis=0)))
+    layered.save(folder / "layered.png")
+    over_white = upright.copy()
+    over_white[:, :20] = 255
+    expected["layered"] = over_white, 0
+    photograph.save(folder / "bitmap.bmp")
+    photograph.save(folder / "scan.TIFF")
+    expected["bitmap"] = expected["scan"] = upright, 0
+    return expected
+
+
+def test_odd_pictures_are_stored_as_upright_rgb_that_any_reader_understands(real_data, tmp_path):
+    source, out = tmp_path / "odd", tmp_path / "out"
+    source.mkdir()
+    photograph = Image.open(real_data.kodak[1]).convert("RGB").resize((120, 80))
+    expected = save_odd_kinds(source, photograph)
+    pack("--images", source, "--out", out, "--quality", 95)
+    samples = samples_of(out)
+    assert set(samples) == set(expected)
+    for name, (pixels, tolerance) in expected.items():
+        (data,) = samples[name].values()
+        stored = Image.open(io.BytesIO(data))
+        assert stored.mode == "RGB" and stored.getexif().get(0x0112, 1) == 1, name
+        assert stored.size == pixels.shape[1::-1], name
+        assert np.abs(np.asarray(stored, dtype=int) - pixels).mean() <= tolerance, name
+        assert set(samples[name]) == {"jpg" if name in ("cmyk", "rotated") else "png"}, name
+
+
+def test_plain_png_and_webp_are_kept_and_named_by_content_not_by_file_name(real_data, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    png = real_data.kodak[0].read_bytes()
+    (source / "disguised.JPEG").write_bytes(png)  # as one picture of ILSVRC is
+    Image.open(real_data.kodak[1]).convert("RGB").resize((60, 40)).save(source / "small.webp", quality=80)
+    pack("--images", source, "--out", tmp_path / "out")
+    assert samples_of(tmp_path / "out") == {"disguised": {"png": png}, "small": {"webp": (source / "small.webp").read_bytes()}}
+
+
+def test_short_side_shrinks_and_never_enlarges(real_data, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    photograph = Image.open(real_data.kodak[0]).convert("RGB")
+    photograph.save(source / "large.jpg", quality=95)
+    photograph.save(source / "lossless.png")
+    photograph.resize((96, 64)).save(source / "small.jpg", quality=95)
+    pack("--images", source, "--out", tmp_path / "out", "--short_side", 128)
+    samples = samples_of(tmp_path / "out")
+    assert samples["small"]["jpg"] == (source / "small.jpg").read_bytes()
+    short, long = sorted(photograph.size)
+    reference = np.asarray(photograph.resize([round(side * 128 / short) for side in photograph.size], Image.Resampling.BICUBIC), dtype=int)
+    assert sorted(picture_in(samples["large"]).shape[:2]) == [128, round(long * 128 / short)]
+    assert np.abs(picture_in(samples["lossless"]) - reference).max() == 0
+    assert np.abs(picture_in(samples["large"]) - reference).mean() < 5
+
+
+# ---------------------------------------------------------------------------------------------- bad pictures
+
+
+def spoil(tree: Path, folder: Path) -> tuple[Path, set[str]]:
+    source = folder / "spoilt"
+    shutil.copytree(tree, source)
+    first, second, third = sorted(source.glob("*/*.JPEG"))[:3]
+    first.write_bytes(first.read_bytes()[:-300])
+    second.write_bytes(b"")
+    third.unlink()
+    third.symlink_to(folder / "nowhere.JPEG")
+    return source, {f"{path.parent.name}/{path.name}" for path in (first, second, third)}
+
+
+def test_unreadable_pictures_are_named_and_left_out(tree, tmp_path, capsys):
+    source, spoilt = spoil(tree, tmp_path)
+    pack("--images", source, "--out", tmp_path / "out", "--max_bad_share", 0.05, "--samples_per_shard", 25)
+    manifest = read_manifest(tmp_path / "out", ImageManifest)
+    assert {line.split(": ")[0] for line in manifest.rejected} == spoilt
+    assert all(line.split(": ", 1)[1] for line in manifest.rejected)
+    assert set(samples_of(tmp_path / "out")) == {path.stem for path in tree.glob("*/*.JPEG")} - {Path(path).stem for path in spoilt}
+    assert "3 rejected" in capsys.readouterr().out
+
+
+def test_too_many_unreadable_pictures_are_an_error_and_leave_no_manifest(tree, tmp_path, capsys):
+    source, spoilt = spoil(tree, tmp_path)
+    options = ["--images", source, "--out", tmp_path / "out", "--workers", 1]
+    line = refusal(capsys, *options)
+    assert "3 of 60" in line and "--max_bad_share" in line and all(path in line for path in spoilt)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    before = (tmp_path / "out" / "shard-000000.tar").stat().st_mtime_ns
+    pack(*options, "--max_bad_share", 0.05)
+    assert (tmp_path / "out" / "shard-000000.tar").stat().st_mtime_ns == before  # what was packed is not packed again
+
+
+# ---------------------------------------------------------------------------------------------- restart
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+
+
+def test_a_restart_rebuilds_what_is_missing_and_nothing_else(tree, tmp_path):
+    options = ["--images", tree, "--out", tmp_path, "--samples_per_shard", 15]
+    pack(*options)
+    first, before = read_manifest(tmp_path, ImageManifest), stamps(tmp_path)
+    (tmp_path / "shard-000001.tar").unlink()
+    (tmp_path / "shard-000002.index.json").unlink()
+    os.truncate(tmp_path / "shard-000003.tar", 5000)
+    (tmp_path / ".shard-000001.tar.123.tmp").write_bytes(b"left by a killed run")
+    pack(*options)
+    after = stamps(tmp_path)
+    assert {name for name in after if after[name] != before.get(name)} == {f"shard-00000{number}.tar" for number in (1, 2, 3)}
+    assert read_manifest(tmp_path, ImageManifest) == first
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_changed_picture_rebuilds_only_its_shard(tree, tmp_path, real_data):
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(tree, source)
+    pack("--images", source, "--out", out, "--samples_per_shard", 15)
+    before = stamps(out)
+    changed = sorted(source.glob("*/*.JPEG"))[7]
+    shutil.copyfile(real_data.imagenet[NUM_PICTURES], changed)
+    pack("--images", source, "--out", out, "--samples_per_shard", 15)
+    after = stamps(out)
+    assert sum(after[name] != before[name] for name in after) == 1
+    assert samples_of(out)[changed.stem]["jpg"] == changed.read_bytes()
+
+
+def test_an_unfinished_set_is_made_anew_with_other_options_and_a_finished_one_is_not(tree, tmp_path, capsys):
+    options = ["--images", tree, "--out", tmp_path, "--workers", 1]
+    pack(*options, "--samples_per_shard", 10)
+    line = refusal(capsys, *options, "--samples_per_shard", 30)
+    assert "samples_per_shard was '10', is '30'" in line
+    assert len(read_manifest(tmp_path, ImageManifest).shards) == 6
+    (tmp_path / "manifest.json").unlink()
+    pack(*options, "--samples_per_shard", 30)
+    assert sorted(stamps(tmp_path)) == ["shard-000000.tar", "shard-000001.tar"]  # none of the old ones is left to mislead
+    assert len(samples_of(tmp_path)) == NUM_PICTURES
+
+
+def test_tars_of_unknown_origin_are_not_overwritten(tree, tmp_path, capsys):
+    (tmp_path / "shard-000000.tar").write_bytes(b"somebody's work")
+    assert "not made here" in refusal(capsys, "--images", tree, "--out", tmp_path, "--workers", 1)
+    assert (tmp_path / "shard-000000.tar").read_bytes() == b"somebody's work"
+
+
+# ---------------------------------------------------------------------------------------------- flat and unlabelled folders
+
+
+def test_a_flat_folder_takes_its_labels_from_any_form_in_which_ilsvrc_has_them(flat, tmp_path):
+    folder, synsets = flat
+    names = sorted(path.stem for path in folder.iterdir())
+    sorted_synsets = sorted(set(synsets))
+    devkit_order = sorted_synsets[::-1]
+    (tmp_path / "devkit.txt").write_text("\n".join(f"{synset} some words" for synset in devkit_order))
+    (tmp_path / "mapping.txt").write_text("\n".join(f"{synset} some words" for synset in sorted_synsets))
+    backwards = list(zip(names, synsets))[::-1]  # the lists that name pictures come in any order
+    forms = {
+        "lines": ("\n".join(synsets), None),
+        "kaggle": ("ImageId,PredictionString\n" + "\n".join(f"{name},{synset} 85 1 499 272 {synset} 1 2 3 4 " for name, synset in backwards), None),
+        "caffe": ("\n".join(f"{name}.JPEG {sorted_synsets.index(synset)}" for name, synset in backwards), "mapping.txt"),
+        "devkit": ("\n".join(str(devkit_order.index(synset) + 1) for synset in synsets), "devkit.txt"),
+    }
+    for form, (text, classes) in forms.items():
+        (tmp_path / f"{form}.list").write_text(text + "\n")
+        extra = ["--classes", tmp_path / classes] if classes else []
+        pack("--images", folder, "--synsets", tmp_path / f"{form}.list", "--out", tmp_path / form, *extra)
+        assert labels_of(tmp_path / form) == synsets, form
+        assert read_manifest(tmp_path / form, ImageManifest).classes == sorted_synsets, form
+
+
+def test_a_full_list_of_classes_keeps_the_usual_indices_where_pictures_cover_few(flat, tmp_path):
+    folder, synsets = flat
+    (tmp_path / "synsets.txt").write_text("\n".join(synsets))
+    everything = sorted({*synsets, "n00000000", "n99999999", "n00000003"})
+    (tmp_path / "classes.txt").write_text("\n".join(everything))
+    pack("--images", folder, "--synsets", tmp_path / "synsets.txt", "--classes", tmp_path / "classes.txt", "--out", tmp_path / "out")
+    assert read_manifest(tmp_path / "out", ImageManifest).classes == everything
+    assert labels_of(tmp_path / "out") == synsets
+
+
+def test_lists_that_do_not_fit_the_folder_are_refused(flat, tmp_path, capsys):
+    folder, synsets = flat
+    listing, classes = tmp_path / "list.txt", tmp_path / "classes.txt"
+    options = ["--images", folder, "--out", tmp_path / "out", "--synsets", listing]
+
+    def line_for(text, *extra):
+        listing.write_text(text)
+        return refusal(capsys, *options, *extra)
+
+    assert "19 lines for 20 pictures" in line_for("\n".join(synsets[:-1]))
+    assert "--classes" in line_for("\n".join("1" for _ in synsets))
+    names = sorted(path.name for path in folder.iterdir())
+    assert "is not in" in line_for("\n".join(f"{name} {synset}" for name, synset in list(zip(names, synsets))[1:]))
+    assert "not in the folder" in line_for("\n".join(f"{name} {synset}" for name, synset in [*zip(names, synsets), ("more.JPEG", synsets[0])]))
+    assert "one label a line" in line_for("")
+    assert "--labels" in line_for("\n".join(synsets), "--labels", "folders")
+    classes.write_text("\n".join(sorted(set(synsets))))
+    assert "do not follow sorted synsets" in line_for("\n".join("1" for _ in synsets), "--classes", classes)
+    classes.write_text("\n".join(sorted(set(synsets))[::-1]))
+    assert "outside 1..6" in line_for("\n".join("7" for _ in synsets), "--classes", classes)
+    classes.write_text("n12345678\n")
+    assert "is not in" in line_for("\n".join(synsets), "--classes", classes)
+    classes.write_text("n12345678\nn12345678\n")
+    assert "stands twice" in line_for("\n".join(synsets), "--classes", classes)
+    assert "cannot be read" in refusal(capsys, *options[:-1], tmp_path / "absent.txt")
+
+
+def test_unlabelled_pictures_at_any_depth_have_no_labels(tree, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(tree, source / "deep" / "deeper")
+    shutil.copyfile(next(tree.glob("*/*.JPEG")), source / "on top.jpg")
+    (source / "README.txt").write_text("no picture")
+    (source / ".thumb.jpg").write_bytes(b"no picture either")
+    pack("--images", source, "--out", tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out", ImageManifest)
+    assert manifest.classes is None and manifest.samples == NUM_PICTURES + 1 and manifest.rejected == []
+    assert all(set(members) == {"jpg"} for members in samples_of(tmp_path / "out").values())
+
+
+def test_labels_none_ignores_class_folders(tree, tmp_path):
+    pack("--images", tree, "--out", tmp_path, "--labels", "none")
+    assert read_manifest(tmp_path, ImageManifest).classes is None
+
+
+def test_odd_file_names_and_equal_names_get_keys_of_their_own(real_data, tmp_path):
+    source = tmp_path / "in"
+    names = ["a/0001.jpg", "b/0001.jpg", "b/0001.jpeg", "a/b.c.d.jpg", "a/with space und Ümlaut.jpg", "a/-rf.jpg", "a/new\nline.jpg", "a/" + "x" * 200 + ".jpg"]
+    encoded = [os.fsencode(source / name) for name in names] + [os.fsencode(source) + b"/a/latin\xe9.jpg"]
+    for path, picture in zip(encoded, real_data.imagenet):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        shutil.copyfile(picture, path)
+    pack("--images", source, "--out", tmp_path / "out")
+    samples = samples_of(tmp_path / "out")
+    assert sorted(members["jpg"] for members in samples.values()) == sorted(path.read_bytes() for path in real_data.imagenet[: len(encoded)])
+    assert {"a_0001", "b_c_d", "with space und Ümlaut", "new_line", "x" * 200} <= set(samples)
+    urls = [str(path) for path in (tmp_path / "out").glob("*.tar")]
+    assert {sample["__key__"] for sample in webdataset.WebDataset(urls, shardshuffle=False)} == set(samples)
+
+
+@given(st.lists(st.text(alphabet="ab_./", min_size=1, max_size=8).map(lambda text: text + ".jpg"), unique=True, max_size=30))
+def test_keys_are_unique_and_fit_a_tar_member(paths):
+    keys = unique_keys(paths)
+    assert len(set(keys)) == len(paths)
+    assert not any("." in key or "/" in key for key in keys)
+
+
+def test_a_loop_of_links_is_walked_once(tree, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(tree, source)
+    (source / "n00000000" / "back").symlink_to(source, target_is_directory=True)
+    pack("--images", source, "--out", tmp_path / "out")
+    assert read_manifest(tmp_path / "out", ImageManifest).samples == NUM_PICTURES
+
+
+# ---------------------------------------------------------------------------------------------- tars that exist already
+
+
+@pytest.fixture
+def tars(tree, tmp_path) -> Path:
+    """The layout of timm/imagenet-1k-wds: jpg, json and cls a sample."""
+    folder = tmp_path / "wds"
+    folder.mkdir()
+    pictures = sorted(tree.glob("*/*.JPEG"))
+    for number in range(2):
+        with webdataset.TarWriter(str(folder / f"imagenet1k-train-{number:04d}.tar")) as writer:
+            for path in pictures[number * 10 : number * 10 + 10]:
+                label = int(path.parent.name[1:])
+                writer.write({"__key__": path.stem, "jpg": path.read_bytes(), "json": {"label": label, "filename": path.name}, "cls": label})
+    return folder
+
+
+def test_tars_are_indexed_where_they_lie_and_not_touched(tars, tree, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in tars.iterdir()}
+    pack("--index_tars", tars, "--out", tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in tars.iterdir()} == before
+    manifest = read_manifest(tmp_path / "out", ImageManifest)
+    assert [shard.name for shard in manifest.shards] == sorted(before) and manifest.samples == 20
+    originals = {path.stem: path for path in tree.glob("*/*.JPEG")}
+    for key, members in samples_of(tmp_path / "out").items():
+        assert members["jpg"] == originals[key].read_bytes()
+        assert manifest.classes[int(members["cls"])] == str(int(originals[key].parent.name[1:]))
+        assert json.loads(members["json"])["filename"] == originals[key].name
+    assert "20 samples" in capsys.readouterr().out
+
+
+def test_a_restart_indexes_only_the_tar_that_changed(tars, tmp_path):
+    out = tmp_path / "out"
+    options = ["--index_tars", tars / "*.tar", "--out", out]
+    pack(*options)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.index.json")}
+    shutil.copyfile(tars / "imagenet1k-train-0000.tar", tars / "imagenet1k-train-0001.tar")
+    pack(*options)
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.index.json")}
+    assert [name for name in after if after[name] != before[name]] == ["imagenet1k-train-0001.index.json"]
+    samples = [shard.sha256 for shard in read_manifest(out, ImageManifest).shards]
+    assert samples[0] == samples[1]
+
+
+def test_class_names_of_tars_come_from_a_file(tars, tmp_path, capsys):
+    names = tmp_path / "classes.txt"
+    names.write_text("\n".join(f"class{number} words" for number in range(10)))
+    pack("--index_tars", tars, "--classes", names, "--out", tmp_path / "out")
+    assert read_manifest(tmp_path / "out", ImageManifest).classes == [f"class{number}" for number in range(10)]
+    names.write_text("only\n")
+    assert "1 classes, but" in refusal(capsys, "--index_tars", tars, "--classes", names, "--out", tmp_path / "out2", "--workers", 1)
+
+
+def test_tars_of_one_name_in_two_folders_become_two_shards(tars, tmp_path):
+    other = tmp_path / "more" / "wds"
+    shutil.copytree(tars, other)
+    pack("--index_tars", tmp_path / "**" / "wds" / "*.tar", "--out", tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out", ImageManifest)
+    assert manifest.samples == 40 and len({shard.name for shard in manifest.shards}) == 4
+    ShardSet(tmp_path / "out", manifest).check("all")
+
+
+def test_tars_that_cannot_serve_are_refused_by_name(tars, tree, tmp_path, capsys):
+    options = ["--index_tars", tars, "--out", tmp_path / "out", "--workers", 1]
+    last = tars / "imagenet1k-train-0001.tar"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:100_000])
+    assert last.name in refusal(capsys, *options)
+    for extra, reason in (({"txt": "caption"}, "has no picture"), ({"jpg": b"x", "cls": "cat"}, "not a class number"), ({"jpg": b"x"}, "labelled")):
+        with webdataset.TarWriter(str(last)) as writer:
+            writer.write({"__key__": "odd", **{name: value.encode() if isinstance(value, str) else value for name, value in extra.items()}})
+        line = refusal(capsys, *options)
+        assert last.name in line and reason in line
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    last.write_bytes(whole)
+    pack(*options)
+    assert len(samples_of(tmp_path / "out")) == 20
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def test_bad_folders_are_refused_in_one_line(tree, tmp_path, capsys):
+    out = tmp_path / "out"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no such folder" in refusal(capsys, "--images", tmp_path / "absent", "--out", out)
+    assert "holds no picture" in refusal(capsys, "--images", empty, "--out", out)
+    assert "no tar there" in refusal(capsys, "--index_tars", empty, "--out", out)
+    source = tmp_path / "in"
+    shutil.copytree(tree, source)
+    (source / "n00000099").mkdir()
+    assert "n00000099" in refusal(capsys, "--images", source, "--out", out)
+    (source / "n00000099").rmdir()
+    shutil.copyfile(next(tree.glob("*/*.JPEG")), source / "top.jpg")
+    assert "'top.jpg'" in refusal(capsys, "--images", source, "--out", out, "--labels", "folders")
+    assert "inside" in refusal(capsys, "--images", source, "--out", source / "shards")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert "cannot be made" in refusal(capsys, "--images", tree, "--out", blocked / "shards")
+    assert not out.exists()
+
+
+def test_a_folder_of_nothing_but_broken_pictures_is_no_set(tmp_path, capsys):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.jpg").write_bytes(b"broken")
+    line = refusal(capsys, "--images", source, "--out", tmp_path / "out", "--max_bad_share", 1, "--workers", 1)
+    assert "no picture that can be decoded" in line
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--quality", "101"], "--quality 101"),
+        (["--samples_per_shard", "0"], "--samples_per_shard 0"),
+        (["--short_side", "-1"], "--short_side -1"),
+        (["--workers", "0"], "--workers 0"),
+        (["--max_bad_share", "2"], "--max_bad_share 2"),
+        (["--max_bad_share", "nan"], "--max_bad_share nan"),
+        (["--quality", "high"], "--quality"),
+        (["--labels", "some"], "--labels"),
+        (["--classes", "x"], "--classes goes with"),
+        (["--unknown"], "--unknown"),
+        (["--index_tars", "x"], "not allowed with"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(tree, tmp_path, capsys, options, reason):
+    assert reason in refusal(capsys, "--images", tree, "--out", tmp_path / "out", *options)
+
+
+def test_options_that_cannot_act_on_tars_are_refused(tars, tmp_path, capsys):
+    for option in (["--short_side", "64"], ["--quality", "80"], ["--labels", "none"], ["--synsets", "x"], ["--max_bad_share", "0.5"]):
+        assert f"{option[0]} " in refusal(capsys, "--index_tars", tars, "--out", tmp_path / "out", *option)
