@@ -56,3 +56,58 @@ def wheel_photographs(folder: Path) -> RealData:
             picture.crop((left, top, left + 256, top + 256)).save(path, quality=92)
             jpegs.append(path)
     return RealData(imagenet=jpegs, kodak=pngs, imagenette_tar=None)
+
+
+def run_stage(stage: str, *arguments, ranks: int = 1, check: bool = True, timeout_s: float = 600, environment: dict | None = None):
+    """Start an entry point by path as a user does: plainly on one process, by torchrun on several.
+
+    Returns: subprocess.CompletedProcess with text output.
+    """
+    import subprocess
+    import sys
+
+    command = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    script = stage if stage.endswith(".py") else f"peco_ds/{stage}.py"
+    env = {**{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}, "DS_ACCELERATOR": "cpu", **(environment or {})}
+    done = subprocess.run([*command, str(REPOSITORY / script), *map(str, arguments)], capture_output=True, text=True, timeout=timeout_s, env=env, cwd=REPOSITORY)
+    if check:
+        assert done.returncode == 0, f"{stage} {arguments} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+# One small chain for all tests that need records: 96 real pictures in 4 shards, a stride-8 tokenizer of 64 codes, 3 views a picture.
+SMALL_VIT = (
+    "views.tokenizer_px=32 views.count=3 views.scale=[0.2,1.0] model.image_px=64 model.patch_px=16 model.width=48 model.depth=2 model.heads=3 model.drop_path=0 "
+    "mask.count=6 mask.min_block=2 objective.num_codes=64 data.num_workers=0 data.shuffle_window_shards=2 optim.lr=3e-3 schedule.epochs=null schedule.steps=10 "
+    "schedule.warmup_epochs=null schedule.warmup_steps=2 run.precision=fp32 run.global_batch=8 run.micro_batch=4 run.log_every_steps=1 checkpoint.every_epochs=null"
+).split()
+
+
+@dataclass(frozen=True)
+class SmallSets:
+    """A data root with images/train, tokenizer and tokens/train, and the overrides that make peco_vitb16 fit it."""
+
+    root: Path
+    overrides: list[str]
+
+
+@pytest.fixture(scope="session")
+def small_sets(real_data, tmp_path_factory) -> SmallSets:
+    import torch
+
+    from peco_ds.config import TokenizerSettings
+    from peco_ds.models.peco_tokenizer import build_tokenizer, save_tokenizer
+
+    root = tmp_path_factory.mktemp("small_sets")
+    pictures = root / "pictures"
+    for path in real_data.imagenet[:96]:
+        (pictures / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (pictures / path.parent.name / path.name).symlink_to(path)
+    run_stage("pack_images", "--images", pictures, "--out", root / "images" / "train", "--samples_per_shard", 24, "--workers", 2)
+    torch.manual_seed(0)
+    settings = TokenizerSettings(channels=16, channel_mults=(1, 1, 2, 2), blocks_per_level=1, z_channels=16, num_codes=64, code_dim=8, l2_normalized=True)
+    tokenizer = build_tokenizer(settings)
+    save_tokenizer(root / "tokenizer", tokenizer.state_dict(), settings, {"judge": "none"})
+    overrides = [f"data.root={root}", "data.tokens=tokens/train", *SMALL_VIT]
+    run_stage("tokenize_shards", "--recipe", "peco_vitb16", *overrides)
+    return SmallSets(root, overrides)

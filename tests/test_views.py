@@ -1,0 +1,93 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance
+
+from peco_ds.data.views import center_view, cut, draw_view, jitter, to_backbone, to_tokenizer
+from peco_ds.schema import VIEW_COLUMNS
+
+RECIPE = dict(scale=(0.08, 1.0), ratio=(0.75, 4 / 3), flip=0.5, color_jitter=0.4)
+
+
+@pytest.fixture(scope="module")
+def picture(real_data):
+    image = Image.open(real_data.imagenet[3]).convert("RGB")
+    return image, torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def test_a_view_follows_from_seed_sample_and_view_alone():
+    rows = {tuple(draw_view(300, 400, seed=s, sample=i, view=v, **RECIPE)) for s in range(2) for i in range(5) for v in range(5)}
+    assert len(rows) == 50
+    assert np.array_equal(draw_view(300, 400, seed=1, sample=2, view=3, **RECIPE), draw_view(300, 400, seed=1, sample=2, view=3, **RECIPE))
+
+
+@pytest.mark.parametrize("size", [(300, 400), (40, 500), (500, 33), (1, 1), (16, 16)])
+def test_every_box_lies_inside_the_picture_within_scale_and_ratio(size):
+    for view in range(200):
+        top, left, height, width, flip, *factors, order = draw_view(*size, seed=0, sample=0, view=view, **RECIPE)
+        assert top >= 0 and left >= 0 and height >= 1 and width >= 1 and top + height <= size[0] and left + width <= size[1]
+        assert flip in (0, 1) and all(0.6 <= f <= 1.4 for f in factors) and 0 <= order < 6
+        if size == (300, 400):
+            assert 0.07 < height * width / 120000 <= 1.0 and 0.73 < width / height < 1.37
+
+
+def test_a_cut_is_the_crop_that_pil_makes(picture):
+    image, tensor = picture
+    row = draw_view(image.height, image.width, seed=0, sample=0, view=4, **{**RECIPE, "flip": 1.0})
+    top, left, height, width = (int(v) for v in row[:4])
+    reference = image.crop((left, top, left + width, top + height)).resize((224, 224), Image.BICUBIC).transpose(Image.FLIP_LEFT_RIGHT)
+    ours = cut(tensor, row, 224).permute(1, 2, 0).numpy().astype(int)
+    difference = np.abs(ours - np.asarray(reference).astype(int))
+    assert difference.max() <= 2 and difference.mean() < 0.2
+
+
+def test_jitter_is_pils_on_the_same_crop(picture):
+    image, _ = picture
+    crop = image.crop((10, 10, 150, 150)).resize((64, 64))
+    tensor = torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None]
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    orders = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+    for number, order in enumerate(orders):
+        factors = (0.7, 1.3, 1.35)
+        reference = crop
+        for operation in order:
+            reference = enhancers[operation](reference).enhance(factors[operation])
+        row = torch.tensor([[0, 0, 64, 64, 0, *factors, number]])
+        difference = (jitter(tensor, row)[0].permute(1, 2, 0).int() - torch.from_numpy(np.array(reference)).int()).abs()
+        assert difference.max() <= 3 and difference.float().mean() < 0.5, order
+
+
+def test_a_replayed_view_does_not_depend_on_its_batch(picture):
+    _, tensor = picture
+    rows = np.stack([draw_view(*tensor.shape[1:], seed=0, sample=0, view=v, **RECIPE) for v in range(8)])
+    crops = torch.stack([cut(tensor, row, 96) for row in rows])
+    together = jitter(crops, torch.from_numpy(rows))
+    for number in range(8):
+        alone = jitter(cut(tensor, rows[number], 96)[None], torch.from_numpy(rows[number : number + 1]))
+        assert torch.equal(alone[0], together[number])
+
+
+def test_the_central_view_of_held_out_pictures_is_upright_and_unjittered(picture):
+    _, tensor = picture
+    row = center_view(*tensor.shape[1:])
+    side = min(tensor.shape[1:])
+    crop = cut(tensor, row, side)
+    top, left = (tensor.shape[1] - side) // 2, (tensor.shape[2] - side) // 2
+    assert torch.equal(crop, tensor[:, top : top + side, left : left + side])
+    assert torch.equal(jitter(crop[None], torch.from_numpy(row)[None])[0], crop)
+
+
+def test_value_ranges_are_those_the_networks_were_made_for():
+    white, black = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    assert to_tokenizer(white).max() == 1 and to_tokenizer(black).min() == -1
+    assert torch.allclose(to_backbone(white)[0, :, 0, 0], (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))
+
+
+def test_a_row_survives_the_npy_format_exactly():
+    row = draw_view(3000, 4000, seed=0, sample=0, view=0, **RECIPE)
+    buffer = io.BytesIO()
+    np.save(buffer, row)
+    buffer.seek(0)
+    assert row.dtype == np.float32 and row.shape == (len(VIEW_COLUMNS),) and np.array_equal(np.load(buffer), row)
