@@ -109,7 +109,7 @@ class ScheduleSettings:
     warmup_epochs: Optional[float] = None
     warmup_steps: Optional[int] = None
     min_lr: float = 1e-5
-    stop_at_step: Optional[int] = None  # stop in good order at this step (exit 75); the schedule is unchanged
+    stop_at_step: Optional[int] = None  # save and end at this step, the schedule unchanged; a later start with a higher one goes on
 
 
 @dataclass(frozen=True, config=_strict)

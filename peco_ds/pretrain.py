@@ -109,7 +109,6 @@ def train(args, resolved) -> int:
         global_batch=cfg.run.global_batch,
         num_samples=pictures.num_samples,
     )
-    world.watch_signals()
     done, stopping = progress.step, False
     for step in range(progress.step, durations.stop_step):
         rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
@@ -136,7 +135,7 @@ def train(args, resolved) -> int:
         if stopping:
             break
     meter.close()
-    return EXIT_DONE if done == durations.total_steps else EXIT_REQUEUE
+    return EXIT_REQUEUE if stopping and done < durations.stop_step else EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def read_manifest(folder: str | Path, manifest_type: type):
         raise UserError(f"{folder}: holds {tars} tar files but no {MANIFEST_NAME}, so they cannot be trusted; make it with {maker}")
     try:
         raw = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); make it again with {maker}") from None
     found = raw.get("kind") if isinstance(raw, dict) else None
     if found != kind:

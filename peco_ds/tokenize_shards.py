@@ -14,7 +14,7 @@ if __package__ in (None, ""):
 
 from peco_ds.command_line import parse_stage, run, stage_parser
 from peco_ds.config import PretrainRecipe, data_path
-from peco_ds.errors import EXIT_DONE, UserError
+from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer, _ = load_tokenizer(data_path(cfg.data, cfg.data.tokenizer))
     tokenizer.to(world.device)
     tokenize_missing(cfg, pictures, tokenizer, parts, missing[world.rank :: world.size], world)
-    world.barrier()
+    if world.stop_requested():
+        return EXIT_REQUEUE
     if args.parts == 1 and world.is_main:
         return report(parts.finish())
     return EXIT_DONE
@@ -106,6 +107,8 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
             bar.update(len(batch.keys))
 
     for number in shard_numbers:
+        if world.stop_seen:
+            break
         parts.write(number, records(number))
     bar.close()
 

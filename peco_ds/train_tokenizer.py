@@ -30,11 +30,11 @@ def dry_run(args, resolved) -> int:
     from peco_ds.schema import ImageManifest, read_manifest
 
     cfg = resolved.recipe
-    read_deepspeed_json(args.deepspeed_config)
+    ds_config = read_deepspeed_json(args.deepspeed_config)
     images = data_path(cfg.data, cfg.data.images)
     assumed = not images.exists()
     num_samples = IMAGENET_1K_TRAIN if assumed else read_manifest(images, ImageManifest).samples
-    sys.stdout.write(tokenizer_report(cfg, num_samples=num_samples, durations=resolve_durations(cfg, num_samples), assumed=assumed) + "\n")
+    sys.stdout.write(tokenizer_report(cfg, num_samples=num_samples, durations=resolve_durations(cfg, num_samples), ds_config=ds_config, assumed=assumed) + "\n")
     return EXIT_DONE
 
 
@@ -143,7 +143,6 @@ def train(args, resolved) -> int:
     newest = list_checkpoints(args.out)[0] if progress.step else None
     quality = evaluate(progress.step)
     batches = crops(progress.step, durations.stop_step)
-    world.watch_signals()
     done, stopping, counts = progress.step, False, torch.zeros(cfg.tokenizer.num_codes)
     for step in range(progress.step, durations.stop_step):
         rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
@@ -189,9 +188,9 @@ def train(args, resolved) -> int:
         if stopping:
             break
     meter.close()
-    if done < durations.total_steps:
+    if done < durations.stop_step:
         return EXIT_REQUEUE
-    if world.is_main:
+    if world.is_main and done == durations.total_steps:
         weights = {name.removeprefix("tokenizer."): value for name, value in fp32_weights(newest).items() if not name.startswith("critic.")}
         facts = {"recipe": cfg.name, "steps": done, "images_seen": done * cfg.run.global_batch, "judge": judge.description if judge is not None else "none", **quality}
         written = save_tokenizer(args.out / "tokenizer", weights, cfg.tokenizer, facts)

@@ -7,6 +7,7 @@ place taken by the next one of the set; a token record that cannot be trusted st
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from peco_ds.schema import IMAGE_EXTENSIONS, VIEW_COLUMNS, ImageManifest, read_m
 
 logger = logging.getLogger("peco_ds")
 
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # answered by saving and leaving with exit code 75
 UNREADABLE = np.zeros(len(VIEW_COLUMNS), dtype=np.float32)  # view row of a picture that could not be read: a box without height
 
 
@@ -126,7 +128,7 @@ def _load(make: Callable, places, num_workers: int) -> Iterator[_Raw]:
         batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread if num_workers else None,
+        worker_init_fn=_start_worker if num_workers else None,
         prefetch_factor=2 if num_workers else None,
     )
     for raw in loader:
@@ -135,8 +137,11 @@ def _load(make: Callable, places, num_workers: int) -> Iterator[_Raw]:
         yield raw
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)  # workers are the parallelism; more threads would fight over the same cores
+    # Slurm signals every process of a step. The loop answers and ends its workers; one that died of the signal would end the loop.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class BadPictures:

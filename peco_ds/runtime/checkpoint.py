@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from deepspeed.utils import zero_to_fp32
 
 from peco_ds.config import CheckpointSettings
 from peco_ds.data.order import Cursor
@@ -172,16 +173,26 @@ def fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         checkpoint: a complete checkpoint folder.
     Raises: UserError if it does not verify.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     fault = verify(checkpoint)
     if fault:
         raise UserError(f"{checkpoint}: damaged ({fault}); give an older checkpoint of the run")
+    if list(checkpoint.glob("bf16_zero_pp_rank_*_optim_states.pt")) and not list(checkpoint.glob("zero_pp_rank_*_model_states.pt")):
+        return _fp32_weights_of_bf16_optimizer(checkpoint)
     if list(checkpoint.glob("*_optim_states.pt")):
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        return zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     # ZeRO-0 writes whole modules and no partitioned optimiser; deepspeed pickles classes of its own beside the tensors.
     module = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in module.items()}
+
+
+def _fp32_weights_of_bf16_optimizer(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """ZeRO-1 in bf16 with fp32 gradient sums: DeepSpeed's `BF16_Optimizer` keeps the same flat partitions as ZeRO-1 but does not write which
+    stage they are of, and so `zero_to_fp32` refuses a checkpoint that it could read."""
+    load = lambda path: torch.load(path, map_location="cpu", weights_only=False, mmap=True)  # noqa: E731
+    partitions = [load(path)["optimizer_state_dict"] for path in zero_to_fp32.get_optim_files(str(checkpoint))]
+    groups = [state["single_partition_of_fp32_groups"] for state in partitions]
+    states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(checkpoint)))
+    return zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(len(groups), groups, states, False)
 
 
 def _retain(root: Path, settings: CheckpointSettings) -> None:

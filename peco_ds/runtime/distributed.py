@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import random
@@ -18,6 +19,8 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 
+from peco_ds.data.loaders import STOP_SIGNALS
+
 logger = logging.getLogger("peco_ds")
 
 
@@ -28,7 +31,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    _stop: bool = False
+    stop_seen: bool = False  # by this rank; `stop_requested` asks all
 
     @property
     def is_main(self) -> bool:
@@ -68,15 +71,15 @@ class World:
 
     def watch_signals(self) -> None:
         """SIGUSR2 (Slurm's warning before the limit) and SIGTERM only set a flag; the loop ends the step and saves."""
-        for number in (signal.SIGUSR2, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number, _frame) -> None:
-        self._stop = True
+        self.stop_seen = True
 
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank. A collective: call it where the host waits anyway."""
-        flag = torch.tensor([float(self._stop)], device=self.device)
+        flag = torch.tensor([float(self.stop_seen)], device=self.device)
         return bool(self.all_reduce(flag).item() > 0)
 
 
@@ -98,8 +101,17 @@ def start_world(seed: int) -> World:
     rank = int(os.environ["RANK"])
     _configure_logging(rank)
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    # Left to the interpreter's end, gloo's threads now and then outlive what they need and abort a rank that was done.
+    atexit.register(_leave)
     seed_all(seed)
-    return World(rank, int(os.environ["WORLD_SIZE"]), device)
+    world = World(rank, int(os.environ["WORLD_SIZE"]), device)
+    world.watch_signals()
+    return world
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def seed_all(seed: int) -> None:

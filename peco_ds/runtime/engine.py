@@ -7,6 +7,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import nn
@@ -39,6 +40,8 @@ def start_engine(
         model: the same weights on every rank.  leaf_modules: classes that ZeRO-3 gathers as one unit.
     Raises: UserError if the JSON is wrong or contradicts the recipe.
     """
+    if run.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError(f"run.precision = 'fp16': DeepSpeed does not train in fp16 on {get_accelerator().device_name()}; use bf16 or fp32")
     merged = merge_deepspeed(read_deepspeed_json(deepspeed_config), deepspeed_config, run, optim, world.size)
     zero = merged.get("zero_optimization", {})
     if zero.get("stage", 0) == 3 and leaf_modules:

@@ -1,0 +1,172 @@
+"""What a dry run prints: the resolved run in numbers, as aligned plain text."""
+
+from __future__ import annotations
+
+from peco_ds.config import Durations, PretrainRecipe, RunSettings, TokenizerRecipe, micro_steps
+from peco_ds.errors import UserError
+from peco_ds.planner.memory import STAGES, GpuMemory, checkpoint_bytes, gpu_memory, zero_stage
+from peco_ds.planner.shapes import FLOPS_PER_MAC, ELEMENT_BYTES, mim_activation_bytes, mim_macs, mim_parameters, tokenizer_cost
+from peco_ds.schema import VIEW_COLUMNS
+
+WORLD_SIZES = (1, 8, 64, 256)
+IMAGENET_1K_TRAIN = 1_281_167  # training pictures: what a dry run assumes where no set is packed yet
+
+GIB = 2**30
+_LABEL_WIDTH = 20
+
+
+def pretrain_report(
+    recipe: PretrainRecipe, *, num_samples: int, num_views: int, durations: Durations, ds_config: dict, assumed: bool = False
+) -> str:
+    """Model, compute, schedule, storage and memory of a pre-training run.
+
+    Args:
+        num_samples: pictures of the set.  num_views: recorded views of each.
+        durations: `resolve_durations(recipe, num_samples)`.
+        ds_config: DeepSpeed JSON, read or merged: stage, buckets, offload and the type of summed gradients count.
+        assumed: `num_samples` is a guess because no set was read; the report says so.
+    Returns: lines without a final newline.
+    """
+    model, run, masked = recipe.model, recipe.run, recipe.mask.count
+    parameters = mim_parameters(model, recipe.objective.num_codes)
+    macs = mim_macs(model, num_codes=recipe.objective.num_codes, masked=masked)
+    activations = mim_activation_bytes(
+        model, num_codes=recipe.objective.num_codes, masked=masked, checkpointing=run.activation_checkpointing, precision=run.precision
+    )
+    patches = model.grid**2
+    payload, in_tar = token_bytes(num_views, patches, recipe.views.topk)
+    lines = [
+        f"{recipe.name}: masked pre-training",
+        _line("model", f"width {model.width}, depth {model.depth}, heads {model.heads}, patch {model.patch_px} px, picture {model.image_px} px"),
+        _line("parameters", f"backbone {_millions(parameters.backbone)}, token head {_millions(parameters.token_head)} ({recipe.objective.num_codes} codes), total {_millions(parameters.total)}"),
+        _line("grid", f"{model.grid} x {model.grid} = {patches} patches; {recipe.mask.kind} mask hides {masked} ({masked / patches:.1%})"),
+        *_compute_lines(macs.total, macs.training_flops, durations, run.global_batch),
+        *_schedule_lines(recipe, durations, num_samples, assumed),
+        _line("token storage", f"{payload:,} B a picture ({num_views} views: codes {2 * num_views * patches:,} B), {_decimal(num_samples * payload)} for the set, {_decimal(num_samples * in_tar)} in tars"),
+        *_checkpoint_lines(recipe, parameters.total, durations, ds_config),
+        "",
+        *_memory_lines(parameters.total, run, ds_config, activations.total * run.micro_batch),
+    ]
+    return "\n".join(lines)
+
+
+def tokenizer_report(recipe: TokenizerRecipe, num_samples: int, durations: Durations, *, ds_config: dict | None = None, assumed: bool = False) -> str:
+    """The same for a tokenizer's training. The perceptual network and the critic are in none of its numbers.
+
+    Args:
+        ds_config: None: DeepSpeed's defaults.  The other arguments and the result: as `pretrain_report`.
+    """
+    tokenizer, run, size = recipe.tokenizer, recipe.run, recipe.views.tokenizer_px
+    cost = tokenizer_cost(tokenizer, size)
+    grid = size // tokenizer.stride_px
+    activations = (cost.encoder.saved + cost.decoder.saved) * ELEMENT_BYTES[run.precision] * run.micro_batch
+    lines = [
+        f"{recipe.name}: tokenizer training (perceptual network and critic not counted)",
+        _line("picture", f"{size} px, stride {tokenizer.stride_px} px: {grid} x {grid} = {grid**2} codes of {tokenizer.num_codes}, {tokenizer.code_dim} wide"),
+        _line("parameters", f"encoder {_millions(cost.encoder.parameters)}, decoder {_millions(cost.decoder.parameters)}, total {_millions(cost.parameters)}; codebook buffers {_millions(cost.codebook_elements)} in fp32"),
+        *_compute_lines(cost.forward_macs, cost.training_flops, durations, run.global_batch),
+        *_schedule_lines(recipe, durations, num_samples, assumed),
+        *_checkpoint_lines(recipe, cost.parameters, durations, ds_config or {}),
+        "",
+        *_memory_lines(cost.parameters, run, ds_config or {}, activations),
+    ]
+    return "\n".join(lines)
+
+
+def token_bytes(num_views: int, patches: int, topk: int = 0) -> tuple[int, int]:
+    """Bytes of one picture's token record: (array data, room in the tar with npy and tar headers).
+
+    Args:
+        topk: soft codes a patch, with float16 probabilities; 0: none.
+    """
+    codes = 2 * num_views * patches
+    members = [codes, 4 * num_views * len(VIEW_COLUMNS)] + ([codes * topk] * 2 if topk else [])
+    npy_header, tar_block = 128, 512
+    return sum(members), sum(tar_block + -(-(npy_header + member) // tar_block) * tar_block for member in members)
+
+
+# ---------------------------------------------------------------------------------------------- parts of a report
+
+
+def _compute_lines(forward_macs: int, training_flops: int, durations: Durations, global_batch: int) -> list[str]:
+    total = training_flops * durations.total_steps * global_batch
+    return [
+        _line("forward", f"{forward_macs / 1e9:.1f} GMAC = {FLOPS_PER_MAC * forward_macs / 1e9:.1f} GFLOP a picture"),
+        _line("training", f"{training_flops / 1e9:.1f} GFLOP a picture, {training_flops * global_batch / 1e12:.1f} TFLOP a step, {total:.3g} FLOP the run (recomputation not counted)"),
+    ]
+
+
+def _schedule_lines(recipe: PretrainRecipe | TokenizerRecipe, durations: Durations, num_samples: int, assumed: bool) -> list[str]:
+    seen = durations.total_steps * recipe.run.global_batch
+    source = " (assumed: ImageNet-1K; no set was read)" if assumed and num_samples == IMAGENET_1K_TRAIN else " (assumed; no set was read)" if assumed else ""
+    stop = f"; this run stops at step {durations.stop_step:,}" if durations.stop_step < durations.total_steps else ""
+    return [
+        _line("set", f"{num_samples:,} pictures{source}"),
+        _line("schedule", f"{durations.total_steps:,} steps of {recipe.run.global_batch:,} pictures, warm-up {durations.warmup_steps:,} steps{stop}"),
+        _line("images seen", f"{seen:,} = {seen / num_samples:.2f} epochs"),
+    ]
+
+
+def _checkpoint_lines(recipe: PretrainRecipe | TokenizerRecipe, num_parameters: int, durations: Durations, ds_config: dict) -> list[str]:
+    stage, keep = zero_stage(ds_config), recipe.checkpoint.keep_last
+    size = checkpoint_bytes(num_parameters, stage=stage, precision=recipe.run.precision)
+    every = f"every {durations.checkpoint_steps:,} steps" if durations.checkpoint_steps else "at the end"
+    kept = f"the newest {keep} kept"
+    if recipe.checkpoint.keep_every_steps:
+        kept += f", and each at a multiple of {recipe.checkpoint.keep_every_steps:,} steps for good"
+    return [_line("checkpoint", f"{size / GIB:.2f} GiB on disk at ZeRO-{stage}, {every}, {kept}")]
+
+
+def _memory_lines(num_parameters: int, run: RunSettings, ds_config: dict, activations: float) -> list[str]:
+    """One row a world size and stage; the stage of `ds_config` is marked."""
+    names = ("weights", "gradients", "optimiser", "buffers", "state", "activations", "total")
+    rows, offloads, indivisible = [], False, []
+    for world_size in WORLD_SIZES:
+        accumulation = _accumulation(run, world_size)
+        if accumulation == "-":
+            indivisible.append(world_size)
+        for stage in STAGES:
+            memory = gpu_memory(num_parameters, stage=stage, world_size=world_size, precision=run.precision, ds_config=ds_config, activations=activations)
+            offloads = offloads or memory.host > 0
+            rows.append((world_size, stage, accumulation, memory))
+    head = f"{'GPUs':>6} {'ZeRO':>5} {'accumulation':>12}" + "".join(f" {name:>11}" for name in names) + (f" {'host':>11}" if offloads else "")
+    lines = [
+        f"memory a GPU in GiB, {run.precision}, micro-batch {run.micro_batch}, activation checkpointing {run.activation_checkpointing}; * is the DeepSpeed JSON's stage",
+        head,
+    ]
+    for world_size, stage, accumulation, memory in rows:
+        mark = "*" if stage == zero_stage(ds_config) else " "
+        lines.append(f"{world_size:>6} {stage:>4}{mark} {accumulation:>12}" + "".join(f" {value / GIB:>11.2f}" for value in _columns(memory, offloads)))
+    if indivisible:
+        counts = " or ".join(str(count) for count in indivisible)
+        lines.append(f"- : global_batch {run.global_batch} is not a multiple of micro_batch {run.micro_batch} x {counts} GPUs; such a run needs another run.micro_batch")
+    return lines
+
+
+def _columns(memory: GpuMemory, offloads: bool) -> list[float]:
+    columns = [memory.weights, memory.gradients, memory.optimizer, memory.buffers, memory.state, memory.activations, memory.total]
+    return columns + [memory.host] if offloads else columns
+
+
+def _accumulation(run: RunSettings, world_size: int) -> str:
+    try:
+        return str(micro_steps(run, world_size))
+    except UserError:
+        return "-"
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:<{_LABEL_WIDTH}}{text}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
+
+
+def _decimal(size: float) -> str:
+    """Decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"

@@ -1,0 +1,49 @@
+"""Several runs of one entry point inside one launch, because a launch costs more than a small run.
+
+    python many_runs.py JSON    with [{"stage": "pretrain", "arguments": [...], "statistics": FILE or absent}, ...]
+
+Exit codes of the runs are written to JSON + ".codes" by rank 0. With "statistics", the standard deviation of every parameter as the engine holds it before
+the first step is saved there.
+"""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
+def record_statistics(path: str):
+    """Wrap start_engine so that initial weights are looked at through the engine, whole, whatever the ZeRO stage."""
+    from peco_ds.runtime import engine as module
+
+    original = module.start_engine
+
+    def wrapped(model, **arguments):
+        engine = original(model, **arguments)
+        with module.whole_parameters(engine.module):
+            found = {name: float(p.detach().float().std()) for name, p in engine.module.named_parameters() if p.numel() > 1}
+        if os.environ.get("RANK", "0") == "0":
+            Path(path).write_text(json.dumps(found))
+        return engine
+
+    module.start_engine = wrapped
+    return lambda: setattr(module, "start_engine", original)
+
+
+def main():
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    codes = []
+    for case in cases:
+        undo = record_statistics(case["statistics"]) if case.get("statistics") else lambda: None
+        stage = importlib.import_module(f"peco_ds.{case['stage']}")
+        codes.append(stage.main(case["arguments"]))
+        undo()
+    if os.environ.get("RANK", "0") == "0":
+        Path(sys.argv[1] + ".codes").write_text(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Launchers under a real Slurm: two virtual nodes on this host. Stand-in stages show how a stage is started; the last two
+tests run the real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slurm_cluster import SlurmCluster, missing_programs, slurm_cluster
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STAGES = ("pack_images", "train_tokenizer", "tokenize_shards", "pretrain", "convert_checkpoint")
+ONE_RANK_A_NODE = {"SBATCH_GPUS_PER_NODE": "1"}
+
+# Writes down how it was started and when it ended; ends with the code that RECORDS/<stage>.codes lists for this (re)start.
+STAND_IN = '''
+import json, os, signal, sys, time
+from pathlib import Path
+
+stage, rank, start = Path(__file__).stem, int(os.environ["SLURM_PROCID"]), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+signals = []
+signal.signal(signal.SIGUSR2, lambda number, frame: signals.append(number))
+records = Path(os.environ["RECORDS"])
+plan = records / (stage + ".codes")
+codes = json.loads(plan.read_text()) if plan.exists() else [0]
+code = codes[min(start, len(codes) - 1)]
+name = "-".join([stage, os.environ["SLURM_JOB_ID"], str(start), str(rank)])
+began = time.time()
+(records / (name + ".began")).touch()
+if code == 75:
+    for _ in range(300):
+        if signals:
+            break
+        time.sleep(0.1)
+    time.sleep(1.5 * rank)
+elif code == 2:
+    if rank == 0:
+        sys.stderr.write("error: data.images '/nowhere': no such folder; correct the path\\n")
+    else:
+        time.sleep(6)
+wanted = ("SLURM_", "SLURMD_", "MASTER_", "PECO_", "OMP_")
+(records / (name + ".json")).write_text(json.dumps({
+    "stage": stage, "argv": sys.argv[1:], "cwd": os.getcwd(), "python": sys.prefix, "signals": signals, "began": began, "ended": time.time(),
+    "env": {key: value for key, value in os.environ.items() if key.startswith(wanted)},
+}))
+sys.exit(code)
+'''
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    missing = missing_programs()
+    if missing and not os.environ.get("PECO_REQUIRE_SLURM"):
+        pytest.skip(f"{', '.join(missing)} not installed (apt-get install slurm-wlm munge)")
+    assert not missing, f"PECO_REQUIRE_SLURM is set, but {', '.join(missing)} are not installed"
+    with slurm_cluster() as running:
+        yield running
+
+
+class StandIns:
+    """A copy of the launchers beside stand-in stages, and what these wrote down."""
+
+    def __init__(self, folder: Path):
+        self.home = folder / "my repository"
+        self.records = folder / "records"
+        self.records.mkdir()
+        shutil.copytree(REPOSITORY / "launchers", self.home / "launchers")
+        (self.home / "peco_ds").mkdir()
+        (self.home / "peco_ds" / "__init__.py").touch()
+        for stage in STAGES:
+            (self.home / "peco_ds" / f"{stage}.py").write_text(STAND_IN)
+        self.env = ONE_RANK_A_NODE | {"RECORDS": str(self.records), "PECO_VENV": sys.prefix}
+
+    def exit_with(self, stage: str, *codes: int) -> None:
+        """Codes of the first start, the second, ...; the last one holds for all later starts."""
+        (self.records / f"{stage}.codes").write_text(json.dumps(codes))
+
+    def read(self, stage: str) -> list[dict]:
+        found = [json.loads(path.read_text()) for path in self.records.glob(f"{stage}-*.json")]
+        return sorted(found, key=lambda record: (int(record["env"].get("SLURM_RESTART_COUNT", "0")), int(record["env"]["SLURM_PROCID"])))
+
+
+@pytest.fixture
+def stand_ins(tmp_path) -> StandIns:
+    return StandIns(tmp_path)
+
+
+@pytest.mark.slurm
+def test_overrides_reach_the_stage_on_every_node_with_its_rank_and_one_address(cluster: SlurmCluster, stand_ins: StandIns):
+    overrides = ["model.depth=2", "views.scale=[0.2, 1.0]", "--deepspeed_config", "ds_configs/zero1.json", "--out", "runs/x"]
+    job = cluster.sbatch("--nodes=2", "launchers/pretrain_vith.sbatch", *overrides, cwd=stand_ins.home, env=stand_ins.env)
+    assert cluster.wait(job, timeout_s=60) == {job: "COMPLETED"}
+    ranks = stand_ins.read("pretrain")
+    assert [record["env"]["SLURM_PROCID"] for record in ranks] == ["0", "1"]
+    assert [record["env"]["SLURM_LOCALID"] for record in ranks] == ["0", "0"]
+    assert {record["env"]["SLURM_NTASKS"] for record in ranks} == {"2"}
+    assert {record["env"]["SLURMD_NODENAME"] for record in ranks} == {"n1", "n2"}
+    assert {record["env"]["MASTER_ADDR"] for record in ranks} == {"127.0.0.1"}, "n1 resolves nowhere; Slurm knows its address"
+    ports = {int(record["env"]["MASTER_PORT"]) for record in ranks}
+    assert len(ports) == 1 and 1024 < ports.pop() < 32768
+    for record in ranks:
+        assert record["argv"][:2] == ["--recipe", "peco_vith14"]
+        assert record["argv"][-len(overrides) :] == overrides
+        assert record["cwd"] == str(stand_ins.home)
+        assert record["python"] == sys.prefix
+    assert not list(stand_ins.home.glob(".peco_exit*")), "the launcher leaves a file behind"
+
+
+@pytest.mark.slurm
+def test_each_gpu_of_a_node_gets_a_rank(cluster: SlurmCluster, stand_ins: StandIns):
+    job = cluster.sbatch("--nodes=2", "--gpus-per-node=3", "launchers/pretrain_vitl.sbatch", cwd=stand_ins.home, env=stand_ins.env)
+    assert cluster.wait(job, timeout_s=60) == {job: "COMPLETED"}
+    places = sorted((int(r["env"]["SLURM_PROCID"]), int(r["env"]["SLURM_LOCALID"])) for r in stand_ins.read("pretrain"))
+    assert places == [(0, 0), (1, 1), (2, 2), (3, 0), (4, 1), (5, 2)]
+
+
+@pytest.mark.slurm
+def test_tasks_a_node_can_be_said_and_may_exceed_the_cpus(cluster: SlurmCluster, stand_ins: StandIns):
+    env = stand_ins.env | {"TASKS_PER_NODE": "9"}
+    job = cluster.sbatch("--nodes=1", "launchers/pretrain_vitb.sbatch", cwd=stand_ins.home, env=env)
+    assert cluster.wait(job, timeout_s=60) == {job: "COMPLETED"}
+    assert len(stand_ins.read("pretrain")) == 9
+
+
+@pytest.mark.slurm
+def test_submitting_from_elsewhere_works_after_sourcing_cluster_env_and_else_says_what_to_do(
+    cluster: SlurmCluster, stand_ins: StandIns, tmp_path
+):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    launcher = stand_ins.home / "launchers" / "pretrain_vitb.sbatch"
+    lost = cluster.sbatch("--nodes=1", launcher, cwd=elsewhere, env=stand_ins.env)
+    sourced = cluster.command(
+        "bash", "-c", f"source '{stand_ins.home}/launchers/cluster.env' && sbatch --parsable --nodes=1 '{launcher}'", cwd=elsewhere, env=stand_ins.env
+    )
+    found = int(sourced.stdout)
+    assert cluster.wait(lost, found, timeout_s=60) == {lost: "FAILED", found: "COMPLETED"}
+    lines = (elsewhere / f"peco_vitb-{lost}.log").read_text().splitlines()
+    assert len(lines) == 1 and "PECO_HOME" in lines[0], lines
+    assert stand_ins.read("pretrain")[0]["cwd"] == str(elsewhere), "relative paths are those of the folder one submits from"
+
+
+@pytest.mark.slurm
+def test_array_tasks_divide_the_tokenization(cluster: SlurmCluster, stand_ins: StandIns):
+    job = cluster.sbatch("--array=0-2", "launchers/tokenize.sbatch", "--recipe", "peco_vitb16", cwd=stand_ins.home, env=stand_ins.env)
+    assert cluster.wait(job, timeout_s=90) == {job: "COMPLETED"}
+    parts = sorted(record["argv"] for record in stand_ins.read("tokenize_shards"))
+    assert parts == [
+        ["--recipe", "peco_vith14", "--part", str(part), "--parts", "3", "--recipe", "peco_vitb16"] for part in range(3)
+    ]
+
+
+@pytest.mark.slurm
+def test_pipeline_runs_the_stages_in_order_on_each_others_output(cluster: SlurmCluster, stand_ins: StandIns, tmp_path):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    env = stand_ins.env | {
+        "TOKENIZE_PARTS": "2",
+        "PECO_SBATCH_TRAIN_ARGS": "--nodes=2",
+        "TOKENIZER_ARGS": "perceptual.weight=0 schedule.steps=3",
+        "TOKENIZE_ARGS": "data.num_workers=0",
+        "PRETRAIN_ARGS": "--deepspeed_config ds_configs/zero1.json",
+        "CONVERT_ARGS": "--to hf",
+    }
+    done = cluster.command(
+        "bash", "launchers/pipeline.sh", pictures, "../out", "vitb", "--", "model.depth=2", "views.count=3", cwd=stand_ins.home, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    names, ids = zip(*(line.split() for line in done.stdout.splitlines()))
+    assert names == ("prepare_data", "train_tokenizer", "tokenize", "tokenize_finish", "pretrain_vitb", "convert")
+    states = cluster.wait(*map(int, ids), timeout_s=150)
+    assert set(states.values()) == {"COMPLETED"}, states
+
+    by_job = [[r for stage in STAGES for r in stand_ins.read(stage) if job in (r["env"]["SLURM_JOB_ID"], r["env"].get("SLURM_ARRAY_JOB_ID"))] for job in ids]
+    assert [len(records) for records in by_job] == [1, 2, 2, 1, 2, 1]
+    for before, after in zip(by_job, by_job[1:]):
+        assert max(record["ended"] for record in before) <= min(record["began"] for record in after)
+    argv = [records[0]["argv"] for records in by_job]
+    assert f"--images {pictures} --out {out}/images" in " ".join(argv[0])
+    assert f"--out {out}/tokenizer_run data.images={out}/images data.val_images= data.holdout=64 perceptual.weight=0 schedule.steps=3" in " ".join(argv[1])
+    for mim in (2, 3, 4):
+        assert f"data.images={out}/images data.tokens={out}/tokens data.tokenizer={out}/tokenizer_run/tokenizer" in " ".join(argv[mim])
+        assert "model.depth=2" in argv[mim] and "views.count=3" in argv[mim]
+        recipes = [argv[mim][index + 1] for index, word in enumerate(argv[mim]) if word == "--recipe"]
+        assert recipes[-1] == "peco_vitb16"
+    assert "--finish" in argv[3] and "--part" not in argv[3]
+    assert argv[4][-2:] == ["--deepspeed_config", "ds_configs/zero1.json"]
+    assert argv[5] == [f"{out}/pretrain", "--out", f"{out}/release", "--to", "hf"]
+
+
+@pytest.mark.slurm
+def test_bad_input_of_one_stage_stops_the_chain_with_its_one_line_in_the_log(cluster: SlurmCluster, stand_ins: StandIns, tmp_path):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    stand_ins.exit_with("train_tokenizer", 2)
+    env = stand_ins.env | {"PECO_SBATCH_TRAIN_ARGS": "--nodes=2"}
+    done = cluster.command("bash", "launchers/pipeline.sh", pictures, out, cwd=stand_ins.home, env=env)
+    assert done.returncode == 0, done.stderr
+    ids = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    states = list(cluster.wait(*ids, timeout_s=90).values())
+    assert states == ["COMPLETED", "FAILED", "CANCELLED", "CANCELLED", "CANCELLED", "CANCELLED"]
+    assert cluster.jobs(ids[1])[0]["ExitCode"] == "2:0", "the stage's own code, though srun had to end the other rank"
+    log = (out / "logs" / f"train_tokenizer-{ids[1]}.log").read_text()
+    assert [line for line in log.splitlines() if line.startswith("error:")] == [
+        "error: data.images '/nowhere': no such folder; correct the path"
+    ]
+    assert not stand_ins.read("tokenize_shards") and not stand_ins.read("pretrain")
+
+
+@pytest.mark.slurm
+def test_a_signalled_stage_ends_in_good_order_on_all_ranks_and_is_requeued_into_the_same_log(cluster: SlurmCluster, stand_ins: StandIns):
+    stand_ins.exit_with("pretrain", 75, 0)
+    job = cluster.sbatch("--nodes=2", "launchers/pretrain_vitb.sbatch", cwd=stand_ins.home, env=stand_ins.env)
+    wait_until(lambda: len(list(stand_ins.records.glob(f"pretrain-{job}-0-*.began"))) == 2)
+    # What --signal=USR2@120 does before the time limit: every process of the step gets it, the batch script does not.
+    assert cluster.command("scancel", "--signal=USR2", str(job)).returncode == 0
+    assert cluster.wait(job, timeout_s=90) == {job: "COMPLETED"}
+    starts = stand_ins.read("pretrain")
+    assert [len(record["signals"]) > 0 for record in starts] == [True, True, False, False]
+    assert [record["env"].get("SLURM_RESTART_COUNT", "0") for record in starts] == ["0", "0", "1", "1"]
+    assert cluster.jobs(job)[0]["Restarts"] == "1"
+    assert "goes back into the queue" in (stand_ins.home / f"peco_vitb-{job}.log").read_text()
+
+
+# The real stages, small enough for two CPU cores: 56 px pictures, patch 14, a 4x4 grid, 32 codes, 2 optimiser steps.
+TINY_TOKENIZER = """
+    views.tokenizer_px=64 tokenizer.channels=8 tokenizer.blocks_per_level=1 tokenizer.attention=false tokenizer.z_channels=8
+    tokenizer.code_dim=8 tokenizer.num_codes=32 tokenizer.kmeans_vectors=64 tokenizer.kmeans_iters=2 perceptual.weight=0
+    run.global_batch=8 run.micro_batch=4 schedule.epochs=null schedule.steps=2 schedule.warmup_epochs=null schedule.warmup_steps=0
+    data.holdout=4 data.num_workers=0
+"""
+TINY_MODEL = """
+    views.tokenizer_px=64 views.count=2 model.image_px=56 model.width=32 model.depth=2 model.heads=2 mask.count=6 mask.min_block=2
+    objective.num_codes=32 data.num_workers=0
+"""
+TINY_PRETRAINING = """
+    run.global_batch=8 run.micro_batch=4 schedule.epochs=null schedule.steps=2 schedule.warmup_epochs=null schedule.warmup_steps=0
+    run.log_every_steps=1
+"""
+
+
+@pytest.fixture(scope="module")
+def real_run(cluster: SlurmCluster, real_data, tmp_path_factory):
+    """The pipeline over 100 real pictures on two nodes: its folder, the states of its jobs by stage, its environment."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    for picture in real_data.imagenet[:100]:
+        (folder / "pictures" / picture.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, folder / "pictures" / picture.parent.name)
+    env = ONE_RANK_A_NODE | {
+        "PATH": f"{Path(sys.executable).parent}:{cluster.env['PATH']}",
+        "PECO_VENV": sys.prefix,
+        "PREPARE_ARGS": "--samples_per_shard 25 --workers 1",
+        "TOKENIZER_ARGS": " ".join(TINY_TOKENIZER.split()),
+        "TOKENIZE_PARTS": "2",
+        "PRETRAIN_ARGS": " ".join(TINY_PRETRAINING.split()),
+        "PECO_SBATCH_TRAIN_ARGS": "--nodes=2",
+    }
+    done = cluster.command(
+        "bash", "launchers/pipeline.sh", folder / "pictures", folder / "out", "vith", "--", *TINY_MODEL.split(), cwd=REPOSITORY, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    jobs = {stage: int(job) for stage, job in (line.split() for line in done.stdout.splitlines())}
+    states = cluster.wait(*jobs.values(), timeout_s=600)
+    return folder / "out", {stage: states[job] for stage, job in jobs.items()}, env
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in sorted(folder.glob("*.log")))
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+def test_pipeline_takes_100_real_pictures_to_a_converted_release(real_run):
+    import timm
+
+    out, states, _ = real_run
+    assert set(states.values()) == {"COMPLETED"}, f"{states}\n{logs(out / 'logs')}"
+    model = timm.create_model(f"local-dir:{out}/release", pretrained=True, num_classes=0)
+    assert model.num_features == 32 and len(model.blocks) == 2
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+def test_pretrain_vith_sbatch_trains_saves_and_completes_on_two_nodes(cluster: SlurmCluster, real_run, tmp_path):
+    out, states, env = real_run
+    assert states["tokenize_finish"] == "COMPLETED", f"{states}\n{logs(out / 'logs')}"
+    data = [f"data.images={out}/images", f"data.tokens={out}/tokens", f"data.tokenizer={out}/tokenizer_run/tokenizer"]
+    settings = [*data, *TINY_MODEL.split(), *TINY_PRETRAINING.split()]
+    arguments = ["--nodes=2", f"--output={tmp_path}/%x-%j.log", "launchers/pretrain_vith.sbatch", "--out", tmp_path / "run", *settings]
+    job = cluster.sbatch(*arguments, cwd=REPOSITORY, env=env)
+    assert cluster.wait(job, timeout_s=300) == {job: "COMPLETED"}, logs(tmp_path)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    newest = checkpoints / (checkpoints / "latest").read_text().strip()
+    assert json.loads((newest / "progress.json").read_text())["step"] == 2
+    assert json.loads((newest / "progress.json").read_text())["world_size"] == 2
+
+
+def wait_until(condition, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
