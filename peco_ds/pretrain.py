@@ -74,7 +74,7 @@ def train(args, resolved) -> int:
     fingerprint = pictures.manifest.fingerprint()
     durations = resolve_durations(cfg, pictures.num_samples)
 
-    world = start_world(cfg.run.seed)
+    world = start_world()
     merged = merge_deepspeed(merged, args.deepspeed_config, cfg.run, cfg.optim, world.size)
     tokens = open_tokens(cfg, pictures, world)
     if world.is_main:
@@ -82,6 +82,7 @@ def train(args, resolved) -> int:
         open_run_folder(args.out, "pretrain", resolved, merged, resume=cfg.checkpoint.resume == "auto", provenance=provenance)
     world.barrier()
 
+    seed_all(cfg.run.seed)  # initial weights follow from the seed alone, whatever was drawn while the data were opened
     model = MaskedImageModel(cfg.model, cfg.objective.num_codes, checkpoint_blocks=cfg.run.activation_checkpointing == "full")
     engine = start_engine(model, deepspeed_config=args.deepspeed_config, run=cfg.run, optim=cfg.optim, world=world, leaf_modules=(TransformerBlock,))
     seed_all(cfg.run.seed + 1 + world.rank)  # stochastic depth differs between ranks; weights did not

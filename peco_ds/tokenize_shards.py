@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from peco_ds.runtime.distributed import start_world
 
-    world = start_world(cfg.run.seed)
+    world = start_world()
     tokenizer, _ = load_tokenizer(data_path(cfg.data, cfg.data.tokenizer))
     tokenizer.to(world.device)
     tokenize_missing(cfg, pictures, tokenizer, parts, missing[world.rank :: world.size], world)

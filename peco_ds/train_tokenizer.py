@@ -70,7 +70,7 @@ def train(args, resolved) -> int:
         judge.check_blocks(cfg.perceptual.blocks)
     held_out = held_out_pictures(pictures, cfg.data, cfg.evaluation.max_images, cfg.views.tokenizer_px)
 
-    world = start_world(cfg.run.seed)
+    world = start_world()
     merged = merge_deepspeed(raw_config, args.deepspeed_config, cfg.run, cfg.optim, world.size)
     if world.is_main:
         provenance = {"images_fingerprint": fingerprint, "num_samples": order.num_samples, "judge": judge.description if judge is not None else "none"}
@@ -83,6 +83,7 @@ def train(args, resolved) -> int:
         )
         return crop_batches(pictures, order, positions, data=cfg.data, views=cfg.views, device=world.device)
 
+    seed_all(cfg.run.seed)  # initial weights follow from the seed alone, whatever was drawn while the data were opened
     tokenizer = build_tokenizer(cfg.tokenizer, seed=cfg.run.seed).to(world.device)
     continuing = cfg.checkpoint.resume == "auto" and list_checkpoints(args.out)
     if cfg.tokenizer.kmeans_iters and not continuing:

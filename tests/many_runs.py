@@ -47,3 +47,6 @@ def main():
 
 if __name__ == "__main__":
     main()
+    from peco_ds.command_line import leave
+
+    leave(0)

@@ -66,13 +66,13 @@ def test_the_loss_falls_on_real_pictures(runs):
 @pytest.mark.parametrize("ranks", (1, 2))
 @pytest.mark.parametrize("zero", STAGES)
 def test_every_zero_stage_at_one_and_two_ranks_gives_the_same_losses(runs, zero, ranks):
-    # float32, 10 steps; measured worst case 3e-7: sums over ranks and buckets are taken in another order
-    assert largest_difference(losses(runs, f"zero{zero}_{ranks}"), losses(runs, "zero0_1")) < 5e-6
+    # float32, 10 steps; measured worst case 1.2e-7: sums over ranks and buckets are taken in another order
+    assert largest_difference(losses(runs, f"zero{zero}_{ranks}"), losses(runs, "zero0_1")) < 2e-6
 
 
 @pytest.mark.parametrize("name", ("micro8_1", "micro2_1"))
 def test_accumulation_gives_the_update_of_the_undivided_batch(runs, name):
-    assert largest_difference(losses(runs, name), losses(runs, "zero3_1")) < 5e-6
+    assert largest_difference(losses(runs, name), losses(runs, "zero3_1")) < 2e-6
 
 
 def test_codes_computed_online_give_the_losses_of_stored_ones(runs):
@@ -85,8 +85,8 @@ def test_activation_checkpointing_changes_no_loss(runs):
 
 @pytest.mark.parametrize("name", ("bf16_2", "bf16_zero1_2"))
 def test_sixteen_bit_training_follows_the_float32_curve(runs, name):
-    # 8 bits of mantissa and 10 steps; measured worst case 1.5 %
-    assert largest_difference(losses(runs, name), losses(runs, "zero3_2")) < 0.04
+    # 8 bits of mantissa; measured worst case 3e-4
+    assert largest_difference(losses(runs, name), losses(runs, "zero3_2")) < 0.005
 
 
 @pytest.mark.parametrize("precision", ("", "16"))

@@ -130,6 +130,7 @@ def _load(make: Callable, places, num_workers: int) -> Iterator[_Raw]:
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker if num_workers else None,
         prefetch_factor=2 if num_workers else None,
+        generator=torch.Generator(),  # without one the loader draws from the global generator, and a resumed run would drop other paths
     )
     for raw in loader:
         if raw.error:

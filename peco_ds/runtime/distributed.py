@@ -83,12 +83,8 @@ class World:
         return bool(self.all_reduce(flag).item() > 0)
 
 
-def start_world(seed: int) -> World:
-    """Join the process group that the launcher described, or make one of this process alone.
-
-    Args:
-        seed: the same on every rank until `seed_rank`, so that every rank builds the same weights.
-    """
+def start_world() -> World:
+    """Join the process group that the launcher described, or make one of this process alone; from here on stop signals only set a flag."""
     _translate_environment()
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
@@ -103,7 +99,6 @@ def start_world(seed: int) -> World:
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
     # Left to the interpreter's end, gloo's threads now and then outlive what they need and abort a rank that was done.
     atexit.register(_leave)
-    seed_all(seed)
     world = World(rank, int(os.environ["WORLD_SIZE"]), device)
     world.watch_signals()
     return world
