@@ -37,7 +37,7 @@ run_one() {
 # putting the job back into the queue. srun's own code cannot tell: it ends the other tasks when one fails and then reports
 # the signal that ended them. Hence each task leaves its code in a file, the first one wins, and 75 does not count as failure.
 _step() {
-    local nodes="$1" tasks="$2" code first overcommit=() container=() srun_args=()
+    local nodes="$1" tasks="$2" code first cancelled="" overcommit=() container=() srun_args=()
     shift 2
     local cpus=$((SLURM_CPUS_ON_NODE / tasks))
     if [ "$cpus" -lt 1 ]; then
@@ -48,6 +48,7 @@ _step() {
     read -r -a srun_args <<< "$PECO_SRUN_ARGS"
     export PECO_EXIT_FILE="$SLURM_SUBMIT_DIR/.peco_exit_$SLURM_JOB_ID"  # must lie where all nodes see it
     rm -f "$PECO_EXIT_FILE"
+    trap 'cancelled=yes' TERM  # scancel, time limit: bash would die of it before the tasks write their codes, and the file would stay
 
     # --signal=USR2@120 without "B:" makes Slurm signal the processes of this step, not this script. It signals all of them,
     # also the small shell around python, which therefore must outlive it.
@@ -57,6 +58,7 @@ _step() {
     first="$(cat "$PECO_EXIT_FILE" 2> /dev/null || echo "$code")"
     rm -f "$PECO_EXIT_FILE"
 
+    [ -z "$cancelled" ] || exit "$first"  # Slurm has ended the job; whether it runs again is not ours to say
     if [ "$code" = 0 ] && [ "$first" = 75 ]; then
         echo "stopped in good order; job $SLURM_JOB_ID goes back into the queue"
         scontrol requeue "$SLURM_JOB_ID"

@@ -420,6 +420,10 @@ class Durations:
     checkpoint_steps: int  # 0: only at the end
     stop_step: int  # where this run ends: total_steps, or schedule.stop_at_step
 
+    def save_after(self, step: int) -> bool:
+        """Whether a checkpoint is due when `step` steps are done."""
+        return step == self.stop_step or (self.checkpoint_steps > 0 and step % self.checkpoint_steps == 0)
+
 
 def resolve_durations(recipe, num_samples: int) -> Durations:
     """Epochs -> steps, once. An epoch is every sample once; batches run across its end, so nothing is dropped.

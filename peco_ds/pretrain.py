@@ -50,93 +50,60 @@ def dry_run(args, resolved) -> int:
 
 
 def train(args, resolved) -> int:
-    import time
-
-    import torch
-
     from peco_ds.config import data_path, merge_deepspeed, micro_steps, read_deepspeed_json, resolve_durations
     from peco_ds.data.loaders import Pictures, masked_batches
-    from peco_ds.data.order import Cursor, rank_positions
+    from peco_ds.data.order import rank_positions
     from peco_ds.models.mim import MaskedImageModel
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import OBJECTIVES
-    from peco_ds.runtime.checkpoint import Progress, restore, save
+    from peco_ds.runtime.checkpoint import restore, save
     from peco_ds.runtime.distributed import seed_all, start_world
-    from peco_ds.runtime.engine import grad_norm, memory_gib, set_rate, start_engine
+    from peco_ds.runtime.engine import set_rate, start_engine
     from peco_ds.runtime.metrics import Meter
     from peco_ds.runtime.run_folder import open_run_folder
     from peco_ds.runtime.token_source import open_tokens, token_provenance
 
-    cfg = resolved.recipe
+    cfg, run = resolved.recipe, resolved.recipe.run
     objective = OBJECTIVES[cfg.objective.name]
-    merged = read_deepspeed_json(args.deepspeed_config)  # refused before any rank is started up
+    ds_config = read_deepspeed_json(args.deepspeed_config)  # bad input is refused before any rank joins another
     pictures = Pictures(data_path(cfg.data, cfg.data.images))
     fingerprint = pictures.manifest.fingerprint()
     durations = resolve_durations(cfg, pictures.num_samples)
 
     world = start_world()
-    merged = merge_deepspeed(merged, args.deepspeed_config, cfg.run, cfg.optim, world.size)
+    ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
     tokens = open_tokens(cfg, pictures, world)
-    if world.is_main:
-        provenance = {"images_fingerprint": fingerprint, "num_samples": pictures.num_samples, **token_provenance(cfg, tokens)}
-        open_run_folder(args.out, "pretrain", resolved, merged, resume=cfg.checkpoint.resume == "auto", provenance=provenance)
-    world.barrier()
+    provenance = {"images_fingerprint": fingerprint, "num_samples": pictures.num_samples, **token_provenance(cfg, tokens)}
+    open_run_folder(args.out, "pretrain", resolved, ds_config, provenance, world)
 
-    seed_all(cfg.run.seed)  # initial weights follow from the seed alone, whatever was drawn while the data were opened
-    model = MaskedImageModel(cfg.model, cfg.objective.num_codes, checkpoint_blocks=cfg.run.activation_checkpointing == "full")
-    engine = start_engine(model, deepspeed_config=args.deepspeed_config, run=cfg.run, optim=cfg.optim, world=world, leaf_modules=(TransformerBlock,))
-    seed_all(cfg.run.seed + 1 + world.rank)  # stochastic depth differs between ranks; weights did not
-    progress = restore(args.out, engine, cfg.checkpoint, world) or Progress(0, Cursor(fingerprint, cfg.run.seed, 0), world.size, engine.zero_optimization_stage())
-    progress.cursor.check(fingerprint, cfg.run.seed)
+    seed_all(run.seed)  # initial weights follow from the seed alone, whatever was drawn while the data were opened
+    model = MaskedImageModel(cfg.model, cfg.objective.num_codes, checkpoint_blocks=run.activation_checkpointing == "full")
+    engine = start_engine(model, ds_config, source=args.deepspeed_config, run=run, optim=cfg.optim, leaf_modules=(TransformerBlock,))
+    seed_all(run.seed + 1 + world.rank)  # stochastic depth differs between ranks; weights did not
+    progress = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed)
 
-    positions = rank_positions(
-        global_batch=cfg.run.global_batch,
-        micro_batch=cfg.run.micro_batch,
-        rank=world.rank,
-        world_size=world.size,
-        first_step=progress.step,
-        last_step=durations.stop_step,
-    )
+    positions = rank_positions(run, world.rank, world.size, first_step=progress.step, last_step=durations.stop_step)
     batches = masked_batches(
-        pictures, tokens, positions, data=cfg.data, views=cfg.views, mask=cfg.mask, image_px=cfg.model.image_px, grid=cfg.model.grid, seed=cfg.run.seed, device=world.device
+        pictures, tokens, positions, data=cfg.data, views=cfg.views, mask=cfg.mask, image_px=cfg.model.image_px, grid=cfg.model.grid, seed=run.seed, device=world.device
     )
-    meter = Meter(
-        args.out,
-        world,
-        first_step=progress.step,
-        total_steps=durations.total_steps,
-        stop_step=durations.stop_step,
-        log_every=cfg.run.log_every_steps,
-        global_batch=cfg.run.global_batch,
-        num_samples=pictures.num_samples,
-    )
-    done, stopping = progress.step, False
+    meter = Meter(args.out, world, first_step=progress.step, durations=durations, run=run, num_samples=pictures.num_samples)
     for step in range(progress.step, durations.stop_step):
         rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
-        for _ in range(micro_steps(cfg.run, world.size)):
-            before = time.perf_counter()
-            batch = next(batches)
-            meter.waited(time.perf_counter() - before)
+        for _ in range(micro_steps(run, world.size)):
+            batch = meter.next(batches)
             outputs = engine(batch.images_norm, batch.masked)
             loss, stats = objective(outputs, batch.targets)
             meter.add(loss, stats)
-            engine.backward(loss)
+            engine.backward(loss)  # accumulation, loss scale, clipping: the engine's
             engine.step()
-        done = step + 1
-        meter.step_done()
-        if meter.due(done):  # the only place where the host waits for the device
-            meter.log(done, {"lr": rate, "grad_norm": grad_norm(engine), "memory_gib": memory_gib(world.device), "skipped_steps": engine.skipped_steps})
-            stopping = world.stop_requested()
-        last = done == durations.stop_step
-        if stopping or last or (durations.checkpoint_steps and done % durations.checkpoint_steps == 0):
-            paused = meter.pause()
-            cursor = Cursor(fingerprint, cfg.run.seed, done * cfg.run.global_batch)
-            save(args.out, engine, Progress(done, cursor, world.size, engine.zero_optimization_stage()), cfg.checkpoint, world)
-            meter.resume(paused)
-        if stopping:
-            break
+        stopping = meter.close_step(step + 1, engine, rate) and world.stop_requested()
+        if stopping or durations.save_after(step + 1):
+            with meter.paused():
+                save(args.out, engine, progress.at(step + 1, run.global_batch), cfg.checkpoint, world)
+        if stopping and step + 1 < durations.stop_step:
+            return EXIT_REQUEUE
     meter.close()
-    return EXIT_REQUEUE if stopping and done < durations.stop_step else EXIT_DONE
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def _configure(folder: Path, num_nodes: int, cpus: int, gpus: int, env: dict[str
         "ReturnToService=2",
         "SlurmdParameters=config_overrides",  # a node may claim more CPUs than the host has
         "SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sched_delay=1",
-        "KillWait=2",
+        "KillWait=10",
         "MinJobAge=3600",  # finished jobs stay visible to `scontrol show job`
         "GresTypes=gpu",
     ]

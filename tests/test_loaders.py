@@ -22,9 +22,7 @@ def open_sets(small_sets, *overrides):
 
 
 def batches_of(recipe, pictures, tokens, *, rank=0, world_size=1, first_step=0, last_step=6):
-    positions = rank_positions(
-        global_batch=recipe.run.global_batch, micro_batch=recipe.run.micro_batch, rank=rank, world_size=world_size, first_step=first_step, last_step=last_step
-    )
+    positions = rank_positions(recipe.run, rank, world_size, first_step=first_step, last_step=last_step)
     return masked_batches(
         pictures, tokens, positions, data=recipe.data, views=recipe.views, mask=recipe.mask, image_px=recipe.model.image_px, grid=recipe.model.grid, seed=recipe.run.seed, device=CPU
     )

@@ -3,6 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
+from peco_ds.config import RunSettings
 from peco_ds.data.order import Cursor, SampleOrder, rank_positions, view_at
 from peco_ds.errors import UserError
 
@@ -46,7 +47,7 @@ def test_no_view_repeats_before_all_were_seen():
 @pytest.mark.parametrize("world_size, micro_batch", [(1, 32), (1, 4), (2, 8), (4, 8), (4, 2)])
 def test_global_batches_are_the_same_for_any_ranks_and_micro_batch(world_size, micro_batch):
     per_rank = [
-        list(rank_positions(global_batch=32, micro_batch=micro_batch, rank=rank, world_size=world_size, first_step=5, last_step=8)) for rank in range(world_size)
+        list(rank_positions(RunSettings(global_batch=32, micro_batch=micro_batch), rank, world_size, first_step=5, last_step=8)) for rank in range(world_size)
     ]
     micro_steps = 32 // micro_batch // world_size
     for step in range(3):

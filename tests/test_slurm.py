@@ -1,10 +1,11 @@
-"""Launchers under a real Slurm: two virtual nodes on this host. Stand-in stages show how a stage is started; the last two
+"""Launchers under a real Slurm: two virtual nodes on this host. Stand-in stages show how a stage is started; the last three
 tests run the real ones."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm_cluster import SlurmCluster, missing_programs, slurm_cluster
+from slurm_cluster import FINISHED, SlurmCluster, missing_programs, slurm_cluster
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES = ("pack_images", "train_tokenizer", "tokenize_shards", "pretrain", "convert_checkpoint")
@@ -25,13 +26,15 @@ from pathlib import Path
 
 stage, rank, start = Path(__file__).stem, int(os.environ["SLURM_PROCID"]), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 signals = []
-signal.signal(signal.SIGUSR2, lambda number, frame: signals.append(number))
 records = Path(os.environ["RECORDS"])
 plan = records / (stage + ".codes")
 codes = json.loads(plan.read_text()) if plan.exists() else [0]
 code = codes[min(start, len(codes) - 1)]
 name = "-".join([stage, os.environ["SLURM_JOB_ID"], str(start), str(rank)])
 began = time.time()
+if code == 75:
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
 (records / (name + ".began")).touch()
 if code == 75:
     for _ in range(300):
@@ -228,6 +231,18 @@ def test_a_signalled_stage_ends_in_good_order_on_all_ranks_and_is_requeued_into_
     assert "goes back into the queue" in (stand_ins.home / f"peco_vitb-{job}.log").read_text()
 
 
+@pytest.mark.slurm
+def test_scancel_ends_a_job_for_good_though_its_stage_stops_in_good_order(cluster: SlurmCluster, stand_ins: StandIns):
+    stand_ins.exit_with("pretrain", 75)
+    job = cluster.sbatch("--nodes=2", "launchers/pretrain_vitb.sbatch", cwd=stand_ins.home, env=stand_ins.env)
+    wait_until(lambda: len(list(stand_ins.records.glob(f"pretrain-{job}-0-*.began"))) == 2)
+    assert cluster.command("scancel", str(job)).returncode == 0
+    assert cluster.wait(job, timeout_s=60) == {job: "CANCELLED"}
+    assert cluster.jobs(job)[0]["Restarts"] == "0"
+    assert [len(record["signals"]) > 0 for record in stand_ins.read("pretrain")] == [True, True]
+    assert not list(stand_ins.home.glob(".peco_exit*")), "the launcher leaves a file behind"
+
+
 # The real stages, small enough for two CPU cores: 56 px pictures, patch 14, a 4x4 grid, 32 codes, 2 optimiser steps.
 TINY_TOKENIZER = """
     views.tokenizer_px=64 tokenizer.channels=8 tokenizer.blocks_per_level=1 tokenizer.attention=false tokenizer.z_channels=8
@@ -270,6 +285,12 @@ def real_run(cluster: SlurmCluster, real_data, tmp_path_factory):
     return folder / "out", {stage: states[job] for stage, job in jobs.items()}, env
 
 
+def tiny_pretraining(out: Path) -> list[str]:
+    """Settings of a pre-training on what the pipeline made."""
+    data = [f"data.images={out}/images", f"data.tokens={out}/tokens", f"data.tokenizer={out}/tokenizer_run/tokenizer"]
+    return [*data, *TINY_MODEL.split(), *TINY_PRETRAINING.split()]
+
+
 def logs(folder: Path) -> str:
     return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in sorted(folder.glob("*.log")))
 
@@ -290,15 +311,37 @@ def test_pipeline_takes_100_real_pictures_to_a_converted_release(real_run):
 def test_pretrain_vith_sbatch_trains_saves_and_completes_on_two_nodes(cluster: SlurmCluster, real_run, tmp_path):
     out, states, env = real_run
     assert states["tokenize_finish"] == "COMPLETED", f"{states}\n{logs(out / 'logs')}"
-    data = [f"data.images={out}/images", f"data.tokens={out}/tokens", f"data.tokenizer={out}/tokenizer_run/tokenizer"]
-    settings = [*data, *TINY_MODEL.split(), *TINY_PRETRAINING.split()]
-    arguments = ["--nodes=2", f"--output={tmp_path}/%x-%j.log", "launchers/pretrain_vith.sbatch", "--out", tmp_path / "run", *settings]
+    arguments = ["--nodes=2", f"--output={tmp_path}/%x-%j.log", "launchers/pretrain_vith.sbatch", "--out", tmp_path / "run", *tiny_pretraining(out)]
     job = cluster.sbatch(*arguments, cwd=REPOSITORY, env=env)
     assert cluster.wait(job, timeout_s=300) == {job: "COMPLETED"}, logs(tmp_path)
     checkpoints = tmp_path / "run" / "checkpoints"
     newest = checkpoints / (checkpoints / "latest").read_text().strip()
     assert json.loads((newest / "progress.json").read_text())["step"] == 2
     assert json.loads((newest / "progress.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+def test_a_signalled_pretraining_saves_is_requeued_and_goes_on_where_it_stopped(cluster: SlurmCluster, real_run, tmp_path):
+    out, states, env = real_run
+    assert states["tokenize_finish"] == "COMPLETED", f"{states}\n{logs(out / 'logs')}"
+    # A worker process a rank gets the signal too. So many steps that the signal arrives long before the last one.
+    settings = [*tiny_pretraining(out), "schedule.steps=200", "data.num_workers=1"]
+    arguments = ["--nodes=2", f"--output={tmp_path}/%x-%j.log", "launchers/pretrain_vith.sbatch", "--out", tmp_path / "run", *settings]
+    job = cluster.sbatch(*arguments, cwd=REPOSITORY, env=env)
+    log = tmp_path / f"peco_vith-{job}.log"
+    wait_until(lambda: log.exists() and ("step 3/200 " in log.read_text() or cluster.states(job)[0] in FINISHED), timeout_s=300)
+    assert cluster.command("scancel", "--signal=USR2", str(job)).returncode == 0
+    assert cluster.wait(job, timeout_s=300) == {job: "COMPLETED"}, logs(tmp_path)
+
+    assert cluster.jobs(job)[0]["Restarts"] == "1", logs(tmp_path)
+    before, after = log.read_text().split("stopped in good order;")  # the launcher says so to exit code 75 alone
+    trained = [[int(step) for step in re.findall(r"^step (\d+)/200 ", text, flags=re.MULTILINE)] for text in (before, after)]
+    assert trained[0] and trained[1], logs(tmp_path)
+    assert sum(trained, []) == list(range(1, 201)), "a step was lost, or trained twice"
+    assert f"step_{trained[0][-1]:08d} at step {trained[0][-1]}," in after
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == list(range(1, 201))
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_00000200"
 
 
 def wait_until(condition, timeout_s: float = 30.0) -> None:

@@ -120,7 +120,7 @@ def test_evaluation_and_a_discarded_step_leave_no_trace():
     codebook = filled_codebook()
     before = {name: value.clone() for name, value in codebook.named_buffers()}
     codebook(torch.full((1, 6, 2, 2), float("nan")))
-    codebook.discard_pending()
+    assert codebook.update(applied=False).sum() == 0
     codebook.eval()(features_of(0))
     for name, value in codebook.named_buffers():
         assert torch.equal(value, before[name]), name
@@ -145,7 +145,7 @@ def test_revival_brings_a_collapsed_codebook_back_into_use():
         for step in range(60):
             codebook(features_of(step))
             hits = codebook.update()
-        return int(usage(hits)[0]), codebook
+        return usage(hits)["codes_used"], codebook
 
     collapsed, _ = used_after(0.0)
     revived, codebook = used_after(0.5)
@@ -265,9 +265,8 @@ def test_looked_up_codes_are_the_nearest_vectors_in_place():
 
 
 def test_usage_counts_codes_and_their_evenness():
-    used, perplexity = usage(torch.tensor([5, 5, 0, 5, 5]))
-    assert used == 4 and perplexity.item() == pytest.approx(4.0)
-    assert usage(torch.tensor([0, 7, 0]))[1].item() == pytest.approx(1.0)
+    assert usage(torch.tensor([5, 5, 0, 5, 5])) == {"codes_used": 4, "perplexity": pytest.approx(4.0)}
+    assert usage(torch.tensor([0, 7, 0])) == {"codes_used": 1, "perplexity": pytest.approx(1.0)}
 
 
 def test_a_saved_codebook_continues_as_if_never_stopped():

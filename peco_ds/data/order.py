@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from peco_ds.config import RunSettings
 from peco_ds.errors import UserError
 
 # First word of every seed sequence, so that no two uses of one seed share a stream.
@@ -97,14 +98,14 @@ def view_at(seed: int, epoch: int, sample: int, num_views: int) -> int:
     return int(generator(VIEW_CYCLE, seed, sample, cycle).permutation(num_views)[place])
 
 
-def rank_positions(*, global_batch: int, micro_batch: int, rank: int, world_size: int, first_step: int, last_step: int) -> Iterator[np.ndarray]:
-    """The positions of each forward pass of one rank, step after step.
+def rank_positions(run: RunSettings, rank: int, world_size: int, *, first_step: int, last_step: int) -> Iterator[np.ndarray]:
+    """The positions of each forward pass of one rank, step after step: arrays of run.micro_batch.
 
     Micro-step m of rank r takes the m * world_size + r -th slice of the global batch, so the union over ranks and micro-steps
     of one optimiser step is positions [step * global_batch, (step + 1) * global_batch) however it is divided.
     """
-    slices = global_batch // micro_batch
+    slices = run.global_batch // run.micro_batch
     for step in range(first_step, last_step):
         for slice_number in range(rank, slices, world_size):
-            start = step * global_batch + slice_number * micro_batch
-            yield np.arange(start, start + micro_batch)
+            start = step * run.global_batch + slice_number * run.micro_batch
+            yield np.arange(start, start + run.micro_batch)

@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from peco_ds.config import EvaluationSettings
+from peco_ds.models.vq import usage
+
 
 @torch.no_grad()
 def reconstruction_quality(
@@ -37,9 +40,53 @@ def reconstruction_quality(
         sums += torch.stack([(weight * -10 * error.clamp_min(1e-12).log10()).sum(), (weight * ssim).sum(), weight.sum()])
         counts += torch.bincount(output.codes[weight.bool()].flatten(), minlength=num_codes)
     psnr, ssim, pictures = all_reduce(sums).tolist()
-    share = all_reduce(counts) / counts.sum()
-    entropy = -(share * share.clamp_min(1e-12).log()).sum()
-    return {"psnr": psnr / pictures, "ssim": ssim / pictures, "codes_used": int((share > 0).sum()), "perplexity": float(entropy.exp())}
+    return {"psnr": psnr / pictures, "ssim": ssim / pictures, **usage(all_reduce(counts))}
+
+
+class HeldOut:
+    """Quality on held-out pictures while a tokenizer trains: evaluation.jsonl, TensorBoard, reconstructions.png. Collective.
+
+    Args:
+        images_u8: uint8 [n, 3, S, S], the same on every rank.  world: has rank, size, device, all_reduce, is_main.
+        meter: takes what is measured.
+    """
+
+    def __init__(self, images_u8: torch.Tensor, settings: EvaluationSettings, *, num_codes: int, batch: int, out: Path, world, meter) -> None:
+        self._images_u8, self._settings = images_u8, settings
+        self._num_codes, self._batch, self._out, self._world, self._meter = num_codes, batch, out, world, meter
+        self.last: dict[str, float] = {}
+
+    def due(self, step: int) -> bool:
+        return self._settings.every_steps > 0 and step % self._settings.every_steps == 0
+
+    @torch.no_grad()
+    def __call__(self, engine, step: int) -> None:
+        """Measure; `engine(images_11)` gives a TokenizerOutput, or one that holds it as `.tokenizer`."""
+        world = self._world
+        engine.eval()
+
+        def round_trip(images_11: torch.Tensor):
+            output = engine(images_11)
+            return getattr(output, "tokenizer", output)
+
+        self.last = reconstruction_quality(
+            round_trip,
+            self._images_u8,
+            num_codes=self._num_codes,
+            batch=self._batch,
+            rank=world.rank,
+            world_size=world.size,
+            device=world.device,
+            all_reduce=world.all_reduce,
+        )
+        shown = self._images_u8[: self._settings.grid_images]
+        restored = round_trip(shown.to(world.device).float() / 127.5 - 1).reconstruction
+        engine.train()
+        if world.is_main:
+            grid = comparison_grid([shown, to_u8(restored).cpu()])
+            self._meter.evaluation(step, self.last)
+            self._meter.picture("original | round trip", grid, step)
+            save_png(self._out / "reconstructions.png", grid)
 
 
 @torch.no_grad()

@@ -200,14 +200,18 @@ class Codebook(nn.Module):
         return torch.where(lottery * self.step_rows < self.num_codes, slot, -1)
 
     @torch.no_grad()
-    def update(self, all_reduce: Callable[[torch.Tensor], object] = lambda tensor: None) -> torch.Tensor:
+    def update(self, all_reduce: Callable[[torch.Tensor], object] = lambda tensor: None, *, applied: bool = True) -> torch.Tensor:
         """End of an optimiser step: move the averages by what all ranks counted since the last call, recompute the codes.
 
         Args:
             all_reduce: sums a float32 tensor over the ranks, in place; nothing on one process.
+            applied: False for a step that was skipped, whose features may not be finite: what was counted is forgotten.
         Returns: float32 [V], how often each code was chosen in this step by all ranks.
         Nothing is read back to the host.
         """
+        if not applied:
+            self.pending.zero_()
+            return torch.zeros_like(self.ema_count)
         all_reduce(self.pending)
         statistics, candidates = self.pending[: self.num_codes], self.pending[self.num_codes :]
         counts = statistics[:, -1].clone()
@@ -224,12 +228,8 @@ class Codebook(nn.Module):
             self._revive(candidates)
         self.num_updates += 1
         self.step_rows.copy_(counts.sum())
-        self.discard_pending()
-        return counts
-
-    def discard_pending(self) -> None:
-        """Forget what was counted since the last update; for a step that is skipped, whose features may not be finite."""
         self.pending.zero_()
+        return counts
 
     def _revive(self, candidates: torch.Tensor) -> None:
         """Put the i-th dead code on the i-th slot that holds exactly one encoder output; without a slot it waits a step."""
@@ -270,7 +270,7 @@ class Codebook(nn.Module):
         self.ema_count.fill_(1.0)
         self.ema_sum.copy_(self.codes)
         self.initialized.fill_(1.0)
-        self.discard_pending()
+        self.pending.zero_()
 
     def _draw(self, rows: torch.Tensor, number: int, generator: torch.Generator) -> torch.Tensor:
         """[number, C]: rows without repetition, then, where there are too few, copies moved by 1 % of the spread."""
@@ -285,14 +285,14 @@ class Codebook(nn.Module):
         return F.normalize(codes, dim=-1) if self.l2_normalized else codes
 
 
-def usage(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def usage(counts: torch.Tensor) -> dict[str, float]:
     """How much of the codebook is in use.
 
     Args:
         counts: [V], how often each code was chosen.
-    Returns: number of codes chosen at least once (int64 []), perplexity (float32 []): exp of the entropy of the code frequencies,
-        V when all are equally frequent, 1 when one takes all.
+    Returns: codes_used, the number of codes chosen at least once; perplexity, exp of the entropy of the code frequencies: V when all are
+        equally frequent, 1 when one takes all. Read back to the host.
     """
     counts = counts.float()
     share = counts / counts.sum().clamp(min=1)
-    return (counts > 0).sum(), torch.special.entr(share).sum().exp()
+    return {"codes_used": int((counts > 0).sum()), "perplexity": float(torch.special.entr(share).sum().exp())}

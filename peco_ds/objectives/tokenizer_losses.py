@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from peco_ds.config import TokenizerLossSettings
+from peco_ds.config import AdversarialSettings, PerceptualSettings, TokenizerLossSettings
 
 
 def pixel_loss(reconstruction: torch.Tensor, target: torch.Tensor, kind: Literal["mse", "l1"]) -> torch.Tensor:
@@ -80,3 +80,38 @@ def tokenizer_loss(
         stats["critic"] = critic.detach()
         stats["generator"] = -critic_logits.fake.detach().float().mean()
     return loss, stats
+
+
+class TokenizerObjective:
+    """What a recipe asks of a tokenizer, as one function of an engine's output.
+
+    Args:
+        judge: frozen network with `.features(images_01, blocks)`, or None for a tokenizer without perceptual loss.
+    """
+
+    def __init__(self, loss: TokenizerLossSettings, perceptual: PerceptualSettings, adversarial: AdversarialSettings, judge=None) -> None:
+        self._loss, self._perceptual, self._adversarial, self._judge = loss, perceptual, adversarial, judge
+
+    def __call__(self, outputs, images_11: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Args:
+            outputs: TokenizerOutput, or with a critic TokenizerWithCriticOutput.  images_11: [B, 3, H, W] in [-1, 1].
+            step: optimiser steps done; the critic's pull begins at adversarial.start_step.
+        Returns: as `tokenizer_loss`.
+        """
+        output = getattr(outputs, "tokenizer", outputs)
+        mine = target = ()
+        if self._judge is not None:
+            mine = self._judge.features(output.reconstruction / 2 + 0.5, self._perceptual.blocks)
+            with torch.no_grad():
+                target = self._judge.features(images_11 / 2 + 0.5, self._perceptual.blocks)
+        return tokenizer_loss(
+            output,
+            images_11,
+            settings=self._loss,
+            features_reconstruction=mine,
+            features_target=target,
+            perceptual_weight=self._perceptual.weight,
+            critic_logits=getattr(outputs, "logits", None),
+            adversarial_weight=self._adversarial.weight if step >= self._adversarial.start_step else 0.0,
+        )

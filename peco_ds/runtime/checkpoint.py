@@ -12,7 +12,7 @@ import logging
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,10 @@ class Progress:
     cursor: Cursor
     world_size: int
     zero_stage: int
+
+    def at(self, step: int, global_batch: int) -> Progress:
+        """The same run when `step` steps are done."""
+        return replace(self, step=step, cursor=replace(self.cursor, samples=step * global_batch))
 
 
 def tag_of(step: int) -> str:
@@ -137,25 +141,28 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**{**raw, "cursor": Cursor(**raw["cursor"])})
 
 
-def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World) -> Progress | None:
-    """Continue the newest checkpoint of the run folder that verifies. Collective.
+def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World, *, fingerprint: str, seed: int) -> Progress:
+    """Continue the newest checkpoint of the run folder that verifies, or start at step 0. Collective.
 
-    Returns: its progress, or None if the run starts from scratch.
-    Raises: UserError if checkpoints exist but none is whole, or it was written by another number of ranks or another ZeRO stage.
+    Args:
+        fingerprint: of the image set that is read.  seed: of the run.
+    Raises: UserError if checkpoints exist but none is whole, or it was written by another number of ranks, under another ZeRO stage, on
+        another image set or with another seed.
     """
+    start = Progress(0, Cursor(fingerprint, seed, 0), world.size, engine.zero_optimization_stage())
     if settings.resume == "never":
-        return None
+        return start
     existing = list_checkpoints(run_folder)
     folder = newest_whole(run_folder, world)
     if folder is None:
         if existing:
             raise UserError(f"{run_folder}: {len(existing)} checkpoints, none of them whole; set checkpoint.resume=never to start from scratch, or a new --out")
-        return None
+        return start
     progress = read_progress(folder)
-    here = (world.size, engine.zero_optimization_stage())
-    if (progress.world_size, progress.zero_stage) != here:
+    progress.cursor.check(fingerprint, seed)
+    if (progress.world_size, progress.zero_stage) != (start.world_size, start.zero_stage):
         raise UserError(
-            f"{folder.name} was written by {progress.world_size} ranks under ZeRO-{progress.zero_stage}, this run has {here[0]} ranks under ZeRO-{here[1]}; "
+            f"{folder.name} was written by {progress.world_size} ranks under ZeRO-{progress.zero_stage}, this run has {start.world_size} ranks under ZeRO-{start.zero_stage}; "
             "continue with the same, or start a new --out"
         )
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)

@@ -22,11 +22,12 @@ def init_codebook(tokenizer, batches: Iterator[torch.Tensor], settings: Tokenize
     Source: BEiT v2's `norm_ema_quantizer.py`, which runs k-means on each rank's own first batch and never compares the results; here they are one.
     """
     tokenizer.eval()
-    vectors, wanted = [], -(-settings.kmeans_vectors // world.size)
-    while sum(map(len, vectors)) < wanted:
+    vectors: list[torch.Tensor] = []
+    while sum(map(len, vectors)) < settings.kmeans_vectors:
         features = tokenizer.encode(next(batches))
-        vectors.append(features.float().flatten(2).transpose(1, 2).reshape(-1, features.shape[1]))
-    everywhere = world.gather(torch.cat(vectors)[:wanted])
+        # Gathered pass by pass: the vectors stand in the order of the samples, so the start is the same for any number of ranks.
+        vectors.append(world.gather(features.float().flatten(2).transpose(1, 2).reshape(-1, features.shape[1])))
+    everywhere = torch.cat(vectors)[: settings.kmeans_vectors]
     if world.is_main:
         tokenizer.codebook.init_kmeans(everywhere, settings.kmeans_iters, torch.Generator(everywhere.device).manual_seed(seed))
         logger.info("codebook started by k-means on %d encoder outputs", len(everywhere))

@@ -12,9 +12,8 @@ from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import nn
 
-from peco_ds.config import OptimSettings, RunSettings, ScheduleSettings, Durations, merge_deepspeed, read_deepspeed_json
+from peco_ds.config import Durations, OptimSettings, RunSettings, ScheduleSettings
 from peco_ds.errors import UserError
-from peco_ds.runtime.distributed import World
 from peco_ds.runtime.optim import build_optimizer, decay_groups
 from peco_ds.schedules import cosine_with_warmup
 
@@ -23,11 +22,11 @@ logger = logging.getLogger("peco_ds")
 
 def start_engine(
     model: nn.Module,
+    ds_config: dict,
     *,
-    deepspeed_config: str | Path,
+    source: str | Path,
     run: RunSettings,
     optim: OptimSettings,
-    world: World,
     leaf_modules: tuple[type[nn.Module], ...] = (),
     lr_scales: dict[str, float] | None = None,
 ) -> deepspeed.DeepSpeedEngine:
@@ -37,23 +36,22 @@ def start_engine(
     BEiT's in-place depth scaling without a word.
 
     Args:
-        model: the same weights on every rank.  leaf_modules: classes that ZeRO-3 gathers as one unit.
-    Raises: UserError if the JSON is wrong or contradicts the recipe.
+        model: the same weights on every rank.  ds_config: merged with the recipe (`config.merge_deepspeed`).  source: its file, for messages.
+        leaf_modules: classes that ZeRO-3 gathers as one unit.  lr_scales: parameter-name prefix -> factor on the scheduled rate.
+    Raises: UserError if DeepSpeed refuses the config, or the device the precision.
     """
     if run.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError(f"run.precision = 'fp16': DeepSpeed does not train in fp16 on {get_accelerator().device_name()}; use bf16 or fp32")
-    merged = merge_deepspeed(read_deepspeed_json(deepspeed_config), deepspeed_config, run, optim, world.size)
-    zero = merged.get("zero_optimization", {})
+    zero = ds_config.get("zero_optimization", {})
     if zero.get("stage", 0) == 3 and leaf_modules:
         set_z3_leaf_modules(model, list(leaf_modules))
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     optimizer = build_optimizer(decay_groups(model, optim.weight_decay, lr_scales), optim, offloaded=offloaded)
     try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=merged, dist_init_required=False)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     except ValidationError as error:  # DeepSpeed checks the blocks of its JSON with pydantic
         first = error.errors()[0]
-        raise UserError(f"{deepspeed_config}: {error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}; DeepSpeed {deepspeed.__version__} refuses it") from None
-    engine.merged_config = merged
+        raise UserError(f"{source}: {error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}; DeepSpeed {deepspeed.__version__} refuses it") from None
     return engine
 
 

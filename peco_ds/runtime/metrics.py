@@ -6,11 +6,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from peco_ds.config import Durations, RunSettings
 from peco_ds.runtime.distributed import World
+from peco_ds.runtime.engine import grad_norm, memory_gib
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
@@ -41,81 +45,72 @@ class Meter:
         first_step: rows after it, left by a run that went on past its last checkpoint, are dropped: no step is missing or there twice.
     """
 
-    def __init__(self, run_folder: Path, world: World, *, first_step: int, total_steps: int, stop_step: int, log_every: int, global_batch: int, num_samples: int) -> None:
-        self._run_folder = run_folder
-        self._world = world
-        self._total_steps, self._stop_step = total_steps, stop_step
-        self._log_every = log_every
-        self._global_batch = global_batch
-        self._num_samples = num_samples
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
-        self._steps = 0
-        self._data_wait_s = 0.0
-        self._since = time.perf_counter()
-        self.first: dict[str, float] = {}  # first and last logged row of this process
-        self.last: dict[str, float] = {}
+    def __init__(self, run_folder: Path, world: World, *, first_step: int, durations: Durations, run: RunSettings, num_samples: int) -> None:
+        self._run_folder, self._world = run_folder, world
+        self._durations, self._run, self._num_samples = durations, run, num_samples
+        self._reset()
         self._file = self._tensorboard = None
         if world.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
             path = run_folder / METRICS_FILE
             _drop_rows_after(path, first_step)
-            _drop_rows_after(run_folder / EVALUATION_FILE, first_step - 1)
+            _drop_rows_after(run_folder / EVALUATION_FILE, first_step - 1)  # the moment of the start is evaluated again
             self._file = open(path, "a", buffering=1)
             self._tensorboard = SummaryWriter(str(run_folder / "tensorboard"), purge_step=first_step + 1)
+
+    def _reset(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._passes = self._steps = 0
+        self._data_wait_s = 0.0
+        self._since = time.perf_counter()
+
+    def next(self, batches: Iterator):
+        """The next batch; the time the loop stands still for it is counted."""
+        before = time.perf_counter()
+        batch = next(batches)
+        self._data_wait_s += time.perf_counter() - before
+        return batch
 
     def add(self, loss: torch.Tensor, stats: dict[str, torch.Tensor]) -> None:
         """One forward pass's loss and statistics (scalars on the device)."""
         for name, value in {"loss": loss, **stats}.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._count += 1
+        self._passes += 1
 
-    def waited(self, seconds: float) -> None:
-        """Time the loop stood still for data."""
-        self._data_wait_s += seconds
-
-    def due(self, step: int) -> bool:
-        """Whether the step that ends as number `step` (from 1) logs."""
-        return step % self._log_every == 0 or step == self._stop_step
-
-    def log(self, step: int, extra: dict[str, float]) -> None:
-        """Reduce, read, write. Collective.
+    def close_step(self, done: int, engine, rate: float, extra: Callable[[], dict[str, float]] = dict) -> bool:
+        """End of optimiser step number `done` (from 1); logs if it is time to. Collective when it logs.
 
         Args:
-            step: optimiser steps done.  extra: host numbers of this moment (rate, gradient norm, memory).
+            rate: learning rate of the step.  extra: further numbers, asked for only when the step logs.
+        Returns: whether it logged; the host has then waited for the device, so a stop can be agreed on at no cost.
         """
+        self._steps += 1
+        if done % self._run.log_every_steps and done != self._durations.stop_step:
+            return False
         names = sorted(self._sums)
-        sums = torch.stack([self._sums[name] for name in names] + [torch.tensor(float(self._count), device=self._world.device)])
-        values = self._world.all_reduce(sums).tolist()
+        sums = torch.stack([self._sums[name] for name in names] + [torch.tensor(float(self._passes), device=self._world.device)])
+        *values, passes = self._world.all_reduce(sums).tolist()
         elapsed = time.perf_counter() - self._since
-        steps = self._steps
-        row = {"step": step, "images": step * self._global_batch, "epoch": round(step * self._global_batch / self._num_samples, 4)}
-        row |= {name: value / values[-1] for name, value in zip(names, values)}
-        row |= extra
-        row |= {
-            "step_s": elapsed / max(1, steps),
-            "images_per_s": steps * self._global_batch / elapsed,
-            "data_wait_s": self._data_wait_s / max(1, steps),
-        }
-        self._sums, self._count, self._steps, self._data_wait_s, self._since = {}, 0, 0, 0.0, time.perf_counter()
-        self.first = self.first or row
-        self.last = row
+        images = done * self._run.global_batch
+        row = {"step": done, "images": images, "epoch": round(images / self._num_samples, 4)}
+        row |= {name: value / passes for name, value in zip(names, values)}
+        row |= {"lr": rate, "grad_norm": grad_norm(engine), "skipped_steps": engine.skipped_steps, "memory_gib": memory_gib(self._world.device), **extra()}
+        row |= {"step_s": elapsed / self._steps, "images_per_s": self._steps * self._run.global_batch / elapsed, "data_wait_s": self._data_wait_s / self._steps}
+        self._reset()
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
-            self.scalars(row, step)
+            self.scalars(row, done)
             self._progress_line(row)
+        return True
 
-    def step_done(self) -> None:
-        self._steps += 1
-
-    def pause(self) -> float:
-        """A moment to hand to `resume`: what lies between is no training time (saves, evaluation)."""
-        return time.perf_counter()
-
-    def resume(self, paused_at: float) -> None:
-        self._since += time.perf_counter() - paused_at
+    @contextmanager
+    def paused(self):
+        """What happens inside is no training time: saves, evaluation."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Scalars to TensorBoard (rank 0 only; elsewhere nothing)."""
@@ -144,9 +139,10 @@ class Meter:
             self._tensorboard.close()
 
     def _progress_line(self, row: dict) -> None:
-        left = max(0, self._total_steps - row["step"]) * row["step_s"]
+        total = self._durations.total_steps
+        left = (total - row["step"]) * row["step_s"]
         eta = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
-        parts = [f"step {row['step']}/{self._total_steps}", f"loss {row['loss']:.4f}"]
+        parts = [f"step {row['step']}/{total}", f"loss {row['loss']:.4f}"]
         parts += [f"{name} {row[name]:.4g}" for name in ("accuracy", "psnr", "codes_used", "grad_norm", "lr") if name in row]
         parts += [f"{row['images_per_s']:.1f} images/s", f"ETA {eta}"]
         sys.stdout.write("  ".join(parts) + "\n")

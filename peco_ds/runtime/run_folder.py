@@ -15,6 +15,7 @@ import yaml
 
 from peco_ds.config import Resolved
 from peco_ds.errors import UserError
+from peco_ds.runtime.distributed import World
 from peco_ds.schema import write_json
 
 SETTINGS = "settings.yaml"
@@ -25,21 +26,33 @@ PROVENANCE = "provenance.json"
 _FREE = ("data.num_workers", "data.root", "data.images", "data.tokens", "data.tokenizer", "data.val_images", "data.verify", "data.max_bad_share", "run.log_every_steps", "run.micro_batch", "run.activation_checkpointing", "schedule.stop_at_step", "checkpoint.", "evaluation.", "name")
 
 
-def open_run_folder(folder: Path, stage: str, resolved: Resolved, merged_deepspeed: dict, *, resume: bool, provenance: dict) -> None:
-    """Create the folder and record what the run is (rank 0).
+def open_run_folder(folder: Path, stage: str, resolved: Resolved, ds_config: dict, provenance: dict, world: World) -> None:
+    """Create the folder and record what the run is. Collective; rank 0 writes, a refusal is raised by all.
 
     Args:
-        provenance: fingerprints of what the run reads; ends in the model card of its release.
+        ds_config: merged.  provenance: fingerprints of what the run reads; ends in the model card of its release.
     Raises: UserError if the folder holds another run, naming the first setting that differs.
     """
+    fault = ""
+    if world.is_main:
+        try:
+            _write(folder, stage, resolved, ds_config, provenance)
+        except UserError as error:
+            fault = str(error)
+    fault = next(filter(None, world.gather_objects(fault)), "")
+    if fault:
+        raise UserError(fault)
+
+
+def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict, provenance: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(resolved.as_dict()["recipe"]))  # tuples as lists, as YAML reads them back
     previous = folder / SETTINGS
-    if previous.is_file() and resume:
+    if previous.is_file() and resolved.recipe.checkpoint.resume == "auto":
         _refuse_another_run(folder, yaml.safe_load(previous.read_text()), stage, settings)
     text = yaml.safe_dump({"stage": stage, "recipe": settings, "sources": resolved.sources}, sort_keys=False)
     previous.write_text(f"# every setting of this run; `sources` names where each value that is no default came from\n{text}")
-    write_json(folder / DEEPSPEED, merged_deepspeed)
+    write_json(folder / DEEPSPEED, ds_config)
     with open(folder / "commands.txt", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
     write_json(folder / PROVENANCE, {"commit": commit(), **provenance, "versions": versions()})

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# The main job, small: photographs -> image shards -> perceptual tokenizer -> token shards -> masked pre-training under ZeRO-3 -> a release timm loads.
+usage="usage: bash launchers/quickstart.sh
+
+  IMAGES=DIR        your own pictures, any folder (default: the photographs inside scikit-image's wheel)
+  PERCEPTUAL=FILE   MoCo v3 weights (vit-b-300ep.pth.tar) or any timm ViT file as the tokenizer's judge (default: bootstrapped, see below)
+  OUT=DIR           where everything goes (default: quickstart_out); what is finished there is not done again
+
+Without PERCEPTUAL a first tokenizer is trained without a judge, a first ViT is pre-trained on its tokens, and that ViT's features judge the second tokenizer."
+set -euo pipefail
+[ "${1:-}" != --help ] || { echo "$usage"; exit 0; }
+[ $# -eq 0 ] || { echo "error: '$1': this takes no arguments; see bash launchers/quickstart.sh --help" >&2; exit 2; }
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launchers/setup_venv.sh requirements.txt tests/requirements.txt
+out="${OUT:-quickstart_out}"
+mkdir -p "$out/logs"
+started=$SECONDS
+
+stage() {
+    echo
+    echo "== $1 ($((SECONDS - started)) s)"
+}
+
+# ranks NAME STAGE ARGUMENT...   under the deepspeed launcher: all GPUs there are, or two ranks on the CPU. Progress lines to the terminal, all to a log.
+gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+ranks() {
+    local name="$1" count=() code
+    shift
+    if [ "$gpus" = 0 ]; then
+        export DS_ACCELERATOR=cpu
+        count=(--num_gpus 2)
+    fi
+    set +e
+    deepspeed "${count[@]}" "$@" 2>&1 | tee "$out/logs/$name.log" | grep --line-buffered -E '^(step|held-out|tokenizer|error:|[0-9]+ pictures)'
+    code="${PIPESTATUS[0]}"
+    set -e
+    [ "$code" = 0 ] || { echo "error: $name ended with $code; see $out/logs/$name.log" >&2; exit "$code"; }
+}
+
+data=(data.root="$out")
+
+stage "pack the pictures"
+images="${IMAGES:-}"
+if [ -z "$images" ]; then
+    images="$out/pictures"
+    python launchers/quickstart_pictures.py "$images"
+fi
+python peco_ds/pack_images.py --images "$images" --labels none --out "$out/images/train" --short_side 256 --samples_per_shard 8 --workers 2
+
+judge="${PERCEPTUAL:-}"
+judge_blocks="[3,6,9,12]"
+if [ -z "$judge" ]; then
+    stage "bootstrap the judge: a tokenizer without one"
+    ranks tokenizer_0 peco_ds/train_tokenizer.py --recipe quickstart_tokenizer --out "$out/tokenizer_0" "${data[@]}" perceptual.weight=0 schedule.steps=120
+    stage "bootstrap the judge: a short pre-training on its tokens"
+    first=("${data[@]}" data.tokenizer=tokenizer_0/tokenizer data.tokens=tokens_0 views.count=16)
+    ranks tokens_0 peco_ds/tokenize_shards.py --recipe quickstart_vit "${first[@]}"
+    ranks pretrain_0 peco_ds/pretrain.py --recipe quickstart_vit --deepspeed_config ds_configs/zero3.json --out "$out/pretrain_0" "${first[@]}" schedule.steps=200
+    python -m peco_ds.convert_checkpoint "$out/pretrain_0" --to timm --out "$out/judge" 2> "$out/logs/convert_0.log"
+    judge="$out/judge"
+    judge_blocks="[2,4,6]"
+fi
+
+stage "train the perceptual tokenizer"
+ranks tokenizer peco_ds/train_tokenizer.py --recipe quickstart_tokenizer --out "$out/tokenizer_run" "${data[@]}" perceptual.weights="$judge" perceptual.blocks="$judge_blocks"
+
+stage "tokenize"
+second=("${data[@]}" data.tokenizer=tokenizer_run/tokenizer)
+ranks tokens peco_ds/tokenize_shards.py --recipe quickstart_vit "${second[@]}"
+
+stage "masked pre-training under ZeRO-3"
+ranks pretrain peco_ds/pretrain.py --recipe quickstart_vit --deepspeed_config ds_configs/zero3.json --out "$out/pretrain" "${second[@]}"
+
+stage "convert, and load the release with timm alone"
+python -m peco_ds.convert_checkpoint "$out/pretrain" --to timm --out "$out/release" 2> "$out/logs/convert.log"
+(cd "$out" && python -I -c '
+import timm, torch
+model = timm.create_model("local-dir:release", pretrained=True).eval()
+print("timm:", type(model).__name__, sum(p.numel() for p in model.parameters()), "parameters, features", tuple(model.forward_features(torch.zeros(1, *model.default_cfg["input_size"])).shape))')
+
+stage "look at it"
+python launchers/quickstart_table.py "$out" "${PERCEPTUAL:-}"
+echo "done in $((SECONDS - started)) s"

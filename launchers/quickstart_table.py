@@ -1,0 +1,64 @@
+"""The closing table and pictures of quickstart.sh.   python launchers/quickstart_table.py OUT [PERCEPTUAL]"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+
+from peco_ds.config import PretrainRecipe, data_path
+from peco_ds.data.loaders import Pictures, masked_batches
+from peco_ds.data.order import SampleOrder, view_at
+from peco_ds.data.token_shards import TokenSet
+from peco_ds.evaluation.masked_prediction import masked_prediction_columns
+from peco_ds.evaluation.reconstruction import comparison_grid, save_png
+from peco_ds.models.mim import MaskedImageModel
+from peco_ds.models.peco_tokenizer import load_tokenizer
+from peco_ds.runtime.checkpoint import fp32_weights, newest_whole
+from peco_ds.runtime.metrics import read_metrics
+from peco_ds.runtime.run_folder import read_settings
+
+out, perceptual = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
+recipe = TypeAdapter(PretrainRecipe).validate_python(read_settings(out / "pretrain")["recipe"])
+tokenizer, card = load_tokenizer(data_path(recipe.data, recipe.data.tokenizer))
+model = MaskedImageModel(recipe.model, recipe.objective.num_codes)
+model.load_state_dict(fp32_weights(newest_whole(out / "pretrain")))
+pictures = Pictures(data_path(recipe.data, recipe.data.images))
+tokens = TokenSet(data_path(recipe.data, recipe.data.tokens), pictures.manifest, num_codes=card.num_codes, grid=recipe.model.grid, num_views=recipe.views.count)
+
+# One batch of the order's first epoch, every picture once, and the true codes of all its patches.
+shown = np.arange(min(8, pictures.num_samples))
+arguments = dict(data=recipe.data, views=recipe.views, mask=recipe.mask, image_px=recipe.model.image_px, grid=recipe.model.grid, seed=recipe.run.seed)
+batch = next(masked_batches(pictures, tokens, [shown], device=torch.device("cpu"), **arguments))
+order = SampleOrder(pictures.shards.shard_sizes, recipe.run.seed, recipe.data.shuffle_window_shards)
+samples = [order.sample_at(int(position)) for position in shown]
+codes = torch.tensor(np.stack([tokens.read(s).codes[view_at(recipe.run.seed, 0, s, recipe.views.count)] for s in samples]).astype(np.int64))
+save_png(out / "masked_prediction.png", comparison_grid(masked_prediction_columns(model.eval(), tokenizer, batch, codes)))
+(out / "reconstructions.png").write_bytes((out / "tokenizer_run" / "reconstructions.png").read_bytes())
+
+counts = np.zeros(card.num_codes)
+for sample in range(tokens.num_samples):
+    counts += np.bincount(tokens.read(sample).codes.ravel(), minlength=card.num_codes)
+evaluations = [json.loads(line) for line in (out / "tokenizer_run" / "evaluation.jsonl").read_text().splitlines()]
+first, last = evaluations[0], evaluations[-1]
+rows = read_metrics(out / "pretrain")
+accuracy = np.mean([row["accuracy"] for row in rows[-3:]])
+judge = card.extra["judge"] if perceptual else f"bootstrapped: {card.extra['judge']}"
+table = [
+    ("pictures", f"{pictures.num_samples}, {recipe.views.count} views each"),
+    ("judge of the tokenizer", judge),
+    ("tokens used", f"{int((counts > 0).sum())} of {card.num_codes}"),
+    ("PSNR, held-out pictures", f"{first['psnr']:.2f} -> {last['psnr']:.2f} dB"),
+    ("SSIM, held-out pictures", f"{first['ssim']:.3f} -> {last['ssim']:.3f}"),
+    ("pre-training loss", f"{rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}"),
+    ("masked-token accuracy", f"{accuracy:.1%}; always the commonest code: {counts.max() / counts.sum():.1%}; blind guess: {1 / card.num_codes:.1%}"),
+    ("original | round trip", out / "reconstructions.png"),
+    ("picture | masked | prediction | true tokens", out / "masked_prediction.png"),
+    ("release for timm", out / "release"),
+    ("curves", f"tensorboard --logdir {out}"),
+    ("runs", f"{out / 'tokenizer_run'}, {out / 'pretrain'}"),
+]
+width = max(len(name) for name, _ in table)
+sys.stdout.write("\n".join(f"{name:<{width}}  {value}" for name, value in table) + "\n")
