@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -62,6 +63,7 @@ def run(main, argv: list[str] | None = None) -> None:
         code = main(argv)
     except UserError as error:
         if env_rank() != 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends this rank with it
             time.sleep(OTHER_RANKS_WAIT_S)
         if os.environ.get("PECO_TRACEBACK"):
             raise
