@@ -56,7 +56,7 @@ if [ -z "$judge" ]; then
     stage "bootstrap the judge: a short pre-training on its tokens"
     first=("${data[@]}" data.tokenizer=tokenizer_0/tokenizer data.tokens=tokens_0 views.count=16)
     ranks tokens_0 peco_ds/tokenize_shards.py --recipe quickstart_vit "${first[@]}"
-    ranks pretrain_0 peco_ds/pretrain.py --recipe quickstart_vit --deepspeed_config ds_configs/zero3.json --out "$out/pretrain_0" "${first[@]}" schedule.steps=200
+    ranks pretrain_0 peco_ds/pretrain.py --recipe quickstart_vit --deepspeed_config ds_configs/zero3.json --out "$out/pretrain_0" "${first[@]}" schedule.steps=150
     python -m peco_ds.convert_checkpoint "$out/pretrain_0" --to timm --out "$out/judge" 2> "$out/logs/convert_0.log"
     judge="$out/judge"
     judge_blocks="[2,4,6]"
