@@ -52,7 +52,7 @@ judge="${PERCEPTUAL:-}"
 judge_blocks="[3,6,9,12]"
 if [ -z "$judge" ]; then
     stage "bootstrap the judge: a tokenizer without one"
-    ranks tokenizer_0 peco_ds/train_tokenizer.py --recipe quickstart_tokenizer --out "$out/tokenizer_0" "${data[@]}" perceptual.weight=0 schedule.steps=120
+    ranks tokenizer_0 peco_ds/train_tokenizer.py --recipe quickstart_tokenizer --out "$out/tokenizer_0" "${data[@]}" perceptual.weight=0 schedule.steps=200
     stage "bootstrap the judge: a short pre-training on its tokens"
     first=("${data[@]}" data.tokenizer=tokenizer_0/tokenizer data.tokens=tokens_0 views.count=16)
     ranks tokens_0 peco_ds/tokenize_shards.py --recipe quickstart_vit "${first[@]}"
