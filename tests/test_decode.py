@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import struct
+import sys
 import zlib
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+import torchvision.io
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -68,6 +72,33 @@ def test_the_native_path_is_the_one_ordinary_jpegs_take(real_data, monkeypatch):
     monkeypatch.setattr(decode.Image, "open", refuse)
     for path in real_data.imagenet[:20]:
         decode_rgb(path.read_bytes())
+
+
+@pytest.fixture
+def decode_by_pillow_alone(monkeypatch) -> ModuleType:
+    """The module as it loads where torchvision has no decoder any more."""
+    monkeypatch.delattr(torchvision.io, "decode_jpeg", raising=False)
+    spec = importlib.util.spec_from_file_location("decode_by_pillow_alone", decode.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_torchvision_s_decoder_pillow_serves_the_same_pictures(real_data, decode_by_pillow_alone):
+    for path in real_data.imagenet[:60]:
+        data = path.read_bytes()
+        decoded, native = decode_by_pillow_alone.decode_rgb(data), decode_rgb(data)
+        assert decoded.dtype == torch.uint8 and decoded.shape == native.shape and decoded.stride() == native.stride()
+        assert worst(decoded, native) <= 2  # as above
+        assert decode_by_pillow_alone.picture_kind(data).plain
+
+
+def test_without_torchvision_s_decoder_a_jpeg_cut_short_is_still_refused(real_data, decode_by_pillow_alone):
+    data = real_data.imagenet[0].read_bytes()
+    for length in range(0, len(data) - 1, 997):
+        with pytest.raises(decode_by_pillow_alone.DecodeError):
+            decode_by_pillow_alone.decode_rgb(data[:length])
 
 
 def test_grey_jpeg_gets_three_equal_channels(photograph):

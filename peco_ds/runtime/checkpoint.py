@@ -7,11 +7,13 @@ before other ranks have finished.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import random
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -186,7 +188,8 @@ def fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     if list(checkpoint.glob("bf16_zero_pp_rank_*_optim_states.pt")) and not list(checkpoint.glob("zero_pp_rank_*_model_states.pt")):
         return _fp32_weights_of_bf16_optimizer(checkpoint)
     if list(checkpoint.glob("*_optim_states.pt")):
-        return zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its progress bars are no news to whoever converts
+            return zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     # ZeRO-0 writes whole modules and no partitioned optimiser; deepspeed pickles classes of its own beside the tensors.
     module = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in module.items()}

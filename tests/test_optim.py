@@ -1,0 +1,45 @@
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+
+import pytest
+import torch
+
+from peco_ds.config import ModelSettings, OptimSettings
+from peco_ds.errors import UserError
+from peco_ds.models.mim import MaskedImageModel
+from peco_ds.runtime.optim import build_optimizer, decay_groups, require_nvidia_apex
+
+
+def test_decay_groups_are_beits():
+    model = MaskedImageModel(ModelSettings(image_px=32, patch_px=16, width=24, depth=1, heads=3), 10)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in decay_groups(model, 0.05)}
+    assert groups[0.05] == {
+        "mask_token",
+        "lm_head.weight",
+        "backbone.patch_embed.proj.weight",
+        "backbone.rel_pos_bias.relative_position_bias_table",
+        *(f"backbone.blocks.0.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
+    }
+    assert groups[0.0] == set(names.values()) - groups[0.05] and "backbone.cls_token" in groups[0.0]
+
+
+def test_a_prefix_gets_its_own_rate():
+    model = torch.nn.ModuleDict({"critic": torch.nn.Linear(2, 2), "tokenizer": torch.nn.Linear(2, 2)})
+    groups = decay_groups(model, 0.1, {"critic.": 0.5})
+    assert sorted((group["lr_scale"], group["weight_decay"], len(group["params"])) for group in groups) == [(0.5, 0.0, 1), (0.5, 0.1, 1), (1.0, 0.0, 1), (1.0, 0.1, 1)]
+
+
+def test_the_optimiser_carries_the_recipes_numbers():
+    optimizer = build_optimizer(decay_groups(torch.nn.Linear(2, 2), 0.05), OptimSettings(lr=1e-3, betas=(0.9, 0.98), eps=1e-6), offloaded=False)
+    assert all((group["lr"], group["betas"], group["eps"]) == (1e-3, (0.9, 0.98), 1e-6) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("installed, words", [({}, "apex is not installed"), ({"apex"}, "web toolkit of the same name"), ({"apex", "apex.optimizers"}, "without its CUDA extensions")])
+def test_a_missing_or_wrong_apex_is_explained(monkeypatch, installed, words):
+    spec = importlib.machinery.ModuleSpec("apex", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: spec if name in installed else None)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.9.10.dev0")
+    with pytest.raises(UserError, match=words):
+        require_nvidia_apex()

@@ -1,0 +1,19 @@
+import pytest
+
+from peco_ds.schedules import cosine_with_warmup
+
+
+def rate(step):
+    return cosine_with_warmup(step, peak=1.5e-3, floor=1e-5, warmup_steps=10, total_steps=110)
+
+
+def test_the_rate_rises_linearly_from_zero_and_falls_as_half_a_cosine():
+    assert [rate(step) for step in (0, 1, 5)] == pytest.approx([0, 1.5e-4, 7.5e-4])
+    assert rate(10) == pytest.approx(1.5e-3)
+    assert rate(60) == pytest.approx((1.5e-3 + 1e-5) / 2)
+    assert rate(110) == pytest.approx(1e-5) and rate(500) == pytest.approx(1e-5)
+    assert all(rate(step) > rate(step + 1) for step in range(10, 110))
+
+
+def test_no_warm_up_starts_at_the_peak():
+    assert cosine_with_warmup(0, peak=1.0, floor=0.0, warmup_steps=0, total_steps=10) == 1.0
