@@ -1,8 +1,9 @@
 """Bytes of a picture file -> upright 8-bit RGB, or a stated reason why not.
 
-Ordinary JPEGs (grey or three channels, no EXIF rotation) are decoded natively by torchvision. Everything else takes the careful
-path through Pillow, which knows CMYK, palettes, 16 bit, alpha, EXIF and the other formats. Both are strict: a file that ends early
-is refused, never returned with a grey lower half. Embedded colour profiles are ignored, as ImageNet training everywhere does.
+Ordinary JPEGs (grey or three channels, no EXIF rotation) are decoded natively by torchvision, where it still can. Everything else
+takes the careful path through Pillow, which knows CMYK, palettes, 16 bit, alpha, EXIF and the other formats. Both are strict: a file
+that ends early is refused, never returned with a grey lower half. Embedded colour profiles are ignored, as ImageNet training
+everywhere does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.io import ImageReadMode, decode_jpeg
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision has announced its removal; the careful path then serves every picture, only slower
+    decode_jpeg = None
 
 # Pillow warns of a decompression bomb from this size on; here it is a refusal, since a loader process would hold 3 bytes for each.
 MAX_PIXELS = 89_478_485
@@ -53,7 +58,7 @@ def decode_rgb(data: bytes) -> torch.Tensor:
     # Both decoders refuse a file that stops, but one whose end is a hole of zeros, as an interrupted copy leaves it, they may fill.
     if header is not None and data.rfind(b"\xff\xd9") < header.scan_start:
         raise DecodeError("JPEG without an end mark: cut short, or its end was never written")
-    if header is not None and header.ordinary:
+    if header is not None and header.ordinary and decode_jpeg is not None:
         try:
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         except RuntimeError:
