@@ -22,17 +22,15 @@ stage() {
     echo "== $1 ($((SECONDS - started)) s)"
 }
 
-# ranks NAME STAGE ARGUMENT...   under the deepspeed launcher: all GPUs there are, or two ranks on the CPU. Progress lines to the terminal, all to a log.
+# ranks NAME STAGE ARGUMENT...   two ranks under the deepspeed launcher, on GPUs if there are (one rank on one). Progress lines to the terminal, all to a log.
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
 ranks() {
-    local name="$1" count=() code
+    local name="$1" count=2 code
     shift
-    if [ "$gpus" = 0 ]; then
-        export DS_ACCELERATOR=cpu
-        count=(--num_gpus 2)
-    fi
+    [ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu
+    [ "$gpus" != 1 ] || count=1
     set +e
-    deepspeed "${count[@]}" "$@" 2>&1 | tee "$out/logs/$name.log" | grep --line-buffered -E '^(step|held-out|tokenizer|error:|[0-9]+ pictures)'
+    deepspeed --num_gpus "$count" "$@" 2>&1 | tee "$out/logs/$name.log" | grep --line-buffered -E '^(step|held-out|tokenizer|error:|[0-9]+ pictures)'
     code="${PIPESTATUS[0]}"
     set -e
     [ "$code" = 0 ] || { echo "error: $name ended with $code; see $out/logs/$name.log" >&2; exit "$code"; }

@@ -26,7 +26,7 @@ tokenizer, card = load_tokenizer(data_path(recipe.data, recipe.data.tokenizer))
 model = MaskedImageModel(recipe.model, recipe.objective.num_codes)
 model.load_state_dict(fp32_weights(newest_whole(out / "pretrain")))
 pictures = Pictures(data_path(recipe.data, recipe.data.images))
-tokens = TokenSet(data_path(recipe.data, recipe.data.tokens), pictures.manifest, num_codes=card.num_codes, grid=recipe.model.grid, num_views=recipe.views.count)
+tokens = TokenSet(data_path(recipe.data, recipe.data.tokens), pictures.manifest, num_codes=card.num_codes, grid=recipe.model.grid, views=recipe.views)
 
 # One batch of the order's first epoch, every picture once, and the true codes of all its patches.
 shown = np.arange(min(8, pictures.num_samples))

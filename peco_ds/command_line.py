@@ -8,10 +8,11 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from peco_ds.config import DS_CONFIGS, Resolved, load_recipe
-from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
+from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_REQUEUE, UserError
 
 # A rank other than the first waits so long before it speaks: where all ranks found the same fault, the launcher ends it
 # first and the user reads one line; where it is this rank's alone, nothing is lost.
@@ -23,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see --help")
 
 
-def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None) -> argparse.ArgumentParser:
+def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None) -> Parser:
     """Parser of a stage that is driven by a recipe.
 
     Args:
@@ -35,8 +36,8 @@ def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None)
     )
     parser.add_argument("--recipe", default=recipe, help="YAML file, or the name of one in peco_ds/recipes (default: %(default)s)")
     if deepspeed_config is not None:
-        parser.add_argument("--deepspeed_config", default=str(DS_CONFIGS / deepspeed_config), help="DeepSpeed JSON (default: ds_configs/" + deepspeed_config + ")")
-    parser.add_argument("--out", type=Path, default=None, help="run folder (default: runs/RECIPE_NAME)")
+        parser.add_argument("--deepspeed_config", default=str(DS_CONFIGS / deepspeed_config), help=f"DeepSpeed JSON (default: ds_configs/{deepspeed_config})")
+        parser.add_argument("--out", type=Path, default=None, help="run folder (default: runs/RECIPE_NAME)")
     parser.add_argument("--dry_run", action="store_true", help="resolve and check everything, print it, do nothing")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over the recipe's")
@@ -47,7 +48,7 @@ def parse_stage(parser: argparse.ArgumentParser, recipe_type: type, argv: list[s
     """Arguments and the resolved recipe; runs before torch is imported, so a misspelt key answers at once."""
     args = parser.parse_intermixed_args(argv)
     resolved = load_recipe(recipe_type, args.recipe, args.overrides)
-    if args.out is None:
+    if getattr(args, "out", "") is None:
         args.out = Path("runs") / resolved.recipe.name
     return args, resolved
 
@@ -69,6 +70,14 @@ def run(main, argv: list[str] | None = None) -> None:
             raise
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         code = EXIT_BAD_INPUT
+    except OSError as error:
+        if error.filename is None or os.environ.get("PECO_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
+        code = EXIT_BAD_INPUT
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAULT
     leave(EXIT_DONE if code is None else code)
 
 
@@ -81,7 +90,8 @@ def leave(code: int) -> None:
     distributed = sys.modules.get("torch.distributed")  # not imported here: a stage that needs no torch stays quick
     if distributed is None or not distributed.is_initialized():
         sys.exit(code)
-    atexit._run_exitfuncs()
+    if code in (EXIT_DONE, EXIT_REQUEUE):  # else the other ranks are in a collective, and leaving the group would wait for them
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

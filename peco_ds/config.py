@@ -86,7 +86,7 @@ class MaskSettings:
 
 @dataclass(frozen=True, config=_strict)
 class ObjectiveSettings:
-    name: str = "hard_tokens"
+    name: Literal["hard_tokens"] = "hard_tokens"  # a file of objectives/
     num_codes: int = 8192  # V; must be the tokenizer's
 
 
@@ -279,7 +279,8 @@ def load_recipe(recipe_type: type, path: str | Path, overrides: list[str], envir
 
 def find_recipe(path: str | Path) -> Path:
     path = Path(path)
-    for candidate in (path, RECIPES / path.name, RECIPES / f"{path.name}.yaml"):
+    named = [RECIPES / path.name, RECIPES / f"{path.name}.yaml"] if len(path.parts) == 1 else []
+    for candidate in (path, *named):
         if candidate.is_file():
             return candidate
     known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
@@ -353,7 +354,10 @@ def check_recipe(recipe) -> None:
     _require_at_least(1, recipe, "schedule.stop_at_step checkpoint.every_steps")
     _require_at_least(0, recipe, "schedule.epochs schedule.steps schedule.warmup_epochs schedule.warmup_steps schedule.min_lr checkpoint.every_epochs")
     _require_at_least(0, recipe, "optim.lr optim.eps optim.weight_decay optim.clip_norm checkpoint.keep_every_steps")
-    _require_at_least(0, recipe, "data.num_workers data.holdout data.max_bad_share views.topk")
+    _require_at_least(0, recipe, "data.num_workers data.holdout data.max_bad_share views.topk views.seed run.seed")
+    _require(recipe.optim.lr > 0, f"optim.lr {recipe.optim.lr}: must be positive")
+    _require(all(0 <= beta < 1 for beta in recipe.optim.betas), f"optim.betas {recipe.optim.betas}: each in [0, 1)")
+    _require(recipe.views.topk_temperature > 0, f"views.topk_temperature {recipe.views.topk_temperature}: must be positive")
     _require(schedule.epochs is None or schedule.steps is None, "schedule.epochs and schedule.steps are both set; a duration has one spelling, drop one")
     _require(schedule.epochs is not None or schedule.steps is not None, "schedule.epochs is not set; give schedule.epochs or schedule.steps")
     _require(schedule.warmup_epochs is None or schedule.warmup_steps is None, "schedule.warmup_epochs and schedule.warmup_steps are both set; drop one")
@@ -385,6 +389,8 @@ def _check_pretrain(recipe: PretrainRecipe) -> None:
 
 def _check_tokenizer(recipe: TokenizerRecipe) -> None:
     _require_at_least(1, recipe, "tokenizer.channels tokenizer.blocks_per_level tokenizer.z_channels tokenizer.num_codes tokenizer.code_dim")
+    _require_at_least(1, recipe, "tokenizer.kmeans_vectors evaluation.max_images evaluation.grid_images")
+    _require_at_least(0, recipe, "tokenizer.kmeans_iters evaluation.every_steps tokenizer.revive_below")
     mults = recipe.tokenizer.channel_mults
     _require(len(mults) >= 1 and min(mults) >= 1, f"tokenizer.channel_mults {mults}: one positive factor a level")
     stride, size = recipe.tokenizer.stride_px, recipe.views.tokenizer_px
@@ -543,6 +549,9 @@ def merge_deepspeed(raw: dict, path: str | Path, run: RunSettings, optim: OptimS
             raise UserError(f"{path} says {key} = {found!r} but the recipe says {owner} = {value!r}; write \"auto\" in the JSON or change one of them")
         if sections[:1] != ["optimizer"]:
             node[name] = value
+    kind = (merged.get("optimizer") or {}).get("type", "AdamW")
+    if kind not in ("auto", "Adam", "AdamW"):
+        raise UserError(f"{path}: optimizer.type = {kind!r}, but runs are trained with AdamW; remove the block (optim.* of the recipe owns it)")
     if merged.get("scheduler"):
         raise UserError(f"{path}: 'scheduler' belongs to the recipe (schedule.*), which sets the rate of every step; remove it from the JSON")
     merged.pop("optimizer", None)  # compared above; built from the recipe, because it needs parameter groups

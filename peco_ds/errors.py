@@ -5,6 +5,7 @@ turns it into one line on stderr and exit code 2. Any other exception is a fault
 """
 
 EXIT_DONE = 0
+EXIT_FAULT = 1  # ours; a traceback says where
 EXIT_BAD_INPUT = 2
 EXIT_REQUEUE = 75  # stopped in good order, state saved: BSD's EX_TEMPFAIL, "try again later"
 

@@ -24,12 +24,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args, resolved) -> int:
     """Check everything that needs no ranks, and say what the run would be and cost."""
-    from peco_ds.config import data_path, read_deepspeed_json, resolve_durations
+    from peco_ds.config import data_path, merge_deepspeed, read_deepspeed_json, resolve_durations
     from peco_ds.planner.report import IMAGENET_1K_TRAIN, pretrain_report
     from peco_ds.schema import ImageManifest, read_manifest
 
     cfg = resolved.recipe
     ds_config = read_deepspeed_json(args.deepspeed_config)
+    merge_deepspeed(ds_config, args.deepspeed_config, cfg.run, cfg.optim, world_size=1)
     images = data_path(cfg.data, cfg.data.images)
     assumed = not images.exists()
     num_samples = IMAGENET_1K_TRAIN if assumed else read_manifest(images, ImageManifest).samples
@@ -41,7 +42,7 @@ def dry_run(args, resolved) -> int:
             read_manifest(images, ImageManifest),
             num_codes=cfg.objective.num_codes,
             grid=cfg.model.grid,
-            num_views=cfg.views.count,
+            views=cfg.views,
         )
     durations = resolve_durations(cfg, num_samples)
     report = pretrain_report(cfg, num_samples=num_samples, num_views=cfg.views.count, durations=durations, ds_config=ds_config, assumed=assumed)
@@ -96,7 +97,8 @@ def train(args, resolved) -> int:
             meter.add(loss, stats)
             engine.backward(loss)  # accumulation, loss scale, clipping: the engine's
             engine.step()
-        stopping = meter.close_step(step + 1, engine, rate) and world.stop_requested()
+        meter.close_step(step + 1, engine, rate)
+        stopping = world.stop_requested()
         if stopping or durations.save_after(step + 1):
             with meter.paused():
                 save(args.out, engine, progress.at(step + 1, run.global_batch), cfg.checkpoint, world)

@@ -85,6 +85,7 @@ class TokenManifest:
     num_views: int
     views: ViewRecipe
     topk: int = 0
+    topk_temperature: float = 1.0
     kind: Literal["tokens"] = "tokens"
     format_version: int = FORMAT_VERSION
 

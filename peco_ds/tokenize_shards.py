@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -50,14 +51,16 @@ def main(argv: list[str] | None = None) -> int:
         grid=cfg.model.grid,
         num_views=views.count,
         topk=views.topk,
+        topk_temperature=views.topk_temperature,
         views=ViewRecipe(views.tokenizer_px, views.scale, views.ratio, views.flip, views.color_jitter, views.seed),
     )
+    num_shards = len(pictures.manifest.shards)
+    missing = [number for number in range(args.part, num_shards, args.parts) if not parts.is_done(number)]
+    if args.dry_run:
+        sys.stdout.write(f"{len(missing)} of {num_shards} shards to tokenize into {parts.folder}, {views.count} views of {views.tokenizer_px} px a picture\n")
+        return EXIT_DONE
     if args.finish:
         return report(parts.finish())
-    missing = [number for number in range(args.part, len(pictures.manifest.shards), args.parts) if not parts.is_done(number)]
-    if args.dry_run:
-        sys.stdout.write(f"{len(missing)} of {len(pictures.manifest.shards)} shards to tokenize into {parts.folder}, {views.count} views of {views.tokenizer_px} px a picture\n")
-        return EXIT_DONE
 
     from peco_ds.runtime.distributed import start_world
 
@@ -65,11 +68,16 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer, _ = load_tokenizer(data_path(cfg.data, cfg.data.tokenizer))
     tokenizer.to(world.device)
     tokenize_missing(cfg, pictures, tokenizer, parts, missing[world.rank :: world.size], world)
-    if world.stop_requested():
-        return EXIT_REQUEUE
-    if args.parts == 1 and world.is_main:
-        return report(parts.finish())
-    return EXIT_DONE
+    # No collective from here on: ranks end hours apart, and a process group gives up after minutes.
+    while args.parts == 1 and world.is_main and not world.stop_seen:
+        if all(parts.is_done(number) for number in range(num_shards)):
+            return report(parts.finish())
+        time.sleep(1.0)
+    return EXIT_REQUEUE if world.stop_seen else EXIT_DONE
+
+
+class Stopped(Exception):
+    """This rank was asked to stop in the middle of a shard."""
 
 
 def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], world) -> None:
@@ -83,7 +91,10 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
 
     starts = np.concatenate([[0], np.cumsum(pictures.shards.shard_sizes)])
     pictures_a_batch = max(1, cfg.run.micro_batch // cfg.views.count)
-    batches_of = {number: [b for b in np.array_split(np.arange(starts[number], starts[number + 1]), -(-pictures.shards.shard_sizes[number] // pictures_a_batch))] for number in shard_numbers}
+    batches_of = {}
+    for number in shard_numbers:
+        samples = np.arange(starts[number], starts[number + 1])
+        batches_of[number] = np.split(samples, range(pictures_a_batch, len(samples), pictures_a_batch)) if len(samples) else []
     loaded = view_batches(pictures, [batch for number in shard_numbers for batch in batches_of[number]], data=cfg.data, views=cfg.views, device=world.device)
     bad = BadPictures(cfg.data.max_bad_share)
     bar = tqdm(total=int(sum(pictures.shards.shard_sizes[n] for n in shard_numbers)), unit="picture", desc="tokenize", disable=not world.is_main, mininterval=5.0)
@@ -91,6 +102,8 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
     @torch.no_grad()
     def records(number: int):
         for _ in batches_of[number]:
+            if world.stop_seen:
+                raise Stopped
             batch = next(loaded)
             bad.add(len(batch.keys), batch.bad)
             # Pictures may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
@@ -106,10 +119,11 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
                 yield TokenRecord(key, codes.reshape(shape)[place], batch.rows[place], *(None if values is None else values[place] for values in soft))
             bar.update(len(batch.keys))
 
-    for number in shard_numbers:
-        if world.stop_seen:
-            break
-        parts.write(number, records(number))
+    try:
+        for number in shard_numbers:
+            parts.write(number, records(number))
+    except Stopped:  # the shard in hand is dropped whole
+        pass
     bar.close()
 
 

@@ -25,12 +25,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dry_run(args, resolved) -> int:
-    from peco_ds.config import data_path, read_deepspeed_json, resolve_durations
+    from peco_ds.config import data_path, merge_deepspeed, read_deepspeed_json, resolve_durations
     from peco_ds.planner.report import IMAGENET_1K_TRAIN, tokenizer_report
     from peco_ds.schema import ImageManifest, read_manifest
 
     cfg = resolved.recipe
     ds_config = read_deepspeed_json(args.deepspeed_config)
+    merge_deepspeed(ds_config, args.deepspeed_config, cfg.run, cfg.optim, world_size=1)
     images = data_path(cfg.data, cfg.data.images)
     assumed = not images.exists()
     num_samples = IMAGENET_1K_TRAIN if assumed else read_manifest(images, ImageManifest).samples
@@ -48,7 +49,7 @@ def train(args, resolved) -> int:
     from peco_ds.models.peco_tokenizer import build_tokenizer
     from peco_ds.models.vq import usage
     from peco_ds.objectives.tokenizer_losses import TokenizerObjective
-    from peco_ds.runtime.checkpoint import list_checkpoints, restore, save
+    from peco_ds.runtime.checkpoint import continues, list_checkpoints, restore, save
     from peco_ds.runtime.codebook_init import init_codebook
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import set_rate, start_engine
@@ -78,14 +79,13 @@ def train(args, resolved) -> int:
 
     seed_all(run.seed)  # initial weights follow from the seed alone, whatever was drawn while the data were opened
     tokenizer = build_tokenizer(cfg.tokenizer, seed=run.seed).to(world.device)
-    continuing = cfg.checkpoint.resume == "auto" and list_checkpoints(args.out)
-    if cfg.tokenizer.kmeans_iters and not continuing:
+    resumed = continues(cfg.checkpoint) and any(world.gather_objects(bool(list_checkpoints(args.out))))
+    if cfg.tokenizer.kmeans_iters and not resumed:
         init_codebook(tokenizer, crops(0, sys.maxsize), cfg.tokenizer, run.seed, world)
     model = tokenizer
     if cfg.adversarial.weight:
         model = TokenizerWithCritic(tokenizer, PatchCritic(cfg.adversarial.channels, cfg.adversarial.layers).to(world.device))
-    scales = {"critic.": cfg.adversarial.lr / cfg.optim.lr}
-    engine = start_engine(model, ds_config, source=args.deepspeed_config, run=run, optim=cfg.optim, lr_scales=scales)
+    engine = start_engine(model, ds_config, source=args.deepspeed_config, run=run, optim=cfg.optim, lr_scales={"critic.": cfg.adversarial.lr / cfg.optim.lr})
     seed_all(run.seed + 1 + world.rank)
     progress = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed)
 
@@ -104,7 +104,8 @@ def train(args, resolved) -> int:
             engine.backward(loss)  # accumulation, loss scale, clipping: the engine's
             engine.step()
         counts = tokenizer.codebook.update(world.all_reduce, applied=engine.was_step_applied())
-        stopping = meter.close_step(step + 1, engine, rate, lambda: usage(counts)) and world.stop_requested()
+        meter.close_step(step + 1, engine, rate, lambda: usage(counts))
+        stopping = world.stop_requested()
         with meter.paused():
             if evaluation.due(step + 1) or step + 1 == durations.stop_step:
                 evaluation(engine, step + 1)

@@ -360,14 +360,14 @@ def run_stage(arguments, capsys) -> tuple[int, str]:
 
 
 def test_overrides_may_stand_before_or_after_options(recipe_file):
-    parser = stage_parser("A stage.", recipe="recipe", deepspeed_config=None)
+    parser = stage_parser("A stage.", recipe="recipe", deepspeed_config="zero1.json")
     path = str(recipe_file(""))
     args, resolved = parse_stage(parser, PretrainRecipe, ["run.seed=1", "--recipe", path, ENOUGH, "--out", "there", "model.depth=2"])
     assert (resolved.recipe.run.seed, resolved.recipe.model.depth, args.out) == (1, 2, Path("there"))
 
 
 def test_the_run_folder_is_named_after_the_recipe_unless_given(recipe_file):
-    args, _ = parse_stage(stage_parser("A stage.", recipe="recipe", deepspeed_config=None), PretrainRecipe, ["--recipe", str(recipe_file("name: mine")), ENOUGH])
+    args, _ = parse_stage(stage_parser("A stage.", recipe="recipe", deepspeed_config="zero1.json"), PretrainRecipe, ["--recipe", str(recipe_file("name: mine")), ENOUGH])
     assert args.out == Path("runs/mine")
 
 
@@ -382,12 +382,19 @@ def test_good_input_is_silent_and_exit_code_0(recipe_file, capsys):
     assert run_stage(["--recipe", str(recipe_file("")), ENOUGH], capsys) == (EXIT_DONE, "")
 
 
-def test_our_own_faults_keep_their_traceback():
+def test_our_own_faults_keep_their_traceback_and_end_with_1(capsys):
     def main(argv):
         assert False, "ours"
 
-    with pytest.raises(AssertionError):
+    with pytest.raises(SystemExit) as end:
         run(main, [])
+    assert end.value.code == 1 and "Traceback" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_opened_is_one_line_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        run(lambda argv: open("/nowhere/at/all"), [])
+    assert end.value.code == EXIT_BAD_INPUT and capsys.readouterr().err == "error: /nowhere/at/all: No such file or directory\n"
 
 
 # ---------------------------------------------------------------------------------------------- any text at all

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def open_sets(small_sets, *overrides):
     recipe = load_recipe(PretrainRecipe, "peco_vitb16", [*small_sets.overrides, *overrides]).recipe
     pictures = Pictures(data_path(recipe.data, recipe.data.images))
-    tokens = TokenSet(data_path(recipe.data, recipe.data.tokens), pictures.manifest, num_codes=64, grid=4, num_views=recipe.views.count)
+    tokens = TokenSet(data_path(recipe.data, recipe.data.tokens), pictures.manifest, num_codes=64, grid=4, views=recipe.views)
     return recipe, pictures, tokens
 
 

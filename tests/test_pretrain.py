@@ -15,7 +15,8 @@ STAGES = (0, 1, 2, 3)
 
 
 def case(small_sets, folder, name, *, zero=3, extra=(), statistics=False):
-    arguments = ["--recipe", "peco_vitb16", "--deepspeed_config", str(REPOSITORY / "ds_configs" / f"zero{zero}.json"), "--out", str(folder / name), *small_sets.overrides, *extra]
+    config = zero if isinstance(zero, str) else str(REPOSITORY / "ds_configs" / f"zero{zero}.json")
+    arguments = ["--recipe", "peco_vitb16", "--deepspeed_config", config, "--out", str(folder / name), *small_sets.overrides, *extra]
     return {"stage": "pretrain", "arguments": arguments, "statistics": str(folder / f"{name}.statistics.json") if statistics else None}
 
 
@@ -32,6 +33,12 @@ def runs(small_sets, tmp_path_factory):
         else:
             cases["bf16"] = case(small_sets, folder, "bf16_2", extra=["run.precision=bf16"])
             cases["bf16_zero1"] = case(small_sets, folder, "bf16_zero1_2", zero=1, extra=["run.precision=bf16"])
+            # the tensors of a small model all lie below the persistence threshold: at 0 every weight is gathered, used and released
+            config = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            (folder / "gathered.json").write_text(json.dumps(config))
+            cases["gathered"] = case(small_sets, folder, "gathered_2", zero=str(folder / "gathered.json"))
+            cases["gathered_checkpointed"] = case(small_sets, folder, "gathered_checkpointed_2", zero=str(folder / "gathered.json"), extra=["run.activation_checkpointing=full"])
             cases["checkpointed"] = case(small_sets, folder, "checkpointed_2", extra=["run.activation_checkpointing=full"])
             stochastic = ["model.drop_path=0.3", "checkpoint.every_steps=3"]
             cases["whole"] = case(small_sets, folder, "whole_2", extra=stochastic)
@@ -41,6 +48,8 @@ def runs(small_sets, tmp_path_factory):
             cases["half16"] = case(small_sets, folder, "half16_2", zero=1, extra=[*sixteen, "schedule.stop_at_step=5"])
             cases["rest16"] = case(small_sets, folder, "half16_2", zero=1, extra=sixteen)
             cases["whole16"] = case(small_sets, folder, "whole16_2", zero=1, extra=sixteen)
+            cases["over"] = case(small_sets, folder, "over_2", extra=["schedule.stop_at_step=6"])
+            cases["over_again"] = case(small_sets, folder, "over_2", extra=["checkpoint.resume=never", "schedule.stop_at_step=2", "optim.lr=1e-4"])
             cases["again"] = case(small_sets, folder, "half_2", extra=stochastic)
         listing = folder / f"cases_{ranks}.json"
         listing.write_text(json.dumps(list(cases.values())))
@@ -68,6 +77,24 @@ def test_the_loss_falls_on_real_pictures(runs):
 def test_every_zero_stage_at_one_and_two_ranks_gives_the_same_losses(runs, zero, ranks):
     # float32, 10 steps; measured worst case 1.2e-7: sums over ranks and buckets are taken in another order
     assert largest_difference(losses(runs, f"zero{zero}_{ranks}"), losses(runs, "zero0_1")) < 2e-6
+
+
+@pytest.mark.parametrize("name", ("gathered_2", "gathered_checkpointed_2"))
+def test_zero3_that_gathers_every_weight_trains_as_one_that_keeps_them(runs, name):
+    assert losses(runs, name) == losses(runs, "zero3_2")
+
+
+@pytest.mark.parametrize("name", ["zero1_1", "zero2_2", "zero3_1", "zero3_2", "gathered_2"])
+def test_weights_consolidated_from_any_zero_stage_are_the_ones_that_were_trained(runs, name):
+    """ZeRO-0 saves whole modules, nothing is put together there; equal losses mean equal weights, so the others must agree with it."""
+    import torch
+
+    from peco_ds.runtime.checkpoint import fp32_weights, list_checkpoints
+
+    found, reference = (fp32_weights(list_checkpoints(runs[0] / run)[0]) for run in (name, "zero0_1"))
+    assert found.keys() == reference.keys()
+    for key, tensor in reference.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-5, msg=key)
 
 
 @pytest.mark.parametrize("name", ("micro8_1", "micro2_1"))
@@ -98,6 +125,15 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(runs, precision):
     assert [row["step"] for row in resumed] == list(range(1, 11)), "no step missing, none twice"
     for name in ("loss", "accuracy", "lr", "grad_norm"):
         assert [row[name] for row in resumed] == [row[name] for row in whole]
+
+
+def test_a_run_started_over_owns_the_newest_checkpoint(runs):
+    from peco_ds.runtime.checkpoint import list_checkpoints
+
+    folder = runs[0] / "over_2"
+    assert [path.name for path in list_checkpoints(folder)] == ["step_00000002"]
+    assert len(list((folder / "checkpoints").glob("set_aside_step_00000006_*"))) == 1, "nothing is lost"
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2]
 
 
 def test_starting_a_finished_run_again_trains_nothing_and_says_done(runs):

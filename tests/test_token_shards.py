@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import webdataset
 
+from peco_ds.config import ViewSettings
 from peco_ds.data.loaders import Pictures
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord, TokenSet, read_npy, write_token_shard
 from peco_ds.errors import UserError
 from peco_ds.models.peco_tokenizer import read_card
 from peco_ds.schema import VIEW_COLUMNS, TokenManifest, ViewRecipe, read_manifest
+
+
+VIEWS = ViewSettings(tokenizer_px=32, scale=(0.2, 1.0), count=3)  # as conftest.SMALL_VIT tokenizes
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def images(small_sets):
 
 
 def open_set(folder, images, **change):
-    return TokenSet(folder, images, **{**dict(num_codes=64, grid=4, num_views=3), **change})
+    return TokenSet(folder, images, **{**dict(num_codes=64, grid=4, views=VIEWS), **change})
 
 
 def test_a_webdataset_reader_reads_token_shards_beside_image_shards(small_sets):
@@ -75,7 +79,10 @@ def test_tokens_of_other_pictures_are_refused_by_shard(copied, images):
 
 @pytest.mark.parametrize(
     "change, words",
-    [(dict(num_codes=8192), "vocabulary of 64"), (dict(grid=14), "4x4 grid, the backbone has 14x14"), (dict(num_views=4), "3 views are stored for each picture, views.count asks for 4")],
+    [(dict(num_codes=8192), "vocabulary of 64"), (dict(grid=14), "4x4 grid, the backbone has 14x14"), (dict(views=dataclasses.replace(VIEWS, count=4)), "3 views are stored for each picture, views.count asks for 4"),
+        (dict(views=dataclasses.replace(VIEWS, color_jitter=0.1)), "recorded with views.color_jitter = 0.4, the recipe has 0.1"),
+        (dict(views=dataclasses.replace(VIEWS, seed=1)), "recorded with views.seed = 0, the recipe has 1"),
+        (dict(views=dataclasses.replace(VIEWS, topk=2)), "0 soft codes are stored for each patch, views.topk asks for 2")],
 )
 def test_a_recipe_that_does_not_fit_the_tokens_is_refused(copied, images, change, words):
     with pytest.raises(UserError, match=words):
@@ -122,7 +129,7 @@ def test_codes_outside_of_the_vocabulary_are_refused(tmp_path, copied, images):
 
     write_manifest(tmp_path, broken)
     with pytest.raises(UserError, match="code 64 in a vocabulary of 64"):
-        TokenSet(tmp_path, one, num_codes=64, grid=4, num_views=1).read(0)
+        open_set(tmp_path, one, views=dataclasses.replace(VIEWS, count=1)).read(0)
 
 
 def test_a_pickle_in_a_record_is_refused_unread():
@@ -133,7 +140,7 @@ def test_a_pickle_in_a_record_is_refused_unread():
 
 def test_parts_are_finished_only_when_all_shards_are_there(images, tmp_path):
     views = ViewRecipe(32, (0.2, 1.0), (0.75, 1.3), 0.5, 0.4, 0)
-    parts = TokenParts(tmp_path, images, tokenizer_fingerprint="f" * 64, num_codes=64, grid=4, num_views=1, topk=0, views=views)
+    parts = TokenParts(tmp_path, images, tokenizer_fingerprint="f" * 64, num_codes=64, grid=4, num_views=1, topk=0, topk_temperature=1.0, views=views)
     record = lambda key: TokenRecord(key, np.zeros((1, 16), np.uint16), np.ones((1, len(VIEW_COLUMNS)), np.float32))  # noqa: E731
     for number in (0, 1, 3):
         parts.write(number, [record(f"k{i}") for i in range(images.shards[number].samples)])
@@ -141,8 +148,12 @@ def test_parts_are_finished_only_when_all_shards_are_there(images, tmp_path):
         parts.finish()
     parts.write(2, [record(f"k{i}") for i in range(images.shards[2].samples)])
     assert parts.finish().samples == images.samples
-    other = TokenParts(tmp_path, images, tokenizer_fingerprint="e" * 64, num_codes=64, grid=4, num_views=1, topk=0, views=views)
+    (tmp_path / "manifest.json").rename(tmp_path / "was.json")
+    other = TokenParts(tmp_path, images, tokenizer_fingerprint="e" * 64, num_codes=64, grid=4, num_views=1, topk=0, topk_temperature=1.0, views=views)
     assert not any(other.is_done(number) for number in range(4)), "shards of another tokenizer must be made again"
+    (tmp_path / "was.json").rename(tmp_path / "manifest.json")
+    with pytest.raises(UserError, match="holds a finished token set with tokenizer_fingerprint = ffff"):
+        TokenParts(tmp_path, images, tokenizer_fingerprint="e" * 64, num_codes=64, grid=4, num_views=1, topk=0, topk_temperature=1.0, views=views)
 
 
 def test_soft_codes_are_stored_with_their_mass(small_sets, tmp_path):
@@ -152,7 +163,7 @@ def test_soft_codes_are_stored_with_their_mass(small_sets, tmp_path):
     manifest = json.loads((tmp_path / "soft" / "manifest.json").read_text())
     assert manifest["topk"] == 8
     images = Pictures(small_sets.root / "images" / "train").manifest
-    record = TokenSet(tmp_path / "soft", images, num_codes=64, grid=4, num_views=1).read(5)
+    record = open_set(tmp_path / "soft", images, views=dataclasses.replace(VIEWS, count=1, topk=8)).read(5)
     assert record.topk_codes.shape == record.topk_probs.shape == (1, 16, 8)
     assert np.array_equal(record.topk_codes[..., 0], record.codes), "the likeliest soft code is the hard one"
     mass = record.topk_probs.astype(np.float32).sum(-1)

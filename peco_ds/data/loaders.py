@@ -104,6 +104,7 @@ class _Raw:
 
     def pin_memory(self) -> "_Raw":
         self.cuts = {size: images.pin_memory() for size, images in self.cuts.items()}
+        self.masked, self.codes = (None if tensor is None else tensor.pin_memory() for tensor in (self.masked, self.codes))
         return self
 
 
@@ -119,6 +120,8 @@ class _Dataset(Dataset):
             return self._make(places)
         except UserError as error:
             return _Raw(error=str(error))
+        except OSError as error:
+            return _Raw(error=f"{error.filename}: {error.strerror}")
 
 
 def _load(make: Callable, places, num_workers: int) -> Iterator[_Raw]:

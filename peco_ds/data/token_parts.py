@@ -9,18 +9,20 @@ from pathlib import Path
 
 from peco_ds.data.token_shards import TokenRecord, write_token_shard
 from peco_ds.errors import UserError
-from peco_ds.schema import ImageManifest, Shard, TokenManifest, ViewRecipe, sha256_of_json, write_json, write_manifest
+from peco_ds.schema import MANIFEST_NAME, ImageManifest, Shard, TokenManifest, ViewRecipe, read_manifest, sha256_of_json, write_json, write_manifest
 
 _PARTS = ".parts"  # one small file a finished shard: its entry in the manifest and what it was made from
 
 
 class TokenParts:
-    """
+    """The shards of a token set that are there already, and the writing of those that are not.
+
     Args:
         folder: of the token set.  images: what is tokenized.  The rest: what the codes are; a shard made with anything else is made again.
+    Raises: UserError if the folder holds a finished set that was made otherwise.
     """
 
-    def __init__(self, folder: Path, images: ImageManifest, *, tokenizer_fingerprint: str, num_codes: int, grid: int, num_views: int, topk: int, views: ViewRecipe) -> None:
+    def __init__(self, folder: Path, images: ImageManifest, *, tokenizer_fingerprint: str, num_codes: int, grid: int, num_views: int, topk: int, topk_temperature: float, views: ViewRecipe) -> None:
         self.folder = folder
         self._images = images
         self._common = dict(
@@ -30,9 +32,20 @@ class TokenParts:
             grid=(grid, grid),
             num_views=num_views,
             topk=topk,
+            topk_temperature=topk_temperature,
             views=views,
         )
         self._made_from = sha256_of_json({**self._common, "views": asdict(views)})
+        self._refuse_another_set()
+
+    def _refuse_another_set(self) -> None:
+        """A finished set may be in use by a run; it is not overwritten shard by shard under its old manifest."""
+        if not (self.folder / MANIFEST_NAME).is_file():
+            return
+        found = read_manifest(self.folder, TokenManifest)
+        for name, value in self._common.items():
+            if getattr(found, name) != value:
+                raise UserError(f"{self.folder}: holds a finished token set with {name} = {getattr(found, name)}, this one has {value}; set data.tokens to another folder, or remove that one")
 
     def _part_file(self, number: int) -> Path:
         return self.folder / _PARTS / f"{Path(self._images.shards[number].name).stem}.json"

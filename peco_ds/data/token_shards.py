@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import webdataset
 
-from peco_ds.data.indexed_tar import ShardSet, write_index
+from peco_ds.config import ViewSettings
+from peco_ds.data.indexed_tar import ShardSet, index_name, write_index
 from peco_ds.errors import UserError
 from peco_ds.schema import VIEW_COLUMNS, ImageManifest, Shard, TokenManifest, read_manifest, sha256_of_file
 
@@ -61,10 +62,6 @@ def write_token_shard(folder: Path, name: str, records: Iterable[TokenRecord]) -
     return Shard(name=name, samples=samples, bytes=tar.stat().st_size, sha256=sha256_of_file(tar), index_sha256=index_sha256)
 
 
-def index_name(shard_name: str) -> str:
-    return f"{Path(shard_name).stem}.index.json"
-
-
 def read_npy(data: bytes, *, what: str, dtype, shape: tuple[int | None, ...]) -> np.ndarray:
     """Parse an .npy member without unpickling anything.
 
@@ -87,19 +84,19 @@ class TokenSet:
 
     Args:
         folder: of token shards.  images: manifest of the image set they must belong to.
-        num_codes, grid, num_views: what the recipe asks for.  tokenizer_fingerprint: refuse tokens of any other tokenizer; None: any.
+        num_codes, grid, views: what the recipe asks for.  tokenizer_fingerprint: refuse tokens of any other tokenizer; None: any.
     Raises: UserError naming what does not fit.
     """
 
-    def __init__(self, folder: Path, images: ImageManifest, *, num_codes: int, grid: int, num_views: int, tokenizer_fingerprint: str | None = None) -> None:
+    def __init__(self, folder: Path, images: ImageManifest, *, num_codes: int, grid: int, views: ViewSettings, tokenizer_fingerprint: str | None = None) -> None:
         self.folder = folder
         self.manifest = manifest = read_manifest(folder, TokenManifest)
-        self._refuse_wrong_ties(images, num_codes, grid, num_views, tokenizer_fingerprint)
+        self._refuse_wrong_ties(images, num_codes, grid, views, tokenizer_fingerprint)
         self.shards = ShardSet(folder, manifest)
         self.num_samples = self.shards.num_samples
         self._num_patches = grid * grid
 
-    def _refuse_wrong_ties(self, images, num_codes, grid, num_views, tokenizer_fingerprint) -> None:
+    def _refuse_wrong_ties(self, images, num_codes, grid, views, tokenizer_fingerprint) -> None:
         found, folder = self.manifest, self.folder
         if tokenizer_fingerprint is not None and found.tokenizer_fingerprint != tokenizer_fingerprint:
             raise UserError(
@@ -121,8 +118,13 @@ class TokenSet:
                 f"{folder}: codes on a {found.grid[0]}x{found.grid[1]} grid, the backbone has {grid}x{grid} patches; "
                 "tokenize with views.tokenizer_px = stride x grid, or change model.image_px or model.patch_px"
             )
-        if num_views > found.num_views:
-            raise UserError(f"{folder}: {found.num_views} views are stored for each picture, views.count asks for {num_views}; lower it or tokenize with more")
+        if views.count > found.num_views:
+            raise UserError(f"{folder}: {found.num_views} views are stored for each picture, views.count asks for {views.count}; lower it or tokenize with more")
+        if views.topk > found.topk:
+            raise UserError(f"{folder}: {found.topk} soft codes are stored for each patch, views.topk asks for {views.topk}; lower it or tokenize with more")
+        for name, recorded in asdict(found.views).items():
+            if getattr(views, name) != recorded:
+                raise UserError(f"{folder}: views were recorded with views.{name} = {recorded}, the recipe has {getattr(views, name)}; set it to the recorded one or tokenize again")
 
     def read(self, sample: int, expected_key: str | None = None) -> TokenRecord:
         """The record of a global sample number.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -109,9 +110,14 @@ def jitter(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 def to_backbone(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B, 3, S, S] -> float32, ImageNet statistics (BEiT's choice when it trains on ImageNet-1K)."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = _statistics(images.device)
     return (images.float().div_(255).sub_(mean)).div_(std)
+
+
+@lru_cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    # Once a device: a copy from the host in every batch would make the host wait for what the device has still to do.
+    return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def to_tokenizer(images: torch.Tensor) -> torch.Tensor:

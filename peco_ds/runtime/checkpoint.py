@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,14 +27,16 @@ from peco_ds.config import CheckpointSettings
 from peco_ds.data.order import Cursor
 from peco_ds.errors import UserError
 from peco_ds.runtime.distributed import World
+from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS
 from peco_ds.schema import sha256_of_file, write_json
 
 logger = logging.getLogger("peco_ds")
 
 FOLDER = "checkpoints"
-LATEST = "latest"
+LATEST = "latest"  # for people and scripts; resuming looks at what verifies
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
+RECORDS = (SETTINGS, PROVENANCE)  # of the run folder; a checkpoint that is moved elsewhere still tells what it is
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ def save(run_folder: Path, engine, progress: Progress, settings: CheckpointSetti
     torch.save(_random_states(world.device), temporary / f"random_rank_{world.rank:05d}.pt")
     if world.is_main:
         write_json(temporary / PROGRESS, {**asdict(progress), "cursor": asdict(progress.cursor)})
+        for name in RECORDS:
+            shutil.copy(run_folder / name, temporary / name)
     world.barrier()
     _seal(temporary, world)
     if world.is_main:
@@ -86,6 +92,7 @@ def save(run_folder: Path, engine, progress: Progress, settings: CheckpointSetti
 def _seal(folder: Path, world: World) -> None:
     """Hash and fsync every file, shared by the ranks; rank 0 writes the manifest last."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = world.gather_objects(files)[0]  # rank 0's list: another's view of a shared file system may lag behind
     mine = {}
     for path in files[world.rank :: world.size]:
         with open(path, "rb") as file:
@@ -124,13 +131,16 @@ def verify(folder: Path, world: World | None = None) -> str:
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """Complete checkpoints, newest first: a folder counts once it has its final name and a manifest."""
-    root = run_folder / FOLDER
-    return sorted((path for path in root.glob("step_*") if (path / MANIFEST).is_file()), reverse=True)
+    found = (run_folder / FOLDER).glob("step_*")
+    return sorted((path for path in found if re.fullmatch(r"step_\d{8}", path.name) and (path / MANIFEST).is_file()), reverse=True)
 
 
 def newest_whole(run_folder: Path, world: World | None = None) -> Path | None:
     """The newest checkpoint that verifies; says which newer ones do not. Collective when `world` is given."""
-    for folder in list_checkpoints(run_folder):
+    folders = list_checkpoints(run_folder)
+    if world:  # one rank's view of a shared file system may lag behind another's
+        folders = world.gather_objects(folders)[0]
+    for folder in folders:
         fault = verify(folder, world)
         if not fault:
             return folder
@@ -152,13 +162,12 @@ def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World
         another image set or with another seed.
     """
     start = Progress(0, Cursor(fingerprint, seed, 0), world.size, engine.zero_optimization_stage())
-    if settings.resume == "never":
-        return start
-    existing = list_checkpoints(run_folder)
-    folder = newest_whole(run_folder, world)
+    folder = newest_whole(run_folder, world) if continues(settings) else None
     if folder is None:
-        if existing:
-            raise UserError(f"{run_folder}: {len(existing)} checkpoints, none of them whole; set checkpoint.resume=never to start from scratch, or a new --out")
+        existing = world.gather_objects(len(list_checkpoints(run_folder)))[0]
+        if existing and continues(settings):
+            raise UserError(f"{run_folder}: {existing} checkpoints, none of them whole; set checkpoint.resume=never to start from scratch, or a new --out")
+        _set_aside_after(run_folder, 0, world)
         return start
     progress = read_progress(folder)
     progress.cursor.check(fingerprint, seed)
@@ -167,12 +176,29 @@ def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World
             f"{folder.name} was written by {progress.world_size} ranks under ZeRO-{progress.zero_stage}, this run has {start.world_size} ranks under ZeRO-{start.zero_stage}; "
             "continue with the same, or start a new --out"
         )
+    _set_aside_after(run_folder, progress.step, world)
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     assert loaded is not None, f"DeepSpeed found nothing in {folder}"
     # weights_only: the file is ours and verified, and holds only tensors, numbers and strings all the same
     _set_random_states(torch.load(folder / f"random_rank_{world.rank:05d}.pt", weights_only=True), world.device)
     logger.info("continuing %s at step %d, %d samples", folder, progress.step, progress.cursor.samples)
     return progress
+
+
+def continues(settings: CheckpointSettings) -> bool:
+    """Whether a start continues what the run folder holds. A job that Slurm started again does, whatever its first start was told."""
+    return settings.resume == "auto" or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
+def _set_aside_after(run_folder: Path, step: int, world: World) -> None:
+    """Rename checkpoints beyond `step`, damaged or of a run that is started over: the newest of a folder must be the run's own."""
+    if world.is_main:
+        for folder in list_checkpoints(run_folder):
+            if int(folder.name.removeprefix("step_")) > step:
+                target = folder.with_name(f"set_aside_{folder.name}_{time.strftime('%Y%m%dT%H%M%S')}")
+                os.rename(folder, target)
+                logger.warning("checkpoint %s is set aside as %s", folder.name, target.name)
+    world.barrier()
 
 
 def fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

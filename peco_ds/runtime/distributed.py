@@ -20,6 +20,7 @@ import deepspeed
 import torch.distributed as dist
 
 from peco_ds.data.loaders import STOP_SIGNALS
+from peco_ds.errors import UserError
 
 logger = logging.getLogger("peco_ds")
 
@@ -32,6 +33,7 @@ class World:
     size: int
     device: torch.device
     stop_seen: bool = False  # by this rank; `stop_requested` asks all
+    _asked: tuple[torch.Tensor, torch.cuda.Event] | None = None  # answer on its way to the host
 
     @property
     def is_main(self) -> bool:
@@ -65,6 +67,17 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def agree(self, fault: str) -> None:
+        """Raise one rank's fault on all ranks, so that none is left waiting for the others. Collective.
+
+        Args:
+            fault: "" if this rank has none.
+        Raises: UserError with the first rank's fault.
+        """
+        first = next(filter(None, self.gather_objects(fault)), "")
+        if first:
+            raise UserError(first)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -78,16 +91,30 @@ class World:
         self.stop_seen = True
 
     def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on every rank. A collective: call it where the host waits anyway."""
-        flag = torch.tensor([float(self.stop_seen)], device=self.device)
-        return bool(self.all_reduce(flag).item() > 0)
+        """Whether any rank was asked to stop; the same answer on every rank. Collective, once an optimiser step.
+
+        On a GPU the answer is the one asked for at the last call: reading this one would make the host wait for the step.
+        """
+        flag = self.all_reduce(torch.full((1,), float(self.stop_seen), device=self.device))
+        if self.device.type != "cuda":
+            return bool(flag.item() > 0)
+        asked, self._asked = self._asked, (torch.empty(1, pin_memory=True).copy_(flag, non_blocking=True), torch.cuda.Event())
+        self._asked[1].record()
+        if asked is None:
+            return False
+        asked[1].synchronize()
+        return bool(asked[0].item() > 0)
 
 
 def start_world() -> World:
     """Join the process group that the launcher described, or make one of this process alone; from here on stop signals only set a flag."""
     _translate_environment()
-    local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
+        if torch.cuda.device_count() == 1:
+            os.environ["LOCAL_RANK"] = "0"  # each task was given sight of its own GPU only (--gpus-per-task)
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {local_rank}: {torch.cuda.device_count()} GPUs are visible on {socket.gethostname()}; start one task a GPU")
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from peco_ds.config import Durations, RunSettings
+from peco_ds.errors import UserError
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.engine import grad_norm, memory_gib
 
@@ -79,16 +81,16 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._passes += 1
 
-    def close_step(self, done: int, engine, rate: float, extra: Callable[[], dict[str, float]] = dict) -> bool:
+    def close_step(self, done: int, engine, rate: float, extra: Callable[[], dict[str, float]] = dict) -> None:
         """End of optimiser step number `done` (from 1); logs if it is time to. Collective when it logs.
 
         Args:
             rate: learning rate of the step.  extra: further numbers, asked for only when the step logs.
-        Returns: whether it logged; the host has then waited for the device, so a stop can be agreed on at no cost.
+        Raises: UserError if the mean loss since the last log is not finite; nothing is saved after it.
         """
         self._steps += 1
         if done % self._run.log_every_steps and done != self._durations.stop_step:
-            return False
+            return
         names = sorted(self._sums)
         sums = torch.stack([self._sums[name] for name in names] + [torch.tensor(float(self._passes), device=self._world.device)])
         *values, passes = self._world.all_reduce(sums).tolist()
@@ -103,7 +105,8 @@ class Meter:
             self._file.write(json.dumps(row) + "\n")
             self.scalars(row, done)
             self._progress_line(row)
-        return True
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"loss {row['loss']} in the steps up to {done}; the last checkpoint is untouched: continue it with a lower optim.lr or in run.precision=fp32")
 
     @contextmanager
     def paused(self):

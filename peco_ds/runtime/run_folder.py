@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -22,7 +23,7 @@ SETTINGS = "settings.yaml"
 DEEPSPEED = "deepspeed.json"
 PROVENANCE = "provenance.json"
 
-# Settings that may differ between a run and its continuation: they change neither weights nor order of samples.
+# Settings that may differ between a run and its continuation. Paths are among them: what lies there is compared by fingerprint.
 _FREE = ("data.num_workers", "data.root", "data.images", "data.tokens", "data.tokenizer", "data.val_images", "data.verify", "data.max_bad_share", "run.log_every_steps", "run.micro_batch", "run.activation_checkpointing", "schedule.stop_at_step", "checkpoint.", "evaluation.", "name")
 
 
@@ -39,28 +40,33 @@ def open_run_folder(folder: Path, stage: str, resolved: Resolved, ds_config: dic
             _write(folder, stage, resolved, ds_config, provenance)
         except UserError as error:
             fault = str(error)
-    fault = next(filter(None, world.gather_objects(fault)), "")
-    if fault:
-        raise UserError(fault)
+        except OSError as error:
+            fault = f"{folder}: cannot be written ({error.strerror}); give another --out"
+    world.agree(fault)
+    # A folder that only rank 0 sees would give checkpoints that miss the other ranks' parts, found out when it is too late.
+    world.agree("" if (folder / SETTINGS).is_file() else f"{folder}: rank {world.rank} does not see it; --out must lie on a file system that all nodes share")
 
 
 def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict, provenance: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(resolved.as_dict()["recipe"]))  # tuples as lists, as YAML reads them back
-    previous = folder / SETTINGS
-    if previous.is_file() and resolved.recipe.checkpoint.resume == "auto":
-        _refuse_another_run(folder, yaml.safe_load(previous.read_text()), stage, settings)
+    begun = any((folder / "checkpoints").glob("step_*"))  # a start that failed before its first checkpoint binds nobody
+    if begun and resolved.recipe.checkpoint.resume == "auto":
+        _refuse_another_run(folder, stage, settings, provenance)
     text = yaml.safe_dump({"stage": stage, "recipe": settings, "sources": resolved.sources}, sort_keys=False)
-    previous.write_text(f"# every setting of this run; `sources` names where each value that is no default came from\n{text}")
+    temporary = folder / f".{SETTINGS}.tmp"
+    temporary.write_text(f"# every setting of this run; `sources` names where each value that is no default came from\n{text}")
+    os.replace(temporary, folder / SETTINGS)
     write_json(folder / DEEPSPEED, ds_config)
     with open(folder / "commands.txt", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
     write_json(folder / PROVENANCE, {"commit": commit(), **provenance, "versions": versions()})
 
 
-def _refuse_another_run(folder: Path, recorded, stage: str, settings: dict) -> None:
-    if not isinstance(recorded, dict) or recorded.get("stage") != stage:
-        raise UserError(f"{folder}: holds a run of another stage; choose another --out")
+def _refuse_another_run(folder: Path, stage: str, settings: dict, provenance: dict) -> None:
+    recorded = read_settings(folder)
+    if recorded["stage"] != stage:
+        raise UserError(f"{folder}: holds a run of {recorded['stage']}; choose another --out")
 
     def flat(tree, prefix=""):
         for key, value in tree.items():
@@ -70,6 +76,10 @@ def _refuse_another_run(folder: Path, recorded, stage: str, settings: dict) -> N
     for key, value in flat(settings):
         if before.get(key, value) != value and not key.startswith(_FREE):
             raise UserError(f"{folder}: holds a run with {key} = {before[key]!r}, this one has {value!r}; choose another --out, or set checkpoint.resume=never to start over")
+    was = read_provenance(folder)
+    for name in ("images_fingerprint", "tokenizer_fingerprint", "judge"):
+        if name in provenance and was.get(name) not in (None, provenance[name]):
+            raise UserError(f"{folder}: was trained with {name} {was[name][:40]}, this start reads {provenance[name][:40]}; continue with the same, or choose another --out")
 
 
 def read_settings(folder: Path) -> dict:
@@ -80,7 +90,13 @@ def read_settings(folder: Path) -> dict:
     path = Path(folder) / SETTINGS
     if not path.is_file():
         raise UserError(f"{folder}: no {SETTINGS} there; give the --out folder of a training run")
-    return yaml.safe_load(path.read_text())
+    try:
+        recorded = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        recorded = None
+    if not isinstance(recorded, dict) or not {"stage", "recipe"} <= recorded.keys():
+        raise UserError(f"{path}: is not what a run wrote there; restore it, or start a new --out")
+    return recorded
 
 
 def read_provenance(folder: Path) -> dict:

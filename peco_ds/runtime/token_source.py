@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from peco_ds.config import ONLINE, DataSettings, PretrainRecipe, data_path
+from peco_ds.config import ONLINE, PretrainRecipe, data_path
 from peco_ds.data.indexed_tar import ShardSet
 from peco_ds.data.loaders import Pictures
 from peco_ds.data.token_shards import TokenSet
@@ -28,6 +28,8 @@ def open_tokens(recipe: PretrainRecipe, pictures: Pictures, world: World) -> Tok
     """
     data = recipe.data
     tokenizer = data_path(data, data.tokenizer)
+    if not tokenizer.exists() and data.tokens != ONLINE:
+        logger.warning("data.tokenizer %s is not there: which tokenizer made the tokens is not checked", tokenizer)
     check_shared(pictures.shards, "all" if data.verify == "all" else "size", world)
     if data.tokens == ONLINE:
         return online_tokenizer(tokenizer, recipe, world.device)
@@ -36,7 +38,7 @@ def open_tokens(recipe: PretrainRecipe, pictures: Pictures, world: World) -> Tok
         pictures.manifest,
         num_codes=recipe.objective.num_codes,
         grid=recipe.model.grid,
-        num_views=recipe.views.count,
+        views=recipe.views,
         # Without the tokenizer at hand the tokens' own record of it is all there is to go by.
         tokenizer_fingerprint=read_card(tokenizer).fingerprint if tokenizer.exists() else None,
     )
@@ -59,9 +61,9 @@ def check_shared(shards: ShardSet, verify: str, world: World) -> None:
         shards.check_shards(range(world.rank, len(shards.manifest.shards), world.size), verify)
     except UserError as error:
         fault = str(error)
-    fault = next(filter(None, world.gather_objects(fault)), "")
-    if fault:
-        raise UserError(fault)
+    except OSError as error:
+        fault = f"{error.filename}: {error.strerror}"
+    world.agree(fault)
 
 
 def online_tokenizer(folder: Path, recipe: PretrainRecipe, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
