@@ -21,9 +21,10 @@ def record_statistics(path: str):
 
     original = module.start_engine
 
-    def wrapped(model, **arguments):
-        engine = original(model, **arguments)
-        with module.whole_parameters(engine.module):
+    def wrapped(model, *positional, **arguments):
+        engine = original(model, *positional, **arguments)
+        partitioned = [p for p in engine.module.parameters() if hasattr(p, "ds_id")]
+        with module.deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None, enabled=bool(partitioned)):
             found = {name: float(p.detach().float().std()) for name, p in engine.module.named_parameters() if p.numel() > 1}
         if os.environ.get("RANK", "0") == "0":
             Path(path).write_text(json.dumps(found))

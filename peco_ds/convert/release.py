@@ -12,7 +12,7 @@ from peco_ds.config import PretrainRecipe
 from peco_ds.schema import write_json
 
 WEIGHTS = "model.safetensors"
-HEAD = "mim_head.safetensors"  # mask token and token head, for whoever continues masked pre-training
+HEAD = "mim_head.safetensors"  # mask token and token head, which timm has no place for
 
 
 def write_release(out: Path, backbone: dict[str, torch.Tensor], head: dict[str, torch.Tensor], config: dict, *, recipe: PretrainRecipe, progress, provenance: dict, metrics: dict) -> None:
@@ -69,7 +69,7 @@ model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)     
 classifier = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True, num_classes=1000)
 ```
 
-Input: {model.image_px} px, RGB, ImageNet mean and standard deviation. `{HEAD}` holds mask token and token head for continued pre-training.
+Input: {model.image_px} px, RGB, ImageNet mean and standard deviation. `{HEAD}` holds the mask token and the token head.
 
 Licence: to be stated by whoever publishes these weights. It is bound by the terms of the pictures and of the tokenizer's judge (MoCo v3's released
 weights are CC BY-NC 4.0).

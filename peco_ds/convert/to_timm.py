@@ -1,8 +1,8 @@
-"""Our masked image model <-> timm's `Beit`.
+"""Our masked image model -> timm's `Beit`.
 
 The backbone is timm's already, so names only lose their prefix. The bias table that pre-training shares between blocks is copied into every
 block, the form in which timm's registered BEiT models keep it. What timm has no place for (mask token, token head) goes
-into a file of its own, so that pre-training can be continued from a release.
+into a file of its own.
 """
 
 from __future__ import annotations
@@ -34,18 +34,6 @@ def split_weights(weights: dict[str, torch.Tensor], depth: int) -> tuple[dict[st
     # One copy a block: safetensors refuses tensors that share memory.
     backbone |= {_TABLE.format(block): table.clone() for block in range(depth)}
     return backbone, head
-
-
-def join_weights(backbone: dict[str, torch.Tensor], head: dict[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
-    """The way back: a release and its head -> state of `MaskedImageModel`.
-
-    Raises: UserError if the blocks' tables differ, as they do after fine-tuning: there is then no shared table to continue with.
-    """
-    tables = [backbone[_TABLE.format(block)] for block in range(depth)]
-    if any(not torch.equal(table, tables[0]) for table in tables):
-        raise UserError("the relative position tables of the blocks differ, so these weights were fine-tuned; masked pre-training continues from a pre-training release")
-    rest = {name: tensor for name, tensor in backbone.items() if not name.endswith("attn.relative_position_bias_table")}
-    return {**{_PREFIX + name: tensor for name, tensor in {**rest, _SHARED_TABLE: tables[0]}.items()}, **head}
 
 
 def timm_config(settings: ModelSettings, tag: str) -> dict:

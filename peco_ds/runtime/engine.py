@@ -72,12 +72,6 @@ def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:
     return float(norm) if norm is not None else float("nan")
 
 
-def whole_parameters(model: nn.Module):
-    """Context in which a model's parameters are whole on every rank for reading, whatever the ZeRO stage."""
-    parameters = [p for p in model.parameters() if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None, enabled=bool(parameters))
-
-
 def memory_gib(device: torch.device) -> float:
     """Peak bytes of this rank so far, GiB: of the device, or resident memory of the process on CPU."""
     if device.type == "cuda":
