@@ -32,7 +32,7 @@ def compare_with_timm(release: Path, images_norm: torch.Tensor, features: torch.
     """Largest difference between the release in timm and the trained model, relative to the largest feature.
 
     Args:
-        images_norm: float32 [B, 3, S, S].  features: float32 [B, 1 + N, D], the trained model's, nothing hidden.
+        images_norm: float32 [B, 3, S, S].  features: float32 [B, 1 + N, D] of our model with the checkpoint's consolidated weights, nothing hidden.
     Raises: UserError if timm cannot load the release, or the difference exceeds TOLERANCE.
     """
     with tempfile.TemporaryDirectory() as folder:
