@@ -40,7 +40,7 @@ def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None)
         parser.add_argument("--out", type=Path, default=None, help="run folder (default: runs/RECIPE_NAME)")
     parser.add_argument("--dry_run", action="store_true", help="resolve and check everything, print it, do nothing")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over the recipe's")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over the recipe's; all of them stand, with comments, in peco_ds/config.py")
     return parser
 
 

@@ -23,6 +23,7 @@ from peco_ds.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+COMMAND_LINE = "command line"  # source of an override
 ONLINE = "online"  # value of data.tokens that asks for codes computed in the training loop
 
 _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -149,7 +150,7 @@ class PretrainRecipe:
 
 @dataclass(frozen=True, config=_strict)
 class TokenizerSettings:
-    """Convolutional VQ autoencoder (VQGAN f16 stand-in, papers.md 1.3 and 10.1) and its codebook."""
+    """Convolutional VQ autoencoder and its codebook. PeCo does not describe its network; this is VQGAN's f16 (arXiv 2012.09841)."""
 
     channels: int = 128
     channel_mults: tuple[int, ...] = (1, 1, 2, 2, 4)  # one level each; stride 2 ** (levels - 1)
@@ -176,14 +177,14 @@ class PerceptualSettings:
 
     weights: str = ""  # MoCo v3 .pth.tar, any timm ViT file, or a release folder; empty with weight 0: no judge
     architecture: str = "auto"  # timm name; auto: read off the file's shapes
-    blocks: tuple[int, ...] = (3, 6, 9, 12)  # features after these blocks, counted from 1 (papers.md 1.2: recollection)
+    blocks: tuple[int, ...] = (3, 6, 9, 12)  # features after these blocks, counted from 1; PeCo's own choice is not in any public text
     image_px: int = 0  # size the judge looks at, crops are resized to it; 0: the size it was trained at
     weight: float = 1.0
 
 
 @dataclass(frozen=True, config=_strict)
 class AdversarialSettings:
-    """PatchGAN critic, off by default (papers.md 1.2: recollected as no help to masked pre-training)."""
+    """PatchGAN critic, off by default: the tokens of masked pre-training are not picked for looks."""
 
     weight: float = 0.0
     start_step: int = 0
@@ -266,7 +267,8 @@ def load_recipe(recipe_type: type, path: str | Path, overrides: list[str], envir
             raise UserError(f"override {text!r}: the value is not YAML; quote it") from None
         if isinstance(parsed, dict):
             raise UserError(f"override {text!r}: sets one value, not a section; write {key}.NAME=VALUE for each")
-        _set(merged, sources, key, parsed, "command line", recipe_type)
+        _set(merged, sources, key, parsed, COMMAND_LINE, recipe_type)
+    _displace(merged, sources)
     try:
         recipe = TypeAdapter(recipe_type).validate_python(merged)
     except ValidationError as error:
@@ -275,6 +277,19 @@ def load_recipe(recipe_type: type, path: str | Path, overrides: list[str], envir
         raise UserError(f"{key} = {first['input']!r}: {first['msg']} (from {sources.get(key, 'the recipe')})") from None
     check_recipe(recipe)
     return Resolved(recipe, sources)
+
+
+# Two spellings of one duration. A spelling of the command line takes the place of the recipe's other one.
+_SPELLINGS = (("schedule.epochs", "schedule.steps"), ("schedule.warmup_epochs", "schedule.warmup_steps"), ("checkpoint.every_epochs", "checkpoint.every_steps"))
+
+
+def _displace(merged: dict, sources: dict) -> None:
+    for pair in _SPELLINGS:
+        for mine, other in (pair, pair[::-1]):
+            if sources.get(mine) == COMMAND_LINE and sources.get(other, COMMAND_LINE) != COMMAND_LINE:
+                section, name = other.split(".")
+                merged[section][name] = None
+                sources[other] = f"displaced by {mine}"
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -315,7 +330,10 @@ def _flatten(tree: dict, prefix: str = ""):
 def _set(merged: dict, sources: dict, key: str, value, source: str, recipe_type: type) -> None:
     known = known_keys(recipe_type)
     if key not in known:
-        raise UserError(f"{source}: unknown setting {key!r}{_nearest(key, known)}")
+        other = PretrainRecipe if recipe_type is TokenizerRecipe else TokenizerRecipe
+        if key in known_keys(other):
+            raise UserError(f"{source}: {key!r} is a setting of {'pretrain.py and tokenize_shards.py' if other is PretrainRecipe else 'train_tokenizer.py'}, not of this stage")
+        raise UserError(f"{source}: unknown setting {key!r}{_nearest(key, known)}; all settings stand in peco_ds/config.py")
     *sections, name = key.split(".")
     node = merged
     for section in sections:
@@ -400,6 +418,7 @@ def _check_tokenizer(recipe: TokenizerRecipe) -> None:
         recipe.perceptual.weight == 0 or recipe.perceptual.weights != "",
         "perceptual.weights is empty; give a MoCo v3 file (vit-b-300ep.pth.tar) or any timm ViT file, or set perceptual.weight=0 for a tokenizer without a judge",
     )
+    _require(recipe.data.val_images != "" or recipe.data.holdout > 0, "no held-out picture to judge the tokenizer on; set data.val_images to an image set, or data.val_images= data.holdout=N to keep N of the training pictures")
 
 
 def _require_at_least(low: int, recipe, keys: str) -> None:
@@ -447,7 +466,8 @@ def resolve_durations(recipe, num_samples: int) -> Durations:
     _require(total >= 1, f"schedule gives {total} steps: {num_samples} samples, global_batch {batch}, epochs {schedule.epochs}; raise schedule.epochs or lower run.global_batch")
     every = steps(recipe.checkpoint.every_epochs, recipe.checkpoint.every_steps, 0)
     warmup = steps(schedule.warmup_epochs, schedule.warmup_steps, 0)
-    _require(warmup <= total, f"warm-up of {warmup} steps is longer than the run of {total}; lower schedule.warmup_steps")
+    spelt = f"schedule.warmup_steps {warmup}" if schedule.warmup_steps is not None else f"schedule.warmup_epochs {schedule.warmup_epochs} = {warmup} steps"
+    _require(warmup <= total, f"the warm-up ({spelt}) is longer than the run of {total} steps; set schedule.warmup_steps lower")
     return Durations(total, warmup, every, min(total, schedule.stop_at_step or total))
 
 

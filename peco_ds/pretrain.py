@@ -34,19 +34,18 @@ def dry_run(args, resolved) -> int:
     images = data_path(cfg.data, cfg.data.images)
     assumed = not images.exists()
     num_samples = IMAGENET_1K_TRAIN if assumed else read_manifest(images, ImageManifest).samples
-    if not assumed and cfg.data.tokens != ONLINE:
+    tokens, tokenizer = data_path(cfg.data, cfg.data.tokens), data_path(cfg.data, cfg.data.tokenizer)
+    found = "not there yet" if cfg.data.tokens != ONLINE else "computed online"
+    if not assumed and cfg.data.tokens != ONLINE and tokens.exists():
         from peco_ds.data.token_shards import TokenSet
+        from peco_ds.models.peco_tokenizer import read_card
 
-        TokenSet(
-            data_path(cfg.data, cfg.data.tokens),
-            read_manifest(images, ImageManifest),
-            num_codes=cfg.objective.num_codes,
-            grid=cfg.model.grid,
-            views=cfg.views,
-        )
+        fingerprint = read_card(tokenizer).fingerprint if tokenizer.exists() else None
+        TokenSet(tokens, read_manifest(images, ImageManifest), num_codes=cfg.objective.num_codes, grid=cfg.model.grid, views=cfg.views, tokenizer_fingerprint=fingerprint)
+        found = "fit pictures and recipe" + ("" if fingerprint else "; the tokenizer is not at hand to compare")
     durations = resolve_durations(cfg, num_samples)
     report = pretrain_report(cfg, num_samples=num_samples, num_views=cfg.views.count, durations=durations, ds_config=ds_config, assumed=assumed)
-    sys.stdout.write(report + "\n")
+    sys.stdout.write(f"{report}\n\ntokens              {found} ({cfg.data.tokens})\n")
     return EXIT_DONE
 
 
@@ -73,7 +72,7 @@ def train(args, resolved) -> int:
 
     world = start_world()
     ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
-    tokens = open_tokens(cfg, pictures, world)
+    tokens = open_tokens(cfg, pictures, world, tokenizer_named="data.tokenizer" in resolved.sources)
     provenance = {"images_fingerprint": fingerprint, "num_samples": pictures.num_samples, **token_provenance(cfg, tokens)}
     open_run_folder(args.out, "pretrain", resolved, ds_config, provenance, world)
 
@@ -103,8 +102,11 @@ def train(args, resolved) -> int:
             with meter.paused():
                 save(args.out, engine, progress.at(step + 1, run.global_batch), cfg.checkpoint, world)
         if stopping and step + 1 < durations.stop_step:
+            meter.close()
             return EXIT_REQUEUE
     meter.close()
+    if world.is_main:
+        sys.stdout.write(f"{durations.stop_step} of {durations.total_steps} steps done, checkpoints in {args.out / 'checkpoints'}\n")
     return EXIT_DONE
 
 

@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
             f"views.tokenizer_px {views.tokenizer_px} with the tokenizer's stride {card.stride_px} px does not give the backbone's {cfg.model.grid}x{cfg.model.grid} grid; "
             f"set views.tokenizer_px={card.stride_px * cfg.model.grid}"
         )
+    if card.num_codes != cfg.objective.num_codes:
+        raise UserError(f"the tokenizer has {card.num_codes} codes, the recipe objective.num_codes {cfg.objective.num_codes}; set it to {card.num_codes}")
     if views.topk > card.num_codes:
         raise UserError(f"views.topk {views.topk}: the tokenizer has {card.num_codes} codes")
     parts = TokenParts(

@@ -112,6 +112,7 @@ def train(args, resolved) -> int:
             if stopping or durations.save_after(step + 1):
                 save(args.out, engine, progress.at(step + 1, run.global_batch), cfg.checkpoint, world)
         if stopping and step + 1 < durations.stop_step:
+            meter.close()
             return EXIT_REQUEUE
     meter.close()
     if durations.stop_step == durations.total_steps and world.is_main:

@@ -471,3 +471,18 @@ def test_known_deepspeed_keys_with_random_values_merge_or_give_a_user_error(tmp_
     except UserError:
         return
     assert merged["train_batch_size"] == 32
+
+
+def test_a_duration_of_the_command_line_takes_the_place_of_the_recipes_other_spelling(recipe_file):
+    path = recipe_file("schedule: {epochs: 100, warmup_epochs: 5}\ncheckpoint: {every_epochs: 1}")
+    resolved = load_recipe(PretrainRecipe, path, ["schedule.steps=10", "schedule.warmup_steps=2", "checkpoint.every_steps=5"])
+    recipe = resolved.recipe
+    assert (recipe.schedule.epochs, recipe.schedule.steps, recipe.schedule.warmup_epochs, recipe.schedule.warmup_steps) == (None, 10, None, 2)
+    assert (recipe.checkpoint.every_epochs, recipe.checkpoint.every_steps) == (None, 5)
+    with pytest.raises(UserError, match="both set"):
+        load_recipe(PretrainRecipe, path, ["schedule.steps=10", "schedule.epochs=3"])
+
+
+def test_a_setting_of_another_stage_says_whose_it_is(recipe_file):
+    with pytest.raises(UserError, match="a setting of train_tokenizer.py"):
+        load_recipe(PretrainRecipe, recipe_file("schedule: {epochs: 1}"), ["tokenizer.channels=3"])

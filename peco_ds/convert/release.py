@@ -71,6 +71,6 @@ classifier = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True,
 
 Input: {model.image_px} px, RGB, ImageNet mean and standard deviation. `{HEAD}` holds the mask token and the token head.
 
-Licence: to be stated by whoever publishes these weights. It is bound by the terms of the pictures and of the tokenizer's judge (MoCo v3's released
-weights are CC BY-NC 4.0).
+Licence: to be stated by whoever publishes these weights. It is bound by the terms of the pictures and of the tokenizer's judge, if it had one
+(the weights that MoCo v3 released are CC BY-NC 4.0).
 """

@@ -19,16 +19,18 @@ from peco_ds.runtime.distributed import World
 logger = logging.getLogger("peco_ds")
 
 
-def open_tokens(recipe: PretrainRecipe, pictures: Pictures, world: World) -> TokenSet | Callable[[torch.Tensor], torch.Tensor]:
+def open_tokens(recipe: PretrainRecipe, pictures: Pictures, world: World, *, tokenizer_named: bool) -> TokenSet | Callable[[torch.Tensor], torch.Tensor]:
     """The token set that the recipe names, or a function images_11 [B, 3, T, T] -> codes [B, N] for data.tokens = online.
 
     What stands on disk is compared with its manifests before the first step, the hashing shared by the ranks.
 
+    Args:
+        tokenizer_named: data.tokenizer was set by the user, so that it has to be there.
     Raises: UserError naming what is missing, damaged, or belongs to other pictures or another tokenizer.
     """
     data = recipe.data
     tokenizer = data_path(data, data.tokenizer)
-    if not tokenizer.exists() and data.tokens != ONLINE:
+    if not tokenizer.exists() and data.tokens != ONLINE and not tokenizer_named:
         logger.warning("data.tokenizer %s is not there: which tokenizer made the tokens is not checked", tokenizer)
     check_shared(pictures.shards, "all" if data.verify == "all" else "size", world)
     if data.tokens == ONLINE:
@@ -40,7 +42,7 @@ def open_tokens(recipe: PretrainRecipe, pictures: Pictures, world: World) -> Tok
         grid=recipe.model.grid,
         views=recipe.views,
         # Without the tokenizer at hand the tokens' own record of it is all there is to go by.
-        tokenizer_fingerprint=read_card(tokenizer).fingerprint if tokenizer.exists() else None,
+        tokenizer_fingerprint=read_card(tokenizer).fingerprint if tokenizer_named or tokenizer.exists() else None,
     )
     check_shared(tokens.shards, "size" if data.verify == "size" else "all", world)
     return tokens
