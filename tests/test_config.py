@@ -122,7 +122,8 @@ def test_tokenizer_values_out_of_range_are_refused(recipe_file, override):
 def test_a_tokenizer_without_judge_must_be_asked_for(recipe_file):
     message = refusal(load, recipe_file(""), recipe_type=TokenizerRecipe)
     assert "perceptual.weights" in message and "perceptual.weight=0" in message
-    assert load(recipe_file(""), "perceptual.weight=0", recipe_type=TokenizerRecipe).recipe.perceptual.weight == 0
+    assert "data.holdout=N" in refusal(load, recipe_file(""), "perceptual.weight=0", recipe_type=TokenizerRecipe)
+    assert load(recipe_file(""), "perceptual.weight=0", "data.holdout=5", recipe_type=TokenizerRecipe).recipe.perceptual.weight == 0
 
 
 @pytest.mark.parametrize(
