@@ -4,6 +4,7 @@ usage="usage: bash launchers/quickstart.sh
 
   IMAGES=DIR        your own pictures, any folder (default: the photographs inside scikit-image's wheel)
   PERCEPTUAL=FILE   MoCo v3 weights (vit-b-300ep.pth.tar) or any timm ViT file as the tokenizer's judge (default: bootstrapped, see below)
+                    (a ViT-B at 224 px judges slowly on a CPU: count on an hour there)
   OUT=DIR           where everything goes (default: quickstart_out); what is finished there is not done again
 
 Without PERCEPTUAL a first tokenizer is trained without a judge, a first ViT is pre-trained on its tokens, and that ViT's features judge the second tokenizer."
