@@ -34,7 +34,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
     Raises: UserError if there is no whole checkpoint of a pre-training run.
     """
-    from peco_ds.runtime.checkpoint import FOLDER, list_checkpoints, newest_whole
+    from peco_ds.runtime.checkpoint import FOLDER, list_checkpoints, newest_whole, verify
     from peco_ds.runtime.run_folder import read_settings
 
     run_folder = path.parent.parent if path.parent.name == FOLDER else path
@@ -42,6 +42,9 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if stage != "pretrain":
         raise UserError(f"{run_folder}: a run of {stage}; this converts runs of pretrain.py (a tokenizer's release lies in its run folder already)")
     if path != run_folder:
+        fault = verify(path)
+        if fault:
+            raise UserError(f"{path}: damaged ({fault}); give an older checkpoint of the run")
         return run_folder, path
     checkpoint = newest_whole(run_folder)
     if checkpoint is None:

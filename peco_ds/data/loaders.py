@@ -97,7 +97,6 @@ class _Raw:
     rows: torch.Tensor | None = None  # float32 [B, len(VIEW_COLUMNS)]
     masked: torch.Tensor | None = None
     codes: torch.Tensor | None = None  # int64 [B, N]
-    samples: list[int] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     error: str = ""  # a UserError raised in the worker; raised again, in one line, in the main process
@@ -217,7 +216,6 @@ class _MaskedMaker:
                 cuts[size].append(cut(image, row, size))
             rows.append(row)
             masked.append(draw_masked(seed=self.seed, epoch=epoch, sample=sample, grid=self.grid, kind=self.mask.kind, count=self.mask.count, min_block=self.mask.min_block, min_aspect=self.mask.min_aspect))
-            raw.samples.append(sample)
             raw.keys.append(key)
             raw.bad += bad
         raw.cuts = {size: torch.stack(images) for size, images in cuts.items()}
@@ -280,7 +278,6 @@ class _CropMaker:
             row = draw_recorded_view(image, self.views, sample, epoch)
             cuts.append(cut(image, row, self.views.tokenizer_px))
             rows.append(row)
-            raw.samples.append(sample)
             raw.keys.append(key)
             raw.bad += bad
         raw.cuts = {self.views.tokenizer_px: torch.stack(cuts)}
@@ -317,7 +314,6 @@ class _ViewsMaker:
                 row = UNREADABLE if image is None else draw_recorded_view(image, self.views, int(sample), view)
                 cuts.append(torch.zeros(3, size, size, dtype=torch.uint8) if image is None else cut(image, row, size))
                 rows.append(row)
-            raw.samples.append(int(sample))
             raw.keys.append(key)
         raw.cuts = {size: torch.stack(cuts)}
         raw.rows = torch.from_numpy(np.stack(rows))
@@ -327,7 +323,6 @@ class _ViewsMaker:
 class ViewsBatch(NamedTuple):
     """All K views of b pictures."""
 
-    samples: list[int]
     keys: list[str]
     rows: np.ndarray  # float32 [b, K, len(VIEW_COLUMNS)]
     images_11: torch.Tensor  # float32 [b * K, 3, T, T] on the device, views of a picture adjacent
@@ -339,7 +334,7 @@ def view_batches(pictures: Pictures, samples: list[np.ndarray], *, data: DataSet
     for raw in _load(_ViewsMaker(pictures, views), samples, data.num_workers):
         rows = raw.rows.numpy().reshape(len(raw.keys), views.count, -1)
         images = jitter(raw.cuts[views.tokenizer_px].to(device, non_blocking=True), raw.rows)
-        yield ViewsBatch(raw.samples, raw.keys, rows, to_tokenizer(images), raw.bad)
+        yield ViewsBatch(raw.keys, rows, to_tokenizer(images), raw.bad)
 
 
 def training_order(pictures: Pictures, data: DataSettings, seed: int) -> SampleOrder:

@@ -114,6 +114,12 @@ def to_backbone(images: torch.Tensor) -> torch.Tensor:
     return (images.float().div_(255).sub_(mean)).div_(std)
 
 
+def from_backbone(images_norm: torch.Tensor) -> torch.Tensor:
+    """The way back from `to_backbone`: float32 [B, 3, S, S] in [-1, 1]."""
+    mean, std = _statistics(images_norm.device)
+    return (images_norm * std + mean) * 2 - 1
+
+
 @lru_cache
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     # Once a device: a copy from the host in every batch would make the host wait for what the device has still to do.

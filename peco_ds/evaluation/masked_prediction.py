@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from peco_ds.data.loaders import MaskedBatch
-from peco_ds.data.views import IMAGENET_MEAN, IMAGENET_STD
+from peco_ds.data.views import from_backbone
 from peco_ds.evaluation.reconstruction import to_u8
 
 
@@ -21,9 +21,7 @@ def masked_prediction_columns(model, tokenizer, batch: MaskedBatch, codes: torch
     """
     side = batch.images_norm.shape[-1]
     grid = int(codes.shape[1] ** 0.5)
-    mean = torch.tensor(IMAGENET_MEAN, device=codes.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=codes.device).view(1, 3, 1, 1)
-    pictures_11 = (batch.images_norm * std + mean) * 2 - 1
+    pictures_11 = from_backbone(batch.images_norm)
     hidden = torch.zeros(codes.shape, device=codes.device).scatter_(1, batch.masked, 1.0).view(-1, 1, grid, grid)
     grey_11 = torch.where(F.interpolate(hidden, size=side) > 0, 0.0, pictures_11)
     predicted = codes.scatter(1, batch.masked, model(batch.images_norm, batch.masked).logits.argmax(dim=-1))

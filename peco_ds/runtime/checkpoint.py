@@ -205,12 +205,8 @@ def fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Parameters and buffers of a checkpoint in float32, whatever the ZeRO stage and number of ranks that wrote it.
 
     Args:
-        checkpoint: a complete checkpoint folder.
-    Raises: UserError if it does not verify.
+        checkpoint: a complete checkpoint folder that was verified (`newest_whole`, `verify`).
     """
-    fault = verify(checkpoint)
-    if fault:
-        raise UserError(f"{checkpoint}: damaged ({fault}); give an older checkpoint of the run")
     if list(checkpoint.glob("bf16_zero_pp_rank_*_optim_states.pt")) and not list(checkpoint.glob("zero_pp_rank_*_model_states.pt")):
         return _fp32_weights_of_bf16_optimizer(checkpoint)
     if list(checkpoint.glob("*_optim_states.pt")):
