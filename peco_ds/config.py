@@ -1,19 +1,18 @@
 """Settings: frozen dataclasses; YAML is their text. No torch is imported here, so a misspelt key answers at once.
 
 Order of sources, the later one wins: defaults of this file, environment (`PECO_DATA_ROOT`), recipe, `a.b=c` on the command line.
-Who owns what: the recipe owns batch, optimiser, schedule, clipping and precision; accumulation is derived; the DeepSpeed JSON
-owns ZeRO stage, buckets, overlap, offload, communication types. Where a JSON key belongs to the recipe it says "auto".
+The recipe owns batch, optimiser, schedule, clipping and precision; accumulation is derived; the rest of the engine is the DeepSpeed JSON's
+(`deepspeed_json.py`).
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -225,11 +224,116 @@ class TokenizerRecipe:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
 
+@dataclass(frozen=True, config=_strict)
+class InitSettings:
+    """Where the weights of a fine-tuning or a probe come from."""
+
+    weights: str = ""  # run folder of pretrain.py or finetune.py, release folder (timm, Hugging Face, unilm), or weights file; empty: from scratch
+    average: Literal["auto", "ema", "raw"] = "auto"  # which weights of a fine-tuning run; auto: the moving average where the run kept one
+    head: Literal["auto", "new"] = "auto"  # auto: a classifier's head is kept, and has to have the pictures' classes; new: it starts afresh
+
+
+@dataclass(frozen=True, config=_strict)
+class ClassifierSettings:
+    pooling: Literal["mean", "class"] = "mean"  # mean: over the patches, then fc_norm; class: the class token after the final norm
+    head_scale: float = 0.001  # initial head weights times this, as BEiT
+    layer_decay: float = 0.65  # rate of a block = rate of the one above times this; patch embedding lowest, head and pooling norm at the full rate
+    smoothing: float = 0.1
+
+
+@dataclass(frozen=True, config=_strict)
+class AugmentSettings:
+    """Random pictures for training, all of it timm's: crop, flip, RandAugment, erasing, mixup, cutmix, repeated augmentation."""
+
+    scale: tuple[float, float] = (0.08, 1.0)  # share of the picture's area
+    ratio: tuple[float, float] = (0.75, 4.0 / 3.0)
+    flip: float = 0.5
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    color_jitter: float = 0.0  # used only without auto_augment, as in timm
+    auto_augment: str = "rand-m9-mstd0.5-inc1"  # timm's text for RandAugment 9 / 0.5; empty: none
+    erasing: float = 0.25  # probability; per-pixel noise
+    mixup: float = 0.8  # alpha of the Beta distribution; 0: none
+    cutmix: float = 1.0
+    mix_probability: float = 1.0  # of mixing a batch at all
+    switch_probability: float = 0.5  # of cutmix where both are on
+    repeats: int = 1  # repeated augmentation: every picture so often in a row, an epoch sees 1 / repeats of the pictures; DeiT has 3
+
+
+@dataclass(frozen=True, config=_strict)
+class EmaSettings:
+    decay: float = 0.0  # of the moving average of the weights, updated after every optimiser step; 0: none
+
+
+@dataclass(frozen=True, config=_strict)
+class ClassificationSettings:
+    """Top-1 and top-5 on data.val_images while a classifier trains."""
+
+    every_epochs: float = 1.0  # 0: only at the end
+    crop: float = 0.875  # share of the resized picture's side that is seen; 1: the whole square (BEiT from 384 px on)
+    batch: int = 0  # pictures a forward pass, a rank; 0: run.micro_batch
+
+
+@dataclass(frozen=True, config=_strict)
+class FinetuneRecipe:
+    """One fine-tuning run: weights + labelled pictures -> classifier."""
+
+    name: str = "finetune"
+    data: DataSettings = field(default_factory=DataSettings)
+    init: InitSettings = field(default_factory=InitSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    classifier: ClassifierSettings = field(default_factory=ClassifierSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    ema: EmaSettings = field(default_factory=EmaSettings)
+    evaluation: ClassificationSettings = field(default_factory=ClassificationSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+
+
+@dataclass(frozen=True, config=_strict)
+class ProbeSettings:
+    """Linear classifiers and nearest neighbours on frozen features."""
+
+    image_px: int = 224
+    crop: float = 0.875
+    blocks: tuple[int, ...] = ()  # features after these blocks, counted from 1; empty: after every block
+    pooling: Literal["class_mean", "class", "mean"] = "class_mean"  # class token beside the mean patch token, as BEiT's probe
+    lrs: tuple[float, ...] = (1e-3, 4e-3, 1e-2)  # one classifier each, side by side
+    epochs: int = 50
+    global_batch: int = 1024
+    weight_decay: float = 1e-4
+    knn_k: tuple[int, ...] = (10, 20)
+    knn_temperature: float = 0.07
+    feature_batch: int = 128  # pictures a forward pass, a rank, while features are taken
+    precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen backbone; the classifiers train in fp32
+    seed: int = 0
+
+
+@dataclass(frozen=True, config=_strict)
+class ProbeRecipe:
+    """One linear probe: frozen weights + labelled pictures -> accuracy over layers."""
+
+    name: str = "probe"
+    data: DataSettings = field(default_factory=DataSettings)
+    init: InitSettings = field(default_factory=InitSettings)
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
+
+
+Recipe = Union[PretrainRecipe, TokenizerRecipe, FinetuneRecipe, ProbeRecipe]
+READERS = {  # which stages read which settings, for messages
+    PretrainRecipe: "pretrain.py and tokenize_shards.py",
+    TokenizerRecipe: "train_tokenizer.py",
+    FinetuneRecipe: "finetune.py",
+    ProbeRecipe: "linear_probe.py",
+}
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A recipe with the source of every value that is not a default."""
 
-    recipe: PretrainRecipe | TokenizerRecipe
+    recipe: Recipe
     sources: dict[str, str]
 
     def as_dict(self) -> dict:
@@ -244,7 +348,7 @@ def load_recipe(recipe_type: type, path: str | Path, overrides: list[str], envir
     """Defaults, environment, recipe file, overrides -> one frozen recipe.
 
     Args:
-        recipe_type: PretrainRecipe or TokenizerRecipe.
+        recipe_type: one of `READERS`.
         path: YAML file; a bare name is looked up among the package's recipes.
         overrides: "a.b=c" texts; the value is read as YAML.
     Raises: UserError naming the key, with the nearest known one, for an unknown or mistyped key, a missing file, a value
@@ -299,7 +403,7 @@ def find_recipe(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-    raise UserError(f"recipe {str(path)!r}: no such file; known recipes: {', '.join(known)}{_nearest(path.stem, known)}")
+    raise UserError(f"recipe {str(path)!r}: no such file; known recipes: {', '.join(known)}{nearest(path.stem, known)}")
 
 
 # PyYAML lets these through, beside its own error, for text of the right form without a value (a 13th month) or nested without end.
@@ -330,10 +434,10 @@ def _flatten(tree: dict, prefix: str = ""):
 def _set(merged: dict, sources: dict, key: str, value, source: str, recipe_type: type) -> None:
     known = known_keys(recipe_type)
     if key not in known:
-        other = PretrainRecipe if recipe_type is TokenizerRecipe else TokenizerRecipe
-        if key in known_keys(other):
-            raise UserError(f"{source}: {key!r} is a setting of {'pretrain.py and tokenize_shards.py' if other is PretrainRecipe else 'train_tokenizer.py'}, not of this stage")
-        raise UserError(f"{source}: unknown setting {key!r}{_nearest(key, known)}; all settings stand in peco_ds/config.py")
+        other = next((readers for other, readers in READERS.items() if key in known_keys(other)), None)
+        if other is not None:
+            raise UserError(f"{source}: {key!r} is a setting of {other}, not of this stage")
+        raise UserError(f"{source}: unknown setting {key!r}{nearest(key, known)}; all settings stand in peco_ds/config.py")
     *sections, name = key.split(".")
     node = merged
     for section in sections:
@@ -355,7 +459,7 @@ def known_keys(recipe_type: type) -> list[str]:
     return keys
 
 
-def _nearest(key: str, known: list[str]) -> str:
+def nearest(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not close:  # right name in the wrong section, or no section at all
         close = [other for other in known if other.split(".")[-1] == key.split(".")[-1]][:1]
@@ -365,44 +469,91 @@ def _nearest(key: str, known: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------- cross-checks
 
 
-def check_recipe(recipe) -> None:
+def check_recipe(recipe: Recipe) -> None:
     """Everything that can be refused without files and without knowing the number of ranks."""
+    _require_at_least(1, recipe, "data.shuffle_window_shards")
+    _require_at_least(0, recipe, "data.num_workers data.holdout data.max_bad_share")
+    if hasattr(recipe, "schedule"):
+        _check_training(recipe)
+    if hasattr(recipe, "views"):
+        _check_views(recipe)
+    if hasattr(recipe, "model"):
+        _check_model(recipe)
+    {PretrainRecipe: _check_pretrain, TokenizerRecipe: _check_tokenizer, FinetuneRecipe: _check_finetune, ProbeRecipe: _check_probe}[type(recipe)](recipe)
+
+
+def _check_training(recipe) -> None:
     schedule = recipe.schedule
-    _require_at_least(1, recipe, "run.global_batch run.micro_batch run.log_every_steps views.count views.tokenizer_px checkpoint.keep_last data.shuffle_window_shards")
-    _require_at_least(1, recipe, "schedule.stop_at_step checkpoint.every_steps")
+    _require_at_least(1, recipe, "run.global_batch run.micro_batch run.log_every_steps checkpoint.keep_last schedule.stop_at_step checkpoint.every_steps")
     _require_at_least(0, recipe, "schedule.epochs schedule.steps schedule.warmup_epochs schedule.warmup_steps schedule.min_lr checkpoint.every_epochs")
-    _require_at_least(0, recipe, "optim.lr optim.eps optim.weight_decay optim.clip_norm checkpoint.keep_every_steps")
-    _require_at_least(0, recipe, "data.num_workers data.holdout data.max_bad_share views.topk views.seed run.seed")
+    _require_at_least(0, recipe, "optim.lr optim.eps optim.weight_decay optim.clip_norm checkpoint.keep_every_steps run.seed")
     _require(recipe.optim.lr > 0, f"optim.lr {recipe.optim.lr}: must be positive")
     _require(all(0 <= beta < 1 for beta in recipe.optim.betas), f"optim.betas {recipe.optim.betas}: each in [0, 1)")
-    _require(recipe.views.topk_temperature > 0, f"views.topk_temperature {recipe.views.topk_temperature}: must be positive")
     _require(schedule.epochs is None or schedule.steps is None, "schedule.epochs and schedule.steps are both set; a duration has one spelling, drop one")
     _require(schedule.epochs is not None or schedule.steps is not None, "schedule.epochs is not set; give schedule.epochs or schedule.steps")
     _require(schedule.warmup_epochs is None or schedule.warmup_steps is None, "schedule.warmup_epochs and schedule.warmup_steps are both set; drop one")
     _require(recipe.checkpoint.every_epochs is None or recipe.checkpoint.every_steps is None, "checkpoint.every_epochs and checkpoint.every_steps are both set; drop one")
+
+
+def _check_views(recipe) -> None:
     views = recipe.views
-    _require(0 < views.scale[0] <= views.scale[1] <= 1, f"views.scale {views.scale}: two shares of the area, 0 < low <= high <= 1")
-    _require(0 < views.ratio[0] <= views.ratio[1], f"views.ratio {views.ratio}: two positive aspect ratios, low <= high")
-    _require(0 <= views.flip <= 1, f"views.flip {views.flip}: a probability")
+    _require_at_least(1, recipe, "views.count views.tokenizer_px")
+    _require_at_least(0, recipe, "views.topk views.seed")
+    _require(views.topk_temperature > 0, f"views.topk_temperature {views.topk_temperature}: must be positive")
+    _check_crops("views", views)
     _require(0 <= views.color_jitter < 1, f"views.color_jitter {views.color_jitter}: in [0, 1)")
-    if isinstance(recipe, PretrainRecipe):
-        _check_pretrain(recipe)
-    else:
-        _check_tokenizer(recipe)
 
 
-def _check_pretrain(recipe: PretrainRecipe) -> None:
-    model, mask = recipe.model, recipe.mask
-    _require_at_least(1, recipe, "model.image_px model.patch_px model.width model.depth model.heads mask.min_block objective.num_codes")
+def _check_crops(section: str, crops) -> None:
+    _require(0 < crops.scale[0] <= crops.scale[1] <= 1, f"{section}.scale {crops.scale}: two shares of the area, 0 < low <= high <= 1")
+    _require(0 < crops.ratio[0] <= crops.ratio[1], f"{section}.ratio {crops.ratio}: two positive aspect ratios, low <= high")
+    _require(0 <= crops.flip <= 1, f"{section}.flip {crops.flip}: a probability")
+
+
+def _check_model(recipe) -> None:
+    model = recipe.model
+    _require_at_least(1, recipe, "model.image_px model.patch_px model.width model.depth model.heads")
     _require(model.image_px % model.patch_px == 0, f"model.image_px {model.image_px} is not a multiple of model.patch_px {model.patch_px}")
     _require(model.width % model.heads == 0, f"model.width {model.width} is not a multiple of model.heads {model.heads}")
     _require(int(model.width * model.mlp_ratio) >= 1, f"model.mlp_ratio {model.mlp_ratio}: gives a hidden layer without units")
     _require(0 <= model.drop_path < 1, f"model.drop_path {model.drop_path}: in [0, 1)")
-    patches = model.grid**2
+
+
+def _check_pretrain(recipe: PretrainRecipe) -> None:
+    mask, patches = recipe.mask, recipe.model.grid**2
+    _require_at_least(1, recipe, "mask.min_block objective.num_codes")
     _require(0 < mask.count < patches, f"mask.count {mask.count}: the picture has {patches} patches, hide between 1 and {patches - 1}")
     _require(0 < mask.min_aspect <= 1, f"mask.min_aspect {mask.min_aspect}: in (0, 1]")
     _require(mask.kind == "random" or mask.min_block <= mask.count, f"mask.min_block {mask.min_block} is more than mask.count {mask.count}; lower it")
     _require(recipe.objective.num_codes <= 65536, f"objective.num_codes {recipe.objective.num_codes}: codes are stored as uint16, at most 65536")
+
+
+def _check_finetune(recipe: FinetuneRecipe) -> None:
+    augment, classifier = recipe.augment, recipe.classifier
+    _check_crops("augment", augment)
+    _require_at_least(1, recipe, "augment.repeats")
+    _require_at_least(0, recipe, "augment.mixup augment.cutmix augment.color_jitter evaluation.every_epochs evaluation.batch classifier.head_scale")
+    for key in ("erasing", "mix_probability", "switch_probability"):
+        _require(0 <= getattr(augment, key) <= 1, f"augment.{key} {getattr(augment, key)}: a probability")
+    mixes = augment.mix_probability > 0 and (augment.mixup > 0 or augment.cutmix > 0)
+    _require(not mixes or recipe.run.micro_batch % 2 == 0, f"run.micro_batch {recipe.run.micro_batch} is odd: mixup and cutmix pair the pictures of a pass; make it even, or set augment.mixup=0 augment.cutmix=0")
+    _require(0 <= classifier.smoothing < 1, f"classifier.smoothing {classifier.smoothing}: in [0, 1)")
+    _require(0 < classifier.layer_decay <= 1, f"classifier.layer_decay {classifier.layer_decay}: in (0, 1]; 1 gives every block the same rate")
+    _require(0 <= recipe.ema.decay < 1, f"ema.decay {recipe.ema.decay}: in [0, 1)")
+    _require(0 < recipe.evaluation.crop <= 1, f"evaluation.crop {recipe.evaluation.crop}: in (0, 1]")
+    _require(recipe.data.val_images != "", "data.val_images is empty; give the labelled pictures that top-1 is measured on")
+
+
+def _check_probe(recipe: ProbeRecipe) -> None:
+    probe = recipe.probe
+    _require_at_least(1, recipe, "probe.image_px probe.epochs probe.global_batch probe.feature_batch")
+    _require_at_least(0, recipe, "probe.weight_decay probe.seed")
+    _require(0 < probe.crop <= 1, f"probe.crop {probe.crop}: in (0, 1]")
+    _require(len(probe.lrs) > 0 and min(probe.lrs) > 0, f"probe.lrs {probe.lrs}: one positive rate at least")
+    _require(all(k >= 1 for k in probe.knn_k), f"probe.knn_k {probe.knn_k}: each at least 1")
+    _require(probe.knn_temperature > 0, f"probe.knn_temperature {probe.knn_temperature}: must be positive")
+    _require(recipe.init.weights != "", "init.weights is empty; give the run folder, release or weights file whose features are probed")
+    _require(recipe.data.val_images != "", "data.val_images is empty; give the labelled pictures that accuracy is measured on")
 
 
 def _check_tokenizer(recipe: TokenizerRecipe) -> None:
@@ -490,103 +641,3 @@ def micro_steps(run: RunSettings, world_size: int) -> int:
 def data_path(data: DataSettings, value: str) -> Path:
     """A path of the recipe: absolute as it stands, else under data.root."""
     return Path(os.path.expanduser(value)) if os.path.isabs(os.path.expanduser(value)) else Path(os.path.expanduser(data.root)) / value
-
-
-# ---------------------------------------------------------------------------------------------- DeepSpeed JSON
-
-# Top-level keys of deepspeed 0.19.8 (runtime/constants.py and the blocks read in runtime/config.py). DeepSpeed itself ignores a
-# misspelt one in silence; test_config.py holds this list against the installed package.
-DEEPSPEED_KEYS = frozenset(
-    """activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type comet compile
-    csv_monitor data_efficiency data_parallel_size data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc
-    dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
-    gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
-    prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel tensorboard
-    timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
-    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    zero_optimization""".split()
-)
-
-
-def read_deepspeed_json(path: str | Path) -> dict:
-    """Read a DeepSpeed JSON.
-
-    Raises: UserError if it is missing, is not JSON, or has a top-level key that DeepSpeed does not know.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"DeepSpeed config {str(path)!r}: no such file; ready ones lie in ds_configs/")
-    try:
-        raw = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); a DeepSpeed config is a JSON object") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds {type(raw).__name__}, a DeepSpeed config is a JSON object")
-    for key in raw:
-        if key not in DEEPSPEED_KEYS:
-            raise UserError(f"{path}: {key!r} is no DeepSpeed key{_nearest(key, sorted(DEEPSPEED_KEYS))}")
-    zero = raw.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
-    return raw
-
-
-def merge_deepspeed(raw: dict, path: str | Path, run: RunSettings, optim: OptimSettings, world_size: int) -> dict:
-    """Fill a DeepSpeed JSON with what the recipe owns.
-
-    Args:
-        raw: as `read_deepspeed_json` gives it.  world_size: ranks.
-    Returns: a complete DeepSpeed config; keys the recipe does not own are passed through untouched.
-    Raises: UserError naming both values where the JSON holds a plain value that differs from the recipe's.
-    """
-    accumulation = micro_steps(run, world_size)
-    # 16-bit gradients are summed in 32 bits unless the JSON says otherwise: DeepSpeed's own default for bf16 is bf16. Without ZeRO it
-    # sums them in the weights' type and refuses any other.
-    without_zero = raw.get("zero_optimization", {}).get("stage", 0) == 0
-    summed_in = {"communication_data_type": "fp32", "data_types.grad_accum_dtype": run.precision if without_zero else "fp32"}
-    owned = {
-        "train_batch_size": (run.global_batch, "run.global_batch"),
-        "train_micro_batch_size_per_gpu": (run.micro_batch, "run.micro_batch"),
-        "gradient_accumulation_steps": (accumulation, "run.global_batch / (run.micro_batch x ranks)"),
-        "gradient_clipping": (optim.clip_norm, "optim.clip_norm"),
-        "bf16.enabled": (run.precision == "bf16", "run.precision"),
-        "fp16.enabled": (run.precision == "fp16", "run.precision"),
-        "optimizer.params.lr": (optim.lr, "optim.lr"),
-        "optimizer.params.betas": (list(optim.betas), "optim.betas"),
-        "optimizer.params.eps": (optim.eps, "optim.eps"),
-        "optimizer.params.weight_decay": (optim.weight_decay, "optim.weight_decay"),
-    }
-    merged = json.loads(json.dumps(raw))
-    for key, (value, owner) in owned.items():
-        *sections, name = key.split(".")
-        node = merged
-        for section in sections:
-            node = node.setdefault(section, {}) if sections[0] != "optimizer" else (node or {}).get(section, {})
-            if not isinstance(node, dict):
-                raise UserError(f"{path}: {'.'.join(sections)} is {node!r}, DeepSpeed wants an object there")
-        found = node.get(name, "auto")
-        if found != "auto" and found != value:
-            raise UserError(f"{path} says {key} = {found!r} but the recipe says {owner} = {value!r}; write \"auto\" in the JSON or change one of them")
-        if sections[:1] != ["optimizer"]:
-            node[name] = value
-    kind = (merged.get("optimizer") or {}).get("type", "AdamW")
-    if kind not in ("auto", "Adam", "AdamW"):
-        raise UserError(f"{path}: optimizer.type = {kind!r}, but runs are trained with AdamW; remove the block (optim.* of the recipe owns it)")
-    if merged.get("scheduler"):
-        raise UserError(f"{path}: 'scheduler' belongs to the recipe (schedule.*), which sets the rate of every step; remove it from the JSON")
-    merged.pop("optimizer", None)  # compared above; built from the recipe, because it needs parameter groups
-    for key, dtype in summed_in.items():
-        *sections, name = key.split(".")
-        node = merged
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise UserError(f"{path}: {section} is {node!r}, DeepSpeed wants an object there")
-        if node.get(name, "auto") == "auto":
-            node[name] = dtype
-    if without_zero and merged["data_types"]["grad_accum_dtype"] != run.precision:
-        raise UserError(
-            f"{path}: data_types.grad_accum_dtype = {merged['data_types']['grad_accum_dtype']!r} with ZeRO stage 0 and run.precision {run.precision}: "
-            f"DeepSpeed sums gradients in the weights' type there; write \"auto\", or take stage 1, 2 or 3"
-        )
-    return merged

@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dry_run(args, resolved) -> int:
-    from peco_ds.config import data_path, merge_deepspeed, read_deepspeed_json, resolve_durations
+    from peco_ds.config import data_path, resolve_durations
+    from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.planner.report import IMAGENET_1K_TRAIN, tokenizer_report
     from peco_ds.schema import ImageManifest, read_manifest
 
@@ -40,9 +41,10 @@ def dry_run(args, resolved) -> int:
 
 
 def train(args, resolved) -> int:
-    from peco_ds.config import data_path, merge_deepspeed, micro_steps, read_deepspeed_json, resolve_durations
+    from peco_ds.config import data_path, micro_steps, resolve_durations
     from peco_ds.data.loaders import Pictures, crop_batches, held_out_pictures, training_order
     from peco_ds.data.order import rank_positions
+    from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.evaluation.reconstruction import HeldOut
     from peco_ds.models.critic import PatchCritic, TokenizerWithCritic
     from peco_ds.models.feature_nets import load_feature_net

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from peco_ds.command_line import parse_stage, run, stage_parser
 from peco_ds.config import (
-    DEEPSPEED_KEYS,
     RECIPES,
     CheckpointSettings,
     DataSettings,
@@ -27,11 +26,10 @@ from peco_ds.config import (
     find_recipe,
     known_keys,
     load_recipe,
-    merge_deepspeed,
     micro_steps,
-    read_deepspeed_json,
     resolve_durations,
 )
+from peco_ds.deepspeed_json import DEEPSPEED_KEYS, merge_deepspeed, read_deepspeed_json
 from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
 from peco_ds.planner.report import pretrain_report, tokenizer_report
 

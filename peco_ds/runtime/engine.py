@@ -36,7 +36,7 @@ def start_engine(
     BEiT's in-place depth scaling without a word.
 
     Args:
-        model: the same weights on every rank.  ds_config: merged with the recipe (`config.merge_deepspeed`).  source: its file, for messages.
+        model: the same weights on every rank.  ds_config: merged with the recipe (`deepspeed_json.merge_deepspeed`).  source: its file, for messages.
         leaf_modules: classes that ZeRO-3 gathers as one unit.  lr_scales: parameter-name prefix -> factor on the scheduled rate.
     Raises: UserError if DeepSpeed refuses the config, or the device the precision.
     """

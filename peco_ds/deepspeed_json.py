@@ -1,0 +1,109 @@
+"""A ds_configs JSON, read, checked, and filled with what the recipe owns.
+
+The JSON owns ZeRO stage, buckets, overlap, offload and communication types; where a key belongs to the recipe it says "auto".
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peco_ds.config import OptimSettings, RunSettings, micro_steps, nearest
+from peco_ds.errors import UserError
+
+# Top-level keys of deepspeed 0.19.8 (runtime/constants.py and the blocks read in runtime/config.py). DeepSpeed itself ignores a
+# misspelt one in silence; test_config.py holds this list against the installed package.
+DEEPSPEED_KEYS = frozenset(
+    """activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type comet compile
+    csv_monitor data_efficiency data_parallel_size data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc
+    dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
+    gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
+    prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel tensorboard
+    timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
+    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization""".split()
+)
+
+
+def read_deepspeed_json(path: str | Path) -> dict:
+    """Read a DeepSpeed JSON.
+
+    Raises: UserError if it is missing, is not JSON, or has a top-level key that DeepSpeed does not know.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"DeepSpeed config {str(path)!r}: no such file; ready ones lie in ds_configs/")
+    try:
+        raw = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); a DeepSpeed config is a JSON object") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds {type(raw).__name__}, a DeepSpeed config is a JSON object")
+    for key in raw:
+        if key not in DEEPSPEED_KEYS:
+            raise UserError(f"{path}: {key!r} is no DeepSpeed key{nearest(key, sorted(DEEPSPEED_KEYS))}")
+    zero = raw.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    return raw
+
+
+def merge_deepspeed(raw: dict, path: str | Path, run: RunSettings, optim: OptimSettings, world_size: int) -> dict:
+    """Fill a DeepSpeed JSON with what the recipe owns.
+
+    Args:
+        raw: as `read_deepspeed_json` gives it.  world_size: ranks.
+    Returns: a complete DeepSpeed config; keys the recipe does not own are passed through untouched.
+    Raises: UserError naming both values where the JSON holds a plain value that differs from the recipe's.
+    """
+    accumulation = micro_steps(run, world_size)
+    # 16-bit gradients are summed in 32 bits unless the JSON says otherwise: DeepSpeed's own default for bf16 is bf16. Without ZeRO it
+    # sums them in the weights' type and refuses any other.
+    without_zero = raw.get("zero_optimization", {}).get("stage", 0) == 0
+    summed_in = {"communication_data_type": "fp32", "data_types.grad_accum_dtype": run.precision if without_zero else "fp32"}
+    owned = {
+        "train_batch_size": (run.global_batch, "run.global_batch"),
+        "train_micro_batch_size_per_gpu": (run.micro_batch, "run.micro_batch"),
+        "gradient_accumulation_steps": (accumulation, "run.global_batch / (run.micro_batch x ranks)"),
+        "gradient_clipping": (optim.clip_norm, "optim.clip_norm"),
+        "bf16.enabled": (run.precision == "bf16", "run.precision"),
+        "fp16.enabled": (run.precision == "fp16", "run.precision"),
+        "optimizer.params.lr": (optim.lr, "optim.lr"),
+        "optimizer.params.betas": (list(optim.betas), "optim.betas"),
+        "optimizer.params.eps": (optim.eps, "optim.eps"),
+        "optimizer.params.weight_decay": (optim.weight_decay, "optim.weight_decay"),
+    }
+    merged = json.loads(json.dumps(raw))
+    for key, (value, owner) in owned.items():
+        *sections, name = key.split(".")
+        node = merged
+        for section in sections:
+            node = node.setdefault(section, {}) if sections[0] != "optimizer" else (node or {}).get(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{path}: {'.'.join(sections)} is {node!r}, DeepSpeed wants an object there")
+        found = node.get(name, "auto")
+        if found != "auto" and found != value:
+            raise UserError(f"{path} says {key} = {found!r} but the recipe says {owner} = {value!r}; write \"auto\" in the JSON or change one of them")
+        if sections[:1] != ["optimizer"]:
+            node[name] = value
+    kind = (merged.get("optimizer") or {}).get("type", "AdamW")
+    if kind not in ("auto", "Adam", "AdamW"):
+        raise UserError(f"{path}: optimizer.type = {kind!r}, but runs are trained with AdamW; remove the block (optim.* of the recipe owns it)")
+    if merged.get("scheduler"):
+        raise UserError(f"{path}: 'scheduler' belongs to the recipe (schedule.*), which sets the rate of every step; remove it from the JSON")
+    merged.pop("optimizer", None)  # compared above; built from the recipe, because it needs parameter groups
+    for key, dtype in summed_in.items():
+        *sections, name = key.split(".")
+        node = merged
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{path}: {section} is {node!r}, DeepSpeed wants an object there")
+        if node.get(name, "auto") == "auto":
+            node[name] = dtype
+    if without_zero and merged["data_types"]["grad_accum_dtype"] != run.precision:
+        raise UserError(
+            f"{path}: data_types.grad_accum_dtype = {merged['data_types']['grad_accum_dtype']!r} with ZeRO stage 0 and run.precision {run.precision}: "
+            f"DeepSpeed sums gradients in the weights' type there; write \"auto\", or take stage 1, 2 or 3"
+        )
+    return merged

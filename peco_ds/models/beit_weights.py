@@ -1,0 +1,50 @@
+"""Weights of a BEiT-family model in one form, whatever file they came from and whatever layout they go to.
+
+Names are those of the released BEiT code, which timm kept: `cls_token`, `patch_embed.proj.*`, `blocks.N.*`; then, by kind,
+
+mim         `mask_token`, `rel_pos_bias.relative_position_bias_table` (one for all blocks), `norm.*`, `lm_head.*`
+features    `norm.*` and a table in every block (`blocks.N.attn.relative_position_bias_table`) or one for all
+classifier  a table in every block, `fc_norm.*` (mean pooling) or `norm.*` (class token), `head.*`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from peco_ds.config import ModelSettings
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+TABLE = "blocks.{}.attn.relative_position_bias_table"
+
+
+@dataclass(frozen=True)
+class BeitWeights:
+    """Tensors under the names above, in the dtype they are stored in, and what no tensor tells."""
+
+    kind: Literal["mim", "features", "classifier"]
+    model: ModelSettings
+    tensors: dict[str, torch.Tensor]
+    source: str  # one line for logs and cards: file or run, with a hash or a step
+    classes: tuple[str, ...] | None = None  # names in label order, where they are known
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of the pictures the model wants, in [0, 1]
+    std: tuple[float, ...] = IMAGENET_STD
+    crop: float = 0.875  # share of the resized picture's side that is seen in evaluation
+    facts: dict = field(default_factory=dict)  # for the model card: name -> text
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.tensors["head.weight"]) if "head.weight" in self.tensors else 0
+
+    @property
+    def num_codes(self) -> int:
+        return len(self.tensors["lm_head.weight"]) if "lm_head.weight" in self.tensors else 0
+
+    @property
+    def pooling(self) -> Literal["mean", "class"]:
+        return "mean" if "fc_norm.weight" in self.tensors else "class"
