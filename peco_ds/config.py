@@ -595,10 +595,15 @@ class Durations:
     warmup_steps: int
     checkpoint_steps: int  # 0: only at the end
     stop_step: int  # where this run ends: total_steps, or schedule.stop_at_step
+    evaluation_steps: int = 0  # of a classifier; 0: only at the end
 
     def save_after(self, step: int) -> bool:
         """Whether a checkpoint is due when `step` steps are done."""
         return step == self.stop_step or (self.checkpoint_steps > 0 and step % self.checkpoint_steps == 0)
+
+    def evaluate_after(self, step: int) -> bool:
+        """Whether a classifier is measured when `step` steps are done."""
+        return step == self.stop_step or (self.evaluation_steps > 0 and step % self.evaluation_steps == 0)
 
 
 def resolve_durations(recipe, num_samples: int) -> Durations:
@@ -619,7 +624,10 @@ def resolve_durations(recipe, num_samples: int) -> Durations:
     warmup = steps(schedule.warmup_epochs, schedule.warmup_steps, 0)
     spelt = f"schedule.warmup_steps {warmup}" if schedule.warmup_steps is not None else f"schedule.warmup_epochs {schedule.warmup_epochs} = {warmup} steps"
     _require(warmup <= total, f"the warm-up ({spelt}) is longer than the run of {total} steps; set schedule.warmup_steps lower")
-    return Durations(total, warmup, every, min(total, schedule.stop_at_step or total))
+    evaluation = 0
+    if isinstance(recipe, FinetuneRecipe) and recipe.evaluation.every_epochs:
+        evaluation = max(1, steps(recipe.evaluation.every_epochs, None, 0))
+    return Durations(total, warmup, every, min(total, schedule.stop_at_step or total), evaluation)
 
 
 def micro_steps(run: RunSettings, world_size: int) -> int:

@@ -111,3 +111,52 @@ def small_sets(real_data, tmp_path_factory) -> SmallSets:
     overrides = [f"data.root={root}", "data.tokens=tokens/train", *SMALL_VIT]
     run_stage("tokenize_shards", "--recipe", "peco_vitb16", *overrides)
     return SmallSets(root, overrides)
+
+
+@dataclass(frozen=True)
+class LabelledSets:
+    """A data root with labelled images/train and images/val, and the overrides that make finetune_vitb16 fit it."""
+
+    root: Path
+    classes: int
+    val_pictures: int
+    overrides: list[str]
+
+
+SMALL_CLASSIFIER = (
+    "model.image_px=32 model.patch_px=8 model.width=48 model.depth=2 model.heads=3 model.drop_path=0 model.init_std=0.1 model.layer_scale=1 data.num_workers=0 "
+    "data.shuffle_window_shards=2 augment.scale=[0.3,1.0] classifier.layer_decay=0.7 ema.decay=0.9 evaluation.every_epochs=0 optim.lr=5e-3 schedule.epochs=null schedule.steps=10 "
+    "schedule.warmup_epochs=null schedule.warmup_steps=2 run.precision=fp32 run.global_batch=8 run.micro_batch=4 run.log_every_steps=1 checkpoint.every_epochs=null"
+).split()
+
+
+@pytest.fixture(scope="session")
+def labelled_sets(real_data, tmp_path_factory) -> LabelledSets:
+    """Four classes of real pictures; 25 to measure on, a number that neither 2 nor 3 ranks divide."""
+    import tarfile
+
+    root = tmp_path_factory.mktemp("labelled_sets")
+    chosen: dict[str, list[Path]] = {}
+    if real_data.imagenette_tar is not None:
+        with tarfile.open(real_data.imagenette_tar) as tar:
+            members = sorted((m for m in tar.getmembers() if m.isfile() and "/train/" in m.name), key=lambda m: m.name)
+            for member in members:
+                name = Path(member.name).parent.name
+                if name in chosen and len(chosen[name]) == 24 or name not in chosen and len(chosen) == 4:
+                    continue
+                path = root / "raw" / name / Path(member.name).name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(tar.extractfile(member).read())
+                chosen.setdefault(name, []).append(path)
+    else:
+        for path in real_data.imagenet[:64]:
+            chosen.setdefault(path.parent.name, []).append(path)
+    for number, (name, paths) in enumerate(sorted(chosen.items())):
+        cut = len(paths) - 6 - (number == 0)
+        for split, part in (("train", paths[:cut]), ("val", paths[cut:])):
+            (root / split / name).mkdir(parents=True)
+            for path in part:
+                (root / split / name / path.name).symlink_to(path)
+    for split in ("train", "val"):
+        run_stage("pack_images", "--images", root / split, "--out", root / "images" / split, "--samples_per_shard", 20, "--workers", 2)
+    return LabelledSets(root, 4, 25, [f"data.root={root}", *SMALL_CLASSIFIER])

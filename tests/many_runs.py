@@ -1,9 +1,9 @@
 """Several runs of one entry point inside one launch, because a launch costs more than a small run.
 
-    python many_runs.py JSON    with [{"stage": "pretrain", "arguments": [...], "statistics": FILE or absent}, ...]
+    python many_runs.py JSON    with [{"stage": "pretrain", "arguments": [...], "statistics": FILE or absent, "rates": FILE or absent}, ...]
 
 Exit codes of the runs are written to JSON + ".codes" by rank 0. With "statistics", the standard deviation of every parameter as the engine holds it before
-the first step is saved there.
+the first step is saved there; with "rates", the groups of the engine's optimiser after the last step's rate was set.
 """
 
 import importlib
@@ -34,14 +34,33 @@ def record_statistics(path: str):
     return lambda: setattr(module, "start_engine", original)
 
 
+def record_rates(path: str):
+    """Wrap set_rate so that what it left in the optimiser is written down."""
+    from peco_ds.runtime import engine as module
+
+    original = module.set_rate
+
+    def wrapped(engine, *positional):
+        rate = original(engine, *positional)
+        if os.environ.get("RANK", "0") == "0":
+            groups = [{name: group[name] for name in ("name", "lr", "lr_scale", "weight_decay")} for group in engine.optimizer.param_groups]
+            Path(path).write_text(json.dumps({"rate": rate, "groups": groups}))
+        return rate
+
+    module.set_rate = wrapped
+    return lambda: setattr(module, "set_rate", original)
+
+
 def main():
     cases = json.loads(Path(sys.argv[1]).read_text())
     codes = []
     for case in cases:
-        undo = record_statistics(case["statistics"]) if case.get("statistics") else lambda: None
+        wrappers = {"statistics": record_statistics, "rates": record_rates}
+        undo = [wrap(case[name]) for name, wrap in wrappers.items() if case.get(name)]
         stage = importlib.import_module(f"peco_ds.{case['stage']}")
         codes.append(stage.main(case["arguments"]))
-        undo()
+        for restore in undo:
+            restore()
     if os.environ.get("RANK", "0") == "0":
         Path(sys.argv[1] + ".codes").write_text(json.dumps(codes))
 

@@ -28,11 +28,12 @@ def build_backbone(settings: ModelSettings) -> Beit:
     return backbone
 
 
-def timm_arguments(settings: ModelSettings, *, shared_bias: bool = True) -> dict:
+def timm_arguments(settings: ModelSettings, *, shared_bias: bool = True, num_classes: int = 0, pooling: str = "class") -> dict:
     """Keyword arguments that make timm's `Beit` this backbone.
 
     Args:
         shared_bias: one table for all blocks (pre-training) or one a block (fine-tuning, releases).
+        pooling: "class" keeps the final norm on every token; "mean" moves it behind the pooling, as `fc_norm`.
     """
     return dict(
         img_size=settings.image_px,
@@ -46,8 +47,8 @@ def timm_arguments(settings: ModelSettings, *, shared_bias: bool = True) -> dict
         use_abs_pos_emb=False,
         use_shared_rel_pos_bias=shared_bias,
         use_rel_pos_bias=not shared_bias,
-        num_classes=0,
-        global_pool="token",  # keeps the norm on every token; "avg" would move it behind the pooling
+        num_classes=num_classes,
+        global_pool="avg" if pooling == "mean" else "token",
     )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from peco_ds.config import Durations, PretrainRecipe, RunSettings, TokenizerRecipe, micro_steps
+from peco_ds.config import Durations, FinetuneRecipe, PretrainRecipe, RunSettings, TokenizerRecipe, micro_steps
 from peco_ds.errors import UserError
 from peco_ds.planner.memory import STAGES, GpuMemory, checkpoint_bytes, gpu_memory, zero_stage
-from peco_ds.planner.shapes import FLOPS_PER_MAC, ELEMENT_BYTES, mim_activation_bytes, mim_macs, mim_parameters, tokenizer_cost
+from peco_ds.planner.shapes import FLOPS_PER_MAC, ELEMENT_BYTES, backbone_parameters, mim_activation_bytes, mim_macs, mim_parameters, tokenizer_cost
 from peco_ds.schema import VIEW_COLUMNS
 
 WORLD_SIZES = (1, 8, 64, 256)
 IMAGENET_1K_TRAIN = 1_281_167  # training pictures: what a dry run assumes where no set is packed yet
+IMAGENET_1K_CLASSES = 1000
 
 GIB = 2**30
 _LABEL_WIDTH = 20
@@ -48,6 +49,34 @@ def pretrain_report(
         *_memory_lines(parameters.total, run, ds_config, activations.total * run.micro_batch),
     ]
     return "\n".join(lines)
+
+
+def finetune_report(recipe: FinetuneRecipe, *, num_samples: int, num_classes: int, durations: Durations, ds_config: dict, assumed: bool = False) -> str:
+    """The same for a fine-tuning run. The moving average of the weights stands on a line of its own, beside the memory table.
+
+    Args:
+        num_classes: of the pictures.  The other arguments and the result: as `pretrain_report`.
+    """
+    model, run = recipe.model, recipe.run
+    parameters = backbone_parameters(model, shared_bias=False, num_classes=num_classes)
+    # A classifier's head sees one token a picture, where pre-training's sees the masked patches.
+    macs = mim_macs(model, num_codes=num_classes, masked=1)
+    activations = mim_activation_bytes(model, num_codes=num_classes, masked=1, checkpointing=run.activation_checkpointing, precision=run.precision)
+    classifier, augment = recipe.classifier, recipe.augment
+    lowest = recipe.optim.lr * classifier.layer_decay ** (model.depth + 1)
+    lines = [
+        f"{recipe.name}: fine-tuning",
+        _line("model", f"width {model.width}, depth {model.depth}, heads {model.heads}, patch {model.patch_px} px, picture {model.image_px} px"),
+        _line("parameters", f"{_millions(parameters)} with a head of {num_classes} classes"),
+        _line("learning rate", f"{recipe.optim.lr:g} at the head, {lowest:.2g} at the patch embedding (layer decay {classifier.layer_decay}), stochastic depth up to {model.drop_path}"),
+        _line("augmentation", f"{augment.auto_augment or 'no RandAugment'}, mixup {augment.mixup}, cutmix {augment.cutmix}, erasing {augment.erasing}, smoothing {classifier.smoothing}, repeats {augment.repeats}"),
+        *_compute_lines(macs.total, macs.training_flops, durations, run.global_batch),
+        *_schedule_lines(recipe, durations, num_samples, assumed),
+        *_checkpoint_lines(recipe, parameters, durations, ds_config),
+    ]
+    if recipe.ema.decay:
+        lines.append(_line("moving average", f"decay {recipe.ema.decay}: 4 bytes a parameter, {4 * parameters / GIB:.2f} GiB over all ranks together (ZeRO-0: on each)"))
+    return "\n".join([*lines, "", *_memory_lines(parameters, run, ds_config, activations.total * run.micro_batch)])
 
 
 def tokenizer_report(recipe: TokenizerRecipe, num_samples: int, durations: Durations, *, ds_config: dict | None = None, assumed: bool = False) -> str:
@@ -96,7 +125,7 @@ def _compute_lines(forward_macs: int, training_flops: int, durations: Durations,
     ]
 
 
-def _schedule_lines(recipe: PretrainRecipe | TokenizerRecipe, durations: Durations, num_samples: int, assumed: bool) -> list[str]:
+def _schedule_lines(recipe: PretrainRecipe | TokenizerRecipe | FinetuneRecipe, durations: Durations, num_samples: int, assumed: bool) -> list[str]:
     seen = durations.total_steps * recipe.run.global_batch
     source = " (assumed: ImageNet-1K; no set was read)" if assumed and num_samples == IMAGENET_1K_TRAIN else " (assumed; no set was read)" if assumed else ""
     stop = f"; this run stops at step {durations.stop_step:,}" if durations.stop_step < durations.total_steps else ""
@@ -107,7 +136,7 @@ def _schedule_lines(recipe: PretrainRecipe | TokenizerRecipe, durations: Duratio
     ]
 
 
-def _checkpoint_lines(recipe: PretrainRecipe | TokenizerRecipe, num_parameters: int, durations: Durations, ds_config: dict) -> list[str]:
+def _checkpoint_lines(recipe: PretrainRecipe | TokenizerRecipe | FinetuneRecipe, num_parameters: int, durations: Durations, ds_config: dict) -> list[str]:
     stage, keep = zero_stage(ds_config), recipe.checkpoint.keep_last
     size = checkpoint_bytes(num_parameters, stage=stage, precision=recipe.run.precision)
     every = f"every {durations.checkpoint_steps:,} steps" if durations.checkpoint_steps else "at the end"

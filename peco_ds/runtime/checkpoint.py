@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -27,6 +28,7 @@ from peco_ds.config import CheckpointSettings
 from peco_ds.data.order import Cursor
 from peco_ds.errors import UserError
 from peco_ds.runtime.distributed import World
+from peco_ds.runtime.ema import WeightEma
 from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS
 from peco_ds.schema import sha256_of_file, write_json
 
@@ -57,11 +59,11 @@ def tag_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(run_folder: Path, engine, progress: Progress, settings: CheckpointSettings, world: World) -> Path:
+def save(run_folder: Path, engine, progress: Progress, settings: CheckpointSettings, world: World, ema: WeightEma | None = None) -> Path:
     """Write one checkpoint whole, then apply retention. Collective.
 
     Args:
-        run_folder: on a file system that all ranks share.
+        run_folder: on a file system that all ranks share.  ema: the run's moving average, if it keeps one.
     Returns: the checkpoint's folder.
     """
     root = run_folder / FOLDER
@@ -73,6 +75,8 @@ def save(run_folder: Path, engine, progress: Progress, settings: CheckpointSetti
     world.barrier()
     engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
     torch.save(_random_states(world.device), temporary / f"random_rank_{world.rank:05d}.pt")
+    if ema is not None and (progress.zero_stage or world.is_main):  # without ZeRO every rank has the same whole average
+        torch.save(ema.state(), temporary / ema_name(world.rank))
     if world.is_main:
         write_json(temporary / PROGRESS, {**asdict(progress), "cursor": asdict(progress.cursor)})
         for name in RECORDS:
@@ -153,11 +157,11 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**{**raw, "cursor": Cursor(**raw["cursor"])})
 
 
-def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World, *, fingerprint: str, seed: int) -> Progress:
+def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World, *, fingerprint: str, seed: int, ema: WeightEma | None = None) -> Progress:
     """Continue the newest checkpoint of the run folder that verifies, or start at step 0. Collective.
 
     Args:
-        fingerprint: of the image set that is read.  seed: of the run.
+        fingerprint: of the image set that is read.  seed: of the run.  ema: the run's moving average, loaded along.
     Raises: UserError if checkpoints exist but none is whole, or it was written by another number of ranks, under another ZeRO stage, on
         another image set or with another seed.
     """
@@ -179,7 +183,9 @@ def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World
     _set_aside_after(run_folder, progress.step, world)
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     assert loaded is not None, f"DeepSpeed found nothing in {folder}"
-    # weights_only: the file is ours and verified, and holds only tensors, numbers and strings all the same
+    # weights_only: the files are ours and verified, and hold only tensors, numbers and strings all the same
+    if ema is not None:
+        ema.load(torch.load(folder / ema_name(world.rank if progress.zero_stage else 0), map_location="cpu", weights_only=True))
     _set_random_states(torch.load(folder / f"random_rank_{world.rank:05d}.pt", weights_only=True), world.device)
     logger.info("continuing %s at step %d, %d samples", folder, progress.step, progress.cursor.samples)
     return progress
@@ -201,30 +207,54 @@ def _set_aside_after(run_folder: Path, step: int, world: World) -> None:
     world.barrier()
 
 
-def fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+def has_ema(checkpoint: Path) -> bool:
+    return (checkpoint / ema_name(0)).is_file()
+
+
+def ema_name(rank: int) -> str:
+    return f"ema_rank_{rank:05d}.pt"
+
+
+def fp32_weights(checkpoint: Path, *, average: bool = False) -> dict[str, torch.Tensor]:
     """Parameters and buffers of a checkpoint in float32, whatever the ZeRO stage and number of ranks that wrote it.
+
+    The ranks' files are mapped, not read: what is held in memory is the result.
 
     Args:
         checkpoint: a complete checkpoint folder that was verified (`newest_whole`, `verify`).
+        average: the moving average of the weights (`has_ema`) instead of the weights.
     """
-    if list(checkpoint.glob("bf16_zero_pp_rank_*_optim_states.pt")) and not list(checkpoint.glob("zero_pp_rank_*_model_states.pt")):
-        return _fp32_weights_of_bf16_optimizer(checkpoint)
-    if list(checkpoint.glob("*_optim_states.pt")):
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its progress bars are no news to whoever converts
-            return zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    # ZeRO-0 writes whole modules and no partitioned optimiser; deepspeed pickles classes of its own beside the tensors.
-    module = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in module.items()}
+    load = lambda path, **options: torch.load(path, map_location="cpu", mmap=True, **options)  # noqa: E731
+    optimizer_files = zero_to_fp32.get_optim_files(str(checkpoint)) if list(checkpoint.glob("*_optim_states.pt")) else []
+    averages = [load(path, weights_only=True) for path in sorted(checkpoint.glob(ema_name(0).replace("00000", "*")))] if average else []
+    if not optimizer_files:
+        if average:
+            return _unflatten(averages[0])
+        # ZeRO-0 writes whole modules and no partitioned optimiser; deepspeed pickles classes of its own beside the tensors.
+        module = load(checkpoint / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in module.items()}
+    # Read here and not by zero_to_fp32's own entry: it refuses ZeRO-1 in bf16, whose `BF16_Optimizer` keeps the same flat partitions but does not
+    # write which stage they are of, and it knows nothing of averages, which lie in memory as the weights do.
+    partitions = [load(path, weights_only=False)["optimizer_state_dict"] for path in optimizer_files]
+    stage_3 = "fp32_flat_groups" in partitions[0]
+    groups = [part["shards"] for part in averages] or [part["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"] for part in partitions]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its progress bars are no news to whoever converts
+        states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(checkpoint)))
+        if stage_3:
+            merged = zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint(len(groups), groups, states, False)
+        else:
+            paddings = partitions[0].get("param_alignment_paddings")
+            merged = zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(len(groups), groups, states, False, paddings)
+        return zero_to_fp32.to_torch_tensor(merged)
 
 
-def _fp32_weights_of_bf16_optimizer(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """ZeRO-1 in bf16 with fp32 gradient sums: DeepSpeed's `BF16_Optimizer` keeps the same flat partitions as ZeRO-1 but does not write which
-    stage they are of, and so `zero_to_fp32` refuses a checkpoint that it could read."""
-    load = lambda path: torch.load(path, map_location="cpu", weights_only=False, mmap=True)  # noqa: E731
-    partitions = [load(path)["optimizer_state_dict"] for path in zero_to_fp32.get_optim_files(str(checkpoint))]
-    groups = [state["single_partition_of_fp32_groups"] for state in partitions]
-    states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(checkpoint)))
-    return zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(len(groups), groups, states, False)
+def _unflatten(state: dict) -> dict[str, torch.Tensor]:
+    """An average that was kept without ZeRO, by name."""
+    weights = {}
+    for shard, parameters in zip(state["shards"], state["names"], strict=True):
+        parts = shard.flatten().split([math.prod(shape) for _, shape in parameters])
+        weights |= {name: part.view(shape) for (name, shape), part in zip(parameters, parts)}
+    return weights
 
 
 def _retain(root: Path, settings: CheckpointSettings) -> None:

@@ -25,6 +25,7 @@ EVALUATION_FILE = "evaluation.jsonl"
 _TAGS = {
     "loss": "loss/total",
     "accuracy": "tokens/masked_accuracy",
+    "train_top1": "train/top1",
     "lr": "optim/lr",
     "grad_norm": "optim/grad_norm",
     "skipped_steps": "optim/skipped_steps",
@@ -146,7 +147,7 @@ class Meter:
         left = (total - row["step"]) * row["step_s"]
         eta = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
         parts = [f"step {row['step']}/{total}", f"loss {row['loss']:.4f}"]
-        parts += [f"{name} {row[name]:.4g}" for name in ("accuracy", "psnr", "codes_used", "grad_norm", "lr") if name in row]
+        parts += [f"{name} {row[name]:.4g}" for name in ("accuracy", "train_top1", "psnr", "codes_used", "grad_norm", "lr") if name in row]
         parts += [f"{row['images_per_s']:.1f} images/s", f"ETA {eta}"]
         sys.stdout.write("  ".join(parts) + "\n")
         sys.stdout.flush()
@@ -154,7 +155,15 @@ class Meter:
 
 def read_metrics(run_folder: Path) -> list[dict]:
     """Rows of metrics.jsonl, in order; [] if there are none."""
-    path = Path(run_folder) / METRICS_FILE
+    return _rows(Path(run_folder) / METRICS_FILE)
+
+
+def read_evaluation(run_folder: Path) -> list[dict]:
+    """Rows of evaluation.jsonl, in order; [] if there are none."""
+    return _rows(Path(run_folder) / EVALUATION_FILE)
+
+
+def _rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 

@@ -34,6 +34,17 @@ def decay_groups(model: nn.Module, weight_decay: float, lr_scales: dict[str, flo
     return list(groups.values())
 
 
+def layer_scales(depth: int, decay: float) -> dict[str, float]:
+    """Factors on the rate of a classifier's layers, for `decay_groups`: what lies `n` layers below the head learns at decay ** n of the rate.
+
+    Returns: parameter-name prefix -> factor. Patch embedding and class token are layer 0, block i (from 0) is layer i + 1, the pooling norm and the
+        head are layer depth + 1 and keep the full rate.
+    Source: BEiT (arXiv 2106.08254), appendix; released `optim_factory.LayerDecayValueAssigner`.
+    """
+    scales = {"cls_token": decay ** (depth + 1), "patch_embed.": decay ** (depth + 1)}
+    return scales | {f"blocks.{block}.": decay ** (depth - block) for block in range(depth)}
+
+
 def build_optimizer(groups: list[dict], settings: OptimSettings, *, offloaded: bool) -> torch.optim.Optimizer:
     """AdamW over the groups.
 

@@ -1,0 +1,93 @@
+"""Models that start from weights in the canonical form: a classifier to fine-tune, a backbone to probe, a classifier to evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from timm.models.beit import Beit
+
+from peco_ds.config import ClassifierSettings, ModelSettings
+from peco_ds.convert.resample import resize_bias_table
+from peco_ds.errors import UserError
+from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights
+from peco_ds.models.classifier import Classifier, build_classifier
+from peco_ds.models.vit import timm_arguments
+
+_OF_PRETRAINING = ("mask_token", "lm_head.weight", "lm_head.bias", SHARED_TABLE)
+_POOLING_NORM = ("fc_norm.weight", "fc_norm.bias")
+_HEAD = ("head.weight", "head.bias")
+_FINAL_NORM = ("norm.weight", "norm.bias")
+
+
+def start_classifier(model: Classifier, weights: BeitWeights, settings: ModelSettings, *, classes: tuple[str, ...], head: Literal["auto", "new"]) -> list[str]:
+    """Copy weights into a freshly initialised classifier.
+
+    A bias table that blocks shared is copied into every block; a table of another grid is resized. What pre-training alone needs is left behind.
+
+    Args:
+        settings: of `model`.  classes: of the pictures, in label order.  head: see `InitSettings.head`.
+    Returns: names of the parameters that keep their fresh values.
+    Raises: UserError if width, depth, heads or patch size differ, or a classifier that is to be kept has other classes.
+    """
+    check_sizes(weights, settings)
+    tensors = per_block(weights, settings.grid)
+    if weights.kind == "classifier" and head == "auto":
+        if weights.num_classes != len(classes):
+            raise UserError(f"{weights.source}: its head has {weights.num_classes} classes, the pictures have {len(classes)}; give the pictures it was trained for, or init.head=new")
+        if weights.classes and weights.classes != classes:
+            number = next(i for i, (old, new) in enumerate(zip(weights.classes, classes)) if old != new)
+            raise UserError(f"{weights.source}: class {number} of its head is {weights.classes[number]!r}, of the pictures {classes[number]!r}; pack the pictures in the same order, or init.head=new")
+    else:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in _HEAD}
+    wanted = model.state_dict()
+    taken = {name: tensor for name, tensor in tensors.items() if name in wanted}
+    fresh = sorted(wanted.keys() - taken.keys())
+    strange = tensors.keys() - taken.keys() - {*_FINAL_NORM, *_POOLING_NORM}
+    assert not strange and set(fresh) <= {*_POOLING_NORM, *_FINAL_NORM, *_HEAD}, (strange, fresh)
+    model.load_state_dict(taken, strict=False)
+    return fresh
+
+
+def classifier_of(weights: BeitWeights, image_px: int | None = None) -> Classifier:
+    """A fine-tuned classifier in eval mode, float32, for pictures of `image_px` (None: those it was trained on).
+
+    Raises: UserError if the weights have no classifier.
+    """
+    if weights.kind != "classifier":
+        raise UserError(f"{weights.source}: has no classifier (kind {weights.kind}); fine-tune it with finetune.py, or probe its features with linear_probe.py")
+    settings = replace(weights.model, image_px=image_px or weights.model.image_px, drop_path=0.0)
+    model = build_classifier(settings, ClassifierSettings(pooling=weights.pooling), weights.num_classes)
+    model.load_state_dict({name: tensor.float() for name, tensor in per_block(weights, settings.grid).items()})
+    return model.eval()
+
+
+def feature_backbone(weights: BeitWeights, image_px: int) -> Beit:
+    """The frozen backbone without head, float32, for pictures of `image_px`. Its `norm` is the final norm of pre-training; a classifier's weights, which
+    have none, leave it at identity scale: take features before it."""
+    settings = replace(weights.model, image_px=image_px, drop_path=0.0)
+    if image_px % settings.patch_px:
+        raise UserError(f"pictures of {image_px} px: not a multiple of the patch size {settings.patch_px} of {weights.source}")
+    model = Beit(**timm_arguments(settings, shared_bias=False))
+    tensors = {name: tensor.float() for name, tensor in per_block(weights, settings.grid).items() if name not in (*_POOLING_NORM, *_HEAD)}
+    missing, strange = model.load_state_dict(tensors, strict=False)
+    assert not strange and set(missing) <= set(_FINAL_NORM), (missing, strange)
+    return model.eval().requires_grad_(False)
+
+
+def check_sizes(weights: BeitWeights, settings: ModelSettings) -> None:
+    """Raises: UserError naming the first size in which the weights and the recipe's model differ; picture size may."""
+    found = weights.model
+    for name in ("patch_px", "width", "depth", "heads", "mlp_ratio"):
+        if getattr(found, name) != getattr(settings, name):
+            raise UserError(f"{weights.source}: {name} {getattr(found, name)}, the recipe has model.{name} {getattr(settings, name)}; take the recipe of that size, or set model.{name}={getattr(found, name)}")
+
+
+def per_block(weights: BeitWeights, grid: int) -> dict[str, torch.Tensor]:
+    """Tensors of a model with a bias table in every block, for a grid x grid picture; without what pre-training alone needs."""
+    tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in _OF_PRETRAINING}
+    for block in range(weights.model.depth):
+        table = weights.tensors.get(TABLE.format(block), weights.tensors.get(SHARED_TABLE))
+        tensors[TABLE.format(block)] = table if grid == weights.model.grid else resize_bias_table(table, grid)
+    return tensors

@@ -1,0 +1,181 @@
+"""Fine-tune a classifier on labelled pictures, from a run, a release or a weights file, and measure its top-1.
+
+    deepspeed peco_ds/finetune.py --recipe finetune_vith14 init.weights=runs/peco_vith14
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+
+from peco_ds.command_line import parse_stage, run, stage_parser
+from peco_ds.config import FinetuneRecipe
+from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = stage_parser(__doc__.splitlines()[0], recipe="finetune_vith14", deepspeed_config="zero1.json")
+    args, resolved = parse_stage(parser, FinetuneRecipe, argv)
+    return dry_run(args, resolved) if args.dry_run else train(args, resolved)
+
+
+def dry_run(args, resolved) -> int:
+    """Check everything that needs no ranks, and say what the run would be and cost."""
+    from peco_ds.config import data_path, resolve_durations
+    from peco_ds.convert.initialize import check_sizes
+    from peco_ds.convert.read import read_weights
+    from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.planner.report import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, finetune_report
+    from peco_ds.runtime.run_weights import read_run
+    from peco_ds.schema import ImageManifest, read_manifest
+
+    cfg = resolved.recipe
+    ds_config = read_deepspeed_json(args.deepspeed_config)
+    merge_deepspeed(ds_config, args.deepspeed_config, cfg.run, cfg.optim, world_size=1)
+    images = data_path(cfg.data, cfg.data.images)
+    assumed = not images.exists()
+    manifest = None if assumed else read_manifest(images, ImageManifest)
+    num_samples = IMAGENET_1K_TRAIN if assumed else manifest.samples
+    num_classes = len(manifest.classes or ()) if manifest else IMAGENET_1K_CLASSES
+    start = "scratch: init.weights is empty"
+    if cfg.init.weights:
+        weights = read_weights(cfg.init.weights, average=cfg.init.average, read_run=read_run)
+        check_sizes(weights, cfg.model)
+        start = f"{weights.source} ({weights.kind})"
+    durations = resolve_durations(cfg, num_samples)
+    report = finetune_report(cfg, num_samples=num_samples, num_classes=num_classes, durations=durations, ds_config=ds_config, assumed=assumed)
+    sys.stdout.write(f"{report}\n\nstarts from         {start}\n")
+    return EXIT_DONE
+
+
+def train(args, resolved) -> int:
+    from peco_ds.config import data_path, micro_steps, resolve_durations
+    from peco_ds.convert.initialize import start_classifier
+    from peco_ds.convert.read import read_weights
+    from peco_ds.data.labelled import check_labels, evaluation_batches, training_batches
+    from peco_ds.data.loaders import Pictures
+    from peco_ds.data.order import rank_positions
+    from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.evaluation.classification import classification_quality
+    from peco_ds.models.beit_weights import IMAGENET_MEAN, IMAGENET_STD
+    from peco_ds.models.classifier import build_classifier
+    from peco_ds.models.vit import TransformerBlock
+    from peco_ds.objectives.soft_labels import soft_label_cross_entropy
+    from peco_ds.runtime.checkpoint import continues, list_checkpoints, restore, save
+    from peco_ds.runtime.distributed import seed_all, start_world
+    from peco_ds.runtime.ema import WeightEma
+    from peco_ds.runtime.engine import set_rate, start_engine
+    from peco_ds.runtime.metrics import Meter
+    from peco_ds.runtime.optim import layer_scales
+    from peco_ds.runtime.run_folder import open_run_folder, read_provenance
+    from peco_ds.runtime.run_weights import read_run
+
+    cfg, run = resolved.recipe, resolved.recipe.run
+    ds_config = read_deepspeed_json(args.deepspeed_config)  # bad input is refused before any rank joins another
+    pictures, held_out = Pictures(data_path(cfg.data, cfg.data.images)), Pictures(data_path(cfg.data, cfg.data.val_images))
+    classes = check_labels(pictures, "data.images")
+    if check_labels(held_out, "data.val_images") != classes:
+        raise UserError(f"data.val_images {held_out.folder}: its classes are not those of {pictures.folder}, or stand in another order; pack both from the same class folders")
+    durations = resolve_durations(cfg, pictures.num_samples)
+    fingerprint = pictures.manifest.fingerprint()
+    resumed = continues(cfg.checkpoint) and bool(list_checkpoints(args.out))
+    weights = read_weights(cfg.init.weights, average=cfg.init.average, read_run=read_run) if cfg.init.weights and not resumed else None
+    seed_all(run.seed)  # initial weights follow from the seed alone
+    model = build_classifier(cfg.model, cfg.classifier, len(classes), checkpoint_blocks=run.activation_checkpointing == "full")
+    fresh = start_classifier(model, weights, cfg.model, classes=classes, head=cfg.init.head) if weights else []
+
+    world = start_world()
+    ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
+    provenance = {"images_fingerprint": fingerprint, "num_samples": pictures.num_samples, "classes": list(classes)}
+    started = {"init": weights.source if weights else "scratch", "init_facts": weights.facts if weights else {}, "fresh": fresh}
+    provenance |= {name: read_provenance(args.out)[name] for name in started} if resumed else started
+    open_run_folder(args.out, "finetune", resolved, ds_config, provenance, world)
+    engine = start_engine(
+        model,
+        ds_config,
+        source=args.deepspeed_config,
+        run=run,
+        optim=cfg.optim,
+        leaf_modules=(TransformerBlock,),
+        lr_scales=layer_scales(cfg.model.depth, cfg.classifier.layer_decay),
+    )
+    ema = WeightEma(engine, cfg.ema.decay) if cfg.ema.decay else None
+    seed_all(run.seed + 1 + world.rank)  # stochastic depth differs between ranks; weights did not
+    progress = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed, ema=ema)
+
+    positions = rank_positions(run, world.rank, world.size, first_step=progress.step, last_step=durations.stop_step)
+    batches = training_batches(
+        pictures,
+        positions,
+        data=cfg.data,
+        augment=cfg.augment,
+        smoothing=cfg.classifier.smoothing,
+        num_classes=len(classes),
+        image_px=cfg.model.image_px,
+        seed=run.seed,
+        device=world.device,
+    )
+
+    def accuracy() -> dict[str, float]:
+        """Top-1, top-5 and loss on the held-out pictures, with the weights as the engine holds them now. Collective."""
+        batches = evaluation_batches(
+            held_out,
+            rank=world.rank,
+            world_size=world.size,
+            batch=cfg.evaluation.batch or run.micro_batch,
+            image_px=cfg.model.image_px,
+            crop=cfg.evaluation.crop,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            num_workers=cfg.data.num_workers,
+            device=world.device,
+        )
+        engine.eval()
+        quality = classification_quality(engine, batches, num_classes=len(classes), device=world.device)
+        engine.train()
+        return quality
+
+    def evaluate() -> dict[str, float]:
+        quality = accuracy()
+        if ema:
+            with ema.applied():
+                quality |= {f"ema_{name}": value for name, value in accuracy().items() if name != "pictures"}
+        return quality
+
+    meter = Meter(args.out, world, first_step=progress.step, durations=durations, run=run, num_samples=pictures.num_samples)
+    quality = {}
+    for step in range(progress.step, durations.stop_step):
+        rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
+        for _ in range(micro_steps(run, world.size)):
+            batch = meter.next(batches)
+            loss, stats = soft_label_cross_entropy(engine(batch.images_norm), batch.targets)
+            meter.add(loss, stats)
+            engine.backward(loss)  # accumulation, loss scale, clipping: the engine's
+            engine.step()
+        if ema:
+            ema.update()
+        meter.close_step(step + 1, engine, rate)
+        stopping = world.stop_requested()
+        with meter.paused():
+            if durations.evaluate_after(step + 1) and not stopping:  # a stop has seconds, an evaluation may take minutes
+                quality = evaluate()
+                meter.evaluation(step + 1, quality)
+            if stopping or durations.save_after(step + 1):
+                save(args.out, engine, progress.at(step + 1, run.global_batch), cfg.checkpoint, world, ema)
+        if stopping and step + 1 < durations.stop_step:
+            meter.close()
+            return EXIT_REQUEUE
+    meter.close()
+    if world.is_main:
+        sys.stdout.write(f"{durations.stop_step} of {durations.total_steps} steps done, checkpoints in {args.out / 'checkpoints'}\n")
+        if quality:
+            average = f", moving average {quality['ema_top1']:.2f}" if ema else ""
+            sys.stdout.write(f"top-1 {quality['top1']:.2f}{average} on {quality['pictures']} pictures\n")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    run(main)

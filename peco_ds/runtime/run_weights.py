@@ -1,0 +1,84 @@
+"""Weights of a training run in the canonical form, from its newest whole checkpoint or from one that is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from peco_ds.config import FinetuneRecipe, PretrainRecipe
+from peco_ds.errors import UserError
+from peco_ds.models.beit_weights import BeitWeights
+from peco_ds.runtime.checkpoint import FOLDER, Progress, fp32_weights, has_ema, list_checkpoints, newest_whole, read_progress, verify
+from peco_ds.runtime.metrics import read_evaluation, read_metrics
+from peco_ds.runtime.run_folder import read_provenance, read_settings
+
+_PREFIX = "backbone."  # of MaskedImageModel; a classifier has the canonical names already
+_RECIPES = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
+
+
+def read_run(path: Path, average: Literal["auto", "ema", "raw"] = "auto") -> BeitWeights:
+    """float32 weights of a run of pretrain.py or finetune.py.
+
+    Args:
+        path: the run folder, or one of its checkpoints/step_N.
+        average: the moving average of a fine-tuning run or its last weights; auto: the average where the run kept one.
+    Raises: UserError if there is no whole checkpoint, if it is a run of another stage, or if it kept no average.
+    """
+    path = Path(path)
+    run_folder, checkpoint = find_checkpoint(path)
+    recorded = read_settings(run_folder)
+    recipe = TypeAdapter(_RECIPES[recorded["stage"]]).validate_python(recorded["recipe"])
+    if average == "ema" and not has_ema(checkpoint):
+        raise UserError(f"{checkpoint}: the run kept no moving average (ema.decay=0); take the raw weights")
+    averaged = average != "raw" and has_ema(checkpoint)
+    tensors = fp32_weights(checkpoint, average=averaged)
+    progress, provenance = read_progress(checkpoint), read_provenance(run_folder)
+    source = f"{recipe.name}, {checkpoint.name}" + (", moving average" if averaged else "")
+    facts = _facts(recipe, progress, provenance, run_folder, averaged)
+    if isinstance(recipe, FinetuneRecipe):
+        classes = provenance.get("classes")
+        return BeitWeights("classifier", recipe.model, tensors, source, classes=tuple(classes) if classes else None, crop=recipe.evaluation.crop, facts=facts)
+    return BeitWeights("mim", recipe.model, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}, source, facts=facts)
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """(run folder, checkpoint folder) of what the user named.
+
+    Raises: UserError if there is no whole checkpoint of a pre-training or fine-tuning run.
+    """
+    run_folder = path.parent.parent if path.parent.name == FOLDER else path
+    stage = read_settings(run_folder)["stage"]
+    if stage not in _RECIPES:
+        raise UserError(f"{run_folder}: a run of {stage}; give a run of pretrain.py or finetune.py (a tokenizer's release lies in its run folder already)")
+    if path != run_folder:
+        fault = verify(path)
+        if fault:
+            raise UserError(f"{path}: damaged ({fault}); give an older checkpoint of the run")
+        return run_folder, path
+    checkpoint = newest_whole(run_folder)
+    if checkpoint is None:
+        raise UserError(f"{run_folder}: {len(list_checkpoints(run_folder))} checkpoints, none of them whole; let the run reach a checkpoint first")
+    return run_folder, checkpoint
+
+
+def _facts(recipe: PretrainRecipe | FinetuneRecipe, progress: Progress, provenance: dict, run_folder: Path, averaged: bool) -> dict[str, str]:
+    """What a model card says: name -> text."""
+    facts = {"recipe": recipe.name, "optimiser steps": f"{progress.step}", "images seen": f"{progress.cursor.samples}"}
+    facts["images"] = f"{provenance.get('num_samples', '?')} pictures, fingerprint `{provenance.get('images_fingerprint', '?')}`"
+    if isinstance(recipe, PretrainRecipe):
+        tokenizer = provenance.get("tokenizer", {})
+        facts["objective"] = f"{recipe.objective.name}, {recipe.objective.num_codes} codes, {recipe.mask.count} of {recipe.model.grid**2} patches hidden ({recipe.mask.kind})"
+        facts["tokenizer"] = f"fingerprint `{provenance.get('tokenizer_fingerprint', '?')}`"
+        facts["tokenizer's judge"] = tokenizer.get("judge", "not recorded")
+        measured, names = [row for row in read_metrics(run_folder) if row["step"] <= progress.step], ("loss", "accuracy")
+    else:
+        facts["started from"] = provenance.get("init", "scratch")
+        facts["weights"] = f"moving average, decay {recipe.ema.decay}" if averaged else "raw, no moving average"
+        prefix = "ema_" if averaged else ""
+        measured, names = [row for row in read_evaluation(run_folder) if row["step"] == progress.step], (f"{prefix}top1", f"{prefix}top5")
+    facts |= {name.replace("ema_", ""): f"{measured[-1][name]:.4f}" for name in names if measured and name in measured[-1]}
+    facts |= {f"{name} of what it started from": text for name, text in provenance.get("init_facts", {}).items() if name in ("recipe", "tokenizer", "tokenizer's judge", "images seen")}
+    facts["code"] = f"peco_ds, commit `{provenance.get('commit', '?')}`"
+    return facts
