@@ -5,10 +5,11 @@ import importlib.util
 import pytest
 import torch
 
-from peco_ds.config import ModelSettings, OptimSettings
+from peco_ds.config import ClassifierSettings, ModelSettings, OptimSettings
 from peco_ds.errors import UserError
+from peco_ds.models.classifier import build_classifier
 from peco_ds.models.mim import MaskedImageModel
-from peco_ds.runtime.optim import build_optimizer, decay_groups, require_nvidia_apex
+from peco_ds.runtime.optim import build_optimizer, decay_groups, layer_scales, require_nvidia_apex
 
 
 def test_decay_groups_are_beits():
@@ -29,6 +30,16 @@ def test_a_prefix_gets_its_own_rate():
     model = torch.nn.ModuleDict({"critic": torch.nn.Linear(2, 2), "tokenizer": torch.nn.Linear(2, 2)})
     groups = decay_groups(model, 0.1, {"critic.": 0.5})
     assert sorted((group["lr_scale"], group["weight_decay"], len(group["params"])) for group in groups) == [(0.5, 0.0, 1), (0.5, 0.1, 1), (1.0, 0.0, 1), (1.0, 0.1, 1)]
+
+
+def test_every_parameter_of_a_classifier_gets_the_rate_of_its_layer():
+    """As BEiT assigns layers: patch embedding and class token 0, block i to i + 1, pooling norm and head last; twelve blocks, so that blocks.1 is not blocks.11."""
+    model = build_classifier(ModelSettings(image_px=32, patch_px=16, width=24, depth=12, heads=3), ClassifierSettings(), 10)
+    found = {id(p): group["lr_scale"] for group in decay_groups(model, 0.05, layer_scales(12, 0.65)) for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        layer = 0 if name.startswith(("patch_embed", "cls_token")) else int(name.split(".")[1]) + 1 if name.startswith("blocks") else 13
+        assert found[id(parameter)] == pytest.approx(0.65 ** (13 - layer)), name
+    assert len(found) == len(list(model.parameters()))
 
 
 def test_the_optimiser_carries_the_recipes_numbers():

@@ -1,0 +1,28 @@
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from peco_ds.evaluation.classification import classification_quality
+
+
+class Batch(NamedTuple):
+    images_norm: torch.Tensor
+    labels: torch.Tensor
+
+
+def naive(logits, labels, k):
+    ranked = logits.argsort(dim=1, descending=True)[:, :k]
+    return 100 * float((ranked == labels[:, None]).any(dim=1).float().mean())
+
+
+@pytest.mark.parametrize("num_classes", (3, 9))
+def test_top1_and_top5_are_counted_over_all_batches_and_padding_is_not(num_classes):
+    draw = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(23, num_classes, generator=draw), torch.randint(num_classes, (23,), generator=draw)
+    filled = [torch.cat([logits, 100 * torch.ones(1, num_classes)]), torch.cat([labels, torch.tensor([-1])])]
+    batches = [Batch(*(part[i : i + 6] for part in filled)) for i in range(0, 24, 6)] + [Batch(torch.zeros(6, num_classes), torch.full((6,), -1))]
+    quality = classification_quality(lambda images: images, batches, num_classes=num_classes, device=torch.device("cpu"))
+    assert quality["pictures"] == 23
+    assert quality["top1"] == pytest.approx(naive(logits, labels, 1)) and quality["top5"] == pytest.approx(naive(logits, labels, min(5, num_classes)))
+    assert quality["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
