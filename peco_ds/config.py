@@ -269,7 +269,7 @@ class ClassificationSettings:
     """Top-1 and top-5 on data.val_images while a classifier trains."""
 
     every_epochs: float = 1.0  # 0: only at the end
-    crop: float = 0.875  # share of the resized picture's side that is seen; 1: the whole square (BEiT from 384 px on)
+    crop: float = 0.875  # share of the resized picture's short side that is seen; 1: the whole central square (BEiT from 384 px on)
     batch: int = 0  # pictures a forward pass, a rank; 0: run.micro_batch
 
 

@@ -55,6 +55,7 @@ def train(args, resolved) -> int:
     from peco_ds.config import data_path, micro_steps, resolve_durations
     from peco_ds.convert.initialize import start_classifier
     from peco_ds.convert.read import read_weights
+    from peco_ds.data.augment import TrainCrop
     from peco_ds.data.labelled import check_labels, evaluation_batches, training_batches
     from peco_ds.data.loaders import Pictures
     from peco_ds.data.order import rank_positions
@@ -79,6 +80,7 @@ def train(args, resolved) -> int:
     classes = check_labels(pictures, "data.images")
     if check_labels(held_out, "data.val_images") != classes:
         raise UserError(f"data.val_images {held_out.folder}: its classes are not those of {pictures.folder}, or stand in another order; pack both from the same class folders")
+    TrainCrop(cfg.augment, cfg.model.image_px)  # a misspelt augment.auto_augment shows here
     durations = resolve_durations(cfg, pictures.num_samples)
     fingerprint = pictures.manifest.fingerprint()
     resumed = continues(cfg.checkpoint) and bool(list_checkpoints(args.out))

@@ -180,11 +180,15 @@ def test_pictures_without_labels_are_refused(labelled_sets, real_data, tmp_path)
     assert "data.val_images" in refusal(start(labelled_sets, tmp_path / "out", f"data.val_images={tmp_path / 'unlabelled'}"))
 
 
-@pytest.mark.parametrize("content, words", [(b"<!DOCTYPE html><html>sign in</html>", "HTML"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "LFS")])
+@pytest.mark.parametrize("content, words", [(b"<!DOCTYPE html><html>sign in</html>", "web page"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "LFS")])
 def test_what_is_no_weights_file_is_refused(labelled_sets, tmp_path, content, words):
     path = tmp_path / "beit.pth"
     path.write_bytes(content)
     assert words.lower() in refusal(start(labelled_sets, tmp_path / "out", f"init.weights={path}")).lower()
+
+
+def test_an_augmentation_that_timm_does_not_know_is_refused_before_anything_starts(labelled_sets, tmp_path):
+    assert "augment.auto_augment" in refusal(start(labelled_sets, tmp_path / "out", "augment.auto_augment=ranf-m9"))
 
 
 def test_an_odd_micro_batch_cannot_be_mixed(labelled_sets, tmp_path):

@@ -74,6 +74,21 @@ class Pictures:
     def key(self, sample: int) -> str:
         return self.shards.key(sample)
 
+    def label(self, sample: int) -> int:
+        """Class number of a picture of a labelled set.
+
+        Raises: UserError naming key and value if the record has no label, or one outside the manifest's classes.
+        """
+        key, members = self.shards.read(sample, ("cls",))
+        shard, _ = self.shards.locate(sample)
+        place = f"{self.folder / self.manifest.shards[shard].name}: {key}"
+        if "cls" not in members:
+            raise UserError(f"{place}: has no .cls, but the set has {len(self.manifest.classes)} classes; make the set again with a label for every picture")
+        text = members["cls"].strip()
+        if not text.isdigit() or int(text) >= len(self.manifest.classes):
+            raise UserError(f"{place}: .cls holds {text[:20]!r}, the set has classes 0 to {len(self.manifest.classes) - 1}; make the set again")
+        return int(text)
+
     def decode_or_next(self, sample: int) -> tuple[int, str, torch.Tensor, list[str]]:
         """As `decode`, or the next readable picture of the set; the same substitute on every rank and after every restart.
 
@@ -90,40 +105,49 @@ class Pictures:
 
 
 @dataclass
-class _Raw:
+class RawBatch:
     """A batch as it leaves a worker."""
 
     cuts: dict[int, torch.Tensor] = field(default_factory=dict)  # size px -> uint8 [B, 3, size, size]
     rows: torch.Tensor | None = None  # float32 [B, len(VIEW_COLUMNS)]
     masked: torch.Tensor | None = None
     codes: torch.Tensor | None = None  # int64 [B, N]
+    labels: torch.Tensor | None = None  # int64 [B]; -1: this row only fills the batch up
+    samples: torch.Tensor | None = None  # int64 [B], global sample numbers; -1 as above
+    slice_number: int = 0  # of the run: which batch of this size it is, counted over all ranks
     keys: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     error: str = ""  # a UserError raised in the worker; raised again, in one line, in the main process
 
-    def pin_memory(self) -> "_Raw":
+    def pin_memory(self) -> "RawBatch":
         self.cuts = {size: images.pin_memory() for size, images in self.cuts.items()}
-        self.masked, self.codes = (None if tensor is None else tensor.pin_memory() for tensor in (self.masked, self.codes))
+        for name in ("masked", "codes", "labels", "samples"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.pin_memory())
         return self
 
 
 class _Dataset(Dataset):
     """Positions (or samples) in, one finished batch out. `make` does the work and may raise UserError."""
 
-    def __init__(self, make: Callable[[np.ndarray], _Raw]) -> None:
+    def __init__(self, make: Callable[[np.ndarray], RawBatch]) -> None:
         self._make = make
 
-    def __getitem__(self, places: np.ndarray) -> _Raw:
+    def __getitem__(self, places: np.ndarray) -> RawBatch:
         # An exception crossing a worker's border arrives as a traceback inside a message; a field arrives as it is.
         try:
             return self._make(places)
         except UserError as error:
-            return _Raw(error=str(error))
+            return RawBatch(error=str(error))
         except OSError as error:
-            return _Raw(error=f"{error.filename}: {error.strerror}")
+            return RawBatch(error=f"{error.filename}: {error.strerror}")
 
 
-def _load(make: Callable, places, num_workers: int) -> Iterator[_Raw]:
+def load_raw(make: Callable[[np.ndarray], RawBatch], places, num_workers: int) -> Iterator[RawBatch]:
+    """Batches made in `num_workers` processes (0: in this one), in the order of `places` (arrays, one a batch).
+
+    No global random generator of this process is drawn from. Raises: UserError that `make` raised.
+    """
     loader = DataLoader(
         _Dataset(make),
         sampler=places,
@@ -199,8 +223,8 @@ class _MaskedMaker:
                 raise UserError(f"{self.tokens.folder}: no picture of the set was readable when it was tokenized; tokenize again")
             sample = (sample + 1) % self.pictures.num_samples
 
-    def __call__(self, positions: np.ndarray) -> _Raw:
-        raw = _Raw()
+    def __call__(self, positions: np.ndarray) -> RawBatch:
+        raw = RawBatch()
         sizes = {self.image_px} if self.tokens is not None else {self.image_px, self.views.tokenizer_px}
         cuts, rows, codes, masked = {size: [] for size in sizes}, [], [], []
         for position in positions:
@@ -254,7 +278,7 @@ def masked_batches(
     order = SampleOrder(pictures.shards.shard_sizes, seed, data.shuffle_window_shards)
     make = _MaskedMaker(pictures, stored, order, views, mask, image_px, grid, seed)
     bad = BadPictures(data.max_bad_share)
-    for raw in _load(make, positions, data.num_workers):
+    for raw in load_raw(make, positions, data.num_workers):
         bad.add(len(raw.keys), raw.bad)
         images = {size: jitter(images.to(device, non_blocking=True), raw.rows) for size, images in raw.cuts.items()}
         masked = raw.masked.to(device, non_blocking=True)
@@ -270,8 +294,8 @@ class _CropMaker:
     order: SampleOrder
     views: ViewSettings
 
-    def __call__(self, positions: np.ndarray) -> _Raw:
-        raw, cuts, rows = _Raw(), [], []
+    def __call__(self, positions: np.ndarray) -> RawBatch:
+        raw, cuts, rows = RawBatch(), [], []
         for position in positions:
             epoch = self.order.epoch_of(int(position))
             sample, key, image, bad = self.pictures.decode_or_next(self.order.sample_at(int(position)))
@@ -288,7 +312,7 @@ class _CropMaker:
 def crop_batches(pictures: Pictures, order: SampleOrder, positions, *, data: DataSettings, views: ViewSettings, device: torch.device) -> Iterator[torch.Tensor]:
     """Batches of tokenizer training. Yields: images_11 float32 [B, 3, T, T] on `device`."""
     bad = BadPictures(data.max_bad_share)
-    for raw in _load(_CropMaker(pictures, order, views), positions, data.num_workers):
+    for raw in load_raw(_CropMaker(pictures, order, views), positions, data.num_workers):
         bad.add(len(raw.keys), raw.bad)
         yield to_tokenizer(jitter(raw.cuts[views.tokenizer_px].to(device, non_blocking=True), raw.rows))
 
@@ -300,8 +324,8 @@ class _ViewsMaker:
     pictures: Pictures
     views: ViewSettings
 
-    def __call__(self, samples: np.ndarray) -> _Raw:
-        raw, cuts, rows, size = _Raw(), [], [], self.views.tokenizer_px
+    def __call__(self, samples: np.ndarray) -> RawBatch:
+        raw, cuts, rows, size = RawBatch(), [], [], self.views.tokenizer_px
         for sample in samples:
             key = self.pictures.key(int(sample))
             try:
@@ -331,7 +355,7 @@ class ViewsBatch(NamedTuple):
 
 def view_batches(pictures: Pictures, samples: list[np.ndarray], *, data: DataSettings, views: ViewSettings, device: torch.device) -> Iterator[ViewsBatch]:
     """Batches of tokenizing: `samples` is a list of arrays of sample numbers, one a batch."""
-    for raw in _load(_ViewsMaker(pictures, views), samples, data.num_workers):
+    for raw in load_raw(_ViewsMaker(pictures, views), samples, data.num_workers):
         rows = raw.rows.numpy().reshape(len(raw.keys), views.count, -1)
         images = jitter(raw.cuts[views.tokenizer_px].to(device, non_blocking=True), raw.rows)
         yield ViewsBatch(raw.keys, rows, to_tokenizer(images), raw.bad)

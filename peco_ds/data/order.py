@@ -17,7 +17,7 @@ from peco_ds.config import RunSettings
 from peco_ds.errors import UserError
 
 # First word of every seed sequence, so that no two uses of one seed share a stream.
-SHARDS, WINDOW, VIEW, MASK, VIEW_CYCLE = range(5)
+SHARDS, WINDOW, VIEW, MASK, VIEW_CYCLE, AUGMENT, MIX = range(7)
 
 
 def generator(*words: int) -> np.random.Generator:
@@ -49,9 +49,11 @@ class SampleOrder:
 
     Args:
         shard_sizes: [S] samples in each shard.  seed: of the run.  window_shards: permuted shards whose samples are mixed.
+        repeats: r > 1 is repeated augmentation (arXiv 1902.05509; DeiT has 3): an epoch keeps its length n, and shows each of the first
+            ceil(n / r) samples of its permutation r times in a row.
     """
 
-    def __init__(self, shard_sizes: np.ndarray, seed: int, window_shards: int) -> None:
+    def __init__(self, shard_sizes: np.ndarray, seed: int, window_shards: int, repeats: int = 1) -> None:
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
         self.num_samples = int(self._starts[-1])
@@ -59,19 +61,25 @@ class SampleOrder:
             raise UserError("the set of shards holds no sample")
         self._seed = seed
         self._window_shards = max(1, window_shards)
+        self._repeats = repeats
         # Bounded: a batch touches at most two epochs and, near a border, two windows of each.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._window = lru_cache(maxsize=4)(self._make_window)
 
     def __reduce__(self):  # the caches do not travel to loader processes
-        return SampleOrder, (self._sizes, self._seed, self._window_shards)
+        return SampleOrder, (self._sizes, self._seed, self._window_shards, self._repeats)
 
     def epoch_of(self, position: int) -> int:
         return position // self.num_samples
 
+    def repeat_of(self, position: int) -> int:
+        """Which showing of its sample in this epoch a position is, counted from 0."""
+        return position % self.num_samples % self._repeats
+
     def sample_at(self, position: int) -> int:
         """Global sample number at a position of the run; 0 <= result < num_samples."""
         epoch, place = divmod(position, self.num_samples)
+        place //= self._repeats
         _, window_starts = self._epoch(epoch)
         window = int(np.searchsorted(window_starts, place, side="right")) - 1
         return int(self._window(epoch, window)[place - window_starts[window]])

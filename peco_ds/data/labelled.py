@@ -1,0 +1,174 @@
+"""Labelled batches: augmented and mixed for training, plain and each picture exactly once for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from peco_ds.config import AugmentSettings, DataSettings
+from peco_ds.data.augment import BatchMix, CenterCrop, TrainCrop, drawn_from
+from peco_ds.data.decode import DecodeError
+from peco_ds.data.loaders import BadPictures, Pictures, RawBatch, load_raw
+from peco_ds.data.order import AUGMENT, SampleOrder
+from peco_ds.errors import UserError
+
+PADDING = -1  # label and sample number of a row that only fills a batch up
+
+
+class LabelledBatch(NamedTuple):
+    """What a training step of a classifier needs, on the device."""
+
+    images_norm: torch.Tensor  # float32 [B, 3, S, S], ImageNet statistics
+    targets: torch.Tensor  # float32 [B, C], each row sums to 1
+    keys: list[str]
+
+
+class EvalBatch(NamedTuple):
+    """What a classifier or its features are measured on, on the device."""
+
+    images_norm: torch.Tensor  # float32 [B, 3, S, S]; black where a row is padding
+    labels: torch.Tensor  # int64 [B]; -1: padding
+    samples: torch.Tensor  # int64 [B], global sample numbers; -1: padding
+
+
+def check_labels(pictures: Pictures, what: str) -> tuple[str, ...]:
+    """Class names of a labelled set, in label order.
+
+    Args:
+        what: the setting or option that named the set, for the message.
+    Raises: UserError if the set has no labels.
+    """
+    if not pictures.manifest.classes:
+        raise UserError(
+            f"{what} {pictures.folder}: holds pictures without labels; pack class folders with pack_images.py --labels folders, or index tars with .cls members"
+        )
+    return tuple(pictures.manifest.classes)
+
+
+@dataclass
+class _TrainMaker:
+    """Positions of the run -> augmented pictures and labels. Travels to the workers, so it holds no open file."""
+
+    pictures: Pictures
+    order: SampleOrder
+    crop: TrainCrop
+    image_px: int
+    seed: int
+
+    def __call__(self, positions: np.ndarray) -> RawBatch:
+        raw, cuts, labels, used = RawBatch(slice_number=int(positions[0]) // len(positions)), [], [], []
+        shown = -1
+        for position in map(int, positions):
+            sample = self.order.sample_at(position)
+            if sample != shown:  # repeats of a picture stand side by side; it is decoded once
+                substitute, key, image, bad = self.pictures.decode_or_next(sample)
+                label, shown = self.pictures.label(substitute), sample
+                raw.bad += bad
+            with drawn_from(AUGMENT, self.seed, self.order.epoch_of(position), sample, self.order.repeat_of(position)):
+                cuts.append(self.crop(image))
+            labels.append(label)
+            used.append(substitute)
+            raw.keys.append(key)
+        raw.cuts = {self.image_px: torch.stack(cuts)}
+        raw.labels, raw.samples = torch.tensor(labels), torch.tensor(used)
+        return raw
+
+
+def training_batches(
+    pictures: Pictures,
+    positions,
+    *,
+    data: DataSettings,
+    augment: AugmentSettings,
+    smoothing: float,
+    num_classes: int,
+    image_px: int,
+    seed: int,
+    device: torch.device,
+) -> Iterator[LabelledBatch]:
+    """Batches of classifier training.
+
+    An unreadable picture is named and counted, and the next one takes its place with its own label.
+
+    Args:
+        pictures: a labelled set (`check_labels`).
+        positions: iterable of position arrays of one length, one a batch (`order.rank_positions`).
+        smoothing: of the labels, in [0, 1).  num_classes: C; as many as the set has, or more.
+    Yields: LabelledBatch on `device`.
+    Raises: UserError for a label that is not one of the set's, too many unreadable pictures, or an augmentation that timm does not know.
+    """
+    assert len(pictures.manifest.classes) <= num_classes, f"{len(pictures.manifest.classes)} classes in the set, {num_classes} in the head"
+    order = SampleOrder(pictures.shards.shard_sizes, seed, data.shuffle_window_shards, augment.repeats)
+    make = _TrainMaker(pictures, order, TrainCrop(augment, image_px), image_px, seed)
+    mix = BatchMix(augment, smoothing=smoothing, num_classes=num_classes, seed=seed)
+    bad = BadPictures(data.max_bad_share)
+    for raw in load_raw(make, positions, data.num_workers):
+        bad.add(len(raw.keys), raw.bad)
+        images_u8, labels = raw.cuts[image_px].to(device, non_blocking=True), raw.labels.to(device, non_blocking=True)
+        yield LabelledBatch(*mix(images_u8, labels, slice_number=raw.slice_number), raw.keys)
+
+
+@dataclass
+class _EvalMaker:
+    """Sample numbers -> central crops and labels."""
+
+    pictures: Pictures
+    crop: CenterCrop
+    image_px: int
+
+    def __call__(self, samples: np.ndarray) -> RawBatch:
+        images_u8 = torch.zeros(len(samples), 3, self.image_px, self.image_px, dtype=torch.uint8)
+        labels = torch.full((len(samples),), PADDING)
+        for row, sample in enumerate(map(int, samples)):
+            if sample == PADDING:
+                continue
+            try:
+                _, image = self.pictures.decode(sample)
+            except DecodeError as error:
+                raise UserError(f"{self.pictures.folder}: unreadable picture {error}; accuracy needs every picture of the set, repair it or pack it again") from None
+            images_u8[row], labels[row] = self.crop(image), self.pictures.label(sample)
+        return RawBatch(cuts={self.image_px: images_u8}, labels=labels, samples=torch.from_numpy(samples))
+
+
+def evaluation_batches(
+    pictures: Pictures,
+    *,
+    rank: int,
+    world_size: int,
+    batch: int,
+    image_px: int,
+    crop: float,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    num_workers: int,
+    device: torch.device,
+) -> Iterator[EvalBatch]:
+    """Central crops of this rank's share of a labelled set; every picture exactly once over all ranks.
+
+    Every rank gets equally many batches of equal size, filled up with padding, since under ZeRO-3 a forward pass is collective.
+
+    Args:
+        batch: pictures a forward pass; fewer where a rank's whole share is smaller.
+        crop: share of the resized short side that is seen, in (0, 1].  mean, std: statistics of images in [0, 1] that the weights expect.
+    Yields: EvalBatch on `device`; a rank's samples are consecutive and increasing.
+    Raises: UserError for a picture that cannot be read, or a label that is not one of the set's.
+    """
+    places = _rank_samples(pictures.num_samples, rank, world_size, batch)
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+    for raw in load_raw(_EvalMaker(pictures, CenterCrop(image_px, crop), image_px), list(places), num_workers):
+        images_norm = raw.cuts[image_px].to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+        yield EvalBatch(images_norm, raw.labels.to(device, non_blocking=True), raw.samples.to(device, non_blocking=True))
+
+
+def _rank_samples(num_samples: int, rank: int, world_size: int, batch: int) -> np.ndarray:
+    """int64 [batches, batch]: the sample numbers of each forward pass of a rank, PADDING where there is none."""
+    share = -(-num_samples // world_size)
+    batch = min(batch, share)
+    samples = np.full(-(-share // batch) * batch, PADDING)
+    mine = np.arange(num_samples)[rank * share : (rank + 1) * share]
+    samples[: len(mine)] = mine
+    return samples.reshape(-1, batch)
