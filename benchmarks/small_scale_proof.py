@@ -5,15 +5,16 @@
 PICTURES holds train/ and val/ with a folder a class. The plain tokenizer is trained without a judge. The judge of the perceptual one is bootstrapped: the
 ViT that was pre-trained on plain tokens with the first seed; no label is seen before fine-tuning. Tokenizers, pre-trainings and fine-tunings have equal
 budgets, and every pre-training and fine-tuning runs once a seed. What is finished is not done again, so a stopped run continues.
-Sized for two CPU cores (hours); recipes in benchmarks/imagenette. With GPUs, raise it: --ranks 8 --mim schedule.epochs=800 model.width=384 --classifier ...
+Ends in OUT/results.json, results.md and curves.png. Sized for two CPU cores (under two hours, nothing else running); recipes in benchmarks/imagenette.
+With GPUs, raise it: --ranks 8 --mim schedule.epochs=800 model.width=384 model.heads=6 --classifier schedule.epochs=100 model.width=384 model.heads=6
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 STAGES = HERE.parent / "peco_ds"
 RECIPES = HERE / "imagenette"
 TARGETS = ("plain", "perceptual")
+STARTS = {"scratch": "scratch", "plain": "MIM, plain tokens", "perceptual": "MIM, perceptual tokens"}
 
 
 def main() -> None:
@@ -35,7 +37,9 @@ def main() -> None:
     for name in ("tokenizer", "mim", "classifier"):
         parser.add_argument(f"--{name}", nargs="*", default=[], metavar="key=value", help=f"settings over benchmarks/imagenette's recipe of the {name}")
     args = parser.parse_args()
-    Chain(args).run()
+    chain = Chain(args)
+    chain.run()
+    write_results(chain.out, args.seeds)
 
 
 class Chain:
@@ -58,8 +62,13 @@ class Chain:
         for seed in range(args.seeds):
             for target in TARGETS:
                 self.pretraining(target, seed)
+        for target in TARGETS:
+            measured = [self.out / f"tokenizer_{target}", "--images", self.out / "images/val", "--train_images", self.out / "images/train"]
+            self.python(f"codes_{target}", "evaluate.py", *measured, "--out", self.out / f"codes_{target}.json")
+            probe = ["--recipe", "probe_vitb16", *self.data, f"init.weights={self.out / f'mim_{target}_0'}", "probe.image_px=64", "probe.crop=1.0", "probe.precision=fp32"]
+            self.python(f"probe_{target}", "linear_probe.py", *probe, "--out", self.out / f"probe_{target}")
         for seed in range(args.seeds):
-            for start in ("scratch", *TARGETS):
+            for start in STARTS:
                 init = [] if start == "scratch" else [f"init.weights={self.out / f'mim_{start}_{seed}'}"]
                 name = f"classifier_{start}_{seed}"
                 self.train(name, "finetune.py", "classifier", self.out / name, *init, f"run.seed={seed}", *args.classifier)
@@ -99,6 +108,76 @@ class Chain:
             sys.stderr.write(f"{name} ended with {code}; see {self.out / 'log' / name}.log\n")
             sys.exit(code)
         record.write_text(json.dumps({"command": shlex.join(command), "seconds": round(time.perf_counter() - begun, 1)}) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+def write_results(out: Path, seeds: int) -> None:
+    """Everything that was measured as JSON, a table, and the curves."""
+    def read(path: str):
+        return json.loads((out / path).read_text())
+
+    def rows(run: str, name: str) -> list[dict]:
+        return [json.loads(line) for line in (out / run / name).read_text().splitlines()]
+
+    curves = {start: [rows(f"classifier_{start}_{seed}", "evaluation.jsonl") for seed in range(seeds)] for start in STARTS}
+    provenance = read("classifier_scratch_0/provenance.json")
+    results = {
+        "command": shlex.join(sys.argv),
+        "commit": provenance["commit"],
+        "versions": provenance["versions"],
+        "top1": {start: [curve[-1]["top1"] for curve in of_seeds] for start, of_seeds in curves.items()},
+        "top1_of_the_average": {start: [curve[-1]["ema_top1"] for curve in of_seeds] for start, of_seeds in curves.items()},
+        "curves": curves,
+        "pretraining": {f"{target}_{seed}": rows(f"mim_{target}_{seed}", "metrics.jsonl")[-1] for target in TARGETS for seed in range(seeds)},
+        "tokenizers": {target: read(f"codes_{target}.json") for target in TARGETS},
+        "probes": {target: read(f"probe_{target}/probe.json") for target in TARGETS},
+        "runs": {path.stem: json.loads(path.read_text()) for path in sorted((out / "log").glob("*.json"))},
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = table(results)
+    (out / "results.md").write_text(text)
+    plot(out / "curves.png", curves)
+    sys.stdout.write(text)
+
+
+def table(results: dict) -> str:
+    lines = ["| start | top-1, each seed | mean | top-1 of the moving average, mean |", "|---|---|---|---|"]
+    for start, label in STARTS.items():
+        top1, averaged = results["top1"][start], results["top1_of_the_average"][start]
+        lines.append(f"| {label} | {', '.join(f'{value:.1f}' for value in top1)} | {statistics.mean(top1):.1f} | {statistics.mean(averaged):.1f} |")
+    heads = "PSNR | SSIM | codes used | perplexity | bag of codes: linear / k-NN | mean code vector: linear / k-NN | MIM loss | masked accuracy | best layer's linear / k-NN probe"
+    lines += ["", f"| tokens | {heads} |", "|" + "---|" * 10]
+    for target in TARGETS:
+        codes, layers, last = results["tokenizers"][target], results["probes"][target]["layers"], results["pretraining"][f"{target}_0"]
+        quality, probes = codes["quality"], codes["code_probes"]["pictures_as"]
+        of_codes = " | ".join(f"{probes[form]['best_linear']:.1f} / {probes[form]['best_knn']:.1f}" for form in ("bag of codes", "mean code vector"))
+        linear = max(row["top1"] for layer in layers for row in layer["linear"])
+        knn = max(value for layer in layers for value in layer["knn"].values())
+        quality_cells = f"{quality['psnr']:.2f} | {quality['ssim']:.3f} | {quality['codes_used']} | {quality['perplexity']:.0f}"
+        lines.append(f"| {target} | {quality_cells} | {of_codes} | {last['loss']:.3f} | {100 * last['accuracy']:.2f}% | {linear:.1f} / {knn:.1f} |")
+    seconds = sum(run["seconds"] for run in results["runs"].values())
+    versions = results["versions"]
+    lines += ["", f"{seconds / 60:.0f} minutes in all; {versions['device']}, torch {versions['torch']}, deepspeed {versions['deepspeed']}, timm {versions['timm']}, commit {results['commit'][:12]}", f"`{results['command']}`", ""]
+    return "\n".join(lines)
+
+
+def plot(path: Path, curves: dict[str, list[list[dict]]]) -> None:
+    """Top-1 on the validation pictures over the steps of fine-tuning: a line a seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for (start, of_seeds), colour in zip(curves.items(), ("0.5", "tab:blue", "tab:red")):
+        for seed, curve in enumerate(of_seeds):
+            axes.plot([row["step"] for row in curve], [row["top1"] for row in curve], marker=".", color=colour, label=STARTS[start] if seed == 0 else None)
+    axes.set(xlabel="step of fine-tuning", ylabel="top-1 on Imagenette's validation set, %", title="small ViT at 64 px, one line a seed")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
