@@ -61,7 +61,6 @@ def train(args, resolved) -> int:
     from peco_ds.data.order import rank_positions
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.evaluation.classification import classification_quality
-    from peco_ds.models.beit_weights import IMAGENET_MEAN, IMAGENET_STD
     from peco_ds.models.classifier import build_classifier
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives.soft_labels import soft_label_cross_entropy
@@ -71,7 +70,7 @@ def train(args, resolved) -> int:
     from peco_ds.runtime.engine import set_rate, start_engine
     from peco_ds.runtime.metrics import Meter
     from peco_ds.runtime.optim import layer_scales
-    from peco_ds.runtime.run_folder import open_run_folder, read_provenance
+    from peco_ds.runtime.run_folder import open_run_folder
     from peco_ds.runtime.run_weights import read_run
 
     cfg, run = resolved.recipe, resolved.recipe.run
@@ -92,8 +91,9 @@ def train(args, resolved) -> int:
     world = start_world()
     ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
     provenance = {"images_fingerprint": fingerprint, "num_samples": pictures.num_samples, "classes": list(classes)}
-    started = {"init": weights.source if weights else "scratch", "init_facts": weights.facts if weights else {}, "fresh": fresh}
-    provenance |= {name: read_provenance(args.out)[name] for name in started} if resumed else started
+    origin = origin_of(args.out) if resumed else origin_from(weights, fresh)
+    statistics = {name: tuple(origin[name]) for name in ("mean", "std")}
+    provenance |= origin
     open_run_folder(args.out, "finetune", resolved, ds_config, provenance, world)
     engine = start_engine(
         model,
@@ -119,6 +119,7 @@ def train(args, resolved) -> int:
         image_px=cfg.model.image_px,
         seed=run.seed,
         device=world.device,
+        **statistics,
     )
 
     def accuracy() -> dict[str, float]:
@@ -130,8 +131,7 @@ def train(args, resolved) -> int:
             batch=cfg.evaluation.batch or run.micro_batch,
             image_px=cfg.model.image_px,
             crop=cfg.evaluation.crop,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
+            **statistics,
             num_workers=cfg.data.num_workers,
             device=world.device,
         )
@@ -177,6 +177,25 @@ def train(args, resolved) -> int:
             average = f", moving average {quality['ema_top1']:.2f}" if ema else ""
             sys.stdout.write(f"top-1 {quality['top1']:.2f}{average} on {quality['pictures']} pictures\n")
     return EXIT_DONE
+
+
+def origin_from(weights, fresh: list[str]) -> dict:
+    """What a run folder records of its start."""
+    from peco_ds.models.beit_weights import IMAGENET_MEAN, IMAGENET_STD
+
+    if weights is None:
+        return {"init": "scratch", "init_facts": {}, "fresh": [], "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    # Pictures go on as the weights know them: the BEiT files that timm and Hugging Face host have seen 0.5, 0.5, not ImageNet's statistics.
+    return {"init": weights.source, "init_facts": weights.facts, "fresh": fresh, "mean": weights.mean, "std": weights.std}
+
+
+def origin_of(run_folder: Path) -> dict:
+    """The same of a run that goes on; what it started from may have been removed since."""
+    from peco_ds.runtime.run_folder import read_provenance
+
+    recorded = read_provenance(run_folder)
+    fresh = origin_from(None, [])
+    return {name: recorded.get(name, fresh[name]) for name in fresh}  # the folder may be another stage's, which open_run_folder refuses
 
 
 if __name__ == "__main__":

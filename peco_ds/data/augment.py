@@ -21,7 +21,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from peco_ds.config import AugmentSettings
 from peco_ds.data.order import MIX, generator
-from peco_ds.data.views import to_backbone
+from peco_ds.data.views import IMAGENET_MEAN, IMAGENET_STD, normalize
 from peco_ds.errors import UserError
 
 _MAX_SEED = 2**32  # what numpy's global generator takes
@@ -125,12 +125,22 @@ class BatchMix:
     """What is done to a whole training batch on the device: normalisation, random erasing, mixup or cutmix, label smoothing.
 
     Args:
-        smoothing: share of a label spread evenly over all classes, in [0, 1).  seed: of the run.
+        smoothing: share of a label spread evenly over all classes, in [0, 1).  seed: of the run.  mean, std: of pictures in [0, 1].
     Source: timm's RandomErasing (per-pixel noise, before mixing, as BEiT) and Mixup (one mixture a batch; picture i meets picture B - 1 - i).
     """
 
-    def __init__(self, augment: AugmentSettings, *, smoothing: float, num_classes: int, seed: int) -> None:
+    def __init__(
+        self,
+        augment: AugmentSettings,
+        *,
+        smoothing: float,
+        num_classes: int,
+        seed: int,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
         self._erasing, self._smoothing, self._num_classes, self._seed = augment.erasing, smoothing, num_classes, seed
+        self._mean, self._std = mean, std
         self._mixup = None
         if augment.mix_probability > 0 and (augment.mixup > 0 or augment.cutmix > 0):
             self._mixup = Mixup(
@@ -148,9 +158,9 @@ class BatchMix:
         Args:
             images_u8: uint8 [B, 3, S, S]; B is even where batches are mixed.  labels: int64 [B], on the same device.
             slice_number: which batch of the run this is, counted over all ranks; the draws follow from it and the seed.
-        Returns: images_norm float32 [B, 3, S, S] with ImageNet statistics, targets float32 [B, C] whose rows sum to 1.
+        Returns: images_norm float32 [B, 3, S, S], targets float32 [B, C] whose rows sum to 1.
         """
-        images_norm = to_backbone(images_u8)
+        images_norm = normalize(images_u8, self._mean, self._std)
         with drawn_from(MIX, self._seed, slice_number, device=images_u8.device):
             if self._erasing > 0:
                 images_norm = RandomErasing(self._erasing, mode="pixel", device=images_u8.device)(images_norm)

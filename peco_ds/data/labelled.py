@@ -14,6 +14,7 @@ from peco_ds.data.augment import BatchMix, CenterCrop, TrainCrop, drawn_from
 from peco_ds.data.decode import DecodeError
 from peco_ds.data.loaders import BadPictures, Pictures, RawBatch, load_raw
 from peco_ds.data.order import AUGMENT, SampleOrder
+from peco_ds.data.views import IMAGENET_MEAN, IMAGENET_STD, normalize
 from peco_ds.errors import UserError
 
 PADDING = -1  # label and sample number of a row that only fills a batch up
@@ -22,7 +23,7 @@ PADDING = -1  # label and sample number of a row that only fills a batch up
 class LabelledBatch(NamedTuple):
     """What a training step of a classifier needs, on the device."""
 
-    images_norm: torch.Tensor  # float32 [B, 3, S, S], ImageNet statistics
+    images_norm: torch.Tensor  # float32 [B, 3, S, S]
     targets: torch.Tensor  # float32 [B, C], each row sums to 1
     keys: list[str]
 
@@ -89,6 +90,8 @@ def training_batches(
     image_px: int,
     seed: int,
     device: torch.device,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
 ) -> Iterator[LabelledBatch]:
     """Batches of classifier training.
 
@@ -98,13 +101,14 @@ def training_batches(
         pictures: a labelled set (`check_labels`).
         positions: iterable of position arrays of one length, one a batch (`order.rank_positions`).
         smoothing: of the labels, in [0, 1).  num_classes: C; as many as the set has, or more.
+        mean, std: statistics of pictures in [0, 1] that the weights expect.
     Yields: LabelledBatch on `device`.
     Raises: UserError for a label that is not one of the set's, too many unreadable pictures, or an augmentation that timm does not know.
     """
     assert len(pictures.manifest.classes) <= num_classes, f"{len(pictures.manifest.classes)} classes in the set, {num_classes} in the head"
     order = SampleOrder(pictures.shards.shard_sizes, seed, data.shuffle_window_shards, augment.repeats)
     make = _TrainMaker(pictures, order, TrainCrop(augment, image_px), image_px, seed)
-    mix = BatchMix(augment, smoothing=smoothing, num_classes=num_classes, seed=seed)
+    mix = BatchMix(augment, smoothing=smoothing, num_classes=num_classes, seed=seed, mean=mean, std=std)
     bad = BadPictures(data.max_bad_share)
     for raw in load_raw(make, positions, data.num_workers):
         bad.add(len(raw.keys), raw.bad)
@@ -158,9 +162,8 @@ def evaluation_batches(
     Raises: UserError for a picture that cannot be read, or a label that is not one of the set's.
     """
     places = _rank_samples(pictures.num_samples, rank, world_size, batch)
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
     for raw in load_raw(_EvalMaker(pictures, CenterCrop(image_px, crop), image_px), list(places), num_workers):
-        images_norm = raw.cuts[image_px].to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+        images_norm = normalize(raw.cuts[image_px].to(device, non_blocking=True), mean, std)
         yield EvalBatch(images_norm, raw.labels.to(device, non_blocking=True), raw.samples.to(device, non_blocking=True))
 
 

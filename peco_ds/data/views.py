@@ -110,20 +110,25 @@ def jitter(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 def to_backbone(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B, 3, S, S] -> float32, ImageNet statistics (BEiT's choice when it trains on ImageNet-1K)."""
-    mean, std = _statistics(images.device)
+    return normalize(images, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def normalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 [B, 3, S, S] -> float32; mean and std of pictures in [0, 1]."""
+    mean, std = _on_device(tuple(mean), images.device), _on_device(tuple(std), images.device)
     return (images.float().div_(255).sub_(mean)).div_(std)
 
 
 def from_backbone(images_norm: torch.Tensor) -> torch.Tensor:
     """The way back from `to_backbone`: float32 [B, 3, S, S] in [-1, 1]."""
-    mean, std = _statistics(images_norm.device)
+    mean, std = (_on_device(values, images_norm.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images_norm * std + mean) * 2 - 1
 
 
 @lru_cache
-def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     # Once a device: a copy from the host in every batch would make the host wait for what the device has still to do.
-    return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def to_tokenizer(images: torch.Tensor) -> torch.Tensor:

@@ -38,8 +38,9 @@ def read_run(path: Path, average: Literal["auto", "ema", "raw"] = "auto") -> Bei
     source = f"{recipe.name}, {checkpoint.name}" + (", moving average" if averaged else "")
     facts = _facts(recipe, progress, provenance, run_folder, averaged)
     if isinstance(recipe, FinetuneRecipe):
-        classes = provenance.get("classes")
-        return BeitWeights("classifier", recipe.model, tensors, source, classes=tuple(classes) if classes else None, crop=recipe.evaluation.crop, facts=facts)
+        classes = provenance["classes"]
+        statistics = {name: tuple(provenance[name]) for name in ("mean", "std")}
+        return BeitWeights("classifier", recipe.model, tensors, source, classes=tuple(classes), crop=recipe.evaluation.crop, facts=facts, **statistics)
     return BeitWeights("mim", recipe.model, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}, source, facts=facts)
 
 
