@@ -1,14 +1,17 @@
-"""Convert a run's checkpoint into a release that the target library loads with its own loader.
+"""Convert a run, a release or a weights file into a release that timm, Hugging Face transformers or unilm loads with its own loader.
 
-    python -m peco_ds.convert_checkpoint RUN_DIR --to timm --out RELEASE_DIR
+    python -m peco_ds.convert_checkpoint SRC --to timm|hf|unilm --out RELEASE_DIR
 
-Any ZeRO stage, any number of ranks. RUN_DIR is a run folder (its newest whole checkpoint is taken) or one of its checkpoints/step_N folders.
+SRC is a run folder of pretrain.py or finetune.py (its newest whole checkpoint is taken; any ZeRO stage, any number of ranks), one of its checkpoints/step_N
+folders, a release folder of one of the three libraries, or a weights file.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -17,70 +20,47 @@ if __package__ in (None, ""):
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import EXIT_DONE, UserError
 
-
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0], epilog="exit codes: 0 done, 2 bad input (one line says what)")
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="run folder of pretrain.py, or one checkpoint of it")
-    parser.add_argument("--to", choices=["timm"], required=True, help="layout of the release")
+    parser.add_argument("source", type=Path, metavar="SRC", help="run folder, one checkpoint of it, release folder or weights file")
+    parser.add_argument("--to", choices=["timm", "hf", "unilm"], required=True, help="library that shall load the release")
     parser.add_argument("--out", type=Path, required=True, metavar="RELEASE_DIR", help="folder to write")
-    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="load the release in a fresh process and compare features (default: on)")
+    parser.add_argument("--from", dest="layout", choices=["auto", "run", "timm", "hf", "unilm"], default="auto", help="what SRC must be (default: what it is)")
+    parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="moving average of the weights, or the last ones (default: the average where there is one)")
+    parser.add_argument("--statistics", choices=["imagenet", "half"], help="mean and standard deviation of the pictures, where SRC does not tell them or wrongly; half is 0.5 (default: what SRC tells, else imagenet)")
+    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="load the release by its library in a fresh process and compare outputs (default: on)")
     args = parser.parse_args(argv)
-    run_folder, checkpoint = find_checkpoint(args.run)
-    return convert(run_folder, checkpoint, args.out, args.verify)
+    if args.out.resolve() == args.source.resolve():
+        raise UserError(f"--out {args.out}: is SRC itself; give another folder")
+    if args.verify and args.to == "hf" and importlib.util.find_spec("transformers") is None:
+        raise UserError("transformers is not installed, so the release cannot be verified in it; pip install transformers, or give --no-verify")
+    return convert(args)
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """(run folder, checkpoint folder) of what the user named.
-
-    Raises: UserError if there is no whole checkpoint of a pre-training run.
-    """
-    from peco_ds.runtime.checkpoint import FOLDER, list_checkpoints, newest_whole, verify
-    from peco_ds.runtime.run_folder import read_settings
-
-    run_folder = path.parent.parent if path.parent.name == FOLDER else path
-    stage = read_settings(run_folder)["stage"]
-    if stage != "pretrain":
-        raise UserError(f"{run_folder}: a run of {stage}; this converts runs of pretrain.py (a tokenizer's release lies in its run folder already)")
-    if path != run_folder:
-        fault = verify(path)
-        if fault:
-            raise UserError(f"{path}: damaged ({fault}); give an older checkpoint of the run")
-        return run_folder, path
-    checkpoint = newest_whole(run_folder)
-    if checkpoint is None:
-        raise UserError(f"{run_folder}: {len(list_checkpoints(run_folder))} checkpoints, none of them whole; let the run reach a checkpoint first")
-    return run_folder, checkpoint
-
-
-def convert(run_folder: Path, checkpoint: Path, out: Path, verify: bool) -> int:
-    import torch
-    from pydantic import TypeAdapter
-
-    from peco_ds.config import PretrainRecipe
+def convert(args: argparse.Namespace) -> int:
+    from peco_ds.convert.read import read_weights
     from peco_ds.convert.release import write_release
-    from peco_ds.convert.to_timm import split_weights, timm_config
-    from peco_ds.convert.verify import compare_with_timm
-    from peco_ds.models.mim import MaskedImageModel
-    from peco_ds.runtime.checkpoint import fp32_weights, read_progress
-    from peco_ds.runtime.metrics import read_metrics
-    from peco_ds.runtime.run_folder import read_provenance, read_settings
+    from peco_ds.convert.to_hf import to_hf
+    from peco_ds.convert.to_timm import to_timm
+    from peco_ds.convert.to_unilm import to_unilm
+    from peco_ds.convert.verify import COMPARED, LOADERS, answers_of, compare
+    from peco_ds.models.beit_weights import IMAGENET_MEAN, IMAGENET_STD
+    from peco_ds.runtime.run_weights import read_run
 
-    recipe = TypeAdapter(PretrainRecipe).validate_python(read_settings(run_folder)["recipe"])
-    weights = fp32_weights(checkpoint)
-    backbone, head = split_weights(weights, recipe.model.depth)
-    progress = read_progress(checkpoint)
-    rows = [row for row in read_metrics(run_folder) if row["step"] <= progress.step]
-    write_release(out, backbone, head, timm_config(recipe.model, recipe.name), recipe=recipe, progress=progress, provenance=read_provenance(run_folder), metrics=rows[-1] if rows else {})
+    weights = read_weights(args.source, layout=args.layout, average=args.weights, read_run=read_run)
+    if args.statistics:
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if args.statistics == "imagenet" else ((0.5,) * 3, (0.5,) * 3)
+        weights = replace(weights, mean=mean, std=std)
+    release = {"timm": to_timm, "hf": to_hf, "unilm": to_unilm}[args.to](weights)
+    expected = answers_of(weights) if args.verify else None
+    write_release(args.out, release, weights)
+    parameters = sum(tensor.numel() for tensor in weights.tensors.values())
+    line, library = f"{args.out}: {weights.source}, {parameters / 1e6:.1f} M parameters", release.library
+    del weights, release  # a large model shall not be in memory here while its library loads it
     compared = "not verified"
-    if verify:
-        model = MaskedImageModel(recipe.model, recipe.objective.num_codes)
-        model.load_state_dict(weights)
-        images = torch.randn(2, 3, recipe.model.image_px, recipe.model.image_px, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            features = model.eval().features(images)
-        compared = f"features in timm equal the trained model's to {compare_with_timm(out, images, features):.1e}"
-    parameters = sum(tensor.numel() for tensor in backbone.values())
-    sys.stdout.write(f"{out}: {checkpoint.name} of {recipe.name}, {parameters / 1e6:.1f} M parameters; {compared}\n")
+    if expected is not None:
+        compared = f"{COMPARED[expected.kind]} in {LOADERS[library]} equal the trained model's to {compare(args.out, library, expected):.1e}"
+    sys.stdout.write(f"{line}; {compared}\n")
     return EXIT_DONE
 
 

@@ -3,73 +3,94 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from peco_ds.config import PretrainRecipe
+from peco_ds.errors import UserError
+from peco_ds.models.beit_weights import IMAGENET_MEAN, IMAGENET_STD, BeitWeights
 from peco_ds.schema import write_json
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-HEAD = "mim_head.safetensors"  # mask token and token head, which timm has no place for
+_WEIGHTS_OF_ANY = (WEIGHTS, "mim_head.safetensors", "model.pth", "pytorch_model.bin", "preprocessor_config.json")
 
 
-def write_release(out: Path, backbone: dict[str, torch.Tensor], head: dict[str, torch.Tensor], config: dict, *, recipe: PretrainRecipe, progress, provenance: dict, metrics: dict) -> None:
-    """Write `model.safetensors`, `config.json`, `mim_head.safetensors`, `README.md`; config.json last, so a folder with one is whole.
+@dataclass(frozen=True)
+class Release:
+    """Weights in the names and files of one library."""
 
-    Args:
-        progress: has `.step` and `.cursor.samples`.  provenance: of the run folder.  metrics: last logged row, may be empty.
+    library: str  # as model hubs name it in a card's front matter
+    tensors: dict[str, dict[str, torch.Tensor]]  # file name -> tensors: .safetensors, or .pth, which holds them under "model"
+    configs: dict[str, dict]  # file name -> JSON; config.json among them
+    usage: str  # Markdown: how to load it, and what each file is for
+
+
+def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
+    """Write weights, card and configs; config.json last, so a folder with one is whole.
+
+    Raises: UserError if the folder holds a file of a release of another kind, which a reader would take along.
     """
+    foreign = [name for name in _WEIGHTS_OF_ANY if (out / name).exists() and name not in release.tensors.keys() | release.configs.keys()]
+    if foreign:
+        raise UserError(f"{out}: holds {foreign[0]} of another release; give an empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").unlink(missing_ok=True)
-    for name, tensors in ((WEIGHTS, backbone), (HEAD, head)):
+    (out / CONFIG).unlink(missing_ok=True)
+    for name, tensors in release.tensors.items():
         temporary = out / f".{name}.{os.getpid()}.tmp"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+        if name.endswith(".safetensors"):
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+        else:
+            torch.save({"model": {key: _alone(tensor) for key, tensor in tensors.items()}}, temporary)
         os.replace(temporary, out / name)
-    (out / "README.md").write_text(model_card(recipe, progress, provenance, metrics))
-    write_json(out / "config.json", config)
+    (out / "README.md").write_text(model_card(release, weights))
+    for name in sorted(release.configs, key=lambda name: name == CONFIG):
+        write_json(out / name, release.configs[name])
 
 
-def model_card(recipe: PretrainRecipe, progress, provenance: dict, metrics: dict) -> str:
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is a part of a larger one takes the whole into the file; ZeRO's consolidated weights are such parts."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+_WHAT = {
+    "mim": "Masked pre-trained vision transformer (PeCo, arXiv 2111.12710; BEiT, arXiv 2106.08254), no classifier.",
+    "features": "Pre-trained vision transformer of the BEiT family (arXiv 2106.08254), no head.",
+    "classifier": "Vision transformer of the BEiT family (arXiv 2106.08254), fine-tuned to classify.",
+}
+
+
+def model_card(release: Release, weights: BeitWeights) -> str:
     """Markdown with the front matter that model hubs read."""
-    model, tokenizer = recipe.model, provenance.get("tokenizer", {})
-    facts = [
-        ("recipe", recipe.name),
-        ("backbone", f"ViT, width {model.width}, depth {model.depth}, {model.heads} heads, patch {model.patch_px} at {model.image_px} px"),
-        ("objective", f"{recipe.objective.name}, {recipe.objective.num_codes} codes, {recipe.mask.count} of {model.grid**2} patches hidden ({recipe.mask.kind})"),
-        ("optimiser steps", f"{progress.step}"),
-        ("images seen", f"{progress.cursor.samples}"),
-        ("images", f"{provenance.get('num_samples', '?')} pictures, fingerprint `{provenance.get('images_fingerprint', '?')}`"),
-        ("tokenizer", f"fingerprint `{provenance.get('tokenizer_fingerprint', '?')}`"),
-        ("tokenizer's judge", tokenizer.get("judge", "not recorded")),
-        ("code", f"peco_ds, commit `{provenance.get('commit', '?')}`"),
-    ]
-    facts += [(name, f"{metrics[name]:.4f}") for name in ("loss", "accuracy") if name in metrics]
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts)
+    model = weights.model
+    facts = {"weights": weights.source}
+    facts["backbone"] = f"ViT, width {model.width}, depth {model.depth}, {model.heads} heads, patch {model.patch_px} at {model.image_px} px"
+    if weights.kind == "classifier":
+        facts["classes"] = f"{weights.num_classes}, {'named in ' + CONFIG if weights.classes else 'names not recorded'}; {weights.pooling} pooling"
+    table = "\n".join(f"| {name} | {text} |" for name, text in (facts | weights.facts).items())
+    statistics = "ImageNet mean and standard deviation" if (weights.mean, weights.std) == (IMAGENET_MEAN, IMAGENET_STD) else f"mean {list(weights.mean)}, standard deviation {list(weights.std)}"
+    tag = "image-classification" if weights.kind == "classifier" else "image-feature-extraction"
     return f"""---
-library_name: timm
+library_name: {release.library}
 tags:
-- image-feature-extraction
-- timm
+- {tag}
+- {release.library}
 license: other
 ---
-# {recipe.name}
+# {weights.facts.get("recipe", weights.source)}
 
-Masked pre-trained vision transformer (PeCo, arXiv 2111.12710; BEiT, arXiv 2106.08254), no classifier.
+{_WHAT[weights.kind]}
 
 | | |
 |---|---|
 {table}
 
-```python
-import timm
+{release.usage}
 
-model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)               # features: class token, then patches
-classifier = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True, num_classes=1000)
-```
-
-Input: {model.image_px} px, RGB, ImageNet mean and standard deviation. `{HEAD}` holds the mask token and the token head.
+Input: {model.image_px} px, RGB, {statistics}; in evaluation {weights.crop:g} of the resized picture's side is seen.
 
 Licence: to be stated by whoever publishes these weights. It is bound by the terms of the pictures and of the tokenizer's judge, if it had one
 (the weights that MoCo v3 released are CC BY-NC 4.0).

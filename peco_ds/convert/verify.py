@@ -1,49 +1,167 @@
-"""Load a release by the target library's own loader, in a process that cannot import us, and compare what comes out."""
+"""Load a release by the target library's own loader, in a process that cannot import us, and compare what comes out with our own model's answer.
+
+timm, transformers  their own loaders.
+unilm               has no installable package; its file is loaded strictly into timm's port of its model by timm's own filter for its files, the index
+                    buffers are compared with the port's, and the names with the state of unilm's modules.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from timm.models.beit import Beit, gen_relative_position_index
+from torch import nn
 
 from peco_ds.errors import UserError
+from peco_ds.models.beit_weights import SHARED_TABLE, BeitWeights
+from peco_ds.models.mim import MaskedImageModel
+from peco_ds.models.vit import timm_arguments
 
 TOLERANCE = 1e-5  # float32, largest difference over largest value; worst case seen on B/16 and H-wide models: 2e-6
+COMPARED = {"mim": "token logits and features", "features": "features", "classifier": "class logits"}
+LOADERS = {"timm": "timm", "transformers": "transformers", "unilm": "timm's port of unilm"}
+_HIDDEN_SHARE = 0.4
 
-_TIMM = """
+_START = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "peco_ds":
             raise ImportError("a release must load without peco_ds")
 sys.meta_path.insert(0, Refuse())
-import numpy, timm, torch
-model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
-with torch.no_grad():
-    numpy.save(sys.argv[3], model.forward_features(torch.from_numpy(numpy.load(sys.argv[2]))).numpy())
+import json, numpy, torch
+import torch.nn.functional as F
+folder, kind, inputs, outputs = sys.argv[1:]
+given = numpy.load(inputs)
+images, hidden = torch.from_numpy(given["images"]), torch.from_numpy(given["hidden"])
+torch.set_grad_enabled(False)
+def answers_of_timm(model, head):
+    if kind == "classifier":
+        return {"logits": model(images)}
+    tokens = model.forward_features(images)
+    if kind == "features":
+        return {"tokens": tokens, "pooled": model(images)}
+    model.patch_embed.register_forward_hook(lambda module, given, out: torch.where(hidden[..., None], head["mask_token"].float(), out))
+    return {"tokens": tokens, "logits": F.linear(model.forward_features(images)[:, 1:], head["lm_head.weight"].float(), head["lm_head.bias"].float())}
 """
+_TIMM = """
+import timm
+from safetensors.torch import load_file
+model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+found = answers_of_timm(model, load_file(folder + "/mim_head.safetensors") if kind == "mim" else {})
+"""
+_TRANSFORMERS = """
+import transformers
+architecture = getattr(transformers, json.load(open(folder + "/config.json"))["architectures"][0])
+model, report = architecture.from_pretrained(folder, output_loading_info=True)
+if any(report.values()):
+    raise ValueError(f"not loaded whole: { {name: sorted(map(str, keys))[:3] for name, keys in report.items() if keys} }")
+model = model.float().eval()
+if kind == "mim":
+    found = {"tokens": model.layernorm(model.beit(images).last_hidden_state), "logits": model(images, bool_masked_pos=hidden).logits}
+elif kind == "features":
+    out = model(images)
+    found = {"tokens": out.last_hidden_state, "pooled": out.pooler_output}
+else:
+    found = {"logits": model(images).logits}
+"""
+_UNILM = """
+from timm.models.beit import Beit, checkpoint_filter_fn
+given = json.load(open(folder + "/config.json"))["model_args"]
+given.pop("vocab_size", None)
+classes = given.pop("num_classes", 0)
+pooling = "avg" if given.pop("use_mean_pooling", False) else "token"
+model = Beit(**given, num_classes=classes, global_pool=pooling).eval()
+content = torch.load(folder + "/model.pth", weights_only=True, mmap=True)
+tensors = checkpoint_filter_fn(content, model)
+head = {name: tensors.pop(name) for name in ("mask_token", "lm_head.weight", "lm_head.bias") if name in tensors}
+model.load_state_dict(tensors, strict=True)
+table, index = "relative_position_bias_table", "relative_position_index"
+buffers = {name: content["model"].pop(name) for name in list(content["model"]) if name.endswith(index)}
+expected = dict(model.named_buffers())
+if {name.replace(index, table) for name in buffers} != {name for name in tensors if name.endswith(table)}:
+    raise ValueError("a bias table without its index buffer, or the reverse")
+for name, buffer in buffers.items():
+    if not torch.equal(buffer, expected[name]):
+        raise ValueError(f"{name} is not the port's")
+found = answers_of_timm(model, head)
+"""
+_END = """
+numpy.savez(outputs, **{name: value.numpy() for name, value in found.items()})
+"""
+_SCRIPTS = {"timm": _TIMM, "transformers": _TRANSFORMERS, "unilm": _UNILM}
 
 
-def compare_with_timm(release: Path, images_norm: torch.Tensor, features: torch.Tensor) -> float:
-    """Largest difference between the release in timm and the trained model, relative to the largest feature.
+@dataclass(frozen=True)
+class Answers:
+    """What a model says to drawn pictures: float32 arrays by name. `tokens` with nothing hidden, token `logits` with `hidden` patches hidden."""
+
+    kind: str
+    images_norm: torch.Tensor  # [B, 3, S, S]
+    hidden: torch.Tensor  # bool [B, N]
+    values: dict[str, np.ndarray]
+
+
+@torch.no_grad()
+def answers_of(weights: BeitWeights) -> Answers:
+    """Our own model's answers in float32; the weights are used where they lie, not copied."""
+    settings = replace(weights.model, drop_path=0.0)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, settings.image_px, settings.image_px, generator=generator)
+    places = settings.grid**2
+    masked = torch.stack([torch.randperm(places, generator=generator)[: max(1, int(_HIDDEN_SHARE * places))] for _ in images])
+    hidden = torch.zeros(len(images), places, dtype=torch.bool).scatter_(1, masked, True)
+    tensors = {name: tensor.float() for name, tensor in weights.tensors.items()}
+    if weights.kind == "mim":
+        outside = ("mask_token", "lm_head.")
+        tensors = {name if name.startswith(outside) else f"backbone.{name}": tensor for name, tensor in tensors.items()}
+        model = _assembled(lambda: MaskedImageModel(settings, weights.num_codes), tensors)
+        values = {"tokens": model.features(images), "logits": model.lm_head(model.features(images, masked)[:, 1:])}
+    else:
+        arguments = timm_arguments(settings, shared_bias=SHARED_TABLE in tensors, num_classes=weights.num_classes, pooling=weights.pooling)
+        model = _assembled(lambda: Beit(**arguments), tensors)
+        values = {"logits": model(images)} if weights.kind == "classifier" else {"tokens": model.forward_features(images), "pooled": model(images)}
+    return Answers(weights.kind, images, hidden, {name: value.numpy() for name, value in values.items()})
+
+
+def _assembled(build: Callable[[], nn.Module], tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """A model around the tensors: no initialisation, no second copy of a large backbone."""
+    with torch.device("meta"):
+        model = build()
+    model.load_state_dict(tensors, assign=True)
+    for module in model.modules():  # buffers that are in no file
+        if getattr(module, "relative_position_index", None) is not None:
+            module.relative_position_index = gen_relative_position_index(module.window_size)
+        if getattr(module, "k_bias", None) is not None:
+            module.k_bias = torch.zeros_like(module.q_bias)
+    return model.eval()
+
+
+def compare(release: Path, library: str, expected: Answers) -> float:
+    """Largest difference between the release in its library and our own model, relative to the largest value of the same output.
 
     Args:
-        images_norm: float32 [B, 3, S, S].  features: float32 [B, 1 + N, D] of our model with the checkpoint's consolidated weights, nothing hidden.
-    Raises: UserError if timm cannot load the release, or the difference exceeds TOLERANCE.
+        library: of `Release`.
+    Raises: UserError if the library cannot load the release, or the difference exceeds TOLERANCE.
     """
     with tempfile.TemporaryDirectory() as folder:
-        inputs, outputs = Path(folder) / "images.npy", Path(folder) / "features.npy"
-        np.save(inputs, images_norm.numpy())
+        inputs, outputs = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
+        np.savez(inputs, images=expected.images_norm.numpy(), hidden=expected.hidden.numpy())
         # -I: no PYTHONPATH and no current folder, as on a stranger's machine
-        done = subprocess.run([sys.executable, "-I", "-c", _TIMM, str(release.resolve()), str(inputs), str(outputs)], capture_output=True, text=True)
+        command = [sys.executable, "-I", "-c", _START + _SCRIPTS[library] + _END, str(release.resolve()), expected.kind, str(inputs), str(outputs)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"{release}: timm does not load it: {done.stderr.strip().splitlines()[-1]}")
-        theirs = torch.from_numpy(np.load(outputs))
-    difference = float((theirs - features).abs().max() / features.abs().max())
-    if not difference <= TOLERANCE:
-        raise UserError(f"{release}: features in timm differ from the trained model's by {difference:.1e}, more than {TOLERANCE:.0e}; do not publish it")
-    return difference
+            lines = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
+            raise UserError(f"{release}: {LOADERS[library]} does not load it: {lines[-1]}")
+        with np.load(outputs) as found:
+            worst = max(float(np.abs(found[name] - value).max() / np.abs(value).max()) for name, value in expected.values.items())
+    if not worst <= TOLERANCE:
+        raise UserError(f"{release}: {COMPARED[expected.kind]} in {LOADERS[library]} differ from the trained model's by {worst:.1e}, more than {TOLERANCE:.0e}; do not publish it")
+    return worst

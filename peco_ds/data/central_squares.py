@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from peco_ds.data.decode import DecodeError
-from peco_ds.data.labelled import PADDING, _rank_samples as rank_samples
+from peco_ds.data.labelled import PADDING, rank_samples
 from peco_ds.data.loaders import Pictures, RawBatch, load_raw
 from peco_ds.data.views import center_view, cut
 from peco_ds.errors import UserError

@@ -161,13 +161,13 @@ def evaluation_batches(
     Yields: EvalBatch on `device`; a rank's samples are consecutive and increasing.
     Raises: UserError for a picture that cannot be read, or a label that is not one of the set's.
     """
-    places = _rank_samples(pictures.num_samples, rank, world_size, batch)
+    places = rank_samples(pictures.num_samples, rank, world_size, batch)
     for raw in load_raw(_EvalMaker(pictures, CenterCrop(image_px, crop), image_px), list(places), num_workers):
         images_norm = normalize(raw.cuts[image_px].to(device, non_blocking=True), mean, std)
         yield EvalBatch(images_norm, raw.labels.to(device, non_blocking=True), raw.samples.to(device, non_blocking=True))
 
 
-def _rank_samples(num_samples: int, rank: int, world_size: int, batch: int) -> np.ndarray:
+def rank_samples(num_samples: int, rank: int, world_size: int, batch: int) -> np.ndarray:
     """int64 [batches, batch]: the sample numbers of each forward pass of a rank, PADDING where there is none."""
     share = -(-num_samples // world_size)
     batch = min(batch, share)

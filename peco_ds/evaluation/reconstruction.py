@@ -13,6 +13,42 @@ from peco_ds.config import EvaluationSettings
 from peco_ds.models.vq import usage
 
 
+class RoundTripSums:
+    """PSNR, SSIM, code usage and, where asked for, LPIPS, summed over a rank's pictures.
+
+    Args:
+        distance: restored_01, originals_01 [b, 3, S, S] -> [b]; LPIPS of `perceptual_distance.load_lpips`, or None.
+    """
+
+    def __init__(self, num_codes: int, device: torch.device, distance: Callable | None = None) -> None:
+        self._distance = distance
+        self._sums = torch.zeros(4, device=device, dtype=torch.float64)  # psnr, ssim, lpips, pictures
+        self._counts = torch.zeros(num_codes, device=device, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, originals_01: torch.Tensor, output, real: torch.Tensor) -> None:
+        """
+        Args:
+            originals_01: [b, 3, S, S] in [0, 1].  output: has .reconstruction [b, 3, S, S] in [-1, 1] and .codes [b, N].
+            real: bool [b]; a row without it only fills the batch up and counts nothing.
+        """
+        restored = (output.reconstruction.float() / 2 + 0.5).clamp(0, 1)
+        error = (restored - originals_01).square().mean(dim=(1, 2, 3)).double()
+        psnr = -10 * error.clamp_min(1e-12).log10()
+        ssim = structural_similarity_index_measure(restored, originals_01, data_range=1.0, reduction="none").double().reshape(-1)
+        lpips = torch.zeros_like(psnr) if self._distance is None else self._distance(restored, originals_01).double()
+        weight = real.double()
+        self._sums += torch.stack([(weight * values).sum() for values in (psnr, ssim, lpips, torch.ones_like(psnr))])
+        self._counts += torch.bincount(output.codes[real].flatten(), minlength=len(self._counts))
+
+    def result(self, all_reduce: Callable) -> dict[str, float]:
+        """psnr (dB, of each picture, averaged), ssim (Gaussian window of 11, averaged), lpips if measured (averaged), codes_used, perplexity (exp of the
+        entropy of the code counts). Collective."""
+        psnr, ssim, lpips, pictures = all_reduce(self._sums).tolist()
+        distance = {} if self._distance is None else {"lpips": lpips / pictures}
+        return {"psnr": psnr / pictures, "ssim": ssim / pictures, **distance, **usage(all_reduce(self._counts))}
+
+
 @torch.no_grad()
 def reconstruction_quality(
     round_trip: Callable, images_u8: torch.Tensor, *, num_codes: int, batch: int, rank: int, world_size: int, device: torch.device, all_reduce: Callable
@@ -20,27 +56,19 @@ def reconstruction_quality(
     """PSNR, SSIM and code usage over a held-out set, shared by the ranks. Collective.
 
     Args:
-        round_trip: images_11 [b, 3, S, S] -> has .reconstruction [b, 3, S, S] in [-1, 1] and .codes [b, N]; called equally often on every rank.
+        round_trip: images_11 [b, 3, S, S] -> has .reconstruction and .codes, as `RoundTripSums.add`; called equally often on every rank.
         images_u8: uint8 [n, 3, S, S], the same on every rank.
-    Returns: psnr (dB, of each picture, averaged), ssim (Gaussian window of 11, averaged), codes_used, perplexity (exp of the entropy of the code counts).
+    Returns: as `RoundTripSums.result`.
     """
     total = len(images_u8)
     each = -(-total // world_size)
-    sums = torch.zeros(3, device=device, dtype=torch.float64)  # psnr, ssim, pictures
-    counts = torch.zeros(num_codes, device=device, dtype=torch.float64)
+    sums = RoundTripSums(num_codes, device)
     for start in range(0, each, batch):
         places = torch.arange(rank * each + start, rank * each + min(start + batch, each))
         # Every rank makes the same number of calls: past the end the last picture stands in and counts nothing.
-        weight = (places < total).to(device, torch.float64)
         originals = images_u8[places.clamp(max=total - 1)].to(device).float() / 255
-        output = round_trip(originals * 2 - 1)
-        restored = (output.reconstruction.float() / 2 + 0.5).clamp(0, 1)
-        error = (restored - originals).square().mean(dim=(1, 2, 3)).double()
-        ssim = structural_similarity_index_measure(restored, originals, data_range=1.0, reduction="none").double().reshape(-1)
-        sums += torch.stack([(weight * -10 * error.clamp_min(1e-12).log10()).sum(), (weight * ssim).sum(), weight.sum()])
-        counts += torch.bincount(output.codes[weight.bool()].flatten(), minlength=num_codes)
-    psnr, ssim, pictures = all_reduce(sums).tolist()
-    return {"psnr": psnr / pictures, "ssim": ssim / pictures, **usage(all_reduce(counts))}
+        sums.add(originals, round_trip(originals * 2 - 1), (places < total).to(device))
+    return sums.result(all_reduce)
 
 
 class HeldOut:

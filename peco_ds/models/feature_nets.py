@@ -6,19 +6,18 @@ blocks still gives a loss that falls.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from peco_ds.errors import UserError
+from peco_ds.models.weight_files import read_tensor_file
 from peco_ds.schema import sha256_of_file
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -184,19 +183,14 @@ def _from_file(path: Path, architecture: str):
 def _vit_tensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     """The ViT inside a checkpoint under timm's names, without its head; and the prefix that stood before them."""
     try:
-        if path.suffix == ".safetensors":
-            raw = load_file(path)
-        else:
-            # Only tensors and plain containers are unpickled; MoCo v3 and DINO also store their command line.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                raw = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle ends in IndexError, struct.error or AssertionError, wherever the reader happens to stand
-        raise UserError(f"{path}: not a readable weights file ({_one_line(error)}); fetch it again, or {FETCH_MOCO_V3}") from None
+        raw = read_tensor_file(path)
+    except UserError as error:
+        raise UserError(f"{error}, or {FETCH_MOCO_V3}") from None
     for container in CONTAINERS:
-        if isinstance(raw, dict) and isinstance(raw.get(container), dict):
+        if isinstance(raw.get(container), dict):
             raw = raw[container]
             break
-    tensors = {name: tensor for name, tensor in raw.items() if isinstance(tensor, torch.Tensor)} if isinstance(raw, dict) else {}
+    tensors = {name: tensor for name, tensor in raw.items() if isinstance(tensor, torch.Tensor)}
     prefix = next((prefix for prefix in PREFIXES if prefix + PATCH_WEIGHT in tensors), None)
     if prefix is None:
         raise UserError(f"{path}: holds no ViT (no tensor named ...{PATCH_WEIGHT} among {len(tensors)}); {FETCH_MOCO_V3}, or give a timm ViT file")

@@ -1,0 +1,265 @@
+"""Weights of the BEiT family from wherever they lie: a run, a release for timm, Hugging Face or unilm, or one file of these.
+
+A file is read strictly: what is missing, left over or of another shape is refused by name. What only a training needs (index buffers, the class-token branch
+of BEiT v2) is left out, and said.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from timm.models.beit import Beit
+
+from peco_ds.config import ModelSettings
+from peco_ds.convert import to_hf, to_unilm
+from peco_ds.convert.release import CONFIG, WEIGHTS
+from peco_ds.convert.resample import grid_of
+from peco_ds.convert.to_hf import from_hf, has_hf_names
+from peco_ds.convert.to_timm import HEAD_FILE, from_timm
+from peco_ds.convert.to_unilm import from_unilm
+from peco_ds.errors import UserError
+from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights
+from peco_ds.models.vit import timm_arguments
+from peco_ds.models.weight_files import read_tensor_file
+from peco_ds.schema import sha256_of_file
+
+logger = logging.getLogger("peco_ds")
+
+Layout = Literal["auto", "run", "timm", "hf", "unilm"]
+LAYOUTS = ("auto", "run", "timm", "hf", "unilm")
+_RUN_FILES = ("settings.yaml", "progress.json")  # of a run folder, of a checkpoint in it
+_PICKLED = "pytorch_model.bin"
+_CONTAINERS = ("model", "module", "state_dict")  # where training scripts put the weights inside their checkpoint
+_AVERAGE = "model_ema"
+_BRANCH_V2 = ("cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head.")
+_PATCH = "patch_embed.proj.weight"
+WHOLE_PICTURE_PX = 384  # from this size on BEiT evaluates on the whole picture, below on 0.875 of it
+
+
+def read_weights(
+    path: str | Path,
+    *,
+    layout: Layout = "auto",
+    average: Literal["auto", "ema", "raw"] = "auto",
+    read_run: Callable[[Path, str], BeitWeights] | None = None,
+) -> BeitWeights:
+    """Weights in the canonical form, in the dtype they are stored in.
+
+    Args:
+        path: a run folder or a checkpoints/step_N of it; a release folder; or a file, whose names tell timm and unilm (the same) from Hugging Face.
+        layout: what it must be; auto: what it is.
+        average: the moving average of the weights or the last ones; auto: the average where there is one.
+        read_run: reads a run (`runtime.run_weights.read_run`); None where runs are not taken.
+    What a bare file does not tell: mean and standard deviation are ImageNet's, the crop is 0.875 below 384 px and 1 from there on.
+    Raises: UserError if there is nothing to read, or it is of another layout or model family, or a tensor is missing, left over or of another shape.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; correct the path")
+    found = _layout_of(path, layout)
+    if found == "run":
+        if read_run is None:
+            raise UserError(f"{path}: a run folder; convert it first with convert_checkpoint.py, and give the release")
+        return read_run(path, average)
+    if path.is_dir():
+        if average == "ema":
+            raise UserError(f"{path}: a release, which holds one set of weights; leave the average out")
+        return {"timm": _from_timm_folder, "hf": _from_hf_folder, "unilm": _from_unilm_folder}[found](path)
+    tensors, averaged = _tensors_of_file(path, average)
+    where = _named(path, path.name) + (", moving average" if averaged else "")
+    return _checked(from_hf(tensors, where) if found == "hf" or has_hf_names(tensors) else tensors, where)
+
+
+def _layout_of(path: Path, wanted: Layout) -> Layout:
+    """What lies there; "auto" for a file whose names have to tell."""
+    if path.is_file():
+        if wanted == "run":
+            raise UserError(f"{path}: a file, not a run folder; give the --out folder of a training run")
+        return wanted
+    config = _json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    if any((path / name).is_file() for name in _RUN_FILES):
+        found = "run"
+    elif config.get("layout") == to_unilm.LAYOUT:
+        found = "unilm"
+    elif "architecture" in config:
+        found = "timm"
+    elif config.get("model_type") == "beit":
+        found = "hf"
+    elif "model_type" in config:
+        raise UserError(f"{path}: a {config['model_type']} of transformers; this reads BEiT (model_type beit)")
+    elif config:
+        raise UserError(f"{path / CONFIG}: neither of timm (architecture) nor of transformers (model_type) nor of unilm; give the weights file itself")
+    else:
+        raise UserError(f"{path}: no settings.yaml (a run) and no {CONFIG} (a release) there; give a folder with one, or a weights file")
+    if wanted not in ("auto", found):
+        raise UserError(f"{path}: is of layout {found}, not {wanted}; leave the layout to auto")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- folders and files
+
+
+def _from_timm_folder(folder: Path) -> BeitWeights:
+    config = _json(folder / CONFIG)
+    file = _weights_file(folder)
+    head = read_tensor_file(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else {}
+    where = _named(file, f"{folder.name}/{file.name}")
+    cfg = config.get("pretrained_cfg", config)
+    labels = config.get("label_names") or cfg.get("label_names")
+    said = {"mean": cfg.get("mean"), "std": cfg.get("std"), "classes": labels.values() if isinstance(labels, dict) else labels}
+    said = {name: tuple(value) for name, value in said.items() if value} | ({"crop": cfg["crop_pct"]} if cfg.get("crop_pct") else {})
+    tensors = _unwrapped(read_tensor_file(file))
+    return _checked(from_timm(from_unilm(tensors), head, where), where, **said)
+
+
+def _from_hf_folder(folder: Path) -> BeitWeights:
+    config = _json(folder / CONFIG)
+    file = _weights_file(folder)
+    where = _named(file, f"{folder.name}/{file.name}")
+    to_hf.check_config(config, where)
+    preprocessor = folder / to_hf.PREPROCESSOR
+    said = to_hf.preprocessing_of(_json(preprocessor) if preprocessor.is_file() else {}, config)
+    weights = _checked(from_hf(_unwrapped(read_tensor_file(file)), where), where, **said)
+    for key, found in (("num_attention_heads", weights.model.heads), ("image_size", weights.model.image_px), ("patch_size", weights.model.patch_px)):
+        if config.get(key, found) not in (found, [found, found]):
+            raise UserError(f"{where}: {key} is {config[key]} in its {CONFIG}, its tensors say {found}; correct the folder")
+    return weights
+
+
+def _from_unilm_folder(folder: Path) -> BeitWeights:
+    file = folder / to_unilm.FILE
+    where = _named(file, f"{folder.name}/{file.name}")
+    return _checked(from_unilm(_unwrapped(read_tensor_file(file))), where, **to_unilm.preprocessing_of(_json(folder / CONFIG)))
+
+
+def _weights_file(folder: Path) -> Path:
+    for name in (WEIGHTS, _PICKLED):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder}: a {CONFIG}, but neither {WEIGHTS} nor {_PICKLED}; fetch the weights too, in one file")
+
+
+def _tensors_of_file(path: Path, average: str) -> tuple[dict[str, torch.Tensor], bool]:
+    """Tensors of a checkpoint file, and whether they are a moving average."""
+    content = read_tensor_file(path)
+    kept = isinstance(content.get(_AVERAGE), dict)
+    if average == "ema" and not kept:
+        raise UserError(f"{path}: holds no moving average ({_AVERAGE}); take the raw weights")
+    averaged = kept and average != "raw"
+    return from_unilm(_unwrapped(content[_AVERAGE] if averaged else content)), averaged
+
+
+def _unwrapped(content: dict) -> dict[str, torch.Tensor]:
+    for container in _CONTAINERS:
+        if isinstance(content.get(container), dict):
+            content = content[container]
+            break
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError):  # a UnicodeDecodeError is a ValueError
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is not what a library wrote there (no JSON object); fetch the folder again")
+    return value
+
+
+def _named(file: Path, name: str) -> str:
+    """What messages and cards call it; a file that is missing is refused by its reader."""
+    return f"{name} (sha256 {sha256_of_file(file)[:12]})" if file.is_file() else name
+
+
+# ---------------------------------------------------------------------------------------------- from names and shapes to a model
+
+
+def _checked(tensors: dict[str, torch.Tensor], where: str, **said) -> BeitWeights:
+    """Canonical weights, each tensor in its place and of its shape.
+
+    Args:
+        said: fields of `BeitWeights` that a config told.
+    """
+    _refuse_other_families(tensors, where)
+    branch = [name for name in tensors if name.startswith(_BRANCH_V2)]
+    facts = {}
+    if branch:
+        facts["left out"] = f"BEiT v2's class-token branch, {len(branch)} tensors that only pre-training needs"
+        logger.info("%s: %s", where, facts["left out"])
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in branch}
+    kind = "mim" if tensors.keys() & {"mask_token", "lm_head.weight"} else "classifier" if "head.weight" in tensors else "features"
+    settings = _settings_of(tensors, where)
+    if kind == "classifier" and SHARED_TABLE in tensors and TABLE.format(0) not in tensors:
+        shared = tensors.pop(SHARED_TABLE)
+        tensors |= {TABLE.format(block): shared.clone() for block in range(settings.depth)}
+        facts["bias tables"] = "one for all blocks in the file, copied into every block"
+    _check_shapes(tensors, kind, settings, where)
+    said.setdefault("crop", 1.0 if settings.image_px >= WHOLE_PICTURE_PX else 0.875)
+    weights = BeitWeights(kind, settings, tensors, where, facts=facts, **said)
+    if weights.classes and len(weights.classes) != weights.num_classes:
+        raise UserError(f"{where}: {len(weights.classes)} class names in its {CONFIG}, a head of {weights.num_classes}; correct the folder")
+    return weights
+
+
+def _refuse_other_families(tensors: dict[str, torch.Tensor], where: str) -> None:
+    tables = any(name.endswith("relative_position_bias_table") for name in tensors)
+    if _PATCH not in tensors or tensors[_PATCH].ndim != 4 or not any(name.startswith("blocks.0.") for name in tensors):
+        raise UserError(f"{where}: holds no BEiT (no {_PATCH} with blocks.0.* among {len(tensors)} tensors); give a BEiT checkpoint of timm, transformers or unilm")
+    if "blocks.0.attn.qkv.bias" in tensors:
+        raise UserError(f"{where}: a plain ViT (blocks.0.attn.qkv.bias), not a BEiT; it can be a judge (perceptual.weights), not a backbone here")
+    if "pos_embed" in tensors:
+        raise UserError(f"{where}: a BEiT with absolute position embedding (pos_embed){'' if tables else ' and no relative position bias'}, as beit_base_patch16_224_pt1k_800ep; the backbone here has relative position bias alone")
+    if not tables:
+        raise UserError(f"{where}: no relative position bias (no relative_position_bias_table), which the backbone here has; give another checkpoint")
+    if "blocks.0.gamma_1" not in tensors:
+        raise UserError(f"{where}: no layer scale (blocks.0.gamma_1), which the backbone here has; give another checkpoint")
+
+
+def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
+    """Sizes as the shapes tell them; layer scale is the mean magnitude of what was learnt, the rate of stochastic depth is not in a file."""
+    width, _, _, patch_px = tensors[_PATCH].shape
+    table = next(tensor for name, tensor in tensors.items() if name.endswith("relative_position_bias_table"))
+    grid = grid_of(table) if table.ndim == 2 else None
+    if grid is None:
+        raise UserError(f"{where}: a bias table of shape {tuple(table.shape)}, which is for no square grid of patches; give weights of a square picture")
+    numbers = [int(name.split(".")[1]) for name in tensors if name.startswith("blocks.") and name.split(".")[1].isdigit()]
+    if "blocks.0.mlp.fc1.weight" not in tensors:
+        raise UserError(f"{where}: tensor blocks.0.mlp.fc1.weight is missing; fetch the file again")
+    gammas = [tensor.float().abs().mean() for name, tensor in tensors.items() if name.endswith((".gamma_1", ".gamma_2"))]
+    return ModelSettings(
+        image_px=grid * patch_px,
+        patch_px=patch_px,
+        width=width,
+        depth=1 + max(numbers),
+        heads=table.shape[1],
+        mlp_ratio=len(tensors["blocks.0.mlp.fc1.weight"]) / width,
+        layer_scale=float(torch.stack(gammas).mean()) or 0.1,  # 0 would be no layer scale
+        drop_path=0.0,
+    )
+
+
+def _check_shapes(tensors: dict[str, torch.Tensor], kind: str, settings: ModelSettings, where: str) -> None:
+    pooling = "mean" if "fc_norm.weight" in tensors and kind != "mim" else "class"
+    classes = len(tensors["head.weight"]) if kind == "classifier" else 0
+    if settings.width % settings.heads:
+        raise UserError(f"{where}: width {settings.width} is not a multiple of the {settings.heads} heads of its bias table; fetch the file again")
+    with torch.device("meta"):  # shapes alone
+        net = Beit(**timm_arguments(settings, shared_bias=SHARED_TABLE in tensors or kind == "mim", num_classes=classes, pooling=pooling))
+    expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    if kind == "mim":
+        codes = len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else 0
+        expected |= {"mask_token": (1, 1, settings.width), "lm_head.weight": (codes, settings.width), "lm_head.bias": (codes,)}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise UserError(f"{where}: tensor {name} is missing; fetch the file again, or give a whole checkpoint")
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, a BEiT of its other sizes has {shape}; fetch the file again")
+    strange = sorted(tensors.keys() - expected.keys())
+    if strange:
+        raise UserError(f"{where}: tensor {strange[0]} has no place in a BEiT ({kind}); give a file without it")

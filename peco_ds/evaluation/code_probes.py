@@ -1,0 +1,38 @@
+"""Pictures as nothing but their codes: what a classifier can read off the tokens themselves.
+
+PeCo classifies pictures straight from code vectors to show how much meaning its tokens carry. The text of that experiment leaves the pooling open; two
+plain ones are taken here, and both are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def bag_of_codes(codes: torch.Tensor, num_codes: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Which codes a picture has, wherever they lie: square roots of their shares, so that every picture has length 1.
+
+    Args:
+        codes: integers [n, N].
+    Returns: int64 [b] -> float32 [b, V].
+    """
+
+    def rows(index: torch.Tensor) -> torch.Tensor:
+        chosen = codes[index].to(device, torch.int64)
+        share = torch.full((1, 1), 1.0 / chosen.shape[1], device=device).expand(chosen.shape)
+        return torch.zeros(len(chosen), num_codes, device=device).scatter_add_(1, chosen, share).sqrt()
+
+    return rows
+
+
+def mean_code_vector(codes: torch.Tensor, vectors: torch.Tensor, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The mean of a picture's code vectors.
+
+    Args:
+        codes: integers [n, N].  vectors: [V, C], the codebook.
+    Returns: int64 [b] -> float32 [b, C].
+    """
+    vectors = vectors.to(device, torch.float32)
+    return lambda index: vectors[codes[index].to(device, torch.int64)].mean(dim=1)

@@ -1,0 +1,177 @@
+"""Frozen features: pooled tokens after chosen blocks, taken once and kept on disk, one float16 file a block."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from timm.models.beit import Beit
+
+from peco_ds.errors import UserError
+from peco_ds.schema import MANIFEST_NAME, sha256_of_json, write_json
+
+logger = logging.getLogger("peco_ds")
+
+TRAIN, VAL = "train", "val"
+STORED = np.float16
+LARGEST = float(np.finfo(STORED).max)
+
+
+def feature_width(width: int, pooling: str) -> int:
+    """F, numbers a picture and block."""
+    return 2 * width if pooling == "class_mean" else width
+
+
+def feature_bytes(width: int, pooling: str, *, num_blocks: int, num_pictures: int) -> int:
+    """Size of the features on disk."""
+    return np.dtype(STORED).itemsize * feature_width(width, pooling) * num_blocks * num_pictures
+
+
+@torch.no_grad()
+def pooled_features(backbone: Beit, images_norm: torch.Tensor, blocks: tuple[int, ...], pooling: Literal["class_mean", "class", "mean"]) -> list[torch.Tensor]:
+    """What a linear classifier sees of a frozen backbone.
+
+    Args:
+        images_norm: [B, 3, S, S].  blocks: counted from 1, increasing; the residual stream after them, without the final norm.
+        pooling: class_mean: class token beside the mean patch token; class: the class token; mean: the mean patch token.
+    Returns: one float32 [B, F] a block, F = 2 D or D.
+    Source: BEiT (arXiv 2106.08254), linear probe: class token and mean patch token of every layer.
+    """
+    tokens = backbone.forward_intermediates(
+        images_norm, indices=[number - 1 for number in blocks], return_prefix_tokens=True, norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True
+    )
+    pooled = []
+    for patches, prefix in tokens:
+        parts = {"class": prefix[:, 0].float(), "mean": patches.float().mean(dim=1)}
+        pooled.append(torch.cat([parts["class"], parts["mean"]], dim=1) if pooling == "class_mean" else parts[pooling])
+    return pooled
+
+
+class FeatureFiles:
+    """A folder of features: `<split>_block_NN.npy` float16 [n, F] and `<split>_labels.npy` int64 [n], rows in the order of the samples.
+
+    manifest.json appears last and says what the features were made from, so a folder with one is whole.
+
+    Args:
+        made_from: JSON-able; all that decides the numbers (pictures, weights, settings).  sizes: split -> n.  width: F.
+    """
+
+    def __init__(self, folder: Path, made_from: dict, *, blocks: tuple[int, ...], sizes: dict[str, int], width: int) -> None:
+        self.folder, self._made_from, self._blocks, self._sizes, self._width = Path(folder), made_from, blocks, sizes, width
+        self.fingerprint = sha256_of_json(made_from)
+
+    def state(self) -> Literal["whole", "absent", "other"]:
+        """whole: these features lie there; other: features of something else do."""
+        path = self.folder / MANIFEST_NAME
+        if not path.is_file():
+            return "absent"
+        manifest = json.loads(path.read_text())
+        files = [self._path(split, name) for split in self._sizes for name in ("labels", *map(self._block_name, self._blocks))]
+        return "whole" if manifest.get("fingerprint") == self.fingerprint and all(path.is_file() for path in files) else "other"
+
+    def create(self) -> None:
+        """Make the files in full size, their rows to be written by all ranks. One rank calls it.
+
+        Raises: UserError if the disk is too small.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.folder / MANIFEST_NAME, *self.folder.glob("*.npy")):
+            path.unlink(missing_ok=True)
+        needed, free = np.dtype(STORED).itemsize * self._width * len(self._blocks) * sum(self._sizes.values()), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise UserError(f"{self.folder}: the features take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; give another --out, or fewer blocks in probe.blocks")
+        for split, number in self._sizes.items():
+            np.lib.format.open_memmap(self._path(split, "labels"), "w+", np.int64, (number,)).flush()
+            for block in self._blocks:
+                np.lib.format.open_memmap(self._path(split, self._block_name(block)), "w+", STORED, (number, self._width)).flush()
+
+    def write(self, split: str, rows: Iterable[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]) -> None:
+        """Write rows of any number of pictures, in any order.
+
+        Args:
+            rows: samples int64 [b], labels int64 [b], and float16 [b, F] a block.
+        """
+        # Written, not mapped: ranks on several nodes write rows of one memory page, and over NFS a mapped page goes back as a whole.
+        names = ("labels", *map(self._block_name, self._blocks))
+        starts = [np.load(self._path(split, name), mmap_mode="r").offset for name in names]
+        files = [os.open(self._path(split, name), os.O_WRONLY) for name in names]
+        try:
+            for samples, labels, features in rows:
+                order = np.argsort(samples)
+                borders = np.flatnonzero(np.diff(samples[order]) != 1) + 1
+                for file, start, values in zip(files, starts, (labels, *features)):
+                    row_bytes = values[:1].nbytes
+                    for chosen in np.split(order, borders) if len(order) else ():
+                        os.pwrite(file, np.ascontiguousarray(values[chosen]).data, start + int(samples[chosen[0]]) * row_bytes)
+            for file in files:
+                os.fsync(file)
+        finally:
+            for file in files:
+                os.close(file)
+
+    def finish(self) -> None:
+        """All rows are there. One rank calls it."""
+        write_json(self.folder / MANIFEST_NAME, {"fingerprint": self.fingerprint, "made_from": self._made_from})
+
+    def labels(self, split: str) -> torch.Tensor:
+        """int64 [n]."""
+        return torch.from_numpy(np.load(self._path(split, "labels")))
+
+    def features(self, split: str, block: int) -> torch.Tensor:
+        """float16 [n, F], mapped from the file: what is not looked at is not read."""
+        return torch.from_numpy(np.load(self._path(split, self._block_name(block)), mmap_mode="c"))  # copy on write, so that torch may have it
+
+    def _path(self, split: str, name: str) -> Path:
+        return self.folder / f"{split}_{name}.npy"
+
+    def _block_name(self, block: int) -> str:
+        return f"block_{block:02d}"
+
+
+class Stopped(Exception):
+    """The ranks were asked to stop."""
+
+
+def take_features(
+    backbone: Beit, batches: Iterable, *, blocks: tuple[int, ...], pooling: str, precision: Literal["bf16", "fp32"], device: torch.device, stop_requested: Callable[[], bool]
+):
+    """Features of this rank's pictures, for `FeatureFiles.write`. Collective where `stop_requested` is.
+
+    Args:
+        batches: have `.images_norm`, `.labels`, `.samples` (int64 [B], -1 where a row only fills the batch up).
+    Yields: samples, labels, and float16 [b, F] a block.
+    Raises: Stopped; UserError if a feature is not finite.
+    """
+    clipped = 0
+    for batch in batches:
+        if stop_requested():
+            raise Stopped
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            features = pooled_features(backbone, batch.images_norm, blocks, pooling)
+        real = batch.samples >= 0
+        stacked = torch.stack(features)[:, real]
+        if not bool(torch.isfinite(stacked).all()):
+            raise UserError(f"the backbone gives values that are not finite in {precision}; set probe.precision=fp32, or check the weights")
+        clipped += int((stacked.abs() > LARGEST).sum())
+        halves = stacked.clamp(-LARGEST, LARGEST).half().cpu().numpy()
+        yield batch.samples[real].cpu().numpy(), batch.labels[real].cpu().numpy(), list(halves)
+    if clipped:
+        logger.warning("%d feature values beyond %.0f were clipped to it, the largest that a file of features holds", clipped, LARGEST)
+
+
+def rows_of(features: torch.Tensor, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """How classifiers and neighbours see stored features: int64 [b] on the CPU -> float32 [b, F] on `device`.
+
+    Args:
+        features: [n, F]; moved to a GPU whole where that leaves half of its free memory, else row by row as asked for.
+    """
+    if device.type == "cuda" and 2 * features.numel() * features.element_size() < torch.cuda.mem_get_info(device)[0]:
+        features = features.to(device)
+    return lambda index: features[index.to(features.device)].to(device, torch.float32, non_blocking=True)

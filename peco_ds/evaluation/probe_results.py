@@ -1,0 +1,75 @@
+"""Results of a linear probe: one file a layer while it runs, a table and a plot over the layers when it is done.
+
+A layer's result is {"block", "linear": [{"lr", "top1", "top5"}], "knn": {k: top1}}, in percent.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from peco_ds.config import ProbeRecipe
+from peco_ds.schema import write_json
+
+
+class LayerResults:
+    """One file a layer, so that ranks need not wait for one another and a second start goes on where the first was stopped.
+
+    Args:
+        key: a result under another one is not ours.
+    """
+
+    def __init__(self, folder: Path, key: str, blocks: tuple[int, ...]) -> None:
+        self._folder, self._key, self._blocks = folder, key, blocks
+
+    def missing(self) -> list[int]:
+        return [block for block in self._blocks if self._read(block) is None]
+
+    def write(self, block: int, result: dict) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._path(block), {"key": self._key, **result})
+
+    def read(self) -> list[dict]:
+        return [self._read(block) for block in self._blocks]
+
+    def _read(self, block: int) -> dict | None:
+        path = self._path(block)
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        return {name: value for name, value in found.items() if name != "key"} if found.get("key") == self._key else None
+
+    def _path(self, block: int) -> Path:
+        return self._folder / f"block_{block:02d}.json"
+
+
+def table(cfg: ProbeRecipe, layers: list[dict], source: str) -> str:
+    """Markdown: one row a block, top-1 of every rate and every k."""
+    rates, ks = [row["lr"] for row in layers[0]["linear"]], list(layers[0]["knn"])
+    heads = ["block", *(f"linear, lr {rate:g}" for rate in rates), *(f"{k}-NN" for k in ks)]
+    rows = [[str(layer["block"]), *(f"{row['top1']:.2f}" for row in layer["linear"]), *(f"{layer['knn'][k]:.2f}" for k in ks)] for layer in layers]
+    settings = cfg.probe
+    lines = [
+        f"# {cfg.name}: {source}",
+        "",
+        f"Top-1 in percent on `{cfg.data.val_images}`, frozen features ({settings.pooling}, {settings.image_px} px central crops, no augmentation), {settings.epochs} epochs of AdamW at batch {settings.global_batch}.",
+        "",
+        *("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: Path, layers: list[dict], title: str) -> None:
+    """Top-1 over the blocks."""
+    blocks = [layer["block"] for layer in layers]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for place, row in enumerate(layers[0]["linear"]):
+        axes.plot(blocks, [layer["linear"][place]["top1"] for layer in layers], marker="o", markersize=3, label=f"linear, lr {row['lr']:g}")
+    for k in layers[0]["knn"]:
+        axes.plot(blocks, [layer["knn"][k] for layer in layers], linestyle="--", label=f"{k}-NN")
+    axes.set(xlabel="block", ylabel="top-1 (%)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(str(path))

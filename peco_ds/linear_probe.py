@@ -1,0 +1,260 @@
+"""Probe frozen weights: a linear classifier and nearest neighbours on the features after every block.
+
+    python peco_ds/linear_probe.py --recipe probe_vitb16 init.weights=runs/peco_vitb16
+    torchrun --nproc_per_node 8 peco_ds/linear_probe.py --recipe probe_vith14 init.weights=vith14_release "probe.lrs=[1e-3,4e-3]"
+
+Features are taken once and kept in OUT/features; started again with other learning rates it reads them. OUT/features may be deleted afterwards. A probe that
+was stopped starts its features over, and keeps the layers that were done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+
+from peco_ds.command_line import parse_stage, run, stage_parser
+from peco_ds.config import ProbeRecipe
+from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
+
+logger = logging.getLogger("peco_ds")
+
+IMAGENET_1K_VAL = 50_000  # what a dry run assumes where no set is packed yet
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = stage_parser(__doc__.splitlines()[0], recipe="probe_vitb16", deepspeed_config=None)
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results (default: runs/RECIPE_NAME)")
+    args, resolved = parse_stage(parser, ProbeRecipe, argv)
+    return dry_run(args, resolved.recipe) if args.dry_run else take_and_probe(args, resolved)
+
+
+def dry_run(args, cfg: ProbeRecipe) -> int:
+    """Check everything that needs no ranks, and say what the probe would cost."""
+    from peco_ds.config import data_path
+    from peco_ds.evaluation.features import feature_bytes, feature_width
+    from peco_ds.planner.report import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN
+    from peco_ds.planner.shapes import FLOPS_PER_MAC, TRAINING_OVER_FORWARD, mim_macs
+
+    weights = read(cfg)
+    settings, blocks = cfg.probe, blocks_of(cfg, weights)
+    assumed = not data_path(cfg.data, cfg.data.images).exists()
+    if assumed:
+        sizes, num_classes = (IMAGENET_1K_TRAIN, IMAGENET_1K_VAL), IMAGENET_1K_CLASSES
+    else:
+        train, val, classes = labelled_pictures(cfg)
+        sizes, num_classes = (train.num_samples, val.num_samples), len(classes)
+    width = feature_width(weights.model.width, settings.pooling)
+    size = feature_bytes(weights.model.width, settings.pooling, num_blocks=len(blocks), num_pictures=sum(sizes))
+    backbone = FLOPS_PER_MAC * mim_macs(replace(weights.model, image_px=settings.image_px), num_codes=0, masked=0).backbone * sum(sizes)
+    # No gradient goes back to the features, so a training step is two products and not three.
+    classifiers = FLOPS_PER_MAC * (TRAINING_OVER_FORWARD - 1) * width * num_classes * len(settings.lrs) * len(blocks) * settings.epochs * sizes[0]
+    lines = [
+        f"{cfg.name}: linear probe of {weights.source} ({weights.kind})",
+        f"pictures            {sizes[0]:,} to train, {sizes[1]:,} to measure, {num_classes} classes" + (" (assumed: ImageNet-1K; no set was read)" if assumed else ""),
+        f"features            {len(blocks)} blocks x {width} numbers a picture ({settings.pooling}), {size / 1e9:.4g} GB in {args.out / 'features'}",
+        f"compute             backbone {backbone:.3g} FLOP, once; {len(blocks) * len(settings.lrs)} classifiers x {settings.epochs} epochs {classifiers:.3g} FLOP",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return EXIT_DONE
+
+
+def take_and_probe(args, resolved) -> int:
+    from peco_ds.evaluation.features import TRAIN, VAL, FeatureFiles, Stopped, feature_width
+    from peco_ds.evaluation.probe_results import LayerResults
+    from peco_ds.runtime.distributed import start_world
+    from peco_ds.schema import sha256_of_json
+
+    cfg: ProbeRecipe = resolved.recipe
+    settings = cfg.probe
+    train, val, classes = labelled_pictures(cfg)  # bad input is refused before any rank joins another
+    weights = read(cfg)
+    blocks = blocks_of(cfg, weights)
+
+    world = start_world()
+    made_from = features_made_from(cfg, weights, blocks, train, val)
+    sizes = {TRAIN: train.num_samples, VAL: val.num_samples}
+    files = FeatureFiles(args.out / "features", made_from, blocks=blocks, sizes=sizes, width=feature_width(weights.model.width, settings.pooling))
+    try:
+        make_features(cfg, files, weights, blocks, {TRAIN: train, VAL: val}, world)
+    except Stopped:
+        return EXIT_REQUEUE
+    results = LayerResults(args.out / "layers", sha256_of_json([files.fingerprint, len(classes), asdict(settings)]), blocks)
+    missing = world.gather_objects(results.missing())[0]  # one list for all: a rank that is late would miss what another has finished meanwhile
+    try:
+        for block in missing[world.rank :: world.size]:
+            results.write(block, probe_layer(files, block, settings, len(classes), world))
+    except Stopped:
+        return EXIT_REQUEUE
+    # No collective from here on: layers end hours apart where they are many, and a process group gives up after minutes.
+    while world.is_main and results.missing():
+        if world.stop_seen:
+            return EXIT_REQUEUE
+        time.sleep(0.5)
+    if world.is_main:
+        report(args.out, resolved, results.read(), made_from, weights, len(classes))
+    return EXIT_DONE
+
+
+# ---------------------------------------------------------------------------------------------- what is probed
+
+
+def read(cfg: ProbeRecipe):
+    from peco_ds.convert.read import read_weights
+    from peco_ds.runtime.run_weights import read_run
+
+    weights = read_weights(cfg.init.weights, average=cfg.init.average, read_run=read_run)
+    if cfg.probe.image_px % weights.model.patch_px:
+        raise UserError(f"probe.image_px {cfg.probe.image_px}: not a multiple of the patch size {weights.model.patch_px} of {weights.source}")
+    return weights
+
+
+def blocks_of(cfg: ProbeRecipe, weights) -> tuple[int, ...]:
+    """Block numbers from 1, increasing.
+
+    Raises: UserError for one that the weights do not have.
+    """
+    depth = weights.model.depth
+    wrong = [number for number in cfg.probe.blocks if not 1 <= number <= depth]
+    if wrong:
+        raise UserError(f"probe.blocks {list(cfg.probe.blocks)}: {weights.source} has blocks 1 to {depth}, not {wrong[0]}")
+    return tuple(sorted(set(cfg.probe.blocks))) or tuple(range(1, depth + 1))
+
+
+def labelled_pictures(cfg: ProbeRecipe):
+    """Training and held-out pictures, and the class names that both have."""
+    from peco_ds.config import data_path
+    from peco_ds.data.labelled import check_labels
+    from peco_ds.data.loaders import Pictures
+
+    train, val = Pictures(data_path(cfg.data, cfg.data.images)), Pictures(data_path(cfg.data, cfg.data.val_images))
+    classes = check_labels(train, "data.images")
+    if check_labels(val, "data.val_images") != classes:
+        raise UserError(f"data.val_images {val.folder}: its classes are not those of {train.folder}, or stand in another order; pack both from the same class folders")
+    return train, val, classes
+
+
+def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train, val) -> dict:
+    """All that decides the features' values."""
+    from peco_ds.models.peco_tokenizer import tokenizer_fingerprint
+
+    settings = cfg.probe
+    return {
+        "weights": tokenizer_fingerprint(asdict(weights.model), weights.tensors),
+        "train_images": train.manifest.fingerprint(),
+        "val_images": val.manifest.fingerprint(),
+        "blocks": list(blocks),
+        "pooling": settings.pooling,
+        "image_px": settings.image_px,
+        "crop": settings.crop,
+        "precision": settings.precision,
+        "mean": list(weights.mean),
+        "std": list(weights.std),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- the two halves
+
+
+def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], pictures: dict, world) -> None:
+    """Take the features unless they lie there. Collective.
+
+    Raises: Stopped.
+    """
+    from peco_ds.convert.initialize import feature_backbone
+    from peco_ds.data.labelled import evaluation_batches
+    from peco_ds.evaluation.features import take_features
+
+    settings = cfg.probe
+    state = world.gather_objects(files.state())[0]
+    if state == "whole":
+        logger.info("features of these pictures and weights lie in %s and are read", files.folder)
+        return
+    logger.info("taking features into %s%s", files.folder, "; those that lie there are of other pictures, weights or settings" if state == "other" else "")
+    fault = ""
+    if world.is_main:
+        try:
+            files.create()
+        except UserError as error:
+            fault = str(error)
+    world.agree(fault)
+    backbone = feature_backbone(weights, settings.image_px).to(world.device)
+    for split, whole_set in pictures.items():
+        batches = evaluation_batches(
+            whole_set,
+            rank=world.rank,
+            world_size=world.size,
+            batch=settings.feature_batch,
+            image_px=settings.image_px,
+            crop=settings.crop,
+            mean=weights.mean,
+            std=weights.std,
+            num_workers=cfg.data.num_workers,
+            device=world.device,
+        )
+        rows = take_features(backbone, batches, blocks=blocks, pooling=settings.pooling, precision=settings.precision, device=world.device, stop_requested=world.stop_requested)
+        files.write(split, rows)
+    world.barrier()
+    if world.is_main:
+        files.finish()
+    world.barrier()
+
+
+def probe_layer(files, block: int, settings, num_classes: int, world) -> dict:
+    """One layer's accuracies, as `probe_results` keeps them.
+
+    Raises: Stopped.
+    """
+    from peco_ds.evaluation.features import TRAIN, VAL, Stopped, rows_of
+    from peco_ds.evaluation.linear_probes import probe
+
+    def stop() -> None:
+        if world.stop_seen:
+            raise Stopped
+
+    train, val = ((rows_of(files.features(split, block), world.device), files.labels(split)) for split in (TRAIN, VAL))
+    return {"block": block, **probe(train, val, settings, num_classes=num_classes, device=world.device, stop=stop)}
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def report(out: Path, resolved, layers: list[dict], made_from: dict, weights, num_classes: int) -> None:
+    """probe.json, probe.md, layers.png and one line."""
+    from peco_ds.evaluation.probe_results import plot, table
+    from peco_ds.runtime.run_folder import commit, versions
+    from peco_ds.schema import write_json
+
+    def best_linear(layer: dict) -> dict:
+        return max(layer["linear"], key=lambda row: row["top1"])
+
+    best = max(layers, key=lambda layer: best_linear(layer)["top1"])
+    found = best_linear(best)
+    summary = {"block": best["block"], "lr": found["lr"], "top1": found["top1"], "top5": found["top5"], "knn": best["knn"]}
+    record = {
+        "best": summary,
+        "layers": layers,
+        "num_classes": num_classes,
+        "weights": {"source": weights.source, "kind": weights.kind, "facts": weights.facts},
+        "made_from": made_from,
+        "settings": json.loads(json.dumps(resolved.as_dict())),
+        "command": shlex.join(sys.argv),
+        "commit": commit(),
+        "versions": versions(),
+    }
+    write_json(out / "probe.json", record)
+    (out / "probe.md").write_text(table(resolved.recipe, layers, weights.source))
+    plot(out / "layers.png", layers, weights.source)
+    neighbours = "".join(f", {k}-NN {top1:.2f}" for k, top1 in best["knn"].items())
+    sys.stdout.write(f"best block {summary['block']} of {weights.model.depth}: linear top-1 {summary['top1']:.2f} (lr {summary['lr']:g}), top-5 {summary['top5']:.2f}{neighbours}; all blocks in {out / 'probe.md'}\n")
+
+
+if __name__ == "__main__":
+    run(main)

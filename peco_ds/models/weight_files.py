@@ -1,0 +1,62 @@
+"""Files of weights that strangers wrote: read without running anything that is in them, and named for what they are where they are none."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from peco_ds.errors import UserError
+
+_LFS = b"version https://git-lfs"
+_WEB_PAGE = (b"<!doctype", b"<html", b"<?xml")
+_NOT_A_WEIGHTS_FILE = "not a readable weights file"
+
+
+def read_tensor_file(path: str | Path) -> dict:
+    """What a .safetensors or a torch.save file (.pth, .pt, .bin, .pth.tar) holds, its tensors on the CPU.
+
+    Tensors are mapped where the format allows it: they take memory once they are read. Of pickles only tensors, plain containers and argparse.Namespace
+    (MoCo v3 and DINO store their command line) are unpickled.
+
+    Raises: UserError if the file is missing, a folder, empty, a web page, a git-LFS pointer, damaged or cut short, would run code, or holds no dictionary.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a weights file; name the file in it")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; correct the path")
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip()
+    if not start:
+        raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: it is empty; fetch it again")
+    if start.startswith(_LFS):
+        raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: a git-LFS pointer, the weights were not fetched; run `git lfs pull` in its repository")
+    if start.lower().startswith(_WEB_PAGE):
+        raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: a web page (a log-in or an error page was saved under this name); fetch it again, logged in")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+    except Exception as error:  # a damaged pickle ends in IndexError, struct.error or AssertionError, wherever the reader happens to stand
+        raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: {_reason(error, path)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: it holds a {type(content).__name__}, no dictionary of tensors; save model.state_dict() instead")
+    return content
+
+
+def _unpickle(path: Path) -> object:
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # torch maps no other format
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _reason(error: Exception, path: Path) -> str:
+    text = " ".join(str(error).split())
+    code = re.search(r"(?:GLOBAL|class) ([\w.]+)", text)
+    if "Weights only load failed" in text and code and "nsupported" in text:
+        return f"its pickle calls {code[1]}, which could run anything and was not run; ask for safetensors, or save its tensors alone on a machine where you trust it"
+    detail = text[:120] or type(error).__name__
+    return f"damaged or cut short at {path.stat().st_size} bytes ({detail}); fetch it again"
