@@ -128,7 +128,6 @@ def write_results(out: Path, seeds: int) -> None:
         "commit": provenance["commit"],
         "versions": provenance["versions"],
         "top1": {start: [curve[-1]["top1"] for curve in of_seeds] for start, of_seeds in curves.items()},
-        "top1_of_the_average": {start: [curve[-1]["ema_top1"] for curve in of_seeds] for start, of_seeds in curves.items()},
         "curves": curves,
         "pretraining": {f"{target}_{seed}": rows(f"mim_{target}_{seed}", "metrics.jsonl")[-1] for target in TARGETS for seed in range(seeds)},
         "tokenizers": {target: read(f"codes_{target}.json") for target in TARGETS},
@@ -143,10 +142,10 @@ def write_results(out: Path, seeds: int) -> None:
 
 
 def table(results: dict) -> str:
-    lines = ["| start | top-1, each seed | mean | top-1 of the moving average, mean |", "|---|---|---|---|"]
+    lines = ["| start | top-1, each seed | mean |", "|---|---|---|"]
     for start, label in STARTS.items():
-        top1, averaged = results["top1"][start], results["top1_of_the_average"][start]
-        lines.append(f"| {label} | {', '.join(f'{value:.1f}' for value in top1)} | {statistics.mean(top1):.1f} | {statistics.mean(averaged):.1f} |")
+        top1 = results["top1"][start]
+        lines.append(f"| {label} | {', '.join(f'{value:.1f}' for value in top1)} | {statistics.mean(top1):.1f} |")
     heads = "PSNR | SSIM | codes used | perplexity | bag of codes: linear / k-NN | mean code vector: linear / k-NN | MIM loss | masked accuracy | best layer's linear / k-NN probe"
     lines += ["", f"| tokens | {heads} |", "|" + "---|" * 10]
     for target in TARGETS:
