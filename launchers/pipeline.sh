@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole way as a chain of jobs: pictures -> image shards -> tokenizer -> token shards -> pre-training -> release.
+# The whole way as a chain of jobs: pictures -> image shards -> tokenizer -> token shards -> pre-training -> release; with validation
+# pictures on to fine-tuning -> release of the classifier -> top-1.
 set -euo pipefail
 
 usage() {
@@ -10,10 +11,18 @@ usage: bash launchers/pipeline.sh IMAGES_DIR OUT_DIR [vitb|vitl|vith] [-- key.su
   OUT_DIR      seen by all nodes; gets images/ tokenizer_run/ tokens/ pretrain/ release/ logs/
   after --     settings of the masked pre-training recipe; they go to tokenization and pre-training, which read the same one
 
-Further arguments of one stage, split at spaces, from the environment: PREPARE_ARGS TOKENIZER_ARGS TOKENIZE_ARGS PRETRAIN_ARGS
-CONVERT_ARGS (default: --to timm). The recipe wants TOKENIZER_ARGS="perceptual.weights=/path/to/vit-b-300ep.pth.tar"; the tokenizer
-is judged on the last 64 pictures, which its training leaves out (data.holdout). TOKENIZE_PARTS (default 8) array tasks share the
-tokenization. sbatch options: cluster.env.
+VAL_DIR=DIR in the environment, validation pictures in the same class folders, takes the chain on to the final top-1: fine-tuning at
+224 px, for vith then at 448 px, release, evaluation. OUT_DIR gets val_images/ finetune/ finetune_448/ classifier/ top1.json too.
+
+Further arguments of one stage, split at spaces, from the environment:
+  PREPARE_ARGS       both sets of pictures; fine-tuning at 448 px wants them larger than tokenizer and pre-training do
+  PREPARE_VAL_ARGS   after these, the set of VAL_DIR alone; ILSVRC's flat folder: "--synsets LOC_val_solution.csv"
+  TOKENIZER_ARGS     the recipe wants "perceptual.weights=/path/to/vit-b-300ep.pth.tar"; the tokenizer is judged on the last 64
+                     pictures, which its training leaves out (data.holdout)
+  TOKENIZE_ARGS PRETRAIN_ARGS EVALUATE_ARGS
+  CONVERT_ARGS       both releases; default "--to timm"
+  FINETUNE_ARGS FINETUNE_448_ARGS   a model size changed after -- has to be changed in each of them as well
+TOKENIZE_PARTS (default 8) array tasks share the tokenization. sbatch options: cluster.env.
 Prints one line a job: stage and job id. A job starts when the one before it has succeeded; if one fails the rest is cancelled.
 EOF
 }
@@ -21,6 +30,10 @@ EOF
 fail() {
     echo "error: $*" >&2
     exit 2
+}
+
+class_folders() {
+    (cd "$1" && shopt -s nullglob && for folder in */; do echo "${folder%/}"; done | LC_ALL=C sort)
 }
 
 [ "${1:-}" != --help ] || { usage; exit 0; }
@@ -43,6 +56,20 @@ esac
 [ $# -eq 0 ] || shift
 mim_settings=("$@")
 [ -d "$images_dir" ] || fail "$images_dir: no such folder of pictures"
+val_dir="${VAL_DIR:-}"
+if [ -n "$val_dir" ]; then
+    [ -d "$val_dir" ] || fail "VAL_DIR $val_dir: no such folder of pictures"
+    [ -n "$(class_folders "$images_dir")" ] || fail "$images_dir: holds no class folders; fine-tuning needs them, leave VAL_DIR out to end at the release"
+    if [[ "${PREPARE_ARGS:-} ${PREPARE_VAL_ARGS:-}" != *--synsets* ]]; then  # found out by fine-tuning, it would cost a pre-training of waiting
+        differing="$(LC_ALL=C comm -3 <(class_folders "$images_dir") <(class_folders "$val_dir") | tr -d '\t')"
+        [ -z "$differing" ] || fail "VAL_DIR $val_dir: class folder '${differing%%$'\n'*}' is not in it and $images_dir alike;" \
+            "give both the same classes, or name a flat folder's labels by PREPARE_VAL_ARGS=\"--synsets FILE\""
+    fi
+fi
+for name in PREPARE_VAL_ARGS FINETUNE_ARGS FINETUNE_448_ARGS EVALUATE_ARGS; do
+    [ -z "${!name:-}" ] || [ -n "$val_dir" ] || fail "$name is set, but without VAL_DIR the chain ends at the release; set VAL_DIR, or unset $name"
+done
+[ -z "${FINETUNE_448_ARGS:-}" ] || [ "$size" = vith ] || fail "FINETUNE_448_ARGS is set, but $size is fine-tuned at 224 px alone; unset it"
 command -v sbatch > /dev/null || fail "sbatch is not on the PATH; run this on a login node of the cluster"
 parts="${TOKENIZE_PARTS:-8}"
 [[ "$parts" =~ ^[1-9][0-9]*$ ]] || fail "TOKENIZE_PARTS '$parts': a number of array tasks, at least 1"
@@ -52,22 +79,28 @@ launchers="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$launchers/cluster.env"
 mkdir -p "$out/logs"
 images_dir="$(cd "$images_dir" && pwd)"
+[ -z "$val_dir" ] || val_dir="$(cd "$val_dir" && pwd)"
 out="$(cd "$out" && pwd)"  # recipes take relative paths under data.root
 
 read -r -a prepare_args <<< "${PREPARE_ARGS:-}"
+read -r -a prepare_val_args <<< "${PREPARE_VAL_ARGS:-}"
 read -r -a tokenizer_args <<< "${TOKENIZER_ARGS:-}"
 read -r -a tokenize_args <<< "${TOKENIZE_ARGS:-}"
 read -r -a pretrain_args <<< "${PRETRAIN_ARGS:-}"
 read -r -a convert_args <<< "${CONVERT_ARGS:---to timm}"
+read -r -a finetune_args <<< "${FINETUNE_ARGS:-}"
+read -r -a finetune_448_args <<< "${FINETUNE_448_ARGS:-}"
+read -r -a evaluate_args <<< "${EVALUATE_ARGS:-}"
 read -r -a sbatch_args <<< "$PECO_SBATCH_ARGS"
 read -r -a train_sbatch_args <<< "$PECO_SBATCH_TRAIN_ARGS"
 
 jobs=()
+as=
 trap '[ $? = 0 ] || [ ${#jobs[@]} = 0 ] || scancel "${jobs[@]}"' EXIT  # half a chain would wait for what never comes
 
-# submit STAGE [sbatch option ...] -- [stage argument ...]   after the job submitted last
+# [as=NAME] submit STAGE [sbatch option ...] -- [stage argument ...]   after the job submitted last; NAME is for a stage that runs twice
 submit() {
-    local stage="$1" options=() id
+    local stage="$1" name="${as:-$1}" options=() id
     shift
     while [ "$1" != -- ]; do
         options+=("$1")
@@ -75,14 +108,17 @@ submit() {
     done
     shift
     [ ${#jobs[@]} = 0 ] || options+=(--dependency="afterok:${jobs[-1]}" --kill-on-invalid-dep=yes)
-    id="$(sbatch --parsable --output="$out/logs/$stage-%A.log" "${sbatch_args[@]}" "${options[@]}" "$launchers/$stage.sbatch" "$@")"
+    id="$(sbatch --parsable --output="$out/logs/$name-%A.log" "${sbatch_args[@]}" "${options[@]}" "$launchers/$stage.sbatch" "$@")"
     jobs+=("${id%%;*}")  # "id;cluster" on a federation
-    echo "$stage ${jobs[-1]}"
+    echo "$name ${jobs[-1]}"
 }
 
 data=(data.images="$out/images" data.tokens="$out/tokens" data.tokenizer="$out/tokenizer_run/tokenizer")
 
 submit prepare_data -- --images "$images_dir" --out "$out/images" "${prepare_args[@]}"
+if [ -n "$val_dir" ]; then
+    as=prepare_val submit prepare_data -- --images "$val_dir" --out "$out/val_images" "${prepare_args[@]}" "${prepare_val_args[@]}"
+fi
 submit train_tokenizer "${train_sbatch_args[@]}" -- --out "$out/tokenizer_run" data.images="$out/images" data.val_images= data.holdout=64 \
     "${tokenizer_args[@]}"
 submit tokenize --array="0-$((parts - 1))" --output="$out/logs/tokenize-%A_%a.log" -- \
@@ -90,3 +126,15 @@ submit tokenize --array="0-$((parts - 1))" --output="$out/logs/tokenize-%A_%a.lo
 submit tokenize_finish -- --recipe "$recipe" "${data[@]}" "${mim_settings[@]}" "${tokenize_args[@]}"
 submit "pretrain_$size" "${train_sbatch_args[@]}" -- --out "$out/pretrain" "${data[@]}" "${mim_settings[@]}" "${pretrain_args[@]}"
 submit convert -- "$out/pretrain" --out "$out/release" "${convert_args[@]}"
+[ -n "$val_dir" ] || exit 0
+
+labelled=(data.images="$out/images" data.val_images="$out/val_images")
+classifier="$out/finetune"
+submit "finetune_$size" "${train_sbatch_args[@]}" -- --out "$classifier" "${labelled[@]}" init.weights="$out/pretrain" "${finetune_args[@]}"
+if [ "$size" = vith ]; then
+    submit finetune_vith_448 "${train_sbatch_args[@]}" -- --out "$out/finetune_448" "${labelled[@]}" init.weights="$classifier" \
+        "${finetune_448_args[@]}"
+    classifier="$out/finetune_448"
+fi
+as=convert_classifier submit convert -- "$classifier" --out "$out/classifier" "${convert_args[@]}"
+submit evaluate -- "$out/classifier" --images "$out/val_images" --out "$out/top1.json" "${evaluate_args[@]}"

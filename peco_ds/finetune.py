@@ -40,6 +40,9 @@ def dry_run(args, resolved) -> int:
     manifest = None if assumed else read_manifest(images, ImageManifest)
     num_samples = IMAGENET_1K_TRAIN if assumed else manifest.samples
     num_classes = len(manifest.classes or ()) if manifest else IMAGENET_1K_CLASSES
+    val_images = data_path(cfg.data, cfg.data.val_images)
+    if manifest and val_images.exists() and read_manifest(val_images, ImageManifest).classes != manifest.classes:
+        raise UserError(other_classes(val_images, images))
     start = "scratch: init.weights is empty"
     if cfg.init.weights:
         weights = read_weights(cfg.init.weights, average=cfg.init.average, read_run=read_run)
@@ -78,7 +81,7 @@ def train(args, resolved) -> int:
     pictures, held_out = Pictures(data_path(cfg.data, cfg.data.images)), Pictures(data_path(cfg.data, cfg.data.val_images))
     classes = check_labels(pictures, "data.images")
     if check_labels(held_out, "data.val_images") != classes:
-        raise UserError(f"data.val_images {held_out.folder}: its classes are not those of {pictures.folder}, or stand in another order; pack both from the same class folders")
+        raise UserError(other_classes(held_out.folder, pictures.folder))
     TrainCrop(cfg.augment, cfg.model.image_px)  # a misspelt augment.auto_augment shows here
     durations = resolve_durations(cfg, pictures.num_samples)
     fingerprint = pictures.manifest.fingerprint()
@@ -177,6 +180,10 @@ def train(args, resolved) -> int:
             average = f", moving average {quality['ema_top1']:.2f}" if ema else ""
             sys.stdout.write(f"top-1 {quality['top1']:.2f}{average} on {quality['pictures']} pictures\n")
     return EXIT_DONE
+
+
+def other_classes(val_images: Path, images: Path) -> str:
+    return f"data.val_images {val_images}: its classes are not those of {images}, or stand in another order; pack both from the same class folders"
 
 
 def origin_from(weights, fresh: list[str]) -> dict:

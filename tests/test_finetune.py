@@ -2,12 +2,15 @@
 
 import json
 
+import beit_samples
 import pytest
 import torch
 from conftest import REPOSITORY, run_stage
 
 from peco_ds import finetune
+from peco_ds.config import ModelSettings
 from peco_ds.convert.initialize import classifier_of
+from peco_ds.convert.read import read_weights
 from peco_ds.data.labelled import evaluation_batches
 from peco_ds.data.loaders import Pictures
 from peco_ds.errors import UserError
@@ -149,6 +152,56 @@ def test_224_then_448_in_small_from_a_pretraining_run_to_a_classifier_of_twice_t
     assert large.tensors["blocks.0.attn.relative_position_bias_table"].shape == (15**2 + 3, 3)
     assert json.loads((tmp_path / "large" / "provenance.json").read_text())["fresh"] == []
     torch.testing.assert_close(large.tensors["head.weight"], read_run(tmp_path / "small", "ema").tensors["head.weight"], atol=1e-6, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def from_official(labelled_sets, tmp_path_factory):
+    """One step each from files in others' layouts: unilm's base model at full size, a BEiT v2 file, folders that transformers wrote; what they held, by name."""
+    from transformers import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
+
+    folder, held = tmp_path_factory.mktemp("official"), {}
+    base = ModelSettings(image_px=224, patch_px=16, width=768, depth=12, heads=12)
+    tables = ["rel_pos_bias.relative_position_bias_table"]
+    held["pt22k"] = beit_samples.drawn(beit_samples.mim_shapes(base, 8192))
+    torch.save({"model": held["pt22k"] | beit_samples.index_buffers(tables, base)}, folder / "pt22k.pth")
+    held["v2"] = beit_samples.drawn(beit_samples.mim_shapes(beit_samples.SMALL), seed=1)
+    branch = beit_samples.drawn({f"cls_pt_layers.0.{name}": shape for name, shape in beit_samples.block_shapes(96, 384).items()})
+    torch.save({"model": held["v2"] | branch}, folder / "v2.pth")
+    sizes = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, intermediate_size=384, image_size=64, patch_size=16, layer_norm_eps=1e-6, vocab_size=50)
+    shared = dict(use_mask_token=True, use_shared_relative_position_bias=True, use_mean_pooling=True)
+    BeitForMaskedImageModeling(BeitConfig(**sizes, **shared)).save_pretrained(folder / "hf_mim")
+    BeitForImageClassification(BeitConfig(**sizes, use_relative_position_bias=True, use_mean_pooling=True, num_labels=4)).save_pretrained(folder / "hf_classifier")
+    (folder / "hf_classifier" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 64, "do_center_crop": False}))
+    held |= {name: read_weights(folder / name).tensors for name in ("hf_mim", "hf_classifier")}
+    small = ["model.image_px=64", "model.patch_px=16", "model.width=96", "model.depth=3"]
+    large = ["model.image_px=224", "model.patch_px=16", "model.width=768", "model.depth=12", "model.heads=12", "evaluation.batch=4", "ema.decay=0"]
+    cases = []
+    for name, source in (("pt22k", "pt22k.pth"), ("v2", "v2.pth"), ("hf_mim", "hf_mim"), ("hf_classifier", "hf_classifier")):
+        extra = [*(large if name == "pt22k" else small), f"init.weights={folder / source}", "schedule.steps=1", "schedule.warmup_steps=0", "optim.lr=1e-4", "run.global_batch=4"]
+        cases.append(case(labelled_sets, folder, f"run_{name}", zero=0, extra=extra))
+    (folder / "cases.json").write_text(json.dumps(cases))
+    run_stage(str(REPOSITORY / "tests" / "many_runs.py"), folder / "cases.json", timeout_s=900)
+    return folder, held
+
+
+@pytest.mark.parametrize("name, head_is_kept", [("pt22k", False), ("v2", False), ("hf_mim", False), ("hf_classifier", True)])
+def test_one_step_from_an_official_layout_moves_every_weight_a_little(from_official, name, head_is_kept):
+    folder, held = from_official
+    after, before = read_run(folder / f"run_{name}", "raw").tensors, dict(held[name])
+    table = before.pop("rel_pos_bias.relative_position_bias_table", None)
+    if table is not None:
+        before |= {key: table for key in after if key.endswith("relative_position_bias_table")}
+    names = [key for key in after if key.startswith(("blocks.", "patch_embed.", "cls_token")) or head_is_kept]
+    assert len(names) == len(after) - (0 if head_is_kept else 4)
+    moved = {key: float((after[key] - before[key]).abs().max()) for key in names}
+    # AdamW's first step moves a weight by its rate, at most 1e-4, and decays it by 5 % of that
+    assert 0 < max(moved.values()) < 3e-4 and sum(change > 0 for change in moved.values()) > 0.9 * len(moved)
+
+
+def test_pictures_go_on_in_the_statistics_that_the_weights_know(from_official):
+    recorded = [json.loads((from_official[0] / f"run_{name}" / "provenance.json").read_text())["mean"] for name in ("hf_classifier", "v2")]
+    assert recorded == [[0.5] * 3, [0.485, 0.456, 0.406]]
+    assert read_run(from_official[0] / "run_hf_classifier").mean == (0.5, 0.5, 0.5)
 
 
 def refusal(arguments):

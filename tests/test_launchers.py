@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from peco_ds.config import RECIPES
+from peco_ds.command_line import parse_stage, stage_parser
+from peco_ds.config import RECIPES, FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe, load_recipe, micro_steps
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCHERS = REPOSITORY / "launchers"
@@ -29,10 +30,11 @@ def shell(*arguments: str | Path, cwd: Path = REPOSITORY, **env: str) -> subproc
     return subprocess.run([str(a) for a in arguments], cwd=cwd, env=environment | env, text=True, capture_output=True, timeout=60)
 
 
-def test_there_is_a_launcher_for_every_stage_of_the_way_from_pictures_to_release():
+def test_there_is_a_launcher_for_every_stage_of_the_way_from_pictures_to_top_1():
     assert {path.stem for path in BATCH_FILES} >= {
-        *("prepare_data", "train_tokenizer", "tokenize", "tokenize_finish", "convert"),
+        *("prepare_data", "train_tokenizer", "tokenize", "tokenize_finish", "convert", "evaluate", "probe"),
         *("pretrain_vitb", "pretrain_vitl", "pretrain_vith"),
+        *("finetune_vitb", "finetune_vitl", "finetune_vith", "finetune_vith_448"),
     }
 
 
@@ -65,6 +67,58 @@ def test_every_launcher_passes_its_arguments_on_and_starts_a_stage_and_recipe_th
     assert stages and all((REPOSITORY / "peco_ds" / f"{stage}.py").is_file() for stage in stages), stages
     recipes = re.findall(r"^\s*[^#\n].*--recipe (\w+)", text, flags=re.MULTILINE)
     assert all((RECIPES / f"{recipe}.yaml").is_file() for recipe in recipes), recipes
+
+
+RECIPE_TYPES = {"train_tokenizer": TokenizerRecipe, "pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "linear_probe": ProbeRecipe}
+
+
+@pytest.fixture(scope="module")
+def echoing_home(tmp_path_factory) -> Path:
+    """A repository whose launchers, run by bash, write down the stage's command line instead of starting it."""
+    home = tmp_path_factory.mktemp("echoing") / "my repository"
+    shutil.copytree(LAUNCHERS, home / "launchers")
+    (home / "peco_ds").mkdir()
+    (home / "launchers" / "common.sh").write_text("PECO_RUNS_ROOT=/runs\nPECO_DATA_ROOT=/data\nrun_ranks() { printf '%s\\n' \"$@\"; }\n")
+    return home
+
+
+def resolved(home: Path, launcher: str, *given: str):
+    """Stage, recipe and run folder that a launcher's command line comes to."""
+    done = shell("bash", home / "launchers" / f"{launcher}.sbatch", *given, PECO_HOME=str(home))
+    script, *words = done.stdout.splitlines()
+    stage = Path(script).stem
+    args, settings = parse_stage(stage_parser("", recipe="none", deepspeed_config="zero1.json"), RECIPE_TYPES[stage], words)
+    return stage, settings.recipe, str(args.out)
+
+
+@pytest.mark.parametrize("size, name", [("vitb", "vitb16"), ("vitl", "vitl16"), ("vith", "vith14")])
+def test_fine_tuning_starts_where_the_pretraining_launcher_of_its_size_ends(echoing_home, size, name):
+    _, _, ends = resolved(echoing_home, f"pretrain_{size}")
+    stage, recipe, out = resolved(echoing_home, f"finetune_{size}")
+    assert (stage, recipe.name, out) == ("finetune", f"finetune_{name}", f"/runs/finetune_{name}")
+    assert recipe.init.weights == ends
+    if size == "vith":
+        assert resolved(echoing_home, "finetune_vith_448")[1].init.weights == out
+        assert resolved(echoing_home, "probe")[1].init.weights == ends
+
+
+@pytest.mark.parametrize("launcher", ["finetune_vitb", "finetune_vitl", "finetune_vith", "finetune_vith_448", "probe"])
+def test_what_the_user_gives_wins_over_the_launchers_own_words(echoing_home, launcher):
+    _, recipe, out = resolved(echoing_home, launcher, "init.weights=/else where/run", "--out", "/mine", "data.num_workers=3")
+    assert (recipe.init.weights, out, recipe.data.num_workers) == ("/else where/run", "/mine", 3)
+
+
+def test_the_probe_launcher_takes_another_sizes_recipe(echoing_home):
+    assert resolved(echoing_home, "probe", "--recipe", "probe_vitb16")[1].name == "probe_vitb16"
+
+
+@pytest.mark.parametrize("path", [path for path in BATCH_FILES if path.stem.startswith(("train_", "pretrain_", "finetune_"))], ids=lambda path: path.name)
+def test_the_batch_of_a_training_launchers_recipe_divides_by_its_gpus(path):
+    stage, recipe = re.search(r"peco_ds/(\w+)\.py\" --recipe (\w+)", path.read_text()).groups()
+    found = directives(path)
+    needs = {TokenizerRecipe: ["perceptual.weight=0"]}.get(RECIPE_TYPES[stage], [])
+    run = load_recipe(RECIPE_TYPES[stage], recipe, needs).recipe.run
+    assert micro_steps(run, int(found["--nodes"]) * int(found["--gpus-per-node"])) >= 1
 
 
 def test_an_array_launcher_writes_a_log_for_each_task():
@@ -100,6 +154,86 @@ def test_pipeline_chains_every_job_to_the_one_before_and_cancels_what_cannot_run
     assert "--dependency" not in submitted[0]
     for before, line in enumerate(submitted[1:], start=1):
         assert f"|--dependency=afterok:{before}|--kill-on-invalid-dep=yes|" in line
+
+
+def labelled_folders(tmp_path: Path) -> dict[str, Path]:
+    """Training and validation folder of two classes each, names with spaces."""
+    folders = {"train": tmp_path / "my pictures", "val": tmp_path / "my validation"}
+    for folder in folders.values():
+        for name in ("n01440764", "n01443537"):
+            (folder / name).mkdir(parents=True)
+    return folders
+
+
+FINE_TUNING = {
+    "vitb": ["finetune_vitb", "convert_classifier", "evaluate"],
+    "vith": ["finetune_vith", "finetune_vith_448", "convert_classifier", "evaluate"],
+}
+
+
+@pytest.mark.parametrize("size", FINE_TUNING)
+def test_pipeline_with_validation_pictures_goes_on_from_the_release_to_the_top_1(recording_sbatch, tmp_path, size):
+    labelled_folders(tmp_path)
+    stages = {"PREPARE_ARGS": "--workers 2", "PREPARE_VAL_ARGS": "--max_bad_share 0", "CONVERT_ARGS": "--to hf", "FINETUNE_ARGS": "ema.decay=0.9", "EVALUATE_ARGS": "--batch 8"}
+    stages |= {"FINETUNE_448_ARGS": "ema.decay=0.8"} if size == "vith" else {}
+    done = pipeline(recording_sbatch, "my pictures", "out", size, VAL_DIR="my validation", **stages)
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == ["prepare_data", "prepare_val", "train_tokenizer", "tokenize", "tokenize_finish", f"pretrain_{size}", "convert", *FINE_TUNING[size]]
+    submitted = dict(zip(names, (recording_sbatch / "sbatch.log").read_text().splitlines()))
+    for before, line in enumerate(list(submitted.values())[1:], start=1):
+        assert f"|--dependency=afterok:{before}|" in line
+    assert all(f"--output={tmp_path}/out/logs/{name}-%A" in line for name, line in submitted.items())
+
+    out = tmp_path / "out"
+    labelled = f"data.images={out}/images|data.val_images={out}/val_images"
+    last = "finetune" if size == "vitb" else "finetune_448"
+    assert f"/prepare_data.sbatch|--images|{tmp_path}/my validation|--out|{out}/val_images|--workers|2|--max_bad_share|0|" in submitted["prepare_val"]
+    assert f"|--images|{tmp_path}/my pictures|--out|{out}/images|--workers|2|" in submitted["prepare_data"] and "max_bad_share" not in submitted["prepare_data"]
+    assert f"/finetune_{size}.sbatch|--out|{out}/finetune|{labelled}|init.weights={out}/pretrain|ema.decay=0.9|" in submitted[f"finetune_{size}"]
+    if size == "vith":
+        assert f"/finetune_vith_448.sbatch|--out|{out}/finetune_448|{labelled}|init.weights={out}/finetune|ema.decay=0.8|" in submitted["finetune_vith_448"]
+    assert f"/convert.sbatch|{out}/pretrain|--out|{out}/release|--to|hf|" in submitted["convert"]
+    assert f"/convert.sbatch|{out}/{last}|--out|{out}/classifier|--to|hf|" in submitted["convert_classifier"]
+    assert f"/evaluate.sbatch|{out}/classifier|--images|{out}/val_images|--out|{out}/top1.json|--batch|8|" in submitted["evaluate"]
+
+
+def test_pipeline_takes_a_flat_validation_folder_whose_labels_are_listed(recording_sbatch, tmp_path):
+    labelled_folders(tmp_path)
+    (tmp_path / "flat").mkdir()
+    done = pipeline(recording_sbatch, "my pictures", "out", VAL_DIR="flat", PREPARE_VAL_ARGS="--synsets LOC_val_solution.csv")
+    assert done.returncode == 0, done.stderr
+    assert "|--synsets|LOC_val_solution.csv|" in (recording_sbatch / "sbatch.log").read_text().splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    "size, env, word",
+    [
+        ("vith", {"VAL_DIR": "nowhere"}, "nowhere"),
+        ("vith", {"VAL_DIR": "flat"}, "--synsets"),
+        ("vith", {"VAL_DIR": "fewer"}, "n01443537"),
+        ("vith", {"VAL_DIR": "more"}, "n99999999"),
+        ("vith", {"FINETUNE_ARGS": "ema.decay=0"}, "FINETUNE_ARGS"),
+        ("vitb", {"VAL_DIR": "my validation", "FINETUNE_448_ARGS": "ema.decay=0"}, "FINETUNE_448_ARGS"),
+    ],
+)
+def test_pipeline_refuses_what_would_fail_after_days_of_pretraining(recording_sbatch, tmp_path, size, env, word):
+    folders = labelled_folders(tmp_path)
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "fewer" / "n01440764").mkdir(parents=True)
+    shutil.copytree(folders["val"], tmp_path / "more")
+    (tmp_path / "more" / "n99999999").mkdir()
+    done = pipeline(recording_sbatch, "my pictures", "out", size, **env)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and word in done.stderr
+    assert not (recording_sbatch / "sbatch.log").read_text()
+
+
+def test_pipeline_refuses_to_fine_tune_on_pictures_without_classes(recording_sbatch, tmp_path):
+    labelled_folders(tmp_path)
+    (tmp_path / "flat").mkdir()
+    done = pipeline(recording_sbatch, "flat", "out", VAL_DIR="my validation")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "class folders" in done.stderr
 
 
 def test_pipeline_keeps_folder_names_with_spaces_in_one_piece(recording_sbatch, tmp_path):

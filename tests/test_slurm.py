@@ -1,4 +1,4 @@
-"""Launchers under a real Slurm: two virtual nodes on this host. Stand-in stages show how a stage is started; the last three
+"""Launchers under a real Slurm: two virtual nodes on this host. Stand-in stages show how a stage is started; the last four
 tests run the real ones."""
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from peco_ds.runtime.metrics import read_evaluation
 from slurm_cluster import FINISHED, SlurmCluster, missing_programs, slurm_cluster
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -258,31 +259,36 @@ TINY_PRETRAINING = """
     run.global_batch=8 run.micro_batch=4 schedule.epochs=null schedule.steps=2 schedule.warmup_epochs=null schedule.warmup_steps=0
     run.log_every_steps=1
 """
+TINY_CLASSIFIER = f"""
+    {TINY_PRETRAINING} model.width=32 model.depth=2 model.heads=2 data.num_workers=0 run.precision=fp32 ema.decay=0.5
+    optim.lr=1e-2 classifier.head_scale=1 checkpoint.every_epochs=null evaluation.every_epochs=0
+"""
 
 
 @pytest.fixture(scope="module")
-def real_run(cluster: SlurmCluster, real_data, tmp_path_factory):
-    """The pipeline over 100 real pictures on two nodes: its folder, the states of its jobs by stage, its environment."""
+def real_run(cluster: SlurmCluster, labelled_sets, tmp_path_factory):
+    """The pipeline over class folders of real pictures on two nodes: its folder, the states of its jobs by stage, its environment."""
     folder = tmp_path_factory.mktemp("pipeline")
-    for picture in real_data.imagenet[:100]:
-        (folder / "pictures" / picture.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture, folder / "pictures" / picture.parent.name)
     env = ONE_RANK_A_NODE | {
         "PATH": f"{Path(sys.executable).parent}:{cluster.env['PATH']}",
         "PECO_VENV": sys.prefix,
-        "PREPARE_ARGS": "--samples_per_shard 25 --workers 1",
+        "VAL_DIR": str(labelled_sets.root / "val"),
+        "PREPARE_ARGS": "--samples_per_shard 10 --workers 1",
         "TOKENIZER_ARGS": " ".join(TINY_TOKENIZER.split()),
         "TOKENIZE_PARTS": "2",
         "PRETRAIN_ARGS": " ".join(TINY_PRETRAINING.split()),
+        "FINETUNE_ARGS": " ".join(["model.image_px=56", *TINY_CLASSIFIER.split()]),
+        "FINETUNE_448_ARGS": " ".join(["model.image_px=112", *TINY_CLASSIFIER.split()]),
+        "EVALUATE_ARGS": "--batch 25 --num_workers 0",
         "PECO_SBATCH_TRAIN_ARGS": "--nodes=2",
     }
     done = cluster.command(
-        "bash", "launchers/pipeline.sh", folder / "pictures", folder / "out", "vith", "--", *TINY_MODEL.split(), cwd=REPOSITORY, env=env
+        "bash", "launchers/pipeline.sh", labelled_sets.root / "train", folder / "out", "vith", "--", *TINY_MODEL.split(), cwd=REPOSITORY, env=env
     )
     assert done.returncode == 0, done.stderr
-    jobs = {stage: int(job) for stage, job in (line.split() for line in done.stdout.splitlines())}
+    jobs = {name: int(job) for name, job in (line.split() for line in done.stdout.splitlines())}
     states = cluster.wait(*jobs.values(), timeout_s=600)
-    return folder / "out", {stage: states[job] for stage, job in jobs.items()}, env
+    return folder / "out", {name: states[job] for name, job in jobs.items()}, env
 
 
 def tiny_pretraining(out: Path) -> list[str]:
@@ -297,13 +303,33 @@ def logs(folder: Path) -> str:
 
 @pytest.mark.slurm
 @pytest.mark.timeout(900)
-def test_pipeline_takes_100_real_pictures_to_a_converted_release(real_run):
+def test_pipeline_takes_real_pictures_to_a_converted_release(real_run):
+    import timm
+
+    out, states, _ = real_run
+    assert states["convert"] == "COMPLETED", f"{states}\n{logs(out / 'logs')}"
+    model = timm.create_model(f"local-dir:{out}/release", pretrained=True, num_classes=0)
+    assert model.num_features == 32 and len(model.blocks) == 2
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+def test_pipeline_goes_on_to_the_top_1_of_the_released_classifier_at_twice_the_size(real_run, labelled_sets):
     import timm
 
     out, states, _ = real_run
     assert set(states.values()) == {"COMPLETED"}, f"{states}\n{logs(out / 'logs')}"
-    model = timm.create_model(f"local-dir:{out}/release", pretrained=True, num_classes=0)
-    assert model.num_features == 32 and len(model.blocks) == 2
+    model = timm.create_model(f"local-dir:{out}/classifier", pretrained=True)
+    assert model.num_classes == labelled_sets.classes and model.patch_embed.grid_size == (8, 8)
+    quality = json.loads((out / "top1.json").read_text())["quality"]
+    assert quality["pictures"] == labelled_sets.val_pictures
+    trained = read_evaluation(out / "finetune_448")[-1]
+    assert quality["top1"] == pytest.approx(trained["ema_top1"]) and quality["loss"] == pytest.approx(trained["ema_loss"], rel=1e-5)
+    assert quality["loss"] != pytest.approx(trained["loss"], rel=1e-4), "the moving average is what is released"
+    (log,) = (out / "logs").glob("evaluate-*.log")
+    assert f"top-1 {quality['top1']:.2f}" in log.read_text()
+    starts = [json.loads((out / name / "provenance.json").read_text())["init"] for name in ("finetune", "finetune_448")]
+    assert starts == ["peco_vith14, step_00000002", "finetune_vith14, step_00000002, moving average"]
 
 
 @pytest.mark.slurm

@@ -159,7 +159,7 @@ def _unwrapped(content: dict) -> dict[str, torch.Tensor]:
         if isinstance(content.get(container), dict):
             content = content[container]
             break
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    return {name: tensor.detach() for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
 
 
 def _json(path: Path) -> dict:
@@ -214,7 +214,8 @@ def _refuse_other_families(tensors: dict[str, torch.Tensor], where: str) -> None
     if "blocks.0.attn.qkv.bias" in tensors:
         raise UserError(f"{where}: a plain ViT (blocks.0.attn.qkv.bias), not a BEiT; it can be a judge (perceptual.weights), not a backbone here")
     if "pos_embed" in tensors:
-        raise UserError(f"{where}: a BEiT with absolute position embedding (pos_embed){'' if tables else ' and no relative position bias'}, as beit_base_patch16_224_pt1k_800ep; the backbone here has relative position bias alone")
+        kind = "absolute position embedding (pos_embed)" + ("" if tables else " and no relative position bias")
+        raise UserError(f"{where}: a BEiT with {kind}, as beit_base_patch16_224_pt1k_800ep; the backbone here has relative position bias alone, give another checkpoint")
     if not tables:
         raise UserError(f"{where}: no relative position bias (no relative_position_bias_table), which the backbone here has; give another checkpoint")
     if "blocks.0.gamma_1" not in tensors:

@@ -53,7 +53,7 @@ def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that is a part of a larger one takes the whole into the file; ZeRO's consolidated weights are such parts."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+    return (tensor if whole else tensor.clone(memory_format=torch.contiguous_format)).detach()
 
 
 _WHAT = {

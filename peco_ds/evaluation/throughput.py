@@ -9,7 +9,7 @@ import torch
 
 
 @torch.no_grad()
-def forward_images_per_s(forward: Callable, images: torch.Tensor, *, seconds: float = 2.0, warm_up: int = 2) -> float:
+def forward_images_per_s(forward: Callable, images: torch.Tensor, *, seconds: float = 1.0, warm_up: int = 2) -> float:
     """Pictures a second of one rank.
 
     Args:

@@ -1,0 +1,133 @@
+"""How much memory does converting a full-size ViT-H/14 take? A ZeRO-3 checkpoint of four ranks, made without training, to timm, Hugging Face and unilm.
+
+    python benchmarks/convert_memory.py [--folder SCRATCH] [--limit_gib 16]
+
+The checkpoint has the files and the sizes of a real one (fp32 weights and both Adam moments, 7.6 GB), with drawn values. Each conversion runs as a user
+starts it, with verification in a process of its own. Reported is the largest sum over all its processes at any time: of resident memory, where pages of
+mapped files count although the system can drop them, and of anonymous memory alone. Needs Linux, 12 GB of disk, and the memory it measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+RANKS, STEP = 4, 1000
+GIB = 2**30
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where checkpoint and releases lie while it runs (default: the system's temporary folder)")
+    parser.add_argument("--recipe", default="peco_vith14", help="of the model (default: %(default)s)")
+    parser.add_argument("--limit_gib", type=float, default=16.0, help="exit 1 if a conversion takes more (default: %(default)s)")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)  # in a process of its own, so that its memory is given back
+    args = parser.parse_args()
+    if args.make:
+        make_run(args.make, args.recipe)
+        return 0
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        run = Path(folder) / "run"
+        subprocess.run([sys.executable, __file__, "--recipe", args.recipe, "--make", str(run)], check=True)
+        size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+        sys.stdout.write(f"{args.recipe}: {size / 1e9:.2f} GB in the files of {RANKS} ranks\n")
+        for to in ("timm", "hf", "unilm"):
+            release = Path(folder) / to
+            rows.append({"to": to, **watch([sys.executable, str(HERE.parent / "peco_ds" / "convert_checkpoint.py"), str(run), "--to", to, "--out", str(release)])})
+            subprocess.run(["rm", "-r", str(release)], check=True)
+            sys.stdout.write(json.dumps(rows[-1]) + "\n")
+            sys.stdout.flush()
+    return 0 if all(row["resident_gib"] <= args.limit_gib for row in rows) else 1
+
+
+def make_run(folder: Path, recipe_name: str) -> None:
+    """A run folder whose only checkpoint is ZeRO-3's, in DeepSpeed's file layout."""
+    import torch
+
+    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.models.mim import MaskedImageModel
+    from peco_ds.runtime.checkpoint import MANIFEST, PROGRESS, tag_of
+    from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS
+    from peco_ds.schema import sha256_of_file, write_json
+
+    recipe = load_recipe(PretrainRecipe, recipe_name, []).recipe
+    checkpoint = folder / "checkpoints" / tag_of(STEP)
+    checkpoint.mkdir(parents=True)
+    with torch.device("meta"):
+        model = MaskedImageModel(recipe.model, recipe.objective.num_codes)
+    parameters = {name: parameter.shape for name, parameter in model.named_parameters()}
+    # As optim.decay_groups: ZeRO-3 keeps a flat partition for each group.
+    groups = [{name: shape for name, shape in parameters.items() if (len(shape) > 1) == many} for many in (True, False)]
+    for rank in range(RANKS):
+        name = f"zero_pp_rank_{rank}_mp_rank_00"
+        states = {"module": {}, "buffer_names": [], "param_shapes": groups, "shared_params": {}, "frozen_param_shapes": None, "frozen_param_fragments": None, "ds_version": "0.19.8"}
+        torch.save(states, checkpoint / f"{name}_model_states.pt")
+        flat = [torch.cat([_part(name, shape, rank) for name, shape in group.items()]) for group in groups]
+        moments = {number: {"step": torch.tensor(float(STEP)), "exp_avg": torch.randn_like(part), "exp_avg_sq": torch.rand_like(part)} for number, part in enumerate(flat)}
+        state = {"zero_stage": 3, "partition_count": RANKS, "fp32_flat_groups": flat, "optimizer_state_dict": {"state": moments, "param_groups": []}}
+        torch.save({"optimizer_state_dict": state}, checkpoint / f"{name}_optim_states.pt")
+    cursor = {"fingerprint": "0" * 64, "seed": 0, "samples": STEP * recipe.run.global_batch}
+    write_json(checkpoint / PROGRESS, {"step": STEP, "cursor": cursor, "world_size": RANKS, "zero_stage": 3})
+    for place in (folder, checkpoint):
+        write_json(place / SETTINGS, {"stage": "pretrain", "recipe": asdict(recipe), "sources": {}})  # JSON is YAML
+        write_json(place / PROVENANCE, {"commit": "none", "num_samples": 0})
+    files = [path for path in checkpoint.iterdir()]
+    write_json(checkpoint / MANIFEST, {"files": {path.name: [path.stat().st_size, sha256_of_file(path)] for path in files}})
+
+
+def _part(name: str, shape, rank: int):
+    """This rank's part of a parameter, padded so that all parts are equally long."""
+    import torch
+
+    length = -(-shape.numel() // RANKS)
+    start = 1.0 if "norm" in name and name.endswith("weight") else 0.1 if "gamma" in name else 0.0
+    return start + 0.02 * torch.randn(length, generator=torch.Generator().manual_seed(hash((len(name), shape.numel(), rank)) % 2**31))
+
+
+def watch(command: list[str]) -> dict:
+    """Run it to its end; the largest memory of its process tree, in GiB, and its time."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    resident = anonymous = 0
+    while process.poll() is None:
+        sums = [sum(values) for values in zip(*map(memory_of, tree(process.pid)))] or [0, 0]
+        resident, anonymous = max(resident, sums[0]), max(anonymous, sums[1])
+        time.sleep(0.05)
+    out, err = process.communicate()
+    if process.returncode:
+        sys.exit(f"{command}: exit {process.returncode}\n{err[-2000:]}")
+    return {"resident_gib": round(resident / GIB, 2), "anonymous_gib": round(anonymous / GIB, 2), "wall_s": round(time.perf_counter() - began), "said": out.strip().split("; ")[-1]}
+
+
+def tree(pid: int) -> list[int]:
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                found += map(int, task.read_text().split())
+            except OSError:  # it ended meanwhile
+                continue
+    return found
+
+
+def memory_of(pid: int) -> tuple[int, int]:
+    """(resident, anonymous) bytes of a process; 0 where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "RssAnon"))}
+    return values.get("VmRSS", 0), values.get("RssAnon", 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Finished models measured by path, on one rank and on two, on 27 pictures: a number that no batch and no two ranks divide."""
+
+import json
+
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import REPOSITORY, run_stage
+from PIL import Image
+from timm.data import create_transform
+
+from peco_ds.config import ClassifierSettings, ModelSettings
+from peco_ds.errors import UserError
+from peco_ds.evaluate import check_classes, main
+from peco_ds.models.classifier import build_classifier
+from peco_ds.models.mim import MaskedImageModel
+from peco_ds.pack_images import main as pack
+from test_train_tokenizer import SMALL
+
+CLASSES, PICTURES = 3, 27
+MODEL = ModelSettings(image_px=32, patch_px=8, width=24, depth=2, heads=2, layer_scale=1.0, drop_path=0)
+
+
+@pytest.fixture(scope="module")
+def root(real_data, tmp_path_factory):
+    """images/train and images/val in three classes, an unlabelled set, classifiers, and AlexNet's layout for LPIPS."""
+    root = tmp_path_factory.mktemp("evaluate")
+    for split, paths in (("train", real_data.imagenet[:40]), ("val", real_data.imagenet[40 : 40 + PICTURES])):
+        for number, path in enumerate(paths):
+            folder = root / split / f"class{number % CLASSES}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number:02d}.JPEG").symlink_to(path)
+        pack(["--images", str(root / split), "--out", str(root / "images" / split), "--samples_per_shard", "16", "--workers", "1"])
+    pack(["--images", str(root / "val" / "class0"), "--out", str(root / "images" / "unlabelled"), "--workers", "1"])
+    torch.manual_seed(0)
+    torch.save({"model": build_classifier(MODEL, ClassifierSettings(head_scale=1.0), CLASSES).state_dict()}, root / "classifier.pth")
+    torch.save({"model": build_classifier(MODEL, ClassifierSettings(), 5).state_dict()}, root / "five.pth")
+    mim = MaskedImageModel(MODEL, 16).state_dict()
+    torch.save({"model": {name.removeprefix("backbone."): tensor for name, tensor in mim.items()}}, root / "mim.pth")
+    torch.save(timm.create_model("test_vit", pretrained=False, num_classes=CLASSES).state_dict(), root / "test_vit.pth")
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), root / "alexnet.pth")
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(root):
+    """(name, ranks) -> what the start wrote."""
+    common = ["--images", str(root / "images" / "val"), "--num_workers", "0"]
+    cases = {
+        "classifier": [str(root / "classifier.pth"), *common, "--batch", "5"],
+        "larger": [str(root / "classifier.pth"), *common, "--image_px", "48", "--crop", "1", "--precision", "bf16"],
+        "named": ["test_vit", *common, "--checkpoint", str(root / "test_vit.pth"), "--batch", "9"],
+        "run": [str(root / "run"), *common, "--batch", "4", "--train_images", str(root / "images" / "train"), "--lpips", str(root / "alexnet.pth")],
+        "release": [str(root / "run" / "tokenizer"), *common, "--image_px", "32"],
+    }
+    tokenizer = ["--out", str(root / "run"), f"data.root={root}", *SMALL, "data.val_images=images/val", "schedule.steps=3", "evaluation.every_steps=3"]
+    found = {}
+    for ranks in (1, 2):
+        chosen = cases if ranks == 1 else {name: cases[name] for name in ("classifier", "run")}
+        starts = [{"stage": "evaluate", "arguments": [*arguments, "--out", str(root / f"{name}_{ranks}.json")]} for name, arguments in chosen.items()]
+        if ranks == 1:
+            starts.insert(0, {"stage": "train_tokenizer", "arguments": ["--recipe", "peco_tokenizer", *tokenizer]})
+        listing = root / f"cases_{ranks}.json"
+        listing.write_text(json.dumps(starts))
+        done = run_stage(str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=ranks)
+        assert json.loads((root / f"cases_{ranks}.json.codes").read_text()) == [0] * len(starts)
+        found |= {(name, ranks): json.loads((root / f"{name}_{ranks}.json").read_text()) for name in chosen}
+        found["lines", ranks] = done.stdout
+    return found
+
+
+@torch.no_grad()
+def right_answers(model, root, image_px, crop, mean, std):
+    """Of timm's own model on timm's own evaluation transform, one picture after the other."""
+    transform = create_transform(image_px, is_training=False, crop_pct=crop, interpolation="bicubic", mean=mean, std=std)
+    right = 0
+    for label in range(CLASSES):
+        for path in sorted((root / "val" / f"class{label}").iterdir()):
+            right += int(model(transform(Image.open(path).convert("RGB"))[None]).argmax() == label)
+    return right
+
+
+def test_top1_is_an_exact_count_and_the_same_on_one_rank_and_on_two(root, results):
+    one, two = (results["classifier", ranks] for ranks in (1, 2))
+    assert one["quality"]["pictures"] == two["quality"]["pictures"] == PICTURES
+    count = one["quality"]["top1"] * PICTURES / 100
+    assert count == pytest.approx(round(count), abs=1e-4) and one["quality"] == pytest.approx(two["quality"], rel=1e-5)
+    assert one["quality"]["top5"] == 100 and (one["settings"]["ranks"], two["settings"]["ranks"]) == (1, 2)
+
+
+def test_top1_is_that_of_timms_model_under_timms_transform(root, results):
+    model = build_classifier(MODEL, ClassifierSettings(), CLASSES).eval()
+    model.load_state_dict(torch.load(root / "classifier.pth", weights_only=True)["model"])
+    expected = right_answers(model, root, 32, 0.875, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    found = results["classifier", 1]["quality"]["top1"] * PICTURES / 100
+    assert found == pytest.approx(expected, abs=1e-4) and 0 < expected < PICTURES
+
+
+def test_settings_come_from_the_weights_unless_they_are_given(results):
+    own, larger, named = (results[name, 1]["settings"] for name in ("classifier", "larger", "named"))
+    assert (own["image_px"], own["crop"], own["precision"]) == (32, 0.875, "fp32")
+    assert (larger["image_px"], larger["crop"], larger["precision"]) == (48, 1, "bf16")
+    cfg = timm.get_pretrained_cfg("test_vit")
+    assert named["image_px"] == cfg.input_size[-1] and tuple(named["mean"]) == cfg.mean and results["named", 1]["quality"]["pictures"] == PICTURES
+
+
+def test_throughput_and_provenance_stand_beside_the_accuracy(results):
+    for name in ("classifier", "named"):
+        found = results[name, 1]
+        assert found["throughput"]["forward_images_per_s"] > 0 and found["throughput"]["end_to_end_images_per_s"] > 0
+        assert len(found["images"]["fingerprint"]) == 64 and {"command", "commit", "versions"} <= found.keys()
+    lines = [line for line in results["lines", 1].splitlines() if ("PSNR" in line and "perplexity" in line) or "top-1" in line]
+    assert len(lines) == 5 and "on 27 pictures at 32 px" in lines[0]
+    assert sum("PSNR" in line or "top-1" in line for line in results["lines", 2].splitlines()) == 2, "one line a start, not one a rank"
+
+
+def test_a_tokenizers_numbers_are_those_its_training_reported_on_the_same_pictures(root, results):
+    reported = [json.loads(line) for line in (root / "run" / "evaluation.jsonl").read_text().splitlines()][-1]
+    reported.pop("step")
+    for name, ranks in (("run", 1), ("run", 2), ("release", 1)):
+        quality = {key: value for key, value in results[name, ranks]["quality"].items() if key != "lpips"}
+        assert quality == pytest.approx(reported, rel=1e-5)
+        assert results[name, ranks]["settings"]["image_px"] == 32
+
+
+def test_lpips_is_measured_where_its_network_is_given(results):
+    one, two = (results["run", ranks]["quality"]["lpips"] for ranks in (1, 2))
+    assert one > 0 and one == pytest.approx(two, rel=1e-5)
+    assert "lpips" not in results["release", 1]["quality"] and results["run", 1]["settings"]["lpips_network"] == "alex"
+
+
+def test_codes_alone_are_probed_in_two_forms_alike_on_one_rank_and_on_two(results):
+    one, two = (results["run", ranks]["code_probes"]["pictures_as"] for ranks in (1, 2))
+    assert list(one) == ["bag of codes", "mean code vector"] and one == two
+    for found in one.values():
+        assert found["best_linear"] == max(row["top1"] for row in found["linear"]) and 0 <= found["best_knn"] <= 100
+    assert "code_probes" not in results["release", 1]
+
+
+BAD = [
+    (["mim.pth"], "has no classifier .kind mim.; fine-tune it with finetune.py, or probe"),
+    (["five.pth"], "its head has 5 classes, .* has 3"),
+    (["classifier.pth", "--images", "images/unlabelled"], "holds pictures without labels"),
+    (["classifier.pth", "--images", "val"], "no manifest.json"),
+    (["classifier.pth", "--image_px", "36"], "not a multiple of the patch size 8"),
+    (["classifier.pth", "--crop", "1.5"], "--crop 1.5"),
+    (["classifier.pth", "--checkpoint", "five.pth"], "goes with the name of a timm model"),
+    (["classifier.pth", "--lpips", "alexnet.pth"], "are for tokenizers"),
+    (["classifier.pth", "--out", "nowhere/result.json"], "no folder"),
+    (["run", "--image_px", "36"], "not a multiple of the tokenizer's stride 8"),
+    (["run", "--lpips", "classifier.pth"], "neither torchvision's AlexNet"),
+    (["run", "--train_images", "images/unlabelled"], "holds pictures without labels"),
+    (["runs/nowhere"], "nor the name of a timm model"),
+]
+
+
+@pytest.mark.parametrize("arguments, said", BAD, ids=[said for _, said in BAD])
+def test_bad_input_is_one_line(root, results, monkeypatch, arguments, said):
+    monkeypatch.chdir(root)
+    images = [] if "--images" in arguments else ["--images", "images/val"]
+    with pytest.raises(UserError, match=said):
+        main([*arguments, *images])
+
+
+def test_a_tokenizer_run_without_a_release_and_a_head_in_another_order_are_refused(root, results, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.yaml").write_bytes((root / "run" / "settings.yaml").read_bytes())
+    with pytest.raises(UserError, match="without a release yet"):
+        main([str(tmp_path / "run"), "--images", str(root / "images" / "val"), "--out", str(tmp_path / "out.json")])
+    check_classes("weights", 2, ("tench", "goldfish"), ("n01440764", "n01443537"), root)
+    check_classes("weights", 2, None, ("a", "b"), root)
+    with pytest.raises(UserError, match="class 0 of its head is 'b'"):
+        check_classes("weights", 2, ("b", "a"), ("a", "b"), root)

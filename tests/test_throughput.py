@@ -1,0 +1,18 @@
+import time
+
+import pytest
+import torch
+
+from peco_ds.evaluation.throughput import forward_images_per_s
+
+
+def test_throughput_is_pictures_over_time_and_the_slow_first_pass_is_not_in_it():
+    sizes = []
+
+    def forward(images):
+        time.sleep(0.02 if sizes else 0.5)
+        sizes.append(len(images))
+
+    rate = forward_images_per_s(forward, torch.zeros(8, 3, 4, 4), seconds=0.3)
+    assert rate == pytest.approx(8 / 0.02, rel=0.3)
+    assert set(sizes) == {8}
