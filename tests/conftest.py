@@ -6,9 +6,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+hypothesis.settings.register_profile("any_machine", deadline=None)  # a busy machine is slow, not wrong
+hypothesis.settings.load_profile("any_machine")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

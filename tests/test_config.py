@@ -17,8 +17,10 @@ from peco_ds.config import (
     RECIPES,
     CheckpointSettings,
     DataSettings,
+    FinetuneRecipe,
     OptimSettings,
     PretrainRecipe,
+    ProbeRecipe,
     RunSettings,
     ScheduleSettings,
     TokenizerRecipe,
@@ -156,19 +158,53 @@ def test_a_recipe_is_found_by_path_or_name_and_a_missing_one_names_the_known():
         assert path.stem in refusal(find_recipe, "no_such_recipe_anywhere")
 
 
+REQUIRED = {TokenizerRecipe: ["perceptual.weights=judge.pth.tar"], ProbeRecipe: ["init.weights=run"], PretrainRecipe: [], FinetuneRecipe: []}  # what only a user knows
+
+
 def recipe_type_of(path: Path) -> type:
-    return TokenizerRecipe if "tokenizer" in yaml.safe_load(path.read_text()) else PretrainRecipe
+    sections = yaml.safe_load(path.read_text()).keys()
+    return next((kind for name, kind in (("tokenizer", TokenizerRecipe), ("classifier", FinetuneRecipe), ("probe", ProbeRecipe)) if name in sections), PretrainRecipe)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads_under_its_own_name_and_gives_a_schedule(path):
     recipe_type = recipe_type_of(path)
-    overrides = ["perceptual.weights=judge.pth.tar"] if recipe_type is TokenizerRecipe else []
-    recipe = load_recipe(recipe_type, path.stem, overrides, environ={}).recipe
+    recipe = load_recipe(recipe_type, path.stem, REQUIRED[recipe_type], environ={}).recipe
     assert recipe.name == path.stem
+    if recipe_type is ProbeRecipe:  # its epochs are over stored features and become steps where these are known
+        return
     durations = resolve_durations(recipe, num_samples=1_281_167)
     assert 0 <= durations.warmup_steps < durations.total_steps
     assert micro_steps(recipe.run, 1) >= 1
+
+
+FINETUNE_FAULTS = {
+    "augment.scale=[0.5,0.2]": "augment.scale",
+    "augment.erasing=1.5": "augment.erasing",
+    "augment.repeats=0": "augment.repeats",
+    "classifier.smoothing=1": "classifier.smoothing",
+    "classifier.layer_decay=0": "classifier.layer_decay",
+    "ema.decay=1": "ema.decay",
+    "evaluation.crop=0": "evaluation.crop",
+    "data.val_images=": "data.val_images",
+    "views.count=2": "tokenize_shards.py",
+}
+
+
+@pytest.mark.parametrize("override, words", FINETUNE_FAULTS.items())
+def test_a_fine_tuning_setting_out_of_range_is_refused_by_name(override, words):
+    assert words in refusal(load_recipe, FinetuneRecipe, "finetune_vitb16", [override], environ={})
+
+
+@pytest.mark.parametrize("override, words", {"probe.lrs=[]": "probe.lrs", "probe.crop=2": "probe.crop", "probe.knn_k=[0]": "probe.knn_k", "init.weights=": "init.weights"}.items())
+def test_a_probe_setting_out_of_range_is_refused_by_name(override, words):
+    assert words in refusal(load_recipe, ProbeRecipe, "probe_vitb16", ["init.weights=run", override], environ={})
+
+
+def test_a_classifier_is_measured_every_so_many_epochs_and_at_the_end():
+    recipe = load_recipe(FinetuneRecipe, "finetune_vitb16", ["schedule.epochs=3", "schedule.warmup_epochs=0", "evaluation.every_epochs=0.5", "run.global_batch=10", "run.micro_batch=10"], environ={}).recipe
+    durations = resolve_durations(recipe, num_samples=101)
+    assert [step for step in range(1, 31) if durations.evaluate_after(step)] == [5, 10, 15, 20, 25, 30]
 
 
 # ---------------------------------------------------------------------------------------------- derived numbers

@@ -63,7 +63,7 @@ def results(root):
             starts.insert(0, {"stage": "train_tokenizer", "arguments": ["--recipe", "peco_tokenizer", *tokenizer]})
         listing = root / f"cases_{ranks}.json"
         listing.write_text(json.dumps(starts))
-        done = run_stage(str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=ranks)
+        done = run_stage(str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=ranks, environment={"OMP_NUM_THREADS": "1"})
         assert json.loads((root / f"cases_{ranks}.json.codes").read_text()) == [0] * len(starts)
         found |= {(name, ranks): json.loads((root / f"{name}_{ranks}.json").read_text()) for name in chosen}
         found["lines", ranks] = done.stdout

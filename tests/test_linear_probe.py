@@ -16,6 +16,7 @@ from peco_ds.models.mim import MaskedImageModel
 from peco_ds.pack_images import main as pack_images
 
 DEPTH, CLASSES = 3, 4
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # more would fight the other processes for the same cores
 SMALL = "probe.image_px=32 probe.epochs=10 probe.global_batch=16 probe.feature_batch=7 probe.precision=fp32 probe.knn_k=[3,5] data.num_workers=0".split()
 
 
@@ -70,7 +71,7 @@ def runs(root):
     for ranks, cases in listings.items():
         listing = root / f"cases_{ranks}.json"
         listing.write_text(json.dumps(cases))
-        run_stage(str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=ranks)
+        run_stage(str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=ranks, environment=ONE_THREAD)
         assert json.loads((root / f"cases_{ranks}.json.codes").read_text()) == [0] * len(cases)
     return root
 
@@ -113,11 +114,11 @@ def test_chosen_blocks_and_pooling_decide_what_is_kept(runs):
 def test_a_second_start_reads_the_features_and_other_pictures_make_them_anew(runs):
     file = runs / "true_2" / "features" / "train_block_01.npy"
     before = file.stat().st_mtime_ns
-    again = run_stage("linear_probe", *case(runs, "true_2", "true", "probe.lrs=[2e-3]")["arguments"])
+    again = run_stage("linear_probe", *case(runs, "true_2", "true", "probe.lrs=[2e-3]")["arguments"], environment=ONE_THREAD)
     assert "are read" in again.stderr and file.stat().st_mtime_ns == before
     assert [row["lr"] for row in record(runs, "true_2")["layers"][0]["linear"]] == [2e-3]
     assert again.stdout.splitlines()[-1].startswith("best block ")
-    other = run_stage("linear_probe", *case(runs, "true_2", "shuffled")["arguments"])
+    other = run_stage("linear_probe", *case(runs, "true_2", "shuffled")["arguments"], environment=ONE_THREAD)
     assert "are of other pictures, weights or settings" in other.stderr and file.stat().st_mtime_ns > before
     assert record(runs, "true_2")["layers"] == record(runs, "shuffled_1")["layers"]
 

@@ -71,6 +71,10 @@ def test_from_the_whole_picture_timm_makes_a_square_as_beit_does(tmp_path, real_
     torch.testing.assert_close(seen * std + mean, whole, rtol=0, atol=1e-5)
 
 
+def test_others_may_read_a_release(tmp_path):
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in released(tmp_path, sample("mim")).iterdir())
+
+
 def test_the_card_names_weights_statistics_and_facts(tmp_path):
     released(tmp_path, sample("classifier", mean=(0.5,) * 3, std=(0.5,) * 3, facts={"recipe": "my_recipe", "images seen": "12345"}))
     card = (tmp_path / "README.md").read_text()

@@ -42,6 +42,7 @@ def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
         temporary = out / f".{name}.{os.getpid()}.tmp"
         if name.endswith(".safetensors"):
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+            temporary.chmod(0o644)  # safetensors leaves it to its owner alone; a release is for others
         else:
             torch.save({"model": {key: _alone(tensor) for key, tensor in tensors.items()}}, temporary)
         os.replace(temporary, out / name)
