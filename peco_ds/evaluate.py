@@ -20,7 +20,7 @@ if __package__ in (None, ""):
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
-LARGE_PX = 384  # from here on BEiT looks at the whole picture
+LARGE_PX = 384  # from here on BEiT looks at the whole central square
 TOKENIZER_PX = 224  # what a tokenizer's release is measured at; a run folder says its own
 
 

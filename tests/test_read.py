@@ -83,7 +83,7 @@ def test_the_moving_average_of_a_file_is_taken_unless_the_raw_weights_are_asked_
     assert "holds no moving average" in refused(saved(raw, tmp_path / "raw.pth"), average="ema")
 
 
-def test_a_picture_of_384_px_is_seen_whole(tmp_path):
+def test_from_384_px_on_the_whole_central_square_is_seen(tmp_path):
     model = ModelSettings(image_px=384, patch_px=16, width=96, depth=1, heads=3)
     weights = read_weights(saved(drawn(classifier_shapes(model)), tmp_path / "w.pth"))
     assert weights.model.image_px == 384 and weights.crop == 1.0

@@ -6,11 +6,14 @@ import pytest
 import timm
 import torch
 from beit_samples import SMALL, sample, same
+from PIL import Image
 
 from peco_ds.convert.read import read_weights
 from peco_ds.convert.release import write_release
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.verify import answers_of
+from peco_ds.data.augment import CenterCrop
+from peco_ds.data.views import to_backbone
 
 NAMES = tuple(f"n{number:08d}" for number in range(7))
 
@@ -59,16 +62,13 @@ def test_a_backbone_that_was_trained_on_reads_as_features_with_a_warning(tmp_pat
     assert "mim_head.safetensors is left out" in caplog.text
 
 
-def test_from_the_whole_picture_timm_makes_a_square_as_beit_does(tmp_path, real_data):
-    from PIL import Image
-
-    model = timm.create_model(f"local-dir:{released(tmp_path, sample('classifier', crop=1.0))}", pretrained=True)
+@pytest.mark.parametrize("crop", [0.875, 1.0])
+def test_timm_shows_a_released_classifier_what_our_evaluation_shows(tmp_path, real_data, crop):
+    model = timm.create_model(f"local-dir:{released(tmp_path, sample('classifier', crop=crop))}", pretrained=True)
     view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     picture = Image.open(real_data.kodak[0]).convert("RGB")
-    seen = view(picture)
-    mean, std = torch.tensor(model.pretrained_cfg["mean"]).view(3, 1, 1), torch.tensor(model.pretrained_cfg["std"]).view(3, 1, 1)
-    whole = torch.from_numpy(np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1) / 255
-    torch.testing.assert_close(seen * std + mean, whole, rtol=0, atol=1e-5)
+    ours = CenterCrop(64, crop)(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1))
+    torch.testing.assert_close(view(picture), to_backbone(ours[None])[0], rtol=0, atol=1e-5)
 
 
 def test_others_may_read_a_release(tmp_path):

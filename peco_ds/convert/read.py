@@ -38,7 +38,7 @@ _CONTAINERS = ("model", "module", "state_dict")  # where training scripts put th
 _AVERAGE = "model_ema"
 _BRANCH_V2 = ("cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head.")
 _PATCH = "patch_embed.proj.weight"
-WHOLE_PICTURE_PX = 384  # from this size on BEiT evaluates on the whole picture, below on 0.875 of it
+WHOLE_SQUARE_PX = 384  # from this size on BEiT evaluates on the whole central square, below on 0.875 of it
 
 
 def read_weights(
@@ -200,7 +200,7 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **said) -> BeitWeight
         tensors |= {TABLE.format(block): shared.clone() for block in range(settings.depth)}
         facts["bias tables"] = "one for all blocks in the file, copied into every block"
     _check_shapes(tensors, kind, settings, where)
-    said.setdefault("crop", 1.0 if settings.image_px >= WHOLE_PICTURE_PX else 0.875)
+    said.setdefault("crop", 1.0 if settings.image_px >= WHOLE_SQUARE_PX else 0.875)
     weights = BeitWeights(kind, settings, tensors, where, facts=facts, **said)
     if weights.classes and len(weights.classes) != weights.num_classes:
         raise UserError(f"{where}: {len(weights.classes)} class names in its {CONFIG}, a head of {weights.num_classes}; correct the folder")

@@ -160,20 +160,16 @@ def hf_config(weights: BeitWeights) -> dict:
 
 
 def preprocessor_config(weights: BeitWeights) -> dict:
-    """The evaluation's view of a picture: short side to image_px / crop, then the central square; with crop 1 the whole picture as a square.
-
-    BEiT's own processor cannot keep the aspect ratio, CLIP's does just this.
-    """
+    """The evaluation's view of a picture: short side to image_px / crop, then the central square. BEiT's own processor cannot keep the aspect ratio,
+    CLIP's does just this."""
     px = weights.model.image_px
-    square = {"height": px, "width": px}
-    whole = weights.crop == 1
     return {
-        "image_processor_type": "BeitImageProcessor" if whole else "CLIPImageProcessor",
+        "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
-        "size": square if whole else {"shortest_edge": round(px / weights.crop)},
+        "size": {"shortest_edge": round(px / weights.crop)},
         "resample": _BICUBIC,
-        "do_center_crop": not whole,
-        "crop_size": square,
+        "do_center_crop": True,
+        "crop_size": {"height": px, "width": px},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -73,7 +73,7 @@ def timm_config(weights: BeitWeights) -> dict:
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": weights.crop,
-            "crop_mode": "squash" if weights.crop == 1 else "center",  # BEiT from 384 px on: the whole picture, resized to the square
+            "crop_mode": "center",
             "mean": list(weights.mean),
             "std": list(weights.std),
             "num_classes": weights.num_classes,
