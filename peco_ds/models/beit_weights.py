@@ -3,7 +3,7 @@
 Names are those of the released BEiT code, which timm kept: `cls_token`, `patch_embed.proj.*`, `blocks.N.*`; then, by kind,
 
 mim         `mask_token`, `rel_pos_bias.relative_position_bias_table` (one for all blocks), `norm.*`, `lm_head.*`
-features    `norm.*` and a table in every block (`blocks.N.attn.relative_position_bias_table`) or one for all
+features    `norm.*`, or `fc_norm.*` of a mean-pooled backbone, and a table in every block (`blocks.N.attn.relative_position_bias_table`) or one for all
 classifier  a table in every block, `fc_norm.*` (mean pooling) or `norm.*` (class token), `head.*`
 """
 
