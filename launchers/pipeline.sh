@@ -20,7 +20,8 @@ Further arguments of one stage, split at spaces, from the environment:
   TOKENIZER_ARGS     the recipe wants "perceptual.weights=/path/to/vit-b-300ep.pth.tar"; the tokenizer is judged on the last 64
                      pictures, which its training leaves out (data.holdout)
   TOKENIZE_ARGS PRETRAIN_ARGS EVALUATE_ARGS
-  CONVERT_ARGS       both releases; default "--to timm"
+  CONVERT_ARGS       the release; default "--to timm"
+  CONVERT_CLASSIFIER_ARGS   the classifier's; default: CONVERT_ARGS
   FINETUNE_ARGS FINETUNE_448_ARGS   a model size changed after -- has to be changed in each of them as well
 TOKENIZE_PARTS (default 8) array tasks share the tokenization. sbatch options: cluster.env.
 Prints one line a job: stage and job id. A job starts when the one before it has succeeded; if one fails the rest is cancelled.
@@ -66,7 +67,7 @@ if [ -n "$val_dir" ]; then
             "give both the same classes, or name a flat folder's labels by PREPARE_VAL_ARGS=\"--synsets FILE\""
     fi
 fi
-for name in PREPARE_VAL_ARGS FINETUNE_ARGS FINETUNE_448_ARGS EVALUATE_ARGS; do
+for name in PREPARE_VAL_ARGS CONVERT_CLASSIFIER_ARGS FINETUNE_ARGS FINETUNE_448_ARGS EVALUATE_ARGS; do
     [ -z "${!name:-}" ] || [ -n "$val_dir" ] || fail "$name is set, but without VAL_DIR the chain ends at the release; set VAL_DIR, or unset $name"
 done
 [ -z "${FINETUNE_448_ARGS:-}" ] || [ "$size" = vith ] || fail "FINETUNE_448_ARGS is set, but $size is fine-tuned at 224 px alone; unset it"
@@ -88,6 +89,7 @@ read -r -a tokenizer_args <<< "${TOKENIZER_ARGS:-}"
 read -r -a tokenize_args <<< "${TOKENIZE_ARGS:-}"
 read -r -a pretrain_args <<< "${PRETRAIN_ARGS:-}"
 read -r -a convert_args <<< "${CONVERT_ARGS:---to timm}"
+read -r -a convert_classifier_args <<< "${CONVERT_CLASSIFIER_ARGS:-${CONVERT_ARGS:---to timm}}"
 read -r -a finetune_args <<< "${FINETUNE_ARGS:-}"
 read -r -a finetune_448_args <<< "${FINETUNE_448_ARGS:-}"
 read -r -a evaluate_args <<< "${EVALUATE_ARGS:-}"
@@ -136,5 +138,5 @@ if [ "$size" = vith ]; then
         "${finetune_448_args[@]}"
     classifier="$out/finetune_448"
 fi
-as=convert_classifier submit convert -- "$classifier" --out "$out/classifier" "${convert_args[@]}"
+as=convert_classifier submit convert -- "$classifier" --out "$out/classifier" "${convert_classifier_args[@]}"
 submit evaluate -- "$out/classifier" --images "$out/val_images" --out "$out/top1.json" "${evaluate_args[@]}"

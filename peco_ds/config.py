@@ -230,6 +230,7 @@ class InitSettings:
 
     weights: str = ""  # run folder of pretrain.py or finetune.py, release folder (timm, Hugging Face, unilm), or weights file; empty: from scratch
     average: Literal["auto", "ema", "raw"] = "auto"  # which weights of a fine-tuning run; auto: the moving average where the run kept one
+    statistics: Literal["auto", "imagenet", "half"] = "auto"  # mean and deviation of the pictures the weights know; half: 0.5, 0.5; auto: as their config says, else ImageNet's
     head: Literal["auto", "new"] = "auto"  # auto: a classifier's head is kept, and has to have the pictures' classes; new: it starts afresh
 
 
@@ -261,7 +262,7 @@ class AugmentSettings:
 
 @dataclass(frozen=True, config=_strict)
 class EmaSettings:
-    decay: float = 0.0  # of the moving average of the weights, updated after every optimiser step; 0: none
+    decay: float = 0.0  # of the moving average of the weights, updated after every optimiser step t at most with (1 + t) / (10 + t); 0: none
 
 
 @dataclass(frozen=True, config=_strict)
@@ -295,7 +296,7 @@ class FinetuneRecipe:
 class ProbeSettings:
     """Linear classifiers and nearest neighbours on frozen features."""
 
-    image_px: int = 224
+    image_px: int = 0  # 0: the size the weights were trained at
     crop: float = 0.875
     blocks: tuple[int, ...] = ()  # features after these blocks, counted from 1; empty: after every block
     pooling: Literal["class_mean", "class", "mean"] = "class_mean"  # class token beside the mean patch token, as BEiT's probe
@@ -434,9 +435,9 @@ def _flatten(tree: dict, prefix: str = ""):
 def _set(merged: dict, sources: dict, key: str, value, source: str, recipe_type: type) -> None:
     known = known_keys(recipe_type)
     if key not in known:
-        other = next((readers for other, readers in READERS.items() if key in known_keys(other)), None)
-        if other is not None:
-            raise UserError(f"{source}: {key!r} is a setting of {other}, not of this stage")
+        others = [readers for other, readers in READERS.items() if key in known_keys(other)]
+        if others:
+            raise UserError(f"{source}: {key!r} is a setting of {', '.join(others)}, not of this stage{nearest(key, known)}")
         raise UserError(f"{source}: unknown setting {key!r}{nearest(key, known)}; all settings stand in peco_ds/config.py")
     *sections, name = key.split(".")
     node = merged
@@ -546,8 +547,8 @@ def _check_finetune(recipe: FinetuneRecipe) -> None:
 
 def _check_probe(recipe: ProbeRecipe) -> None:
     probe = recipe.probe
-    _require_at_least(1, recipe, "probe.image_px probe.epochs probe.global_batch probe.feature_batch")
-    _require_at_least(0, recipe, "probe.weight_decay probe.seed")
+    _require_at_least(1, recipe, "probe.epochs probe.global_batch probe.feature_batch")
+    _require_at_least(0, recipe, "probe.image_px probe.weight_decay probe.seed")
     _require(0 < probe.crop <= 1, f"probe.crop {probe.crop}: in (0, 1]")
     _require(len(probe.lrs) > 0 and min(probe.lrs) > 0, f"probe.lrs {probe.lrs}: one positive rate at least")
     _require(all(k >= 1 for k in probe.knn_k), f"probe.knn_k {probe.knn_k}: each at least 1")
@@ -623,7 +624,7 @@ def resolve_durations(recipe, num_samples: int) -> Durations:
     every = steps(recipe.checkpoint.every_epochs, recipe.checkpoint.every_steps, 0)
     warmup = steps(schedule.warmup_epochs, schedule.warmup_steps, 0)
     spelt = f"schedule.warmup_steps {warmup}" if schedule.warmup_steps is not None else f"schedule.warmup_epochs {schedule.warmup_epochs} = {warmup} steps"
-    _require(warmup <= total, f"the warm-up ({spelt}) is longer than the run of {total} steps; set schedule.warmup_steps lower")
+    _require(warmup <= total, f"the warm-up ({spelt}) is longer than the run of {total} steps; set {spelt.split()[0]} lower")
     evaluation = 0
     if isinstance(recipe, FinetuneRecipe) and recipe.evaluation.every_epochs:
         evaluation = max(1, steps(recipe.evaluation.every_epochs, None, 0))

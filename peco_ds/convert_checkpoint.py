@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -20,6 +19,7 @@ if __package__ in (None, ""):
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import EXIT_DONE, UserError
 
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0], epilog="exit codes: 0 done, 2 bad input (one line says what)")
     parser.add_argument("source", type=Path, metavar="SRC", help="run folder, one checkpoint of it, release folder or weights file")
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="RELEASE_DIR", help="folder to write")
     parser.add_argument("--from", dest="layout", choices=["auto", "run", "timm", "hf", "unilm"], default="auto", help="what SRC must be (default: what it is)")
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="moving average of the weights, or the last ones (default: the average where there is one)")
-    parser.add_argument("--statistics", choices=["imagenet", "half"], help="mean and standard deviation of the pictures, where SRC does not tell them or wrongly; half is 0.5 (default: what SRC tells, else imagenet)")
+    parser.add_argument("--statistics", choices=["auto", "imagenet", "half"], default="auto", help="mean and standard deviation of the pictures, where SRC does not tell them or wrongly; half is 0.5 (default: what SRC tells, else imagenet)")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="load the release by its library in a fresh process and compare outputs (default: on)")
     args = parser.parse_args(argv)
     if args.out.resolve() == args.source.resolve():
@@ -44,13 +44,9 @@ def convert(args: argparse.Namespace) -> int:
     from peco_ds.convert.to_timm import to_timm
     from peco_ds.convert.to_unilm import to_unilm
     from peco_ds.convert.verify import COMPARED, LOADERS, answers_of, compare
-    from peco_ds.models.beit_weights import IMAGENET_MEAN, IMAGENET_STD
     from peco_ds.runtime.run_weights import read_run
 
-    weights = read_weights(args.source, layout=args.layout, average=args.weights, read_run=read_run)
-    if args.statistics:
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if args.statistics == "imagenet" else ((0.5,) * 3, (0.5,) * 3)
-        weights = replace(weights, mean=mean, std=std)
+    weights = read_weights(args.source, layout=args.layout, average=args.weights, statistics=args.statistics, read_run=read_run)
     release = {"timm": to_timm, "hf": to_hf, "unilm": to_unilm}[args.to](weights)
     expected = answers_of(weights) if args.verify else None
     write_release(args.out, release, weights)
@@ -59,7 +55,7 @@ def convert(args: argparse.Namespace) -> int:
     del weights, release  # a large model shall not be in memory here while its library loads it
     compared = "not verified"
     if expected is not None:
-        compared = f"{COMPARED[expected.kind]} in {LOADERS[library]} equal the trained model's to {compare(args.out, library, expected):.1e}"
+        compared = f"{COMPARED[expected.kind]} in {LOADERS[library]} equal our own model's to {compare(args.out, library, expected):.1e}"
     sys.stdout.write(f"{line}; {compared}\n")
     return EXIT_DONE
 

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("evaluation.json"), metavar="FILE", help="all numbers and where they come from (default: %(default)s)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="local weights for TARGET, the name of a timm model")
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="moving average or last weights of a fine-tuning run (default: the average where the run kept one)")
+    parser.add_argument("--statistics", choices=["auto", "imagenet", "half"], default="auto", help="mean and deviation of the pictures the weights know; half is 0.5 (default: as their config says, else imagenet)")
     parser.add_argument("--image_px", type=int, help="side of the picture (default: the model's own; of a tokenizer's release 224)")
     parser.add_argument("--crop", type=float, help="share of the resized short side that is seen (default: the model's own; at another --image_px 0.875 below 384 px, 1 from there on)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default: %(default)s")
@@ -106,12 +107,14 @@ def evaluate_classifier(args):
 
 def load_classifier(args, classes: tuple[str, ...]):
     """The model on the CPU, what its pictures have to be (as `evaluation_batches` takes it), and where it comes from."""
+    from peco_ds.convert.initialize import check_classes
+
     if Path(args.target).exists():
         from peco_ds.convert.initialize import classifier_of
         from peco_ds.convert.read import read_weights
         from peco_ds.runtime.run_weights import read_run
 
-        weights = read_weights(args.target, average=args.weights, read_run=read_run)
+        weights = read_weights(args.target, average=args.weights, statistics=args.statistics, read_run=read_run)
         trained_px, num_classes, names = weights.model.image_px, weights.num_classes, weights.classes
         image_px, crop, mean, std = args.image_px or trained_px, weights.crop, weights.mean, weights.std
         if image_px % weights.model.patch_px:
@@ -123,23 +126,14 @@ def load_classifier(args, classes: tuple[str, ...]):
 
         loaded = load_timm_classifier(args.target, args.checkpoint, image_px=args.image_px)
         model, num_classes, names, image_px, crop, mean, std = loaded.model, loaded.num_classes, None, loaded.image_px, loaded.crop, loaded.mean, loaded.std
-        trained_px = image_px if args.image_px is None else None
+        trained_px = loaded.own_px
         source = {"source": loaded.source, "facts": {}}
-    check_classes(source["source"], num_classes, names, classes, args.images)
+    check_classes(source["source"], num_classes, names, classes, what=str(args.images), remedy="or fine-tune it on these")
     if args.crop is not None:
         crop = args.crop
     elif image_px != trained_px:
         crop = 0.875 if image_px < LARGE_PX else 1.0
     return model, {"image_px": image_px, "crop": crop, "mean": tuple(mean), "std": tuple(std)}, source
-
-
-def check_classes(source: str, num_classes: int, names: tuple[str, ...] | None, classes: tuple[str, ...], images: Path) -> None:
-    """Raises: UserError if the head cannot be the pictures'. Names that only spell the classes differently are let through."""
-    if num_classes != len(classes):
-        raise UserError(f"{source}: its head has {num_classes} classes, {images} has {len(classes)}; give pictures of the classes it was trained for, or fine-tune it on these")
-    if names and names != classes and sorted(names) == sorted(classes):
-        number = next(i for i, (head, picture) in enumerate(zip(names, classes)) if head != picture)
-        raise UserError(f"{source}: class {number} of its head is {names[number]!r}, of {images} {classes[number]!r}; pack the pictures with the classes in the head's order")
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers

@@ -13,7 +13,7 @@ if __package__ in (None, ""):
 
 from peco_ds.command_line import parse_stage, run, stage_parser
 from peco_ds.config import FinetuneRecipe
-from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
+from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,32 +25,36 @@ def main(argv: list[str] | None = None) -> int:
 def dry_run(args, resolved) -> int:
     """Check everything that needs no ranks, and say what the run would be and cost."""
     from peco_ds.config import data_path, resolve_durations
-    from peco_ds.convert.initialize import check_sizes
+    from peco_ds.convert.initialize import check_head, check_sizes
     from peco_ds.convert.read import read_weights
+    from peco_ds.data.augment import TrainCrop
+    from peco_ds.data.labelled import labelled_sets
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.planner.report import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, finetune_report
     from peco_ds.runtime.run_weights import read_run
-    from peco_ds.schema import ImageManifest, read_manifest
 
     cfg = resolved.recipe
     ds_config = read_deepspeed_json(args.deepspeed_config)
     merge_deepspeed(ds_config, args.deepspeed_config, cfg.run, cfg.optim, world_size=1)
-    images = data_path(cfg.data, cfg.data.images)
-    assumed = not images.exists()
-    manifest = None if assumed else read_manifest(images, ImageManifest)
-    num_samples = IMAGENET_1K_TRAIN if assumed else manifest.samples
-    num_classes = len(manifest.classes or ()) if manifest else IMAGENET_1K_CLASSES
-    val_images = data_path(cfg.data, cfg.data.val_images)
-    if manifest and val_images.exists() and read_manifest(val_images, ImageManifest).classes != manifest.classes:
-        raise UserError(other_classes(val_images, images))
+    TrainCrop(cfg.augment, cfg.model.image_px)
+    sets = {name: data_path(cfg.data, getattr(cfg.data, name)) for name in ("images", "val_images")}
+    assumed = not sets["images"].exists()
+    if assumed:
+        num_samples, num_classes, classes = IMAGENET_1K_TRAIN, IMAGENET_1K_CLASSES, None
+    else:
+        pictures, _, classes = labelled_sets(sets["images"], sets["val_images"])
+        num_samples, num_classes = pictures.num_samples, len(classes)
     start = "scratch: init.weights is empty"
     if cfg.init.weights:
-        weights = read_weights(cfg.init.weights, average=cfg.init.average, read_run=read_run)
+        weights = read_weights(cfg.init.weights, average=cfg.init.average, statistics=cfg.init.statistics, read_run=read_run)
         check_sizes(weights, cfg.model)
+        if classes and weights.kind == "classifier" and cfg.init.head == "auto":
+            check_head(weights, classes)
         start = f"{weights.source} ({weights.kind})"
     durations = resolve_durations(cfg, num_samples)
     report = finetune_report(cfg, num_samples=num_samples, num_classes=num_classes, durations=durations, ds_config=ds_config, assumed=assumed)
-    sys.stdout.write(f"{report}\n\nstarts from         {start}\n")
+    missing = [f"{name} {path}: no such folder yet" for name, path in sets.items() if not path.exists()]
+    sys.stdout.write("\n".join([report, "", f"starts from         {start}", *missing]) + "\n")
     return EXIT_DONE
 
 
@@ -59,8 +63,7 @@ def train(args, resolved) -> int:
     from peco_ds.convert.initialize import start_classifier
     from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
-    from peco_ds.data.labelled import check_labels, evaluation_batches, training_batches
-    from peco_ds.data.loaders import Pictures
+    from peco_ds.data.labelled import evaluation_batches, labelled_sets, training_batches
     from peco_ds.data.order import rank_positions
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.evaluation.classification import classification_quality
@@ -78,15 +81,12 @@ def train(args, resolved) -> int:
 
     cfg, run = resolved.recipe, resolved.recipe.run
     ds_config = read_deepspeed_json(args.deepspeed_config)  # bad input is refused before any rank joins another
-    pictures, held_out = Pictures(data_path(cfg.data, cfg.data.images)), Pictures(data_path(cfg.data, cfg.data.val_images))
-    classes = check_labels(pictures, "data.images")
-    if check_labels(held_out, "data.val_images") != classes:
-        raise UserError(other_classes(held_out.folder, pictures.folder))
+    pictures, held_out, classes = labelled_sets(data_path(cfg.data, cfg.data.images), data_path(cfg.data, cfg.data.val_images))
     TrainCrop(cfg.augment, cfg.model.image_px)  # a misspelt augment.auto_augment shows here
     durations = resolve_durations(cfg, pictures.num_samples)
     fingerprint = pictures.manifest.fingerprint()
     resumed = continues(cfg.checkpoint) and bool(list_checkpoints(args.out))
-    weights = read_weights(cfg.init.weights, average=cfg.init.average, read_run=read_run) if cfg.init.weights and not resumed else None
+    weights = read_weights(cfg.init.weights, average=cfg.init.average, statistics=cfg.init.statistics, read_run=read_run) if cfg.init.weights and not resumed else None
     seed_all(run.seed)  # initial weights follow from the seed alone
     model = build_classifier(cfg.model, cfg.classifier, len(classes), checkpoint_blocks=run.activation_checkpointing == "full")
     fresh = start_classifier(model, weights, cfg.model, classes=classes, head=cfg.init.head) if weights else []
@@ -95,6 +95,10 @@ def train(args, resolved) -> int:
     ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
     provenance = {"images_fingerprint": fingerprint, "num_samples": pictures.num_samples, "classes": list(classes)}
     origin = origin_of(args.out) if resumed else origin_from(weights, fresh)
+    if world.is_main:
+        afresh = f"; afresh: {', '.join(origin['fresh'])}" if origin["fresh"] else ""
+        sys.stdout.write(f"starts from {origin['init']}{afresh}\n" if not resumed else f"continues a run that started from {origin['init']}\n")
+    del weights  # else every rank of a node keeps a copy on the host for the whole run
     statistics = {name: tuple(origin[name]) for name in ("mean", "std")}
     provenance |= origin
     open_run_folder(args.out, "finetune", resolved, ds_config, provenance, world)
@@ -143,15 +147,17 @@ def train(args, resolved) -> int:
         engine.train()
         return quality
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(step: int) -> dict[str, float]:
         quality = accuracy()
         if ema:
             with ema.applied():
                 quality |= {f"ema_{name}": value for name, value in accuracy().items() if name != "pictures"}
+        meter.evaluation(step, quality)
         return quality
 
     meter = Meter(args.out, world, first_step=progress.step, durations=durations, run=run, num_samples=pictures.num_samples)
-    quality = {}
+    # A run that was stopped between its save and its evaluation makes up for it here.
+    quality = evaluate(progress.step) if progress.step and durations.evaluate_after(progress.step) else {}
     for step in range(progress.step, durations.stop_step):
         rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
         for _ in range(micro_steps(run, world.size)):
@@ -161,16 +167,15 @@ def train(args, resolved) -> int:
             engine.backward(loss)  # accumulation, loss scale, clipping: the engine's
             engine.step()
         if ema:
-            ema.update()
+            ema.update(step + 1)
         meter.close_step(step + 1, engine, rate)
         stopping = world.stop_requested()
         with meter.paused():
-            if durations.evaluate_after(step + 1) and not stopping:  # a stop has seconds, an evaluation may take minutes
-                quality = evaluate()
-                meter.evaluation(step + 1, quality)
             if stopping or durations.save_after(step + 1):
                 save(args.out, engine, progress.at(step + 1, run.global_batch), cfg.checkpoint, world, ema)
-        if stopping and step + 1 < durations.stop_step:
+            if durations.evaluate_after(step + 1) and not stopping:  # a stop has seconds, an evaluation may take minutes
+                quality = evaluate(step + 1)
+        if stopping:
             meter.close()
             return EXIT_REQUEUE
     meter.close()
@@ -180,10 +185,6 @@ def train(args, resolved) -> int:
             average = f", moving average {quality['ema_top1']:.2f}" if ema else ""
             sys.stdout.write(f"top-1 {quality['top1']:.2f}{average} on {quality['pictures']} pictures\n")
     return EXIT_DONE
-
-
-def other_classes(val_images: Path, images: Path) -> str:
-    return f"data.val_images {val_images}: its classes are not those of {images}, or stand in another order; pack both from the same class folders"
 
 
 def origin_from(weights, fresh: list[str]) -> dict:

@@ -53,7 +53,7 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
         sizes, num_classes = (train.num_samples, val.num_samples), len(classes)
     width = feature_width(weights.model.width, settings.pooling)
     size = feature_bytes(weights.model.width, settings.pooling, num_blocks=len(blocks), num_pictures=sum(sizes))
-    backbone = FLOPS_PER_MAC * mim_macs(replace(weights.model, image_px=settings.image_px), num_codes=0, masked=0).backbone * sum(sizes)
+    backbone = FLOPS_PER_MAC * mim_macs(replace(weights.model, image_px=image_px_of(cfg, weights)), num_codes=0, masked=0).backbone * sum(sizes)
     # No gradient goes back to the features, so a training step is two products and not three.
     classifiers = FLOPS_PER_MAC * (TRAINING_OVER_FORWARD - 1) * width * num_classes * len(settings.lrs) * len(blocks) * settings.epochs * sizes[0]
     lines = [
@@ -110,10 +110,14 @@ def read(cfg: ProbeRecipe):
     from peco_ds.convert.read import read_weights
     from peco_ds.runtime.run_weights import read_run
 
-    weights = read_weights(cfg.init.weights, average=cfg.init.average, read_run=read_run)
-    if cfg.probe.image_px % weights.model.patch_px:
+    weights = read_weights(cfg.init.weights, average=cfg.init.average, statistics=cfg.init.statistics, read_run=read_run)
+    if image_px_of(cfg, weights) % weights.model.patch_px:
         raise UserError(f"probe.image_px {cfg.probe.image_px}: not a multiple of the patch size {weights.model.patch_px} of {weights.source}")
     return weights
+
+
+def image_px_of(cfg: ProbeRecipe, weights) -> int:
+    return cfg.probe.image_px or weights.model.image_px
 
 
 def blocks_of(cfg: ProbeRecipe, weights) -> tuple[int, ...]:
@@ -131,14 +135,9 @@ def blocks_of(cfg: ProbeRecipe, weights) -> tuple[int, ...]:
 def labelled_pictures(cfg: ProbeRecipe):
     """Training and held-out pictures, and the class names that both have."""
     from peco_ds.config import data_path
-    from peco_ds.data.labelled import check_labels
-    from peco_ds.data.loaders import Pictures
+    from peco_ds.data.labelled import labelled_sets
 
-    train, val = Pictures(data_path(cfg.data, cfg.data.images)), Pictures(data_path(cfg.data, cfg.data.val_images))
-    classes = check_labels(train, "data.images")
-    if check_labels(val, "data.val_images") != classes:
-        raise UserError(f"data.val_images {val.folder}: its classes are not those of {train.folder}, or stand in another order; pack both from the same class folders")
-    return train, val, classes
+    return labelled_sets(data_path(cfg.data, cfg.data.images), data_path(cfg.data, cfg.data.val_images))
 
 
 def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train, val) -> dict:
@@ -152,7 +151,7 @@ def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train
         "val_images": val.manifest.fingerprint(),
         "blocks": list(blocks),
         "pooling": settings.pooling,
-        "image_px": settings.image_px,
+        "image_px": image_px_of(cfg, weights),
         "crop": settings.crop,
         "precision": settings.precision,
         "mean": list(weights.mean),
@@ -185,14 +184,14 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], pic
         except UserError as error:
             fault = str(error)
     world.agree(fault)
-    backbone = feature_backbone(weights, settings.image_px).to(world.device)
+    backbone = feature_backbone(weights, image_px_of(cfg, weights)).to(world.device)
     for split, whole_set in pictures.items():
         batches = evaluation_batches(
             whole_set,
             rank=world.rank,
             world_size=world.size,
             batch=settings.feature_batch,
-            image_px=settings.image_px,
+            image_px=image_px_of(cfg, weights),
             crop=settings.crop,
             mean=weights.mean,
             std=weights.std,
@@ -250,7 +249,7 @@ def report(out: Path, resolved, layers: list[dict], made_from: dict, weights, nu
         "versions": versions(),
     }
     write_json(out / "probe.json", record)
-    (out / "probe.md").write_text(table(resolved.recipe, layers, weights.source))
+    (out / "probe.md").write_text(table(resolved.recipe, layers, weights.source, made_from["image_px"]))
     plot(out / "layers.png", layers, weights.source)
     neighbours = "".join(f", {k}-NN {top1:.2f}" for k, top1 in best["knn"].items())
     sys.stdout.write(f"best block {summary['block']} of {weights.model.depth}: linear top-1 {summary['top1']:.2f} (lr {summary['lr']:g}), top-5 {summary['top5']:.2f}{neighbours}; all blocks in {out / 'probe.md'}\n")

@@ -103,7 +103,8 @@ def read_manifest(folder: str | Path, manifest_type: type):
         raise UserError(f"{folder}: no such folder of {kind} shards; make it with {maker} or correct the path")
     if not path.is_file():
         tars = len(list(folder.glob("*.tar")))
-        raise UserError(f"{folder}: holds {tars} tar files but no {MANIFEST_NAME}, so they cannot be trusted; make it with {maker}")
+        held = f"{tars} tar files but no {MANIFEST_NAME}, so they cannot be trusted" if tars else f"no shards and no {MANIFEST_NAME}"
+        raise UserError(f"{folder}: holds {held}; make it with {maker}" + ("" if tars or kind != "images" else f" --images {folder} --out ANOTHER_FOLDER"))
     try:
         raw = json.loads(path.read_text())
     except (ValueError, OSError, RecursionError) as error:

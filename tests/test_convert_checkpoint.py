@@ -67,6 +67,24 @@ def test_one_changed_tensor_is_noticed(tmp_path, to, name):
         compare(tmp_path, LIBRARY[to], answers_of(weights))
 
 
+@pytest.mark.parametrize("side", ["release", "weights"])
+def test_a_head_of_nan_is_never_called_equal(tmp_path, side):
+    good, bad = sample("mim"), sample("mim")
+    bad.tensors["lm_head.bias"].fill_(float("nan"))
+    released, ours = (bad, good) if side == "release" else (good, bad)
+    write_release(tmp_path, TO["timm"](released), released)
+    with pytest.raises(UserError, match="do not publish it"):
+        compare(tmp_path, "timm", answers_of(ours))
+
+
+def test_a_release_for_another_library_is_not_written_over(tmp_path):
+    weights = sample("classifier")
+    write_release(tmp_path, TO["timm"](weights), weights)
+    with pytest.raises(UserError, match="another library"):
+        write_release(tmp_path, TO["hf"](weights), weights)
+    write_release(tmp_path, TO["timm"](weights), weights)
+
+
 @pytest.mark.parametrize("change, words", [("tensor", "differ from"), ("index", "is not the port's"), ("missing", "Missing key|without its index")])
 def test_one_changed_entry_of_a_unilm_file_is_noticed(tmp_path, change, words):
     weights = sample("classifier")

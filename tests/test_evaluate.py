@@ -11,8 +11,9 @@ from PIL import Image
 from timm.data import create_transform
 
 from peco_ds.config import ClassifierSettings, ModelSettings
+from peco_ds.convert.initialize import check_classes
 from peco_ds.errors import UserError
-from peco_ds.evaluate import check_classes, main
+from peco_ds.evaluate import main
 from peco_ds.models.classifier import build_classifier
 from peco_ds.models.mim import MaskedImageModel
 from peco_ds.pack_images import main as pack
@@ -168,7 +169,10 @@ def test_a_tokenizer_run_without_a_release_and_a_head_in_another_order_are_refus
     (tmp_path / "run" / "settings.yaml").write_bytes((root / "run" / "settings.yaml").read_bytes())
     with pytest.raises(UserError, match="without a release yet"):
         main([str(tmp_path / "run"), "--images", str(root / "images" / "val"), "--out", str(tmp_path / "out.json")])
-    check_classes("weights", 2, ("tench", "goldfish"), ("n01440764", "n01443537"), root)
-    check_classes("weights", 2, None, ("a", "b"), root)
+    said = dict(what=str(root), remedy="or fine-tune it on these")
+    check_classes("weights", 2, ("tench", "goldfish"), ("n01440764", "n01443537"), **said)
+    check_classes("weights", 2, None, ("a", "b"), **said)
     with pytest.raises(UserError, match="class 0 of its head is 'b'"):
-        check_classes("weights", 2, ("b", "a"), ("a", "b"), root)
+        check_classes("weights", 2, ("b", "a"), ("a", "b"), **said)
+    with pytest.raises(UserError, match="class 1 of its head is 'n01443537'"):
+        check_classes("weights", 2, ("n01440764", "n01443537"), ("n01440764", "n02102040"), **said)

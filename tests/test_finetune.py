@@ -39,8 +39,9 @@ def runs(labelled_sets, tmp_path_factory):
     for zero in STAGES:
         cases[2][f"bf16_zero{zero}_2"] = case(labelled_sets, folder, f"bf16_zero{zero}_2", zero=zero, extra=["run.precision=bf16"])
     cases[2]["whole"] = case(labelled_sets, folder, "whole", extra=HALF)
-    cases[2]["half"] = case(labelled_sets, folder, "half", extra=[*HALF, "schedule.stop_at_step=5"])
+    cases[2]["half"] = case(labelled_sets, folder, "half", extra=[*HALF, "schedule.stop_at_step=6"])  # a step that is evaluated
     cases[2]["rest"] = case(labelled_sets, folder, "half", extra=HALF)
+    cases[2]["started_again_when_done"] = case(labelled_sets, folder, "half", extra=HALF)
     cases[2]["long"] = case(labelled_sets, folder, "long", extra=["schedule.steps=60", "augment.auto_augment=", "augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "run.log_every_steps=10"])
     cases[3]["three"] = case(labelled_sets, folder, "three", extra=["run.global_batch=12", "schedule.steps=2"])
     codes = {}
@@ -110,12 +111,16 @@ def test_the_share_of_right_answers_does_not_depend_on_the_ranks(runs):
 
 
 def test_a_run_stopped_and_continued_is_the_run_that_never_stopped_bit_for_bit(runs):
-    """Weights, average, mixing draws, stochastic depth, evaluations."""
+    """Weights, average, mixing draws, stochastic depth, evaluations; a third start, with nothing left to do, loses none of it."""
+
     def rows(folder):
         return [(row["step"], row["loss"], row["train_top1"], row["grad_norm"]) for row in read_metrics(folder)]
 
     assert rows(runs / "half") == rows(runs / "whole")
-    assert read_evaluation(runs / "half") == read_evaluation(runs / "whole") and len(read_evaluation(runs / "whole")) > 2
+    assert read_evaluation(runs / "half") == read_evaluation(runs / "whole")
+    steps = [row["step"] for row in read_evaluation(runs / "whole")]
+    assert 6 in steps and steps[-1] == 10 and steps == sorted(set(steps))
+    assert "top1" in read_run(runs / "half").facts
     for average in ("raw", "ema"):
         half, whole = (read_run(runs / name, average).tensors for name in ("half", "whole"))
         assert half.keys() == whole.keys() and all(torch.equal(half[name], whole[name]) for name in whole)
@@ -242,6 +247,22 @@ def test_what_is_no_weights_file_is_refused(labelled_sets, tmp_path, content, wo
 
 def test_an_augmentation_that_timm_does_not_know_is_refused_before_anything_starts(labelled_sets, tmp_path):
     assert "augment.auto_augment" in refusal(start(labelled_sets, tmp_path / "out", "augment.auto_augment=ranf-m9"))
+
+
+def test_a_dry_run_refuses_what_the_start_would_refuse(labelled_sets, runs, small_sets, tmp_path):
+    assert "augment.auto_augment" in refusal([*start(labelled_sets, tmp_path / "out", "augment.auto_augment=ranf-m9"), "--dry_run"])
+    assert "images/nowhere" in refusal([*start(labelled_sets, tmp_path / "out", "data.val_images=images/nowhere"), "--dry_run"])
+    others = ["model.image_px=32", "model.patch_px=8", f"init.weights={runs / 'zero3_2'}", f"data.root={small_sets.root}", "data.val_images=images/train"]
+    assert "init.head=new" in refusal([*start(labelled_sets, tmp_path / "out", *others), "--dry_run"])
+
+
+def test_a_checkpoint_that_was_moved_elsewhere_is_still_a_start(runs, tmp_path):
+    import shutil
+
+    checkpoint = next((runs / "zero3_2" / "checkpoints").glob("step_*"))
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    ours, theirs = read_run(moved).tensors, read_run(checkpoint).tensors
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_an_odd_micro_batch_cannot_be_mixed(labelled_sets, tmp_path):

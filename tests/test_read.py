@@ -89,6 +89,11 @@ def test_from_384_px_on_the_whole_central_square_is_seen(tmp_path):
     assert weights.model.image_px == 384 and weights.crop == 1.0
 
 
+def test_the_statistics_can_be_told(tmp_path):
+    path = saved(drawn(classifier_shapes(SMALL)), tmp_path / "w.pth")
+    assert read_weights(path).mean == (0.485, 0.456, 0.406) and read_weights(path, statistics="half").std == (0.5, 0.5, 0.5)
+
+
 def test_half_precision_stays_half_precision(tmp_path):
     tensors = {name: tensor.half() for name, tensor in drawn(mim_shapes(SMALL)).items()}
     assert same(read_weights(saved(tensors, tmp_path / "w.pth")).tensors, tensors)
@@ -222,7 +227,7 @@ def test_a_masked_image_model_that_transformers_wrote_gives_its_token_logits(tmp
 @pytest.mark.parametrize("mean_pooling", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_classifier_that_transformers_wrote_gives_its_logits_under_every_flag(tmp_path, mean_pooling, shared):
-    flags = dict(use_mean_pooling=mean_pooling, use_shared_relative_position_bias=shared, use_relative_position_bias=not shared)
+    flags = dict(use_mean_pooling=mean_pooling, use_shared_relative_position_bias=shared, use_relative_position_bias=not shared, use_mask_token=shared)
     model = hf_folder(tmp_path, BeitForImageClassification, **flags, id2label={0: "ant", 1: "bee", 2: "cat"})
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 73, "crop_size": {"height": 64, "width": 64}, "do_center_crop": True}))
     weights = read_weights(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from dataclasses import replace
 from typing import Literal
 
@@ -15,6 +17,9 @@ from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights
 from peco_ds.models.classifier import Classifier, build_classifier
 from peco_ds.models.vit import timm_arguments
 
+logger = logging.getLogger("peco_ds")
+
+_SYNSET = re.compile(r"n\d{8}")
 _OF_PRETRAINING = ("mask_token", "lm_head.weight", "lm_head.bias", SHARED_TABLE)
 _POOLING_NORM = ("fc_norm.weight", "fc_norm.bias")
 _HEAD = ("head.weight", "head.bias")
@@ -34,11 +39,7 @@ def start_classifier(model: Classifier, weights: BeitWeights, settings: ModelSet
     check_sizes(weights, settings)
     tensors = per_block(weights, settings.grid)
     if weights.kind == "classifier" and head == "auto":
-        if weights.num_classes != len(classes):
-            raise UserError(f"{weights.source}: its head has {weights.num_classes} classes, the pictures have {len(classes)}; give the pictures it was trained for, or init.head=new")
-        if weights.classes and weights.classes != classes:
-            number = next(i for i, (old, new) in enumerate(zip(weights.classes, classes)) if old != new)
-            raise UserError(f"{weights.source}: class {number} of its head is {weights.classes[number]!r}, of the pictures {classes[number]!r}; pack the pictures in the same order, or init.head=new")
+        check_head(weights, classes)
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in _HEAD}
     wanted = model.state_dict()
@@ -76,12 +77,36 @@ def feature_backbone(weights: BeitWeights, image_px: int) -> Beit:
     return model.eval().requires_grad_(False)
 
 
+def check_head(weights: BeitWeights, classes: tuple[str, ...]) -> None:
+    """Raises: UserError if a classifier's head, which is to be kept, cannot be the pictures'."""
+    check_classes(weights.source, weights.num_classes, weights.classes, classes, what="the pictures", remedy="or set init.head=new")
+
+
+def check_classes(source: str, num_classes: int, names: tuple[str, ...] | None, classes: tuple[str, ...], *, what: str, remedy: str) -> None:
+    """Whether a head can be that of a labelled set. Names that may only spell the classes differently (synsets, words) are let through with a warning.
+
+    Args:
+        num_classes, names: of the head; names None where they are not known.  classes: of the set.  what, remedy: parts of the message.
+    Raises: UserError if the numbers differ, the same names stand in another order, or both name synsets and not the same ones.
+    """
+    if num_classes != len(classes):
+        raise UserError(f"{source}: its head has {num_classes} classes, {what} {len(classes)}; give pictures of the classes it was trained for, {remedy}")
+    if names is None or names == classes:
+        return
+    number = next(i for i, (head, picture) in enumerate(zip(names, classes)) if head != picture)
+    differs = f"{source}: class {number} of its head is {names[number]!r}, of {what} {classes[number]!r}"
+    if sorted(names) == sorted(classes) or all(_SYNSET.fullmatch(name) for name in (*names, *classes)):
+        raise UserError(f"{differs}; give pictures of its classes in the head's order, {remedy}")
+    logger.warning("%s; they are taken for two spellings of the same classes, in the same order", differs)
+
+
 def check_sizes(weights: BeitWeights, settings: ModelSettings) -> None:
-    """Raises: UserError naming the first size in which the weights and the recipe's model differ; picture size may."""
-    found = weights.model
-    for name in ("patch_px", "width", "depth", "heads", "mlp_ratio"):
-        if getattr(found, name) != getattr(settings, name):
-            raise UserError(f"{weights.source}: {name} {getattr(found, name)}, the recipe has model.{name} {getattr(settings, name)}; take the recipe of that size, or set model.{name}={getattr(found, name)}")
+    """Raises: UserError naming the sizes in which the weights and the recipe's model differ; picture size may."""
+    names = [name for name in ("patch_px", "width", "depth", "heads", "mlp_ratio") if getattr(weights.model, name) != getattr(settings, name)]
+    if names:
+        found, asked = (", ".join(f"{name} {getattr(model, name)}" for name in names) for model in (weights.model, settings))
+        remedy = " ".join(f"model.{name}={getattr(weights.model, name)}" for name in names)
+        raise UserError(f"{weights.source}: {found}, but the recipe's model has {asked}; take the recipe of that size, or set {remedy}")
 
 
 def per_block(weights: BeitWeights, grid: int) -> dict[str, torch.Tensor]:

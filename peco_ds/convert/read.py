@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from peco_ds.convert.to_hf import from_hf, has_hf_names
 from peco_ds.convert.to_timm import HEAD_FILE, from_timm
 from peco_ds.convert.to_unilm import from_unilm
 from peco_ds.errors import UserError
-from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights
+from peco_ds.models.beit_weights import IMAGENET_MEAN, IMAGENET_STD, SHARED_TABLE, TABLE, BeitWeights
 from peco_ds.models.vit import timm_arguments
 from peco_ds.models.weight_files import read_tensor_file
 from peco_ds.schema import sha256_of_file
@@ -31,11 +32,11 @@ from peco_ds.schema import sha256_of_file
 logger = logging.getLogger("peco_ds")
 
 Layout = Literal["auto", "run", "timm", "hf", "unilm"]
-LAYOUTS = ("auto", "run", "timm", "hf", "unilm")
 _RUN_FILES = ("settings.yaml", "progress.json")  # of a run folder, of a checkpoint in it
 _PICKLED = "pytorch_model.bin"
+HALF = (0.5, 0.5, 0.5)  # mean and deviation of the first BEiT's pictures
 _CONTAINERS = ("model", "module", "state_dict")  # where training scripts put the weights inside their checkpoint
-_AVERAGE = "model_ema"
+_AVERAGES = ("model_ema", "state_dict_ema")  # of unilm, of timm's training script
 _BRANCH_V2 = ("cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head.")
 _PATCH = "patch_embed.proj.weight"
 WHOLE_SQUARE_PX = 384  # from this size on BEiT evaluates on the whole central square, below on 0.875 of it
@@ -46,6 +47,7 @@ def read_weights(
     *,
     layout: Layout = "auto",
     average: Literal["auto", "ema", "raw"] = "auto",
+    statistics: Literal["auto", "imagenet", "half"] = "auto",
     read_run: Callable[[Path, str], BeitWeights] | None = None,
 ) -> BeitWeights:
     """Weights in the canonical form, in the dtype they are stored in.
@@ -54,11 +56,19 @@ def read_weights(
         path: a run folder or a checkpoints/step_N of it; a release folder; or a file, whose names tell timm and unilm (the same) from Hugging Face.
         layout: what it must be; auto: what it is.
         average: the moving average of the weights or the last ones; auto: the average where there is one.
+        statistics: mean and deviation of the pictures that the weights know; auto: what their config says, else ImageNet's.
         read_run: reads a run (`runtime.run_weights.read_run`); None where runs are not taken.
     What a bare file does not tell: mean and standard deviation are ImageNet's, the crop is 0.875 below 384 px and 1 from there on.
     Raises: UserError if there is nothing to read, or it is of another layout or model family, or a tensor is missing, left over or of another shape.
     """
-    path = Path(path).expanduser()
+    weights = _read(Path(path).expanduser(), layout, average, read_run)
+    if statistics == "auto":
+        return weights
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if statistics == "imagenet" else (HALF, HALF)
+    return replace(weights, mean=mean, std=std)
+
+
+def _read(path: Path, layout: Layout, average: str, read_run: Callable[[Path, str], BeitWeights] | None) -> BeitWeights:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; correct the path")
     found = _layout_of(path, layout)
@@ -147,11 +157,12 @@ def _weights_file(folder: Path) -> Path:
 def _tensors_of_file(path: Path, average: str) -> tuple[dict[str, torch.Tensor], bool]:
     """Tensors of a checkpoint file, and whether they are a moving average."""
     content = read_tensor_file(path)
-    kept = isinstance(content.get(_AVERAGE), dict)
+    average_of = next((content[name] for name in _AVERAGES if isinstance(content.get(name), dict)), None)
+    kept = average_of is not None
     if average == "ema" and not kept:
-        raise UserError(f"{path}: holds no moving average ({_AVERAGE}); take the raw weights")
+        raise UserError(f"{path}: holds no moving average ({', '.join(_AVERAGES)}); take the raw weights")
     averaged = kept and average != "raw"
-    return from_unilm(_unwrapped(content[_AVERAGE] if averaged else content)), averaged
+    return from_unilm(_unwrapped(average_of if averaged else content)), averaged
 
 
 def _unwrapped(content: dict) -> dict[str, torch.Tensor]:
@@ -193,7 +204,9 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **said) -> BeitWeight
         facts["left out"] = f"BEiT v2's class-token branch, {len(branch)} tensors that only pre-training needs"
         logger.info("%s: %s", where, facts["left out"])
         tensors = {name: tensor for name, tensor in tensors.items() if name not in branch}
-    kind = "mim" if tensors.keys() & {"mask_token", "lm_head.weight"} else "classifier" if "head.weight" in tensors else "features"
+    kind = "classifier" if "head.weight" in tensors else "mim" if tensors.keys() & {"mask_token", "lm_head.weight"} else "features"
+    if kind == "classifier":  # transformers keeps it where it fine-tuned a pre-trained model
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "mask_token"}
     settings = _settings_of(tensors, where)
     if kind == "classifier" and SHARED_TABLE in tensors and TABLE.format(0) not in tensors:
         shared = tensors.pop(SHARED_TABLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from peco_ds.schema import write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+_TELLING = {"architecture", "model_type", "layout"}  # keys of config.json by which timm's, transformers' and unilm's are told apart
 _WEIGHTS_OF_ANY = (WEIGHTS, "mim_head.safetensors", "model.pth", "pytorch_model.bin", "preprocessor_config.json")
 
 
@@ -36,6 +38,8 @@ def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
     foreign = [name for name in _WEIGHTS_OF_ANY if (out / name).exists() and name not in release.tensors.keys() | release.configs.keys()]
     if foreign:
         raise UserError(f"{out}: holds {foreign[0]} of another release; give an empty folder")
+    if (out / CONFIG).is_file() and json.loads((out / CONFIG).read_text()).keys() & _TELLING != release.configs[CONFIG].keys() & _TELLING:
+        raise UserError(f"{out}: holds a release for another library; give an empty folder")
     out.mkdir(parents=True, exist_ok=True)
     (out / CONFIG).unlink(missing_ok=True)
     for name, tensors in release.tensors.items():

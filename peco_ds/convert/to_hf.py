@@ -8,6 +8,7 @@ classifier  BeitForImageClassification
 from __future__ import annotations
 
 import logging
+import math
 import re
 
 import torch
@@ -166,7 +167,7 @@ def preprocessor_config(weights: BeitWeights) -> dict:
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": round(px / weights.crop)},
+        "size": {"shortest_edge": math.floor(px / weights.crop)},  # as timm and BEiT
         "resample": _BICUBIC,
         "do_center_crop": True,
         "crop_size": {"height": px, "width": px},

@@ -128,6 +128,9 @@ def answers_of(weights: BeitWeights) -> Answers:
         arguments = timm_arguments(settings, shared_bias=SHARED_TABLE in tensors, num_classes=weights.num_classes, pooling=weights.pooling)
         model = _assembled(lambda: Beit(**arguments), tensors)
         values = {"logits": model(images)} if weights.kind == "classifier" else {"tokens": model.forward_features(images), "pooled": model(images)}
+    broken = next((name for name, value in values.items() if not value.isfinite().all()), None)
+    if broken:
+        raise UserError(f"{weights.source}: its {broken} are not finite; do not publish it, take an older checkpoint")
     return Answers(weights.kind, images, hidden, {name: value.numpy() for name, value in values.items()})
 
 
@@ -161,7 +164,7 @@ def compare(release: Path, library: str, expected: Answers) -> float:
             lines = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
             raise UserError(f"{release}: {LOADERS[library]} does not load it: {lines[-1]}")
         with np.load(outputs) as found:
-            worst = max(float(np.abs(found[name] - value).max() / np.abs(value).max()) for name, value in expected.values.items())
+            worst = float(np.max([np.abs(found[name] - value).max() / np.abs(value).max() for name, value in expected.values.items()]))  # NaN stays NaN
     if not worst <= TOLERANCE:
         raise UserError(f"{release}: {COMPARED[expected.kind]} in {LOADERS[library]} differ from the trained model's by {worst:.1e}, more than {TOLERANCE:.0e}; do not publish it")
     return worst

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +49,20 @@ def check_labels(pictures: Pictures, what: str) -> tuple[str, ...]:
             f"{what} {pictures.folder}: holds pictures without labels; pack class folders with pack_images.py --labels folders, or index tars with .cls members"
         )
     return tuple(pictures.manifest.classes)
+
+
+def labelled_sets(images: Path, val_images: Path, names: tuple[str, str] = ("data.images", "data.val_images")) -> tuple[Pictures, Pictures, tuple[str, ...]]:
+    """A set to train on, a set to measure on, and the class names of both.
+
+    Args:
+        names: the settings or options that named the sets, for messages.
+    Raises: UserError if one is missing or unlabelled, or their classes differ.
+    """
+    pictures, held_out = Pictures(images), Pictures(val_images)
+    classes = check_labels(pictures, names[0])
+    if check_labels(held_out, names[1]) != classes:
+        raise UserError(f"{names[1]} {held_out.folder}: its classes are not those of {pictures.folder}, or stand in another order; pack both from the same class folders")
+    return pictures, held_out, classes
 
 
 @dataclass

@@ -20,7 +20,7 @@ def classification_quality(forward: Callable[[torch.Tensor], torch.Tensor], batc
     Returns: top1, top5 (percent; of fewer than five classes: top-C), loss (cross-entropy), pictures (how many were counted).
     """
     accuracies = {f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
-    metrics = MetricCollection({**accuracies, "loss": MeanMetric(), "pictures": SumMetric()}, compute_groups=False).to(device)
+    metrics = MetricCollection({**accuracies, "loss": MeanMetric(nan_strategy="disable"), "pictures": SumMetric()}, compute_groups=False).to(device)
     for batch in batches:
         logits = forward(batch.images_norm).float()
         real = batch.labels >= 0
@@ -31,4 +31,4 @@ def classification_quality(forward: Callable[[torch.Tensor], torch.Tensor], batc
             metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
             metrics["pictures"].update(len(labels))
     values = {name: float(value) for name, value in metrics.compute().items()}
-    return {"top1": 100 * values["top1"], "top5": 100 * values["top5"], "loss": values["loss"], "pictures": int(values["pictures"])}
+    return {"top1": round(100 * values["top1"], 4), "top5": round(100 * values["top5"], 4), "loss": values["loss"], "pictures": int(values["pictures"])}

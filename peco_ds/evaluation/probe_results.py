@@ -44,7 +44,7 @@ class LayerResults:
         return self._folder / f"block_{block:02d}.json"
 
 
-def table(cfg: ProbeRecipe, layers: list[dict], source: str) -> str:
+def table(cfg: ProbeRecipe, layers: list[dict], source: str, image_px: int) -> str:
     """Markdown: one row a block, top-1 of every rate and every k."""
     rates, ks = [row["lr"] for row in layers[0]["linear"]], list(layers[0]["knn"])
     heads = ["block", *(f"linear, lr {rate:g}" for rate in rates), *(f"{k}-NN" for k in ks)]
@@ -53,7 +53,7 @@ def table(cfg: ProbeRecipe, layers: list[dict], source: str) -> str:
     lines = [
         f"# {cfg.name}: {source}",
         "",
-        f"Top-1 in percent on `{cfg.data.val_images}`, frozen features ({settings.pooling}, {settings.image_px} px central crops, no augmentation), {settings.epochs} epochs of AdamW at batch {settings.global_batch}.",
+        f"Top-1 in percent on `{cfg.data.val_images}`, frozen features ({settings.pooling}, {image_px} px central crops, no augmentation), {settings.epochs} epochs of AdamW at batch {settings.global_batch}.",
         "",
         *("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)),
     ]

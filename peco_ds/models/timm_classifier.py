@@ -24,6 +24,7 @@ class TimmClassifier(NamedTuple):
     num_classes: int
     source: str
     image_px: int
+    own_px: int  # side of the pictures that the model is evaluated at unless another is asked for
     crop: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -55,13 +56,14 @@ def load_timm_classifier(name: str, checkpoint: Path | None = None, *, image_px:
         raise UserError(f"{name}: its weights could not be downloaded ({reason}); fetch them elsewhere and give --checkpoint FILE") from None
     if not model.num_classes:
         raise UserError(f"{name}: has no classifier; give a fine-tuned model, or probe its features")
+    own_px = resolve_model_data_config(model, use_test_size=True)["input_size"][-1]
     if image_px is not None:
         _resize(model, name, image_px)
     config = resolve_model_data_config(model, use_test_size=True)
     if config["interpolation"] != "bicubic" or config["crop_mode"] != "center":
         logger.warning("%s was trained for %s, %s crops; here they are bicubic and central, which moves its accuracy a little", name, config["interpolation"], config["crop_mode"])
     source = f"timm {name}" + (f" ({checkpoint.name})" if checkpoint is not None else "")
-    return TimmClassifier(model, model.num_classes, source, image_px or config["input_size"][-1], config["crop_pct"], config["mean"], config["std"])
+    return TimmClassifier(model, model.num_classes, source, image_px or own_px, own_px, config["crop_pct"], config["mean"], config["std"])
 
 
 def _resize(model: nn.Module, name: str, image_px: int) -> None:

@@ -12,8 +12,8 @@ def soft_label_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tup
     """
     Args:
         logits: [B, C]; taken to float32 here.  targets: float32 [B, C], each row sums to 1.
-    Returns: mean loss; {"train_top1"}: share of pictures whose first guess is the largest part of the mixture.
+    Returns: mean loss; {"train_top1"}: percent of pictures whose first guess is the largest part of the mixture.
     """
     logits = logits.float()
-    top1 = (logits.argmax(dim=-1) == targets.argmax(dim=-1)).float().mean()
+    top1 = 100 * (logits.argmax(dim=-1) == targets.argmax(dim=-1)).float().mean()
     return _cross_entropy(logits, targets), {"train_top1": top1}

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from peco_ds.config import FinetuneRecipe, PretrainRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import BeitWeights
-from peco_ds.runtime.checkpoint import FOLDER, Progress, fp32_weights, has_ema, list_checkpoints, newest_whole, read_progress, verify
+from peco_ds.runtime.checkpoint import FOLDER, PROGRESS, Progress, fp32_weights, has_ema, list_checkpoints, newest_whole, read_progress, verify
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.run_folder import read_provenance, read_settings
 
@@ -26,15 +26,14 @@ def read_run(path: Path, average: Literal["auto", "ema", "raw"] = "auto") -> Bei
         average: the moving average of a fine-tuning run or its last weights; auto: the average where the run kept one.
     Raises: UserError if there is no whole checkpoint, if it is a run of another stage, or if it kept no average.
     """
-    path = Path(path)
-    run_folder, checkpoint = find_checkpoint(path)
-    recorded = read_settings(run_folder)
+    run_folder, checkpoint = find_checkpoint(Path(path).resolve())
+    recorded = read_settings(checkpoint)
     recipe = TypeAdapter(_RECIPES[recorded["stage"]]).validate_python(recorded["recipe"])
     if average == "ema" and not has_ema(checkpoint):
         raise UserError(f"{checkpoint}: the run kept no moving average (ema.decay=0); take the raw weights")
     averaged = average != "raw" and has_ema(checkpoint)
     tensors = fp32_weights(checkpoint, average=averaged)
-    progress, provenance = read_progress(checkpoint), read_provenance(run_folder)
+    progress, provenance = read_progress(checkpoint), read_provenance(checkpoint)
     source = f"{recipe.name}, {checkpoint.name}" + (", moving average" if averaged else "")
     facts = _facts(recipe, progress, provenance, run_folder, averaged)
     if isinstance(recipe, FinetuneRecipe):
@@ -45,15 +44,16 @@ def read_run(path: Path, average: Literal["auto", "ema", "raw"] = "auto") -> Bei
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """(run folder, checkpoint folder) of what the user named.
+    """(run folder, checkpoint folder) of what the user named. A checkpoint that was moved elsewhere is its own run folder: it holds the run's records.
 
     Raises: UserError if there is no whole checkpoint of a pre-training or fine-tuning run.
     """
+    single = (path / PROGRESS).is_file()
     run_folder = path.parent.parent if path.parent.name == FOLDER else path
-    stage = read_settings(run_folder)["stage"]
+    stage = read_settings(path if single else run_folder)["stage"]
     if stage not in _RECIPES:
         raise UserError(f"{run_folder}: a run of {stage}; give a run of pretrain.py or finetune.py (a tokenizer's release lies in its run folder already)")
-    if path != run_folder:
+    if single:
         fault = verify(path)
         if fault:
             raise UserError(f"{path}: damaged ({fault}); give an older checkpoint of the run")
