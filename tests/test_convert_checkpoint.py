@@ -43,7 +43,7 @@ def test_a_release_is_loaded_in_a_fresh_process_and_its_outputs_are_compared(sou
         return
     convert(sources / f"{kind}.pth", to, tmp_path / "release")
     line = capsys.readouterr().out
-    assert line.count("\n") == 1 and words in line and "equal the trained model's to" in line
+    assert line.count("\n") == 1 and words in line and "equal our own model's to" in line
     assert float(line.split()[-1]) < 1e-5
 
 

@@ -204,9 +204,9 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **said) -> BeitWeight
         facts["left out"] = f"BEiT v2's class-token branch, {len(branch)} tensors that only pre-training needs"
         logger.info("%s: %s", where, facts["left out"])
         tensors = {name: tensor for name, tensor in tensors.items() if name not in branch}
-    kind = "classifier" if "head.weight" in tensors else "mim" if tensors.keys() & {"mask_token", "lm_head.weight"} else "features"
-    if kind == "classifier":  # transformers keeps it where it fine-tuned a pre-trained model
+    if "head.weight" in tensors and "lm_head.weight" not in tensors:  # transformers keeps a mask token where it fine-tuned a pre-trained model
         tensors = {name: tensor for name, tensor in tensors.items() if name != "mask_token"}
+    kind = "mim" if tensors.keys() & {"mask_token", "lm_head.weight"} else "classifier" if "head.weight" in tensors else "features"
     settings = _settings_of(tensors, where)
     if kind == "classifier" and SHARED_TABLE in tensors and TABLE.format(0) not in tensors:
         shared = tensors.pop(SHARED_TABLE)
