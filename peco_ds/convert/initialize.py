@@ -79,7 +79,7 @@ def feature_backbone(weights: BeitWeights, image_px: int) -> Beit:
 
 def check_head(weights: BeitWeights, classes: tuple[str, ...]) -> None:
     """Raises: UserError if a classifier's head, which is to be kept, cannot be the pictures'."""
-    check_classes(weights.source, weights.num_classes, weights.classes, classes, what="the pictures", remedy="or set init.head=new")
+    check_classes(weights.source, weights.num_classes, weights.classes, classes, what="the picture set", remedy="or set init.head=new")
 
 
 def check_classes(source: str, num_classes: int, names: tuple[str, ...] | None, classes: tuple[str, ...], *, what: str, remedy: str) -> None:
@@ -90,7 +90,7 @@ def check_classes(source: str, num_classes: int, names: tuple[str, ...] | None, 
     Raises: UserError if the numbers differ, the same names stand in another order, or both name synsets and not the same ones.
     """
     if num_classes != len(classes):
-        raise UserError(f"{source}: its head has {num_classes} classes, {what} {len(classes)}; give pictures of the classes it was trained for, {remedy}")
+        raise UserError(f"{source}: its head has {num_classes} classes, {what} has {len(classes)}; give pictures of the classes it was trained for, {remedy}")
     if names is None or names == classes:
         return
     number = next(i for i, (head, picture) in enumerate(zip(names, classes)) if head != picture)
