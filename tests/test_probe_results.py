@@ -21,7 +21,7 @@ def test_layers_that_are_done_stay_done_and_those_of_other_settings_do_not_count
 
 
 def test_the_table_has_a_row_a_block_and_a_column_a_rate_and_k():
-    rows = [line for line in table(ProbeRecipe(), [layer(1, 20.0, 21.25), layer(2, 30.0, 31.0, knn=44.4)], "weights").splitlines() if line.startswith("|")]
+    rows = [line for line in table(ProbeRecipe(), [layer(1, 20.0, 21.25), layer(2, 30.0, 31.0, knn=44.4)], "weights", 224).splitlines() if line.startswith("|")]
     assert rows[0] == "| block | linear, lr 0.001 | linear, lr 0.004 | 10-NN |"
     assert rows[2:] == ["| 1 | 20.00 | 21.25 | 50.00 |", "| 2 | 30.00 | 31.00 | 44.40 |"]
 
