@@ -20,7 +20,6 @@ if __package__ in (None, ""):
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
-LARGE_PX = 384  # from here on BEiT looks at the whole central square
 TOKENIZER_PX = 224  # what a tokenizer's release is measured at; a run folder says its own
 
 
@@ -108,6 +107,7 @@ def evaluate_classifier(args):
 def load_classifier(args, classes: tuple[str, ...]):
     """The model on the CPU, what its pictures have to be (as `evaluation_batches` takes it), and where it comes from."""
     from peco_ds.convert.initialize import check_classes
+    from peco_ds.models.beit_weights import usual_crop
 
     if Path(args.target).exists():
         from peco_ds.convert.initialize import classifier_of
@@ -132,7 +132,7 @@ def load_classifier(args, classes: tuple[str, ...]):
     if args.crop is not None:
         crop = args.crop
     elif image_px != trained_px:
-        crop = 0.875 if image_px < LARGE_PX else 1.0
+        crop = usual_crop(image_px)
     return model, {"image_px": image_px, "crop": crop, "mean": tuple(mean), "std": tuple(std)}, source
 
 
@@ -161,17 +161,18 @@ def find_tokenizer(target: Path) -> tuple[Path, int] | None:
 
 def evaluate_tokenizer(args, release: Path, own_px: int):
     from peco_ds.data.central_squares import square_batches
-    from peco_ds.data.labelled import check_labels
+    from peco_ds.data.labelled import labelled_sets
     from peco_ds.data.loaders import Pictures
     from peco_ds.evaluation.perceptual_distance import load_lpips
     from peco_ds.evaluation.reconstruction import RoundTripSums
     from peco_ds.models.peco_tokenizer import load_tokenizer
     from peco_ds.runtime.distributed import start_world
 
-    pictures = Pictures(args.images)
-    train = Pictures(args.train_images) if args.train_images else None
-    if train is not None and check_labels(train, "--train_images") != check_labels(pictures, "--images"):
-        raise UserError(f"--images {args.images}: its classes are not those of {args.train_images}, or stand in another order; pack both from the same class folders")
+    train = None
+    if args.train_images:
+        train, pictures, _ = labelled_sets(args.train_images, args.images, ("--train_images", "--images"))
+    else:
+        pictures = Pictures(args.images)
     tokenizer, card = load_tokenizer(release)
     image_px = args.image_px or own_px
     if image_px % card.stride_px:

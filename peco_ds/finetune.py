@@ -189,7 +189,7 @@ def train(args, resolved) -> int:
 
 def origin_from(weights, fresh: list[str]) -> dict:
     """What a run folder records of its start."""
-    from peco_ds.models.beit_weights import IMAGENET_MEAN, IMAGENET_STD
+    from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
     if weights is None:
         return {"init": "scratch", "init_facts": {}, "fresh": [], "mean": IMAGENET_MEAN, "std": IMAGENET_STD}

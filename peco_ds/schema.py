@@ -25,6 +25,8 @@ from peco_ds.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pictures in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 # One row a view. Box in source pixels after EXIF rotation; flip is 0 or 1; the three factors multiply (1 = unchanged);

@@ -15,9 +15,9 @@ from peco_ds.data.labelled import evaluation_batches
 from peco_ds.data.loaders import Pictures
 from peco_ds.errors import UserError
 from peco_ds.evaluation.classification import classification_quality
-from peco_ds.models.beit_weights import IMAGENET_MEAN, IMAGENET_STD
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.run_weights import read_run
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
 STAGES = (0, 1, 2, 3)
 HALF = ["model.drop_path=0.3", "checkpoint.every_steps=3", "evaluation.every_epochs=0.35"]

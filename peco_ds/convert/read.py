@@ -24,10 +24,10 @@ from peco_ds.convert.to_hf import from_hf, has_hf_names
 from peco_ds.convert.to_timm import HEAD_FILE, from_timm
 from peco_ds.convert.to_unilm import from_unilm
 from peco_ds.errors import UserError
-from peco_ds.models.beit_weights import IMAGENET_MEAN, IMAGENET_STD, SHARED_TABLE, TABLE, BeitWeights
+from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights, usual_crop
 from peco_ds.models.vit import timm_arguments
 from peco_ds.models.weight_files import read_tensor_file
-from peco_ds.schema import sha256_of_file
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, sha256_of_file
 
 logger = logging.getLogger("peco_ds")
 
@@ -39,7 +39,6 @@ _CONTAINERS = ("model", "module", "state_dict")  # where training scripts put th
 _AVERAGES = ("model_ema", "state_dict_ema")  # of unilm, of timm's training script
 _BRANCH_V2 = ("cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head.")
 _PATCH = "patch_embed.proj.weight"
-WHOLE_SQUARE_PX = 384  # from this size on BEiT evaluates on the whole central square, below on 0.875 of it
 
 
 def read_weights(
@@ -213,7 +212,7 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **said) -> BeitWeight
         tensors |= {TABLE.format(block): shared.clone() for block in range(settings.depth)}
         facts["bias tables"] = "one for all blocks in the file, copied into every block"
     _check_shapes(tensors, kind, settings, where)
-    said.setdefault("crop", 1.0 if settings.image_px >= WHOLE_SQUARE_PX else 0.875)
+    said.setdefault("crop", usual_crop(settings.image_px))
     weights = BeitWeights(kind, settings, tensors, where, facts=facts, **said)
     if weights.classes and len(weights.classes) != weights.num_classes:
         raise UserError(f"{where}: {len(weights.classes)} class names in its {CONFIG}, a head of {weights.num_classes}; correct the folder")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from peco_ds.errors import UserError
-from peco_ds.models.beit_weights import IMAGENET_MEAN, IMAGENET_STD, BeitWeights
-from peco_ds.schema import write_json
+from peco_ds.models.beit_weights import BeitWeights
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

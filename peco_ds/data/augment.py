@@ -21,8 +21,9 @@ from torchvision.transforms.functional import to_pil_image
 
 from peco_ds.config import AugmentSettings
 from peco_ds.data.order import MIX, generator
-from peco_ds.data.views import IMAGENET_MEAN, IMAGENET_STD, normalize
+from peco_ds.data.views import normalize
 from peco_ds.errors import UserError
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
 _MAX_SEED = 2**32  # what numpy's global generator takes
 

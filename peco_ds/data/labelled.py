@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +15,9 @@ from peco_ds.data.augment import BatchMix, CenterCrop, TrainCrop, drawn_from
 from peco_ds.data.decode import DecodeError
 from peco_ds.data.loaders import BadPictures, Pictures, RawBatch, load_raw
 from peco_ds.data.order import AUGMENT, SampleOrder
-from peco_ds.data.views import IMAGENET_MEAN, IMAGENET_STD, normalize
+from peco_ds.data.views import normalize
 from peco_ds.errors import UserError
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
 PADDING = -1  # label and sample number of a row that only fills a batch up
 
@@ -132,11 +133,11 @@ def training_batches(
 
 
 @dataclass
-class _EvalMaker:
-    """Sample numbers -> central crops and labels."""
+class CropMaker:
+    """Sample numbers -> a crop of each picture, and its label where the set has any. Travels to the workers, so it holds no open file."""
 
     pictures: Pictures
-    crop: CenterCrop
+    crop: Callable[[torch.Tensor], torch.Tensor]  # uint8 [3, H, W] -> uint8 [3, image_px, image_px]
     image_px: int
 
     def __call__(self, samples: np.ndarray) -> RawBatch:
@@ -149,7 +150,9 @@ class _EvalMaker:
                 _, image = self.pictures.decode(sample)
             except DecodeError as error:
                 raise UserError(f"{self.pictures.folder}: unreadable picture {error}; accuracy needs every picture of the set, repair it or pack it again") from None
-            images_u8[row], labels[row] = self.crop(image), self.pictures.label(sample)
+            images_u8[row] = self.crop(image)
+            if self.pictures.manifest.classes:
+                labels[row] = self.pictures.label(sample)
         return RawBatch(cuts={self.image_px: images_u8}, labels=labels, samples=torch.from_numpy(samples))
 
 
@@ -177,7 +180,7 @@ def evaluation_batches(
     Raises: UserError for a picture that cannot be read, or a label that is not one of the set's.
     """
     places = rank_samples(pictures.num_samples, rank, world_size, batch)
-    for raw in load_raw(_EvalMaker(pictures, CenterCrop(image_px, crop), image_px), list(places), num_workers):
+    for raw in load_raw(CropMaker(pictures, CenterCrop(image_px, crop), image_px), list(places), num_workers):
         images_norm = normalize(raw.cuts[image_px].to(device, non_blocking=True), mean, std)
         yield EvalBatch(images_norm, raw.labels.to(device, non_blocking=True), raw.samples.to(device, non_blocking=True))
 

@@ -19,10 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from peco_ds.data.order import VIEW, generator
-from peco_ds.schema import VIEW_COLUMNS
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, VIEW_COLUMNS
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _JITTER_ORDERS = tuple(itertools.permutations(range(3)))  # 0 brightness, 1 contrast, 2 saturation
 _BOX = slice(0, 4)
 _FLIP = VIEW_COLUMNS.index("flip")

@@ -15,12 +15,15 @@ from typing import Literal
 import torch
 
 from peco_ds.config import ModelSettings
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 TABLE = "blocks.{}.attn.relative_position_bias_table"
+
+
+def usual_crop(image_px: int) -> float:
+    """Share of the resized picture's side that BEiT's evaluation sees: all of it from 384 px on."""
+    return 1.0 if image_px >= 384 else 0.875
 
 
 @dataclass(frozen=True)

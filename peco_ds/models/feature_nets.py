@@ -18,10 +18,7 @@ from torch import nn
 
 from peco_ds.errors import UserError
 from peco_ds.models.weight_files import read_tensor_file
-from peco_ds.schema import sha256_of_file
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, sha256_of_file
 
 MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
 FETCH_MOCO_V3 = f"fetch {MOCO_V3_URL} (MoCo v3, ViT-B/16, 300 epochs) and give its path in perceptual.weights"

@@ -226,7 +226,7 @@ def fp32_weights(checkpoint: Path, *, average: bool = False) -> dict[str, torch.
     """
     load = lambda path, **options: torch.load(path, map_location="cpu", mmap=True, **options)  # noqa: E731
     optimizer_files = zero_to_fp32.get_optim_files(str(checkpoint)) if list(checkpoint.glob("*_optim_states.pt")) else []
-    averages = [load(path, weights_only=True) for path in sorted(checkpoint.glob(ema_name(0).replace("00000", "*")))] if average else []
+    averages = [load(path, weights_only=True) for path in sorted(checkpoint.glob("ema_rank_*.pt"))] if average else []
     if not optimizer_files:
         if average:
             return _unflatten(averages[0])
