@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import logging
 import os
+import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
 from peco_ds.config import DS_CONFIGS, Resolved, load_recipe
-from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_REQUEUE, UserError
+from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_REQUEUE, UserError
+
+logger = logging.getLogger("peco_ds")
 
 # A rank other than the first waits so long before it speaks: where all ranks found the same fault, the launcher ends it
 # first and the user reads one line; where it is this rank's alone, nothing is lost.
 OTHER_RANKS_WAIT_S = 6.0
+# A rank that is done waits so long for its process group to come down. NCCL's teardown waits for ranks that are gone.
+TEARDOWN_S = 60.0
+
+# gloo has no exception type of its own: what it raises is told by its source path or its words.
+_GLOO_WORDS = re.compile(r"gloo/transport|Connection closed by peer|Connection reset by peer|Timed out waiting \d+ ?ms|Application timeout caused pair closure|Socket closed")
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +42,8 @@ def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None)
     """
     parser = Parser(
         description=description,
-        epilog="exit codes: 0 done, 2 bad input (one line says what), 75 stopped in good order, start again to continue",
+        epilog="exit codes: 0 done, 2 bad input (one line says what), 75 stopped in good order, start again to continue, "
+        "76 lost the other ranks or hung, start again to continue from the newest checkpoint; 1 is a fault of this program",
     )
     parser.add_argument("--recipe", default=recipe, help="YAML file, or the name of one in peco_ds/recipes (default: %(default)s)")
     if deepspeed_config is not None:
@@ -59,26 +70,50 @@ def env_rank() -> int:
 
 
 def run(main, argv: list[str] | None = None) -> None:
-    """Call `main(argv)`, exit with its code; a UserError becomes one line on stderr and exit code 2."""
+    """Call `main(argv)`, exit with its code; a UserError becomes one line on stderr and exit code 2, the loss of other ranks one and 76."""
     try:
         code = main(argv)
-    except UserError as error:
-        if env_rank() != 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends this rank with it
-            time.sleep(OTHER_RANKS_WAIT_S)
-        if os.environ.get("PECO_TRACEBACK"):
-            raise
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        code = EXIT_BAD_INPUT
-    except OSError as error:
-        if error.filename is None or os.environ.get("PECO_TRACEBACK"):
-            raise
-        sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
-        code = EXIT_BAD_INPUT
-    except Exception:
-        traceback.print_exc()
-        code = EXIT_FAULT
+    except Exception as error:
+        logger.debug("ends with", exc_info=True)  # for the rank's log; stderr has the line below
+        line = _bad_input(error)
+        if line:
+            code = EXIT_BAD_INPUT
+            if env_rank() != 0:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends this rank with it
+                time.sleep(OTHER_RANKS_WAIT_S)
+        else:
+            reason = lost_ranks(error)
+            code = EXIT_INTERRUPTED if reason else EXIT_FAULT
+            line = f"rank {env_rank()}: lost the other ranks ({reason}); the newest checkpoint stands, start again to go on" if reason else ""
+        if line and not os.environ.get("PECO_TRACEBACK"):
+            sys.stderr.write(f"error: {line}\n")
+        else:
+            traceback.print_exc()
     leave(EXIT_DONE if code is None else code)
+
+
+def _bad_input(error: Exception) -> str:
+    """The line for what a user can mend; "" for any other exception."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return ""
+
+
+def lost_ranks(error: BaseException) -> str:
+    """What communication between ranks broke on, in a few words; "" if the exception (or one that it came from) tells of no such thing."""
+    distributed = sys.modules.get("torch.distributed")  # not imported here: a stage that needs no torch stays quick
+    own_type = getattr(distributed, "DistError", ())
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        if isinstance(found, own_type) or (distributed is not None and isinstance(found, RuntimeError) and _GLOO_WORDS.search(str(found))):
+            words = re.sub(r"\[[^\]]*\.(cc|cpp|h):\d+\]", "", str(found)).strip()
+            return " ".join(re.split(r"\.\s|\n", words)[0].split())[:200] or type(found).__name__
+        found = found.__cause__ or found.__context__
+    return ""
 
 
 def leave(code: int) -> None:
@@ -87,10 +122,13 @@ def leave(code: int) -> None:
     Where a process group was joined, Python's own exit handlers run and the process ends there: about one rank in twenty, done and saved, was
     seen to abort while C++ destructors tore down communication threads, which turns a finished job into a failed one.
     """
-    distributed = sys.modules.get("torch.distributed")  # not imported here: a stage that needs no torch stays quick
+    distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         sys.exit(code)
     if code in (EXIT_DONE, EXIT_REQUEUE):  # else the other ranks are in a collective, and leaving the group would wait for them
+        last_resort = threading.Timer(TEARDOWN_S, os._exit, (code,))
+        last_resort.daemon = True
+        last_resort.start()
         atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+from collections import Counter
 from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal, Optional, Union
@@ -19,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from peco_ds.errors import UserError
+from peco_ds.schema import short
 
 RECIPES = Path(__file__).parent / "recipes"
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
@@ -120,14 +122,20 @@ class RunSettings:
     micro_batch: int = 64  # pictures a forward pass, a rank; accumulation follows from it
     activation_checkpointing: Literal["none", "full"] = "none"
     log_every_steps: int = 20
+    max_skipped_steps: int = 10  # of the last 128 steps; one is skipped for a loss or gradient that is not finite, or for a gradient spike
+    spike_factor: float = 30.0  # a gradient norm above so many times the median of the last 128 is a spike; 0: none is
+    hang_timeout_s: float = 600.0  # a rank that finishes no step for so long dumps its stacks and ends the run; start, saves and evaluation have an hour; 0: never
 
 
 @dataclass(frozen=True, config=_strict)
 class CheckpointSettings:
+    """Two cadences: frequent ones of which the newest few are kept, and some that are kept for good. One more at the end and at every stop."""
+
     every_epochs: Optional[float] = None
-    every_steps: Optional[int] = None  # both empty: only at the end and when stopped
+    every_steps: Optional[int] = None
+    every_minutes: float = 20.0  # since the last save began, beside the above: what a failure costs at most; 0: none
     keep_last: int = 2  # newest complete checkpoints kept
-    keep_every_steps: int = 0  # checkpoints at multiples of this are kept for good; 0: none
+    keep_every_steps: int = 0  # saved and kept for good at multiples of this; 0: none
     resume: Literal["auto", "never"] = "auto"  # auto: continue the newest checkpoint of --out that verifies
 
 
@@ -367,8 +375,8 @@ def load_recipe(recipe_type: type, path: str | Path, overrides: list[str], envir
         if not equals:
             raise UserError(f"override {text!r}: written as key.sub=value")
         try:
-            parsed = yaml.safe_load(value) if value else ""
-        except _NOT_YAML:
+            parsed = parse_yaml(value) if value else ""
+        except NOT_YAML:
             raise UserError(f"override {text!r}: the value is not YAML; quote it") from None
         if isinstance(parsed, dict):
             raise UserError(f"override {text!r}: sets one value, not a section; write {key}.NAME=VALUE for each")
@@ -379,7 +387,7 @@ def load_recipe(recipe_type: type, path: str | Path, overrides: list[str], envir
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
-        raise UserError(f"{key} = {first['input']!r}: {first['msg']} (from {sources.get(key, 'the recipe')})") from None
+        raise UserError(f"{key} = {short(first['input'])}: {first['msg']} (from {sources.get(key, 'the recipe')})") from None
     check_recipe(recipe)
     return Resolved(recipe, sources)
 
@@ -408,19 +416,55 @@ def find_recipe(path: str | Path) -> Path:
 
 
 # PyYAML lets these through, beside its own error, for text of the right form without a value (a 13th month) or nested without end.
-_NOT_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+NOT_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+
+
+_YAML_BYTES = 1 << 17  # more than any recipe or record of settings; PyYAML takes seconds for it, and minutes for a megabyte
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain values only. A key that stands twice and an alias are refused: the one hides a setting, the other makes gigabytes out of ten lines."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"alias *{event.anchor}: aliases are not read, write the value again", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {short(key.value)} stands twice", key.start_mark)
+            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str):
+    """The value of a YAML text. Raises: one of `NOT_YAML`."""
+    return yaml.load(text, _StrictLoader)
+
+
+def read_yaml(path: Path):
+    """The value of a YAML file. Raises: one of `NOT_YAML`."""
+    if path.stat().st_size > _YAML_BYTES:
+        raise ValueError(f"{path.stat().st_size} bytes, at most {_YAML_BYTES} are read")
+    return parse_yaml(path.read_text(encoding="utf-8"))
 
 
 def _read_yaml(path: Path) -> list[tuple[str, object]]:
     """Dotted settings of a recipe file, in its order."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = read_yaml(path)
         raw = {} if raw is None else raw
         settings = list(_flatten(raw)) if isinstance(raw, dict) else []
-    except _NOT_YAML as error:
+    except NOT_YAML as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds {type(raw).__name__}, a recipe is sections of settings")
+    twice = next((key for key, count in Counter(key for key, _ in settings).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: {short(twice)} is set twice, once with its section written before a dot; drop one")
     return settings
 
 
@@ -437,8 +481,8 @@ def _set(merged: dict, sources: dict, key: str, value, source: str, recipe_type:
     if key not in known:
         others = [readers for other, readers in READERS.items() if key in known_keys(other)]
         if others:
-            raise UserError(f"{source}: {key!r} is a setting of {', '.join(others)}, not of this stage{nearest(key, known)}")
-        raise UserError(f"{source}: unknown setting {key!r}{nearest(key, known)}; all settings stand in peco_ds/config.py")
+            raise UserError(f"{source}: {short(key)} is a setting of {', '.join(others)}, not of this stage{nearest(key, known)}")
+        raise UserError(f"{source}: unknown setting {short(key)}{nearest(key, known)}; all settings stand in peco_ds/config.py")
     *sections, name = key.split(".")
     node = merged
     for section in sections:
@@ -461,6 +505,7 @@ def known_keys(recipe_type: type) -> list[str]:
 
 
 def nearest(key: str, known: list[str]) -> str:
+    key = key[:100]  # nothing longer is near; comparing takes the square of its length
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not close:  # right name in the wrong section, or no section at all
         close = [other for other in known if other.split(".")[-1] == key.split(".")[-1]][:1]
@@ -487,7 +532,9 @@ def _check_training(recipe) -> None:
     schedule = recipe.schedule
     _require_at_least(1, recipe, "run.global_batch run.micro_batch run.log_every_steps checkpoint.keep_last schedule.stop_at_step checkpoint.every_steps")
     _require_at_least(0, recipe, "schedule.epochs schedule.steps schedule.warmup_epochs schedule.warmup_steps schedule.min_lr checkpoint.every_epochs")
-    _require_at_least(0, recipe, "optim.lr optim.eps optim.weight_decay optim.clip_norm checkpoint.keep_every_steps run.seed")
+    _require_at_least(0, recipe, "optim.lr optim.eps optim.weight_decay optim.clip_norm checkpoint.keep_every_steps checkpoint.every_minutes run.seed")
+    _require_at_least(0, recipe, "run.max_skipped_steps run.spike_factor run.hang_timeout_s")
+    _require(recipe.run.spike_factor == 0 or recipe.run.spike_factor > 1, f"run.spike_factor {recipe.run.spike_factor}: above 1, or 0 for none")
     _require(recipe.optim.lr > 0, f"optim.lr {recipe.optim.lr}: must be positive")
     _require(all(0 <= beta < 1 for beta in recipe.optim.betas), f"optim.betas {recipe.optim.betas}: each in [0, 1)")
     _require(schedule.epochs is None or schedule.steps is None, "schedule.epochs and schedule.steps are both set; a duration has one spelling, drop one")
@@ -558,19 +605,26 @@ def _check_probe(recipe: ProbeRecipe) -> None:
 
 
 def _check_tokenizer(recipe: TokenizerRecipe) -> None:
-    _require_at_least(1, recipe, "tokenizer.channels tokenizer.blocks_per_level tokenizer.z_channels tokenizer.num_codes tokenizer.code_dim")
-    _require_at_least(1, recipe, "tokenizer.kmeans_vectors evaluation.max_images evaluation.grid_images")
-    _require_at_least(0, recipe, "tokenizer.kmeans_iters evaluation.every_steps tokenizer.revive_below")
-    mults = recipe.tokenizer.channel_mults
-    _require(len(mults) >= 1 and min(mults) >= 1, f"tokenizer.channel_mults {mults}: one positive factor a level")
+    _require_at_least(1, recipe, "evaluation.max_images evaluation.grid_images")
+    _require_at_least(0, recipe, "evaluation.every_steps")
+    check_tokenizer_settings(recipe.tokenizer)
     stride, size = recipe.tokenizer.stride_px, recipe.views.tokenizer_px
     _require(size % stride == 0, f"views.tokenizer_px {size} is not a multiple of the tokenizer's stride {stride}")
-    _require(recipe.tokenizer.num_codes <= 65536, f"tokenizer.num_codes {recipe.tokenizer.num_codes}: codes are stored as uint16, at most 65536")
     _require(
         recipe.perceptual.weight == 0 or recipe.perceptual.weights != "",
         "perceptual.weights is empty; give a MoCo v3 file (vit-b-300ep.pth.tar) or any timm ViT file, or set perceptual.weight=0 for a tokenizer without a judge",
     )
     _require(recipe.data.val_images != "" or recipe.data.holdout > 0, "no held-out picture to judge the tokenizer on; set data.val_images to an image set, or data.val_images= data.holdout=N to keep N of the training pictures")
+
+
+def check_tokenizer_settings(settings: TokenizerSettings, section: str = "tokenizer") -> None:
+    """Raises: UserError if they describe no network; a release's are checked as a recipe's are."""
+    for low, names in ((1, "channels blocks_per_level z_channels num_codes code_dim kmeans_vectors"), (0, "kmeans_iters revive_below")):
+        for name in names.split():
+            _require(getattr(settings, name) >= low, f"{section}.{name} {getattr(settings, name)}: must be at least {low}")
+    mults = settings.channel_mults
+    _require(1 <= len(mults) <= 16 and min(mults) >= 1, f"{section}.channel_mults {short(mults)}: one positive factor a level")
+    _require(settings.num_codes <= 65536, f"{section}.num_codes {settings.num_codes}: codes are stored as uint16, at most 65536")
 
 
 def _require_at_least(low: int, recipe, keys: str) -> None:
@@ -597,10 +651,11 @@ class Durations:
     checkpoint_steps: int  # 0: only at the end
     stop_step: int  # where this run ends: total_steps, or schedule.stop_at_step
     evaluation_steps: int = 0  # of a classifier; 0: only at the end
+    keep_steps: int = 0  # checkpoints kept for good; 0: none
 
     def save_after(self, step: int) -> bool:
         """Whether a checkpoint is due when `step` steps are done."""
-        return step == self.stop_step or (self.checkpoint_steps > 0 and step % self.checkpoint_steps == 0)
+        return step == self.stop_step or any(cadence > 0 and step % cadence == 0 for cadence in (self.checkpoint_steps, self.keep_steps))
 
     def evaluate_after(self, step: int) -> bool:
         """Whether a classifier is measured when `step` steps are done."""
@@ -628,7 +683,7 @@ def resolve_durations(recipe, num_samples: int) -> Durations:
     evaluation = 0
     if isinstance(recipe, FinetuneRecipe) and recipe.evaluation.every_epochs:
         evaluation = max(1, steps(recipe.evaluation.every_epochs, None, 0))
-    return Durations(total, warmup, every, min(total, schedule.stop_at_step or total), evaluation)
+    return Durations(total, warmup, every, min(total, schedule.stop_at_step or total), evaluation, recipe.checkpoint.keep_every_steps)
 
 
 def micro_steps(run: RunSettings, world_size: int) -> int:

@@ -70,14 +70,18 @@ def train(args, resolved) -> int:
     from peco_ds.models.classifier import build_classifier
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives.soft_labels import soft_label_cross_entropy
-    from peco_ds.runtime.checkpoint import continues, list_checkpoints, restore, save
+    from peco_ds.runtime.checkpoint import Saver, continues, restore
+    from peco_ds.runtime.checkpoint_files import list_checkpoints
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.ema import WeightEma
     from peco_ds.runtime.engine import set_rate, start_engine
     from peco_ds.runtime.metrics import Meter
     from peco_ds.runtime.optim import layer_scales
+    from peco_ds.runtime.rank_log import log_to, stacks_path
     from peco_ds.runtime.run_folder import open_run_folder
     from peco_ds.runtime.run_weights import read_run
+    from peco_ds.runtime.step_guard import StepGuard
+    from peco_ds.runtime.watchdog import LONG_S, Watchdog
 
     cfg, run = resolved.recipe, resolved.recipe.run
     ds_config = read_deepspeed_json(args.deepspeed_config)  # bad input is refused before any rank joins another
@@ -102,6 +106,8 @@ def train(args, resolved) -> int:
     statistics = {name: tuple(origin[name]) for name in ("mean", "std")}
     provenance |= origin
     open_run_folder(args.out, "finetune", resolved, ds_config, provenance, world)
+    log_to(args.out, world.rank)
+    watchdog = Watchdog(run.hang_timeout_s, stacks_path(args.out, world.rank), rank=world.rank)
     engine = start_engine(
         model,
         ds_config,
@@ -113,9 +119,10 @@ def train(args, resolved) -> int:
     )
     ema = WeightEma(engine, cfg.ema.decay) if cfg.ema.decay else None
     seed_all(run.seed + 1 + world.rank)  # stochastic depth differs between ranks; weights did not
-    progress = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed, ema=ema)
+    restored = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed, ema=ema)
+    first_step = restored.progress.step
 
-    positions = rank_positions(run, world.rank, world.size, first_step=progress.step, last_step=durations.stop_step)
+    positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=durations.stop_step)
     batches = training_batches(
         pictures,
         positions,
@@ -148,37 +155,54 @@ def train(args, resolved) -> int:
         return quality
 
     def evaluate(step: int) -> dict[str, float]:
-        quality = accuracy()
-        if ema:
-            with ema.applied():
-                quality |= {f"ema_{name}": value for name, value in accuracy().items() if name != "pictures"}
+        with meter.paused("evaluation"), watchdog.during("evaluation", LONG_S):
+            quality = accuracy()
+            if ema:
+                with ema.applied():
+                    quality |= {f"ema_{name}": value for name, value in accuracy().items() if name != "pictures"}
         meter.evaluation(step, quality)
         return quality
 
-    meter = Meter(args.out, world, first_step=progress.step, durations=durations, run=run, num_samples=pictures.num_samples)
-    # A run that was stopped between its save and its evaluation makes up for it here.
-    quality = evaluate(progress.step) if progress.step and durations.evaluate_after(progress.step) else {}
-    for step in range(progress.step, durations.stop_step):
-        rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
-        for _ in range(micro_steps(run, world.size)):
-            batch = meter.next(batches)
-            loss, stats = soft_label_cross_entropy(engine(batch.images_norm), batch.targets)
-            meter.add(loss, stats)
-            engine.backward(loss)  # accumulation, loss scale, clipping: the engine's
-            engine.step()
-        if ema:
-            ema.update(step + 1)
-        meter.close_step(step + 1, engine, rate)
-        stopping = world.stop_requested()
-        with meter.paused():
-            if stopping or durations.save_after(step + 1):
-                save(args.out, engine, progress.at(step + 1, run.global_batch), cfg.checkpoint, world, ema)
+    guard = StepGuard(engine, run, world)
+    meter = Meter(args.out, world, first_step=first_step, durations=durations, run=run, num_samples=pictures.num_samples)
+    saver = Saver(
+        args.out,
+        engine,
+        restored,
+        settings=cfg.checkpoint,
+        durations=durations,
+        global_batch=run.global_batch,
+        world=world,
+        parts={"meter": meter},
+        shared={"guard": guard},
+        ema=ema,
+    )
+    with meter, watchdog:
+        # A run that was stopped between its save and its evaluation makes up for it here.
+        quality = evaluate(first_step) if first_step and durations.evaluate_after(first_step) else {}
+        for step in range(first_step, durations.stop_step):
+            rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
+            for _ in range(micro_steps(run, world.size)):
+                batch = meter.next(batches)
+                loss, stats = soft_label_cross_entropy(engine(batch.images_norm), batch.targets)
+                meter.add(loss, stats)
+                engine.backward(guard.watch(loss, batch.keys))  # accumulation, loss scale, clipping: the engine's
+                engine.step()
+            applied = guard.close_step(step + 1)
+            if ema and applied:
+                ema.update(step + 1)
+            meter.close_step(step + 1, engine, rate, applied=applied, skipped=guard.total_skipped)
+            with watchdog.during("saving", LONG_S):
+                stopping = saver.close_step(step + 1)
             if durations.evaluate_after(step + 1) and not stopping:  # a stop has seconds, an evaluation may take minutes
                 quality = evaluate(step + 1)
-        if stopping:
-            meter.close()
-            return EXIT_REQUEUE
-    meter.close()
+            watchdog.beat(step + 1)
+            if stopping:
+                meter.close(EXIT_REQUEUE)
+                return EXIT_REQUEUE
+        with watchdog.during("saving", LONG_S):
+            saver.finish()
+        meter.close()
     if world.is_main:
         sys.stdout.write(f"{durations.stop_step} of {durations.total_steps} steps done, checkpoints in {args.out / 'checkpoints'}\n")
         if quality:

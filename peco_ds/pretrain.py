@@ -58,12 +58,15 @@ def train(args, resolved) -> int:
     from peco_ds.models.mim import MaskedImageModel
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import OBJECTIVES
-    from peco_ds.runtime.checkpoint import restore, save
+    from peco_ds.runtime.checkpoint import Saver, restore
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import set_rate, start_engine
     from peco_ds.runtime.metrics import Meter
+    from peco_ds.runtime.rank_log import log_to, stacks_path
     from peco_ds.runtime.run_folder import open_run_folder
+    from peco_ds.runtime.step_guard import StepGuard
     from peco_ds.runtime.token_source import open_tokens, token_provenance
+    from peco_ds.runtime.watchdog import LONG_S, Watchdog
 
     cfg, run = resolved.recipe, resolved.recipe.run
     objective = OBJECTIVES[cfg.objective.name]
@@ -77,36 +80,54 @@ def train(args, resolved) -> int:
     tokens = open_tokens(cfg, pictures, world, tokenizer_named="data.tokenizer" in resolved.sources)
     provenance = {"images_fingerprint": fingerprint, "num_samples": pictures.num_samples, **token_provenance(cfg, tokens)}
     open_run_folder(args.out, "pretrain", resolved, ds_config, provenance, world)
+    log_to(args.out, world.rank)
+    watchdog = Watchdog(run.hang_timeout_s, stacks_path(args.out, world.rank), rank=world.rank)
 
     seed_all(run.seed)  # initial weights follow from the seed alone, whatever was drawn while the data were opened
     model = MaskedImageModel(cfg.model, cfg.objective.num_codes, checkpoint_blocks=run.activation_checkpointing == "full")
     engine = start_engine(model, ds_config, source=args.deepspeed_config, run=run, optim=cfg.optim, leaf_modules=(TransformerBlock,))
     seed_all(run.seed + 1 + world.rank)  # stochastic depth differs between ranks; weights did not
-    progress = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed)
+    restored = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed)
+    first_step = restored.progress.step
 
-    positions = rank_positions(run, world.rank, world.size, first_step=progress.step, last_step=durations.stop_step)
+    positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=durations.stop_step)
     batches = masked_batches(
         pictures, tokens, positions, data=cfg.data, views=cfg.views, mask=cfg.mask, image_px=cfg.model.image_px, grid=cfg.model.grid, seed=run.seed, device=world.device
     )
-    meter = Meter(args.out, world, first_step=progress.step, durations=durations, run=run, num_samples=pictures.num_samples)
-    for step in range(progress.step, durations.stop_step):
-        rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
-        for _ in range(micro_steps(run, world.size)):
-            batch = meter.next(batches)
-            outputs = engine(batch.images_norm, batch.masked)
-            loss, stats = objective(outputs, batch.targets)
-            meter.add(loss, stats)
-            engine.backward(loss)  # accumulation, loss scale, clipping: the engine's
-            engine.step()
-        meter.close_step(step + 1, engine, rate)
-        stopping = world.stop_requested()
-        if stopping or durations.save_after(step + 1):
-            with meter.paused():
-                save(args.out, engine, progress.at(step + 1, run.global_batch), cfg.checkpoint, world)
-        if stopping and step + 1 < durations.stop_step:
-            meter.close()
-            return EXIT_REQUEUE
-    meter.close()
+    guard = StepGuard(engine, run, world)
+    meter = Meter(args.out, world, first_step=first_step, durations=durations, run=run, num_samples=pictures.num_samples)
+    saver = Saver(
+        args.out,
+        engine,
+        restored,
+        settings=cfg.checkpoint,
+        durations=durations,
+        global_batch=run.global_batch,
+        world=world,
+        parts={"meter": meter},
+        shared={"guard": guard},
+    )
+    with meter, watchdog:
+        for step in range(first_step, durations.stop_step):
+            rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
+            for _ in range(micro_steps(run, world.size)):
+                batch = meter.next(batches)
+                outputs = engine(batch.images_norm, batch.masked)
+                loss, stats = objective(outputs, batch.targets)
+                meter.add(loss, stats)
+                engine.backward(guard.watch(loss, batch.keys))  # accumulation, loss scale, clipping: the engine's
+                engine.step()
+            applied = guard.close_step(step + 1)
+            meter.close_step(step + 1, engine, rate, applied=applied, skipped=guard.total_skipped)
+            with watchdog.during("saving", LONG_S):
+                stopping = saver.close_step(step + 1)
+            watchdog.beat(step + 1)
+            if stopping and step + 1 < durations.stop_step:
+                meter.close(EXIT_REQUEUE)
+                return EXIT_REQUEUE
+        with watchdog.during("saving", LONG_S):
+            saver.finish()
+        meter.close()
     if world.is_main:
         sys.stdout.write(f"{durations.stop_step} of {durations.total_steps} steps done, checkpoints in {args.out / 'checkpoints'}\n")
     return EXIT_DONE

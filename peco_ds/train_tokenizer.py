@@ -51,12 +51,16 @@ def train(args, resolved) -> int:
     from peco_ds.models.peco_tokenizer import build_tokenizer
     from peco_ds.models.vq import usage
     from peco_ds.objectives.tokenizer_losses import TokenizerObjective
-    from peco_ds.runtime.checkpoint import continues, list_checkpoints, restore, save
+    from peco_ds.runtime.checkpoint import Saver, continues, restore
+    from peco_ds.runtime.checkpoint_files import list_checkpoints
     from peco_ds.runtime.codebook_init import init_codebook
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import set_rate, start_engine
     from peco_ds.runtime.metrics import Meter
+    from peco_ds.runtime.rank_log import log_to, stacks_path
     from peco_ds.runtime.run_folder import open_run_folder
+    from peco_ds.runtime.step_guard import StepGuard
+    from peco_ds.runtime.watchdog import LONG_S, Watchdog
 
     cfg, run = resolved.recipe, resolved.recipe.run
     ds_config = read_deepspeed_json(args.deepspeed_config)  # bad input is refused before any rank joins another
@@ -74,6 +78,8 @@ def train(args, resolved) -> int:
     ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
     provenance = {"images_fingerprint": fingerprint, "num_samples": order.num_samples, "judge": judge.description if judge else "none"}
     open_run_folder(args.out, "train_tokenizer", resolved, ds_config, provenance, world)
+    log_to(args.out, world.rank)
+    watchdog = Watchdog(run.hang_timeout_s, stacks_path(args.out, world.rank), rank=world.rank)
 
     def crops(first_step: int, last_step: int):
         positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=last_step)
@@ -83,40 +89,61 @@ def train(args, resolved) -> int:
     tokenizer = build_tokenizer(cfg.tokenizer, seed=run.seed).to(world.device)
     resumed = continues(cfg.checkpoint) and any(world.gather_objects(bool(list_checkpoints(args.out))))
     if cfg.tokenizer.kmeans_iters and not resumed:
-        init_codebook(tokenizer, crops(0, sys.maxsize), cfg.tokenizer, run.seed, world)
+        init_codebook(tokenizer, (batch.images_11 for batch in crops(0, sys.maxsize)), cfg.tokenizer, run.seed, world)
     model = tokenizer
     if cfg.adversarial.weight:
         model = TokenizerWithCritic(tokenizer, PatchCritic(cfg.adversarial.channels, cfg.adversarial.layers).to(world.device))
     engine = start_engine(model, ds_config, source=args.deepspeed_config, run=run, optim=cfg.optim, lr_scales={"critic.": cfg.adversarial.lr / cfg.optim.lr})
     seed_all(run.seed + 1 + world.rank)
-    progress = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed)
+    restored = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed)
+    first_step = restored.progress.step
 
     objective = TokenizerObjective(cfg.loss, cfg.perceptual, cfg.adversarial, judge.to(world.device) if judge else None)
-    meter = Meter(args.out, world, first_step=progress.step, durations=durations, run=run, num_samples=order.num_samples)
+    guard = StepGuard(engine, run, world)
+    meter = Meter(args.out, world, first_step=first_step, durations=durations, run=run, num_samples=order.num_samples)
+    saver = Saver(
+        args.out,
+        engine,
+        restored,
+        settings=cfg.checkpoint,
+        durations=durations,
+        global_batch=run.global_batch,
+        world=world,
+        parts={"meter": meter},
+        shared={"guard": guard},
+    )
     evaluation = HeldOut(held_out, cfg.evaluation, num_codes=cfg.tokenizer.num_codes, batch=run.micro_batch, out=args.out, world=world, meter=meter)
-    evaluation(engine, progress.step)
-    batches = crops(progress.step, durations.stop_step)
-    for step in range(progress.step, durations.stop_step):
-        rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
-        for _ in range(micro_steps(run, world.size)):
-            images_11 = meter.next(batches)
-            outputs = engine(images_11)
-            loss, stats = objective(outputs, images_11, step)
-            meter.add(loss, stats)
-            engine.backward(loss)  # accumulation, loss scale, clipping: the engine's
-            engine.step()
-        counts = tokenizer.codebook.update(world.all_reduce, applied=engine.was_step_applied())
-        meter.close_step(step + 1, engine, rate, lambda: usage(counts))
-        stopping = world.stop_requested()
-        with meter.paused():
+
+    def evaluate(step: int) -> None:
+        with meter.paused("evaluation"), watchdog.during("evaluation", LONG_S):
+            evaluation(engine, step)
+
+    with meter, watchdog:
+        evaluate(first_step)
+        batches = crops(first_step, durations.stop_step)
+        for step in range(first_step, durations.stop_step):
+            rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
+            for _ in range(micro_steps(run, world.size)):
+                batch = meter.next(batches)
+                outputs = engine(batch.images_11)
+                loss, stats = objective(outputs, batch.images_11, step)
+                meter.add(loss, stats)
+                engine.backward(guard.watch(loss, batch.keys))  # accumulation, loss scale, clipping: the engine's
+                engine.step()
+            applied = guard.close_step(step + 1)
+            counts = tokenizer.codebook.update(world.all_reduce, applied=applied)
+            meter.close_step(step + 1, engine, rate, lambda: usage(counts), applied=applied, skipped=guard.total_skipped)
             if evaluation.due(step + 1) or step + 1 == durations.stop_step:
-                evaluation(engine, step + 1)
-            if stopping or durations.save_after(step + 1):
-                save(args.out, engine, progress.at(step + 1, run.global_batch), cfg.checkpoint, world)
-        if stopping and step + 1 < durations.stop_step:
-            meter.close()
-            return EXIT_REQUEUE
-    meter.close()
+                evaluate(step + 1)
+            with watchdog.during("saving", LONG_S):
+                stopping = saver.close_step(step + 1)
+            watchdog.beat(step + 1)
+            if stopping and step + 1 < durations.stop_step:
+                meter.close(EXIT_REQUEUE)
+                return EXIT_REQUEUE
+        with watchdog.during("saving", LONG_S):
+            saver.finish()
+        meter.close()
     if durations.stop_step == durations.total_steps and world.is_main:
         release(args.out, cfg, evaluation.last, provenance["judge"])
     world.barrier()
@@ -126,7 +153,8 @@ def train(args, resolved) -> int:
 def release(out: Path, cfg: TokenizerRecipe, quality: dict[str, float], judge: str) -> None:
     """Write OUT/tokenizer from the newest checkpoint."""
     from peco_ds.models.peco_tokenizer import save_tokenizer
-    from peco_ds.runtime.checkpoint import fp32_weights, newest_whole, read_progress
+    from peco_ds.runtime.checkpoint_files import newest_whole, read_progress
+    from peco_ds.runtime.consolidate import fp32_weights
 
     checkpoint = newest_whole(out)
     progress = read_progress(checkpoint)

@@ -2,7 +2,9 @@
 
     python many_runs.py JSON    with [{"stage": "pretrain", "arguments": [...], "statistics": FILE or absent, "rates": FILE or absent}, ...]
 
-Exit codes of the runs are written to JSON + ".codes" by rank 0. With "statistics", the standard deviation of every parameter as the engine holds it before
+Exit codes of the runs are written to JSON + ".codes" by rank 0, a refusal as its text. With "spoilt", {"rank": R, "passes": [first, last], "factor": F}, rank R's
+losses of these forward passes (from 0) are multiplied by F, as a bad batch would do it; with "unmended", elastic resume leaves DeepSpeed's parameter groups as they
+come. With "statistics", the standard deviation of every parameter as the engine holds it before
 the first step is saved there; with "rates", the groups of the engine's optimiser after the last step's rate was set.
 """
 
@@ -51,14 +53,51 @@ def record_rates(path: str):
     return lambda: setattr(module, "set_rate", original)
 
 
+def spoil(fault: dict):
+    """Wrap the guard so that losses arrive spoilt; spikes are looked for after two steps already."""
+    from peco_ds.runtime import step_guard as module
+
+    original, least, passes = module.StepGuard.watch, module.LEAST, []
+
+    def wrapped(guard, loss, keys):
+        number = len(passes)
+        passes.append(number)
+        hit = os.environ.get("RANK", "0") == str(fault["rank"]) and fault["passes"][0] <= number <= fault["passes"][1]
+        return original(guard, loss * fault["factor"] if hit else loss, keys)
+
+    module.StepGuard.watch, module.LEAST = wrapped, 2
+
+    def undo():
+        module.StepGuard.watch, module.LEAST = original, least
+
+    return undo
+
+
+def leave_unmended(_asked: bool):
+    from peco_ds.runtime import elastic as module
+
+    original = module._own_settings_and_steps
+    module._own_settings_and_steps = lambda *arguments: None
+    return lambda: setattr(module, "_own_settings_and_steps", original)
+
+
+def outcome(main, arguments: list[str]):
+    from peco_ds.errors import UserError
+
+    try:
+        return main(arguments)
+    except UserError as error:
+        return str(error)
+
+
 def main():
     cases = json.loads(Path(sys.argv[1]).read_text())
     codes = []
     for case in cases:
-        wrappers = {"statistics": record_statistics, "rates": record_rates}
+        wrappers = {"statistics": record_statistics, "rates": record_rates, "spoilt": spoil, "unmended": leave_unmended}
         undo = [wrap(case[name]) for name, wrap in wrappers.items() if case.get(name)]
         stage = importlib.import_module(f"peco_ds.{case['stage']}")
-        codes.append(stage.main(case["arguments"]))
+        codes.append(outcome(stage.main, case["arguments"]))
         for restore in undo:
             restore()
     if os.environ.get("RANK", "0") == "0":

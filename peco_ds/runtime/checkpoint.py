@@ -1,194 +1,247 @@
-"""Save, restore, retention. A checkpoint is whole or absent.
+"""Save and restore. A checkpoint is whole or absent, and the loop waits for no more than a copy of its state to host memory.
 
-Protocol: every rank writes into `checkpoints/.tmp-step_N`; all agree; every rank hashes and fsyncs its share of the files; rank 0 writes the manifest,
-renames the folder, and only then moves `latest`. DeepSpeed's own `latest` is never written: it would name a tag
-before other ranks have finished.
+Protocol: every rank copies its part and goes on training, while a thread of its own writes it into `checkpoints/.tmp-step_N`, fsyncs and hashes
+it. At the end of the first step by which all ranks have written, sizes and hashes are gathered, and rank 0 writes the manifest, renames the folder,
+and only then moves `latest`. DeepSpeed's own `latest` is never written: it would name a tag before other ranks have finished.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import logging
-import math
 import os
 import random
-import re
 import shutil
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from deepspeed.utils import zero_to_fp32
 
-from peco_ds.config import CheckpointSettings
+from peco_ds.config import CheckpointSettings, Durations
 from peco_ds.data.order import Cursor
 from peco_ds.errors import UserError
-from peco_ds.runtime.distributed import World
+from peco_ds.runtime.background_writer import BackgroundWriter, HostCopies
+from peco_ds.runtime.checkpoint_files import (
+    FOLDER,
+    PROGRESS,
+    RECORDS,
+    Files,
+    Progress,
+    commit,
+    list_checkpoints,
+    newest_whole,
+    read_progress,
+    remove_leftovers,
+    retain,
+    set_aside_after,
+    tag_of,
+)
+from peco_ds.runtime.consolidate import ema_name
+from peco_ds.runtime.distributed import World, seed_all
+from peco_ds.runtime.elastic import load_elastic
 from peco_ds.runtime.ema import WeightEma
-from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS
+from peco_ds.runtime.time_limit import TimeLimit
 from peco_ds.schema import sha256_of_file, write_json
 
 logger = logging.getLogger("peco_ds")
 
-FOLDER = "checkpoints"
-LATEST = "latest"  # for people and scripts; resuming looks at what verifies
-MANIFEST = "manifest.json"
-PROGRESS = "progress.json"
-RECORDS = (SETTINGS, PROVENANCE)  # of the run folder; a checkpoint that is moved elsewhere still tells what it is
+LEAST_MARGIN_S = 60.0  # before a job's time limit, beside what the last save took
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What was done: `step` optimiser steps, up to `cursor` in the data."""
+class Restored:
+    """Where a run stands. `states`: name of a part -> the states that this rank's part goes on from; `shared` ones are the same on all ranks."""
 
-    step: int
-    cursor: Cursor
-    world_size: int
-    zero_stage: int
-
-    def at(self, step: int, global_batch: int) -> Progress:
-        """The same run when `step` steps are done."""
-        return replace(self, step=step, cursor=replace(self.cursor, samples=step * global_batch))
+    progress: Progress
+    states: dict[str, list] = field(default_factory=dict)
+    shared: dict[str, list] = field(default_factory=dict)
 
 
-def tag_of(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def save(run_folder: Path, engine, progress: Progress, settings: CheckpointSettings, world: World, ema: WeightEma | None = None) -> Path:
-    """Write one checkpoint whole, then apply retention. Collective.
+class Saver:
+    """Saves a run when it is time to, without making it wait.
 
     Args:
-        run_folder: on a file system that all ranks share.  ema: the run's moving average, if it keeps one.
-    Returns: the checkpoint's folder.
+        run_folder: on a file system that all ranks share.
+        restored: as `restore` gave it; the parts go on from its states.
+        parts: objects with state() and load_state(list of states) that belong to each rank; one of them is "meter".
+        shared: the same, for what is equal on all ranks.
+        ema: the run's moving average, if it keeps one.
     """
-    root = run_folder / FOLDER
-    tag = tag_of(progress.step)
-    temporary, final = root / f".tmp-{tag}", root / tag
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    world.barrier()
-    engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
-    torch.save(_random_states(world.device), temporary / f"random_rank_{world.rank:05d}.pt")
-    if ema is not None and (progress.zero_stage or world.is_main):  # without ZeRO every rank has the same whole average
-        torch.save(ema.state(), temporary / ema_name(world.rank))
-    if world.is_main:
+
+    def __init__(
+        self,
+        run_folder: Path,
+        engine,
+        restored: Restored,
+        *,
+        settings: CheckpointSettings,
+        durations: Durations,
+        global_batch: int,
+        world: World,
+        parts: dict,
+        shared: dict,
+        ema: WeightEma | None = None,
+    ) -> None:
+        self._run_folder, self._root = run_folder, run_folder / FOLDER
+        self._engine, self._progress, self._world, self._ema = engine, restored.progress, world, ema
+        self._settings, self._durations, self._global_batch = settings, durations, global_batch
+        self._parts, self._shared = parts, shared
+        for part, states in ((parts[name], restored.states.get(name, [])) for name in parts):
+            part.load_state(states)
+        for part, states in ((shared[name], restored.shared.get(name, [])) for name in shared):
+            part.load_state(states)
+        self._copies = engine.checkpoint_engine = HostCopies()
+        # DeepSpeed copies its zero_to_fp32.py beside the files; on a full disk that would fail on one rank while the others wait for it.
+        engine._copy_recovery_script = lambda _folder: None
+        self._writer: BackgroundWriter | None = None
+        self._writing: Progress | None = None
+        self._begun = self._stepped = time.monotonic()
+        self._save_s = self._step_s = 0.0
+        self._limit = TimeLimit(os.environ)
+
+    def close_step(self, done: int) -> bool:
+        """After optimiser step number `done` (from 1): commit what all ranks have written, save if it is time to. Collective.
+
+        Returns: whether the run was asked to stop, by a signal or by its job's time limit; it is saved then, on disk.
+        Raises: UserError if a checkpoint could not be written; the older ones stand.
+        """
+        world, now = self._world, time.monotonic()
+        self._step_s, self._stepped = now - self._stepped, now
+        if world.is_main and self._limit.is_near(LEAST_MARGIN_S + 2 * (self._save_s + self._step_s)):
+            world.stop_seen = True
+        late = self._settings.every_minutes > 0 and now - self._begun > 60 * self._settings.every_minutes
+        agreed = world.agree_on(busy=self._writer is not None and self._writer.busy, due=world.is_main and late)
+        if self._writer is not None and not agreed.busy:
+            self._commit()
+        if agreed.stop or agreed.due or self._durations.save_after(done):
+            self._begin(done)
+        if agreed.stop:
+            self.finish()
+        return agreed.stop
+
+    def finish(self) -> None:
+        """Wait until the checkpoint in hand is on disk. Collective."""
+        if self._writer is not None:
+            with self._parts["meter"].paused("save"):
+                self._writer.wait()
+            self._commit()
+        self._world.barrier()  # what rank 0 renamed is there for all
+
+    def _begin(self, done: int) -> None:
+        """Copy this rank's part, and leave the writing to a thread."""
+        if self._writer is not None:  # saves are asked for faster than the disk takes them
+            self.finish()
+        with self._parts["meter"].paused("save"):
+            self._begun = time.monotonic()
+            progress = self._progress.at(done, self._global_batch)
+            temporary = self._root / f".tmp-{tag_of(done)}"
+            self._world.agree(self._make(temporary) if self._world.is_main else "")
+            self._engine.save_checkpoint(str(self._root), tag=temporary.name, save_latest=False)
+            states = {"parts": _states(self._parts), "shared": _states(self._shared)}
+            self._copies.save({"random": _random_states(self._world.device), **states}, rank_name(self._world.rank))
+            if self._ema is not None and (progress.zero_stage or self._world.is_main):  # without ZeRO every rank has the same whole average
+                self._copies.save(self._ema.state(), ema_name(self._world.rank))
+            records = (lambda: self._write_records(temporary, progress)) if self._world.is_main else dict
+            self._writing, self._writer = progress, BackgroundWriter(temporary, self._copies.take(), records)
+            self._world.forget_answers()  # those under way know nothing of this write
+
+    def _make(self, temporary: Path) -> str:
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            return self._cannot_save(f"{temporary}: {error.strerror}")
+        return ""
+
+    def _write_records(self, temporary: Path, progress: Progress) -> Files:
+        """What stands beside the ranks' parts; rank 0's thread writes it."""
         write_json(temporary / PROGRESS, {**asdict(progress), "cursor": asdict(progress.cursor)})
-        for name in RECORDS:
-            shutil.copy(run_folder / name, temporary / name)
-    world.barrier()
-    _seal(temporary, world)
-    if world.is_main:
-        shutil.rmtree(final, ignore_errors=True)  # the same step saved again after a resume from an older checkpoint
-        os.rename(temporary, final)
-        _fsync_folder(root)
-        _write_text(root / LATEST, tag)
-        _retain(root, settings)
-    world.barrier()
-    return final
+        for source in (*(self._run_folder / name for name in RECORDS), Path(zero_to_fp32.__file__)):
+            shutil.copy(source, temporary / source.name)
+        names = (PROGRESS, *RECORDS, Path(zero_to_fp32.__file__).name)
+        for name in names:
+            with open(temporary / name, "rb") as file:
+                os.fsync(file.fileno())
+        return {name: [(temporary / name).stat().st_size, sha256_of_file(temporary / name)] for name in names}
+
+    def _commit(self) -> None:
+        """All ranks have written, or failed to: make it a checkpoint, or leave no trace of it. Collective."""
+        with self._parts["meter"].paused("save"):
+            writer, progress = self._writer, self._writing
+            self._writer = self._writing = None
+            writer.wait()
+            temporary, final = self._root / f".tmp-{tag_of(progress.step)}", self._root / tag_of(progress.step)
+            ranks = self._world.gather_objects((writer.written, writer.fault))
+            fault = next((f"rank {rank}: {found}" for rank, (_, found) in enumerate(ranks) if found), "")
+            if self._world.is_main:
+                try:
+                    if not fault:
+                        commit(temporary, final, {name: entry for written, _ in ranks for name, entry in written.items()})
+                        retain(self._root, self._settings)
+                except OSError as error:
+                    fault = f"{error.filename}: {error.strerror}"
+                if fault:
+                    shutil.rmtree(temporary, ignore_errors=True)
+            self._world.agree(self._cannot_save(fault) if fault else "")
+            self._save_s = time.monotonic() - self._begun
+
+    def _cannot_save(self, fault: str) -> str:
+        whole = list_checkpoints(self._run_folder)
+        stands = f"{whole[0].name} stands" if whole else "there is none yet"
+        return f"a checkpoint could not be written ({fault}); {stands}: make room, or mend the disk, and start again to go on from it"
 
 
-def _seal(folder: Path, world: World) -> None:
-    """Hash and fsync every file, shared by the ranks; rank 0 writes the manifest last."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    files = world.gather_objects(files)[0]  # rank 0's list: another's view of a shared file system may lag behind
-    mine = {}
-    for path in files[world.rank :: world.size]:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        mine[str(path.relative_to(folder))] = [path.stat().st_size, sha256_of_file(path)]
-    parts = world.gather_objects(mine)
-    if world.is_main:
-        write_json(folder / MANIFEST, {"files": {name: entry for part in parts for name, entry in sorted(part.items())}})
-        _fsync_folder(folder)
+def _states(parts: dict) -> dict:
+    return {name: part.state() for name, part in parts.items()}
 
 
-def verify(folder: Path, world: World | None = None) -> str:
-    """Compare a checkpoint with its manifest; the hashing is shared by the ranks. Collective when `world` is given.
-
-    Returns: "" if it is whole, else what is wrong.
-    """
-    rank, size = (world.rank, world.size) if world else (0, 1)
-    fault = ""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        for name, (num_bytes, sha256) in sorted(files.items())[rank::size]:
-            path = folder / name
-            if not path.is_file():
-                fault = f"{name} is missing"
-            elif path.stat().st_size != num_bytes:
-                fault = f"{name} has {path.stat().st_size} bytes, {num_bytes} were written"
-            elif sha256_of_file(path) != sha256:
-                fault = f"{name} has changed since it was written"
-            if fault:
-                break
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fault = f"{MANIFEST} is not readable ({error})"
-    faults = world.gather_objects(fault) if world else [fault]
-    return next(filter(None, faults), "")
-
-
-def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first: a folder counts once it has its final name and a manifest."""
-    found = (run_folder / FOLDER).glob("step_*")
-    return sorted((path for path in found if re.fullmatch(r"step_\d{8}", path.name) and (path / MANIFEST).is_file()), reverse=True)
-
-
-def newest_whole(run_folder: Path, world: World | None = None) -> Path | None:
-    """The newest checkpoint that verifies; says which newer ones do not. Collective when `world` is given."""
-    folders = list_checkpoints(run_folder)
-    if world:  # one rank's view of a shared file system may lag behind another's
-        folders = world.gather_objects(folders)[0]
-    for folder in folders:
-        fault = verify(folder, world)
-        if not fault:
-            return folder
-        logger.warning("checkpoint %s is damaged (%s); an older one is tried", folder.name, fault)
-    return None
-
-
-def read_progress(folder: Path) -> Progress:
-    raw = json.loads((folder / PROGRESS).read_text())
-    return Progress(**{**raw, "cursor": Cursor(**raw["cursor"])})
-
-
-def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World, *, fingerprint: str, seed: int, ema: WeightEma | None = None) -> Progress:
+def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World, *, fingerprint: str, seed: int, ema: WeightEma | None = None) -> Restored:
     """Continue the newest checkpoint of the run folder that verifies, or start at step 0. Collective.
+
+    The same number of ranks under the same ZeRO stage goes on bit for bit. Another goes on with the same global batches, through DeepSpeed's
+    universal format; what each rank draws at random (stochastic depth) starts anew there, seeded by run, step and rank.
 
     Args:
         fingerprint: of the image set that is read.  seed: of the run.  ema: the run's moving average, loaded along.
-    Raises: UserError if checkpoints exist but none is whole, or it was written by another number of ranks, under another ZeRO stage, on
-        another image set or with another seed.
+    Raises: UserError if checkpoints exist but none is whole, or it was written on another image set or with another seed, or one of the two
+        runs is without ZeRO.
     """
-    start = Progress(0, Cursor(fingerprint, seed, 0), world.size, engine.zero_optimization_stage())
+    zero_stage = engine.zero_optimization_stage()
+    start = Progress(0, Cursor(fingerprint, seed, 0), world.size, zero_stage)
+    if world.is_main:
+        remove_leftovers(run_folder / FOLDER)
     folder = newest_whole(run_folder, world) if continues(settings) else None
     if folder is None:
         existing = world.gather_objects(len(list_checkpoints(run_folder)))[0]
         if existing and continues(settings):
             raise UserError(f"{run_folder}: {existing} checkpoints, none of them whole; set checkpoint.resume=never to start from scratch, or a new --out")
-        _set_aside_after(run_folder, 0, world)
-        return start
-    progress = read_progress(folder)
-    progress.cursor.check(fingerprint, seed)
-    if (progress.world_size, progress.zero_stage) != (start.world_size, start.zero_stage):
-        raise UserError(
-            f"{folder.name} was written by {progress.world_size} ranks under ZeRO-{progress.zero_stage}, this run has {start.world_size} ranks under ZeRO-{start.zero_stage}; "
-            "continue with the same, or start a new --out"
-        )
-    _set_aside_after(run_folder, progress.step, world)
-    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    assert loaded is not None, f"DeepSpeed found nothing in {folder}"
-    # weights_only: the files are ours and verified, and hold only tensors, numbers and strings all the same
-    if ema is not None:
-        ema.load(torch.load(folder / ema_name(world.rank if progress.zero_stage else 0), map_location="cpu", weights_only=True))
-    _set_random_states(torch.load(folder / f"random_rank_{world.rank:05d}.pt", weights_only=True), world.device)
-    logger.info("continuing %s at step %d, %d samples", folder, progress.step, progress.cursor.samples)
-    return progress
+        set_aside_after(run_folder, 0, world)
+        return Restored(start)
+    saved = read_progress(folder)
+    saved.cursor.check(fingerprint, seed)
+    set_aside_after(run_folder, saved.step, world)
+    progress = Progress(saved.step, saved.cursor, world.size, zero_stage)
+    if saved == progress or saved.zero_stage == zero_stage == 0:  # without ZeRO every rank holds the same
+        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        assert loaded is not None, f"DeepSpeed found nothing in {folder}"
+        if ema is not None:
+            # weights_only: the files are ours and verified, and hold only tensors, numbers and strings all the same
+            ema.load(torch.load(folder / ema_name(world.rank if zero_stage else 0), map_location="cpu", weights_only=True))
+    else:
+        load_elastic(engine, folder, saved, world, ema)
+    read = lambda rank: torch.load(folder / rank_name(rank), map_location="cpu", weights_only=True)  # noqa: E731
+    if saved.world_size == world.size:
+        mine = [read(world.rank)]
+        _set_random_states(mine[0]["random"], world.device)
+    else:
+        mine = [read(rank) for rank in range(world.rank, saved.world_size, world.size)]
+        seed_all(seed + 1 + world.rank + 1_000_003 * saved.step)
+    written_by = "" if saved == progress else f", written by {saved.world_size} ranks under ZeRO-{saved.zero_stage}, with {world.size} under ZeRO-{zero_stage}"
+    logger.info("continuing %s at step %d, %d samples%s", folder, saved.step, saved.cursor.samples, written_by)
+    states = {name: [state["parts"][name] for state in mine] for name in read(0)["parts"]}
+    return Restored(progress, states, {name: [state] for name, state in read(0)["shared"].items()})
 
 
 def continues(settings: CheckpointSettings) -> bool:
@@ -196,80 +249,8 @@ def continues(settings: CheckpointSettings) -> bool:
     return settings.resume == "auto" or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
-def _set_aside_after(run_folder: Path, step: int, world: World) -> None:
-    """Rename checkpoints beyond `step`, damaged or of a run that is started over: the newest of a folder must be the run's own."""
-    if world.is_main:
-        for folder in list_checkpoints(run_folder):
-            if int(folder.name.removeprefix("step_")) > step:
-                target = folder.with_name(f"set_aside_{folder.name}_{time.strftime('%Y%m%dT%H%M%S')}")
-                os.rename(folder, target)
-                logger.warning("checkpoint %s is set aside as %s", folder.name, target.name)
-    world.barrier()
-
-
-def has_ema(checkpoint: Path) -> bool:
-    return (checkpoint / ema_name(0)).is_file()
-
-
-def ema_name(rank: int) -> str:
-    return f"ema_rank_{rank:05d}.pt"
-
-
-def fp32_weights(checkpoint: Path, *, average: bool = False) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a checkpoint in float32, whatever the ZeRO stage and number of ranks that wrote it.
-
-    The ranks' files are mapped, not read: what is held in memory is the result.
-
-    Args:
-        checkpoint: a complete checkpoint folder that was verified (`newest_whole`, `verify`).
-        average: the moving average of the weights (`has_ema`) instead of the weights.
-    """
-    load = lambda path, **options: torch.load(path, map_location="cpu", mmap=True, **options)  # noqa: E731
-    optimizer_files = zero_to_fp32.get_optim_files(str(checkpoint)) if list(checkpoint.glob("*_optim_states.pt")) else []
-    averages = [load(path, weights_only=True) for path in sorted(checkpoint.glob("ema_rank_*.pt"))] if average else []
-    if not optimizer_files:
-        if average:
-            return _unflatten(averages[0])
-        # ZeRO-0 writes whole modules and no partitioned optimiser; deepspeed pickles classes of its own beside the tensors.
-        module = load(checkpoint / "mp_rank_00_model_states.pt", weights_only=False)["module"]
-        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in module.items()}
-    # Read here and not by zero_to_fp32's own entry: it refuses ZeRO-1 in bf16, whose `BF16_Optimizer` keeps the same flat partitions but does not
-    # write which stage they are of, and it knows nothing of averages, which lie in memory as the weights do.
-    partitions = [load(path, weights_only=False)["optimizer_state_dict"] for path in optimizer_files]
-    stage_3 = "fp32_flat_groups" in partitions[0]
-    groups = [part["shards"] for part in averages] or [part["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"] for part in partitions]
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its progress bars are no news to whoever converts
-        states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(checkpoint)))
-        if stage_3:
-            merged = zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint(len(groups), groups, states, False)
-        else:
-            paddings = partitions[0].get("param_alignment_paddings")
-            merged = zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(len(groups), groups, states, False, paddings)
-        return zero_to_fp32.to_torch_tensor(merged)
-
-
-def _unflatten(state: dict) -> dict[str, torch.Tensor]:
-    """An average that was kept without ZeRO, by name."""
-    weights = {}
-    for shard, parameters in zip(state["shards"], state["names"], strict=True):
-        parts = shard.flatten().split([math.prod(shape) for _, shape in parameters])
-        weights |= {name: part.view(shape) for (name, shape), part in zip(parameters, parts)}
-    return weights
-
-
-def _retain(root: Path, settings: CheckpointSettings) -> None:
-    """Keep the newest `keep_last` and every multiple of `keep_every_steps`; remove the rest and left-over temporary folders."""
-    for number, folder in enumerate(list_checkpoints(root.parent)):
-        step = int(folder.name.removeprefix("step_"))
-        for_good = settings.keep_every_steps > 0 and step % settings.keep_every_steps == 0
-        if number >= settings.keep_last and not for_good:
-            # Renamed first: a removal that is cut short must not leave half a checkpoint under a good name.
-            doomed = root / f".old-{folder.name}"
-            os.rename(folder, doomed)
-            shutil.rmtree(doomed)
-    for pattern in (".tmp-*", ".old-*"):
-        for leftover in root.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
+def rank_name(rank: int) -> str:
+    return f"rank_{rank:05d}.pt"
 
 
 def _random_states(device: torch.device) -> dict:
@@ -293,20 +274,3 @@ def _set_random_states(states: dict, device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,6 +9,8 @@ import random
 import signal
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +26,18 @@ from peco_ds.errors import UserError
 
 logger = logging.getLogger("peco_ds")
 
+# Longer than any watchdog of a run (run.hang_timeout_s, an hour for start, saves and evaluation): that one says where each rank stands. DeepSpeed's
+# own default is ten minutes, less than a conversion of a large checkpoint or a first compilation may take on rank 0.
+COLLECTIVE_TIMEOUT_H = 2
+
+
+class Agreed(NamedTuple):
+    """What all ranks know together at the end of a step."""
+
+    stop: bool  # some rank was asked to stop
+    busy: bool  # some rank still writes
+    due: bool  # a checkpoint is due by the clock
+
 
 @dataclass
 class World:
@@ -32,8 +46,8 @@ class World:
     rank: int
     size: int
     device: torch.device
-    stop_seen: bool = False  # by this rank; `stop_requested` asks all
-    _asked: tuple[torch.Tensor, torch.cuda.Event] | None = None  # answer on its way to the host
+    stop_seen: bool = False  # by this rank; `agree_on` asks all
+    _asked: tuple[torch.Tensor, torch.cuda.Event] | None = None  # answers on their way to the host
 
     @property
     def is_main(self) -> bool:
@@ -90,20 +104,31 @@ class World:
     def _on_signal(self, number, _frame) -> None:
         self.stop_seen = True
 
-    def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on every rank. Collective, once an optimiser step.
+    def agree_on(self, *, busy: bool = False, due: bool = False) -> Agreed:
+        """The same answers on every rank, once an optimiser step. Collective.
 
-        On a GPU the answer is the one asked for at the last call: reading this one would make the host wait for the step.
+        On a GPU they are those asked for at the last call: reading these would make the host wait for the step.
+
+        Args:
+            busy: this rank still writes its part of a checkpoint.  due: rank 0's clock says that one is due.
         """
-        flag = self.all_reduce(torch.full((1,), float(self.stop_seen), device=self.device))
-        if self.device.type != "cuda":
-            return bool(flag.item() > 0)
-        asked, self._asked = self._asked, (torch.empty(1, pin_memory=True).copy_(flag, non_blocking=True), torch.cuda.Event())
-        self._asked[1].record()
-        if asked is None:
-            return False
-        asked[1].synchronize()
-        return bool(asked[0].item() > 0)
+        flags = self.all_reduce(torch.tensor([float(self.stop_seen), float(busy), float(due)], device=self.device))
+        if self.device.type == "cuda":
+            asked, self._asked = self._asked, (torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True), torch.cuda.Event())
+            self._asked[1].record()
+            if asked is None:
+                return Agreed(stop=False, busy=True, due=False)
+            asked[1].synchronize()
+            flags = asked[0]
+        return Agreed(*(count > 0 for count in flags.tolist()))
+
+    def forget_answers(self) -> None:
+        """Answers under way are not to be believed: what they were asked about has changed."""
+        self._asked = None
+
+    def stop_requested(self) -> bool:
+        """Whether any rank was asked to stop. Collective, as `agree_on`."""
+        return self.agree_on().stop
 
 
 def start_world() -> World:
@@ -123,7 +148,7 @@ def start_world() -> World:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _local_size()))
     rank = int(os.environ["RANK"])
     _configure_logging(rank)
-    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False, timeout=timedelta(hours=COLLECTIVE_TIMEOUT_H))
     # Left to the interpreter's end, gloo's threads now and then outlive what they need and abort a rank that was done.
     atexit.register(_leave)
     world = World(rank, int(os.environ["WORLD_SIZE"]), device)

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from peco_ds.command_line import lost_ranks
 from peco_ds.config import Durations, RunSettings
-from peco_ds.errors import UserError
+from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, UserError
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.engine import grad_norm, memory_gib
+from peco_ds.runtime.timeline import (
+    EVALUATION_FILE,
+    METRICS_FILE,
+    STARTS_FILE,
+    account_of,
+    append_row,
+    clock,
+    drop_redone_steps,
+    drop_rows_after,
+    process_age_s,
+    read_evaluation,
+    read_metrics,
+    record_start,
+    to_line,
+)
 
-METRICS_FILE = "metrics.jsonl"
-EVALUATION_FILE = "evaluation.jsonl"
+__all__ = ["EVALUATION_FILE", "METRICS_FILE", "Meter", "read_evaluation", "read_metrics"]
 
 # metrics.jsonl name -> TensorBoard tag
 _TAGS = {
@@ -32,41 +46,67 @@ _TAGS = {
     "images_per_s": "time/images_per_s",
     "step_s": "time/step_s",
     "data_wait_s": "time/data_wait_s",
+    "save_s": "time/save_s",
+    "evaluation_s": "time/evaluation_s",
     "memory_gib": "memory/peak_gib",
     "images": "data/images_seen",
     "epoch": "data/epoch",
+    "bad_pictures": "data/bad_pictures",
     "codes_used": "tokens/codes_used",
     "perplexity": "tokens/perplexity",
 }
+_NO_SCALARS = ("step", "time", "start", "up_s")
+_SHORTEST_S = 1e-3  # a pause shorter than this was none: the loop only asked whether something was due
 
 
 class Meter:
-    """Means over the steps since the last log, over all ranks; one read of the device a log.
+    """Means over the steps since the last log, over all ranks; one read of the device a log. Records the start, and the end by `close`.
+
+    As a context manager it records an exception that leaves the loop as the end of this start.
 
     Args:
-        run_folder: metrics.jsonl and tensorboard/ are written there by rank 0.
+        run_folder: metrics.jsonl, starts.jsonl and tensorboard/ are written there by rank 0.
         first_step: rows after it, left by a run that went on past its last checkpoint, are dropped: no step is missing or there twice.
     """
 
     def __init__(self, run_folder: Path, world: World, *, first_step: int, durations: Durations, run: RunSettings, num_samples: int) -> None:
         self._run_folder, self._world = run_folder, world
         self._durations, self._run, self._num_samples = durations, run, num_samples
+        self._done = first_step
+        self._counts: dict[str, int] = {}  # of this rank, over the whole run
+        self._paused_since: float | None = None
+        self._discard_step()
         self._reset()
         self._file = self._tensorboard = None
         if world.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
-            path = run_folder / METRICS_FILE
-            _drop_rows_after(path, first_step)
-            _drop_rows_after(run_folder / EVALUATION_FILE, first_step - 1)  # the moment of the start is evaluated again
-            self._file = open(path, "a", buffering=1)
+            drop_redone_steps(run_folder, first_step)
+            drop_rows_after(run_folder / EVALUATION_FILE, first_step - 1)  # the moment of the start is evaluated again
+            self._start = record_start(run_folder, ranks=world.size, step=first_step, total_steps=durations.total_steps, stop_step=durations.stop_step)
+            self._age_s = process_age_s() - time.monotonic()  # of the process, at monotonic time 0
+            self._account = account_of(run_folder)
+            self._file = open(run_folder / METRICS_FILE, "ab", buffering=0)  # a row is one write: whole, or cut short by a kill
             self._tensorboard = SummaryWriter(str(run_folder / "tensorboard"), purge_step=first_step + 1)
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, kind, error, _traceback) -> None:
+        if error is not None:
+            others = EXIT_INTERRUPTED if lost_ranks(error) else EXIT_FAULT
+            self.close(EXIT_BAD_INPUT if isinstance(error, UserError) else others, " ".join(f"{kind.__name__}: {error}".split())[:500])
 
     def _reset(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._passes = self._steps = 0
         self._data_wait_s = 0.0
+        self._spent_s = {"save": 0.0, "evaluation": 0.0}
         self._since = time.perf_counter()
+
+    def _discard_step(self) -> None:
+        self._step_sums: dict[str, torch.Tensor] = {}
+        self._step_passes = 0
 
     def next(self, batches: Iterator):
         """The next batch; the time the loop stands still for it is counted."""
@@ -79,55 +119,136 @@ class Meter:
         """One forward pass's loss and statistics (scalars on the device)."""
         for name, value in {"loss": loss, **stats}.items():
             value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._passes += 1
+            self._step_sums[name] = self._step_sums[name] + value if name in self._step_sums else value
+        self._step_passes += 1
 
-    def close_step(self, done: int, engine, rate: float, extra: Callable[[], dict[str, float]] = dict) -> None:
+    def count(self, name: str, number: int) -> None:
+        """Add to a counter of this rank (not negative); every row has its sum over ranks since the run began."""
+        self._counts[name] = self._counts.get(name, 0) + int(number)
+
+    def close_step(
+        self, done: int, engine, rate: float, extra: Callable[[], dict[str, float]] = dict, *, applied: bool = True, skipped: int = 0
+    ) -> None:
         """End of optimiser step number `done` (from 1); logs if it is time to. Collective when it logs.
 
         Args:
             rate: learning rate of the step.  extra: further numbers, asked for only when the step logs.
-        Raises: UserError if the mean loss since the last log is not finite; nothing is saved after it.
+            applied: False for a step that was skipped, on all ranks: its statistics do not enter the means.  skipped: such steps of the run so far.
         """
+        if applied:
+            for name, value in self._step_sums.items():
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._passes += self._step_passes
+        self._discard_step()
         self._steps += 1
+        self._done = done
         if done % self._run.log_every_steps and done != self._durations.stop_step:
             return
-        names = sorted(self._sums)
-        sums = torch.stack([self._sums[name] for name in names] + [torch.tensor(float(self._passes), device=self._world.device)])
-        *values, passes = self._world.all_reduce(sums).tolist()
+        means, counts = self._means()
         elapsed = time.perf_counter() - self._since
         images = done * self._run.global_batch
-        row = {"step": done, "images": images, "epoch": round(images / self._num_samples, 4)}
-        row |= {name: value / passes for name, value in zip(names, values)}
-        row |= {"lr": rate, "grad_norm": grad_norm(engine), "skipped_steps": engine.skipped_steps, "memory_gib": memory_gib(self._world.device), **extra()}
+        row = {"step": done, "images": images, "epoch": round(images / self._num_samples, 4), **means}
+        row |= {"lr": rate, "grad_norm": grad_norm(engine), "skipped_steps": skipped, "memory_gib": memory_gib(self._world.device), **counts, **extra()}
         row |= {"step_s": elapsed / self._steps, "images_per_s": self._steps * self._run.global_batch / elapsed, "data_wait_s": self._data_wait_s / self._steps}
+        row |= self._pauses()
         self._reset()
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
+            row |= {"time": round(time.time(), 3), "start": self._start, "up_s": round(self._up_s(), 3)}
+            self._file.write(to_line(row))
+            self._account.row(row)
             self.scalars(row, done)
+            self.scalars({f"goodput/{name}": share for name, share in self._account.goodput().shares().items()}, done)
             self._progress_line(row)
-        if not math.isfinite(row["loss"]):
-            raise UserError(f"loss {row['loss']} in the steps up to {done}; the last checkpoint is untouched: continue it with a lower optim.lr or in run.precision=fp32")
+
+    def _means(self) -> tuple[dict[str, float | None], dict[str, int]]:
+        """Means of the window and counters, over all ranks. Collective."""
+        # After a resume with another number of ranks, what one rank took over another need not have.
+        parts = self._world.gather_objects((sorted(self._sums), self._counts))
+        names = sorted({name for names, _ in parts for name in names})
+        zero = torch.zeros((), device=self._world.device)
+        sums = torch.stack([self._sums.get(name, zero) for name in names] + [torch.tensor(float(self._passes), device=self._world.device)])
+        *values, passes = self._world.all_reduce(sums).tolist()
+        means = {name: value / passes for name, value in zip(names, values)} if passes else {"loss": None}
+        counters = sorted({name for _, counts in parts for name in counts})
+        return means, {name: sum(counts.get(name, 0) for _, counts in parts) for name in counters}
+
+    def _pauses(self) -> dict[str, float]:
+        return {f"{kind}_s": round(spent, 3) for kind, spent in self._spent_s.items() if spent >= _SHORTEST_S}
+
+    def _up_s(self) -> float:
+        return time.monotonic() + self._age_s
 
     @contextmanager
-    def paused(self):
-        """What happens inside is no training time: saves, evaluation."""
-        begun = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begun
+    def paused(self, kind: Literal["save", "evaluation"] = "save"):
+        """What happens inside is no training time; it is counted under its kind. Not nested."""
+        assert self._paused_since is None, "a pause within a pause would be counted twice"
+        self._paused_since = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - self._paused_since
+            self._paused_since = None
+            self._since += spent
+            self._spent_s[kind] += spent
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
+    def state(self) -> dict:
+        """This rank's sums and counters between two steps; plain numbers, so that it loads with weights_only. Reads the device.
+
+        Rank 0's rows up to here are on disk when it returns: a checkpoint never holds a step whose row could still be lost.
+        """
+        assert not self._step_passes, "a step is open"
+        names = sorted(self._sums)
+        values = torch.stack([self._sums[name] for name in names]).tolist() if names else []
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        written_by = {"start": self._start, "up_s": self._up_s()} if self._file is not None else {}
+        return {
+            **written_by,
+            "sums": dict(zip(names, values)),
+            "passes": self._passes,
+            "steps": self._steps,
+            "elapsed_s": self._open_s(),
+            "data_wait_s": self._data_wait_s,
+            "counts": dict(self._counts),
+        }
+
+    def _open_s(self) -> float:
+        """Training seconds since the last row."""
+        return (time.perf_counter() if self._paused_since is None else self._paused_since) - self._since
+
+    def load_state(self, states: list[dict]) -> None:
+        """Go on in the middle of a window, before the first step.
+
+        Args:
+            states: what this rank takes over: its own part, [] for nothing. With another number of ranks every part of the run goes to exactly
+                one rank, for example `parts[rank :: world_size]`.
+        """
+        for state in states:
+            for name, value in state["sums"].items():
+                value = torch.tensor(value, dtype=torch.float32, device=self._world.device)
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._passes += state["passes"]
+            for name, number in state["counts"].items():
+                self.count(name, number)
+        if states:  # time passes on all ranks alike
+            self._steps, self._data_wait_s = states[0]["steps"], states[0]["data_wait_s"]
+            self._since = time.perf_counter() - states[0]["elapsed_s"]
+        if self._file is not None and states and "start" in states[0]:
+            event = {"event": "continued", "start": states[0]["start"], "up_s": round(states[0]["up_s"], 3)}
+            append_row(self._run_folder / STARTS_FILE, event)
+            self._account.event(event)
+
+    def scalars(self, values: dict[str, float | None], step: int) -> None:
         """Scalars to TensorBoard (rank 0 only; elsewhere nothing)."""
         if self._tensorboard is not None:
             for name, value in values.items():
-                if name != "step":
+                if name not in _NO_SCALARS and value is not None:
                     self._tensorboard.add_scalar(_TAGS.get(name, name if "/" in name else f"loss/{name}"), value, step)
 
     def evaluation(self, step: int, quality: dict[str, float]) -> None:
         """One row of evaluation.jsonl, TensorBoard, and a line (rank 0 only)."""
         if self._file is not None:
-            with open(self._run_folder / EVALUATION_FILE, "a") as file:
-                file.write(json.dumps({"step": step, **quality}) + "\n")
+            append_row(self._run_folder / EVALUATION_FILE, {"step": step, **quality})
             self.scalars({f"eval/{name}": value for name, value in quality.items()}, step)
             sys.stdout.write(f"held-out at step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in quality.items()) + "\n")
             sys.stdout.flush()
@@ -137,46 +258,33 @@ class Meter:
         if self._tensorboard is not None:
             self._tensorboard.add_image(tag, image_u8, step)
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._tensorboard.close()
+    def close(self, code: int = EXIT_DONE, reason: str = "") -> None:
+        """Record how this start ended, and say where its time went. Not collective; only the first call counts.
+
+        Args:
+            code: exit code this process is about to end with.  reason: for people, one line.
+        """
+        if self._file is None:
+            return
+        end = {"event": "end", "start": self._start, "time": round(time.time(), 3), "up_s": round(self._up_s(), 3), "code": code, "reason": reason}
+        end |= {"step": self._done, "open_steps": self._steps, **self._pauses()}
+        if self._steps:
+            end |= {"open_s": round(self._open_s(), 3), "open_wait_s": round(self._data_wait_s, 3)}
+        append_row(self._run_folder / STARTS_FILE, end)
+        self._account.event(end)
+        found = self._account.goodput()
+        self.scalars({f"goodput/{name}": share for name, share in found.shares().items()}, self._done)
+        sys.stdout.write(found.line() + "\n")
+        sys.stdout.flush()
+        self._file.close()
+        self._file = None
+        self._tensorboard.close()
 
     def _progress_line(self, row: dict) -> None:
         total = self._durations.total_steps
-        left = (total - row["step"]) * row["step_s"]
-        eta = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
-        parts = [f"step {row['step']}/{total}", f"loss {row['loss']:.4f}"]
+        parts = [f"step {row['step']}/{total}", "no step applied" if row["loss"] is None else f"loss {row['loss']:.4f}"]
         parts += [f"{name} {row[name]:.4g}" for name in ("accuracy", "train_top1", "psnr", "codes_used", "grad_norm", "lr") if name in row]
-        parts += [f"{row['images_per_s']:.1f} images/s", f"ETA {eta}"]
+        parts += [f"{row['skipped_steps']} skipped"] if row["skipped_steps"] else []
+        parts += [f"{row['images_per_s']:.1f} images/s", f"ETA {clock((total - row['step']) * row['step_s'])}"]
         sys.stdout.write("  ".join(parts) + "\n")
         sys.stdout.flush()
-
-
-def read_metrics(run_folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl, in order; [] if there are none."""
-    return _rows(Path(run_folder) / METRICS_FILE)
-
-
-def read_evaluation(run_folder: Path) -> list[dict]:
-    """Rows of evaluation.jsonl, in order; [] if there are none."""
-    return _rows(Path(run_folder) / EVALUATION_FILE)
-
-
-def _rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def _drop_rows_after(path: Path, step: int) -> None:
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):  # a last line that was cut short
-            break
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(temporary, path)

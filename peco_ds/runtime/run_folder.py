@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 import yaml
 
-from peco_ds.config import Resolved
+from peco_ds.config import NOT_YAML, Resolved, read_yaml
 from peco_ds.errors import UserError
 from peco_ds.runtime.distributed import World
-from peco_ds.schema import write_json
+from peco_ds.schema import read_json, write_json
 
 SETTINGS = "settings.yaml"
 DEEPSPEED = "deepspeed.json"
 PROVENANCE = "provenance.json"
 
 # Settings that may differ between a run and its continuation. Paths are among them: what lies there is compared by fingerprint.
-_FREE = ("data.num_workers", "data.root", "data.images", "data.tokens", "data.tokenizer", "data.val_images", "data.verify", "data.max_bad_share", "run.log_every_steps", "run.micro_batch", "run.activation_checkpointing", "schedule.stop_at_step", "checkpoint.", "evaluation.", "name")
+_FREE = ("data.num_workers", "data.root", "data.images", "data.tokens", "data.tokenizer", "data.val_images", "data.verify", "data.max_bad_share", "run.log_every_steps", "run.micro_batch", "run.activation_checkpointing", "run.max_skipped_steps", "run.spike_factor", "run.hang_timeout_s", "schedule.stop_at_step", "checkpoint.", "evaluation.", "name")
 
 
 def open_run_folder(folder: Path, stage: str, resolved: Resolved, ds_config: dict, provenance: dict, world: World) -> None:
@@ -70,7 +70,7 @@ def _refuse_another_run(folder: Path, stage: str, settings: dict, provenance: di
 
     def flat(tree, prefix=""):
         for key, value in tree.items():
-            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
     before = dict(flat(recorded["recipe"]))
     for key, value in flat(settings):
@@ -85,23 +85,49 @@ def _refuse_another_run(folder: Path, stage: str, settings: dict, provenance: di
 def read_settings(folder: Path) -> dict:
     """The recorded settings of a run: {"stage", "recipe", "sources"}.
 
-    Raises: UserError if the folder is no run folder.
+    Raises: UserError if the folder is no run folder, or the record is damaged.
     """
     path = Path(folder) / SETTINGS
     if not path.is_file():
         raise UserError(f"{folder}: no {SETTINGS} there; give the --out folder of a training run")
     try:
-        recorded = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+        recorded = read_yaml(path)
+    except (*NOT_YAML, OSError):
         recorded = None
-    if not isinstance(recorded, dict) or not {"stage", "recipe"} <= recorded.keys():
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("stage"), str) or not isinstance(recorded.get("recipe"), dict):
         raise UserError(f"{path}: is not what a run wrote there; restore it, or start a new --out")
     return recorded
 
 
 def read_provenance(folder: Path) -> dict:
+    """What a run recorded of its origins; {} where it recorded nothing.
+
+    Raises: UserError if the record is damaged.
+    """
     path = Path(folder) / PROVENANCE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        recorded = read_json(path) if path.is_file() else {}
+    except (ValueError, OSError):
+        recorded = None
+    texts = ("commit", "images_fingerprint", "tokenizer_fingerprint", "judge", "init")
+    sections = ("tokenizer", "init_facts", "versions")
+    if (
+        not isinstance(recorded, dict)
+        or not all(isinstance(recorded.get(name, ""), str) for name in texts)
+        or not all(isinstance(recorded.get(name, {}), dict) for name in sections)
+        or not all(_are_texts(recorded.get(name, [])) for name in ("classes", "fresh"))
+        or not all(_are_statistics(recorded.get(name, [1, 1, 1])) for name in ("mean", "std"))
+    ):
+        raise UserError(f"{path}: is not what a run wrote there; restore it, or start a new --out")
+    return recorded
+
+
+def _are_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _are_statistics(value) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(item, (int, float)) for item in value)
 
 
 def commit() -> str:

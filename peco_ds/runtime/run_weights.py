@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from peco_ds.config import FinetuneRecipe, PretrainRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import BeitWeights
-from peco_ds.runtime.checkpoint import FOLDER, PROGRESS, Progress, fp32_weights, has_ema, list_checkpoints, newest_whole, read_progress, verify
+from peco_ds.runtime.checkpoint_files import FOLDER, PROGRESS, Progress, list_checkpoints, newest_whole, read_progress, verify
+from peco_ds.runtime.consolidate import fp32_weights, has_ema
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
-from peco_ds.runtime.run_folder import read_provenance, read_settings
+from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS, read_provenance, read_settings
 
 _PREFIX = "backbone."  # of MaskedImageModel; a classifier has the canonical names already
 _RECIPES = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
@@ -27,8 +28,7 @@ def read_run(path: Path, average: Literal["auto", "ema", "raw"] = "auto") -> Bei
     Raises: UserError if there is no whole checkpoint, if it is a run of another stage, or if it kept no average.
     """
     run_folder, checkpoint = find_checkpoint(Path(path).resolve())
-    recorded = read_settings(checkpoint)
-    recipe = TypeAdapter(_RECIPES[recorded["stage"]]).validate_python(recorded["recipe"])
+    recipe = _recipe_of(checkpoint)
     if average == "ema" and not has_ema(checkpoint):
         raise UserError(f"{checkpoint}: the run kept no moving average (ema.decay=0); take the raw weights")
     averaged = average != "raw" and has_ema(checkpoint)
@@ -37,10 +37,24 @@ def read_run(path: Path, average: Literal["auto", "ema", "raw"] = "auto") -> Bei
     source = f"{recipe.name}, {checkpoint.name}" + (", moving average" if averaged else "")
     facts = _facts(recipe, progress, provenance, run_folder, averaged)
     if isinstance(recipe, FinetuneRecipe):
+        told = {"classes", "mean", "std"}
+        if not told <= provenance.keys():
+            raise UserError(f"{checkpoint / PROVENANCE}: does not tell {', '.join(sorted(told - provenance.keys()))}; restore it, or give another checkpoint")
         classes = provenance["classes"]
         statistics = {name: tuple(provenance[name]) for name in ("mean", "std")}
         return BeitWeights("classifier", recipe.model, tensors, source, classes=tuple(classes), crop=recipe.evaluation.crop, facts=facts, **statistics)
     return BeitWeights("mim", recipe.model, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}, source, facts=facts)
+
+
+def _recipe_of(checkpoint: Path) -> PretrainRecipe | FinetuneRecipe:
+    recorded = read_settings(checkpoint)
+    if recorded["stage"] not in _RECIPES:
+        raise UserError(f"{checkpoint}: of a run of {recorded['stage']}; give a run of pretrain.py or finetune.py")
+    try:
+        return TypeAdapter(_RECIPES[recorded["stage"]]).validate_python(recorded["recipe"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{checkpoint / SETTINGS}: recipe.{'.'.join(map(str, first['loc']))}: {first['msg']}; restore it, or give another checkpoint") from None
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:

@@ -1,0 +1,130 @@
+"""Checkpoint files written beside training: the loop waits for a copy to host memory, a thread does the rest.
+
+`HostCopies` takes the place of DeepSpeed's checkpoint engine, the object that its `save_checkpoint` hands every file's content to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+from peco_ds.runtime.checkpoint_files import Files
+
+
+class HostCopies(CheckpointEngine):
+    """Collects the files that DeepSpeed would write, their tensors copied to host memory; `take` hands them over.
+
+    The copies' memory is used again by the next save: once as much as this rank's part of a checkpoint, pinned where there is a GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[str, object] = {}
+        self._buffers: dict[tuple, torch.Tensor] = {}
+
+    def create(self, info) -> None:
+        pass
+
+    def commit(self, info) -> bool:
+        return True
+
+    def load(self, path: str, map_location=None):
+        # Our own checkpoint, verified before; DeepSpeed pickles classes of its own beside the tensors.
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    def preserves_storage_sharing(self) -> bool:
+        return False  # every tensor is copied by itself, so that DeepSpeed need not clone slices of its flat buffers first
+
+    def save(self, state_dict, path: str) -> None:
+        """Keep a copy of what the file `path` will hold, as of now."""
+        name = Path(path).name
+        self._files[name] = self._copied(state_dict, (name,))
+
+    def take(self) -> dict[str, object]:
+        """File name -> content of everything saved since the last call, ready to be written."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies run beside the host
+        files, self._files = self._files, {}
+        return files
+
+    def _copied(self, value, place: tuple):
+        if isinstance(value, torch.Tensor):
+            return self._host_copy(value.detach(), place)
+        if isinstance(value, dict):
+            return type(value)((key, self._copied(item, (*place, key))) for key, item in value.items())
+        if type(value) in (list, tuple):
+            return type(value)(self._copied(item, (*place, index)) for index, item in enumerate(value))
+        return value
+
+    def _host_copy(self, tensor: torch.Tensor, place: tuple) -> torch.Tensor:
+        buffer = self._buffers.get(place)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._buffers[place] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
+        return buffer.copy_(tensor, non_blocking=True)
+
+
+class BackgroundWriter:
+    """One thread that writes, fsyncs and hashes one rank's files of one checkpoint.
+
+    Args:
+        folder: exists already.  files: name -> what torch.save is to write.  prepare: called first, in the thread; returns further files it wrote.
+    """
+
+    def __init__(self, folder: Path, files: dict[str, object], prepare: Callable[[], Files] = dict) -> None:
+        self._folder, self._files, self._prepare = folder, files, prepare
+        self.written: Files = {}
+        self.fault = ""
+        self._thread = threading.Thread(target=self._run, name="checkpoint writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self.written |= self._prepare()
+            for name, content in self._files.items():
+                self.written[name] = write_hashed(self._folder / name, content)
+        except OSError as error:
+            self.fault = f"{error.filename or self._folder}: {error.strerror or error}"
+        except RuntimeError as error:  # torch wraps what its zip writer could not write
+            self.fault = f"{self._folder}: {' '.join(str(error).split())[:200]}"
+        finally:
+            self._files = {}
+
+
+def write_hashed(path: Path, content) -> list:
+    """torch.save through to the disk. Returns: [bytes, sha256] of the file."""
+    with open(path, "wb") as file:
+        target = _HashedFile(file)
+        torch.save(content, target)
+        file.flush()
+        os.fsync(file.fileno())
+    return [target.num_bytes, target.sha256.hexdigest()]
+
+
+class _HashedFile:
+    """Hashed on the way, so that gigabytes need not be read back. torch writes its zip from front to back."""
+
+    def __init__(self, file) -> None:
+        self._file = file
+        self.sha256, self.num_bytes = hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        written = self._file.write(data)
+        self.sha256.update(data)
+        self.num_bytes += len(memoryview(data).cast("B"))
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()

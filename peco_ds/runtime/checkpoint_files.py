@@ -1,0 +1,182 @@
+"""What a checkpoint is on disk: a folder `checkpoints/step_N` with a manifest, whole or not there. Verified, listed, kept and removed here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peco_ds.config import CheckpointSettings
+from peco_ds.data.order import Cursor
+from peco_ds.runtime.distributed import World
+from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS
+from peco_ds.schema import sha256_of_file, write_json
+
+logger = logging.getLogger("peco_ds")
+
+FOLDER = "checkpoints"
+LATEST = "latest"  # for people and scripts; resuming looks at what verifies
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+RECORDS = (SETTINGS, PROVENANCE)  # of the run folder; a checkpoint that is moved elsewhere still tells what it is
+UNIVERSAL = "universal"  # checkpoints/universal/step_N: the same in DeepSpeed's universal format, made when the ranks or the ZeRO stage change
+
+Files = dict[str, list]  # name within the folder -> [bytes, sha256]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What was done: `step` optimiser steps, up to `cursor` in the data."""
+
+    step: int
+    cursor: Cursor
+    world_size: int
+    zero_stage: int
+
+    def at(self, step: int, global_batch: int) -> Progress:
+        """The same run when `step` steps are done."""
+        return replace(self, step=step, cursor=replace(self.cursor, samples=step * global_batch))
+
+
+def tag_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def read_progress(folder: Path) -> Progress:
+    raw = json.loads((folder / PROGRESS).read_text())
+    return Progress(**{**raw, "cursor": Cursor(**raw["cursor"])})
+
+
+def commit(temporary: Path, final: Path, files: Files) -> None:
+    """Make a written folder a checkpoint: manifest, rename, and only then `latest`.
+
+    Args:
+        files: everything in it, already on disk (fsync); what is not listed is not part of the checkpoint.
+    """
+    write_json(temporary / MANIFEST, {"files": dict(sorted(files.items()))})
+    fsync_folder(temporary)
+    if final.is_dir():  # the same step saved again after a resume from an older checkpoint
+        _remove(final)
+    os.rename(temporary, final)
+    fsync_folder(final.parent)
+    write_text(final.parent / LATEST, final.name)
+
+
+def verify(folder: Path, world: World | None = None) -> str:
+    """Compare a checkpoint with its manifest; the hashing is shared by the ranks. Collective when `world` is given.
+
+    Returns: "" if it is whole, else what is wrong.
+    """
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    fault = ""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        for name, (num_bytes, sha256) in sorted(files.items())[rank::size]:
+            path = folder / name
+            if Path(name).name != name:
+                fault = f"{MANIFEST} lists {name!r}, which is no file of this folder"
+            elif not path.is_file():
+                fault = f"{name} is missing"
+            elif path.stat().st_size != num_bytes:
+                fault = f"{name} has {path.stat().st_size} bytes, {num_bytes} were written"
+            elif sha256_of_file(path) != sha256:
+                fault = f"{name} has changed since it was written"
+            if fault:
+                break
+        if PROGRESS not in files:
+            fault = fault or f"{MANIFEST} does not list {PROGRESS}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        fault = f"{MANIFEST} is not readable ({error})"
+    faults = world.gather_objects(fault) if world else [fault]
+    return next(filter(None, faults), "")
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Complete checkpoints, newest first: a folder counts once it has its final name and a manifest."""
+    found = (run_folder / FOLDER).glob("step_*")
+    return sorted((path for path in found if re.fullmatch(r"step_\d{8}", path.name) and (path / MANIFEST).is_file()), reverse=True)
+
+
+def newest_whole(run_folder: Path, world: World | None = None) -> Path | None:
+    """The newest checkpoint that verifies; says which newer ones do not. Collective when `world` is given."""
+    folders = list_checkpoints(run_folder)
+    if world:  # one rank's view of a shared file system may lag behind another's
+        folders = world.gather_objects(folders)[0]
+    for folder in folders:
+        fault = verify(folder, world)
+        if not fault:
+            return folder
+        logger.warning("checkpoint %s is damaged (%s); an older one is tried", folder.name, fault)
+    return None
+
+
+def retain(root: Path, settings: CheckpointSettings) -> None:
+    """Keep the newest `keep_last` and every multiple of `keep_every_steps`; remove the rest, and converted copies of what is gone."""
+    kept = set()
+    for number, folder in enumerate(list_checkpoints(root.parent)):
+        for_good = settings.keep_every_steps > 0 and step_of(folder) % settings.keep_every_steps == 0
+        if number < settings.keep_last or for_good:
+            kept.add(folder.name)
+        else:
+            _remove(folder)
+    for copy in (root / UNIVERSAL).glob("step_*"):
+        if copy.name not in kept:
+            _remove(copy)
+
+
+def remove_leftovers(root: Path) -> None:
+    """What writers and removals that were cut short left behind. Only before the run's own first save."""
+    for folder in (root, root / UNIVERSAL):
+        for pattern in (".tmp-*", ".old-*"):
+            for leftover in folder.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def set_aside_after(run_folder: Path, step: int, world: World) -> None:
+    """Rename checkpoints beyond `step`, damaged or of a run that is started over: the newest of a folder must be the run's own. Collective."""
+    fault = ""
+    if world.is_main:
+        try:
+            for folder in list_checkpoints(run_folder):
+                if step_of(folder) > step:
+                    target = folder.with_name(f"set_aside_{folder.name}_{time.strftime('%Y%m%dT%H%M%S')}_{os.getpid()}")
+                    os.rename(folder, target)
+                    logger.warning("checkpoint %s is set aside as %s", folder.name, target.name)
+        except OSError as error:
+            fault = f"{run_folder / FOLDER}: {error.strerror}; its checkpoints beyond step {step} cannot be set aside"
+    world.agree(fault)
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: a removal that is cut short must not leave half a checkpoint under a good name. A parallel file system takes its time to
+    # remove gigabytes; nobody waits for that.
+    doomed = folder.with_name(f".old-{folder.name}-{os.getpid()}-{time.monotonic_ns()}")
+    os.rename(folder, doomed)
+    threading.Thread(target=shutil.rmtree, args=(doomed,), kwargs={"ignore_errors": True}, name="remove checkpoint").start()
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

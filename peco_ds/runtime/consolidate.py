@@ -1,0 +1,61 @@
+"""A checkpoint's sharded weights as one set of float32 tensors, whatever the ZeRO stage and number of ranks that wrote it."""
+
+from __future__ import annotations
+
+import io
+import math
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+from deepspeed.utils import zero_to_fp32
+
+
+def has_ema(checkpoint: Path) -> bool:
+    return (checkpoint / ema_name(0)).is_file()
+
+
+def ema_name(rank: int) -> str:
+    return f"ema_rank_{rank:05d}.pt"
+
+
+def fp32_weights(checkpoint: Path, *, average: bool = False) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a checkpoint in float32, whatever the ZeRO stage and number of ranks that wrote it.
+
+    The ranks' files are mapped, not read: what is held in memory is the result.
+
+    Args:
+        checkpoint: a complete checkpoint folder that was verified (`newest_whole`, `verify`).
+        average: the moving average of the weights (`has_ema`) instead of the weights.
+    """
+    load = lambda path, **options: torch.load(path, map_location="cpu", mmap=True, **options)  # noqa: E731
+    optimizer_files = zero_to_fp32.get_optim_files(str(checkpoint)) if list(checkpoint.glob("*_optim_states.pt")) else []
+    averages = [load(path, weights_only=True) for path in sorted(checkpoint.glob("ema_rank_*.pt"))] if average else []
+    if not optimizer_files:
+        if average:
+            return _unflatten(averages[0])
+        # ZeRO-0 writes whole modules and no partitioned optimiser; deepspeed pickles classes of its own beside the tensors.
+        module = load(checkpoint / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in module.items()}
+    # Read here and not by zero_to_fp32's own entry: it refuses ZeRO-1 in bf16, whose `BF16_Optimizer` keeps the same flat partitions but does not
+    # write which stage they are of, and it knows nothing of averages, which lie in memory as the weights do.
+    partitions = [load(path, weights_only=False)["optimizer_state_dict"] for path in optimizer_files]
+    stage_3 = "fp32_flat_groups" in partitions[0]
+    groups = [part["shards"] for part in averages] or [part["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"] for part in partitions]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its progress bars are no news to whoever converts
+        states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(checkpoint)))
+        if stage_3:
+            merged = zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint(len(groups), groups, states, False)
+        else:
+            paddings = partitions[0].get("param_alignment_paddings")
+            merged = zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(len(groups), groups, states, False, paddings)
+        return zero_to_fp32.to_torch_tensor(merged)
+
+
+def _unflatten(state: dict) -> dict[str, torch.Tensor]:
+    """An average that was kept without ZeRO, by name."""
+    weights = {}
+    for shard, parameters in zip(state["shards"], state["names"], strict=True):
+        parts = shard.flatten().split([math.prod(shape) for _, shape in parameters])
+        weights |= {name: part.view(shape) for (name, shape), part in zip(parameters, parts)}
+    return weights

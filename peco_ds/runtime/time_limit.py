@@ -1,0 +1,83 @@
+"""When the Slurm job of this process ends. No torch, no Slurm library: its environment, and its own `squeue`."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+
+logger = logging.getLogger("peco_ds")
+
+ANSWER_S = 20.0  # a controller that is busy answers later; the step in hand waits no longer than this
+
+
+def seconds_left(environ: Mapping[str, str]) -> float | None:
+    """What `squeue` says is left of this job, in seconds; inf for no limit, None where it does not answer."""
+    command = ["squeue", "--noheader", f"--jobs={environ['SLURM_JOB_ID']}", "--states=all", "--format=%L"]
+    try:
+        done = subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=ANSWER_S, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("squeue does not answer (%s)", error)
+        return None
+    return parse_time_left(done.stdout)
+
+
+def parse_time_left(text: str) -> float | None:
+    """Seconds of Slurm's `days-hours:minutes:seconds`, its first parts left out where they are 0; inf for UNLIMITED, None for anything else."""
+    text = text.strip()
+    if text == "UNLIMITED":
+        return float("inf")
+    found = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", text)
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24.0 + hours) * 60 + minutes) * 60 + seconds
+
+
+class TimeLimit:
+    """When the job ends. For rank 0: what it answers is passed on to the others as a stop signal would be.
+
+    The environment is asked first, then Slurm. From then on a clock counts that does not jump.
+
+    Args:
+        environ: of this process.  ask: seconds left of the job of an environment; None: no answer.
+    """
+
+    def __init__(self, environ: Mapping[str, str], ask: Callable[[Mapping[str, str]], float | None] = seconds_left) -> None:
+        self._environ, self._ask = environ, ask
+        self._end: float | None = None  # on the monotonic clock; None: no limit, or not known
+        self._over = False
+        if not environ.get("SLURM_JOB_ID"):
+            return
+        stated = environ.get("SLURM_JOB_END_TIME", "")
+        if stated.isdecimal() and int(stated):
+            self._set(int(stated) - time.time())
+        else:
+            self._refresh()
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the job ends; None outside of Slurm, without a limit, or where Slurm does not answer."""
+        return None if self._end is None else self._end - time.monotonic()
+
+    def is_near(self, margin_s: float) -> bool:
+        """Whether the job ends within so many seconds; costs a look at the clock. Once True, always True.
+
+        Before it says so for the first time, Slurm is asked whether the limit was put off.
+        """
+        if self._over or self._end is None or self._end - time.monotonic() > margin_s:
+            return self._over
+        self._refresh()
+        self._over = self._end is not None and self._end - time.monotonic() <= margin_s
+        return self._over
+
+    def _refresh(self) -> None:
+        """Ask Slurm; without an answer what was known stands."""
+        left = self._ask(self._environ)
+        if left is not None:
+            self._set(left)
+
+    def _set(self, left: float) -> None:
+        self._end = None if left == float("inf") else time.monotonic() + left
