@@ -43,7 +43,7 @@ for sample in range(tokens.num_samples):
     counts += np.bincount(tokens.read(sample).codes.ravel(), minlength=card.num_codes)
 evaluations = [json.loads(line) for line in (out / "tokenizer_run" / "evaluation.jsonl").read_text().splitlines()]
 first, last = evaluations[0], evaluations[-1]
-rows = read_metrics(out / "pretrain")
+rows = [row for row in read_metrics(out / "pretrain") if row["loss"] is not None]  # none where every step since the last row was skipped
 accuracy = np.mean([row["accuracy"] for row in rows[-3:]])
 judge = card.extra["judge"] if perceptual else f"bootstrapped: {card.extra['judge']}"
 table = [

@@ -373,13 +373,13 @@ def load_recipe(recipe_type: type, path: str | Path, overrides: list[str], envir
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"override {text!r}: written as key.sub=value")
+            raise UserError(f"override {short(text)}: written as key.sub=value")
         try:
             parsed = parse_yaml(value) if value else ""
         except NOT_YAML:
-            raise UserError(f"override {text!r}: the value is not YAML; quote it") from None
+            raise UserError(f"override {short(text)}: the value is not YAML; quote it") from None
         if isinstance(parsed, dict):
-            raise UserError(f"override {text!r}: sets one value, not a section; write {key}.NAME=VALUE for each")
+            raise UserError(f"override {short(text)}: sets one value, not a section; write {key[:80]}.NAME=VALUE for each")
         _set(merged, sources, key, parsed, COMMAND_LINE, recipe_type)
     _displace(merged, sources)
     try:

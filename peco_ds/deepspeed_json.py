@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peco_ds.config import OptimSettings, RunSettings, micro_steps, nearest
 from peco_ds.errors import UserError
+from peco_ds.schema import read_json, short
 
 # Top-level keys of deepspeed 0.19.8 (runtime/constants.py and the blocks read in runtime/config.py). DeepSpeed itself ignores a
 # misspelt one in silence; test_config.py holds this list against the installed package.
@@ -23,29 +24,61 @@ DEEPSPEED_KEYS = frozenset(
     wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
     zero_optimization""".split()
 )
+# What stands under them. DeepSpeed reads most of them without looking, and meets another type in the middle of a run or never.
+_OBJECTS = frozenset(
+    """activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger compile csv_monitor data_efficiency data_types
+    datastates_ckpt expert_parallel flops_profiler fp16 hybrid_engine optimizer pipeline scheduler tensor_parallel tensorboard timers torch_autocast
+    wandb weight_quantization""".split()
+)
+_BOOLEANS = frozenset(
+    """dataloader_drop_last disable_allgather disable_python_gc dump_state memory_breakdown prescale_gradients use_data_before_expert_parallelism
+    wall_clock_breakdown zero_allow_untested_optimizer zero_force_ds_cpu_optimizer""".split()
+)
+_NUMBERS = frozenset("data_parallel_size gradient_predivide_factor sequence_parallel_size steps_per_print vocabulary_size".split())
+_OWNED_NUMBERS = frozenset("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping".split())  # or "auto"
+_NAMES = frozenset("communication_data_type seq_parallel_communication_data_type".split())
 
 
 def read_deepspeed_json(path: str | Path) -> dict:
     """Read a DeepSpeed JSON.
 
-    Raises: UserError if it is missing, is not JSON, or has a top-level key that DeepSpeed does not know.
+    Raises: UserError if it is missing, is not JSON, or has a top-level key that DeepSpeed does not know or with a value of another type.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"DeepSpeed config {str(path)!r}: no such file; ready ones lie in ds_configs/")
     try:
-        raw = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        raw = read_json(path)
+    except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); a DeepSpeed config is a JSON object") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds {type(raw).__name__}, a DeepSpeed config is a JSON object")
     for key in raw:
         if key not in DEEPSPEED_KEYS:
-            raise UserError(f"{path}: {key!r} is no DeepSpeed key{nearest(key, sorted(DEEPSPEED_KEYS))}")
+            raise UserError(f"{path}: {short(key)} is no DeepSpeed key{nearest(key, sorted(DEEPSPEED_KEYS))}")
+        wanted = _wanted(key, raw[key])
+        if wanted:
+            raise UserError(f"{path}: {key} is {short(raw[key])}, DeepSpeed wants {wanted} there")
     zero = raw.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+    if not isinstance(zero, dict) or type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(key) or {}, dict):
+            raise UserError(f"{path}: zero_optimization.{key} is {short(zero[key])}, DeepSpeed wants an object there")
     return raw
+
+
+def _wanted(key: str, value) -> str:
+    """What a top-level key should hold, if it holds something else; else ""."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    kinds = (
+        (_OBJECTS, isinstance(value, dict), "an object"),
+        (_BOOLEANS, isinstance(value, bool), "true or false"),
+        (_NUMBERS, is_number, "a number"),
+        (_OWNED_NUMBERS, is_number or value == "auto", 'a number or "auto"'),
+        (_NAMES, value is None or isinstance(value, str), "the name of a type"),
+    )
+    return next((wanted for keys, fits, wanted in kinds if key in keys and not fits), "")
 
 
 def merge_deepspeed(raw: dict, path: str | Path, run: RunSettings, optim: OptimSettings, world_size: int) -> dict:

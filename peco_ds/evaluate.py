@@ -156,7 +156,11 @@ def find_tokenizer(target: Path) -> tuple[Path, int] | None:
         return None
     if not (target / "tokenizer" / CARD_NAME).is_file():
         raise UserError(f"{target}: a tokenizer run without a release yet; let it reach its last step")
-    return target / "tokenizer", recorded["recipe"]["views"]["tokenizer_px"]
+    size = recorded["recipe"].get("views", {})
+    size = size.get("tokenizer_px") if isinstance(size, dict) else None
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"{target / SETTINGS}: does not tell views.tokenizer_px; restore it, or give {target / 'tokenizer'}")
+    return target / "tokenizer", size
 
 
 def evaluate_tokenizer(args, release: Path, own_px: int):

@@ -64,6 +64,7 @@ def train(args, resolved) -> int:
     from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
     from peco_ds.data.labelled import evaluation_batches, labelled_sets, training_batches
+    from peco_ds.data.loaders import BadPictures
     from peco_ds.data.order import rank_positions
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.evaluation.classification import classification_quality
@@ -123,6 +124,7 @@ def train(args, resolved) -> int:
     first_step = restored.progress.step
 
     positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=durations.stop_step)
+    bad = BadPictures(cfg.data.max_bad_share)
     batches = training_batches(
         pictures,
         positions,
@@ -133,6 +135,7 @@ def train(args, resolved) -> int:
         image_px=cfg.model.image_px,
         seed=run.seed,
         device=world.device,
+        bad=bad,
         **statistics,
     )
 
@@ -164,7 +167,7 @@ def train(args, resolved) -> int:
         return quality
 
     guard = StepGuard(engine, run, world)
-    meter = Meter(args.out, world, first_step=first_step, durations=durations, run=run, num_samples=pictures.num_samples)
+    meter = Meter(args.out, world, first_step=first_step, durations=durations, run=run, num_samples=pictures.num_samples, counters={"bad_pictures": lambda: bad.count})
     saver = Saver(
         args.out,
         engine,
@@ -173,7 +176,7 @@ def train(args, resolved) -> int:
         durations=durations,
         global_batch=run.global_batch,
         world=world,
-        parts={"meter": meter},
+        parts={"meter": meter, "bad_pictures": bad},
         shared={"guard": guard},
         ema=ema,
     )

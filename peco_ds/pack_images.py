@@ -19,16 +19,17 @@ import glob
 import hashlib
 import multiprocessing
 import os
+import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from peco_ds.command_line import Parser, run
-from peco_ds.data.image_shards import IndexJob, PackJob, ShardRecord, classes_of_tars, make_shard, prepare_folder
+from peco_ds.data.image_shards import IndexJob, PackJob, ShardRecord, classes_of_tars, make_shard, prepare_folder, sole_writer
 from peco_ds.data.indexed_tar import index_name
 from peco_ds.data.picture_folders import Picture, list_pictures, printable
-from peco_ds.errors import UserError
+from peco_ds.errors import EXIT_INTERRUPTED, UserError
 from peco_ds.schema import ImageManifest, write_manifest
 
 PROGRESS_EVERY_S = 5.0
@@ -50,6 +51,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         sys.stdout.write(f"would pack {total} {units} into {len(jobs)} shards in {args.out}\n")
         return
+    with sole_writer(args.out):
+        _pack(args, jobs, classes, options, total, units)
+
+
+def _pack(args: argparse.Namespace, jobs: list, classes: list[str] | None, options: dict[str, str], total: int, units: str) -> None:
     done, todo = prepare_folder(args.out, jobs, options)
     done += make_shards(args.out, todo, args.workers, Progress(total, sum(record.units for record in done), units))
     records = sorted(done, key=lambda record: record.shard.name)
@@ -206,6 +212,15 @@ _counter = None  # units done by all workers; set in each of them before its fir
 def _start_worker(counter) -> None:
     global _counter
     _counter = counter
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent) -> None:
+    """A worker whose parent was killed would finish its shard beside those of the next start, and then wait for work for ever."""
+    parent.join()
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _count_one() -> None:

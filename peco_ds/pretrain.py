@@ -52,7 +52,7 @@ def dry_run(args, resolved) -> int:
 
 def train(args, resolved) -> int:
     from peco_ds.config import data_path, micro_steps, resolve_durations
-    from peco_ds.data.loaders import Pictures, masked_batches
+    from peco_ds.data.loaders import BadPictures, Pictures, masked_batches
     from peco_ds.data.order import rank_positions
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.models.mim import MaskedImageModel
@@ -91,11 +91,12 @@ def train(args, resolved) -> int:
     first_step = restored.progress.step
 
     positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=durations.stop_step)
+    bad = BadPictures(cfg.data.max_bad_share)
     batches = masked_batches(
-        pictures, tokens, positions, data=cfg.data, views=cfg.views, mask=cfg.mask, image_px=cfg.model.image_px, grid=cfg.model.grid, seed=run.seed, device=world.device
+        pictures, tokens, positions, data=cfg.data, views=cfg.views, mask=cfg.mask, image_px=cfg.model.image_px, grid=cfg.model.grid, seed=run.seed, device=world.device, bad=bad
     )
     guard = StepGuard(engine, run, world)
-    meter = Meter(args.out, world, first_step=first_step, durations=durations, run=run, num_samples=pictures.num_samples)
+    meter = Meter(args.out, world, first_step=first_step, durations=durations, run=run, num_samples=pictures.num_samples, counters={"bad_pictures": lambda: bad.count})
     saver = Saver(
         args.out,
         engine,
@@ -104,7 +105,7 @@ def train(args, resolved) -> int:
         durations=durations,
         global_batch=run.global_batch,
         world=world,
-        parts={"meter": meter},
+        parts={"meter": meter, "bad_pictures": bad},
         shared={"guard": guard},
     )
     with meter, watchdog:

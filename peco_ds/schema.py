@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Annotated, Literal, Optional
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from peco_ds.errors import UserError
@@ -33,25 +34,42 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # jitter_order is the index of the order in which the three adjustments are applied, in itertools.permutations order.
 VIEW_COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "jitter_order")
 
-_strict = ConfigDict(extra="forbid")
+_strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _file_name(name: str) -> str:
+    """A name from a manifest becomes a file to read, to write or to remove; with a folder in it that file could be any."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError(f"{name[:80]!r} is no plain file name")
+    return name
+
+
+def _place(path: str) -> str:
+    if path and (not path.startswith("/") or ".." in path.split("/") or "\0" in path):
+        raise ValueError(f"{path[:80]!r} is no absolute path without '..'")
+    return path
+
+
+_Count = Annotated[int, Field(ge=0)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, config=_strict)
 class Shard:
     """One tar of a set and what is needed to trust it."""
 
-    name: str  # file name, relative to the manifest unless `path` is given
-    samples: int
-    bytes: int
-    sha256: str
-    index_sha256: str
-    path: str = ""  # set when the tar lies elsewhere and was indexed in place; its index lies beside the manifest
+    name: Annotated[str, AfterValidator(_file_name)]  # relative to the manifest unless `path` is given
+    samples: _Count
+    bytes: _Count
+    sha256: _Sha256
+    index_sha256: _Sha256
+    path: Annotated[str, AfterValidator(_place)] = ""  # set when the tar lies elsewhere and was indexed in place; its index lies beside the manifest
 
 
 @dataclass(frozen=True, config=_strict)
 class ImageManifest:
     shards: list[Shard]
-    samples: int
+    samples: _Count
     classes: Optional[list[str]] = None  # names in label order; None for an unlabelled set
     rejected: list[str] = field(default_factory=list)  # "path: reason" for each picture that could not be packed
     packed_as: dict[str, str] = field(default_factory=dict)  # source and options of the packing, for people
@@ -67,26 +85,26 @@ class ImageManifest:
 class ViewRecipe:
     """How the recorded views were drawn; a pure function of (seed, sample number, view number)."""
 
-    tokenizer_px: int
+    tokenizer_px: Annotated[int, Field(ge=1)]
     scale: tuple[float, float]
     ratio: tuple[float, float]
     flip: float
     color_jitter: float
-    seed: int
+    seed: _Count
 
 
 @dataclass(frozen=True, config=_strict)
 class TokenManifest:
     shards: list[Shard]
-    samples: int
+    samples: _Count
     images_fingerprint: str
     image_shards: dict[str, str]  # shard name -> sha256 of the image tar it was made from
     tokenizer_fingerprint: str
-    num_codes: int
-    grid: tuple[int, int]
-    num_views: int
+    num_codes: Annotated[int, Field(ge=1, le=65536)]  # uint16
+    grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    num_views: Annotated[int, Field(ge=1)]
     views: ViewRecipe
-    topk: int = 0
+    topk: _Count = 0
     topk_temperature: float = 1.0
     kind: Literal["tokens"] = "tokens"
     format_version: int = FORMAT_VERSION
@@ -95,7 +113,8 @@ class TokenManifest:
 def read_manifest(folder: str | Path, manifest_type: type):
     """Read and check `folder/manifest.json`.
 
-    Raises: UserError if the folder or the manifest is missing, is not JSON, is of another kind or version, or misses a field.
+    Raises: UserError if the folder or the manifest is missing, is not JSON, is of another kind or version, misses a field, has one of another type or
+        range or a shard name that leads out of the folder, or contradicts itself.
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
@@ -108,20 +127,81 @@ def read_manifest(folder: str | Path, manifest_type: type):
         held = f"{tars} tar files but no {MANIFEST_NAME}, so they cannot be trusted" if tars else f"no shards and no {MANIFEST_NAME}"
         raise UserError(f"{folder}: holds {held}; make it with {maker}" + ("" if tars or kind != "images" else f" --images {folder} --out ANOTHER_FOLDER"))
     try:
-        raw = json.loads(path.read_text())
-    except (ValueError, OSError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+        raw = parse_json(text)
+    except (ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); make it again with {maker}") from None
     found = raw.get("kind") if isinstance(raw, dict) else None
     if found != kind:
-        raise UserError(f"{path}: describes {found!r}, but {kind!r} are needed here; give a folder made by {maker}")
-    if raw.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {raw.get('format_version')!r}, this release reads {FORMAT_VERSION}; make it again with {maker}")
+        raise UserError(f"{path}: describes {short(found)}, but {kind!r} are needed here; give a folder made by {maker}")
+    if type(raw.get("format_version")) is not int or raw["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {short(raw.get('format_version'))}, this release reads {FORMAT_VERSION}; make it again with {maker}")
     try:
-        return TypeAdapter(manifest_type).validate_python(raw)
+        # As JSON and strictly: a number in quotes is no number, while a list stands for a tuple.
+        manifest = TypeAdapter(manifest_type).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {place}: {first['msg']}; make it again with {maker}") from None
+    fault = _contradiction(manifest)
+    if fault:
+        raise UserError(f"{path}: {fault}; make it again with {maker}")
+    return manifest
+
+
+def _contradiction(manifest) -> str:
+    """What no single field shows; "" if there is nothing."""
+    stems = [Path(shard.name).stem for shard in manifest.shards]  # an index is named by it
+    twice = next((stem for stem, later in zip(sorted(stems), sorted(stems)[1:]) if stem == later), None)
+    if twice is not None:
+        return f"shards: {twice!r} stands twice"
+    counted = sum(shard.samples for shard in manifest.shards)
+    if counted != manifest.samples:
+        return f"samples: {manifest.samples}, but its shards hold {counted}"
+    if manifest.samples == 0:
+        return "samples: the set holds none"
+    elsewhere = next((shard.name for shard in manifest.shards if shard.path), None)
+    return f"shards: {elsewhere!r} has a path, but token shards lie beside their manifest" if manifest.kind == "tokens" and elsewhere else ""
+
+
+def read_json(path: str | Path):
+    """The value of a JSON file, read strictly.
+
+    Raises: ValueError saying why it is none: not UTF-8, not JSON, nested too deep, a key twice in one object, a number that is not finite.
+        OSError if it cannot be read.
+    """
+    return parse_json(Path(path).read_text(encoding="utf-8"))
+
+
+def parse_json(text: str):
+    """As `read_json`, of a text."""
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) != len(pairs):  # Python would keep the last, another reader the first
+        keys = sorted(key for key, _ in pairs)
+        raise ValueError(f"key {short(next(key for key, later in zip(keys, keys[1:]) if key == later))} stands twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
+
+
+def short(value) -> str:
+    """A value for a one-line message."""
+    if isinstance(value, (dict, list)):
+        return f"a {type(value).__name__} of {len(value)}"  # its text may be longer than memory, or nested without end
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def write_manifest(folder: str | Path, manifest) -> Path:

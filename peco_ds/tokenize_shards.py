@@ -69,10 +69,13 @@ def main(argv: list[str] | None = None) -> int:
     world = start_world()
     tokenizer, _ = load_tokenizer(data_path(cfg.data, cfg.data.tokenizer))
     tokenizer.to(world.device)
-    tokenize_missing(cfg, pictures, tokenizer, parts, missing[world.rank :: world.size], world)
+    done = [number for number in range(args.part, num_shards, args.parts) if number not in missing]
+    tokenize_missing(cfg, pictures, tokenizer, parts, missing[world.rank :: world.size], done[world.rank :: world.size], world)
     # No collective from here on: ranks end hours apart, and a process group gives up after minutes.
+    waited_for = range(num_shards)
     while args.parts == 1 and world.is_main and not world.stop_seen:
-        if all(parts.is_done(number) for number in range(num_shards)):
+        waited_for = [number for number in waited_for if not parts.is_done(number)]
+        if not waited_for:
             return report(parts.finish())
         time.sleep(1.0)
     return EXIT_REQUEUE if world.stop_seen else EXIT_DONE
@@ -82,8 +85,12 @@ class Stopped(Exception):
     """This rank was asked to stop in the middle of a shard."""
 
 
-def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], world) -> None:
-    """One shard after the other; a shard is written when its last picture is tokenized, so an interruption costs one shard."""
+def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], done: list[int], world) -> None:
+    """One shard after the other; a shard is written when its last picture is tokenized, so an interruption costs one shard.
+
+    Args:
+        done: shards of earlier starts, whose unreadable pictures count on.
+    """
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -97,8 +104,9 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
     for number in shard_numbers:
         samples = np.arange(starts[number], starts[number + 1])
         batches_of[number] = np.split(samples, range(pictures_a_batch, len(samples), pictures_a_batch)) if len(samples) else []
-    loaded = view_batches(pictures, [batch for number in shard_numbers for batch in batches_of[number]], data=cfg.data, views=cfg.views, device=world.device)
     bad = BadPictures(cfg.data.max_bad_share)
+    bad.load_state([parts.reading(number) for number in done])
+    loaded = view_batches(pictures, [batch for number in shard_numbers for batch in batches_of[number]], data=cfg.data, views=cfg.views, device=world.device, bad=bad)
     bar = tqdm(total=int(sum(pictures.shards.shard_sizes[n] for n in shard_numbers)), unit="picture", desc="tokenize", disable=not world.is_main, mininterval=5.0)
 
     @torch.no_grad()
@@ -107,7 +115,6 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
             if world.stop_seen:
                 raise Stopped
             batch = next(loaded)
-            bad.add(len(batch.keys), batch.bad)
             # Pictures may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
             pieces = [tokenizer.encode(piece) for piece in batch.images_11.split(cfg.run.micro_batch)]
             codes = torch.cat([tokenizer.codebook(piece).codes for piece in pieces]).cpu().numpy().astype(np.uint16)

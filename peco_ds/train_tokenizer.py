@@ -42,7 +42,7 @@ def dry_run(args, resolved) -> int:
 
 def train(args, resolved) -> int:
     from peco_ds.config import data_path, micro_steps, resolve_durations
-    from peco_ds.data.loaders import Pictures, crop_batches, held_out_pictures, training_order
+    from peco_ds.data.loaders import BadPictures, Pictures, crop_batches, held_out_pictures, training_order
     from peco_ds.data.order import rank_positions
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.evaluation.reconstruction import HeldOut
@@ -81,9 +81,9 @@ def train(args, resolved) -> int:
     log_to(args.out, world.rank)
     watchdog = Watchdog(run.hang_timeout_s, stacks_path(args.out, world.rank), rank=world.rank)
 
-    def crops(first_step: int, last_step: int):
+    def crops(first_step: int, last_step: int, bad: BadPictures | None = None):
         positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=last_step)
-        return crop_batches(pictures, order, positions, data=cfg.data, views=cfg.views, device=world.device)
+        return crop_batches(pictures, order, positions, data=cfg.data, views=cfg.views, device=world.device, bad=bad)
 
     seed_all(run.seed)  # initial weights follow from the seed alone, whatever was drawn while the data were opened
     tokenizer = build_tokenizer(cfg.tokenizer, seed=run.seed).to(world.device)
@@ -99,8 +99,9 @@ def train(args, resolved) -> int:
     first_step = restored.progress.step
 
     objective = TokenizerObjective(cfg.loss, cfg.perceptual, cfg.adversarial, judge.to(world.device) if judge else None)
+    bad = BadPictures(cfg.data.max_bad_share)
     guard = StepGuard(engine, run, world)
-    meter = Meter(args.out, world, first_step=first_step, durations=durations, run=run, num_samples=order.num_samples)
+    meter = Meter(args.out, world, first_step=first_step, durations=durations, run=run, num_samples=order.num_samples, counters={"bad_pictures": lambda: bad.count})
     saver = Saver(
         args.out,
         engine,
@@ -109,7 +110,7 @@ def train(args, resolved) -> int:
         durations=durations,
         global_batch=run.global_batch,
         world=world,
-        parts={"meter": meter},
+        parts={"meter": meter, "bad_pictures": bad},
         shared={"guard": guard},
     )
     evaluation = HeldOut(held_out, cfg.evaluation, num_codes=cfg.tokenizer.num_codes, batch=run.micro_batch, out=args.out, world=world, meter=meter)
@@ -120,7 +121,7 @@ def train(args, resolved) -> int:
 
     with meter, watchdog:
         evaluate(first_step)
-        batches = crops(first_step, durations.stop_step)
+        batches = crops(first_step, durations.stop_step, bad)
         for step in range(first_step, durations.stop_step):
             rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
             for _ in range(micro_steps(run, world.size)):

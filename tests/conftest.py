@@ -27,6 +27,11 @@ class RealData:
 
 @pytest.fixture(scope="session")
 def real_data() -> RealData:
+    return find_real_data()
+
+
+def find_real_data() -> RealData:
+    """What the fixture gives, for programs outside of pytest."""
     shared = Path(os.environ.get("PECO_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
     if shared.is_dir():
         return RealData(
@@ -96,12 +101,16 @@ class SmallSets:
 
 @pytest.fixture(scope="session")
 def small_sets(real_data, tmp_path_factory) -> SmallSets:
+    return make_small_sets(real_data, tmp_path_factory.mktemp("small_sets"))
+
+
+def make_small_sets(real_data: RealData, root: Path) -> SmallSets:
+    """Build them in an empty folder."""
     import torch
 
     from peco_ds.config import TokenizerSettings
     from peco_ds.models.peco_tokenizer import build_tokenizer, save_tokenizer
 
-    root = tmp_path_factory.mktemp("small_sets")
     pictures = root / "pictures"
     for path in real_data.imagenet[:96]:
         (pictures / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -135,10 +144,13 @@ SMALL_CLASSIFIER = (
 
 @pytest.fixture(scope="session")
 def labelled_sets(real_data, tmp_path_factory) -> LabelledSets:
-    """Four classes of real pictures; 25 to measure on, a number that neither 2 nor 3 ranks divide."""
+    return make_labelled_sets(real_data, tmp_path_factory.mktemp("labelled_sets"))
+
+
+def make_labelled_sets(real_data: RealData, root: Path) -> LabelledSets:
+    """Four classes of real pictures in an empty folder; 25 to measure on, a number that neither 2 nor 3 ranks divide."""
     import tarfile
 
-    root = tmp_path_factory.mktemp("labelled_sets")
     chosen: dict[str, list[Path]] = {}
     if real_data.imagenette_tar is not None:
         with tarfile.open(real_data.imagenette_tar) as tar:

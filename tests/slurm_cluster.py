@@ -25,6 +25,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinf
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 START_TIMEOUT_S = 60.0
 POLL_S = 0.2
+NODE = "TEST_NODE"  # in the environment of a node's daemon and its job steps
 
 
 def search_path() -> str:
@@ -42,6 +43,21 @@ class SlurmCluster:
     num_nodes: int
     env: dict[str, str]  # for every command that is to speak with this cluster
     daemons: dict[str, subprocess.Popen] = field(default_factory=dict)  # by name: munged, slurmctld, n1, n2, ...
+
+    def start_node(self, name: str) -> None:
+        _daemon(self, name, "slurmd", "-D", "-f", self.env["SLURM_CONF"], "-N", name)
+
+    def kill_node(self, name: str) -> None:
+        """End everything on a virtual node at once, as if its power failed: daemon, job steps, batch scripts, tasks."""
+        daemon = self.daemons.pop(name)
+        for _ in range(10):  # what was being started may come after the first look
+            pids = [pid for pid in _processes_of(self.folder) if _node_of(pid) == name]
+            if not pids and daemon.poll() is not None:
+                return
+            for pid in (*pids, daemon.pid):
+                _kill(pid)
+            time.sleep(POLL_S / 4)
+        raise AssertionError(f"{name} does not die: {pids}")
 
     def command(self, *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -75,8 +91,11 @@ class SlurmCluster:
 
 
 @contextlib.contextmanager
-def slurm_cluster(num_nodes: int = 2, *, cpus: int = 8, gpus: int = 8) -> Iterator[SlurmCluster]:
+def slurm_cluster(num_nodes: int = 2, *, cpus: int = 8, gpus: int = 8, node_timeout_s: int = 300) -> Iterator[SlurmCluster]:
     """Start a cluster of `num_nodes` nodes n1, n2, ... that claim so many CPUs and GPUs each; end all its processes on leaving.
+
+    Args:
+        node_timeout_s: a node that is silent for so long is down, and its jobs go back into the queue.
 
     Raises: RuntimeError with the daemons' last words if the nodes are not idle in time.
     """
@@ -85,7 +104,7 @@ def slurm_cluster(num_nodes: int = 2, *, cpus: int = 8, gpus: int = 8) -> Iterat
     env |= {"PATH": search_path(), "SLURM_CONF": str(folder / "slurm.conf")}
     cluster = SlurmCluster(folder, num_nodes, env)
     try:
-        _configure(folder, num_nodes, cpus, gpus, env)
+        _configure(folder, num_nodes, cpus, gpus, node_timeout_s, env)
         _start(cluster)
         yield cluster
     finally:
@@ -93,7 +112,7 @@ def slurm_cluster(num_nodes: int = 2, *, cpus: int = 8, gpus: int = 8) -> Iterat
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _configure(folder: Path, num_nodes: int, cpus: int, gpus: int, env: dict[str, str]) -> None:
+def _configure(folder: Path, num_nodes: int, cpus: int, gpus: int, node_timeout_s: int, env: dict[str, str]) -> None:
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(128))
@@ -124,6 +143,7 @@ def _configure(folder: Path, num_nodes: int, cpus: int, gpus: int, env: dict[str
         "SlurmdParameters=config_overrides",  # a node may claim more CPUs than the host has
         "SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sched_delay=1",
         "KillWait=10",
+        f"SlurmdTimeout={node_timeout_s}",
         "MinJobAge=3600",  # finished jobs stay visible to `scontrol show job`
         "GresTypes=gpu",
     ]
@@ -142,12 +162,6 @@ def _configure(folder: Path, num_nodes: int, cpus: int, gpus: int, env: dict[str
 def _start(cluster: SlurmCluster) -> None:
     folder, conf = cluster.folder, cluster.env["SLURM_CONF"]
 
-    def daemon(name: str, *arguments: str) -> None:
-        with open(folder / f"{name}.log", "w") as log:
-            cluster.daemons[name] = subprocess.Popen(
-                arguments, env=cluster.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-
     def wait_for(what: str, ready) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not ready():
@@ -159,18 +173,31 @@ def _start(cluster: SlurmCluster) -> None:
 
     sockets = [f"--{name}={folder}/munge.{name}" for name in ("socket", "pid-file", "seed-file")]
     # The folder may be writable for its owner alone or lie below one that munge finds too open; the key is for this test only.
-    daemon("munged", "munged", "--foreground", "--force", f"--key-file={folder}/munge.key", *sockets)
+    _daemon(cluster, "munged", "munged", "--foreground", "--force", f"--key-file={folder}/munge.key", *sockets)
     wait_for("munge socket", (folder / "munge.socket").exists)
-    daemon("slurmctld", "slurmctld", "-D", "-c", "-f", conf)
+    _daemon(cluster, "slurmctld", "slurmctld", "-D", "-c", "-f", conf)
     names = [f"n{number}" for number in range(1, cluster.num_nodes + 1)]
     for name in names:
-        daemon(name, "slurmd", "-D", "-f", conf, "-N", name)
+        cluster.start_node(name)
 
     def idle() -> bool:
         done = cluster.command("sinfo", "--noheader", "--Node", "--format=%N %t")
         return sorted(done.stdout.split()) == sorted([*names, *["idle"] * len(names)])
 
     wait_for("idle nodes", idle)
+
+
+def _daemon(cluster: SlurmCluster, name: str, *arguments: str) -> None:
+    with open(cluster.folder / f"{name}.log", "a") as log:
+        cluster.daemons[name] = subprocess.Popen(
+            arguments, env=cluster.env | {NODE: name}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def _node_of(pid: int) -> str:
+    """The virtual node a process belongs to: job steps have their slurmd's environment, tasks one that Slurm made."""
+    environment = _environment(pid)
+    return environment.get("SLURMD_NODENAME") or environment.get(NODE, "")
 
 
 def _stop(cluster: SlurmCluster) -> None:

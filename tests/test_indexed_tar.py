@@ -241,7 +241,7 @@ def test_open_files_stay_bounded_and_a_pickled_set_reads_on(shard_set):
 
 
 def test_a_hundred_thousand_shards_need_no_file_at_construction(tmp_path):
-    shard = {"bytes": 1, "sha256": "", "index_sha256": ""}
+    shard = {"bytes": 1, "sha256": "0" * 64, "index_sha256": "0" * 64}
     manifest = ImageManifest([Shard(name=f"{number}.tar", samples=10, **shard) for number in range(100_000)], 1_000_000)
     shards = ShardSet(tmp_path / "nowhere", manifest)
     assert shards.locate(999_999) == (99_999, 9)

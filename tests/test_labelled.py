@@ -176,7 +176,7 @@ def test_a_label_that_is_no_class_of_the_set_is_refused_with_its_key(real_data, 
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     samples, index_sha256 = write_index(tmp_path / "a.tar", tmp_path / index_name("a.tar"))
-    shard = Shard("a.tar", samples, (tmp_path / "a.tar").stat().st_size, "", index_sha256)
+    shard = Shard("a.tar", samples, (tmp_path / "a.tar").stat().st_size, "0" * 64, index_sha256)
     write_manifest(tmp_path, ImageManifest([shard], samples, classes=["first", "second"]))
     for read in (lambda: evaluate(Pictures(tmp_path)), lambda: list(train(Pictures(tmp_path), [np.zeros(2, dtype=np.int64)], num_workers=1))):
         with pytest.raises(UserError, match=f"a.tar: one: .*{complaint}"):

@@ -301,3 +301,80 @@ def test_a_task_that_fails_keeps_its_code_and_the_first_code_stands(tmp_path):
 def test_a_signal_to_the_whole_task_leaves_the_answer_to_the_stage(tmp_path):
     command = "trap 'sleep 0.2; exit 75' USR2; kill -USR2 $PPID; kill -USR2 $$; sleep 5"
     assert task(tmp_path, command) == (0, "75")
+
+
+def test_a_rank_that_refused_its_input_outweighs_one_that_lost_it_for_that_but_a_crash_does_not(tmp_path):
+    assert task(tmp_path, "exit 76") == (76, "76")
+    assert task(tmp_path, "exit 1") == (1, "76"), "a rank that lost the others may well crash of it"
+    assert task(tmp_path, "exit 2") == (2, "2")
+    assert task(tmp_path, "exit 76") == (76, "2")
+
+
+class Job:
+    """One job over its restarts: common.sh between a srun that ends as it is told and a scontrol that writes down what is asked of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, tools = folder, folder / "tools"
+        tools.mkdir()
+        (tools / "srun").write_text('#!/bin/bash\n[ -z "$FIRST" ] || echo "$FIRST" > "$PECO_EXIT_FILE"\nexit "$CODE"\n')
+        (tools / "scontrol").write_text(
+            f'#!/bin/bash\ncase "$1 $2" in "show hostnames") echo n1 ;; "show node") echo NodeAddr=127.0.0.1 ;; *) echo "$*" >> {folder}/asked; exit "${{REFUSED:-0}}" ;; esac\n'
+        )
+        for tool in tools.iterdir():
+            tool.chmod(0o755)
+        self.env = dict(PATH=f"{tools}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n1", SLURM_JOB_NUM_NODES="1", SLURM_CPUS_ON_NODE="2")
+        self.env |= {"SLURM_SUBMIT_DIR": str(folder), "PECO_VENV": "/nowhere"}
+
+    def end(self, code: int, first: str = "", **env: str) -> tuple[int, bool]:
+        """Exit code of the batch script whose srun ends with `code` after a task left `first`; whether the job goes back into the queue."""
+        asked = self.folder / "asked"
+        asked.unlink(missing_ok=True)
+        script = f"source {LAUNCHERS}/common.sh && run_ranks stage.py"
+        done = shell("bash", "-c", script, cwd=self.folder, **self.env, CODE=str(code), FIRST=first, **env)
+        assert "line " not in done.stderr, done.stderr  # how bash begins a complaint
+        return done.returncode, asked.exists() and asked.read_text() == "requeue 7\n"
+
+    def left_behind(self) -> list[Path]:
+        return list(self.folder.glob(".peco_*"))
+
+
+@pytest.mark.parametrize(
+    "code, first, ends",
+    [
+        (0, "", (0, False)),
+        (0, "75", (75, True)),  # stopped in good order
+        (137, "137", (137, True)),  # a rank was killed
+        (137, "76", (76, True)),  # a rank lost the others, which srun then killed
+        (139, "", (139, True)),  # so suddenly that no task could write its code
+        (137, "75", (137, True)),  # a rank was killed while the others saved
+        (1, "75", (1, False)),
+        (1, "1", (1, False)),
+        (143, "2", (2, False)),
+        (9, "rubbish", (9, False)),
+    ],
+)
+def test_how_a_stage_ends_decides_whether_the_job_runs_again(tmp_path, code, first, ends):
+    job = Job(tmp_path)
+    assert job.end(code, first) == ends
+    assert len(job.left_behind()) == (ends[1] and ends[0] != 75), "only a count of faults outlives the job, and only where it runs again"
+
+
+def test_faults_in_a_row_are_counted_and_a_stop_in_good_order_begins_the_count_anew(tmp_path):
+    job = Job(tmp_path)
+    ends = [job.end(137, first, PECO_FAULT_RESTARTS="2") for first in ("76", "137")] + [job.end(0, "75", PECO_FAULT_RESTARTS="2")]
+    ends += [job.end(137, "76", PECO_FAULT_RESTARTS="2") for _ in range(3)]
+    assert ends == [(76, True), (137, True), (75, True), (76, True), (76, True), (76, False)]
+    assert job.left_behind() == []
+
+
+def test_a_cluster_that_refuses_to_requeue_gets_the_stages_own_code(tmp_path):
+    job = Job(tmp_path)
+    assert job.end(137, "76", REFUSED="1")[0] == 76 and job.end(0, "75", REFUSED="1")[0] == 75
+    assert job.left_behind() == []
+
+
+@pytest.mark.parametrize("value", ["many", "-1", ""])
+def test_a_number_of_fault_restarts_that_is_none_is_refused(tmp_path, value):
+    done = shell("bash", "-c", f"source {LAUNCHERS}/common.sh", cwd=tmp_path, **Job(tmp_path).env, PECO_FAULT_RESTARTS=value)
+    refused = done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "PECO_FAULT_RESTARTS" in done.stderr
+    assert refused == (value != "")  # empty stands for the default

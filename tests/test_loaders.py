@@ -1,11 +1,22 @@
 """Batches are a function of the run alone: ranks, workers and micro-batch only divide them."""
 
+import errno
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from peco_ds.config import PretrainRecipe, data_path, load_recipe
-from peco_ds.data.loaders import BadPictures, Pictures, crop_batches, held_out_pictures, masked_batches, training_order
+from peco_ds.data import patient_reads
+from peco_ds.data.indexed_tar import IndexedTar
+from peco_ds.data.loaders import MAX_WORKER_DEATHS, WORKER_STRETCH, BadPictures, Pictures, RawBatch, crop_batches, held_out_pictures, load_raw, masked_batches, training_order
 from peco_ds.data.order import rank_positions
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.errors import UserError
@@ -116,6 +127,34 @@ def test_unreadable_pictures_are_named_and_too_many_stop_the_run(caplog):
     assert bad.count == 12
 
 
+def test_a_picture_is_named_once_a_start_and_counted_every_time(caplog):
+    bad = BadPictures(max_share=1.0)
+    for _ in range(3):
+        bad.add(4, ["a: truncated"])
+    assert (bad.count, bad.read) == (3, 12)
+    assert len([record for record in caplog.records if "a: truncated" in record.getMessage()]) == 1
+
+
+def test_the_first_few_unreadable_pictures_are_not_granted_anew_by_a_restart():
+    before = BadPictures(max_share=0.001)
+    before.add(500, ["a: truncated"] * 10)
+    after = BadPictures(max_share=0.001)
+    after.load_state([before.state()])
+    assert (after.count, after.read) == (10, 500)
+    after.add(100, [])
+    with pytest.raises(UserError, match="11 of 700 pictures are unreadable"):
+        after.add(100, ["b: truncated"])
+
+
+def test_the_counts_of_several_ranks_are_continued_by_one():
+    states = [{"count": 2, "read": 100}, {"count": 3, "read": 200}]
+    one = BadPictures(max_share=0.5)
+    one.load_state(states)
+    assert one.state() == {"count": 5, "read": 300}
+    one.load_state([])
+    assert one.state() == {"count": 0, "read": 0}
+
+
 def test_held_out_pictures_are_kept_from_training(small_sets):
     recipe, pictures, _ = open_sets(small_sets, "data.holdout=10")
     order = training_order(pictures, recipe.data, 0)
@@ -124,7 +163,206 @@ def test_held_out_pictures_are_kept_from_training(small_sets):
     assert trained == set(range(86))
     crops = held_out_pictures(pictures, recipe.data, 100, 32)
     assert crops.shape == (10, 3, 32, 32) and crops.dtype == torch.uint8
-    batch = next(crop_batches(pictures, order, [np.arange(4)], data=recipe.data, views=recipe.views, device=CPU))
+    batch = next(crop_batches(pictures, order, [np.arange(4)], data=recipe.data, views=recipe.views, device=CPU)).images_11
     assert batch.shape == (4, 3, 32, 32) and -1 <= batch.min() and batch.max() <= 1
     with pytest.raises(UserError, match="holdout"):
         training_order(pictures, load_recipe(PretrainRecipe, "peco_vitb16", ["data.holdout=96"]).recipe.data, 0)
+
+
+# ---------------------------------------------------------------------------------------------- workers that die
+
+
+class Numbers:
+    """Place n -> a tensor of n, made slowly enough that a kill finds workers at work; some places end their worker."""
+
+    def __init__(self, folder: Path, deadly: dict[int, int] = {}, times: int = 1) -> None:
+        self.folder, self.deadly, self.times = folder, deadly, times
+
+    def __call__(self, places: np.ndarray) -> RawBatch:
+        place = int(places[0])
+        time.sleep(0.002)
+        died = len(list(self.folder.glob(f"died_{place}_*")))
+        if place in self.deadly and died < self.times:
+            (self.folder / f"died_{place}_{died}").touch()
+            os.kill(os.getpid(), self.deadly[place])
+            time.sleep(60)
+        return RawBatch(samples=torch.full((1000,), place))
+
+
+def places(count: int) -> list[np.ndarray]:
+    return [np.array([place]) for place in range(count)]
+
+
+def leftovers() -> tuple[int, set[str]]:
+    """Child processes, and files of ours in shared memory."""
+    return len(multiprocessing.active_children()), {name for name in os.listdir("/dev/shm") if name.startswith("torch_")}
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_killed_worker_costs_no_batch_and_changes_none(tmp_path, caplog, num_workers):
+    before = leftovers()
+    taken = []
+    for raw in load_raw(Numbers(tmp_path), places(60), num_workers):
+        taken.append(int(raw.samples[0]))
+        assert bool((raw.samples == taken[-1]).all())
+        if len(taken) in (7, 40):
+            victim = multiprocessing.active_children()[-1]
+            os.kill(victim.pid, signal.SIGKILL)
+            time.sleep(0.05)  # the main thread is in its step when the worker dies: nothing may be raised here
+    assert taken == list(range(60))
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2 and all("SIGKILL" in text and "out of memory" in text for text in warnings)
+    del raw
+    assert leftovers() == before
+
+
+@pytest.mark.parametrize("number, words", [(signal.SIGKILL, "lower data.num_workers or give the job more memory"), (signal.SIGSEGV, "SIGSEGV.*native decoder")])
+def test_workers_that_keep_dying_end_the_run_with_the_likely_reason(tmp_path, number, words):
+    before = leftovers()
+    taken = []
+    with pytest.raises(UserError, match=f"{MAX_WORKER_DEATHS} loader workers died in a row.*{words}"):
+        for raw in load_raw(Numbers(tmp_path, {20: number}, times=99), places(40), 3):
+            taken.append(int(raw.samples[0]))
+    assert taken == list(range(len(taken))) and len(taken) <= 20
+    del raw
+    assert leftovers() == before
+
+
+def test_deaths_far_apart_do_not_add_up(tmp_path):
+    apart = WORKER_STRETCH + 20
+    deadly = {apart * (number + 1): signal.SIGKILL for number in range(MAX_WORKER_DEATHS + 1)}
+    taken = [int(raw.samples[0]) for raw in load_raw(Numbers(tmp_path, deadly), places(apart * (MAX_WORKER_DEATHS + 2)), 2)]
+    assert taken == list(range(apart * (MAX_WORKER_DEATHS + 2)))
+    assert len(list(tmp_path.glob("died_*"))) == len(deadly)
+
+
+def test_batches_of_a_run_whose_worker_was_killed_are_those_of_an_undisturbed_one(small_sets, reference):
+    recipe, pictures, tokens = open_sets(small_sets, "data.num_workers=2", "run.micro_batch=8")
+    found = []
+    for batch in batches_of(recipe, pictures, tokens):
+        found.append(batch)
+        if len(found) == 2:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    assert [key for batch in found for key in batch.keys] == reference[0]
+    for name, expected in zip(("images_norm", "masked", "targets"), reference[1:]):
+        assert torch.equal(torch.cat([getattr(batch, name) for batch in found]), expected)
+
+
+def test_an_abandoned_loader_leaves_no_process(tmp_path):
+    batches = load_raw(Numbers(tmp_path), places(1000), 2)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_fault_in_a_worker_keeps_its_traceback_and_is_no_death(tmp_path):
+    def make(places):
+        assert int(places[0]) < 3, "ours"
+        return RawBatch(samples=torch.from_numpy(places))
+
+    with pytest.raises(AssertionError, match="ours"):
+        list(load_raw(make, places(9), 2))
+
+
+# ---------------------------------------------------------------------------------------------- shards that change during a run
+
+
+@pytest.fixture
+def own_images(small_sets, tmp_path):
+    shutil.copytree(small_sets.root / "images", tmp_path / "images")
+    return tmp_path / "images" / "train"
+
+
+def read_all(small_sets, folder, *, num_workers, disturb, after=2):
+    """Keys of the batches that were handed out, `disturb` called when `after` were."""
+    recipe, _, tokens = open_sets(small_sets, f"data.num_workers={num_workers}", "data.max_bad_share=0.02")
+    pictures = Pictures(folder)
+    keys = []
+    for batch in batches_of(recipe, pictures, tokens, last_step=24):
+        keys.append(batch.keys)
+        if len(keys) == after:
+            disturb()
+    return keys
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_shard_cut_short_during_the_run_ends_it_and_is_named_with_what_changed(small_sets, own_images, num_workers):
+    def cut_all():
+        for shard in own_images.glob("*.tar"):
+            os.truncate(shard, 2000)
+
+    with pytest.raises(UserError, match=r"\.tar: shard is cut short: 2000 bytes, the manifest says \d+"):
+        read_all(small_sets, own_images, num_workers=num_workers, disturb=cut_all)
+
+
+def test_a_shard_removed_during_the_run_is_named_when_it_is_next_opened(small_sets, own_images):
+    def remove():
+        for shard in own_images.glob("*.tar"):
+            shard.unlink()
+
+    with pytest.raises(UserError, match=r"shard-\d+\.tar: no such"):
+        read_all(small_sets, own_images, num_workers=0, disturb=remove, after=1)
+
+
+def test_a_shard_replaced_by_another_of_its_size_gives_no_picture_of_the_other(small_sets, own_images):
+    """Every picture of it differs from the index: a few are passed over, then the run ends; no batch holds what is not in the manifest."""
+    expected = read_all(small_sets, small_sets.root / "images" / "train", num_workers=0, disturb=lambda: None)
+    taken = []
+
+    def replace():
+        for shard in own_images.glob("*.tar"):
+            data = bytearray(shard.read_bytes())
+            for place in range(0, len(data), 997):
+                data[place] ^= 0xFF
+            shard.write_bytes(data)
+
+    recipe, _, tokens = open_sets(small_sets, "data.max_bad_share=0.02")
+    with pytest.raises(UserError, match="CRC-32 differs|pictures are unreadable|none of 96 pictures"):
+        for batch in batches_of(recipe, Pictures(own_images), tokens, last_step=24):
+            taken.append(batch.keys)
+            if len(taken) == 2:
+                replace()
+    assert taken == expected[: len(taken)]
+
+
+class Flaky:
+    """Makes `IndexedTar.read` fail the first times it is asked for a sample."""
+
+    def __init__(self, monkeypatch, number: int, times: int, only_tar: str = "") -> None:
+        self.left, self.failed = {}, 0
+        read = IndexedTar.read
+
+        def flaky(tar, i, extensions=None):
+            place = (str(tar.tar_path), i)
+            if only_tar in place[0] and i == 3 and self.left.setdefault(place, times) > 0:
+                self.left[place] -= 1
+                self.failed += 1
+                raise OSError(number, os.strerror(number))
+            return read(tar, i, extensions)
+
+        monkeypatch.setattr(IndexedTar, "read", flaky)
+        monkeypatch.setattr(patient_reads, "WAITS_S", (0.01, 0.01, 0.01))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_read_that_fails_a_few_times_changes_nothing(small_sets, reference, monkeypatch, number, caplog):
+    flaky = Flaky(monkeypatch, number, times=3)
+    found = global_batches(small_sets, world_size=1, num_workers=0, micro_batch=8)
+    assert flaky.failed
+    assert found[0] == reference[0] and all(torch.equal(a, b) for a, b in zip(found[1:], reference[1:]))
+    assert os.strerror(number) in caplog.text and "read again" in caplog.text
+
+
+def test_a_picture_that_cannot_be_read_at_all_counts_as_unreadable_and_a_token_record_ends_the_run(small_sets, monkeypatch, caplog):
+    Flaky(monkeypatch, errno.EIO, times=99, only_tar="images")
+    recipe, pictures, tokens = open_sets(small_sets)
+    bad = BadPictures(max_share=0.1)
+    make = dict(data=recipe.data, views=recipe.views, mask=recipe.mask, image_px=64, grid=4, seed=0, device=CPU)
+    keys = [key for batch in masked_batches(pictures, tokens, rank_positions(recipe.run, 0, 1, first_step=0, last_step=12), bad=bad, **make) for key in batch.keys]
+    assert len(keys) == 96 and (bad.count, bad.read) == (4, 96)  # one picture in each of four shards
+    assert "4 times in 0.03 s" in caplog.text
+    monkeypatch.undo()
+    Flaky(monkeypatch, errno.EIO, times=99, only_tar="tokens")
+    with pytest.raises(UserError, match=r"tokens/train/shard-\d+\.tar: Input/output error, 4 times"):
+        list(batches_of(recipe, pictures, tokens, last_step=12))

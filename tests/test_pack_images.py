@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
+from killed import forked
 from PIL import Image
 
 from peco_ds import pack_images
@@ -216,6 +221,69 @@ def test_a_restart_rebuilds_what_is_missing_and_nothing_else(tree, tmp_path):
     assert {name for name in after if after[name] != before.get(name)} == {f"shard-00000{number}.tar" for number in (1, 2, 3)}
     assert read_manifest(tmp_path, ImageManifest) == first
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_run_killed_at_any_moment_is_finished_by_the_next_byte_for_byte(tree, tmp_path):
+    def contents(folder: Path) -> dict[str, str]:
+        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+    source = tmp_path / "source"
+    shutil.copytree(sorted(tree.iterdir())[0], source / "a")  # ten pictures
+    options = ["--images", source, "--samples_per_shard", 4]
+    pack(*options, "--out", tmp_path / "undisturbed")
+    expected = contents(tmp_path / "undisturbed")
+    drawn, kills = random.Random(0), 0
+    for start in range(40):
+        status = forked(lambda: pack(*options, "--out", tmp_path / "killed"), kill_at=drawn.randint(1, 60))
+        if status == 0:
+            assert contents(tmp_path / "killed") == expected
+            shutil.rmtree(tmp_path / "killed")
+        else:
+            assert os.WIFSIGNALED(status)
+            kills += 1
+    assert kills >= 20
+    pack(*options, "--out", tmp_path / "killed")
+    assert contents(tmp_path / "killed") == expected
+
+
+def test_a_folder_that_another_run_is_packing_into_is_refused(tree, tmp_path, capsys):
+    from peco_ds.data.image_shards import sole_writer
+
+    options = ["--images", tree, "--out", tmp_path / "out", "--workers", 1]
+    holder = os.fork()
+    if not holder:
+        with sole_writer(tmp_path / "out"):
+            (tmp_path / "held").touch()
+            time.sleep(60)
+        os._exit(0)
+    try:
+        while not (tmp_path / "held").exists():
+            time.sleep(0.01)
+        assert "another pack_images.py is at work" in refusal(capsys, *options)
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    pack(*options)
+
+
+def test_workers_end_with_a_killed_run(tree, tmp_path):
+    command = [sys.executable, str(Path(pack_images.__file__)), "--images", str(tree), "--out", str(tmp_path / "out"), "--samples_per_shard", "1", "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not list((tmp_path / "out").glob("*.tar")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError("workers outlive the run they work for")
 
 
 def test_a_changed_picture_rebuilds_only_its_shard(tree, tmp_path, real_data):

@@ -1,5 +1,5 @@
-"""Launchers under a real Slurm: two virtual nodes on this host. Stand-in stages show how a stage is started; the last four
-tests run the real ones."""
+"""Launchers under a real Slurm: virtual nodes on this host. Stand-in stages show how a stage is started and what its end does to the
+job; the last tests run the real ones, also through a requeue, a time limit and the loss of a node."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import re
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from peco_ds.runtime.metrics import read_evaluation
+from peco_ds.runtime.timeline import STARTS_FILE, read_evaluation, read_metrics, read_rows
 from slurm_cluster import FINISHED, SlurmCluster, missing_programs, slurm_cluster
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -53,16 +55,22 @@ wanted = ("SLURM_", "SLURMD_", "MASTER_", "PECO_", "OMP_")
     "stage": stage, "argv": sys.argv[1:], "cwd": os.getcwd(), "python": sys.prefix, "signals": signals, "began": began, "ended": time.time(),
     "env": {key: value for key, value in os.environ.items() if key.startswith(wanted)},
 }))
+if code > 128:
+    os.kill(os.getpid(), code - 128)
 sys.exit(code)
 '''
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def slurm_is_there():
     missing = missing_programs()
     if missing and not os.environ.get("PECO_REQUIRE_SLURM"):
         pytest.skip(f"{', '.join(missing)} not installed (apt-get install slurm-wlm munge)")
     assert not missing, f"PECO_REQUIRE_SLURM is set, but {', '.join(missing)} are not installed"
+
+
+@pytest.fixture(scope="module")
+def cluster(slurm_is_there):
     with slurm_cluster() as running:
         yield running
 
@@ -224,9 +232,11 @@ def test_a_signalled_stage_ends_in_good_order_on_all_ranks_and_is_requeued_into_
     wait_until(lambda: len(list(stand_ins.records.glob(f"pretrain-{job}-0-*.began"))) == 2)
     # What --signal=USR2@120 does before the time limit: every process of the step gets it, the batch script does not.
     assert cluster.command("scancel", "--signal=USR2", str(job)).returncode == 0
+    time.sleep(0.7)
+    assert cluster.command("scancel", "--signal=USR2", str(job)).returncode == 0  # a second one, while rank 1 still saves
     assert cluster.wait(job, timeout_s=90) == {job: "COMPLETED"}
     starts = stand_ins.read("pretrain")
-    assert [len(record["signals"]) > 0 for record in starts] == [True, True, False, False]
+    assert [len(record["signals"]) > 0 for record in starts] == [True, True, False, False] and len(starts[1]["signals"]) == 2
     assert [record["env"].get("SLURM_RESTART_COUNT", "0") for record in starts] == ["0", "0", "1", "1"]
     assert cluster.jobs(job)[0]["Restarts"] == "1"
     assert "goes back into the queue" in (stand_ins.home / f"peco_vitb-{job}.log").read_text()
@@ -242,6 +252,30 @@ def test_scancel_ends_a_job_for_good_though_its_stage_stops_in_good_order(cluste
     assert cluster.jobs(job)[0]["Restarts"] == "0"
     assert [len(record["signals"]) > 0 for record in stand_ins.read("pretrain")] == [True, True]
     assert not list(stand_ins.home.glob(".peco_exit*")), "the launcher leaves a file behind"
+
+
+@pytest.mark.slurm
+def test_a_job_that_lost_a_rank_starts_again_so_often_and_no_more(cluster: SlurmCluster, stand_ins: StandIns):
+    stand_ins.exit_with("pretrain", 137, 76, 0)
+    stand_ins.exit_with("train_tokenizer", 76)
+    mended = cluster.sbatch("--nodes=1", "launchers/pretrain_vitb.sbatch", cwd=stand_ins.home, env=stand_ins.env)
+    env = stand_ins.env | {"PECO_FAULT_RESTARTS": "1"}
+    hopeless = cluster.sbatch("--nodes=1", "launchers/train_tokenizer.sbatch", cwd=stand_ins.home, env=env)
+    assert cluster.wait(mended, hopeless, timeout_s=120) == {mended: "COMPLETED", hopeless: "FAILED"}
+    assert len(stand_ins.read("pretrain")) == 3 and len(stand_ins.read("train_tokenizer")) == 2
+    assert cluster.jobs(hopeless)[0]["ExitCode"] == "76:0"
+    assert "PECO_FAULT_RESTARTS=1" in (stand_ins.home / f"peco_tokenizer-{hopeless}.log").read_text()
+    assert not list(stand_ins.home.glob(".peco_*")), "the launcher leaves a file behind"
+
+
+@pytest.mark.slurm
+def test_each_task_of_an_array_starts_again_by_itself_after_a_rank_was_killed(cluster: SlurmCluster, stand_ins: StandIns):
+    stand_ins.exit_with("tokenize_shards", 137, 0)
+    job = cluster.sbatch("--array=0-1", "launchers/tokenize.sbatch", cwd=stand_ins.home, env=stand_ins.env)
+    assert cluster.wait(job, timeout_s=90) == {job: "COMPLETED"}
+    parts = [record["argv"][3] for record in stand_ins.read("tokenize_shards")]
+    assert sorted(parts) == ["0", "0", "1", "1"]
+    assert not list(stand_ins.home.glob(".peco_*")), "the launcher leaves a file behind"
 
 
 # The real stages, small enough for two CPU cores: 56 px pictures, patch 14, a 4x4 grid, 32 codes, 2 optimiser steps.
@@ -272,6 +306,7 @@ def real_run(cluster: SlurmCluster, labelled_sets, tmp_path_factory):
     env = ONE_RANK_A_NODE | {
         "PATH": f"{Path(sys.executable).parent}:{cluster.env['PATH']}",
         "PECO_VENV": sys.prefix,
+        "OMP_NUM_THREADS": "1",  # two ranks and whatever else runs share the host's cores
         "VAL_DIR": str(labelled_sets.root / "val"),
         "PREPARE_ARGS": "--samples_per_shard 10 --workers 1",
         "TOKENIZER_ARGS": " ".join(TINY_TOKENIZER.split()),
@@ -356,9 +391,9 @@ def test_a_signalled_pretraining_saves_is_requeued_and_goes_on_where_it_stopped(
     arguments = ["--nodes=2", f"--output={tmp_path}/%x-%j.log", "launchers/pretrain_vith.sbatch", "--out", tmp_path / "run", *settings]
     job = cluster.sbatch(*arguments, cwd=REPOSITORY, env=env)
     log = tmp_path / f"peco_vith-{job}.log"
-    wait_until(lambda: log.exists() and ("step 3/200 " in log.read_text() or cluster.states(job)[0] in FINISHED), timeout_s=300)
+    wait_until(lambda: log.exists() and ("step 3/200 " in log.read_text() or cluster.states(job)[0] in FINISHED), timeout_s=400)
     assert cluster.command("scancel", "--signal=USR2", str(job)).returncode == 0
-    assert cluster.wait(job, timeout_s=300) == {job: "COMPLETED"}, logs(tmp_path)
+    assert cluster.wait(job, timeout_s=400) == {job: "COMPLETED"}, logs(tmp_path)
 
     assert cluster.jobs(job)[0]["Restarts"] == "1", logs(tmp_path)
     before, after = log.read_text().split("stopped in good order;")  # the launcher says so to exit code 75 alone
@@ -368,6 +403,111 @@ def test_a_signalled_pretraining_saves_is_requeued_and_goes_on_where_it_stopped(
     assert f"step_{trained[0][-1]:08d} at step {trained[0][-1]}," in after
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == list(range(1, 201))
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_00000200"
+
+
+STEPS = 120  # of the runs that are interrupted
+LAUNCHED_S = 400.0  # eight ranks at once on two cores
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A job of two nodes that is over."""
+
+    out: Path  # its run folder
+    job: dict[str, str]  # as `scontrol show job` says
+    log: str
+
+
+class Interruptions:
+    """What happens to a running pre-training from outside; each waits for as many rows as it needs."""
+
+    def __init__(self, cluster: SlurmCluster) -> None:
+        self.cluster = cluster
+
+    def nothing(self, job: int, out: Path) -> None:
+        pass
+
+    def requeue(self, job: int, out: Path) -> None:
+        wait_until(lambda: len(read_metrics(out)) >= STEPS // 3, LAUNCHED_S)
+        self._command("scontrol", "requeue", str(job))
+
+    def run_out_of_time(self, job: int, out: Path) -> None:
+        """The job has two minutes and stops itself when one is left. Held in between: a fast machine would be done before."""
+        began = time.monotonic()
+        while len(read_metrics(out)) < STEPS // 6:
+            if self.cluster.states(job) == ["RUNNING"] and time.monotonic() - began > 45.0:  # a slow machine, still starting
+                self._command("scontrol", "update", f"jobid={job}", "timelimit=+1")
+                began += 60.0
+            assert self.cluster.states(job)[0] not in FINISHED
+            time.sleep(0.5)
+        self._command("scancel", "--signal=STOP", str(job))
+        wait_until(lambda: self._left_s(job) < 60.0, 200.0)
+        self._command("scancel", "--signal=CONT", str(job))
+
+    def _left_s(self, job: int) -> float:
+        minutes, seconds = self._command("squeue", "--noheader", f"--jobs={job}", "--format=%L").strip().split(":")
+        return 60.0 * int(minutes) + int(seconds)
+
+    def kill_node(self, job: int, out: Path) -> None:
+        """Power fails on the node without the batch script; it comes back when Slurm has given it up."""
+        wait_until(lambda: len(read_metrics(out)) >= STEPS // 3, LAUNCHED_S)
+        node = self._command("scontrol", "show", "hostnames", self.cluster.jobs(job)[0]["NodeList"]).split()[-1]
+        self.cluster.kill_node(node)
+        wait_until(lambda: "down" in self._command("sinfo", "--noheader", "--nodes", node, "--format=%t"), 120.0)
+        self.cluster.start_node(node)
+
+    def _command(self, *arguments: str) -> str:
+        done = self.cluster.command(*arguments)
+        assert done.returncode == 0, f"{arguments}: {done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def interrupted(slurm_is_there, small_sets, tmp_path_factory) -> dict[str, Trained]:
+    """The same pre-training four times side by side on two nodes each, by what happened to it."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    env = ONE_RANK_A_NODE | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin", "PECO_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    # Slurm's own warning before the limit would come at once in so short a job.
+    options = {"run_out_of_time": ["--time=2", "--signal=USR2@1"]}
+    settings = ["--recipe", "peco_vitb16", *small_sets.overrides, f"schedule.steps={STEPS}", "checkpoint.every_steps=15"]
+    with slurm_cluster(8, cpus=1, gpus=1, node_timeout_s=15) as cluster, ThreadPoolExecutor() as pool:
+        happenings, jobs = Interruptions(cluster), {}
+        for name in ("nothing", "requeue", "run_out_of_time", "kill_node"):
+            launch = ["--nodes=2", f"--output={folder}/{name}.log", *options.get(name, []), "launchers/pretrain_vith.sbatch"]
+            jobs[name] = cluster.sbatch(*launch, "--out", folder / name, *settings, cwd=REPOSITORY, env=env)
+        for happening in [pool.submit(getattr(happenings, name), job, folder / name) for name, job in jobs.items()]:
+            try:
+                happening.result()
+            except AssertionError as error:
+                raise AssertionError(f"{error}\n{logs(folder)}") from error
+        cluster.wait(*jobs.values(), timeout_s=LAUNCHED_S)
+        return {name: Trained(folder / name, cluster.jobs(job)[0], (folder / f"{name}.log").read_text()) for name, job in jobs.items()}
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("happening", ["requeue", "run_out_of_time", "kill_node"])
+def test_a_run_that_was_interrupted_ends_as_one_that_never_was(interrupted, happening):
+    whole, run = interrupted["nothing"], interrupted[happening]
+    assert whole.job["JobState"] == "COMPLETED" and whole.job["Restarts"] == "0", whole.log[-3000:]
+    assert run.job["JobState"] == "COMPLETED" and int(run.job["Restarts"]) >= 1, run.log[-6000:]
+    lines = (run.out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1)), "a step is missing, or there twice"
+    names = ("loss", "accuracy", "grad_norm", "lr", "images")
+    assert [[row[name] for name in names] for row in read_metrics(run.out)] == [[row[name] for name in names] for row in read_metrics(whole.out)]
+
+    starts = [row for row in read_rows(run.out / STARTS_FILE)[0] if row["event"] == "start"]
+    ends = {row["start"]: (row["code"], row["step"]) for row in read_rows(run.out / STARTS_FILE)[0] if row["event"] == "end"}
+    assert [start["slurm_job"] for start in starts] == [run.job["JobId"]] * len(starts) and len(starts) == int(run.job["Restarts"]) + 1
+    assert starts[1]["step"] > 0 and starts[1]["checkpoint"] != "scratch", "it began anew"
+    assert ends[len(starts)] == (0, STEPS)
+    if happening == "kill_node":  # a node that comes back may still be told to end the job's first life, and ends its second
+        assert "lost the other ranks" in run.log
+    if happening == "requeue":
+        assert run.job["Restarts"] == "1"
+    if happening == "run_out_of_time":
+        assert "stopped in good order; job" in run.log
+        assert ends[1] == (75, starts[1]["step"]), "steps were lost though there was time to save them"
 
 
 def wait_until(condition, timeout_s: float = 30.0) -> None:

@@ -6,8 +6,8 @@ of BEiT v2) is left out, and said.
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights, usual_crop
 from peco_ds.models.vit import timm_arguments
 from peco_ds.models.weight_files import read_tensor_file
-from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, sha256_of_file
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json, sha256_of_file, short
 
 logger = logging.getLogger("peco_ds")
 
@@ -118,10 +118,7 @@ def _from_timm_folder(folder: Path) -> BeitWeights:
     file = _weights_file(folder)
     head = read_tensor_file(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else {}
     where = _named(file, f"{folder.name}/{file.name}")
-    cfg = config.get("pretrained_cfg", config)
-    labels = config.get("label_names") or cfg.get("label_names")
-    said = {"mean": cfg.get("mean"), "std": cfg.get("std"), "classes": labels.values() if isinstance(labels, dict) else labels}
-    said = {name: tuple(value) for name, value in said.items() if value} | ({"crop": cfg["crop_pct"]} if cfg.get("crop_pct") else {})
+    said = _told(lambda: _preprocessing_of_timm(config), where)
     tensors = _unwrapped(read_tensor_file(file))
     return _checked(from_timm(from_unilm(tensors), head, where), where, **said)
 
@@ -132,7 +129,8 @@ def _from_hf_folder(folder: Path) -> BeitWeights:
     where = _named(file, f"{folder.name}/{file.name}")
     to_hf.check_config(config, where)
     preprocessor = folder / to_hf.PREPROCESSOR
-    said = to_hf.preprocessing_of(_json(preprocessor) if preprocessor.is_file() else {}, config)
+    processing = _json(preprocessor) if preprocessor.is_file() else {}
+    said = _told(lambda: to_hf.preprocessing_of(processing, config), where)
     weights = _checked(from_hf(_unwrapped(read_tensor_file(file)), where), where, **said)
     for key, found in (("num_attention_heads", weights.model.heads), ("image_size", weights.model.image_px), ("patch_size", weights.model.patch_px)):
         if config.get(key, found) not in (found, [found, found]):
@@ -143,7 +141,41 @@ def _from_hf_folder(folder: Path) -> BeitWeights:
 def _from_unilm_folder(folder: Path) -> BeitWeights:
     file = folder / to_unilm.FILE
     where = _named(file, f"{folder.name}/{file.name}")
-    return _checked(from_unilm(_unwrapped(read_tensor_file(file))), where, **to_unilm.preprocessing_of(_json(folder / CONFIG)))
+    config = _json(folder / CONFIG)
+    return _checked(from_unilm(_unwrapped(read_tensor_file(file))), where, **_told(lambda: to_unilm.preprocessing_of(config), where))
+
+
+def _preprocessing_of_timm(config: dict) -> dict:
+    cfg = config.get("pretrained_cfg", config)
+    labels = config.get("label_names") or cfg.get("label_names")
+    said = {"mean": cfg.get("mean"), "std": cfg.get("std"), "classes": labels.values() if isinstance(labels, dict) else labels}
+    return {name: tuple(value) for name, value in said.items() if value} | ({"crop": cfg["crop_pct"]} if cfg.get("crop_pct") else {})
+
+
+def _told(read: Callable[[], dict], where: str) -> dict:
+    """mean, std, crop and classes that a folder's JSON tells, each of its kind.
+
+    Raises: UserError if one is not.
+    """
+    files = f"{CONFIG} or {to_hf.PREPROCESSOR}"
+    try:
+        said = read()
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # wherever a value of another kind was met
+        raise UserError(f"{where}: its {files} is not what a library wrote ({type(error).__name__}: {error}); fetch the folder again") from None
+    for name, value in said.items():
+        if name == "classes":
+            fits = all(isinstance(text, str) for text in value)
+        elif name == "crop":
+            fits = _is_number(value) and 0 < value <= 1
+        else:
+            fits = len(value) == 3 and all(map(_is_number, value)) and (name == "mean" or min(value) > 0)
+        if not fits:
+            raise UserError(f"{where}: {name} is {short(value)} in its {files}; fetch the folder again")
+    return said
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _weights_file(folder: Path) -> Path:
@@ -169,14 +201,14 @@ def _unwrapped(content: dict) -> dict[str, torch.Tensor]:
         if isinstance(content.get(container), dict):
             content = content[container]
             break
-    return {name: tensor.detach() for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    return {name: tensor.detach() for name, tensor in content.items() if isinstance(tensor, torch.Tensor) and isinstance(name, str)}
 
 
 def _json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text())
-    except (ValueError, RecursionError):  # a UnicodeDecodeError is a ValueError
-        value = None
+        value = read_json(path)
+    except ValueError as error:
+        raise UserError(f"{path}: is not what a library wrote there (no JSON object: {error}); fetch the folder again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not what a library wrote there (no JSON object); fetch the folder again")
     return value
@@ -197,6 +229,12 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **said) -> BeitWeight
         said: fields of `BeitWeights` that a config told.
     """
     _refuse_other_families(tensors, where)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            raise UserError(f"{where}: tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, no weights; fetch the file again")
+    for name in ("head.weight", "lm_head.weight", "blocks.0.mlp.fc1.weight"):
+        if name in tensors and tensors[name].ndim != 2:
+            raise UserError(f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, a linear layer's has two numbers; fetch the file again")
     branch = [name for name in tensors if name.startswith(_BRANCH_V2)]
     facts = {}
     if branch:
@@ -241,15 +279,20 @@ def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
     grid = grid_of(table) if table.ndim == 2 else None
     if grid is None:
         raise UserError(f"{where}: a bias table of shape {tuple(table.shape)}, which is for no square grid of patches; give weights of a square picture")
-    numbers = [int(name.split(".")[1]) for name in tensors if name.startswith("blocks.") and name.split(".")[1].isdigit()]
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))  # blocks.0 is there
+    if depth > len(tensors):  # no model of so many blocks is built to find the first missing tensor
+        raise UserError(f"{where}: holds block {depth - 1}, but {len(tensors)} tensors in all; fetch the file again")
     if "blocks.0.mlp.fc1.weight" not in tensors:
         raise UserError(f"{where}: tensor blocks.0.mlp.fc1.weight is missing; fetch the file again")
     gammas = [tensor.float().abs().mean() for name, tensor in tensors.items() if name.endswith((".gamma_1", ".gamma_2"))]
+    if not bool(torch.stack(gammas).isfinite().all()):
+        raise UserError(f"{where}: a layer scale (gamma) that is not finite: the training that wrote it had diverged; give an earlier checkpoint")
     return ModelSettings(
         image_px=grid * patch_px,
         patch_px=patch_px,
         width=width,
-        depth=1 + max(numbers),
+        depth=depth,
         heads=table.shape[1],
         mlp_ratio=len(tensors["blocks.0.mlp.fc1.weight"]) / width,
         layer_scale=float(torch.stack(gammas).mean()) or 0.1,  # 0 would be no layer scale

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import BeitWeights
-from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, write_json
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -38,7 +37,11 @@ def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
     foreign = [name for name in _WEIGHTS_OF_ANY if (out / name).exists() and name not in release.tensors.keys() | release.configs.keys()]
     if foreign:
         raise UserError(f"{out}: holds {foreign[0]} of another release; give an empty folder")
-    if (out / CONFIG).is_file() and json.loads((out / CONFIG).read_text()).keys() & _TELLING != release.configs[CONFIG].keys() & _TELLING:
+    try:
+        standing = read_json(out / CONFIG) if (out / CONFIG).is_file() else release.configs[CONFIG]
+    except ValueError:
+        standing = None
+    if not isinstance(standing, dict) or standing.keys() & _TELLING != release.configs[CONFIG].keys() & _TELLING:
         raise UserError(f"{out}: holds a release for another library; give an empty folder")
     out.mkdir(parents=True, exist_ok=True)
     (out / CONFIG).unlink(missing_ok=True)

@@ -84,8 +84,10 @@ def from_hf(tensors: dict[str, torch.Tensor], where: str) -> dict[str, torch.Ten
         raise UserError(f"{where}: names that transformers 5 has in memory only; write the file with model.save_pretrained(...)")
     kind = "mim" if "lm_head.weight" in tensors else "features" if "embeddings.cls_token" in tensors else "classifier"
     prefix = _prefix(kind)
-    layer = re.compile(re.escape(prefix) + r"encoder\.layer\.(\d+)\.")
+    layer = re.compile(re.escape(prefix) + r"encoder\.layer\.([0-9]{1,6})\.")
     depth = 1 + max((int(match[1]) for match in map(layer.match, tensors) if match), default=-1)
+    if depth > len(tensors):
+        raise UserError(f"{where}: holds layer {depth - 1}, but {len(tensors)} tensors in all; fetch the file again")
     names = {theirs: ours for ours, theirs in _names(kind, depth).items()}
     left = {name: tensor for name, tensor in tensors.items() if not name.endswith("relative_position_index")}
     found = {names[name]: left.pop(name) for name in names if name in left}
@@ -94,6 +96,8 @@ def from_hf(tensors: dict[str, torch.Tensor], where: str) -> dict[str, torch.Ten
         missing = [name for name in parts if name not in left]
         if missing:
             raise UserError(f"{where}: tensor {missing[0]} is missing; fetch the file again")
+        if any(left[name].ndim != 2 or left[name].shape[1] != left[parts[0]].shape[1] for name in parts):
+            raise UserError(f"{where}: query, key and value of layer {block} have shapes {', '.join(str(tuple(left[name].shape)) for name in parts)}; fetch the file again")
         found[_QKV.format(block)] = torch.cat([left.pop(name) for name in parts])
     if left:
         raise UserError(f"{where}: tensor {sorted(left)[0]} has no place in {CLASSES[kind]} as BEiT has it; give a file without it")
@@ -186,6 +190,8 @@ def check_config(config: dict, where: str) -> None:
     Raises: UserError if the config asks for a model that this backbone is not.
     """
     eps = config.get("layer_norm_eps", 1e-12)
+    if not isinstance(eps, (int, float)):
+        raise UserError(f"{where}: layer_norm_eps {eps!r} in its {CONFIG}, no number; fetch the folder again")
     if eps != NORM_EPS:
         logger.warning("%s: layer_norm_eps is %g in its %s; BEiT was trained with %g, which is taken here (1e-12 is only what BeitConfig says when told nothing)", where, eps, CONFIG, NORM_EPS)
     if config.get("hidden_act", "gelu") != "gelu":

@@ -46,7 +46,8 @@ def from_timm(tensors: dict[str, torch.Tensor], head: dict[str, torch.Tensor], w
 def with_shared_table(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors with one bias table for all blocks in place of equal ones in every block; unchanged where they differ."""
     tables = [name for name in tensors if name.startswith("blocks.") and name.endswith("relative_position_bias_table")]
-    if not tables or not all(torch.equal(tensors[name], tensors[tables[0]]) for name in tables):
+    first = tensors[tables[0]] if tables else None
+    if not tables or not all(tensors[name].dtype == first.dtype and torch.equal(tensors[name], first) for name in tables):
         return tensors
     return {name: tensor for name, tensor in tensors.items() if name not in tables} | {SHARED_TABLE: tensors[tables[0]]}
 

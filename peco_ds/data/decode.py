@@ -25,6 +25,10 @@ except ImportError:  # torchvision has announced its removal; the careful path t
 # Pillow warns of a decompression bomb from this size on; here it is a refusal, since a loader process would hold 3 bytes for each.
 MAX_PIXELS = 89_478_485
 
+# Each scan of a progressive JPEG may touch every pixel again: a file of a megabyte could keep a loader busy for hours. Ordinary ones have about ten.
+MAX_SCANS = 200
+_START_OF_SCAN = b"\xff\xda"
+
 # Nothing else is tried: some of Pillow's other readers start external programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _EXIF_ORIENTATION = 0x0112
@@ -52,12 +56,14 @@ def decode_rgb(data: bytes) -> torch.Tensor:
     white, the background such pictures are drawn for; dropping alpha would show what lies under it, most often black or noise.
 
     Returns: [3, H, W] uint8, RGB, channels last in memory.
-    Raises: DecodeError if the bytes are no picture, end early, are empty or hold more than MAX_PIXELS pixels.
+    Raises: DecodeError if the bytes are no picture, end early, are empty or hold more than MAX_PIXELS pixels or MAX_SCANS scans.
     """
     header = _read_jpeg_header(data)
     # Both decoders refuse a file that stops, but one whose end is a hole of zeros, as an interrupted copy leaves it, they may fill.
     if header is not None and data.rfind(b"\xff\xd9") < header.scan_start:
         raise DecodeError("JPEG without an end mark: cut short, or its end was never written")
+    if header is not None and data.count(_START_OF_SCAN, header.scan_start) > MAX_SCANS:
+        raise DecodeError(f"JPEG of more than {MAX_SCANS} scans; save it again")
     if header is not None and header.ordinary and decode_jpeg is not None:
         try:
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)

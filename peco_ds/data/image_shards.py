@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from peco_ds.data.indexed_tar import INDEX_SUFFIX, IndexedTar, index_name, write_index
 from peco_ds.data.picture_folders import Picture, printable, read_classes
+from peco_ds.data.whole_files import alone, draft, flush_folder, flush_to_disk, remove_leftovers
 from peco_ds.errors import UserError
-from peco_ds.schema import IMAGE_EXTENSIONS, MANIFEST_NAME, Shard, sha256_of_file, sha256_of_json, write_json
+from peco_ds.schema import IMAGE_EXTENSIONS, MANIFEST_NAME, Shard, read_json, sha256_of_file, sha256_of_json, write_json
 
+_LABEL_DIGITS = 6  # a million classes; every class below the largest label gets a name
 _RECORDS = ".pack"  # folder in --out: what each finished shard was made from, for a restart
 
 
@@ -70,6 +72,26 @@ class ShardRecord:
 # ---------------------------------------------------------------------------------------------- restart
 
 
+@contextmanager
+def sole_writer(out: Path) -> Iterator[None]:
+    """Hold `out` for one run of packing.
+
+    Raises: UserError if another run is at work in it.
+    """
+    _make_folder(out, out / _RECORDS)
+    with alone(out / _RECORDS / "lock", wait=False) as nobody_else:
+        if not nobody_else:
+            raise UserError(f"--out {out}: another pack_images.py is at work in it; wait for it to end, or give another folder")
+        yield
+
+
+def _make_folder(out: Path, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made ({error.strerror}); give a folder that can be written") from None
+
+
 def prepare_folder(out: Path, jobs: list, options: dict[str, str]) -> tuple[list[ShardRecord], list]:
     """Make ready for the run: what is finished is kept, what belongs to another plan is removed.
 
@@ -83,18 +105,15 @@ def prepare_folder(out: Path, jobs: list, options: dict[str, str]) -> tuple[list
         names = sorted(name for name in options | (plan or {}) if plan is not None and plan.get(name) != options.get(name))
         changed = [f"{name} was {plan.get(name)!r}, is {options.get(name)!r}" for name in names] or ["made elsewhere"]
         raise UserError(f"--out {out}: already holds a finished set ({'; '.join(changed)}); give another folder, or remove this one to make it again")
-    try:
-        records.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made ({error.strerror}); give a folder that can be written") from None
+    _make_folder(out, records)
     if plan is None:
         foreign = next((job.name for job in jobs if isinstance(job, PackJob) and (out / job.name).exists()), None)
         if foreign is not None:
             raise UserError(f"--out {out}: holds {foreign!r}, which was not made here; give another folder")
     if plan != options:
         write_json(plan_path, options)
-    for leftover in (*out.glob(".shard-*.tmp"), *out.glob(f".*{INDEX_SUFFIX}.*.tmp")):
-        leftover.unlink()
+    remove_leftovers(out, ("shard-*", f"*{INDEX_SUFFIX}", MANIFEST_NAME))
+    remove_leftovers(records, ("*",))
     kept: dict[str, ShardRecord] = {}
     digest_of = {job.name: job.digest() for job in jobs}
     for path in sorted(records.glob("*.record.json")):
@@ -122,7 +141,7 @@ def _read_record(path: Path) -> ShardRecord | None:
 
 def _json_or_none(path: Path):
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError):
         return None
 
@@ -144,9 +163,12 @@ def make_shard(out: Path, job: PackJob | IndexJob, count_one: Callable[[], None]
         count_one: called after each picture, or once for a tar.
     Raises: UserError if something cannot be written, or a tar cannot serve.
     """
+    record_path = out / _RECORDS / f"{job.name}.record.json"
     try:
+        record_path.unlink(missing_ok=True)  # one that outlived its shard must not vouch for half of the next
         record = _write_shard(out, job, count_one) if isinstance(job, PackJob) else _index_in_place(out, job, count_one)
-        write_json(out / _RECORDS / f"{job.name}.record.json", asdict(record))
+        flush_folder(out)
+        write_json(record_path, asdict(record))
     except OSError as error:
         place, reason = error.filename or out / job.name, error.strerror or error
         raise UserError(f"{place}: {reason}; make room or correct the path, and start again to continue") from None
@@ -157,9 +179,8 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
     from webdataset import TarWriter
 
     tar_path = out / job.name
-    temporary = out / f".{job.name}.{os.getpid()}.tmp"
     rejected, reencoded = [], 0
-    with open(temporary, "wb") as file:
+    with draft(tar_path) as file:
         # Fixed owner and time: the same folder gives the same bytes. PAX, since USTAR refuses long or accented keys.
         with TarWriter(file, user="peco", group="peco", mtime=0, encoder=False, format="PAX_FORMAT") as writer:
             for picture in job.pictures:
@@ -173,10 +194,10 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
                     writer.write({"__key__": picture.key, extension: data, **label})
                     reencoded += changed
                 count_one()
-        file.flush()
-        os.fsync(file.fileno())
-        sha256 = sha256_of_file(temporary)
-    os.replace(temporary, tar_path)
+        flush_to_disk(file)
+        sha256 = sha256_of_file(file.name)
+        (out / index_name(job.name)).unlink(missing_ok=True)
+        os.replace(file.name, tar_path)
     samples, index_sha256 = write_index(tar_path, out / index_name(job.name))
     shard = Shard(job.name, samples, tar_path.stat().st_size, sha256, index_sha256)
     return ShardRecord(job.digest(), job.units, shard, rejected, reencoded)
@@ -226,7 +247,7 @@ def _index_in_place(out: Path, job: IndexJob, count_one: Callable[[], None]) -> 
             raise UserError(f"{job.tar_path}: key {tar.key(i)!r} has no picture (.{known}); leave this tar out, or unpack it and use --images")
         text = tar.read(i, ("cls",)).get("cls")
         if text is not None:
-            if not text.strip().isdigit():
+            if not text.strip().isdigit() or len(text.strip()) > _LABEL_DIGITS:
                 raise UserError(f"{job.tar_path}: key {tar.key(i)!r}: .cls holds {text[:20]!r}, not a class number; correct it or leave the .cls out")
             labelled, largest = labelled + 1, max(largest, int(text))
     tar.close()

@@ -6,8 +6,8 @@ every member. With it any process reads any sample by one `pread` a member, in a
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterable
@@ -18,10 +18,11 @@ from typing import Literal
 import numpy as np
 
 from peco_ds.errors import UserError
-from peco_ds.schema import FORMAT_VERSION, ImageManifest, Shard, TokenManifest, sha256_of_file, write_json
+from peco_ds.schema import FORMAT_VERSION, ImageManifest, Shard, TokenManifest, read_json, sha256_of_file, short, write_json
 
 INDEX_SUFFIX = ".index.json"
 _CHUNK_BYTES = 1 << 20
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class DamagedRecord(UserError):
@@ -52,6 +53,8 @@ def build_index(tar_path: str | Path) -> dict:
     samples: list[dict] = []
     keys: set[str] = set()
     end = 0
+    if tar_path.exists() and not tar_path.is_file():
+        raise UserError(f"{tar_path}: a folder, pipe or device, no tar; correct the path")  # reading a pipe would wait for ever
     try:
         tar_bytes = tar_path.stat().st_size
         with tarfile.open(tar_path, "r:", encoding="utf-8") as tar, open(tar_path, "rb") as file:
@@ -81,9 +84,12 @@ def build_index(tar_path: str | Path) -> dict:
             mark = file.read(tarfile.BLOCKSIZE)
     except FileNotFoundError:
         raise UserError(f"{tar_path}: no such tar; correct the path") from None
-    except tarfile.TarError as error:
+    except UserError:
+        raise
+    # Beside its own errors, tarfile lets through what a damaged header makes of its numbers.
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, LookupError, RecursionError, EOFError) as error:
         place = f"after member {samples[-1]['key']!r}" if samples else "at its start"
-        raise UserError(f"{tar_path}: not a whole, uncompressed tar {place} ({error}); unpack it, or copy it again") from None
+        raise UserError(f"{tar_path}: not a whole, uncompressed tar {place} ({error or type(error).__name__}); unpack it, or copy it again") from None
     if mark != bytes(tarfile.BLOCKSIZE):
         place = f"after sample {samples[-1]['key']!r}" if samples else "at its start"
         fault = "is cut short" if len(mark) < tarfile.BLOCKSIZE else "has a damaged header"
@@ -94,6 +100,8 @@ def build_index(tar_path: str | Path) -> dict:
 def _refuse_unsafe(tar_path: Path, member: tarfile.TarInfo) -> None:
     if member.name.startswith("/") or ".." in member.name.split("/"):
         raise UserError(f"{tar_path}: member {member.name!r} points outside the archive; make the tar again with relative paths")
+    if _CONTROL.search(member.name):
+        raise UserError(f"{tar_path}: member {short(member.name)} has control characters in its name; make the tar again with names that can be printed")
     if not member.isdir() and (not member.isreg() or member.issparse()):
         raise UserError(f"{tar_path}: member {member.name!r} is a link, device or sparse file; make the tar again of plain files (tar --dereference)")
 
@@ -132,7 +140,7 @@ class IndexedTar:
 
     Args:
         index_sha256: of the index file, as a manifest holds it; empty to trust the file.
-    Raises: UserError if tar or index is missing, the index is not the one expected, or the tar has another size than was indexed.
+    Raises: UserError if tar or index is missing, the index is not the one expected or damaged, or the tar has another size than was indexed.
     """
 
     _file_descriptor = -1  # closed
@@ -157,11 +165,14 @@ class IndexedTar:
 
     def _read_index(self) -> dict:
         try:
-            index = json.loads(_existing(self.index_path, "index").read_text())
+            index = read_json(_existing(self.index_path, "index"))
         except ValueError as error:
             raise UserError(f"{self.index_path}: not JSON ({error}); make the set again or copy it whole") from None
         if not isinstance(index, dict) or index.get("format_version") != FORMAT_VERSION:
             raise UserError(f"{self.index_path}: is no index of format version {FORMAT_VERSION}; make the set again with this release")
+        fault = _fault_of_index(index)
+        if fault:
+            raise UserError(f"{self.index_path}: {fault}; make the set again or copy it whole")
         return index
 
     def __len__(self) -> int:
@@ -215,6 +226,23 @@ class IndexedTar:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file_descriptor": -1}
+
+
+def _fault_of_index(index: dict) -> str:
+    """What an index of the right version says that no index can; "" if there is nothing."""
+    tar_bytes, samples = index.get("tar_bytes"), index.get("samples")
+    if type(tar_bytes) is not int or not isinstance(samples, list):
+        return "tar_bytes is no number" if isinstance(samples, list) else "samples is no list"
+    for number, sample in enumerate(samples):
+        members = sample.get("members") if isinstance(sample, dict) else None
+        if not isinstance(members, dict) or not isinstance(sample.get("key"), str):
+            return f"sample {number} has no key and members"
+        for extension, span in members.items():
+            if not isinstance(span, list) or len(span) != 3 or not all(type(value) is int and 0 <= value < 1 << 62 for value in span):
+                return f"key {short(sample['key'])}, member .{extension[:40]}: is not offset, size and CRC-32"
+            if span[0] + span[1] > tar_bytes:
+                return f"key {short(sample['key'])}, member .{extension[:40]}: ends at byte {span[0] + span[1]} of a tar of {tar_bytes}"
+    return ""
 
 
 class ShardSet:

@@ -108,6 +108,7 @@ def training_batches(
     device: torch.device,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
+    bad: BadPictures | None = None,
 ) -> Iterator[LabelledBatch]:
     """Batches of classifier training.
 
@@ -118,6 +119,7 @@ def training_batches(
         positions: iterable of position arrays of one length, one a batch (`order.rank_positions`).
         smoothing: of the labels, in [0, 1).  num_classes: C; as many as the set has, or more.
         mean, std: statistics of pictures in [0, 1] that the weights expect.
+        bad: the run's count of unreadable pictures; None: one of this call's own.
     Yields: LabelledBatch on `device`.
     Raises: UserError for a label that is not one of the set's, too many unreadable pictures, or an augmentation that timm does not know.
     """
@@ -125,7 +127,7 @@ def training_batches(
     order = SampleOrder(pictures.shards.shard_sizes, seed, data.shuffle_window_shards, augment.repeats)
     make = _TrainMaker(pictures, order, TrainCrop(augment, image_px), image_px, seed)
     mix = BatchMix(augment, smoothing=smoothing, num_classes=num_classes, seed=seed, mean=mean, std=std)
-    bad = BadPictures(data.max_bad_share)
+    bad = bad or BadPictures(data.max_bad_share)
     for raw in load_raw(make, positions, data.num_workers):
         bad.add(len(raw.keys), raw.bad)
         images_u8, labels = raw.cuts[image_px].to(device, non_blocking=True), raw.labels.to(device, non_blocking=True)

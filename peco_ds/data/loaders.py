@@ -1,14 +1,20 @@
 """One function a stage -> typed batches, in an order that no worker, rank or micro-batch can change.
 
 Workers decode and cut; jitter and normalisation run in batches on the device. A picture that cannot be read is named and counted and its
-place taken by the next one of the set; a token record that cannot be trusted stops the run.
+place taken by the next one of the set; a token record that cannot be trusted, or a shard that is no longer the one of the manifest, stops the run.
+A worker that dies is replaced, and no batch is lost or changes.
 """
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +28,7 @@ from peco_ds.data.decode import DecodeError, decode_rgb
 from peco_ds.data.indexed_tar import DamagedRecord, ShardSet
 from peco_ds.data.masking import draw_masked
 from peco_ds.data.order import SampleOrder, view_at
+from peco_ds.data.patient_reads import UnreadableRecord, read_patiently
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.data.views import center_view, cut, draw_view, jitter, to_backbone, to_tokenizer
 from peco_ds.errors import UserError
@@ -42,6 +49,13 @@ class MaskedBatch(NamedTuple):
     keys: list[str]
 
 
+class CropBatch(NamedTuple):
+    """What a tokenizer training step needs."""
+
+    images_11: torch.Tensor  # float32 [B, 3, T, T] on the device
+    keys: list[str]
+
+
 class Pictures:
     """Decoded pictures of an image set by global sample number.
 
@@ -58,11 +72,13 @@ class Pictures:
     def decode(self, sample: int) -> tuple[str, torch.Tensor]:
         """Key and uint8 [3, H, W].
 
-        Raises: DecodeError (names the key) if the record is damaged or is no picture.
+        Raises: DecodeError (names the key) if the record is damaged, cannot be read or is no picture; UserError if its whole shard is missing or
+            has another size than the manifest says: that is no single bad picture.
         """
         try:
-            key, members = self.shards.read(sample, IMAGE_EXTENSIONS)
-        except DamagedRecord as error:
+            key, members = read_patiently(self.shards, sample, IMAGE_EXTENSIONS)
+        except (DamagedRecord, UnreadableRecord) as error:
+            self.shards.check_shards([self.shards.locate(sample)[0]], "size")
             raise DecodeError(str(error)) from None
         if not members:
             raise DecodeError(f"{key}: has no picture ({', '.join(IMAGE_EXTENSIONS)})")
@@ -79,13 +95,16 @@ class Pictures:
 
         Raises: UserError naming key and value if the record has no label, or one outside the manifest's classes.
         """
-        key, members = self.shards.read(sample, ("cls",))
+        try:
+            key, members = read_patiently(self.shards, sample, ("cls",))
+        except UnreadableRecord as error:
+            raise UserError(f"{error}; its label is needed: repair the set or the file system") from None
         shard, _ = self.shards.locate(sample)
         place = f"{self.folder / self.manifest.shards[shard].name}: {key}"
         if "cls" not in members:
             raise UserError(f"{place}: has no .cls, but the set has {len(self.manifest.classes)} classes; make the set again with a label for every picture")
         text = members["cls"].strip()
-        if not text.isdigit() or int(text) >= len(self.manifest.classes):
+        if not text.isdigit() or len(text) > 9 or int(text) >= len(self.manifest.classes):
             raise UserError(f"{place}: .cls holds {text[:20]!r}, the set has classes 0 to {len(self.manifest.classes) - 1}; make the set again")
         return int(text)
 
@@ -140,28 +159,149 @@ class _Dataset(Dataset):
         except UserError as error:
             return RawBatch(error=str(error))
         except OSError as error:
-            return RawBatch(error=f"{error.filename}: {error.strerror}")
+            return RawBatch(error=f"{error.filename or 'reading the data'}: {error.strerror}")
 
 
-def load_raw(make: Callable[[np.ndarray], RawBatch], places, num_workers: int) -> Iterator[RawBatch]:
+MAX_WORKER_DEATHS = 3  # this many with fewer than WORKER_STRETCH batches from one to the next end the run
+WORKER_STRETCH = 100
+_DEATHS = {  # signal -> likely reason, remedy
+    signal.SIGKILL: ("most often the system had run out of memory", "lower data.num_workers or give the job more memory"),
+    signal.SIGBUS: ("most often shared memory, /dev/shm, is full", "lower data.num_workers or enlarge /dev/shm"),
+    signal.SIGSEGV: ("a crash inside a native decoder", "find the picture and repair it, or run with data.num_workers=0 to see more"),
+}
+
+
+def load_raw(make: Callable[[np.ndarray], RawBatch], places: Iterable[np.ndarray], num_workers: int) -> Iterator[RawBatch]:
     """Batches made in `num_workers` processes (0: in this one), in the order of `places` (arrays, one a batch).
 
-    No global random generator of this process is drawn from. Raises: UserError that `make` raised.
+    A worker that dies (out of memory, a crash) costs time and nothing else: all are started again from the first batch that was not handed out.
+    No global random generator of this process is drawn from. Raises: UserError that `make` raised, or when workers keep dying.
     """
-    loader = DataLoader(
-        _Dataset(make),
-        sampler=places,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker if num_workers else None,
-        prefetch_factor=2 if num_workers else None,
-        generator=torch.Generator(),  # without one the loader draws from the global generator, and a resumed run would drop other paths
-    )
-    for raw in loader:
-        if raw.error:
-            raise UserError(raw.error)
-        yield raw
+    places = _Places(places)
+    deaths = handed_out = 0
+    while True:
+        workers = _Workers(make, places, num_workers)
+        died = None
+        try:
+            for raw in workers:
+                if raw.error:
+                    raise UserError(raw.error)
+                places.handed_out()
+                handed_out += 1
+                yield raw
+        except _WorkerDied as death:
+            died = death.exit_code, str(death)
+        finally:
+            workers.close()
+        if died is None:
+            return
+        deaths, handed_out = (1 if handed_out >= WORKER_STRETCH else deaths + 1), 0
+        reason, remedy = _DEATHS.get(-died[0], ("no reason is known", "lower data.num_workers, or look into the system's log"))
+        if deaths >= MAX_WORKER_DEATHS:
+            raise UserError(f"data.num_workers {num_workers}: {deaths} loader workers died in a row, last {died[1]}: {reason}; {remedy}")
+        logger.warning("%s: %s; workers are started again where they were, no batch is lost", died[1], reason)
+
+
+class _Places:
+    """The places of all batches, which can be iterated again from the first one that was not handed out."""
+
+    def __init__(self, places: Iterable[np.ndarray]) -> None:
+        self._rest = iter(places)
+        self._given: deque[np.ndarray] = deque()  # to workers; their batches have not come back, or not in turn
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield from list(self._given)
+        for place in self._rest:
+            self._given.append(place)
+            yield place
+
+    def handed_out(self) -> None:
+        self._given.popleft()
+
+
+class _WorkerDied(Exception):
+    def __init__(self, process) -> None:
+        self.exit_code = process.exitcode or 0
+        how = signal.Signals(-self.exit_code).name if self.exit_code < 0 else f"exit code {self.exit_code}"
+        super().__init__(f"loader worker {process.pid} ({how})")
+
+
+class _Workers:
+    """One set of worker processes at work on `places`; with num_workers 0, this process.
+
+    torch raises the death of a worker from a handler of SIGCHLD, wherever the main thread is at that moment: in a backward pass, in a save. Here it is
+    raised only where a batch is waited for.
+    """
+
+    def __init__(self, make: Callable[[np.ndarray], RawBatch], places: _Places, num_workers: int) -> None:
+        loader = DataLoader(
+            _Dataset(make),
+            sampler=places,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker if num_workers else None,
+            prefetch_factor=2 if num_workers else None,
+            generator=torch.Generator(),  # without one the loader draws from the global generator, and a resumed run would drop other paths
+        )
+        others = set(multiprocessing.active_children())
+        on_child = signal.getsignal(signal.SIGCHLD)
+        self._batches = iter(loader)
+        if _in_main_thread():
+            signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
+        self._processes = [child for child in multiprocessing.active_children() if child not in others]
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        while True:
+            try:
+                with self._woken_by_a_death():
+                    raw = next(self._batches)
+            except StopIteration:
+                return
+            except _WorkerDied:
+                raise
+            except Exception:
+                # What a batch breaks on that a dead worker left half sent has many types; the process may take a moment to be gone.
+                self._raise_if_one_died(within_s=1.0, any_exit=True)
+                raise
+            yield raw
+
+    @contextmanager
+    def _woken_by_a_death(self) -> Iterator[None]:
+        """Without the signal torch would look after its workers only every five seconds, and wait for ever for the rest of a half-sent batch."""
+        self._raise_if_one_died()
+        if not self._processes or not _in_main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGCHLD, lambda _number, _frame: self._raise_if_one_died())
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+    def _raise_if_one_died(self, within_s: float = 0.0, any_exit: bool = False) -> None:
+        """Args: any_exit: also one that ended with 0, as all do when there are no batches left."""
+        deadline = time.monotonic() + within_s
+        while self._processes:
+            for process in self._processes:
+                if process.exitcode or any_exit and process.exitcode is not None:
+                    raise _WorkerDied(process) from None
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """No process is left."""
+        self._batches = None  # torch ends the workers with their iterator
+        for process in self._processes:
+            process.join(0.1)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _start_worker(_worker: int) -> None:
@@ -172,28 +312,45 @@ def _start_worker(_worker: int) -> None:
 
 
 class BadPictures:
-    """Names and counts unreadable pictures of this rank, and stops the run when they are too many.
+    """Names and counts the unreadable pictures that this rank met in the whole run, and stops the run when they are too many.
+
+    Its state is kept in checkpoints, so that no restart grants the first few anew.
 
     Args:
-        max_share: of the pictures read so far; the first few are always tolerated.
+        max_share: of the pictures read; the first `tolerated` are always allowed.
     """
 
     tolerated = 10
 
     def __init__(self, max_share: float) -> None:
         self._max_share = max_share
-        self.count = 0
-        self._read = 0
+        self.count = 0  # readings of a picture that failed: one picture counts once an epoch
+        self.read = 0
+        self._named: set[str] = set()  # since this start
 
     def add(self, read: int, bad: list[str]) -> None:
-        self._read += read
+        """One batch: pictures in it, and a text for each unreadable one.
+
+        Raises: UserError when they have become too many.
+        """
+        self.read += read
         self.count += len(bad)
         for text in bad:
-            logger.warning("unreadable picture, the next one takes its place: %s", text)
-        if self.count > max(self.tolerated, self._max_share * self._read):
+            if text not in self._named:
+                self._named.add(text)
+                logger.warning("unreadable picture, the next one takes its place: %s", text)
+        if bad and self.count > max(self.tolerated, self._max_share * self.read):
             raise UserError(
-                f"{self.count} of {self._read} pictures are unreadable, more than data.max_bad_share {self._max_share}; last: {bad[-1]}; repair the image set or raise the share"
+                f"{self.count} of {self.read} pictures are unreadable, more than data.max_bad_share {self._max_share}; last: {bad[-1]}; repair the image set or raise the share"
             )
+
+    def state(self) -> dict[str, int]:
+        """For a checkpoint."""
+        return {"count": self.count, "read": self.read}
+
+    def load_state(self, states: list[dict[str, int]]) -> None:
+        """Continue from the states of one rank, of several where the number of ranks has shrunk, or of none."""
+        self.count, self.read = (sum(state[name] for state in states) for name in ("count", "read"))
 
 
 @dataclass
@@ -266,18 +423,20 @@ def masked_batches(
     grid: int,
     seed: int,
     device: torch.device,
+    bad: BadPictures | None = None,
 ) -> Iterator[MaskedBatch]:
     """Batches of masked pre-training.
 
     Args:
         tokens: a token set, or a tokenizer `images_11 [B, 3, T, T] -> codes [B, N]` that computes them online.
         positions: iterable of position arrays, one a batch (`order.rank_positions`).
+        bad: the run's count of unreadable pictures; None: one of this call's own.
     Yields: MaskedBatch on `device`.
     """
     stored = tokens if isinstance(tokens, TokenSet) else None
     order = SampleOrder(pictures.shards.shard_sizes, seed, data.shuffle_window_shards)
     make = _MaskedMaker(pictures, stored, order, views, mask, image_px, grid, seed)
-    bad = BadPictures(data.max_bad_share)
+    bad = bad or BadPictures(data.max_bad_share)
     for raw in load_raw(make, positions, data.num_workers):
         bad.add(len(raw.keys), raw.bad)
         images = {size: jitter(images.to(device, non_blocking=True), raw.rows) for size, images in raw.cuts.items()}
@@ -309,12 +468,14 @@ class _CropMaker:
         return raw
 
 
-def crop_batches(pictures: Pictures, order: SampleOrder, positions, *, data: DataSettings, views: ViewSettings, device: torch.device) -> Iterator[torch.Tensor]:
-    """Batches of tokenizer training. Yields: images_11 float32 [B, 3, T, T] on `device`."""
-    bad = BadPictures(data.max_bad_share)
+def crop_batches(
+    pictures: Pictures, order: SampleOrder, positions, *, data: DataSettings, views: ViewSettings, device: torch.device, bad: BadPictures | None = None
+) -> Iterator[CropBatch]:
+    """Batches of tokenizer training; `bad` as in `masked_batches`. Yields: CropBatch on `device`."""
+    bad = bad or BadPictures(data.max_bad_share)
     for raw in load_raw(_CropMaker(pictures, order, views), positions, data.num_workers):
         bad.add(len(raw.keys), raw.bad)
-        yield to_tokenizer(jitter(raw.cuts[views.tokenizer_px].to(device, non_blocking=True), raw.rows))
+        yield CropBatch(to_tokenizer(jitter(raw.cuts[views.tokenizer_px].to(device, non_blocking=True), raw.rows)), raw.keys)
 
 
 @dataclass
@@ -350,15 +511,18 @@ class ViewsBatch(NamedTuple):
     keys: list[str]
     rows: np.ndarray  # float32 [b, K, len(VIEW_COLUMNS)]
     images_11: torch.Tensor  # float32 [b * K, 3, T, T] on the device, views of a picture adjacent
-    bad: list[str]  # unreadable pictures of this batch
 
 
-def view_batches(pictures: Pictures, samples: list[np.ndarray], *, data: DataSettings, views: ViewSettings, device: torch.device) -> Iterator[ViewsBatch]:
-    """Batches of tokenizing: `samples` is a list of arrays of sample numbers, one a batch."""
+def view_batches(
+    pictures: Pictures, samples: list[np.ndarray], *, data: DataSettings, views: ViewSettings, device: torch.device, bad: BadPictures | None = None
+) -> Iterator[ViewsBatch]:
+    """Batches of tokenizing: `samples` is a list of arrays of sample numbers, one a batch; `bad` as in `masked_batches`."""
+    bad = bad or BadPictures(data.max_bad_share)
     for raw in load_raw(_ViewsMaker(pictures, views), samples, data.num_workers):
+        bad.add(len(raw.keys), raw.bad)
         rows = raw.rows.numpy().reshape(len(raw.keys), views.count, -1)
         images = jitter(raw.cuts[views.tokenizer_px].to(device, non_blocking=True), raw.rows)
-        yield ViewsBatch(raw.keys, rows, to_tokenizer(images), raw.bad)
+        yield ViewsBatch(raw.keys, rows, to_tokenizer(images))
 
 
 def training_order(pictures: Pictures, data: DataSettings, seed: int) -> SampleOrder:

@@ -128,7 +128,10 @@ def _rows(synsets: Path) -> list[list[str]]:
     """[label] or [picture name, label] for each line."""
     text = _text(synsets, "--synsets")
     if text.startswith("ImageId,"):
-        rows = [[row[0], (row[1].split() or [""])[0]] for row in csv.reader(text.splitlines()[1:]) if len(row) > 1]
+        try:
+            rows = [[row[0], (row[1].split() or [""])[0]] for row in csv.reader(text.splitlines()[1:]) if len(row) > 1]
+        except csv.Error as error:
+            raise UserError(f"--synsets {synsets}: not CSV ({error}); give LOC_val_solution.csv as it was published") from None
     else:
         rows = [line.split()[:2] for line in text.splitlines() if line.strip()]
     if not rows or len({len(row) for row in rows}) != 1 or not all(all(row) for row in rows):
@@ -145,7 +148,7 @@ def _names_of_numbers(numbers: list[str], first: int, synsets: Path, classes_lis
             f"--synsets {synsets}: ILSVRC2012 numbers do not follow sorted synsets; give --classes in the order of ILSVRC2012_ID (meta.mat of the devkit), "
             "or use LOC_val_solution.csv, which needs no list"
         )
-    outside = next((number for number in numbers if not first <= int(number) < first + len(classes_listed)), None)
+    outside = next((number[:20] for number in numbers if len(number) > 9 or not first <= int(number) < first + len(classes_listed)), None)
     if outside is not None:
         raise UserError(f"--synsets {synsets}: number {outside} is outside {first}..{first + len(classes_listed) - 1}, the lines of --classes")
     return [classes_listed[int(number) - first] for number in numbers]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
+from peco_ds.data.indexed_tar import index_name
 from peco_ds.data.token_shards import TokenRecord, write_token_shard
+from peco_ds.data.whole_files import alone, remove_leftovers
 from peco_ds.errors import UserError
-from peco_ds.schema import MANIFEST_NAME, ImageManifest, Shard, TokenManifest, ViewRecipe, read_manifest, sha256_of_json, write_json, write_manifest
+from peco_ds.schema import MANIFEST_NAME, ImageManifest, Shard, TokenManifest, ViewRecipe, read_json, read_manifest, sha256_of_file, sha256_of_json, write_json, write_manifest
 
 _PARTS = ".parts"  # one small file a finished shard: its entry in the manifest and what it was made from
 
 
 class TokenParts:
     """The shards of a token set that are there already, and the writing of those that are not.
+
+    Any number of processes may write into the folder, and any of them may be killed at any time: a shard counts as done when tar, index and part file are there and
+    belong together. Two that write one shard cost time, nothing else.
 
     Args:
         folder: of the token set.  images: what is tokenized.  The rest: what the codes are; a shard made with anything else is made again.
@@ -51,14 +56,21 @@ class TokenParts:
         return self.folder / _PARTS / f"{Path(self._images.shards[number].name).stem}.json"
 
     def _part(self, number: int) -> Shard | None:
-        """The entry of a finished shard that was made from the same things and is still there, else None."""
+        """The entry of a finished shard that was made from the same things and is still there, else None; a part file that cannot be read counts as none."""
+        pictures = self._images.shards[number]
         try:
-            part = json.loads(self._part_file(number).read_text())
+            part = read_json(self._part_file(number))
             shard = Shard(**part["shard"])
-            whole = part["made_from"] == self._made_from and (self.folder / shard.name).stat().st_size == shard.bytes
+            expected = part["made_from"] == self._made_from and (shard.name, shard.samples, shard.path) == (pictures.name, pictures.samples, "")
+            # The index tells every member's checksum; a tar that was replaced without it does not go with it, and has none for a moment.
+            whole = expected and (self.folder / shard.name).stat().st_size == shard.bytes and sha256_of_file(self.folder / index_name(shard.name)) == shard.index_sha256
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return shard if whole else None
+
+    def _alone(self) -> AbstractContextManager[bool]:
+        """Held while files take their final names, by one process at a time."""
+        return alone(self.folder / _PARTS / "lock", wait=True)
 
     def is_done(self, number: int) -> bool:
         return self._part(number) is not None
@@ -68,11 +80,29 @@ class TokenParts:
 
         Raises: UserError if the records are not as many as the image shard's.
         """
-        (self.folder / _PARTS).mkdir(parents=True, exist_ok=True)
+        part_file = self._part_file(number)
+        part_file.parent.mkdir(parents=True, exist_ok=True)
         image_shard = self._images.shards[number]
-        shard = write_token_shard(self.folder, image_shard.name, records)
+        with self._alone():  # nobody is between a JSON file's temporary name and its final one
+            remove_leftovers(self.folder, (image_shard.name, index_name(image_shard.name)))
+            remove_leftovers(part_file.parent, (part_file.name,))
+        unreadable = 0
+
+        def counted() -> Iterator[TokenRecord]:
+            nonlocal unreadable
+            for record in records:
+                unreadable += not record.is_usable
+                yield record
+
+        shard = write_token_shard(self.folder, image_shard.name, counted(), self._alone)
         assert shard.samples == image_shard.samples, f"{shard.name}: {shard.samples} records for {image_shard.samples} pictures"
-        write_json(self._part_file(number), {"made_from": self._made_from, "shard": asdict(shard)})
+        with self._alone():
+            write_json(part_file, {"made_from": self._made_from, "shard": asdict(shard), "unreadable": unreadable, "of": len(self._images.shards)})
+
+    def reading(self, number: int) -> dict[str, int]:
+        """What reading the pictures of a finished shard came to: a state of `loaders.BadPictures`."""
+        unreadable = read_json(self._part_file(number)).get("unreadable")
+        return {"count": unreadable if type(unreadable) is int else 0, "read": self._images.shards[number].samples}
 
     def finish(self) -> TokenManifest:
         """Write the manifest.
@@ -84,5 +114,7 @@ class TokenParts:
         if missing:
             raise UserError(f"{self.folder}: {len(missing)} of {len(shards)} shards are not tokenized yet, first {missing[0]}; run their parts, then --finish again")
         manifest = TokenManifest(shards=shards, samples=sum(s.samples for s in shards), image_shards={s.name: s.sha256 for s in self._images.shards}, **self._common)
-        write_manifest(self.folder, manifest)
+        with self._alone():
+            remove_leftovers(self.folder, (MANIFEST_NAME,))
+            write_manifest(self.folder, manifest)
         return manifest

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import webdataset
 
 from peco_ds.config import ViewSettings
-from peco_ds.data.indexed_tar import ShardSet, index_name, write_index
+from peco_ds.data.indexed_tar import ShardSet, build_index, index_name
+from peco_ds.data.patient_reads import UnreadableRecord, read_patiently
+from peco_ds.data.views import fault_of_views
+from peco_ds.data.whole_files import draft, flush_folder, flush_to_disk
 from peco_ds.errors import UserError
-from peco_ds.schema import VIEW_COLUMNS, ImageManifest, Shard, TokenManifest, read_manifest, sha256_of_file
+from peco_ds.schema import VIEW_COLUMNS, ImageManifest, Shard, TokenManifest, read_json, read_manifest, sha256_of_file, write_json
 
 
 @dataclass(frozen=True)
@@ -38,45 +44,67 @@ class TokenRecord:
         self.members.update({name: array for name, array in arrays.items() if array is not None})
 
 
-def write_token_shard(folder: Path, name: str, records: Iterable[TokenRecord]) -> Shard:
+def write_token_shard(folder: Path, name: str, records: Iterable[TokenRecord], committing: Callable[[], AbstractContextManager] = nullcontext) -> Shard:
     """Write `folder/name` and its index under temporary names, fsync, rename; the index last, so a shard with an index is whole.
 
     Args:
-        name: the image shard's file name.  records: in the image shard's order.
+        name: the image shard's file name.  records: in the image shard's order.  committing: what to hold while both take their final names.
     """
     tar, index = folder / name, folder / index_name(name)
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    records = iter(records)
+    first = list(islice(records, 1))  # loader processes start with it; forked later they would hold on to the draft's lock
+    with draft(tar) as file:
+        # mtime 0 and one owner: the same tokens give the same bytes, hence the same sha256.
+        with webdataset.TarWriter(file, user="peco", group="peco", mtime=0) as writer:
+            for record in chain(first, records):
+                writer.write({"__key__": record.key, **record.members})
+        flush_to_disk(file)
+        found = {**build_index(file.name), "tar": name}
+        tar_bytes, sha256 = os.path.getsize(file.name), sha256_of_file(file.name)
+        with committing():
+            if not _stand_there(tar, sha256, index, found):  # another writer was quicker; what is done stays done at every moment
+                index.unlink(missing_ok=True)
+                os.replace(file.name, tar)
+                write_json(index, found)
+                flush_folder(folder)
+            index_sha256 = sha256_of_file(index)
+    return Shard(name=name, samples=len(found["samples"]), bytes=tar_bytes, sha256=sha256, index_sha256=index_sha256)
+
+
+def _stand_there(tar: Path, sha256: str, index: Path, found: dict) -> bool:
     try:
-        with open(temporary, "wb") as file:
-            # mtime 0 and one owner: the same tokens give the same bytes, hence the same sha256.
-            with webdataset.TarWriter(file, user="peco", group="peco", mtime=0) as writer:
-                for record in records:
-                    writer.write({"__key__": record.key, **record.members})
-            file.flush()
-            os.fsync(file.fileno())
-        index.unlink(missing_ok=True)
-        os.replace(temporary, tar)
-    finally:
-        temporary.unlink(missing_ok=True)
-    samples, index_sha256 = write_index(tar, index)
-    return Shard(name=name, samples=samples, bytes=tar.stat().st_size, sha256=sha256_of_file(tar), index_sha256=index_sha256)
+        return read_json(index) == found and sha256_of_file(tar) == sha256
+    except (OSError, ValueError):
+        return False
 
 
 def read_npy(data: bytes, *, what: str, dtype, shape: tuple[int | None, ...]) -> np.ndarray:
     """Parse an .npy member without unpickling anything.
+
+    The header is read first: nothing of another type is looked at, and memory is taken for no more than was delivered.
 
     Args:
         what: shard, key and member, for the message.  shape: None matches any length.
     Raises: UserError if the bytes are no such array.
     """
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{what}: not an .npy array ({error}); make the token shard again") from None
-    fits = array.dtype == dtype and array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape))
+        file = io.BytesIO(data)
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        found_shape, column_major, found_dtype = read_header(file)
+        if found_dtype.hasobject:
+            raise ValueError("pickled objects, which could run anything and are not read")
+    except Exception as error:  # the header is a Python literal, and its reader stumbles over others in many ways
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{what}: not an .npy array ({reason or type(error).__name__}); make the token shard again") from None
+    fits = found_dtype == dtype and not column_major and len(found_shape) == len(shape) and all(want in (None, have) for want, have in zip(shape, found_shape))
     if not fits:
-        raise UserError(f"{what}: {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; make the token shard again")
-    return array
+        order = ", columns first" if column_major else ""
+        raise UserError(f"{what}: {found_dtype} {found_shape}{order}, expected {np.dtype(dtype)} {shape}; make the token shard again")
+    left, wanted = len(data) - file.tell(), math.prod(found_shape) * found_dtype.itemsize
+    if left != wanted:
+        raise UserError(f"{what}: not an .npy array ({left} bytes for {wanted}); make the token shard again")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(found_shape).copy()  # a view could not be written to
 
 
 class TokenSet:
@@ -131,7 +159,10 @@ class TokenSet:
 
         Raises: UserError (with shard and key) for a damaged record, a key that is not the picture's, or a code out of range.
         """
-        key, members = self.shards.read(sample)
+        try:
+            key, members = read_patiently(self.shards, sample)
+        except UnreadableRecord as error:
+            raise UserError(f"{error}; repair the file system or copy the token set again") from None
         shard, _ = self.shards.locate(sample)
         place = f"{self.folder / self.manifest.shards[shard].name}: {key}"
         if expected_key is not None and key != expected_key:
@@ -144,9 +175,16 @@ class TokenSet:
         views = read_npy(members["views.npy"], what=f"{place}.views.npy", dtype=np.float32, shape=(num_views, len(VIEW_COLUMNS)))
         if codes.max(initial=0) >= self.manifest.num_codes:
             raise UserError(f"{place}.codes.npy: code {codes.max()} in a vocabulary of {self.manifest.num_codes}; make the token shard again")
+        fault = fault_of_views(views)
+        if fault:
+            raise UserError(f"{place}.views.npy: {fault}; make the token shard again")
         soft = {}
         if self.manifest.topk:
             shape = (num_views, self._num_patches, self.manifest.topk)
             for name, dtype in (("topk_codes", np.uint16), ("topk_probs", np.float16)):
                 soft[name] = read_npy(members.get(f"{name}.npy", b""), what=f"{place}.{name}.npy", dtype=dtype, shape=shape)
+            if soft["topk_codes"].max(initial=0) >= self.manifest.num_codes:
+                raise UserError(f"{place}.topk_codes.npy: code {soft['topk_codes'].max()} in a vocabulary of {self.manifest.num_codes}; make the token shard again")
+            if not ((soft["topk_probs"] >= 0) & (soft["topk_probs"] <= 1)).all():  # NaN is neither
+                raise UserError(f"{place}.topk_probs.npy: holds what is no probability; make the token shard again")
         return TokenRecord(key, codes, views, **soft)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from peco_ds.data.order import VIEW, generator
+from peco_ds.errors import UserError
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, VIEW_COLUMNS
 
 _JITTER_ORDERS = tuple(itertools.permutations(range(3)))  # 0 brightness, 1 contrast, 2 saturation
@@ -65,16 +66,33 @@ def center_view(height: int, width: int) -> np.ndarray:
     return np.array([(height - side) // 2, (width - side) // 2, side, side, 0, 1, 1, 1, 0], dtype=np.float32)
 
 
+def fault_of_views(rows: np.ndarray) -> str:
+    """What recorded rows [K, len(VIEW_COLUMNS)] hold that `draw_view` never draws; "" if there is nothing. All zeros is a picture that could not be read."""
+    if not np.isfinite(rows).all():
+        return "holds a number that is not finite"
+    for number, row in enumerate(rows):
+        if not row.any():
+            continue
+        top, left, height, width = row[_BOX]
+        if (row[_BOX] != np.floor(row[_BOX])).any() or min(top, left) < 0 or min(height, width) < 1:
+            return f"view {number} has the box {row[_BOX].tolist()}, which is in no picture"
+        if row[_FLIP] not in (0, 1) or row[_ORDER] not in range(len(_JITTER_ORDERS)) or row[_FACTORS].min() < 0:
+            return f"view {number} has flip {row[_FLIP]:g}, factors {row[_FACTORS].tolist()} and jitter order {row[_ORDER]:g}, which no view has"
+    return ""
+
+
 def cut(image: torch.Tensor, row: np.ndarray, size_px: int) -> torch.Tensor:
     """Box, antialiased bicubic resize, flip; jitter is `jitter`'s.
 
     Args:
         image: uint8 [3, H, W].  row: a view.
     Returns: uint8 [3, size_px, size_px].
+    Raises: UserError if the box is not in the picture: the row was recorded of another one.
     """
     top, left, height, width = (int(value) for value in row[_BOX])
     crop = image[:, top : top + height, left : left + width]
-    assert crop.shape[1:] == (height, width), f"view box {row[_BOX]} does not fit a picture of {tuple(image.shape)}"
+    if crop.shape[1:] != (height, width):
+        raise UserError(f"view box {row[_BOX].tolist()} (top, left, height, width) is not in a picture of {image.shape[1]} x {image.shape[2]}: it was recorded of another one; tokenize this image set")
     if (height, width) != (size_px, size_px):
         crop = F.interpolate(crop[None], size=(size_px, size_px), mode="bicubic", antialias=True)[0]
     return crop.flip(-1) if row[_FLIP] else crop.contiguous()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -15,7 +14,7 @@ import torch
 from timm.models.beit import Beit
 
 from peco_ds.errors import UserError
-from peco_ds.schema import MANIFEST_NAME, sha256_of_json, write_json
+from peco_ds.schema import MANIFEST_NAME, read_json, sha256_of_json, write_json
 
 logger = logging.getLogger("peco_ds")
 
@@ -72,8 +71,13 @@ class FeatureFiles:
         path = self.folder / MANIFEST_NAME
         if not path.is_file():
             return "absent"
-        manifest = json.loads(path.read_text())
+        try:
+            manifest = read_json(path)
+        except ValueError:
+            return "other"
         files = [self._path(split, name) for split in self._sizes for name in ("labels", *map(self._block_name, self._blocks))]
+        if not isinstance(manifest, dict):
+            return "other"
         return "whole" if manifest.get("fingerprint") == self.fingerprint and all(path.is_file() for path in files) else "other"
 
     def create(self) -> None:
@@ -122,11 +126,21 @@ class FeatureFiles:
 
     def labels(self, split: str) -> torch.Tensor:
         """int64 [n]."""
-        return torch.from_numpy(np.load(self._path(split, "labels")))
+        return torch.from_numpy(self._read(split, "labels", (self._sizes[split],), np.int64))
 
     def features(self, split: str, block: int) -> torch.Tensor:
         """float16 [n, F], mapped from the file: what is not looked at is not read."""
-        return torch.from_numpy(np.load(self._path(split, self._block_name(block)), mmap_mode="c"))  # copy on write, so that torch may have it
+        return torch.from_numpy(self._read(split, self._block_name(block), (self._sizes[split], self._width), STORED))
+
+    def _read(self, split: str, name: str, shape: tuple[int, ...], dtype) -> np.ndarray:
+        path = self._path(split, name)
+        try:
+            array = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write, so that torch may have it
+        except Exception as error:  # the header is a Python literal, and its reader stumbles over others in many ways
+            raise UserError(f"{path}: not an .npy array ({' '.join(str(error).split())[:120]}); remove {self.folder / MANIFEST_NAME} and start again") from None
+        if array.shape != shape or array.dtype != dtype:
+            raise UserError(f"{path}: {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; remove {self.folder / MANIFEST_NAME} and start again")
+        return array
 
     def _path(self, split: str, name: str) -> Path:
         return self.folder / f"{split}_{name}.npy"

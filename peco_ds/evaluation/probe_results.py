@@ -5,14 +5,13 @@ A layer's result is {"block", "linear": [{"lr", "top1", "top5"}], "knn": {k: top
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from peco_ds.config import ProbeRecipe
-from peco_ds.schema import write_json
+from peco_ds.schema import read_json, write_json
 
 
 class LayerResults:
@@ -37,7 +36,12 @@ class LayerResults:
 
     def _read(self, block: int) -> dict | None:
         path = self._path(block)
-        found = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            found = read_json(path) if path.is_file() else {}
+        except ValueError:
+            found = {}
+        if not isinstance(found, dict):  # damaged: the block is measured again
+            return None
         return {name: value for name, value in found.items() if name != "key"} if found.get("key") == self._key else None
 
     def _path(self, block: int) -> Path:

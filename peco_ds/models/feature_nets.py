@@ -6,6 +6,7 @@ blocks still gives a loss that falls.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import timm
@@ -125,7 +126,7 @@ def _from_folder(folder: Path, architecture: str):
             raise UserError(f"{folder}: holds no {name}; give a weights file, or a release folder made with convert_checkpoint.py --to timm")
     try:
         net = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, MemoryError, SafetensorError, OSError) as error:
         raise UserError(f"{folder}: timm cannot load it ({_one_line(error)}); make it again with convert_checkpoint.py --to timm") from None
     name = _checked_name(net, str(folder))
     if architecture not in ("auto", name):
@@ -187,11 +188,15 @@ def _vit_tensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
         if isinstance(raw.get(container), dict):
             raw = raw[container]
             break
-    tensors = {name: tensor for name, tensor in raw.items() if isinstance(tensor, torch.Tensor)}
+    tensors = {name: tensor for name, tensor in raw.items() if isinstance(tensor, torch.Tensor) and isinstance(name, str)}
     prefix = next((prefix for prefix in PREFIXES if prefix + PATCH_WEIGHT in tensors), None)
     if prefix is None:
         raise UserError(f"{path}: holds no ViT (no tensor named ...{PATCH_WEIGHT} among {len(tensors)}); {FETCH_MOCO_V3}, or give a timm ViT file")
     inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    numbers = (PATCH_WEIGHT, 4), ("pos_embed", 3), ("reg_token", 3), ("blocks.0.mlp.fc1.weight", 2)
+    for name, dimensions in numbers:
+        if name in inner and (inner[name].ndim != dimensions or not inner[name].numel() or not inner[name].is_floating_point()):
+            raise UserError(f"{path}: tensor {prefix}{name} is {inner[name].dtype} of shape {tuple(inner[name].shape)}, a ViT's has {dimensions} numbers; {FETCH_MOCO_V3}")
     return {name: tensor for name, tensor in inner.items() if not name.startswith(HEADS)}, prefix
 
 
@@ -204,7 +209,10 @@ def _build_from_shapes(path: Path, state: dict[str, torch.Tensor], heads: int | 
         raise UserError(f"{path}: weights of a BEiT; give its release folder (config.json and model.safetensors), or {advice}")
     if "pos_embed" not in state or "blocks.0.mlp.fc1.weight" not in state:
         raise UserError(f"{path}: no plain ViT (pos_embed or blocks.0.mlp.fc1.weight is missing); {advice}")
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))
+    if depth > len(state):  # no model of so many blocks is built to find the first missing tensor
+        raise UserError(f"{path}: holds block {depth - 1}, but {len(state)} tensors in all; fetch the file again")
     class_tokens = 1 if "cls_token" in state else 0
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     positions = state["pos_embed"].shape[1]

@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peco_ds.config import TokenizerSettings
+from peco_ds.config import TokenizerSettings, check_tokenizer_settings
 from peco_ds.errors import UserError
 from peco_ds.models.vq import Codebook
-from peco_ds.schema import write_json
+from peco_ds.schema import read_json, short, write_json
 
 RELEASE_VERSION = 1
 TENSORS_NAME = "tokenizer.safetensors"
@@ -264,8 +264,14 @@ def load_tokenizer(folder: str | Path) -> tuple[PecoTokenizer, TokenizerCard]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); {REMEDY}") from None
-    tokenizer = build_tokenizer(card.settings)
-    expected = tokenizer.state_dict()
+    asked = card.settings.blocks_per_level * len(card.settings.channel_mults)
+    if asked > len(tensors):
+        raise UserError(f"{path}: {len(tensors)} tensors, the settings ask for {asked} blocks; {REMEDY}")
+    try:
+        with torch.device("meta"):  # damaged settings may ask for more memory than there is
+            expected = build_tokenizer(card.settings).state_dict()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{folder / CARD_NAME}: its settings give no network ({' '.join(str(error).split())[:120]}); {REMEDY}") from None
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise UserError(f"{path}: tensor {name} is missing; {REMEDY}")
@@ -274,9 +280,12 @@ def load_tokenizer(folder: str | Path) -> tuple[PecoTokenizer, TokenizerCard]:
         if tensors[name].shape != expected[name].shape:
             found, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
             raise UserError(f"{path}: tensor {name} has shape {found}, the settings ask for {wanted}; {REMEDY}")
+        if tensors[name].is_floating_point() != expected[name].is_floating_point():
+            raise UserError(f"{path}: tensor {name} is {tensors[name].dtype}, the settings ask for {expected[name].dtype}; {REMEDY}")
     fingerprint = tokenizer_fingerprint(described, tensors)
     if fingerprint != card.fingerprint:
         raise UserError(f"{folder}: fingerprint {fingerprint[:12]} is not the card's {card.fingerprint[:12]}, so a file was changed; {REMEDY}")
+    tokenizer = build_tokenizer(card.settings)
     tokenizer.load_state_dict(tensors)
     return tokenizer.eval(), card
 
@@ -290,7 +299,7 @@ def _read_card(folder: Path) -> tuple[TokenizerCard, dict]:
             raise UserError(f"{folder}: holds no {name}, so it is no whole tokenizer release; {REMEDY}")
     path = folder / CARD_NAME
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path)
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); {REMEDY}") from None
     if not isinstance(raw, dict) or raw.get("kind") != KIND or raw.get("format_version") != RELEASE_VERSION:
@@ -300,7 +309,16 @@ def _read_card(folder: Path) -> tuple[TokenizerCard, dict]:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: settings.{'.'.join(map(str, first['loc']))}: {first['msg']}; {REMEDY}") from None
-    fingerprint, extra = str(raw.get("fingerprint")), raw.get("extra", {})
+    try:
+        check_tokenizer_settings(settings, "settings")
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {REMEDY}") from None
+    fingerprint, extra = raw.get("fingerprint"), raw.get("extra", {})
+    if not isinstance(fingerprint, str) or not isinstance(extra, dict):
+        raise UserError(f"{path}: fingerprint is no text, or extra no object; {REMEDY}")
+    for name in ("num_codes", "stride_px"):
+        if raw.get(name) != getattr(settings, name):
+            raise UserError(f"{path}: {name} is {short(raw.get(name))}, its settings give {getattr(settings, name)}; {REMEDY}")
     return TokenizerCard(fingerprint, settings, settings.num_codes, settings.stride_px, extra), raw["settings"]
 
 

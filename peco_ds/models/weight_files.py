@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import zipfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from peco_ds.errors import UserError
 
@@ -43,14 +45,49 @@ def read_tensor_file(path: str | Path) -> dict:
         raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: {_reason(error, path)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: it holds a {type(content).__name__}, no dictionary of tensors; save model.state_dict() instead")
+    _refuse_odd_tensors(content, path)
     return content
+
+
+def _refuse_odd_tensors(content: dict, path: Path) -> None:
+    """Tensors that are not whole on the CPU: without bytes behind them, or stretched by their strides, they would take memory that the file does not have."""
+    waiting, seen = [content], {id(content)}  # a pickle may hold a dictionary that holds itself
+    while waiting:
+        for name, value in waiting.pop().items():
+            if isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(value)
+            elif isinstance(value, torch.Tensor):
+                odd = value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized
+                if odd or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                    raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: tensor {str(name)[:80]} is sparse, quantized, expanded or without data; save it dense and contiguous")
 
 
 def _unpickle(path: Path) -> object:
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"  # torch maps no other format
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            packed = next((member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED), None)
+        if packed is not None:  # torch stores; a packed member may be a thousand times the file's size
+            raise ValueError(f"its member {packed[:80]} is compressed")
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def foreign_classes(path: str | Path, known: frozenset[str] = frozenset()) -> list[str]:
+    """What the pickle of a torch.save file names beside tensors and plain containers; nothing of it is run or read.
+
+    To be asked before others unpickle a file that holds objects: one with a name that is not expected could run anything.
+
+    Args:
+        known: names that the reader expects, as "module.Class".
+    Raises: UserError if the file is not one of torch.save's, or its pickle has operations that torch.save never writes.
+    """
+    try:
+        return sorted(set(get_unsafe_globals_in_checkpoint(path)) - known)
+    except Exception as error:  # a damaged one ends in IndexError, struct.error or AssertionError, wherever the reader happens to stand
+        raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: {_reason(error, Path(path))}") from None
 
 
 def _reason(error: Exception, path: Path) -> str:

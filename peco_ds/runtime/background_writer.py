@@ -15,6 +15,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from peco_ds.runtime.checkpoint_files import Files
+from peco_ds.runtime.checkpoint_pickles import load_known
 
 
 class HostCopies(CheckpointEngine):
@@ -35,8 +36,7 @@ class HostCopies(CheckpointEngine):
         return True
 
     def load(self, path: str, map_location=None):
-        # Our own checkpoint, verified before; DeepSpeed pickles classes of its own beside the tensors.
-        return torch.load(path, map_location=map_location, weights_only=False)
+        return load_known(Path(path))
 
     def preserves_storage_sharing(self) -> bool:
         return False  # every tensor is copied by itself, so that DeepSpeed need not clone slices of its flat buffers first

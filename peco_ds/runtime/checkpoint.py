@@ -38,6 +38,7 @@ from peco_ds.runtime.checkpoint_files import (
     set_aside_after,
     tag_of,
 )
+from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
 from peco_ds.runtime.consolidate import ema_name
 from peco_ds.runtime.distributed import World, seed_all
 from peco_ds.runtime.elastic import load_elastic
@@ -219,6 +220,7 @@ def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World
             raise UserError(f"{run_folder}: {existing} checkpoints, none of them whole; set checkpoint.resume=never to start from scratch, or a new --out")
         set_aside_after(run_folder, 0, world)
         return Restored(start)
+    refuse_foreign_classes(folder)
     saved = read_progress(folder)
     saved.cursor.check(fingerprint, seed)
     set_aside_after(run_folder, saved.step, world)
@@ -227,11 +229,10 @@ def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World
         loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
         assert loaded is not None, f"DeepSpeed found nothing in {folder}"
         if ema is not None:
-            # weights_only: the files are ours and verified, and hold only tensors, numbers and strings all the same
-            ema.load(torch.load(folder / ema_name(world.rank if zero_stage else 0), map_location="cpu", weights_only=True))
+            ema.load(load_known(folder / ema_name(world.rank if zero_stage else 0)))
     else:
         load_elastic(engine, folder, saved, world, ema)
-    read = lambda rank: torch.load(folder / rank_name(rank), map_location="cpu", weights_only=True)  # noqa: E731
+    read = lambda rank: load_known(folder / rank_name(rank))  # noqa: E731
     if saved.world_size == world.size:
         mine = [read(world.rank)]
         _set_random_states(mine[0]["random"], world.device)

@@ -93,8 +93,8 @@ def verify(folder: Path, world: World | None = None) -> str:
                 fault = f"{name} has changed since it was written"
             if fault:
                 break
-        if PROGRESS not in files:
-            fault = fault or f"{MANIFEST} does not list {PROGRESS}"
+        if not fault and (PROGRESS not in files or not any(name.endswith("model_states.pt") for name in files)):
+            fault = f"{MANIFEST} does not list {PROGRESS} or any weights"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fault = f"{MANIFEST} is not readable ({error})"
     faults = world.gather_objects(fault) if world else [fault]

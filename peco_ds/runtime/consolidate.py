@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from deepspeed.utils import zero_to_fp32
 
+from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
+
 
 def has_ema(checkpoint: Path) -> bool:
     return (checkpoint / ema_name(0)).is_file()
@@ -28,18 +30,18 @@ def fp32_weights(checkpoint: Path, *, average: bool = False) -> dict[str, torch.
         checkpoint: a complete checkpoint folder that was verified (`newest_whole`, `verify`).
         average: the moving average of the weights (`has_ema`) instead of the weights.
     """
-    load = lambda path, **options: torch.load(path, map_location="cpu", mmap=True, **options)  # noqa: E731
+    refuse_foreign_classes(checkpoint)  # zero_to_fp32 reads some of the files by itself
     optimizer_files = zero_to_fp32.get_optim_files(str(checkpoint)) if list(checkpoint.glob("*_optim_states.pt")) else []
-    averages = [load(path, weights_only=True) for path in sorted(checkpoint.glob("ema_rank_*.pt"))] if average else []
+    averages = [load_known(path, mmap=True) for path in sorted(checkpoint.glob("ema_rank_*.pt"))] if average else []
     if not optimizer_files:
         if average:
             return _unflatten(averages[0])
-        # ZeRO-0 writes whole modules and no partitioned optimiser; deepspeed pickles classes of its own beside the tensors.
-        module = load(checkpoint / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        # ZeRO-0 writes whole modules and no partitioned optimiser.
+        module = load_known(checkpoint / "mp_rank_00_model_states.pt", mmap=True)["module"]
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in module.items()}
     # Read here and not by zero_to_fp32's own entry: it refuses ZeRO-1 in bf16, whose `BF16_Optimizer` keeps the same flat partitions but does not
     # write which stage they are of, and it knows nothing of averages, which lie in memory as the weights do.
-    partitions = [load(path, weights_only=False)["optimizer_state_dict"] for path in optimizer_files]
+    partitions = [load_known(path, mmap=True)["optimizer_state_dict"] for path in optimizer_files]
     stage_3 = "fp32_flat_groups" in partitions[0]
     groups = [part["shards"] for part in averages] or [part["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"] for part in partitions]
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its progress bars are no news to whoever converts

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 from peco_ds.errors import UserError
 from peco_ds.runtime.checkpoint_files import UNIVERSAL, Progress
+from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
 from peco_ds.runtime.consolidate import fp32_weights, has_ema
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.ema import WeightEma, local_masters
@@ -61,6 +62,9 @@ def load_elastic(engine, folder: Path, saved: Progress, world: World, ema: Weigh
     if world.is_main:
         try:
             _convert(folder, universal)
+            refuse_foreign_classes(universal)
+        except UserError as error:
+            fault = str(error)
         except OSError as error:
             fault = f"{error.filename or universal}: {error.strerror}; the universal copy of {folder.name} cannot be written there"
     world.agree(fault)
@@ -111,17 +115,17 @@ def _convert(folder: Path, universal: Path) -> None:
 def _serve_every_stage(folder: Path, universal: Path) -> None:
     """Optimiser state and file names as ZeRO-1, 2 and 3 each look for them."""
     first = sorted(folder.glob("*_optim_states.pt"))[0]
-    state = torch.load(first, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
+    state = load_known(first, mmap=True)["optimizer_state_dict"]
     base = state.get("optimizer_state_dict") or state["base_optimizer_state"]  # ZeRO-3; the others
     step = base["state"][0].get("step")
-    merged = torch.load(universal / OPTIMIZER_STATE, map_location="cpu", weights_only=False)
+    merged = load_known(universal / OPTIMIZER_STATE)
     kept = {key: value for key, value in merged.items() if not isinstance(value, (torch.Tensor, list)) and key != "optimizer_state_dict"}
-    kept |= {"ds_version": kept.get("ds_version") or torch.load(first, map_location="cpu", mmap=True, weights_only=False)["ds_version"]}
+    kept |= {"ds_version": kept.get("ds_version") or load_known(first, mmap=True)["ds_version"]}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in base["param_groups"]]
     torch.save({**kept, "param_groups": groups, "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": groups}}, universal / OPTIMIZER_STATE)
     for parameter in filter(Path.is_dir, (universal / "zero").iterdir()):
         for part in parameter.glob("*.pt"):
-            content = torch.load(part, map_location="cpu", weights_only=True) if part.name != "step.pt" else {}
+            content = load_known(part) if part.name != "step.pt" else {}
             if isinstance(content, torch.Tensor):  # ZeRO-3 writes them bare and reads both
                 torch.save({"param": content, "cat_dim": 0}, part)
         if step is not None and (parameter / "exp_avg.pt").is_file():
@@ -137,14 +141,14 @@ def _own_settings_and_steps(engine, own: list[dict], universal: Path) -> None:
     """Each parameter group its own settings, each part of the optimiser its own step counter."""
     for group, settings in zip(engine.optimizer.param_groups, own, strict=True):
         group |= {key: value for key, value in settings.items() if key != "step"}  # some optimisers count there: that is progress, not a setting
-    step = torch.load(universal / OPTIMIZER_STATE, map_location="cpu", weights_only=False)["optimizer_state_dict"]["state"][0]["step"]
+    step = load_known(universal / OPTIMIZER_STATE)["optimizer_state_dict"]["state"][0]["step"]
     for state in engine.basic_optimizer.state.values():
         if "exp_avg" in state and step is not None:
             state["step"] = step.clone() if isinstance(step, torch.Tensor) else step
 
 
 def _load_buffers(engine, universal: Path) -> None:
-    module = torch.load(universal / "mp_rank_00_model_states.pt", map_location="cpu", mmap=True, weights_only=False)["module"]
+    module = load_known(universal / "mp_rank_00_model_states.pt", mmap=True)["module"]
     with torch.no_grad():
         for name, buffer in engine.module.named_buffers():
             if name in module:

@@ -47,12 +47,27 @@ def start_engine(
         set_z3_leaf_modules(model, list(leaf_modules))
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     optimizer = build_optimizer(decay_groups(model, optim.weight_decay, lr_scales), optim, offloaded=offloaded)
+    check_deepspeed_config(ds_config, source)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    # DeepSpeed casts parameters and leaves buffers as they are; timm joins its key bias, a buffer of zeros, to the other two.
+    for module in engine.module.modules():
+        if getattr(module, "k_bias", None) is not None:
+            module.k_bias = module.k_bias.to(module.q_bias.dtype)
+    return engine
+
+
+def check_deepspeed_config(ds_config: dict, source: str | Path) -> None:
+    """Let DeepSpeed read its config, before anything is built with it.
+
+    Raises: UserError with what DeepSpeed has to say of it.
+    """
     try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    except ValidationError as error:  # DeepSpeed checks the blocks of its JSON with pydantic
+        deepspeed.DeepSpeedConfig(ds_config)
+    except ValidationError as error:  # some blocks are checked with pydantic
         first = error.errors()[0]
         raise UserError(f"{source}: {error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}; DeepSpeed {deepspeed.__version__} refuses it") from None
-    return engine
+    except (TypeError, AttributeError, ValueError, KeyError, AssertionError) as error:  # others by whatever breaks on them
+        raise UserError(f"{source}: DeepSpeed {deepspeed.__version__} refuses it: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
 
 
 def set_rate(engine: deepspeed.DeepSpeedEngine, optim: OptimSettings, schedule: ScheduleSettings, durations: Durations, step: int) -> float:

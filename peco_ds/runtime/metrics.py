@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +30,11 @@ from peco_ds.runtime.timeline import (
     read_evaluation,
     read_metrics,
     record_start,
-    to_line,
+    sync_rows,
+    write_row,
 )
+
+logger = logging.getLogger("peco_ds")
 
 __all__ = ["EVALUATION_FILE", "METRICS_FILE", "Meter", "read_evaluation", "read_metrics"]
 
@@ -67,13 +70,24 @@ class Meter:
     Args:
         run_folder: metrics.jsonl, starts.jsonl and tensorboard/ are written there by rank 0.
         first_step: rows after it, left by a run that went on past its last checkpoint, are dropped: no step is missing or there twice.
+        counters: name -> what this rank counted since the run began; every row has the sum over ranks.
     """
 
-    def __init__(self, run_folder: Path, world: World, *, first_step: int, durations: Durations, run: RunSettings, num_samples: int) -> None:
+    def __init__(
+        self,
+        run_folder: Path,
+        world: World,
+        *,
+        first_step: int,
+        durations: Durations,
+        run: RunSettings,
+        num_samples: int,
+        counters: dict[str, Callable[[], int]] | None = None,
+    ) -> None:
         self._run_folder, self._world = run_folder, world
         self._durations, self._run, self._num_samples = durations, run, num_samples
         self._done = first_step
-        self._counts: dict[str, int] = {}  # of this rank, over the whole run
+        self._counters = counters or {}
         self._paused_since: float | None = None
         self._discard_step()
         self._reset()
@@ -95,7 +109,10 @@ class Meter:
     def __exit__(self, kind, error, _traceback) -> None:
         if error is not None:
             others = EXIT_INTERRUPTED if lost_ranks(error) else EXIT_FAULT
-            self.close(EXIT_BAD_INPUT if isinstance(error, UserError) else others, " ".join(f"{kind.__name__}: {error}".split())[:500])
+            try:
+                self.close(EXIT_BAD_INPUT if isinstance(error, UserError) else others, " ".join(f"{kind.__name__}: {error}".split())[:500])
+            except UserError as second:  # the disk that did not take a checkpoint does not take this either; what came first is what counts
+                logger.warning("%s", second)
 
     def _reset(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
@@ -121,10 +138,6 @@ class Meter:
             value = value.detach().float()
             self._step_sums[name] = self._step_sums[name] + value if name in self._step_sums else value
         self._step_passes += 1
-
-    def count(self, name: str, number: int) -> None:
-        """Add to a counter of this rank (not negative); every row has its sum over ranks since the run began."""
-        self._counts[name] = self._counts.get(name, 0) + int(number)
 
     def close_step(
         self, done: int, engine, rate: float, extra: Callable[[], dict[str, float]] = dict, *, applied: bool = True, skipped: int = 0
@@ -154,7 +167,7 @@ class Meter:
         self._reset()
         if self._file is not None:
             row |= {"time": round(time.time(), 3), "start": self._start, "up_s": round(self._up_s(), 3)}
-            self._file.write(to_line(row))
+            write_row(self._file, row)
             self._account.row(row)
             self.scalars(row, done)
             self.scalars({f"goodput/{name}": share for name, share in self._account.goodput().shares().items()}, done)
@@ -163,14 +176,14 @@ class Meter:
     def _means(self) -> tuple[dict[str, float | None], dict[str, int]]:
         """Means of the window and counters, over all ranks. Collective."""
         # After a resume with another number of ranks, what one rank took over another need not have.
-        parts = self._world.gather_objects((sorted(self._sums), self._counts))
+        counts = {name: counted() for name, counted in self._counters.items()}
+        parts = self._world.gather_objects((sorted(self._sums), counts))
         names = sorted({name for names, _ in parts for name in names})
         zero = torch.zeros((), device=self._world.device)
         sums = torch.stack([self._sums.get(name, zero) for name in names] + [torch.tensor(float(self._passes), device=self._world.device)])
         *values, passes = self._world.all_reduce(sums).tolist()
         means = {name: value / passes for name, value in zip(names, values)} if passes else {"loss": None}
-        counters = sorted({name for _, counts in parts for name in counts})
-        return means, {name: sum(counts.get(name, 0) for _, counts in parts) for name in counters}
+        return means, {name: sum(of_rank[name] for _, of_rank in parts) for name in counts}
 
     def _pauses(self) -> dict[str, float]:
         return {f"{kind}_s": round(spent, 3) for kind, spent in self._spent_s.items() if spent >= _SHORTEST_S}
@@ -179,7 +192,7 @@ class Meter:
         return time.monotonic() + self._age_s
 
     @contextmanager
-    def paused(self, kind: Literal["save", "evaluation"] = "save"):
+    def paused(self, kind: Literal["save", "evaluation"]):
         """What happens inside is no training time; it is counted under its kind. Not nested."""
         assert self._paused_since is None, "a pause within a pause would be counted twice"
         self._paused_since = time.perf_counter()
@@ -192,7 +205,7 @@ class Meter:
             self._spent_s[kind] += spent
 
     def state(self) -> dict:
-        """This rank's sums and counters between two steps; plain numbers, so that it loads with weights_only. Reads the device.
+        """This rank's sums between two steps; plain numbers, so that it loads with weights_only. Reads the device.
 
         Rank 0's rows up to here are on disk when it returns: a checkpoint never holds a step whose row could still be lost.
         """
@@ -200,7 +213,7 @@ class Meter:
         names = sorted(self._sums)
         values = torch.stack([self._sums[name] for name in names]).tolist() if names else []
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            sync_rows(self._file)
         written_by = {"start": self._start, "up_s": self._up_s()} if self._file is not None else {}
         return {
             **written_by,
@@ -209,7 +222,6 @@ class Meter:
             "steps": self._steps,
             "elapsed_s": self._open_s(),
             "data_wait_s": self._data_wait_s,
-            "counts": dict(self._counts),
         }
 
     def _open_s(self) -> float:
@@ -228,8 +240,6 @@ class Meter:
                 value = torch.tensor(value, dtype=torch.float32, device=self._world.device)
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._passes += state["passes"]
-            for name, number in state["counts"].items():
-                self.count(name, number)
         if states:  # time passes on all ranks alike
             self._steps, self._data_wait_s = states[0]["steps"], states[0]["data_wait_s"]
             self._since = time.perf_counter() - states[0]["elapsed_s"]
@@ -240,10 +250,19 @@ class Meter:
 
     def scalars(self, values: dict[str, float | None], step: int) -> None:
         """Scalars to TensorBoard (rank 0 only; elsewhere nothing)."""
-        if self._tensorboard is not None:
+        with self._curves():
             for name, value in values.items():
-                if name not in _NO_SCALARS and value is not None:
+                if self._tensorboard is not None and name not in _NO_SCALARS and value is not None:
                     self._tensorboard.add_scalar(_TAGS.get(name, name if "/" in name else f"loss/{name}"), value, step)
+
+    @contextmanager
+    def _curves(self):
+        """TensorBoard is for looking at: a disk that takes no more of it does not end a run whose rows and checkpoints it still takes."""
+        try:
+            yield
+        except OSError as error:
+            self._tensorboard = None
+            logger.warning("%s: TensorBoard cannot be written (%s); this start goes on without", self._run_folder, error.strerror)
 
     def evaluation(self, step: int, quality: dict[str, float]) -> None:
         """One row of evaluation.jsonl, TensorBoard, and a line (rank 0 only)."""
@@ -255,8 +274,9 @@ class Meter:
 
     def picture(self, tag: str, image_u8: torch.Tensor, step: int) -> None:
         """uint8 [3, H, W] to TensorBoard (rank 0 only)."""
-        if self._tensorboard is not None:
-            self._tensorboard.add_image(tag, image_u8, step)
+        with self._curves():
+            if self._tensorboard is not None:
+                self._tensorboard.add_image(tag, image_u8, step)
 
     def close(self, code: int = EXIT_DONE, reason: str = "") -> None:
         """Record how this start ended, and say where its time went. Not collective; only the first call counts.
@@ -270,15 +290,17 @@ class Meter:
         end |= {"step": self._done, "open_steps": self._steps, **self._pauses()}
         if self._steps:
             end |= {"open_s": round(self._open_s(), 3), "open_wait_s": round(self._data_wait_s, 3)}
-        append_row(self._run_folder / STARTS_FILE, end)
-        self._account.event(end)
-        found = self._account.goodput()
-        self.scalars({f"goodput/{name}": share for name, share in found.shares().items()}, self._done)
-        sys.stdout.write(found.line() + "\n")
-        sys.stdout.flush()
         self._file.close()
         self._file = None
-        self._tensorboard.close()
+        self._account.event(end)
+        found = self._account.goodput()
+        sys.stdout.write(found.line() + "\n")
+        sys.stdout.flush()
+        self.scalars({f"goodput/{name}": share for name, share in found.shares().items()}, self._done)
+        with self._curves():
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        append_row(self._run_folder / STARTS_FILE, end)
 
     def _progress_line(self, row: dict) -> None:
         total = self._durations.total_steps

@@ -39,7 +39,7 @@ def parse_time_left(text: str) -> float | None:
 class TimeLimit:
     """When the job ends. For rank 0: what it answers is passed on to the others as a stop signal would be.
 
-    The environment is asked first, then Slurm. From then on a clock counts that does not jump.
+    At the first question the environment is asked, then Slurm. From then on a clock counts that does not jump.
 
     Args:
         environ: of this process.  ask: seconds left of the job of an environment; None: no answer.
@@ -48,18 +48,14 @@ class TimeLimit:
     def __init__(self, environ: Mapping[str, str], ask: Callable[[Mapping[str, str]], float | None] = seconds_left) -> None:
         self._environ, self._ask = environ, ask
         self._end: float | None = None  # on the monotonic clock; None: no limit, or not known
+        self._looked = not environ.get("SLURM_JOB_ID")  # outside of Slurm there is nothing to look for
         self._over = False
-        if not environ.get("SLURM_JOB_ID"):
-            return
-        stated = environ.get("SLURM_JOB_END_TIME", "")
-        if stated.isdecimal() and int(stated):
-            self._set(int(stated) - time.time())
-        else:
-            self._refresh()
 
     @property
     def left_s(self) -> float | None:
         """Seconds until the job ends; None outside of Slurm, without a limit, or where Slurm does not answer."""
+        if not self._looked:  # not before it matters: of thousands of ranks one asks
+            self._look()
         return None if self._end is None else self._end - time.monotonic()
 
     def is_near(self, margin_s: float) -> bool:
@@ -67,11 +63,22 @@ class TimeLimit:
 
         Before it says so for the first time, Slurm is asked whether the limit was put off.
         """
-        if self._over or self._end is None or self._end - time.monotonic() > margin_s:
-            return self._over
-        self._refresh()
-        self._over = self._end is not None and self._end - time.monotonic() <= margin_s
+        if not self._over and self._within(margin_s):
+            self._refresh()
+            self._over = self._within(margin_s)
         return self._over
+
+    def _within(self, margin_s: float) -> bool:
+        left = self.left_s
+        return left is not None and left <= margin_s
+
+    def _look(self) -> None:
+        self._looked = True
+        stated = self._environ.get("SLURM_JOB_END_TIME", "")
+        if stated.isdecimal() and int(stated):
+            self._set(int(stated) - time.time())
+        else:
+            self._refresh()
 
     def _refresh(self) -> None:
         """Ask Slurm; without an answer what was known stands."""

@@ -20,6 +20,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+
+from peco_ds.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
@@ -69,27 +72,53 @@ def _row(line: bytes) -> dict | None:
 
 
 def append_row(path: Path, row: dict) -> None:
-    """One line, on disk before this returns; after a line that was cut short it begins a new one. A value that is not finite becomes null."""
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(to_line(row))
-        file.flush()
-        os.fsync(file.fileno())
+    """One line, on disk before this returns; after a line that was cut short it begins a new one.
+
+    Raises: UserError if the disk does not take it.
+    """
+    try:
+        with open(path, "ab+", buffering=0) as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            write_row(file, row)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _not_written(path, error.strerror) from None
 
 
-def to_line(row: dict) -> bytes:
-    """A row as JSON that every reader takes: NaN and infinities, which JSON does not have, become null."""
+def write_row(file: BinaryIO, row: dict) -> None:
+    """One line to an unbuffered file, at once. NaN and infinities, which JSON does not have, become null.
+
+    Raises: UserError if the disk does not take it, or not all of it.
+    """
     plain = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
-    return json.dumps(plain, allow_nan=False).encode() + b"\n"
+    line = json.dumps(plain, allow_nan=False).encode() + b"\n"
+    try:
+        if file.write(line) != len(line):
+            raise _not_written(Path(file.name), "no room for the whole line")
+    except OSError as error:
+        raise _not_written(Path(file.name), error.strerror) from None
+
+
+def sync_rows(file: BinaryIO) -> None:
+    """Return when all rows are on disk. Raises: UserError if they do not get there."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise _not_written(Path(file.name), error.strerror) from None
+
+
+def _not_written(path: Path, reason: str | None) -> UserError:
+    return UserError(f"{path}: cannot be written ({reason}); the newest checkpoint stands: mend that, then start again to go on")
 
 
 def drop_rows_after(path: Path, step: int) -> list[dict]:
     """Keep the rows up to `step`, each step once and in order; the file is replaced whole.
 
     Returns: the rows that were taken out.
+    Raises: UserError if the disk does not take the new file; the old one stands.
     """
     if not path.is_file():
         return []
@@ -107,11 +136,14 @@ def drop_rows_after(path: Path, step: int) -> list[dict]:
     text = b"".join(line + b"\n" for line in kept)
     if text != path.read_bytes():
         temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise _not_written(path, error.strerror) from None
     return dropped
 
 

@@ -1,0 +1,81 @@
+"""Files that are whole or absent: however many processes write into a folder, and wherever one of them is killed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def draft(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path`, open for writing under a temporary name (`file.name`) that no other process has, and locked for as long as its writer lives.
+
+    Whoever opens it makes it durable (`flush_to_disk`) and renames it; what is still there at the end is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()[:16]}.{os.getpid()}.tmp")
+    while True:
+        with open(temporary, "wb") as file:
+            if _lock(file, wait=False) is False or not temporary.exists():  # taken for a leftover in the moment before it was locked
+                continue
+            try:
+                yield file
+            finally:
+                temporary.unlink(missing_ok=True)
+            return
+
+
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Remove drafts of these files whose writers are dead. On a file system without locks nothing is removed."""
+    for name in names:
+        for path in folder.glob(f".{name}.*.tmp"):
+            try:
+                with open(path, "rb") as file:
+                    if _lock(file, wait=False):
+                        path.unlink(missing_ok=True)
+            except FileNotFoundError:  # its writer has just renamed it
+                continue
+
+
+@contextmanager
+def alone(lock_path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a lock file; the system gives it back when its holder dies, so none is ever left behind.
+
+    Args:
+        wait: for another holder to finish.
+    Yields: whether nobody else holds it. On a file system without locks: True.
+    """
+    with open(lock_path, "wb") as file:
+        yield _lock(file, wait=wait) is not False
+
+
+def _lock(file, *, wait: bool) -> bool | None:
+    """True: locked; False: another process holds it; None: the file system has no locks.
+
+    Not POSIX locks (lockf): a process loses those when it closes any other handle of the file, as hashing it does.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def flush_to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,28 @@
+"""Bounds that damaged input may not break: seconds, and memory over what the process holds already."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def bounded(seconds: float = 30.0, gib: float = 3.0):
+    """Whatever runs inside fails with an AssertionError when it takes longer, with a MemoryError when it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = signal.signal(signal.SIGALRM, _too_late)
+    resource.setrlimit(resource.RLIMIT_AS, (held + int(gib * 2**30), hard))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, before)
+
+
+def _too_late(_signal, _frame):
+    raise AssertionError("hangs: took longer than the bound")

@@ -1,0 +1,152 @@
+"""What a rank's end tells the launcher: the loss of other ranks is no fault of this one, and nothing waits for those that are gone."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from peco_ds.command_line import lost_ranks
+from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+RANK = """
+import logging, os, sys, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from pathlib import Path
+from peco_ds.command_line import run
+from peco_ds.errors import UserError
+from peco_ds.runtime.rank_log import log_to
+from peco_ds.runtime.watchdog import Watchdog
+
+def main(argv):
+    run_folder, ending = sys.argv[1:3]
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    log_to(run_folder, rank)
+    watchdog = Watchdog(2.0 if ending == "stall" and rank == 0 else 0, Path(run_folder) / "stacks.txt", rank=rank)
+    value = torch.ones(1)
+    dist.all_reduce(value)
+    watchdog.beat(1)
+    Path(run_folder, f"joined_{rank}").touch()
+    if ending == "done":
+        return 0
+    if rank == 1:
+        if ending == "bad input":
+            raise UserError("a value, a reason; a remedy")
+        if ending == "fault":
+            assert False, "ours"
+        time.sleep(120)
+    for step in range(100):
+        dist.all_reduce(value)
+
+run(main)
+"""
+
+
+class Ranks:
+    """Two ranks joined over gloo."""
+
+    def __init__(self, folder: Path, ending: str) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", RANK, str(folder), ending]
+        self.processes = [subprocess.Popen(command, cwd=REPOSITORY, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+
+    def wait_until_joined(self) -> None:
+        deadline = time.monotonic() + 120
+        while not all((self.folder / f"joined_{rank}").exists() for rank in range(2)):
+            assert time.monotonic() < deadline and all(process.poll() is None for process in self.processes)
+            time.sleep(0.05)
+
+    def end(self, rank: int) -> tuple[int, str]:
+        _, error = self.processes[rank].communicate(timeout=120)
+        return self.processes[rank].returncode, error
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    started = []
+
+    def start(ending: str) -> Ranks:
+        started.append(Ranks(tmp_path, ending))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+def test_a_rank_whose_peer_is_killed_says_so_in_one_line_and_asks_to_be_started_again(ranks, tmp_path):
+    pair = ranks("killed")
+    pair.wait_until_joined()
+    pair.processes[1].send_signal(signal.SIGKILL)
+    code, error = pair.end(0)
+    assert code == EXIT_INTERRUPTED
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "rank 0: lost the other ranks (" in lines[0] and "newest checkpoint stands" in lines[0]
+    assert "Traceback" not in error and "gloo/transport" not in lines[0]
+    log = (tmp_path / "logs" / "rank_00000.log").read_text()
+    assert "Traceback" in log and "all_reduce" in log
+
+
+def test_a_rank_whose_peer_hangs_in_a_collective_is_ended_by_the_watchdog_and_its_stack_names_the_collective(ranks, tmp_path):
+    pair = ranks("stall")
+    code, error = pair.end(0)
+    assert code == EXIT_INTERRUPTED and "nothing has moved" in error
+    assert "all_reduce" in (tmp_path / "stacks.txt").read_text()
+
+
+@pytest.mark.parametrize("ending, other_code", [("fault", EXIT_FAULT), ("bad input", EXIT_BAD_INPUT)])
+def test_a_rank_that_fails_by_itself_keeps_its_own_code_and_the_others_follow(ranks, ending, other_code):
+    pair = ranks(ending)
+    began = time.monotonic()
+    assert pair.end(1)[0] == other_code
+    assert pair.end(0)[0] == EXIT_INTERRUPTED
+    assert time.monotonic() - began < 100
+
+
+def test_ranks_that_are_done_leave_with_0(ranks):
+    pair = ranks("done")
+    assert [pair.end(rank)[0] for rank in range(2)] == [EXIT_DONE, EXIT_DONE]
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        ("[/x/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.1]:268: Connection reset by peer. This is typically caused by a remote worker", "Read error [10.0.0.1]:268: Connection reset by peer"),
+        ("[enforce fail at /x/gloo/transport/tcp/pair.cc:598] Connection closed by peer [10.0.0.1]:268", "Connection closed by peer [10.0.0.1]:268"),
+        ("[/x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete", "Timed out waiting 4000ms for recv operation to complete"),
+    ],
+)
+def test_what_gloo_says_is_told_by_its_words_also_behind_another_exception(words, reason):
+    import torch.distributed  # noqa: F401  what a stage that lost a rank had imported
+
+    assert lost_ranks(RuntimeError(words)) == reason
+    outer = KeyError("what came of it")
+    outer.__cause__ = RuntimeError(words)
+    assert lost_ranks(outer) == reason
+
+
+def test_types_of_torch_distributed_are_known_and_other_faults_are_not_taken_for_them():
+    import torch.distributed as dist
+
+    assert "NCCL" in lost_ranks(dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:2000, remote process exited or there was a network error"))
+    assert lost_ranks(dist.DistNetworkError("")) == "DistNetworkError"
+    assert lost_ranks(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
+    assert lost_ranks(ValueError("Connection closed by peer")) == ""

@@ -1,0 +1,435 @@
+"""Every parser of bytes from outside, fed random bytes and valid ones that were changed: only its documented errors come out, soon and in little memory.
+
+`PARSERS` is the one list of them. The package is searched for functions that read, and each has to be reached by one of the list.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import io
+import json
+import re
+import shutil
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from beit_samples import sample
+from bounds import bounded
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+from peco_ds import run_status
+from peco_ds.config import FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerSettings, load_recipe
+from peco_ds.convert.read import read_weights
+from peco_ds.convert.release import write_release
+from peco_ds.convert.to_hf import to_hf
+from peco_ds.convert.to_timm import to_timm
+from peco_ds.convert.to_unilm import to_unilm
+from peco_ds.data.decode import DecodeError, decode_rgb, picture_kind
+from peco_ds.data.image_shards import packed_bytes, prepare_folder
+from peco_ds.data.indexed_tar import DamagedRecord, IndexedTar, build_index, write_index
+from peco_ds.data.loaders import Pictures
+from peco_ds.data.picture_folders import labels_from_list, read_classes
+from peco_ds.data.token_parts import TokenParts
+from peco_ds.data.token_shards import TokenRecord, read_npy, write_token_shard
+from peco_ds.data.views import fault_of_views
+from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+from peco_ds.errors import UserError
+from peco_ds.evaluate import find_tokenizer
+from peco_ds.evaluation.features import FeatureFiles
+from peco_ds.evaluation.probe_results import LayerResults
+from peco_ds.models.feature_nets import load_feature_net
+from peco_ds.models.peco_tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
+from peco_ds.models.weight_files import foreign_classes, read_tensor_file
+from peco_ds.runtime.checkpoint_files import newest_whole
+from peco_ds.runtime.run_folder import read_provenance, read_settings
+from peco_ds.runtime.run_weights import read_run
+from peco_ds.runtime.timeline import drop_rows_after, goodput, read_rows, record_start
+from peco_ds.schema import ImageManifest, Shard, TokenManifest, ViewRecipe, read_manifest, sha256_of_file, write_json, write_manifest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "peco_ds"
+SMALL = ModelSettings(image_px=32, patch_px=8, width=24, depth=1, heads=3, drop_path=0.0)
+ROW = [0, 0, 20, 30, 0, 1, 1, 1, 0]
+VIEWS = ViewRecipe(32, (0.2, 1.0), (0.75, 4 / 3), 0.5, 0.4, 0)
+
+
+@dataclass(frozen=True)
+class Parser:
+    """A file in a folder, and who reads it.
+
+    Args:
+        make: fills an empty folder with what is valid.  file: the one whose bytes are changed.  read: given the folder.
+        errors: what it documents; () for a reader that never raises.
+    """
+
+    make: Callable[[Path], None]
+    file: str
+    read: Callable[[Path], object]
+    errors: tuple[type[Exception], ...] = (UserError,)
+    examples: int = 40
+
+
+# ---------------------------------------------------------------------------------------------- what is valid
+
+
+def picture(folder: Path, kind: str, name: str, **options) -> None:
+    grey = np.add.outer(np.arange(24), np.arange(32)).astype(np.uint8) * 4
+    Image.fromarray(np.stack([grey, grey.T[:24, :24].repeat(2, 1)[:, :32], grey[::-1]], axis=-1)).save(folder / name, kind, **options)
+
+
+def tar(folder: Path) -> None:
+    with tarfile.open(folder / "a.tar", "w", format=tarfile.PAX_FORMAT) as file:
+        for name, data in (("a.jpg", b"A" * 300), ("a.cls", b"1"), ("b\u00e4/" + "c" * 120 + ".jpg", b"B" * 300)):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+
+
+def indexed_tar(folder: Path) -> None:
+    tar(folder)
+    write_index(folder / "a.tar", folder / "a.index.json")
+
+
+def labelled_set(folder: Path) -> None:
+    indexed_tar(folder)
+    shard = Shard("a.tar", 2, (folder / "a.tar").stat().st_size, sha256_of_file(folder / "a.tar"), sha256_of_file(folder / "a.index.json"))
+    write_manifest(folder, ImageManifest([shard], 2, ["cat", "dog"], ["x.jpg: cut short"], {"source": "here"}))
+
+
+def token_set(folder: Path) -> None:
+    shard = Shard("a.tar", 3, 4096, "a" * 64, "b" * 64)
+    write_manifest(folder, TokenManifest([shard], 3, "f" * 64, {"a.tar": "a" * 64}, "c" * 64, 64, (4, 4), 2, VIEWS))
+
+
+def array(folder: Path) -> None:
+    np.save(folder / "x.npy", np.arange(32, dtype=np.uint16).reshape(2, 16))
+
+
+def rows(folder: Path) -> None:
+    np.save(folder / "x.npy", np.array([ROW, ROW], np.float32))
+
+
+def pack_records(folder: Path) -> None:
+    (folder / ".pack").mkdir()
+    shard = {"name": "a.tar", "samples": 1, "bytes": 8, "sha256": "a" * 64, "index_sha256": "b" * 64, "path": ""}
+    write_json(folder / ".pack" / "a.record.json", {"job_digest": "d", "units": 1, "shard": shard, "rejected": []})
+    write_json(folder / ".pack" / "plan.json", {"quality": "92"})
+
+
+def text(name: str, content: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(content) and None
+
+
+def recipe(folder: Path) -> None:
+    shutil.copy(PACKAGE / "recipes" / "peco_vitb16.yaml", folder / "mine.yaml")
+
+
+def deepspeed_json(folder: Path) -> None:
+    shutil.copy(PACKAGE.parent / "ds_configs" / "zero3_offload.json", folder / "mine.json")
+
+
+def tensors_of(name: str, **options) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        tensors = sample("mim", SMALL).tensors
+        save_file(tensors, folder / name) if name.endswith("safetensors") else torch.save({"model": tensors, "epoch": 3}, folder / name, **options)
+
+    return make
+
+
+def release_of(convert) -> Callable[[Path], None]:
+    weights = sample("classifier", SMALL, classes=("cat", "dog", "cow", "ape", "fox", "hen", "bee"))
+    return lambda folder: write_release(folder, convert(weights), weights)
+
+
+def tokenizer(folder: Path) -> None:
+    wanted = TokenizerSettings(channels=8, channel_mults=(1, 1), blocks_per_level=1, attention=False, z_channels=4, num_codes=4, code_dim=4)
+    torch.manual_seed(0)
+    save_tokenizer(folder, build_tokenizer(wanted).state_dict(), wanted, {"judge": "none"})
+
+
+def plain_vit(folder: Path) -> None:
+    net = timm.models.vision_transformer.VisionTransformer(img_size=32, patch_size=16, embed_dim=192, depth=1, num_heads=3, num_classes=0)
+    torch.save({"state_dict": net.state_dict()}, folder / "judge.pth")
+
+
+def finished_run(folder: Path) -> None:
+    wanted = json.loads(json.dumps(dataclasses.asdict(load_recipe(FinetuneRecipe, "finetune_vitb16", []).recipe)))
+    wanted["model"] = dataclasses.asdict(SMALL)
+    (folder / "settings.yaml").write_text(yaml.safe_dump({"stage": "finetune", "recipe": wanted, "sources": {}}))
+    write_json(folder / "deepspeed.json", {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}})
+    write_json(folder / "provenance.json", {"commit": "c", "images_fingerprint": "f" * 64, "classes": ["cat", "dog"], "mean": [0.5] * 3, "std": [0.5] * 3, "init_facts": {"recipe": "r"}})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "loss": 1.5, "time": 1e9 + step, "up_s": step, "start": 1, "step_s": 0.5}) + "\n" for step in (1, 2, 3)))
+    (folder / "evaluation.jsonl").write_text('{"step": 3, "top1": 50.0}\n')
+    start = {"event": "start", "start": 1, "time": 1e9, "host": "node", "pid": 7, "ranks": 2, "zero_stage": 1, "step": 0, "total_steps": 9, "stop_step": 9}
+    (folder / "starts.jsonl").write_text(json.dumps(start) + "\n" + json.dumps({"event": "end", "start": 1, "time": 1e9 + 9, "code": 0, "up_s": 9.0}) + "\n")
+    checkpoint = folder / "checkpoints" / "step_00000003"
+    checkpoint.mkdir(parents=True)
+    tensors = sample("classifier", SMALL).tensors | {"head.weight": torch.ones(2, 24), "head.bias": torch.zeros(2)}
+    torch.save({"module": tensors}, checkpoint / "mp_rank_00_model_states.pt")
+    write_json(checkpoint / "progress.json", {"step": 3, "cursor": {"fingerprint": "f" * 64, "seed": 0, "samples": 24}, "world_size": 1, "zero_stage": 0})
+    for name in ("settings.yaml", "provenance.json"):
+        shutil.copy(folder / name, checkpoint / name)
+    write_json(checkpoint / "manifest.json", {"files": {path.name: [path.stat().st_size, sha256_of_file(path)] for path in sorted(checkpoint.iterdir())}})
+
+
+def features(folder: Path) -> FeatureFiles:
+    return FeatureFiles(folder, {"weights": "w"}, blocks=(1,), sizes={"val": 3}, width=4)
+
+
+def feature_files(folder: Path) -> None:
+    files = features(folder)
+    files.create()
+    files.write("val", [(np.arange(3), np.arange(3), [np.ones((3, 4), np.float16)])])
+    files.finish()
+
+
+def part_files(folder: Path) -> None:
+    token_parts(folder).write(0, [TokenRecord(key, np.zeros((2, 16), np.uint16), np.array([ROW, ROW], np.float32)) for key in "abc"])
+
+
+def token_parts(folder: Path) -> TokenParts:
+    images = ImageManifest([Shard("a.tar", 3, 4096, "a" * 64, "b" * 64)], 3)
+    return TokenParts(folder / "tokens", images, tokenizer_fingerprint="c" * 64, num_codes=64, grid=4, num_views=2, topk=0, topk_temperature=1.0, views=VIEWS)
+
+
+# ---------------------------------------------------------------------------------------------- who reads it
+
+
+def written_shard(folder: Path) -> None:
+    write_token_shard(folder, "a.tar", [TokenRecord("a", np.zeros((1, 4), np.uint16), np.array([ROW], np.float32))])
+
+
+def every_member(folder: Path) -> None:
+    shard = IndexedTar(folder / "a.tar", folder / "a.index.json")
+    for number in range(len(shard)):
+        shard.read(number)
+    shard.close()
+
+
+def labels_of(folder: Path) -> None:
+    pictures = Pictures(folder)
+    for number in range(pictures.num_samples):
+        pictures.key(number)
+    pictures.label(0)
+
+
+def rows_of(folder: Path) -> None:
+    fault_of_views(read_npy((folder / "x.npy").read_bytes(), what="x", dtype=np.float32, shape=(2, 9)))
+
+
+def merged(folder: Path) -> None:
+    wanted = load_recipe(PretrainRecipe, "peco_vitb16", []).recipe
+    merge_deepspeed(read_deepspeed_json(folder / "mine.json"), folder / "mine.json", wanted.run, wanted.optim, 1)
+
+
+def listed(folder: Path, classes: str | None = None) -> None:
+    labels_from_list(["x/a.jpg", "x/b.jpg"], folder / "list", folder / classes if classes else None)
+
+
+def over_a_release(folder: Path) -> None:
+    """A second release into the folder of a first: what it holds is looked at."""
+    weights = sample("classifier", SMALL)
+    write_release(folder, to_timm(weights), weights)
+
+
+def tokens_of(folder: Path) -> None:
+    manifest = read_manifest(folder, TokenManifest)
+    assert manifest.samples == sum(shard.samples for shard in manifest.shards) > 0
+
+
+def status_of(folder: Path) -> None:
+    run_status.run_lines(folder, verify=True, now=2e9)
+
+
+PARSERS = {
+    "a JPEG": Parser(lambda f: picture(f, "JPEG", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100),
+    "a JPEG with EXIF": Parser(lambda f: picture(f, "JPEG", "x", exif=b"Exif\0\0MM\0*\0\0\0\b\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100),
+    "a progressive JPEG": Parser(lambda f: picture(f, "JPEG", "x", progressive=True), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100),
+    "a PNG": Parser(lambda f: picture(f, "PNG", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100),
+    "a WebP": Parser(lambda f: picture(f, "WEBP", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100),
+    "a TIFF": Parser(lambda f: picture(f, "TIFF", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100),
+    "the kind of a picture": Parser(lambda f: picture(f, "PNG", "x"), "x", lambda f: picture_kind((f / "x").read_bytes()), (DecodeError,), 100),
+    "a picture to be packed": Parser(lambda f: picture(f, "GIF", "x"), "x", lambda f: packed_bytes(f / "x", 16, 90), (DecodeError,)),
+    "a tar": Parser(tar, "a.tar", lambda f: build_index(f / "a.tar"), examples=150),
+    "an index": Parser(indexed_tar, "a.index.json", every_member, (UserError, DamagedRecord), 100),
+    "an indexed tar": Parser(indexed_tar, "a.tar", every_member, (UserError, DamagedRecord)),
+    "a manifest of pictures": Parser(labelled_set, "manifest.json", lambda f: read_manifest(f, ImageManifest), examples=60),
+    "a labelled set": Parser(labelled_set, "manifest.json", labels_of),
+    "a manifest of tokens": Parser(token_set, "manifest.json", tokens_of, examples=60),
+    "codes": Parser(array, "x.npy", lambda f: read_npy((f / "x.npy").read_bytes(), what="x", dtype=np.uint16, shape=(2, 16)), examples=150),
+    "views": Parser(rows, "x.npy", rows_of, examples=60),
+    "the record of a packed shard": Parser(pack_records, ".pack/a.record.json", lambda f: prepare_folder(f, [], {"quality": "92"}), ()),
+    "the plan of a packing": Parser(pack_records, ".pack/plan.json", lambda f: prepare_folder(f, [], {"quality": "92"}), ()),
+    "the part of a token set": Parser(part_files, "tokens/.parts/a.json", lambda f: token_parts(f).is_done(0) and token_parts(f).reading(0), ()),
+    "the index of a token shard that is written again": Parser(written_shard, "a.index.json", written_shard, ()),
+    "a list of classes": Parser(text("list", "cat one\ndog two\n"), "list", lambda f: read_classes(f / "list")),
+    "a list of labels": Parser(text("list", "a.jpg cat\nb.jpg dog\n"), "list", listed),
+    "a list of labels as CSV": Parser(text("list", "ImageId,PredictionString\na,cat 1 2 3 4\nb,dog 1 2 3 4\n"), "list", listed),
+    "a list of label numbers": Parser(lambda f: (text("list", "a.jpg 0\nb.jpg 1\n")(f), text("classes", "cat\ndog\n")(f)), "list", lambda f: listed(f, "classes")),
+    "a recipe": Parser(recipe, "mine.yaml", lambda f: load_recipe(PretrainRecipe, f / "mine.yaml", []), examples=40),
+    "an override": Parser(text("x", "optim.betas=[0.9, 0.98]"), "x", lambda f: load_recipe(PretrainRecipe, "peco_vitb16", [(f / "x").read_text(errors="replace")]), examples=60),
+    "a DeepSpeed JSON": Parser(deepspeed_json, "mine.json", merged, examples=60),
+    "a weights file": Parser(tensors_of("w.pth"), "w.pth", lambda f: read_weights(f / "w.pth"), examples=60),
+    "a weights file of the old format": Parser(tensors_of("w.pth", _use_new_zipfile_serialization=False), "w.pth", lambda f: read_weights(f / "w.pth"), examples=60),
+    "a safetensors file": Parser(tensors_of("w.safetensors"), "w.safetensors", lambda f: read_weights(f / "w.safetensors"), examples=60),
+    "any tensor file": Parser(tensors_of("w.pth"), "w.pth", lambda f: read_tensor_file(f / "w.pth"), examples=60),
+    "the names in a pickle": Parser(tensors_of("w.pth"), "w.pth", lambda f: foreign_classes(f / "w.pth"), examples=60),
+    "timm's config": Parser(release_of(to_timm), "config.json", read_weights, examples=60),
+    "transformers' config": Parser(release_of(to_hf), "config.json", read_weights, examples=60),
+    "transformers' preprocessor": Parser(release_of(to_hf), "preprocessor_config.json", read_weights, examples=60),
+    "unilm's config": Parser(release_of(to_unilm), "config.json", read_weights, examples=60),
+    "a release that stands where another shall": Parser(release_of(to_timm), "config.json", over_a_release, examples=20),
+    "a tokenizer's card": Parser(tokenizer, "tokenizer.json", load_tokenizer, examples=60),
+    "a tokenizer's tensors": Parser(tokenizer, "tokenizer.safetensors", load_tokenizer),
+    "a judge": Parser(plain_vit, "judge.pth", lambda f: load_feature_net(str(f / "judge.pth")), examples=20),
+    "a judge's config": Parser(release_of(to_timm), "config.json", lambda f: load_feature_net(str(f)), examples=25),
+    "a run's settings": Parser(finished_run, "settings.yaml", lambda f: (read_settings(f), find_tokenizer(f)), examples=30),
+    "a run's origins": Parser(finished_run, "provenance.json", read_provenance, examples=60),
+    "a checkpoint's manifest": Parser(finished_run, "checkpoints/step_00000003/manifest.json", lambda f: (newest_whole(f), read_run(f)), examples=50),
+    "a checkpoint's weights": Parser(finished_run, "checkpoints/step_00000003/mp_rank_00_model_states.pt", read_run, examples=20),
+    "metrics": Parser(finished_run, "metrics.jsonl", lambda f: (read_rows(f / "metrics.jsonl"), drop_rows_after(f / "metrics.jsonl", 2), goodput(f)), ()),
+    "the record of starts": Parser(finished_run, "starts.jsonl", lambda f: (goodput(f), status_of(f)), ()),
+    "the engine's settings in the record of starts": Parser(finished_run, "deepspeed.json", lambda f: record_start(f, ranks=1, step=0, total_steps=2, stop_step=2), ()),
+    "settings in the status of a run": Parser(finished_run, "settings.yaml", status_of, (), 20),
+    "metrics in the status of a run": Parser(finished_run, "metrics.jsonl", status_of, (), 40),
+    "a manifest in the status of a run": Parser(finished_run, "checkpoints/step_00000003/manifest.json", status_of, (), 40),
+    "the record of features": Parser(feature_files, "manifest.json", lambda f: features(f).state(), ()),
+    "labels of features": Parser(feature_files, "val_labels.npy", lambda f: features(f).labels("val"), examples=60),
+    "features": Parser(feature_files, "val_block_01.npy", lambda f: features(f).features("val", 1), examples=60),
+    "a layer's result": Parser(lambda f: LayerResults(f, "k", (1,)).write(1, {"top1": 5.0}), "block_01.json", lambda f: LayerResults(f, "k", (1,)).missing(), ()),
+}
+
+
+# ---------------------------------------------------------------------------------------------- random and changed bytes
+
+TOKEN = re.compile(rb'"[^"\n]*"|-?[0-9][0-9.e+-]*|true|false|null')
+SURPRISES = [
+    b"-1", b"0", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b"[[[[]]]]", b'""', b'"x"', b'"../../x"', b'"/etc/passwd"', b"99999999999999999999", b"1.5", b"-0.0", b'"\\u0000"',
+    b'"\\ud800"', b"9" * 5000, b"[" * 3000, b"*a", b"&a", b"!!python/name:os.system", b"\xff", b"\0",
+]  # fmt: skip
+
+
+@st.composite
+def changed(draw, valid: bytes) -> bytes:
+    """Valid bytes with a few changes: flipped, cut, inserted, repeated, or one value of a text put in place of another."""
+    data = bytearray(valid)
+    for _ in range(draw(st.integers(1, 3))):
+        how = draw(st.sampled_from(["flip", "cut", "insert", "repeat", "zero", "value", "value", "value"]))
+        start = draw(st.integers(0, max(0, len(data) - 1)))
+        end = min(len(data), start + draw(st.sampled_from([1, 4, 30, 512])))
+        if how == "flip" and data:
+            data[start] ^= 1 << draw(st.integers(0, 7))
+        elif how == "cut":
+            del data[start : draw(st.sampled_from([end, len(data)]))]
+        elif how == "insert":
+            data[start:start] = draw(st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from(SURPRISES)))
+        elif how == "repeat":
+            data[start:start] = data[start:end]
+        elif how == "zero":
+            data[start:end] = bytes(end - start)
+        elif values := list(TOKEN.finditer(bytes(data)))[:400]:
+            found = draw(st.sampled_from(values))
+            data[found.start() : found.end()] = draw(st.sampled_from(SURPRISES))
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's and torch's remarks on damaged files
+@pytest.mark.parametrize("name", PARSERS)
+def test_a_parser_fed_random_or_changed_bytes_raises_what_it_documents_and_nothing_else(tmp_path_factory, name):
+    parser = PARSERS[name]
+    valid = tmp_path_factory.mktemp("valid")
+    parser.make(valid)
+    parser.read(valid)  # else nothing below means anything
+    shutil.rmtree(valid)
+    valid.mkdir()
+    parser.make(valid)
+    whole = (valid / parser.file).read_bytes()
+
+    # Without shrinking: bytes that came of bytes are shown as they are, and a parser that is slow to refuse would be asked a thousand times more.
+    @settings(max_examples=parser.examples, suppress_health_check=list(HealthCheck), database=None, phases=[Phase.generate])
+    @given(st.one_of(changed(whole), changed(whole), st.binary(max_size=600)))
+    def feed(data: bytes) -> None:
+        folder = valid.with_name(f"{valid.name}_fed")
+        shutil.copytree(valid, folder, dirs_exist_ok=True)
+        (folder / parser.file).write_bytes(data)
+        try:
+            with bounded(seconds=30, gib=3):
+                parser.read(folder)
+        except parser.errors as error:
+            assert str(error) and (not isinstance(error, UserError) or len(str(error)) < 3000), "an error is a line to read"
+        finally:
+            shutil.rmtree(folder)
+
+    feed()
+
+
+# ---------------------------------------------------------------------------------------------- the list is whole
+
+READING = {
+    "read_text", "read_bytes", "readline", "readlines", "loads", "load", "read_json", "parse_json", "read_yaml", "parse_yaml", "safe_load", "load_file", "safe_open", "open_memmap", "fromfile",
+    "memmap", "pread", "reader", "decode_jpeg", "frombuffer", "create_model", "get_unsafe_globals_in_checkpoint", "read_array_header_1_0", "ZipFile", "unpack_from",
+}  # fmt: skip
+NOT_FROM_OUTSIDE = {
+    "convert.verify.compare": "answers of a process that the program itself started a moment ago",
+    "evaluation.features.FeatureFiles.create": "files that it makes",
+    "evaluation.features.FeatureFiles.write": "files that `create` made for it",
+    "models.feature_nets._from_name": "a name of timm's own list",
+    "models.timm_classifier.load_timm_classifier": "a name of timm's own list",
+    "runtime.rank_log._ends_cut_short": "the last byte of a log",
+}
+CHECKPOINTS_OF_THE_RUN = ("runtime.checkpoint.", "runtime.consolidate.", "runtime.elastic.", "runtime.background_writer.")  # whole by their hashes before they are read
+
+
+def readers_in_the_package() -> set[str]:
+    """Every function that calls something that reads, by module and name."""
+    found = set()
+
+    def visit(node: ast.AST, place: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inner = f"{place}.{child.name}" if isinstance(child, (ast.FunctionDef, ast.ClassDef)) else place
+            if isinstance(child, ast.Call):
+                called = child.func.attr if isinstance(child.func, ast.Attribute) else getattr(child.func, "id", "")
+                mode = next((argument.value for argument in child.args[1:2] if isinstance(argument, ast.Constant)), "r")
+                of_own = called == "loads" and any(isinstance(argument, ast.Call) for argument in child.args) and "dumps" in ast.dump(child)
+                opens = called == "open" and str(mode) in ("r", "rb") and (isinstance(child.func, ast.Name) or getattr(child.func.value, "id", "") in ("Image", "tarfile"))
+                if (called in READING or opens) and not of_own:
+                    found.add(place)
+            visit(child, inner)
+
+    for path in sorted(PACKAGE.rglob("*.py")):
+        visit(ast.parse(path.read_text()), ".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    return found
+
+
+def test_every_function_that_reads_bytes_from_outside_is_reached_by_a_parser_of_the_list(tmp_path):
+    reached: set[str] = set()
+
+    def note(frame, event, _argument):
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(str(PACKAGE)):
+            module = ".".join(Path(file).relative_to(PACKAGE).with_suffix("").parts)
+            reached.add(f"{module}.{frame.f_code.co_qualname}".replace(".<locals>", ""))
+
+    for number, parser in enumerate(PARSERS.values()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        parser.make(folder)
+        sys.setprofile(note)
+        try:
+            parser.read(folder)
+        finally:
+            sys.setprofile(None)
+    readers = {name for name in readers_in_the_package() if not name.startswith(CHECKPOINTS_OF_THE_RUN)}
+    assert readers - reached - NOT_FROM_OUTSIDE.keys() == set(), "readers without a parser in PARSERS"
+    assert NOT_FROM_OUTSIDE.keys() <= readers - reached, "an exception that is none"
