@@ -96,11 +96,16 @@ class BackgroundWriter:
             for name, content in self._files.items():
                 self.written[name] = write_hashed(self._folder / name, content)
         except OSError as error:
-            self.fault = f"{error.filename or self._folder}: {error.strerror or error}"
+            self.fault = told(error)
         except RuntimeError as error:  # torch wraps what its zip writer could not write
             self.fault = f"{self._folder}: {' '.join(str(error).split())[:200]}"
         finally:
             self._files = {}
+
+
+def told(error: OSError) -> str:
+    """One that comes from a descriptor, not a name, does not tell which file."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
 def write_hashed(path: Path, content) -> list:

@@ -22,7 +22,7 @@ from deepspeed.utils import zero_to_fp32
 from peco_ds.config import CheckpointSettings, Durations
 from peco_ds.data.order import Cursor
 from peco_ds.errors import UserError
-from peco_ds.runtime.background_writer import BackgroundWriter, HostCopies
+from peco_ds.runtime.background_writer import BackgroundWriter, HostCopies, told
 from peco_ds.runtime.checkpoint_files import (
     FOLDER,
     PROGRESS,
@@ -153,7 +153,7 @@ class Saver:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         except OSError as error:
-            return self._cannot_save(f"{temporary}: {error.strerror}")
+            return self._cannot_save(told(error))
         return ""
 
     def _write_records(self, temporary: Path, progress: Progress) -> Files:
@@ -182,7 +182,7 @@ class Saver:
                         commit(temporary, final, {name: entry for written, _ in ranks for name, entry in written.items()})
                         retain(self._root, self._settings)
                 except OSError as error:
-                    fault = f"{error.filename}: {error.strerror}"
+                    fault = told(error)
                 if fault:
                     shutil.rmtree(temporary, ignore_errors=True)
             self._world.agree(self._cannot_save(fault) if fault else "")

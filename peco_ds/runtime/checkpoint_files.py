@@ -102,9 +102,9 @@ def verify(folder: Path, world: World | None = None) -> str:
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first: a folder counts once it has its final name and a manifest."""
+    """Committed checkpoints, newest first: a folder counts once it has its final name. Whether it still is whole, `verify` says."""
     found = (run_folder / FOLDER).glob("step_*")
-    return sorted((path for path in found if re.fullmatch(r"step_\d{8}", path.name) and (path / MANIFEST).is_file()), reverse=True)
+    return sorted((path for path in found if re.fullmatch(r"step_\d{8}", path.name) and path.is_dir()), reverse=True)
 
 
 def newest_whole(run_folder: Path, world: World | None = None) -> Path | None:

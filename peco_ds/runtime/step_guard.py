@@ -92,6 +92,8 @@ class StepGuard:
         passes, norm = self._passes, self._norm
         self._passes, self._norm = [], None
         by_deepspeed = not self._engine.was_step_applied()
+        if by_deepspeed:
+            self._gather_persistent()
         if not by_deepspeed and (norm is None or (math.isfinite(norm) and not self._is_spike(norm))):
             if norm is not None:
                 self._norms = [*self._norms, norm][-WINDOW:]
@@ -114,6 +116,13 @@ class StepGuard:
         if self._world.is_main:
             logger.warning("step %d is skipped on all ranks (%s)", done, reason)
         return False
+
+    def _gather_persistent(self) -> None:
+        """ZeRO-3 partitions its small, persistent weights before a step and gathers them after; on a step that it drops it forgets the latter, and a
+        run that was resumed then breaks off at the next forward pass, whose fetches are not those it had recorded."""
+        persistent = getattr(self._engine.optimizer, "persistent_parameters", None)
+        if persistent:
+            persistent[0].all_gather(persistent)
 
     def state(self) -> dict:
         """The same on every rank; kept in a checkpoint so that a continued run judges as one that never stopped."""
