@@ -89,6 +89,7 @@ _requeue() {
 _requeue_after_fault() {
     local faults
     faults="$(cat "$_faults_file" 2> /dev/null)"
+    [ "$SECONDS" -lt 3600 ] || faults=0  # it ran for an hour: not a fault that stops it at once every time
     [[ "$faults" =~ ^[0-9]+$ ]] || faults=0
     if [ "$faults" -ge "$PECO_FAULT_RESTARTS" ]; then
         echo "ended with code $1, put back $faults times before (PECO_FAULT_RESTARTS=$PECO_FAULT_RESTARTS); job $SLURM_JOB_ID fails"

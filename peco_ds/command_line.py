@@ -28,6 +28,9 @@ TEARDOWN_S = 60.0
 # gloo has no exception type of its own: what it raises is told by its source path or its words.
 _GLOO_WORDS = re.compile(r"gloo/transport|Connection closed by peer|Connection reset by peer|Timed out waiting \d+ ?ms|Application timeout caused pair closure|Socket closed")
 
+# What CUDA says of a broken GPU, bus or link, in words that a fault of ours does not cause.
+_BROKEN_DEVICE = re.compile(r"CUDA error: (uncorrectable ECC|unspecified launch failure|uncorrectable NVLink|hardware stack error|GPU is lost|.*device.* (is|are) busy or unavailable)")
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -82,9 +85,8 @@ def run(main, argv: list[str] | None = None) -> None:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends this rank with it
                 time.sleep(OTHER_RANKS_WAIT_S)
         else:
-            reason = lost_ranks(error)
-            code = EXIT_INTERRUPTED if reason else EXIT_FAULT
-            line = f"rank {env_rank()}: lost the other ranks ({reason}); the newest checkpoint stands, start again to go on" if reason else ""
+            line = _interruption(error)
+            code = EXIT_INTERRUPTED if line else EXIT_FAULT
         if line and not os.environ.get("PECO_TRACEBACK"):
             sys.stderr.write(f"error: {line}\n")
         else:
@@ -98,6 +100,19 @@ def _bad_input(error: Exception) -> str:
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    return ""
+
+
+def _interruption(error: Exception) -> str:
+    """The line for what no user and no code of ours caused, and what a new start may be rid of; "" for any other exception."""
+    if reason := lost_ranks(error):
+        if not sys.modules["torch.distributed"].is_initialized():
+            place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+            return f"rank {env_rank()}: the ranks did not find one another at {place} ({reason}); start again, with another MASTER_PORT if it is taken"
+        return f"rank {env_rank()}: lost the other ranks ({reason}); the newest checkpoint stands, start again to go on"
+    if isinstance(error, RuntimeError) and _BROKEN_DEVICE.search(str(error)):
+        words = " ".join(str(error).split())[:200]
+        return f"rank {env_rank()}: its device failed ({words}); the newest checkpoint stands, start again to go on, on another node if it comes back"
     return ""
 
 

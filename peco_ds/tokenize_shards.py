@@ -65,12 +65,15 @@ def main(argv: list[str] | None = None) -> int:
         return report(parts.finish())
 
     from peco_ds.runtime.distributed import start_world
+    from peco_ds.runtime.rank_log import stacks_path
+    from peco_ds.runtime.watchdog import Watchdog
 
     world = start_world()
     tokenizer, _ = load_tokenizer(data_path(cfg.data, cfg.data.tokenizer))
     tokenizer.to(world.device)
     done = [number for number in range(args.part, num_shards, args.parts) if number not in missing]
-    tokenize_missing(cfg, pictures, tokenizer, parts, missing[world.rank :: world.size], done[world.rank :: world.size], world)
+    with Watchdog(cfg.run.hang_timeout_s, stacks_path(parts.folder, world.rank), rank=world.rank) as watchdog:
+        tokenize_missing(cfg, pictures, tokenizer, parts, missing[world.rank :: world.size], done[world.rank :: world.size], world, watchdog)
     # No collective from here on: ranks end hours apart, and a process group gives up after minutes.
     waited_for = range(num_shards)
     while args.parts == 1 and world.is_main and not world.stop_seen:
@@ -85,7 +88,7 @@ class Stopped(Exception):
     """This rank was asked to stop in the middle of a shard."""
 
 
-def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], done: list[int], world) -> None:
+def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], done: list[int], world, watchdog) -> None:
     """One shard after the other; a shard is written when its last picture is tokenized, so an interruption costs one shard.
 
     Args:
@@ -127,6 +130,7 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
             for place, key in enumerate(batch.keys):
                 yield TokenRecord(key, codes.reshape(shape)[place], batch.rows[place], *(None if values is None else values[place] for values in soft))
             bar.update(len(batch.keys))
+            watchdog.beat(number)
 
     try:
         for number in shard_numbers:

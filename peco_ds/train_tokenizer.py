@@ -133,13 +133,14 @@ def train(args, resolved) -> int:
                 engine.step()
             applied = guard.close_step(step + 1)
             counts = tokenizer.codebook.update(world.all_reduce, applied=applied)
-            meter.close_step(step + 1, engine, rate, lambda: usage(counts), applied=applied, skipped=guard.total_skipped)
-            if evaluation.due(step + 1) or step + 1 == durations.stop_step:
-                evaluate(step + 1)
+            meter.close_step(step + 1, engine, rate, lambda: usage(counts) if applied else {}, applied=applied, skipped=guard.total_skipped)
             with watchdog.during("saving", LONG_S):
                 stopping = saver.close_step(step + 1)
+            last = step + 1 == durations.stop_step
+            if last or (evaluation.due(step + 1) and not stopping):  # a stop has seconds; the next start makes up for it
+                evaluate(step + 1)
             watchdog.beat(step + 1)
-            if stopping and step + 1 < durations.stop_step:
+            if stopping and not last:
                 meter.close(EXIT_REQUEUE)
                 return EXIT_REQUEUE
         with watchdog.during("saving", LONG_S):

@@ -1,5 +1,6 @@
 """A checkpoint folder: whole or not there, verified by its manifest, kept and removed by two cadences."""
 
+import errno
 import json
 import threading
 
@@ -7,15 +8,16 @@ import pytest
 import torch
 
 from peco_ds.config import CheckpointSettings, PretrainRecipe, ScheduleSettings, resolve_durations
+from peco_ds.runtime import background_writer
 from peco_ds.runtime.background_writer import BackgroundWriter, HostCopies, write_hashed
-from peco_ds.runtime.checkpoint_files import FOLDER, LATEST, MANIFEST, PROGRESS, UNIVERSAL, commit, list_checkpoints, newest_whole, remove_leftovers, retain, tag_of, verify
+from peco_ds.runtime.checkpoint_files import FOLDER, LATEST, MANIFEST, PROGRESS, UNIVERSAL, commit, list_checkpoints, newest_whole, rank_name, remove_leftovers, retain, tag_of, verify
 from peco_ds.schema import sha256_of_file
 
 
 def make(run_folder, step, content=b"weights"):
     temporary = run_folder / FOLDER / f".tmp-{tag_of(step)}"
     temporary.mkdir(parents=True)
-    for name, data in ((PROGRESS, b"{}"), ("mp_rank_00_model_states.pt", content)):
+    for name, data in ((PROGRESS, b'{"world_size": 1, "zero_stage": 0}'), ("mp_rank_00_model_states.pt", content), (rank_name(0), b"random states")):
         (temporary / name).write_bytes(data)
     files = {path.name: [path.stat().st_size, sha256_of_file(path)] for path in temporary.iterdir()}
     commit(temporary, run_folder / FOLDER / tag_of(step), files)
@@ -57,6 +59,16 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path):
     manifest["files"]["../../outside"] = [1, sha256_of_file(outside)]
     (folder / MANIFEST).write_text(json.dumps(manifest))
     assert "../../outside" in verify(folder)
+
+
+@pytest.mark.parametrize("name", ("mp_rank_00_model_states.pt", PROGRESS, "rank_00000.pt"))
+def test_a_manifest_that_leaves_a_part_out_is_not_whole(tmp_path, name):
+    folder = make(tmp_path, 3)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["files"][name]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / name).unlink()
+    assert verify(folder) and newest_whole(tmp_path) is None
 
 
 def test_the_newest_few_and_the_permanent_ones_are_kept(tmp_path):
@@ -107,6 +119,43 @@ def test_what_changes_after_the_copy_does_not_reach_the_file(tmp_path):
 def test_the_hash_on_the_way_is_the_hash_of_the_file(tmp_path):
     num_bytes, sha256 = write_hashed(tmp_path / "x.pt", {"a": torch.randn(1000, 7), "b": [1, "two"]})
     assert (tmp_path / "x.pt").stat().st_size == num_bytes and sha256_of_file(tmp_path / "x.pt") == sha256
+
+
+def test_a_write_that_breaks_in_any_way_is_no_checkpoint(tmp_path):
+    writer = BackgroundWriter(tmp_path, {"x.pt": threading.Lock()})  # cannot be pickled
+    writer.wait()
+    assert "TypeError" in writer.fault and not writer.written
+
+
+def test_a_class_that_a_resume_would_refuse_is_refused_when_it_is_written(tmp_path):
+    writer = BackgroundWriter(tmp_path, {"x.pt": {"odd": CheckpointSettings()}})
+    writer.wait()
+    assert "CheckpointSettings" in writer.fault
+
+
+def test_what_is_no_tensor_is_copied_too(tmp_path):
+    class Scale:
+        value = 1
+
+    scale, copies = Scale(), HostCopies()
+    copies.save({"scale": scale}, "x.pt")
+    scale.value = 2
+    assert copies.take()["x.pt"]["scale"].value == 1
+
+
+def test_a_file_system_that_stumbles_once_is_given_time(tmp_path, monkeypatch):
+    calls = []
+
+    def stumbling(path, content):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return write_hashed(path, content)
+
+    monkeypatch.setattr(background_writer, "write_hashed", stumbling)
+    writer = BackgroundWriter(tmp_path, {"x.pt": torch.ones(3)})
+    writer.wait()
+    assert not writer.fault and len(calls) == 2
 
 
 def test_a_write_that_fails_is_told_not_raised_in_a_thread(tmp_path):

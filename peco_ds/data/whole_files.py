@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +17,9 @@ def draft(path: Path) -> Iterator[BinaryIO]:
 
     Whoever opens it makes it durable (`flush_to_disk`) and renames it; what is still there at the end is removed.
     """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()[:16]}.{os.getpid()}.tmp")
     while True:
-        with open(temporary, "wb") as file:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
+        with open(temporary, "xb") as file:
             if _lock(file, wait=False) is False or not temporary.exists():  # taken for a leftover in the moment before it was locked
                 continue
             try:
@@ -34,7 +34,7 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         for path in folder.glob(f".{name}.*.tmp"):
             try:
-                with open(path, "rb") as file:
+                with open(path, "r+b") as file:  # NFS locks only what is open for writing
                     if _lock(file, wait=False):
                         path.unlink(missing_ok=True)
             except FileNotFoundError:  # its writer has just renamed it

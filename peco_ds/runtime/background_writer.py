@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,13 +18,17 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from peco_ds.runtime.checkpoint_files import Files
-from peco_ds.runtime.checkpoint_pickles import load_known
+from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
+
+
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY}
 
 
 class HostCopies(CheckpointEngine):
     """Collects the files that DeepSpeed would write, their tensors copied to host memory; `take` hands them over.
 
-    The copies' memory is used again by the next save: once as much as this rank's part of a checkpoint, pinned where there is a GPU.
+    The copies' memory is used again by the next save: as much as this rank's part of a checkpoint, pinned where there is a GPU (torch then rounds
+    every tensor's up to a power of two).
     """
 
     def __init__(self) -> None:
@@ -60,7 +67,7 @@ class HostCopies(CheckpointEngine):
             return type(value)((key, self._copied(item, (*place, key))) for key, item in value.items())
         if type(value) in (list, tuple):
             return type(value)(self._copied(item, (*place, index)) for index, item in enumerate(value))
-        return value
+        return copy.deepcopy(value)  # the loss scaler of fp16 is an object that the next step changes
 
     def _host_copy(self, tensor: torch.Tensor, place: tuple) -> torch.Tensor:
         buffer = self._buffers.get(place)
@@ -79,7 +86,7 @@ class BackgroundWriter:
     def __init__(self, folder: Path, files: dict[str, object], prepare: Callable[[], Files] = dict) -> None:
         self._folder, self._files, self._prepare = folder, files, prepare
         self.written: Files = {}
-        self.fault = ""
+        self.fault = "the writer ended before it was done"
         self._thread = threading.Thread(target=self._run, name="checkpoint writer", daemon=True)
         self._thread.start()
 
@@ -92,15 +99,28 @@ class BackgroundWriter:
 
     def _run(self) -> None:
         try:
-            self.written |= self._prepare()
+            self.written |= _patiently(self._prepare)
             for name, content in self._files.items():
-                self.written[name] = write_hashed(self._folder / name, content)
+                self.written[name] = _patiently(lambda: write_hashed(self._folder / name, content))  # noqa: B023
+                refuse_foreign_classes(self._folder / name)  # here, and not when a resume needs it
+            self.fault = ""
         except OSError as error:
             self.fault = told(error)
-        except RuntimeError as error:  # torch wraps what its zip writer could not write
-            self.fault = f"{self._folder}: {' '.join(str(error).split())[:200]}"
+        except Exception as error:  # whatever it is: a part that is missing must not be taken for a checkpoint
+            self.fault = f"{self._folder}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         finally:
             self._files = {}
+
+
+def _patiently(write: Callable):
+    """A file system that stumbles is given time; one that is full is not."""
+    for pause_s in (1.0, 5.0, None):
+        try:
+            return write()
+        except OSError as error:
+            if pause_s is None or error.errno not in _PASSING:
+                raise
+        time.sleep(pause_s)
 
 
 def told(error: OSError) -> str:

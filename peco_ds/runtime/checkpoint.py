@@ -32,17 +32,20 @@ from peco_ds.runtime.checkpoint_files import (
     commit,
     list_checkpoints,
     newest_whole,
+    rank_name,
     read_progress,
     remove_leftovers,
     retain,
     set_aside_after,
     tag_of,
+    wait_for_removals,
 )
 from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
 from peco_ds.runtime.consolidate import ema_name
 from peco_ds.runtime.distributed import World, seed_all
 from peco_ds.runtime.elastic import load_elastic
 from peco_ds.runtime.ema import WeightEma
+from peco_ds.runtime.run_folder import check_same_run
 from peco_ds.runtime.time_limit import TimeLimit
 from peco_ds.schema import sha256_of_file, write_json
 
@@ -99,7 +102,7 @@ class Saver:
         self._writer: BackgroundWriter | None = None
         self._writing: Progress | None = None
         self._begun = self._stepped = time.monotonic()
-        self._save_s = self._step_s = 0.0
+        self._save_s = self._longest_s = 0.0
         self._limit = TimeLimit(os.environ)
 
     def close_step(self, done: int) -> bool:
@@ -109,8 +112,8 @@ class Saver:
         Raises: UserError if a checkpoint could not be written; the older ones stand.
         """
         world, now = self._world, time.monotonic()
-        self._step_s, self._stepped = now - self._stepped, now
-        if world.is_main and self._limit.is_near(LEAST_MARGIN_S + 2 * (self._save_s + self._step_s)):
+        self._longest_s, self._stepped = max(self._longest_s, now - self._stepped), now  # an evaluation lies between two steps, too
+        if world.is_main and self._limit.is_near(LEAST_MARGIN_S + 2 * self._save_s + self._longest_s):
             world.stop_seen = True
         late = self._settings.every_minutes > 0 and now - self._begun > 60 * self._settings.every_minutes
         agreed = world.agree_on(busy=self._writer is not None and self._writer.busy, due=world.is_main and late)
@@ -128,6 +131,7 @@ class Saver:
             with self._parts["meter"].paused("save"):
                 self._writer.wait()
             self._commit()
+        wait_for_removals()
         self._world.barrier()  # what rank 0 renamed is there for all
 
     def _begin(self, done: int) -> None:
@@ -220,8 +224,9 @@ def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World
             raise UserError(f"{run_folder}: {existing} checkpoints, none of them whole; set checkpoint.resume=never to start from scratch, or a new --out")
         set_aside_after(run_folder, 0, world)
         return Restored(start)
-    refuse_foreign_classes(folder)
+    world.agree(_foreign(folder, world))
     saved = read_progress(folder)
+    check_same_run(folder, run_folder)
     saved.cursor.check(fingerprint, seed)
     set_aside_after(run_folder, saved.step, world)
     progress = Progress(saved.step, saved.cursor, world.size, zero_stage)
@@ -245,13 +250,17 @@ def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World
     return Restored(progress, states, {name: [state] for name, state in read(0)["shared"].items()})
 
 
+def _foreign(folder: Path, world: World) -> str:
+    try:
+        refuse_foreign_classes(folder, world.rank, world.size)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def continues(settings: CheckpointSettings) -> bool:
     """Whether a start continues what the run folder holds. A job that Slurm started again does, whatever its first start was told."""
     return settings.resume == "auto" or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-
-
-def rank_name(rank: int) -> str:
-    return f"rank_{rank:05d}.pt"
 
 
 def _random_states(device: torch.device) -> dict:

@@ -27,6 +27,8 @@ PROGRESS = "progress.json"
 RECORDS = (SETTINGS, PROVENANCE)  # of the run folder; a checkpoint that is moved elsewhere still tells what it is
 UNIVERSAL = "universal"  # checkpoints/universal/step_N: the same in DeepSpeed's universal format, made when the ranks or the ZeRO stage change
 
+_removals: list[threading.Thread] = []
+
 Files = dict[str, list]  # name within the folder -> [bytes, sha256]
 
 
@@ -93,12 +95,29 @@ def verify(folder: Path, world: World | None = None) -> str:
                 fault = f"{name} has changed since it was written"
             if fault:
                 break
-        if not fault and (PROGRESS not in files or not any(name.endswith("model_states.pt") for name in files)):
-            fault = f"{MANIFEST} does not list {PROGRESS} or any weights"
+        fault = fault or _missing_part(folder, files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fault = f"{MANIFEST} is not readable ({error})"
     faults = world.gather_objects(fault) if world else [fault]
     return next(filter(None, faults), "")
+
+
+def _missing_part(folder: Path, files: Files) -> str:
+    """What a checkpoint of so many ranks has to have, and this one's manifest does not list."""
+    if PROGRESS not in files:
+        return f"{MANIFEST} does not list {PROGRESS}"
+    progress = json.loads((folder / PROGRESS).read_text())
+    optimizer_parts = sum(name.endswith("_optim_states.pt") for name in files)
+    if not any(name.endswith("_model_states.pt") for name in files):
+        return f"{MANIFEST} lists no weights"
+    if progress["zero_stage"] and optimizer_parts != progress["world_size"]:
+        return f"{MANIFEST} lists {optimizer_parts} parts of the optimiser, {progress['world_size']} ranks wrote it"
+    return next((f"{MANIFEST} does not list {rank_name(rank)}" for rank in range(progress["world_size"]) if rank_name(rank) not in files), "")
+
+
+def rank_name(rank: int) -> str:
+    """What is a rank's own beside DeepSpeed's files: random states, counters."""
+    return f"rank_{rank:05d}.pt"
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
@@ -162,7 +181,16 @@ def _remove(folder: Path) -> None:
     # remove gigabytes; nobody waits for that.
     doomed = folder.with_name(f".old-{folder.name}-{os.getpid()}-{time.monotonic_ns()}")
     os.rename(folder, doomed)
-    threading.Thread(target=shutil.rmtree, args=(doomed,), kwargs={"ignore_errors": True}, name="remove checkpoint").start()
+    thread = threading.Thread(target=shutil.rmtree, args=(doomed,), kwargs={"ignore_errors": True}, name="remove checkpoint", daemon=True)
+    _removals.append(thread)
+    thread.start()
+
+
+def wait_for_removals(within_s: float = 60.0) -> None:
+    """Before a run ends; what is not removed by then goes at its next start."""
+    deadline = time.monotonic() + within_s
+    while _removals:
+        _removals.pop().join(max(0.0, deadline - time.monotonic()))
 
 
 def write_text(path: Path, text: str) -> None:

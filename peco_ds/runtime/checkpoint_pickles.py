@@ -16,12 +16,15 @@ _CLASSES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]  # s
 _NAMES = frozenset(f"{kind.__module__}.{kind.__name__}" for kind in _CLASSES)
 
 
-def refuse_foreign_classes(folder: Path) -> None:
+def refuse_foreign_classes(path: Path, rank: int = 0, world_size: int = 1) -> None:
     """To be called before DeepSpeed reads a checkpoint: its own loading runs whatever a pickle says.
 
+    Args:
+        path: a file, or a folder with all that is in it, of which this rank looks at its share.
     Raises: UserError naming the first file that holds another class.
     """
-    for file in sorted(folder.rglob("*.pt")):
+    files = sorted(path.rglob("*.pt")) if path.is_dir() else [path]
+    for file in files[rank::world_size]:
         foreign = foreign_classes(file, _NAMES)
         if foreign:
             raise UserError(f"{file}: its pickle names {foreign[0]}, which no checkpoint of a run holds; it was not read, give another checkpoint")

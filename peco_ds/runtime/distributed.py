@@ -112,7 +112,11 @@ class World:
         Args:
             busy: this rank still writes its part of a checkpoint.  due: rank 0's clock says that one is due.
         """
-        flags = self.all_reduce(torch.tensor([float(self.stop_seen), float(busy), float(due)], device=self.device))
+        flags = torch.zeros(3, device=self.device)
+        for place, flag in enumerate((self.stop_seen, busy, due)):
+            if flag:
+                flags[place].fill_(1.0)  # a tensor made from host values would wait for the device
+        self.all_reduce(flags)
         if self.device.type == "cuda":
             asked, self._asked = self._asked, (torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True), torch.cuda.Event())
             self._asked[1].record()

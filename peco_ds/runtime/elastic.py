@@ -108,6 +108,9 @@ def _convert(folder: Path, universal: Path) -> None:
     _serve_every_stage(folder, temporary)
     if has_ema(folder):
         save_file({name: tensor.contiguous() for name, tensor in fp32_weights(folder, average=True).items()}, temporary / AVERAGE)
+    for path in filter(Path.is_file, temporary.rglob("*")):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
     write_json(temporary / COMPLETE, {"manifest_sha256": source})
     os.rename(temporary, universal)
 

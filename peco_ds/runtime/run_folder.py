@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import yaml
 
 from peco_ds.config import NOT_YAML, Resolved, read_yaml
+from peco_ds.data.whole_files import alone
 from peco_ds.errors import UserError
 from peco_ds.runtime.distributed import World
 from peco_ds.schema import read_json, write_json
+
+logger = logging.getLogger("peco_ds")
+
+LOCK_PATIENCE_S = 180
+_held: dict[Path, ExitStack] = {}  # locks of this process
 
 SETTINGS = "settings.yaml"
 DEEPSPEED = "deepspeed.json"
@@ -49,6 +58,7 @@ def open_run_folder(folder: Path, stage: str, resolved: Resolved, ds_config: dic
 
 def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict, provenance: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    _hold(folder)
     settings = json.loads(json.dumps(resolved.as_dict()["recipe"]))  # tuples as lists, as YAML reads them back
     begun = any((folder / "checkpoints").glob("step_*"))  # a start that failed before its first checkpoint binds nobody
     if begun and resolved.recipe.checkpoint.resume == "auto":
@@ -61,6 +71,34 @@ def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict, proven
     with open(folder / "commands.txt", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
     write_json(folder / PROVENANCE, {"commit": commit(), **provenance, "versions": versions()})
+
+
+def _hold(folder: Path) -> None:
+    """Keep other starts out of the folder for as long as this process lives: two would remove each other's half-written checkpoints.
+
+    A lock outlives its process for a while where a node was lost and the server has yet to notice; hence the patience.
+    """
+    if folder.resolve() in _held:
+        return
+    for attempt in range(LOCK_PATIENCE_S):
+        stack = ExitStack()
+        if stack.enter_context(alone(folder / ".lock", wait=False)):
+            _held[folder.resolve()] = stack
+            return
+        stack.close()
+        if not attempt:
+            logger.warning("%s: another start is at work in it; waiting for it to end", folder)
+        time.sleep(1.0)
+    raise UserError(f"{folder}: another start is at work in it; end that one, or choose another --out")
+
+
+def check_same_run(checkpoint: Path, run_folder: Path) -> None:
+    """A checkpoint keeps the settings it was trained with; those of a run that was started over and interrupted before its first save are another's.
+
+    Raises: UserError if they are not this run's.
+    """
+    now = read_settings(run_folder)
+    _refuse_another_run(checkpoint, now["stage"], now["recipe"], read_provenance(run_folder))
 
 
 def _refuse_another_run(folder: Path, stage: str, settings: dict, provenance: dict) -> None:

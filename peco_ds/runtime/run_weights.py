@@ -87,13 +87,13 @@ def _facts(recipe: PretrainRecipe | FinetuneRecipe, progress: Progress, provenan
         facts["objective"] = f"{recipe.objective.name}, {recipe.objective.num_codes} codes, {recipe.mask.count} of {recipe.model.grid**2} patches hidden ({recipe.mask.kind})"
         facts["tokenizer"] = f"fingerprint `{provenance.get('tokenizer_fingerprint', '?')}`"
         facts["tokenizer's judge"] = tokenizer.get("judge", "not recorded")
-        measured, names = [row for row in read_metrics(run_folder) if row["step"] <= progress.step], ("loss", "accuracy")
+        measured, names = [row for row in read_metrics(run_folder) if row["step"] <= progress.step and row.get("loss") is not None], ("loss", "accuracy")
     else:
         facts["started from"] = provenance.get("init", "scratch")
         facts["weights"] = f"moving average, decay {recipe.ema.decay}" if averaged else "raw, no moving average"
         prefix = "ema_" if averaged else ""
         measured, names = [row for row in read_evaluation(run_folder) if row["step"] == progress.step], (f"{prefix}top1", f"{prefix}top5")
-    facts |= {name.replace("ema_", ""): f"{measured[-1][name]:.4f}" for name in names if measured and name in measured[-1]}
+    facts |= {name.replace("ema_", ""): f"{measured[-1][name]:.4f}" for name in names if measured and isinstance(measured[-1].get(name), (int, float))}
     facts |= {f"{name} of what it started from": text for name, text in provenance.get("init_facts", {}).items() if name in ("recipe", "tokenizer", "tokenizer's judge", "images seen")}
     facts["code"] = f"peco_ds, commit `{provenance.get('commit', '?')}`"
     return facts

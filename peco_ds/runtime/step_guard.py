@@ -1,7 +1,7 @@
 """Optimiser steps that must not be taken: a loss or gradient that is not finite, a gradient spike.
 
-All ranks agree before a weight moves, and at no collective of its own: a loss that is not finite makes its gradient NaN, the gradient's norm is
-summed over all ranks by DeepSpeed, and every rank judges by that norm. DeepSpeed drops a step with a norm that is not finite itself, except in
+All ranks agree before a weight moves, and at no collective of its own: a loss that is not finite makes its gradient NaN, and every rank judges by the
+norm of the gradient summed over all of them. DeepSpeed reads that norm back every step as it is, so looking at it makes no rank wait for its device anew. DeepSpeed drops a step with a norm that is not finite itself, except in
 fp32 without ZeRO; spikes it takes. Both are refused here, at the one place that every ZeRO stage goes through: the step of the wrapped optimiser.
 """
 
@@ -105,13 +105,14 @@ class StepGuard:
         self.total_skipped += 1
         self._skipped = [step for step in self._skipped if step > done - WINDOW] + [done]
         reason = "; ".join(f"rank {rank}: loss {bad[0][0]}, samples {', '.join(key for _, keys in bad for key in keys)}" for rank, bad in enumerate(ranks) if bad)
+        spike = not reason and norm is not None and math.isfinite(norm)
         if not reason:
-            spike = norm is not None and math.isfinite(norm)
             reason = f"gradient norm {norm:.4g}, {norm / statistics.median(self._norms):.0f} times the median of the last {len(self._norms)}" if spike else "gradient not finite, losses finite"
         if len(self._skipped) > self._run.max_skipped_steps:
+            remedy = "raise run.spike_factor (0: take them)" if spike else "run.precision=fp32, or look at these samples"
             raise UserError(
                 f"step {done}: {reason}; {len(self._skipped)} of the last {min(done, WINDOW)} steps were skipped, run.max_skipped_steps {self._run.max_skipped_steps}; "
-                "the last checkpoint is untouched: continue it with a lower optim.lr or in run.precision=fp32, or look at these samples"
+                f"the last checkpoint is untouched: continue it with a lower optim.lr, or {remedy}"
             )
         if self._world.is_main:
             logger.warning("step %d is skipped on all ranks (%s)", done, reason)
