@@ -207,7 +207,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_one_alone_refused(runs, tmp_pat
     next(older.glob("*optim_states.pt")).unlink()
     assert newest_whole(tmp_path / "run") is None
     (newest / "manifest.json").unlink()
-    assert list_checkpoints(tmp_path / "run") == [older], "a folder without a manifest is no checkpoint"
+    assert "manifest.json" in verify(newest), "one without a manifest is named, not overlooked"
 
 
 def test_fp16_on_a_cpu_is_refused_in_one_line(small_sets, tmp_path):
