@@ -16,9 +16,10 @@ import torch
 from peco_ds.config import PretrainRecipe, data_path, load_recipe
 from peco_ds.data import patient_reads
 from peco_ds.data.indexed_tar import IndexedTar
-from peco_ds.data.loaders import MAX_WORKER_DEATHS, WORKER_STRETCH, BadPictures, Pictures, RawBatch, crop_batches, held_out_pictures, load_raw, masked_batches, training_order
+from peco_ds.data.loaders import BadPictures, Pictures, crop_batches, held_out_pictures, masked_batches, training_order
 from peco_ds.data.order import rank_positions
 from peco_ds.data.token_shards import TokenSet
+from peco_ds.data.workers import MAX_WORKER_DEATHS, WORKER_STRETCH, RawBatch, load_raw
 from peco_ds.errors import UserError
 from peco_ds.models.peco_tokenizer import load_tokenizer
 

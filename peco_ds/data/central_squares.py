@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from peco_ds.data.labelled import CropMaker, rank_samples
-from peco_ds.data.loaders import Pictures, load_raw
+from peco_ds.data.loaders import Pictures
+from peco_ds.data.workers import load_raw
 from peco_ds.data.views import center_view, cut
 
 

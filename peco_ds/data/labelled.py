@@ -13,9 +13,10 @@ import torch
 from peco_ds.config import AugmentSettings, DataSettings
 from peco_ds.data.augment import BatchMix, CenterCrop, TrainCrop, drawn_from
 from peco_ds.data.decode import DecodeError
-from peco_ds.data.loaders import BadPictures, Pictures, RawBatch, load_raw
+from peco_ds.data.loaders import BadPictures, Pictures
 from peco_ds.data.order import AUGMENT, SampleOrder
 from peco_ds.data.views import normalize
+from peco_ds.data.workers import RawBatch, load_raw
 from peco_ds.errors import UserError
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from peco_ds.config import CheckpointSettings
 from peco_ds.data.order import Cursor
+from peco_ds.data.whole_files import flush_folder
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS
 from peco_ds.schema import sha256_of_file, write_json
@@ -66,11 +67,11 @@ def commit(temporary: Path, final: Path, files: Files) -> None:
         files: everything in it, already on disk (fsync); what is not listed is not part of the checkpoint.
     """
     write_json(temporary / MANIFEST, {"files": dict(sorted(files.items()))})
-    fsync_folder(temporary)
+    flush_folder(temporary)
     if final.is_dir():  # the same step saved again after a resume from an older checkpoint
         _remove(final)
     os.rename(temporary, final)
-    fsync_folder(final.parent)
+    flush_folder(final.parent)
     write_text(final.parent / LATEST, final.name)
 
 
@@ -200,11 +201,3 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

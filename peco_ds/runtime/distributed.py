@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 
-from peco_ds.data.loaders import STOP_SIGNALS
+from peco_ds.data.workers import STOP_SIGNALS
 from peco_ds.errors import UserError
 
 logger = logging.getLogger("peco_ds")

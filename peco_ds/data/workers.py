@@ -1,0 +1,211 @@
+"""Batches made in worker processes, in a given order; a worker that dies is replaced, and no batch is lost or changes."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from peco_ds.errors import UserError
+
+logger = logging.getLogger("peco_ds")
+
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # answered by saving and leaving with exit code 75
+
+
+@dataclass
+class RawBatch:
+    """A batch as it leaves a worker."""
+
+    cuts: dict[int, torch.Tensor] = field(default_factory=dict)  # size px -> uint8 [B, 3, size, size]
+    rows: torch.Tensor | None = None  # float32 [B, len(VIEW_COLUMNS)]
+    masked: torch.Tensor | None = None
+    codes: torch.Tensor | None = None  # int64 [B, N]
+    labels: torch.Tensor | None = None  # int64 [B]; -1: this row only fills the batch up
+    samples: torch.Tensor | None = None  # int64 [B], global sample numbers; -1 as above
+    slice_number: int = 0  # of the run: which batch of this size it is, counted over all ranks
+    keys: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    error: str = ""  # a UserError raised in the worker; raised again, in one line, in the main process
+
+    def pin_memory(self) -> "RawBatch":
+        self.cuts = {size: images.pin_memory() for size, images in self.cuts.items()}
+        for name in ("masked", "codes", "labels", "samples"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.pin_memory())
+        return self
+
+
+class _Dataset(Dataset):
+    """Positions (or samples) in, one finished batch out. `make` does the work and may raise UserError."""
+
+    def __init__(self, make: Callable[[np.ndarray], RawBatch]) -> None:
+        self._make = make
+
+    def __getitem__(self, places: np.ndarray) -> RawBatch:
+        # An exception crossing a worker's border arrives as a traceback inside a message; a field arrives as it is.
+        try:
+            return self._make(places)
+        except UserError as error:
+            return RawBatch(error=str(error))
+        except OSError as error:
+            return RawBatch(error=f"{error.filename or 'reading the data'}: {error.strerror}")
+
+
+MAX_WORKER_DEATHS = 3  # this many with fewer than WORKER_STRETCH batches from one to the next end the run
+WORKER_STRETCH = 100
+_DEATHS = {  # signal -> likely reason, remedy
+    signal.SIGKILL: ("most often the system had run out of memory", "lower data.num_workers or give the job more memory"),
+    signal.SIGBUS: ("most often shared memory, /dev/shm, is full", "lower data.num_workers or enlarge /dev/shm"),
+    signal.SIGSEGV: ("a crash inside a native decoder", "find the picture and repair it, or run with data.num_workers=0 to see more"),
+}
+
+
+def load_raw(make: Callable[[np.ndarray], RawBatch], places: Iterable[np.ndarray], num_workers: int) -> Iterator[RawBatch]:
+    """Batches made in `num_workers` processes (0: in this one), in the order of `places` (arrays, one a batch).
+
+    A worker that dies (out of memory, a crash) costs time and nothing else: all are started again from the first batch that was not handed out.
+    No global random generator of this process is drawn from. Raises: UserError that `make` raised, or when workers keep dying.
+    """
+    places = _Places(places)
+    deaths = handed_out = 0
+    while True:
+        workers = _Workers(make, places, num_workers)
+        died = None
+        try:
+            for raw in workers:
+                if raw.error:
+                    raise UserError(raw.error)
+                places.handed_out()
+                handed_out += 1
+                yield raw
+        except _WorkerDied as death:
+            died = death.exit_code, str(death)
+        finally:
+            workers.close()
+        if died is None:
+            return
+        deaths, handed_out = (1 if handed_out >= WORKER_STRETCH else deaths + 1), 0
+        reason, remedy = _DEATHS.get(-died[0], ("no reason is known", "lower data.num_workers, or look into the system's log"))
+        if deaths >= MAX_WORKER_DEATHS:
+            raise UserError(f"data.num_workers {num_workers}: {deaths} loader workers died in a row, last {died[1]}: {reason}; {remedy}")
+        logger.warning("%s: %s; workers are started again where they were, no batch is lost", died[1], reason)
+
+
+class _Places:
+    """The places of all batches, which can be iterated again from the first one that was not handed out."""
+
+    def __init__(self, places: Iterable[np.ndarray]) -> None:
+        self._rest = iter(places)
+        self._given: deque[np.ndarray] = deque()  # to workers; their batches have not come back, or not in turn
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield from list(self._given)
+        for place in self._rest:
+            self._given.append(place)
+            yield place
+
+    def handed_out(self) -> None:
+        self._given.popleft()
+
+
+class _WorkerDied(Exception):
+    def __init__(self, process) -> None:
+        self.exit_code = process.exitcode or 0
+        how = signal.Signals(-self.exit_code).name if self.exit_code < 0 else f"exit code {self.exit_code}"
+        super().__init__(f"loader worker {process.pid} ({how})")
+
+
+class _Workers:
+    """One set of worker processes at work on `places`; with num_workers 0, this process.
+
+    torch raises the death of a worker from a handler of SIGCHLD, wherever the main thread is at that moment: in a backward pass, in a save. Here it is
+    raised only where a batch is waited for.
+    """
+
+    def __init__(self, make: Callable[[np.ndarray], RawBatch], places: _Places, num_workers: int) -> None:
+        loader = DataLoader(
+            _Dataset(make),
+            sampler=places,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker if num_workers else None,
+            prefetch_factor=2 if num_workers else None,
+            generator=torch.Generator(),  # without one the loader draws from the global generator, and a resumed run would drop other paths
+        )
+        others = set(multiprocessing.active_children())
+        on_child = signal.getsignal(signal.SIGCHLD)
+        self._batches = iter(loader)
+        if _in_main_thread():
+            signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
+        self._processes = [child for child in multiprocessing.active_children() if child not in others]
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        while True:
+            try:
+                with self._woken_by_a_death():
+                    raw = next(self._batches)
+            except StopIteration:
+                return
+            except _WorkerDied:
+                raise
+            except Exception:
+                # What a batch breaks on that a dead worker left half sent has many types; the process may take a moment to be gone.
+                self._raise_if_one_died(within_s=1.0, any_exit=True)
+                raise
+            yield raw
+
+    @contextmanager
+    def _woken_by_a_death(self) -> Iterator[None]:
+        """Without the signal torch would look after its workers only every five seconds, and wait for ever for the rest of a half-sent batch."""
+        self._raise_if_one_died()
+        if not self._processes or not _in_main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGCHLD, lambda _number, _frame: self._raise_if_one_died())
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+    def _raise_if_one_died(self, within_s: float = 0.0, any_exit: bool = False) -> None:
+        """Args: any_exit: also one that ended with 0, as all do when there are no batches left."""
+        deadline = time.monotonic() + within_s
+        while self._processes:
+            for process in self._processes:
+                if process.exitcode or any_exit and process.exitcode is not None:
+                    raise _WorkerDied(process) from None
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """No process is left."""
+        self._batches = None  # torch ends the workers with their iterator
+        for process in self._processes:
+            process.join(0.1)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _start_worker(_worker: int) -> None:
+    torch.set_num_threads(1)  # workers are the parallelism; more threads would fight over the same cores
+    # Slurm signals every process of a step. The loop answers and ends its workers; one that died of the signal would end the loop.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
