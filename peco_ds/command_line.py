@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from peco_ds.config import DS_CONFIGS, Resolved, load_recipe
-from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_REQUEUE, UserError
+from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_KEYBOARD, EXIT_REQUEUE, UserError
 
 logger = logging.getLogger("peco_ds")
 
@@ -76,6 +76,9 @@ def run(main, argv: list[str] | None = None) -> None:
     """Call `main(argv)`, exit with its code; a UserError becomes one line on stderr and exit code 2, the loss of other ranks one and 76."""
     try:
         code = main(argv)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the newest checkpoint stands, start the same command again to go on\n")
+        code = EXIT_KEYBOARD
     except Exception as error:
         logger.debug("ends with", exc_info=True)  # for the rank's log; stderr has the line below
         line = _bad_input(error)
@@ -108,7 +111,7 @@ def _interruption(error: Exception) -> str:
     if reason := lost_ranks(error):
         if not sys.modules["torch.distributed"].is_initialized():
             place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-            return f"rank {env_rank()}: the ranks did not find one another at {place} ({reason}); start again, with another MASTER_PORT if it is taken"
+            return f"rank {env_rank()}: the ranks did not find one another at {place} ({reason}); start again; if another run holds the port, end that one or choose another (MASTER_PORT, deepspeed --master_port)"
         return f"rank {env_rank()}: lost the other ranks ({reason}); the newest checkpoint stands, start again to go on"
     if isinstance(error, RuntimeError) and _BROKEN_DEVICE.search(str(error)):
         words = " ".join(str(error).split())[:200]

@@ -42,7 +42,7 @@ class DataSettings:
     tokenizer: str = "tokenizer"  # tokenizer release folder (train_tokenizer.py)
     num_workers: int = 8  # loader processes a rank; the order of samples does not depend on it
     shuffle_window_shards: int = 16  # samples are permuted inside a window of so many permuted shards
-    max_bad_share: float = 1e-4  # share of unreadable pictures after which a run stops; each one is named and counted
+    max_bad_share: float = 1e-4  # share of failed readings of pictures after which a rank ends the run, beyond its first 10; each one is named and counted
     verify: Literal["size", "tokens", "all"] = "tokens"  # what is hashed at start; every record's CRC is checked when read
 
 
@@ -519,6 +519,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Everything that can be refused without files and without knowing the number of ranks."""
     _require_at_least(1, recipe, "data.shuffle_window_shards")
     _require_at_least(0, recipe, "data.num_workers data.holdout data.max_bad_share")
+    _require(recipe.data.max_bad_share <= 1, f"data.max_bad_share {recipe.data.max_bad_share}: a share, at most 1")
     if hasattr(recipe, "schedule"):
         _check_training(recipe)
     if hasattr(recipe, "views"):
@@ -534,6 +535,8 @@ def _check_training(recipe) -> None:
     _require_at_least(0, recipe, "schedule.epochs schedule.steps schedule.warmup_epochs schedule.warmup_steps schedule.min_lr checkpoint.every_epochs")
     _require_at_least(0, recipe, "optim.lr optim.eps optim.weight_decay optim.clip_norm checkpoint.keep_every_steps checkpoint.every_minutes run.seed")
     _require_at_least(0, recipe, "run.max_skipped_steps run.spike_factor run.hang_timeout_s")
+    _require(recipe.run.hang_timeout_s == 0 or recipe.run.hang_timeout_s >= 1, f"run.hang_timeout_s {recipe.run.hang_timeout_s}: seconds, at least 1, or 0 for no watchdog")
+    _require(recipe.run.max_skipped_steps < 128, f"run.max_skipped_steps {recipe.run.max_skipped_steps}: of the last 128 steps, so below 128")
     _require(recipe.run.spike_factor == 0 or recipe.run.spike_factor > 1, f"run.spike_factor {recipe.run.spike_factor}: above 1, or 0 for none")
     _require(recipe.optim.lr > 0, f"optim.lr {recipe.optim.lr}: must be positive")
     _require(all(0 <= beta < 1 for beta in recipe.optim.betas), f"optim.betas {recipe.optim.betas}: each in [0, 1)")

@@ -9,6 +9,7 @@ EXIT_FAULT = 1  # ours; a traceback says where
 EXIT_BAD_INPUT = 2
 EXIT_REQUEUE = 75  # stopped in good order, state saved: BSD's EX_TEMPFAIL, "try again later"
 EXIT_INTERRUPTED = 76  # lost the other ranks or hung, through no fault of this rank's: the newest checkpoint stands, start again to go on
+EXIT_KEYBOARD = 130  # a second Ctrl-C, or one before the first step; what shells say of SIGINT
 
 
 class UserError(ValueError):

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 import statistics
 import sys
 import time
@@ -153,8 +155,14 @@ def _state(rows: list[dict], events: list[dict], starts: list[dict], now: float)
     gaps = [after - earlier for earlier, after in zip(times, times[1:]) if after > earlier]
     usual = statistics.median(gaps) if gaps else 0.0
     patience = max(QUIET_S[1], QUIET_ROWS * usual, QUIET_LONGEST * max(gaps)) if gaps else QUIET_S[0]
-    word = "STALE, killed or hung" if quiet > patience else "running"
+    word = "killed: its process is gone" if _is_gone(starts[-1]) else "STALE, killed or hung" if quiet > patience else "running"
     return [f"{word}: last heard of {clock(quiet)} ago" + (f" (a row every {usual:.1f} s)" if gaps else "") + f"; {counted}{job}{history}"]
+
+
+def _is_gone(start: dict) -> bool:
+    """Whether this is the host of the start, and its process is no more."""
+    pid = _number(start, "pid")
+    return start.get("host") == socket.gethostname() and pid is not None and os.path.isdir("/proc/self") and not os.path.isdir(f"/proc/{pid:.0f}")
 
 
 def _ending(end: dict) -> str:

@@ -145,7 +145,7 @@ class BadPictures:
                 logger.warning("unreadable picture, the next one takes its place: %s", text)
         if bad and self.count > max(self.tolerated, self._max_share * self.read):
             raise UserError(
-                f"{self.count} of {self.read} pictures are unreadable, more than data.max_bad_share {self._max_share}; last: {bad[-1]}; repair the image set or raise the share"
+                f"{self.count} of {self.read} readings of pictures failed on this rank, more than {self.tolerated} and more than data.max_bad_share {self._max_share}; last: {bad[-1]}; repair the image set or raise the share"
             )
 
     def state(self) -> dict[str, int]:

@@ -20,7 +20,8 @@ from peco_ds.errors import UserError
 
 logger = logging.getLogger("peco_ds")
 
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # answered by saving and leaving with exit code 75
+# Answered by saving and leaving with exit code 75: Slurm's warning, the usual request to end, Ctrl-C, a terminal that was closed.
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass

@@ -123,6 +123,7 @@ class Saver:
             self._begin(done)
         if agreed.stop:
             self.finish()
+            logger.info("asked to stop: step %d is saved; start the same command again to go on", done)
         return agreed.stop
 
     def finish(self) -> None:

@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import random
+import re
 import signal
 import socket
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 
 if not torch.cuda.is_available():
@@ -31,6 +33,28 @@ logger = logging.getLogger("peco_ds")
 COLLECTIVE_TIMEOUT_H = 2
 
 
+class Launcher:
+    """The `deepspeed` or `torchrun` that started this rank. A rank whose launcher was killed has nobody left who would tell it to stop."""
+
+    def __init__(self) -> None:
+        self._chain = [psutil.Process(os.getppid())]
+        words = " ".join(self._words(self._chain[0]))
+        if "deepspeed.launcher.launch" in words:  # the second of deepspeed's two processes; the first is the one that users see and end
+            self._chain += self._chain[0].parents()[:1]
+        elif not re.search(r"torchrun|torch\.distributed\.(run|launch)", words):
+            self._chain = []  # a shell may end before what it started
+
+    def gone(self) -> bool:
+        return not all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in self._chain)
+
+    @staticmethod
+    def _words(process: psutil.Process) -> list[str]:
+        try:
+            return process.cmdline()
+        except psutil.Error:
+            return []
+
+
 class Agreed(NamedTuple):
     """What all ranks know together at the end of a step."""
 
@@ -47,6 +71,7 @@ class World:
     size: int
     device: torch.device
     stop_seen: bool = False  # by this rank; `agree_on` asks all
+    launcher: Launcher | None = None
     _asked: tuple[torch.Tensor, torch.cuda.Event] | None = None  # answers on their way to the host
 
     @property
@@ -97,12 +122,16 @@ class World:
             dist.barrier()
 
     def watch_signals(self) -> None:
-        """SIGUSR2 (Slurm's warning before the limit) and SIGTERM only set a flag; the loop ends the step and saves."""
+        """The stop signals only set a flag; the loop ends the step and saves. A second Ctrl-C is Python's own."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+            ignored = signal.getsignal(number) is signal.SIG_IGN  # nohup, or a shell's job in the background
+            if not ignored or number in (signal.SIGUSR2, signal.SIGTERM):
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number, _frame) -> None:
         self.stop_seen = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def agree_on(self, *, busy: bool = False, due: bool = False) -> Agreed:
         """The same answers on every rank, once an optimiser step. Collective.
@@ -112,6 +141,7 @@ class World:
         Args:
             busy: this rank still writes its part of a checkpoint.  due: rank 0's clock says that one is due.
         """
+        self.stop_seen = self.stop_seen or (self.launcher is not None and self.launcher.gone())
         flags = torch.zeros(3, device=self.device)
         for place, flag in enumerate((self.stop_seen, busy, due)):
             if flag:
@@ -155,7 +185,7 @@ def start_world() -> World:
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False, timeout=timedelta(hours=COLLECTIVE_TIMEOUT_H))
     # Left to the interpreter's end, gloo's threads now and then outlive what they need and abort a rank that was done.
     atexit.register(_leave)
-    world = World(rank, int(os.environ["WORLD_SIZE"]), device)
+    world = World(rank, int(os.environ["WORLD_SIZE"]), device, launcher=Launcher())
     world.watch_signals()
     return world
 

@@ -108,9 +108,11 @@ class Meter:
 
     def __exit__(self, kind, error, _traceback) -> None:
         if error is not None:
-            others = EXIT_INTERRUPTED if lost_ranks(error) else EXIT_FAULT
+            lost = lost_ranks(error)
+            others = EXIT_INTERRUPTED if lost else EXIT_FAULT
+            reason = f"lost the other ranks: {lost}" if lost else f"{kind.__name__}: {error}"
             try:
-                self.close(EXIT_BAD_INPUT if isinstance(error, UserError) else others, " ".join(f"{kind.__name__}: {error}".split())[:500])
+                self.close(EXIT_BAD_INPUT if isinstance(error, UserError) else others, " ".join(reason.split())[:500])
             except UserError as second:  # the disk that did not take a checkpoint does not take this either; what came first is what counts
                 logger.warning("%s", second)
 

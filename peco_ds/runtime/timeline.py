@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from peco_ds.errors import UserError
+from peco_ds.errors import EXIT_DONE, UserError
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
@@ -247,6 +247,7 @@ class Account:
         self._began: dict[int, float] = {}  # start -> unix time
         self._startup: dict[int, float] = {}
         self._up: dict[int, float] = {}  # start -> longest time it is known to have been up
+        self._done: set[int] = set()  # starts that reached their last step: nobody waited for the next
         self._spent = dict.fromkeys(("useful", "data_wait", "save", "evaluation"), 0.0)
         self._last_step = 0
         self._open: dict | None = None  # the last end, with the steps since its last row
@@ -261,6 +262,8 @@ class Account:
             self._is_up(number, _seconds(row, "up_s"))
         if row.get("event") == "end":
             self._open = row
+            if row.get("code") == EXIT_DONE:
+                self._done.add(number)
             for name in ("save", "evaluation"):
                 self._spent[name] += _seconds(row, f"{name}_s")
 
@@ -287,7 +290,7 @@ class Account:
         numbers = sorted(self._began)
         first = self._startup[numbers[0]] if numbers else 0.0
         later = sum(self._startup[number] for number in numbers[1:])
-        down = sum(max(0.0, self._began[after] - self._began[before] - self._up[before]) for before, after in zip(numbers, numbers[1:]))
+        down = sum(max(0.0, self._began[after] - self._began[before] - self._up[before]) for before, after in zip(numbers, numbers[1:]) if before not in self._done)
         lost = max(0.0, sum(self._up.values()) - sum(spent.values()) - first - later)
         return Goodput(*spent.values(), startup_s=first, lost_s=lost, restart_s=later + down, restarts=max(0, len(numbers) - 1))
 

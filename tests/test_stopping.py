@@ -1,0 +1,51 @@
+"""Signals where users send them: Ctrl-C to a plain process, an end of the `deepspeed` command itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from peco_ds.runtime.checkpoint_files import list_checkpoints
+from peco_ds.runtime.metrics import read_metrics
+
+DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29877"]
+
+
+def events(out: Path, kind: str) -> list[dict]:
+    path = out / "starts.jsonl"
+    return [row for row in map(json.loads, path.read_text().splitlines()) if row["event"] == kind] if path.is_file() else []
+
+
+def wait_until(condition, what: str) -> None:
+    for _ in range(1200):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError(what)
+
+
+@pytest.mark.parametrize(("launcher", "number", "code"), (([sys.executable], signal.SIGINT, 75), ([sys.executable], signal.SIGHUP, 75), (DEEPSPEED, signal.SIGTERM, None), (DEEPSPEED, signal.SIGKILL, None)))
+def test_a_run_saves_and_ends_in_good_order(small_sets, tmp_path, launcher, number, code):
+    out = tmp_path / "run"
+    command = [*launcher, "peco_ds/pretrain.py", "--recipe", "peco_vitb16", "--deepspeed_config", "ds_configs/zero1.json", "--out", out, *small_sets.overrides, "schedule.steps=100000"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    with open(tmp_path / "log", "wb") as log:
+        # of its own session: the signal is for the one process that a user knows the number of
+        process = subprocess.Popen([*map(str, command)], cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_until(lambda: len(read_metrics(out)) > 3, "no step was trained")
+            process.send_signal(number)
+            wait_until(lambda: events(out, "end"), "the ranks trained on")
+            ended = process.wait(timeout=60)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+    end = events(out, "end")[-1]
+    assert end["code"] == 75 and list_checkpoints(out)[0].name == f"step_{end['step']:08d}"
+    assert code is None or ended == code
+    assert "start the same command again to go on" in (tmp_path / "log").read_text()
