@@ -123,7 +123,7 @@ def test_every_epoch_shows_another_view_until_all_were_seen(small_sets):
 def test_unreadable_pictures_are_named_and_too_many_stop_the_run(caplog):
     bad = BadPictures(max_share=0.01)
     bad.add(1000, ["a: truncated"] * 10)
-    with pytest.raises(UserError, match="12 of 1100 pictures are unreadable"):
+    with pytest.raises(UserError, match="12 of 1100 readings of pictures failed"):
         bad.add(100, ["b: truncated"] * 2)
     assert bad.count == 12
 
@@ -143,7 +143,7 @@ def test_the_first_few_unreadable_pictures_are_not_granted_anew_by_a_restart():
     after.load_state([before.state()])
     assert (after.count, after.read) == (10, 500)
     after.add(100, [])
-    with pytest.raises(UserError, match="11 of 700 pictures are unreadable"):
+    with pytest.raises(UserError, match="11 of 700 readings of pictures failed"):
         after.add(100, ["b: truncated"])
 
 
@@ -319,7 +319,7 @@ def test_a_shard_replaced_by_another_of_its_size_gives_no_picture_of_the_other(s
             shard.write_bytes(data)
 
     recipe, _, tokens = open_sets(small_sets, "data.max_bad_share=0.02")
-    with pytest.raises(UserError, match="CRC-32 differs|pictures are unreadable|none of 96 pictures"):
+    with pytest.raises(UserError, match="CRC-32 differs|readings of pictures failed|none of 96 pictures"):
         for batch in batches_of(recipe, Pictures(own_images), tokens, last_step=24):
             taken.append(batch.keys)
             if len(taken) == 2:
