@@ -11,6 +11,7 @@ import hashlib
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,7 +65,8 @@ class HostCopies(CheckpointEngine):
         if isinstance(value, torch.Tensor):
             return self._host_copy(value.detach(), place)
         if isinstance(value, dict):
-            return type(value)((key, self._copied(item, (*place, key))) for key, item in value.items())
+            kind = OrderedDict if isinstance(value, OrderedDict) else dict
+            return kind((key, self._copied(item, (*place, key))) for key, item in value.items())
         if type(value) in (list, tuple):
             return type(value)(self._copied(item, (*place, index)) for index, item in enumerate(value))
         return copy.deepcopy(value)  # the loss scaler of fp16 is an object that the next step changes
