@@ -55,7 +55,7 @@ def make_run(folder: Path, recipe_name: str) -> None:
 
     from peco_ds.config import PretrainRecipe, load_recipe
     from peco_ds.models.mim import MaskedImageModel
-    from peco_ds.runtime.checkpoint_files import MANIFEST, PROGRESS, tag_of
+    from peco_ds.runtime.checkpoint_files import MANIFEST, PROGRESS, rank_name, tag_of
     from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS
     from peco_ds.schema import sha256_of_file, write_json
 
@@ -75,6 +75,7 @@ def make_run(folder: Path, recipe_name: str) -> None:
         moments = {number: {"step": torch.tensor(float(STEP)), "exp_avg": torch.randn_like(part), "exp_avg_sq": torch.rand_like(part)} for number, part in enumerate(flat)}
         state = {"zero_stage": 3, "partition_count": RANKS, "fp32_flat_groups": flat, "optimizer_state_dict": {"state": moments, "param_groups": []}}
         torch.save({"optimizer_state_dict": state}, checkpoint / f"{name}_optim_states.pt")
+        torch.save({}, checkpoint / rank_name(rank))
     cursor = {"fingerprint": "0" * 64, "seed": 0, "samples": STEP * recipe.run.global_batch}
     write_json(checkpoint / PROGRESS, {"step": STEP, "cursor": cursor, "world_size": RANKS, "zero_stage": 3})
     for place in (folder, checkpoint):

@@ -986,7 +986,7 @@ def finished_run(tmp_path_factory) -> Path:
         checkpoint = folder / "checkpoints" / f"step_{step:08d}"
         checkpoint.mkdir(parents=True)
         torch.save({"module": {name: tensor + step for name, tensor in tensors.items()}}, checkpoint / "mp_rank_00_model_states.pt")
-        torch.save({"python": [3, list(range(5)), None], "step": step}, checkpoint / "random_rank_00000.pt")
+        torch.save({"python": [3, list(range(5)), None], "step": step}, checkpoint / "rank_00000.pt")
         cursor = {"fingerprint": "f" * 64, "seed": 0, "samples": 8 * step}
         write_json(checkpoint / "progress.json", {"step": step, "cursor": cursor, "world_size": 1, "zero_stage": 0})
         for name in ("settings.yaml", "provenance.json"):
@@ -1016,7 +1016,7 @@ FILE_DAMAGE = {
 
 
 @pytest.mark.parametrize("how", FILE_DAMAGE)
-@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "random_rank_00000.pt", "progress.json", "settings.yaml", "provenance.json"])
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "rank_00000.pt", "progress.json", "settings.yaml", "provenance.json"])
 def test_a_checkpoint_with_a_damaged_file_is_passed_over_and_an_only_one_refused(run_folder, caplog, name, how):
     older, newest = (run_folder / "checkpoints" / f"step_{step:08d}" for step in STEPS)
     FILE_DAMAGE[how](newest / name)
