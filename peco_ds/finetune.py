@@ -90,14 +90,15 @@ def train(args, resolved) -> int:
     TrainCrop(cfg.augment, cfg.model.image_px)  # a misspelt augment.auto_augment shows here
     durations = resolve_durations(cfg, pictures.num_samples)
     fingerprint = pictures.manifest.fingerprint()
-    world = start_world()
-    # One rank's view of a shared file system may lag behind another's; all have to start from the same.
-    resumed = continues(cfg.checkpoint) and any(world.gather_objects(bool(list_checkpoints(args.out))))
+    resumed = continues(cfg.checkpoint) and bool(list_checkpoints(args.out))
     weights = read_weights(cfg.init.weights, average=cfg.init.average, statistics=cfg.init.statistics, read_run=read_run) if cfg.init.weights and not resumed else None
     seed_all(run.seed)  # initial weights follow from the seed alone
     model = build_classifier(cfg.model, cfg.classifier, len(classes), checkpoint_blocks=run.activation_checkpointing == "full")
     fresh = start_classifier(model, weights, cfg.model, classes=classes, head=cfg.init.head) if weights else []
 
+    world = start_world()
+    first_sees = world.gather_objects(resumed)[0]  # one rank's view of a shared file system may lag behind another's
+    world.agree("" if resumed == first_sees else f"{args.out}: rank {world.rank} does not see the checkpoints that rank 0 sees; start again in a minute")
     ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
     provenance = {"images_fingerprint": fingerprint, "num_samples": pictures.num_samples, "classes": list(classes)}
     origin = origin_of(args.out) if resumed else origin_from(weights, fresh)
