@@ -177,6 +177,7 @@ def finished_run(folder: Path) -> None:
     checkpoint.mkdir(parents=True)
     tensors = sample("classifier", SMALL).tensors | {"head.weight": torch.ones(2, 24), "head.bias": torch.zeros(2)}
     torch.save({"module": tensors}, checkpoint / "mp_rank_00_model_states.pt")
+    torch.save({}, checkpoint / "rank_00000.pt")
     write_json(checkpoint / "progress.json", {"step": 3, "cursor": {"fingerprint": "f" * 64, "seed": 0, "samples": 24}, "world_size": 1, "zero_stage": 0})
     for name in ("settings.yaml", "provenance.json"):
         shutil.copy(folder / name, checkpoint / name)
