@@ -21,7 +21,6 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from peco_ds.runtime.checkpoint_files import Files
 from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
 
-
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY}
 
 

@@ -92,10 +92,9 @@ class Saver:
         self._engine, self._progress, self._world, self._ema = engine, restored.progress, world, ema
         self._settings, self._durations, self._global_batch = settings, durations, global_batch
         self._parts, self._shared = parts, shared
-        for part, states in ((parts[name], restored.states.get(name, [])) for name in parts):
-            part.load_state(states)
-        for part, states in ((shared[name], restored.shared.get(name, [])) for name in shared):
-            part.load_state(states)
+        for of_run, states in ((parts, restored.states), (shared, restored.shared)):
+            for name, part in of_run.items():
+                part.load_state(states.get(name, []))
         self._copies = engine.checkpoint_engine = HostCopies()
         # DeepSpeed copies its zero_to_fp32.py beside the files; on a full disk that would fail on one rank while the others wait for it.
         engine._copy_recovery_script = lambda _folder: None
@@ -129,8 +128,6 @@ class Saver:
     def finish(self) -> None:
         """Wait until the checkpoint in hand is on disk. Collective."""
         if self._writer is not None:
-            with self._parts["meter"].paused("save"):
-                self._writer.wait()
             self._commit()
         wait_for_removals()
         self._world.barrier()  # what rank 0 renamed is there for all
@@ -138,7 +135,7 @@ class Saver:
     def _begin(self, done: int) -> None:
         """Copy this rank's part, and leave the writing to a thread."""
         if self._writer is not None:  # saves are asked for faster than the disk takes them
-            self.finish()
+            self._commit()
         with self._parts["meter"].paused("save"):
             self._begun = time.monotonic()
             progress = self._progress.at(done, self._global_batch)
@@ -173,7 +170,7 @@ class Saver:
         return {name: [(temporary / name).stat().st_size, sha256_of_file(temporary / name)] for name in names}
 
     def _commit(self) -> None:
-        """All ranks have written, or failed to: make it a checkpoint, or leave no trace of it. Collective."""
+        """Once all ranks have written, or failed to: make it a checkpoint, or leave no trace of it. Collective."""
         with self._parts["meter"].paused("save"):
             writer, progress = self._writer, self._writing
             self._writer = self._writing = None
@@ -247,8 +244,9 @@ def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World
         seed_all(seed + 1 + world.rank + 1_000_003 * saved.step)
     written_by = "" if saved == progress else f", written by {saved.world_size} ranks under ZeRO-{saved.zero_stage}, with {world.size} under ZeRO-{zero_stage}"
     logger.info("continuing %s at step %d, %d samples%s", folder, saved.step, saved.cursor.samples, written_by)
-    states = {name: [state["parts"][name] for state in mine] for name in read(0)["parts"]}
-    return Restored(progress, states, {name: [state] for name, state in read(0)["shared"].items()})
+    first = read(0)
+    states = {name: [state["parts"][name] for state in mine] for name in first["parts"]}
+    return Restored(progress, states, {name: [state] for name, state in first["shared"].items()})
 
 
 def _foreign(folder: Path, world: World) -> str:

@@ -27,7 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from peco_ds.errors import UserError
-from peco_ds.runtime.checkpoint_files import UNIVERSAL, Progress
+from peco_ds.runtime.background_writer import told
+from peco_ds.runtime.checkpoint_files import MANIFEST, UNIVERSAL, Progress
 from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
 from peco_ds.runtime.consolidate import fp32_weights, has_ema
 from peco_ds.runtime.distributed import World
@@ -66,7 +67,7 @@ def load_elastic(engine, folder: Path, saved: Progress, world: World, ema: Weigh
         except UserError as error:
             fault = str(error)
         except OSError as error:
-            fault = f"{error.filename or universal}: {error.strerror}; the universal copy of {folder.name} cannot be written there"
+            fault = f"{told(error)}; the universal copy of {folder.name} cannot be written there"
     world.agree(fault)
 
     own = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
@@ -83,7 +84,7 @@ def load_elastic(engine, folder: Path, saved: Progress, world: World, ema: Weigh
 
 def _convert(folder: Path, universal: Path) -> None:
     """Make the universal copy, whole or not at all. Memory: one rank's part of the source for each worker, plus the average."""
-    source = sha256_of_file(folder / "manifest.json")
+    source = sha256_of_file(folder / MANIFEST)
     if (universal / COMPLETE).is_file() and source in (universal / COMPLETE).read_text():
         return
     logger.info("converting %s to DeepSpeed's universal format, once", folder.name)

@@ -1,8 +1,9 @@
 """Optimiser steps that must not be taken: a loss or gradient that is not finite, a gradient spike.
 
 All ranks agree before a weight moves, and at no collective of its own: a loss that is not finite makes its gradient NaN, and every rank judges by the
-norm of the gradient summed over all of them. DeepSpeed reads that norm back every step as it is, so looking at it makes no rank wait for its device anew. DeepSpeed drops a step with a norm that is not finite itself, except in
-fp32 without ZeRO; spikes it takes. Both are refused here, at the one place that every ZeRO stage goes through: the step of the wrapped optimiser.
+norm of the gradient summed over all of them. DeepSpeed reads that norm back every step as it is, so looking at it makes no rank wait for its device
+anew. It drops a step with a norm that is not finite itself, except in fp32 without ZeRO; spikes it takes. Both are refused here, at the one place that
+every ZeRO stage goes through: the step of the wrapped optimiser.
 """
 
 from __future__ import annotations
