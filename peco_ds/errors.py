@@ -12,5 +12,16 @@ EXIT_INTERRUPTED = 76  # lost the other ranks or hung, through no fault of this 
 EXIT_KEYBOARD = 130  # a second Ctrl-C, or one before the first step; what shells say of SIGINT
 
 
+LONGEST_LINE = 1500  # characters
+
+
 class UserError(ValueError):
-    """Bad input, in one line: the value, the reason, the remedy."""
+    """Bad input, in one line: the value, the reason, the remedy.
+
+    A value from a damaged file can be of any length: a line of more than `LONGEST_LINE` characters keeps its two ends, where the
+    place and the remedy stand.
+    """
+
+    def __init__(self, line: str) -> None:
+        half = LONGEST_LINE // 2
+        super().__init__(line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}")
