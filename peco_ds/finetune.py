@@ -71,17 +71,16 @@ def train(args, resolved) -> int:
     from peco_ds.models.classifier import build_classifier
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives.soft_labels import soft_label_cross_entropy
-    from peco_ds.runtime.checkpoint import Saver, continues, restore
+    from peco_ds.runtime.around_steps import around_steps
+    from peco_ds.runtime.checkpoint import continues, restore
     from peco_ds.runtime.checkpoint_files import list_checkpoints
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.ema import WeightEma
     from peco_ds.runtime.engine import set_rate, start_engine
-    from peco_ds.runtime.metrics import Meter
     from peco_ds.runtime.optim import layer_scales
     from peco_ds.runtime.rank_log import log_to, stacks_path
     from peco_ds.runtime.run_folder import open_run_folder
     from peco_ds.runtime.run_weights import read_run
-    from peco_ds.runtime.step_guard import StepGuard
     from peco_ds.runtime.watchdog import LONG_S, Watchdog
 
     cfg, run = resolved.recipe, resolved.recipe.run
@@ -168,19 +167,8 @@ def train(args, resolved) -> int:
         meter.evaluation(step, quality)
         return quality
 
-    guard = StepGuard(engine, run, world)
-    meter = Meter(args.out, world, first_step=first_step, durations=durations, run=run, num_samples=pictures.num_samples, counters={"bad_pictures": lambda: bad.count})
-    saver = Saver(
-        args.out,
-        engine,
-        restored,
-        settings=cfg.checkpoint,
-        durations=durations,
-        global_batch=run.global_batch,
-        world=world,
-        parts={"meter": meter, "bad_pictures": bad},
-        shared={"guard": guard},
-        ema=ema,
+    guard, meter, saver = around_steps(
+        args.out, engine, restored, run=run, checkpoint=cfg.checkpoint, durations=durations, num_samples=pictures.num_samples, bad=bad, world=world, ema=ema
     )
     with meter, watchdog:
         # A run that was stopped between its save and its evaluation makes up for it here.

@@ -58,13 +58,12 @@ def train(args, resolved) -> int:
     from peco_ds.models.mim import MaskedImageModel
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import OBJECTIVES
-    from peco_ds.runtime.checkpoint import Saver, restore
+    from peco_ds.runtime.around_steps import around_steps
+    from peco_ds.runtime.checkpoint import restore
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import set_rate, start_engine
-    from peco_ds.runtime.metrics import Meter
     from peco_ds.runtime.rank_log import log_to, stacks_path
     from peco_ds.runtime.run_folder import open_run_folder
-    from peco_ds.runtime.step_guard import StepGuard
     from peco_ds.runtime.token_source import open_tokens, token_provenance
     from peco_ds.runtime.watchdog import LONG_S, Watchdog
 
@@ -95,18 +94,8 @@ def train(args, resolved) -> int:
     batches = masked_batches(
         pictures, tokens, positions, data=cfg.data, views=cfg.views, mask=cfg.mask, image_px=cfg.model.image_px, grid=cfg.model.grid, seed=run.seed, device=world.device, bad=bad
     )
-    guard = StepGuard(engine, run, world)
-    meter = Meter(args.out, world, first_step=first_step, durations=durations, run=run, num_samples=pictures.num_samples, counters={"bad_pictures": lambda: bad.count})
-    saver = Saver(
-        args.out,
-        engine,
-        restored,
-        settings=cfg.checkpoint,
-        durations=durations,
-        global_batch=run.global_batch,
-        world=world,
-        parts={"meter": meter, "bad_pictures": bad},
-        shared={"guard": guard},
+    guard, meter, saver = around_steps(
+        args.out, engine, restored, run=run, checkpoint=cfg.checkpoint, durations=durations, num_samples=pictures.num_samples, bad=bad, world=world
     )
     with meter, watchdog:
         for step in range(first_step, durations.stop_step):

@@ -51,15 +51,14 @@ def train(args, resolved) -> int:
     from peco_ds.models.peco_tokenizer import build_tokenizer
     from peco_ds.models.vq import usage
     from peco_ds.objectives.tokenizer_losses import TokenizerObjective
-    from peco_ds.runtime.checkpoint import Saver, continues, restore
+    from peco_ds.runtime.around_steps import around_steps
+    from peco_ds.runtime.checkpoint import continues, restore
     from peco_ds.runtime.checkpoint_files import list_checkpoints
     from peco_ds.runtime.codebook_init import init_codebook
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import set_rate, start_engine
-    from peco_ds.runtime.metrics import Meter
     from peco_ds.runtime.rank_log import log_to, stacks_path
     from peco_ds.runtime.run_folder import open_run_folder
-    from peco_ds.runtime.step_guard import StepGuard
     from peco_ds.runtime.watchdog import LONG_S, Watchdog
 
     cfg, run = resolved.recipe, resolved.recipe.run
@@ -100,18 +99,8 @@ def train(args, resolved) -> int:
 
     objective = TokenizerObjective(cfg.loss, cfg.perceptual, cfg.adversarial, judge.to(world.device) if judge else None)
     bad = BadPictures(cfg.data.max_bad_share)
-    guard = StepGuard(engine, run, world)
-    meter = Meter(args.out, world, first_step=first_step, durations=durations, run=run, num_samples=order.num_samples, counters={"bad_pictures": lambda: bad.count})
-    saver = Saver(
-        args.out,
-        engine,
-        restored,
-        settings=cfg.checkpoint,
-        durations=durations,
-        global_batch=run.global_batch,
-        world=world,
-        parts={"meter": meter, "bad_pictures": bad},
-        shared={"guard": guard},
+    guard, meter, saver = around_steps(
+        args.out, engine, restored, run=run, checkpoint=cfg.checkpoint, durations=durations, num_samples=order.num_samples, bad=bad, world=world
     )
     evaluation = HeldOut(held_out, cfg.evaluation, num_codes=cfg.tokenizer.num_codes, batch=run.micro_batch, out=args.out, world=world, meter=meter)
 
