@@ -51,13 +51,14 @@ class ViewSettings:
     """The views that are recorded by the tokenizer and replayed in pre-training (papers: BEiT 4.2)."""
 
     tokenizer_px: int = 224
+    tokenizer_interpolation: Literal["bicubic", "lanczos"] = "bicubic"  # of the tokenizer's crop; BEiT's is Lanczos
     scale: tuple[float, float] = (0.08, 1.0)  # share of the picture's area
     ratio: tuple[float, float] = (0.75, 4.0 / 3.0)
     flip: float = 0.5
     color_jitter: float = 0.4  # brightness, contrast, saturation; as in BEiT both views of a picture carry the same jitter
     count: int = 1  # K, views recorded for each picture
     topk: int = 0  # soft codes kept for each patch beside the hard one; 0: none
-    topk_temperature: float = 1.0  # of the softmax over negative squared distances (cosine for unit codes) that gives their probabilities
+    topk_temperature: float = 1.0  # of the softmax over the tokenizer's logits that gives their probabilities; mc-BEiT has 4
     seed: int = 0
 
 
@@ -81,15 +82,38 @@ class ModelSettings:
 @dataclass(frozen=True, config=_strict)
 class MaskSettings:
     kind: Literal["block", "random"] = "block"
-    count: int = 75  # patches hidden in every picture, exactly
+    count: int = 75  # patches hidden in every picture
+    exact: bool = True  # False: BEiT's first generator, which stops short of `count` when no further block fits
     min_block: int = 16  # patches in the smallest block
     min_aspect: float = 0.3  # block aspect is log-uniform in [min_aspect, 1 / min_aspect]
 
 
 @dataclass(frozen=True, config=_strict)
+class EncodingSettings:
+    """What the encoder sees of a masked picture."""
+
+    kind: Literal["full", "visible"] = "full"  # full: every place, a mask token at the hidden ones (BEiT); visible: shown patches alone, a decoder predicts (MAE)
+    decoder_width: int = 512  # of the decoder that `visible` needs
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+
+
+@dataclass(frozen=True, config=_strict)
+class AggregationSettings:
+    """BEiT v2's second branch: the final class token and early patch tokens predict the codes too, through the same head. Dropped at release."""
+
+    early_block: int = 0  # patch tokens after this block, counted from 1; 0: no second branch
+    blocks: int = 2  # extra blocks of the branch
+
+
+@dataclass(frozen=True, config=_strict)
 class ObjectiveSettings:
-    name: Literal["hard_tokens"] = "hard_tokens"  # a file of objectives/
+    name: Literal["hard_tokens", "multi_choice"] = "hard_tokens"  # a file of objectives/
     num_codes: int = 8192  # V; must be the tokenizer's
+    omega: float = 0.2  # multi_choice: weight of the targets averaged over similar patches; 1 - omega stays with the patch's own
+    similarity_temperature: float = 1.0  # multi_choice: of the softmax over patches' cosines
+    similarity_gradient: bool = True  # multi_choice: gradient through the similarities, as the released code has it
+    rest: Literal["renormalize", "uniform"] = "renormalize"  # multi_choice: what becomes of the mass of codes that were not stored
 
 
 @dataclass(frozen=True, config=_strict)
@@ -148,6 +172,8 @@ class PretrainRecipe:
     views: ViewSettings = field(default_factory=ViewSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     mask: MaskSettings = field(default_factory=MaskSettings)
+    encoding: EncodingSettings = field(default_factory=EncodingSettings)
+    aggregation: AggregationSettings = field(default_factory=AggregationSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
@@ -156,9 +182,27 @@ class PretrainRecipe:
 
 
 @dataclass(frozen=True, config=_strict)
-class TokenizerSettings:
-    """Convolutional VQ autoencoder and its codebook. PeCo does not describe its network; this is VQGAN's f16 (arXiv 2012.09841)."""
+class TokenizerVitSettings:
+    """VQ-KD's transformers (BEiT v2, arXiv 2208.06366): a ViT encodes pictures, a small one decodes codes to a teacher's features."""
 
+    image_px: int = 224  # the encoder's positions are absolute: it looks at this size alone
+    patch_px: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    decoder_width: int = 768
+    decoder_depth: int = 3  # a deeper one follows the teacher better, and gives worse tokens
+    decoder_heads: int = 12
+    target_width: int = 512  # of the teacher's features; must be the teacher's
+
+
+@dataclass(frozen=True, config=_strict)
+class TokenizerSettings:
+    """A tokenizer's network and its codebook. PeCo does not describe its network; kind vqgan is VQGAN's f16 (arXiv 2012.09841)."""
+
+    kind: Literal["vqgan", "vqkd", "gumbel", "dvae"] = "vqgan"  # vqgan and vqkd are trained here; gumbel (VQGAN) and dvae (DALL-E) are read from released files
+    vit: TokenizerVitSettings = field(default_factory=TokenizerVitSettings)  # of vqkd; from here to z_channels: of the others
     channels: int = 128
     channel_mults: tuple[int, ...] = (1, 1, 2, 2, 4)  # one level each; stride 2 ** (levels - 1)
     blocks_per_level: int = 2  # residual blocks a level in the encoder; the decoder has one more
@@ -166,8 +210,10 @@ class TokenizerSettings:
     z_channels: int = 256
     num_codes: int = 8192
     code_dim: int = 256
+    decoder: bool = True  # False: a dvae of which only the encoder was given: codes, but no pictures
     l2_normalized: bool = False  # BEiT v2's cure for dead codes: unit codes and features; use with code_dim 32
     decay: float = 0.99  # of the moving averages of counts and sums
+    average: Literal["sums", "directions"] = "sums"  # what codes average: sums of their features (VQ-VAE), or, with l2_normalized, unit means, every step alike (BEiT v2's released code)
     count_eps: float = 1e-5  # Laplace smoothing of the counts
     kmeans_iters: int = 10  # Lloyd iterations of the initialisation on the first pictures; 0: uniform random codes
     kmeans_vectors: int = 65536  # encoder outputs gathered for it, over all ranks
@@ -175,7 +221,12 @@ class TokenizerSettings:
 
     @property
     def stride_px(self) -> int:
-        return 2 ** (len(self.channel_mults) - 1)
+        return self.vit.patch_px if self.kind == "vqkd" else 2 ** (len(self.channel_mults) - 1)
+
+    @property
+    def only_px(self) -> int | None:
+        """The one size of picture that it can look at; None: every multiple of the stride."""
+        return self.vit.image_px if self.kind == "vqkd" else None
 
 
 @dataclass(frozen=True, config=_strict)
@@ -187,6 +238,15 @@ class PerceptualSettings:
     blocks: tuple[int, ...] = (3, 6, 9, 12)  # features after these blocks, counted from 1; PeCo's own choice is not in any public text
     image_px: int = 0  # size the judge looks at, crops are resized to it; 0: the size it was trained at
     weight: float = 1.0
+
+
+@dataclass(frozen=True, config=_strict)
+class TeacherSettings:
+    """The frozen network whose features VQ-KD's decoder learns to give."""
+
+    weights: str = ""  # CLIP, DINO, DINOv2, MoCo v3 or any timm ViT file, a release folder, or a name
+    architecture: str = "auto"  # timm name; CLIP files that do not tell GELU from QuickGELU need it
+    image_px: int = 0  # size the teacher looks at; its grid must be the encoder's; 0: the size it was trained at
 
 
 @dataclass(frozen=True, config=_strict)
@@ -225,6 +285,7 @@ class TokenizerRecipe:
     loss: TokenizerLossSettings = field(default_factory=TokenizerLossSettings)
     perceptual: PerceptualSettings = field(default_factory=PerceptualSettings)
     adversarial: AdversarialSettings = field(default_factory=AdversarialSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
@@ -576,7 +637,31 @@ def _check_pretrain(recipe: PretrainRecipe) -> None:
     _require(0 < mask.count < patches, f"mask.count {mask.count}: the picture has {patches} patches, hide between 1 and {patches - 1}")
     _require(0 < mask.min_aspect <= 1, f"mask.min_aspect {mask.min_aspect}: in (0, 1]")
     _require(mask.kind == "random" or mask.min_block <= mask.count, f"mask.min_block {mask.min_block} is more than mask.count {mask.count}; lower it")
-    _require(recipe.objective.num_codes <= 65536, f"objective.num_codes {recipe.objective.num_codes}: codes are stored as uint16, at most 65536")
+    _check_objective(recipe)
+    _check_variants(recipe)
+
+
+def _check_objective(recipe: PretrainRecipe) -> None:
+    objective = recipe.objective
+    _require(objective.num_codes <= 65536, f"objective.num_codes {recipe.objective.num_codes}: codes are stored as uint16, at most 65536")
+    _require(0 <= objective.omega <= 1, f"objective.omega {objective.omega}: a share, in [0, 1]")
+    _require(objective.similarity_temperature > 0, f"objective.similarity_temperature {objective.similarity_temperature}: must be positive")
+    soft = objective.name == "multi_choice"
+    _require(not soft or recipe.views.topk > 0, "objective.name multi_choice learns from soft codes, and views.topk is 0; set views.topk (mc-BEiT's recipes: 64) and tokenize with it")
+
+
+def _check_variants(recipe: PretrainRecipe) -> None:
+    model, encoding, aggregation = recipe.model, recipe.encoding, recipe.aggregation
+    _require_at_least(1, recipe, "encoding.decoder_width encoding.decoder_depth encoding.decoder_heads aggregation.blocks")
+    _require_at_least(0, recipe, "aggregation.early_block")
+    _require(
+        aggregation.early_block < model.depth,
+        f"aggregation.early_block {aggregation.early_block}: the backbone has {model.depth} blocks, so an early one is 1 to {model.depth - 1} (BEiT v2: 9 of 12, 21 of 24), or 0 for no second branch",
+    )
+    visible = encoding.kind == "visible"
+    _require(encoding.decoder_width % encoding.decoder_heads == 0, f"encoding.decoder_width {encoding.decoder_width} is not a multiple of encoding.decoder_heads {encoding.decoder_heads}")
+    _require(not visible or recipe.mask.exact, "encoding.kind visible needs the same number of shown patches in every picture; set mask.exact=true")
+    _require(not (visible and aggregation.early_block), "encoding.kind visible and aggregation.early_block are both set: the second branch needs a token at every place; drop one")
 
 
 def _check_finetune(recipe: FinetuneRecipe) -> None:
@@ -611,12 +696,18 @@ def _check_tokenizer(recipe: TokenizerRecipe) -> None:
     _require_at_least(1, recipe, "evaluation.max_images evaluation.grid_images")
     _require_at_least(0, recipe, "evaluation.every_steps")
     check_tokenizer_settings(recipe.tokenizer)
-    stride, size = recipe.tokenizer.stride_px, recipe.views.tokenizer_px
+    kind, stride, size = recipe.tokenizer.kind, recipe.tokenizer.stride_px, recipe.views.tokenizer_px
     _require(size % stride == 0, f"views.tokenizer_px {size} is not a multiple of the tokenizer's stride {stride}")
-    _require(
-        recipe.perceptual.weight == 0 or recipe.perceptual.weights != "",
-        "perceptual.weights is empty; give a MoCo v3 file (vit-b-300ep.pth.tar) or any timm ViT file, or set perceptual.weight=0 for a tokenizer without a judge",
-    )
+    _require(recipe.tokenizer.only_px in (None, size), f"views.tokenizer_px {size} is not tokenizer.vit.image_px {recipe.tokenizer.only_px}; set both to one size")
+    _require(kind in ("vqgan", "vqkd"), f"tokenizer.kind {kind}: is read from released files (import_tokenizer.py), not trained here; vqgan and vqkd are")
+    if kind == "vqkd":
+        _require(recipe.teacher.weights != "", "teacher.weights is empty; give a CLIP, DINO or any timm ViT file, whose features a tokenizer of kind vqkd learns to give")
+        _require(recipe.adversarial.weight == 0, f"adversarial.weight {recipe.adversarial.weight}: a tokenizer of kind vqkd makes no pictures for a critic; set it to 0")
+    else:
+        _require(
+            recipe.perceptual.weight == 0 or recipe.perceptual.weights != "",
+            "perceptual.weights is empty; give a MoCo v3 file (vit-b-300ep.pth.tar) or any timm ViT file, or set perceptual.weight=0 for a tokenizer without a judge",
+        )
     _require(recipe.data.val_images != "" or recipe.data.holdout > 0, "no held-out picture to judge the tokenizer on; set data.val_images to an image set, or data.val_images= data.holdout=N to keep N of the training pictures")
 
 
@@ -627,7 +718,17 @@ def check_tokenizer_settings(settings: TokenizerSettings, section: str = "tokeni
             _require(getattr(settings, name) >= low, f"{section}.{name} {getattr(settings, name)}: must be at least {low}")
     mults = settings.channel_mults
     _require(1 <= len(mults) <= 16 and min(mults) >= 1, f"{section}.channel_mults {short(mults)}: one positive factor a level")
+    _require(settings.decoder or settings.kind == "dvae", f"{section}.decoder false: a {settings.kind} tokenizer has one; only dvae can be without")
     _require(settings.num_codes <= 65536, f"{section}.num_codes {settings.num_codes}: codes are stored as uint16, at most 65536")
+    _require(settings.average == "sums" or settings.l2_normalized, f"{section}.average {settings.average}: is of unit codes; set {section}.l2_normalized=true, or {section}.average=sums")
+    if settings.kind == "vqkd":
+        vit = settings.vit
+        for name in ("image_px", "patch_px", "width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads", "target_width"):
+            _require(getattr(vit, name) >= 1, f"{section}.vit.{name} {getattr(vit, name)}: must be at least 1")
+        _require(vit.image_px % vit.patch_px == 0, f"{section}.vit.image_px {vit.image_px} is not a multiple of {section}.vit.patch_px {vit.patch_px}")
+        _require(int(min(vit.width, vit.decoder_width) * vit.mlp_ratio) >= 1, f"{section}.vit.mlp_ratio {vit.mlp_ratio}: gives a hidden layer without units")
+        _require(vit.width % vit.heads == 0, f"{section}.vit.width {vit.width} is not a multiple of {section}.vit.heads {vit.heads}")
+        _require(vit.decoder_width % vit.decoder_heads == 0, f"{section}.vit.decoder_width {vit.decoder_width} is not a multiple of {section}.vit.decoder_heads {vit.decoder_heads}")
 
 
 def _require_at_least(low: int, recipe, keys: str) -> None:

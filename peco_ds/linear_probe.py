@@ -142,7 +142,7 @@ def labelled_pictures(cfg: ProbeRecipe):
 
 def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train, val) -> dict:
     """All that decides the features' values."""
-    from peco_ds.models.peco_tokenizer import tokenizer_fingerprint
+    from peco_ds.models.tokenizers import tokenizer_fingerprint
 
     settings = cfg.probe
     return {

@@ -109,7 +109,7 @@ def make_small_sets(real_data: RealData, root: Path) -> SmallSets:
     import torch
 
     from peco_ds.config import TokenizerSettings
-    from peco_ds.models.peco_tokenizer import build_tokenizer, save_tokenizer
+    from peco_ds.models.tokenizers import build_tokenizer, save_tokenizer
 
     pictures = root / "pictures"
     for path in real_data.imagenet[:96]:

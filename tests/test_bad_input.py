@@ -121,7 +121,7 @@ def test_a_missing_judge_says_what_to_fetch(refused, small_sets, tmp_path):
 
 def test_tokens_of_another_tokenizer_stop_the_run_before_it_starts(refused, small_sets, tmp_path):
     from peco_ds.config import TokenizerSettings
-    from peco_ds.models.peco_tokenizer import build_tokenizer, save_tokenizer
+    from peco_ds.models.tokenizers import build_tokenizer, save_tokenizer
 
     torch.manual_seed(7)
     settings = TokenizerSettings(channels=16, channel_mults=(1, 1, 2, 2), blocks_per_level=1, z_channels=16, num_codes=64, code_dim=8, l2_normalized=True)

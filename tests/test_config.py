@@ -114,7 +114,7 @@ def test_a_value_out_of_range_names_its_key_and_value(recipe_file, override):
         assert number in message
 
 
-@pytest.mark.parametrize("override", ["tokenizer.channel_mults=[]", "tokenizer.channel_mults=[1,0]", "tokenizer.channels=0", "views.tokenizer_px=100", "tokenizer.num_codes=70000"])
+@pytest.mark.parametrize("override", ["tokenizer.channel_mults=[]", "tokenizer.channel_mults=[1,0]", "tokenizer.channels=0", "views.tokenizer_px=100", "tokenizer.num_codes=70000", "tokenizer.average=directions"])
 def test_tokenizer_values_out_of_range_are_refused(recipe_file, override):
     assert override.partition("=")[0] in refusal(load, recipe_file(""), "perceptual.weight=0", override, recipe_type=TokenizerRecipe)
 
@@ -158,7 +158,7 @@ def test_a_recipe_is_found_by_path_or_name_and_a_missing_one_names_the_known():
         assert path.stem in refusal(find_recipe, "no_such_recipe_anywhere")
 
 
-REQUIRED = {TokenizerRecipe: ["perceptual.weights=judge.pth.tar"], ProbeRecipe: ["init.weights=run"], PretrainRecipe: [], FinetuneRecipe: []}  # what only a user knows
+REQUIRED = {TokenizerRecipe: ["perceptual.weights=judge.pth.tar", "teacher.weights=teacher.pth"], ProbeRecipe: ["init.weights=run"], PretrainRecipe: [], FinetuneRecipe: []}  # what only a user knows
 
 
 def recipe_type_of(path: Path) -> type:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from peco_ds.config import TokenizerLossSettings, TokenizerSettings
 from peco_ds.errors import UserError
-from peco_ds.models.peco_tokenizer import build_tokenizer, load_tokenizer, read_card, save_tokenizer
+from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, read_card, save_tokenizer
 from peco_ds.objectives.tokenizer_losses import tokenizer_loss
 
 TINY = TokenizerSettings(channels=16, channel_mults=(1, 2, 2), blocks_per_level=1, z_channels=16, code_dim=8, num_codes=64)

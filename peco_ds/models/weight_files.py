@@ -12,18 +12,33 @@ from safetensors.torch import load_file
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from peco_ds.errors import UserError
+from peco_ds.schema import short
 
 _LFS = b"version https://git-lfs"
 _WEB_PAGE = (b"<!doctype", b"<html", b"<?xml")
 _NOT_A_WEIGHTS_FILE = "not a readable weights file"
 
 
-def read_tensor_file(path: str | Path) -> dict:
+class StoredObject:
+    """Stands in for an object of another package that a pickle holds: it keeps the attributes that were stored, and there is nothing in it that could run."""
+
+    def __init__(self, *arguments) -> None:
+        pass
+
+    def __setstate__(self, state) -> None:
+        if isinstance(state, dict):
+            vars(self).update(state)
+
+
+def read_tensor_file(path: str | Path, *, objects: frozenset[str] = frozenset()) -> dict:
     """What a .safetensors or a torch.save file (.pth, .pt, .bin, .pth.tar) holds, its tensors on the CPU.
 
     Tensors are mapped where the format allows it: they take memory once they are read. Of pickles only tensors, plain containers and argparse.Namespace
     (MoCo v3 and DINO store their command line) are unpickled.
 
+    Args:
+        objects: classes, as "package.module.Class", that a pickle may name too. They are not imported: a `StoredObject` stands in for theirs. Where the
+            file is one such object, a module that was saved whole, its parameters and buffers come back under the names that state_dict() gives them.
     Raises: UserError if the file is missing, a folder, empty, a web page, a git-LFS pointer, damaged or cut short, would run code, or holds no dictionary.
     """
     path = Path(path)
@@ -40,7 +55,9 @@ def read_tensor_file(path: str | Path) -> dict:
     if start.lower().startswith(_WEB_PAGE):
         raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: a web page (a log-in or an error page was saved under this name); fetch it again, logged in")
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+        content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path, objects)
+        if isinstance(content, StoredObject):
+            content = _tensors_of(content)
     except Exception as error:  # a damaged pickle ends in IndexError, struct.error or AssertionError, wherever the reader happens to stand
         raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: {_reason(error, path)}") from None
     if not isinstance(content, dict):
@@ -63,7 +80,20 @@ def _refuse_odd_tensors(content: dict, path: Path) -> None:
                     raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: tensor {str(name)[:80]} is sparse, quantized, expanded or without data; save it dense and contiguous")
 
 
-def _unpickle(path: Path) -> object:
+def _tensors_of(module: StoredObject) -> dict[str, torch.Tensor]:
+    tensors, waiting, seen = {}, [("", module)], set()
+    while waiting:
+        prefix, stored = waiting.pop()
+        if id(stored) in seen or len(prefix) > 500:
+            raise ValueError("one of its modules stands in it twice")
+        seen.add(id(stored))
+        for part in ("_parameters", "_buffers"):
+            tensors |= {f"{prefix}{name}": tensor.detach() for name, tensor in vars(stored).get(part, {}).items() if isinstance(tensor, torch.Tensor)}
+        waiting += [(f"{prefix}{name}.", child) for name, child in vars(stored).get("_modules", {}).items() if isinstance(child, StoredObject)]
+    return tensors
+
+
+def _unpickle(path: Path, objects: frozenset[str]) -> object:
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"  # torch maps no other format
     if is_zip:
@@ -71,7 +101,7 @@ def _unpickle(path: Path) -> object:
             packed = next((member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED), None)
         if packed is not None:  # torch stores; a packed member may be a thousand times the file's size
             raise ValueError(f"its member {packed[:80]} is compressed")
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace, *((StoredObject, name) for name in objects)]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
@@ -95,5 +125,55 @@ def _reason(error: Exception, path: Path) -> str:
     code = re.search(r"(?:GLOBAL|class) ([\w.]+)", text)
     if "Weights only load failed" in text and code and "nsupported" in text:
         return f"its pickle calls {code[1]}, which could run anything and was not run; ask for safetensors, or save its tensors alone on a machine where you trust it"
+    if "persistent_load of storage" in text:
+        return "a module that was saved whole in torch's old format, which keeps source code beside it; load it where you trust it and torch.save() its state_dict()"
     detail = text[:120] or type(error).__name__
     return f"damaged or cut short at {path.stat().st_size} bytes ({detail}); fetch it again"
+
+
+# ---------------------------------------------------------------------------------------------- tensors under other names
+
+
+def size_of(tensors: dict, name: str, dimension: int) -> int:
+    """One size of a tensor's shape.
+
+    Raises: UserError if the tensor is not there or has no such dimension.
+    """
+    tensor = tensors.get(name)
+    if not isinstance(tensor, torch.Tensor):
+        raise UserError(f"tensor {name} is missing; fetch the file again, or give one of another tokenizer")
+    if tensor.dim() <= dimension or tensor.numel() == 0:
+        raise UserError(f"tensor {name} has shape {tuple(tensor.shape)}, which is no layer's; fetch the file again")
+    return tensor.shape[dimension]
+
+
+def rename_tensors(tensors: dict, names: dict[str, tuple[str, ...]], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict in our names, float32, from a file's tensors, every one of which has its place.
+
+    Args:
+        names: ours -> the file's; several are put together along the first dimension.
+        expected: tensors of the right shapes in our names, on any device; those that `names` does not have are left to the caller.
+    Raises: UserError if a tensor is missing, left over, not of floats, not finite, or of another shape.
+    """
+    taken = {theirs for parts in names.values() for theirs in parts}
+    missing, left_over = sorted(taken - tensors.keys()), sorted(map(str, tensors.keys() - taken))
+    if missing:
+        raise UserError(f"tensor {missing[0]} is missing ({len(missing)} in all); fetch the file again")
+    if left_over:
+        raise UserError(f"tensor {short(left_over[0])} has no place in the network that the other shapes describe ({len(left_over)} in all); give an unchanged released file")
+    renamed = {}
+    for ours, parts in names.items():
+        first, *others = expected[ours].shape
+        wanted = (first // len(parts), *others)
+        renamed[ours] = torch.cat([_float32(theirs, tensors[theirs], wanted) for theirs in parts])
+    return renamed
+
+
+def _float32(name: str, tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise UserError(f"{short(name)} is {tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__}, no tensor of floats; fetch the file again")
+    if tensor.shape != shape:
+        raise UserError(f"tensor {name} has shape {tuple(tensor.shape)}, the other shapes ask for {shape}; give an unchanged released file")
+    if not tensor.isfinite().all():
+        raise UserError(f"tensor {name} holds values that are not finite; fetch the file again")
+    return tensor.float()

@@ -1,0 +1,188 @@
+"""image -> codes -> image: the discrete VAE of DALL-E, BEiT's tokenizer. Read from its released files; it is not trained here.
+
+Source: DALL-E (arXiv 2102.12092), appendix A.2, and the layout of its released `encoder.pkl` and `decoder.pkl`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peco_ds.config import TokenizerSettings, check_tokenizer_settings
+from peco_ds.errors import UserError
+from peco_ds.models.image_tokenizer import ImageTokenizer, SoftTokens, soft_tokens
+from peco_ds.models.weight_files import rename_tensors, size_of
+
+# The logit-Laplace likelihood has no mass at 0 and 1: pictures of [0, 1] are put into [0.1, 0.9].
+MARGIN = 0.1
+
+
+class Bottleneck(nn.Module):
+    """[B, in, H, W] -> [B, out, H, W]: four times ReLU and convolution at a quarter of the width; a 1x1 convolution on the shortcut where the width changes.
+
+    Args:
+        kernels: sizes of the four.  gain: of the residual branch.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernels: tuple[int, int, int, int], gain: float) -> None:
+        super().__init__()
+        hidden = out_channels // 4
+        widths = (in_channels, hidden, hidden, hidden, out_channels)
+        self.gain = gain
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.convolutions = nn.ModuleList(nn.Conv2d(*ends, size, padding=size // 2) for *ends, size in zip(widths, widths[1:], kernels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for convolution in self.convolutions:
+            y = convolution(F.relu(y))
+        return self.shortcut(x) + self.gain * y
+
+
+def _stack(previous: int, widths: list[int], blocks: int, kernels: tuple[int, int, int, int], resize: nn.Module) -> list[nn.Module]:
+    """A group of blocks for each width, and between two groups a change of size."""
+    gain = 1 / (len(widths) * blocks) ** 2
+    layers: list[nn.Module] = []
+    for level, width in enumerate(widths):
+        layers += [Bottleneck(previous if index == 0 else width, width, kernels, gain) for index in range(blocks)]
+        if level != len(widths) - 1:
+            layers.append(resize)
+        previous = width
+    return layers
+
+
+class Encoder(nn.Sequential):
+    """Pictures [B, 3, H, W] in [MARGIN, 1 - MARGIN] -> logits [B, V, H / stride, W / stride]."""
+
+    def __init__(self, settings: TokenizerSettings) -> None:
+        widths = [settings.channels * mult for mult in settings.channel_mults]
+        super().__init__(
+            nn.Conv2d(3, settings.channels, 7, padding=3),
+            *_stack(settings.channels, widths, settings.blocks_per_level, (3, 3, 3, 1), nn.MaxPool2d(2)),
+            nn.ReLU(),
+            nn.Conv2d(widths[-1], settings.num_codes, 1),
+        )
+
+
+class Decoder(nn.Sequential):
+    """One-hot codes [B, V, h, w] -> means and log-scales of the pixels' logits [B, 6, h * stride, w * stride]."""
+
+    def __init__(self, settings: TokenizerSettings) -> None:
+        widths = [settings.channels * mult for mult in reversed(settings.channel_mults)]
+        super().__init__(
+            nn.Conv2d(settings.num_codes, settings.code_dim, 1),
+            *_stack(settings.code_dim, widths, settings.blocks_per_level, (1, 3, 3, 3), nn.Upsample(scale_factor=2)),
+            nn.ReLU(),
+            nn.Conv2d(widths[-1], 6, 1),
+        )
+
+
+class DalleTokenizer(ImageTokenizer):
+    """The discrete VAE, in float32 throughout. Without a decoder (settings.decoder) it has codes, but makes no pictures.
+
+    Args:
+        seed: not used; nothing here is random.
+    """
+
+    def __init__(self, settings: TokenizerSettings, *, seed: int = 0) -> None:
+        super().__init__(settings)
+        self.makes_pictures = settings.decoder
+        self.encoder = Encoder(settings)
+        if settings.decoder:
+            self.decoder = Decoder(settings)
+
+    def logits(self, images_11: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> float32 [B, V, H / stride, W / stride]."""
+        stride = self.settings.stride_px
+        assert images_11.shape[-2] % stride == 0 and images_11.shape[-1] % stride == 0, f"picture {tuple(images_11.shape)}, stride {stride}"
+        images_01 = images_11.float() / 2 + 0.5
+        with torch.autocast(images_11.device.type, enabled=False):
+            return self.encoder((1 - 2 * MARGIN) * images_01 + MARGIN)
+
+    @torch.no_grad()
+    def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
+        self.check_eval()
+        return self.logits(images_11).argmax(dim=1).flatten(1)
+
+    @torch.no_grad()
+    def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
+        self.check_eval()
+        return soft_tokens(self.logits(images_11).flatten(2).transpose(1, 2), k, temperature)
+
+    @torch.no_grad()
+    def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Codes int64 [B, N] of a (height, width) grid -> pictures float32 [B, 3, H, W] in [-1, 1]: the likeliest ones."""
+        assert self.makes_pictures, "this release holds no decoder"
+        first, *others = self.decoder
+        # The first convolution of one-hot codes picks columns of its weight; the one-hot tensor would have V channels.
+        chosen = (F.embedding(codes, self.code_vectors) + first.bias).transpose(1, 2).unflatten(2, grid)
+        with torch.autocast(chosen.device.type, enabled=False):
+            for layer in others:
+                chosen = layer(chosen)
+        images_01 = ((chosen[:, :3].sigmoid() - MARGIN) / (1 - 2 * MARGIN)).clamp(0, 1)
+        return images_01 * 2 - 1
+
+    @property
+    def code_vectors(self) -> torch.Tensor:
+        """float32 [V, C]: what the decoder first makes of each code; without a decoder the weights that each code's logit is read off with."""
+        return self.decoder[0].weight[:, :, 0, 0].T if self.makes_pictures else self.encoder[-1].weight[:, :, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------- the released files
+
+
+def read_dvae(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tensor]]:
+    """Settings and state dict from the tensors of the released files; sizes are read off shapes.
+
+    Args:
+        tensors: those of encoder.pkl with "encoder." before their names, and, where it is at hand, those of decoder.pkl with "decoder.".
+    Raises: UserError if a tensor is missing, left over, or of a shape that does not fit the others.
+    """
+    channels, num_codes = size_of(tensors, "encoder.blocks.input.w", 0), size_of(tensors, "encoder.blocks.output.conv.w", 0)
+    levels = _count(tensors, "encoder.blocks.group_{}.block_1.res_path.conv_4.w")
+    widths = [size_of(tensors, f"encoder.blocks.group_{level}.block_1.res_path.conv_4.w", 0) for level in range(1, levels + 1)]
+    if any(width % channels or width % 4 for width in widths):
+        raise UserError(f"groups of {widths} channels are no multiples of 4 and of the first convolution's {channels}, so it is no DALL-E encoder")
+    has_decoder = any(name.startswith("decoder.") for name in tensors)
+    settings = TokenizerSettings(
+        kind="dvae",
+        channels=channels,
+        channel_mults=tuple(width // channels for width in widths),
+        blocks_per_level=_count(tensors, "encoder.blocks.group_1.block_{}.res_path.conv_1.w"),
+        attention=False,
+        num_codes=num_codes,
+        code_dim=size_of(tensors, "decoder.blocks.input.w", 0) if has_decoder else widths[-1],
+        decoder=has_decoder,
+    )
+    check_tokenizer_settings(settings)
+    with torch.device("meta"):
+        expected = DalleTokenizer(settings).state_dict()
+    layers = _layer_names(settings)
+    return settings, rename_tensors(tensors, {name: (_released_name(name, layers),) for name in expected}, expected)
+
+
+def _count(tensors: dict, pattern: str) -> int:
+    """How many of pattern 1, 2, 3 ... are there, at least 1."""
+    number = 1
+    while pattern.format(number + 1) in tensors:
+        number += 1
+    return number
+
+
+def _layer_names(settings: TokenizerSettings) -> list[str]:
+    """The released names of the layers of `Encoder`, and of `Decoder`, in order; "" for those without tensors."""
+    names = ["input"]
+    for level in range(1, len(settings.channel_mults) + 1):
+        names += [f"group_{level}.block_{index}" for index in range(1, settings.blocks_per_level + 1)] + [""]
+    return [*names, "output.conv"]  # the last group's "" is the ReLU of the output
+
+
+def _released_name(name: str, layers: list[str]) -> str:
+    """encoder.2.convolutions.0.weight -> encoder.blocks.group_1.block_2.res_path.conv_1.w"""
+    side, number, *inside, kind = name.split(".")
+    if inside[:1] == ["convolutions"]:
+        inside = ["res_path", f"conv_{int(inside[1]) + 1}"]
+    elif inside == ["shortcut"]:
+        inside = ["id_path"]
+    return ".".join([side, "blocks", layers[int(number)], *inside, kind[0]])

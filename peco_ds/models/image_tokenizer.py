@@ -1,0 +1,61 @@
+"""What every tokenizer of the family can do, whatever its network: pictures -> codes, hard or soft, and where it can, codes -> pictures."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from peco_ds.config import TokenizerSettings
+
+
+class SoftTokens(NamedTuple):
+    codes: torch.Tensor  # int64 [B, N], row-major
+    topk_codes: torch.Tensor  # int64 [B, N, k], likeliest first
+    topk_probs: torch.Tensor  # float32 [B, N, k], of the softmax over all V codes: a row sums to the mass kept
+
+
+class ImageTokenizer(nn.Module):
+    """Base of the tokenizers. Letters: B pictures, N patches row-major, V codes, C numbers a code.
+
+    Every tokenizer takes pictures float [B, 3, H, W] in [-1, 1], sides multiples of `settings.stride_px`, and maps them to the range its own
+    network knows. Those that are trained here have a `codebook` too, and a `forward` that gives codes and commitment.
+    """
+
+    makes_pictures = True  # False: `decode_codes` is not there, codes stand for features and not for pixels
+
+    def __init__(self, settings: TokenizerSettings) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
+        """Codes int64 [B, N]. In eval mode, so that nothing is counted."""
+        raise NotImplementedError
+
+    def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
+        """The codes, and the k likeliest of softmax(logits / temperature) over all V codes.
+
+        Args:
+            k: 1 to V.  temperature: > 0.
+        """
+        raise NotImplementedError
+
+    def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Codes int64 [B, N] of a (height, width) grid -> pictures float32 [B, 3, H, W], about [-1, 1]."""
+        raise NotImplementedError
+
+    @property
+    def code_vectors(self) -> torch.Tensor:
+        """float [V, C]: what stands for each code, for probes of the codes."""
+        raise NotImplementedError
+
+    def check_eval(self) -> None:
+        assert not self.training, "call eval() before tokenizing: in training mode the codebook would count these pictures"
+
+
+def soft_tokens(logits: torch.Tensor, k: int, temperature: float) -> SoftTokens:
+    """From logits [B, N, V] of a tokenizer that computes them all."""
+    scaled = logits.float() / temperature
+    values, indices = scaled.topk(k, dim=-1)
+    return SoftTokens(logits.argmax(dim=-1), indices, (values - scaled.logsumexp(dim=-1, keepdim=True)).exp())
