@@ -79,10 +79,11 @@ def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int)
 
     from peco_ds.command_line import leave
     from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.data.loaders import MaskedTargets
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.models.mim import MaskedImageModel
     from peco_ds.models.vit import TransformerBlock
-    from peco_ds.objectives import OBJECTIVES
+    from peco_ds.objectives import build_objective
     from peco_ds.runtime.checkpoint import Saver, restore
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import start_engine
@@ -106,10 +107,10 @@ def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int)
 
     images = torch.randn(1, 3, cfg.model.image_px, cfg.model.image_px, device=world.device)
     masked = torch.arange(cfg.mask.count, device=world.device)[None]
-    targets = torch.zeros(1, cfg.mask.count, dtype=torch.int64, device=world.device)
+    objective, targets = build_objective(cfg.objective), MaskedTargets(torch.zeros_like(masked), masked, None, None)
 
     def train_one() -> None:
-        loss, _ = OBJECTIVES[cfg.objective.name](engine(images, masked), targets)
+        loss, _ = objective(engine(images, masked), targets)
         engine.backward(loss)
         engine.step()
 

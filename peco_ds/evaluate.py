@@ -144,7 +144,7 @@ def find_tokenizer(target: Path) -> tuple[Path, int] | None:
 
     Raises: UserError for a run that has written no release yet.
     """
-    from peco_ds.models.peco_tokenizer import CARD_NAME
+    from peco_ds.models.tokenizers import CARD_NAME
     from peco_ds.runtime.run_folder import SETTINGS, read_settings
 
     if (target / CARD_NAME).is_file():
@@ -168,8 +168,8 @@ def evaluate_tokenizer(args, release: Path, own_px: int):
     from peco_ds.data.labelled import labelled_sets
     from peco_ds.data.loaders import Pictures
     from peco_ds.evaluation.perceptual_distance import load_lpips
-    from peco_ds.evaluation.reconstruction import RoundTripSums
-    from peco_ds.models.peco_tokenizer import load_tokenizer
+    from peco_ds.evaluation.reconstruction import CodeSums, RoundTripSums, quality_line, round_trip_of
+    from peco_ds.models.tokenizers import load_tokenizer
     from peco_ds.runtime.distributed import start_world
 
     train = None
@@ -178,16 +178,21 @@ def evaluate_tokenizer(args, release: Path, own_px: int):
     else:
         pictures = Pictures(args.images)
     tokenizer, card = load_tokenizer(release)
-    image_px = args.image_px or own_px
+    only_px = card.settings.only_px
+    image_px = args.image_px or only_px or own_px
+    if only_px not in (None, image_px):
+        raise UserError(f"--image_px {image_px}: the tokenizer looks at pictures of {only_px} px alone; leave --image_px out")
     if image_px % card.stride_px:
         raise UserError(f"--image_px {image_px}: not a multiple of the tokenizer's stride {card.stride_px}")
+    if args.lpips and not tokenizer.makes_pictures:
+        raise UserError(f"--lpips {args.lpips}: the tokenizer {release} makes no pictures, so there is nothing to compare; leave --lpips out")
     distance = load_lpips(args.lpips) if args.lpips else None
 
     world = start_world()
     tokenizer.to(world.device)
     if distance is not None:
         distance.to(world.device)
-    forward = in_precision(tokenizer, args.precision, world.device)
+    round_trip = in_precision(round_trip_of(tokenizer), args.precision, world.device)
     tokenize = in_precision(tokenizer.tokenize, args.precision, world.device)
 
     def squares(of: Pictures):
@@ -195,18 +200,18 @@ def evaluate_tokenizer(args, release: Path, own_px: int):
         return until_stopped(batches, world)
 
     rate = throughput(tokenize, args.batch, image_px, world)
-    sums, kept = RoundTripSums(card.num_codes, world.device, distance), []
+    sums = RoundTripSums(card.num_codes, world.device, distance) if tokenizer.makes_pictures else CodeSums(card.num_codes, world.device)
+    kept = []
     begun = time.perf_counter()
     for batch in squares(pictures):
-        output = forward(batch.images_01 * 2 - 1)
+        output = round_trip(batch.images_01 * 2 - 1)
         sums.add(batch.images_01, output, (batch.samples >= 0).to(world.device))
         kept.append((output.codes, batch.labels, batch.samples))
     quality = sums.result(world.all_reduce)
     speed = {"tokenize_images_per_s": rate, "end_to_end_images_per_s": pictures.num_samples / (time.perf_counter() - begun)}
     result = {"target": args.target, "kind": "tokenizer", "fingerprint": card.fingerprint, "facts": card.extra, "images": described(pictures)}
     result |= {"settings": {"image_px": image_px, "num_codes": card.num_codes, "lpips_network": distance.network if distance else None, **running(args, world)}, "quality": quality, "throughput": speed}
-    line = f"tokenizer {card.fingerprint[:12]}: " + ", ".join([f"PSNR {quality['psnr']:.2f} dB", f"SSIM {quality['ssim']:.3f}", *([f"LPIPS {quality['lpips']:.3f}"] if "lpips" in quality else [])])
-    line += f", {quality['codes_used']} of {card.num_codes} codes, perplexity {quality['perplexity']:.1f} on {pictures.num_samples} pictures at {image_px} px"
+    line = f"tokenizer {card.fingerprint[:12]}: {quality_line(quality, card.num_codes)} on {pictures.num_samples} pictures at {image_px} px"
     if train is not None:
         seen = gathered(((tokenize(batch.images_01 * 2 - 1), batch.labels, batch.samples) for batch in squares(train)), world)
         result["code_probes"] = probe_codes(tokenizer, seen, gathered(kept, world), len(train.manifest.classes), world)
@@ -231,7 +236,7 @@ def probe_codes(tokenizer, train, val, num_classes: int, world) -> dict:
     from peco_ds.evaluation.code_probes import bag_of_codes, mean_code_vector
     from peco_ds.evaluation.linear_probes import probe
 
-    settings, vectors, device = ProbeSettings(), tokenizer.codebook.codes, world.device
+    settings, vectors, device = ProbeSettings(), tokenizer.code_vectors, world.device
     forms = {"bag of codes": lambda codes: bag_of_codes(codes, len(vectors), device), "mean code vector": lambda codes: mean_code_vector(codes, vectors, device)}
     found = {}
     for name in list(forms)[world.rank :: world.size]:

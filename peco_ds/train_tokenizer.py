@@ -1,6 +1,7 @@
-"""Train the perceptual VQ tokenizer on image shards, under DeepSpeed.
+"""Train a tokenizer on image shards, under DeepSpeed: PeCo's perceptual VQ, or BEiT v2's VQ-KD.
 
     deepspeed peco_ds/train_tokenizer.py --recipe peco_tokenizer perceptual.weights=vit-b-300ep.pth.tar
+    deepspeed peco_ds/train_tokenizer.py --recipe beitv2_tokenizer teacher.weights=ViT-B-16.pt
 
 The last act writes OUT/tokenizer, the release folder that tokenize_shards.py and pretrain.py read.
 """
@@ -46,11 +47,11 @@ def train(args, resolved) -> int:
     from peco_ds.data.order import rank_positions
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.evaluation.reconstruction import HeldOut
-    from peco_ds.models.critic import PatchCritic, TokenizerWithCritic
-    from peco_ds.models.feature_nets import load_feature_net
-    from peco_ds.models.peco_tokenizer import build_tokenizer
+    from peco_ds.models.critic import with_critic
+    from peco_ds.models.frozen_net import load_frozen_net
+    from peco_ds.models.tokenizers import build_tokenizer
     from peco_ds.models.vq import usage
-    from peco_ds.objectives.tokenizer_losses import TokenizerObjective
+    from peco_ds.objectives.tokenizer_losses import build_tokenizer_objective
     from peco_ds.runtime.around_steps import around_steps
     from peco_ds.runtime.checkpoint import continues, restore
     from peco_ds.runtime.checkpoint_files import list_checkpoints
@@ -67,15 +68,13 @@ def train(args, resolved) -> int:
     fingerprint = pictures.manifest.fingerprint()
     order = training_order(pictures, cfg.data, run.seed)
     durations = resolve_durations(cfg, order.num_samples)
-    judge = None
-    if cfg.perceptual.weight:
-        judge = load_feature_net(cfg.perceptual.weights, cfg.perceptual.architecture, image_px=cfg.perceptual.image_px)
-        judge.check_blocks(cfg.perceptual.blocks)
+    frozen = load_frozen_net(cfg)
     held_out = held_out_pictures(pictures, cfg.data, cfg.evaluation.max_images, cfg.views.tokenizer_px)
 
     world = start_world()
     ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
-    provenance = {"images_fingerprint": fingerprint, "num_samples": order.num_samples, "judge": judge.description if judge else "none"}
+    judged = {"judge": frozen.description, "judge_licence": frozen.licence} if frozen else {"judge": "none"}
+    provenance = {"images_fingerprint": fingerprint, "num_samples": order.num_samples, **judged}
     open_run_folder(args.out, "train_tokenizer", resolved, ds_config, provenance, world)
     log_to(args.out, world.rank)
     watchdog = Watchdog(run.hang_timeout_s, stacks_path(args.out, world.rank), rank=world.rank)
@@ -89,20 +88,19 @@ def train(args, resolved) -> int:
     resumed = continues(cfg.checkpoint) and any(world.gather_objects(bool(list_checkpoints(args.out))))
     if cfg.tokenizer.kmeans_iters and not resumed:
         init_codebook(tokenizer, (batch.images_11 for batch in crops(0, sys.maxsize)), cfg.tokenizer, run.seed, world)
-    model = tokenizer
-    if cfg.adversarial.weight:
-        model = TokenizerWithCritic(tokenizer, PatchCritic(cfg.adversarial.channels, cfg.adversarial.layers).to(world.device))
+    model = with_critic(tokenizer, cfg.adversarial).to(world.device)
     engine = start_engine(model, ds_config, source=args.deepspeed_config, run=run, optim=cfg.optim, lr_scales={"critic.": cfg.adversarial.lr / cfg.optim.lr})
     seed_all(run.seed + 1 + world.rank)
     restored = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed)
     first_step = restored.progress.step
 
-    objective = TokenizerObjective(cfg.loss, cfg.perceptual, cfg.adversarial, judge.to(world.device) if judge else None)
+    frozen = frozen.to(world.device) if frozen else None
+    objective = build_tokenizer_objective(cfg, frozen)
     bad = BadPictures(cfg.data.max_bad_share)
     guard, meter, saver = around_steps(
         args.out, engine, restored, run=run, checkpoint=cfg.checkpoint, durations=durations, num_samples=order.num_samples, bad=bad, world=world
     )
-    evaluation = HeldOut(held_out, cfg.evaluation, num_codes=cfg.tokenizer.num_codes, batch=run.micro_batch, out=args.out, world=world, meter=meter)
+    evaluation = HeldOut(held_out, cfg.evaluation, tokenizer=tokenizer, frozen=frozen, batch=run.micro_batch, out=args.out, world=world, meter=meter)
 
     def evaluate(step: int) -> None:
         with meter.paused("evaluation"), watchdog.during("evaluation", LONG_S):
@@ -136,24 +134,24 @@ def train(args, resolved) -> int:
             saver.finish()
         meter.close()
     if durations.stop_step == durations.total_steps and world.is_main:
-        release(args.out, cfg, evaluation.last, provenance["judge"])
+        release(args.out, cfg, evaluation.last, judged)
     world.barrier()
     return EXIT_DONE
 
 
-def release(out: Path, cfg: TokenizerRecipe, quality: dict[str, float], judge: str) -> None:
+def release(out: Path, cfg: TokenizerRecipe, quality: dict[str, float], judged: dict[str, str]) -> None:
     """Write OUT/tokenizer from the newest checkpoint."""
-    from peco_ds.models.peco_tokenizer import save_tokenizer
+    from peco_ds.evaluation.reconstruction import quality_line
+    from peco_ds.models.tokenizers import save_tokenizer
     from peco_ds.runtime.checkpoint_files import newest_whole, read_progress
     from peco_ds.runtime.consolidate import fp32_weights
 
     checkpoint = newest_whole(out)
     progress = read_progress(checkpoint)
     weights = {name.removeprefix("tokenizer."): tensor for name, tensor in fp32_weights(checkpoint).items() if not name.startswith("critic.")}
-    facts = {"recipe": cfg.name, "steps": progress.step, "images_seen": progress.cursor.samples, "judge": judge, **quality}
+    facts = {"recipe": cfg.name, "steps": progress.step, "images_seen": progress.cursor.samples, **judged, **quality}
     fingerprint = save_tokenizer(out / "tokenizer", weights, cfg.tokenizer, facts)
-    summary = f"PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.3f}, {quality['codes_used']} of {cfg.tokenizer.num_codes} codes"
-    sys.stdout.write(f"tokenizer {fingerprint[:12]}: {summary}, in {out / 'tokenizer'}\n")
+    sys.stdout.write(f"tokenizer {fingerprint[:12]}: {quality_line(quality, cfg.tokenizer.num_codes)}, in {out / 'tokenizer'}\n")
 
 
 if __name__ == "__main__":

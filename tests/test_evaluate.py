@@ -17,7 +17,7 @@ from peco_ds.evaluate import main
 from peco_ds.models.classifier import build_classifier
 from peco_ds.models.mim import MaskedImageModel
 from peco_ds.pack_images import main as pack
-from test_train_tokenizer import SMALL
+from test_train_tokenizer import SMALL, SMALL_VQKD
 
 CLASSES, PICTURES = 3, 27
 MODEL = ModelSettings(image_px=32, patch_px=8, width=24, depth=2, heads=2, layer_scale=1.0, drop_path=0)
@@ -41,6 +41,7 @@ def root(real_data, tmp_path_factory):
     torch.save({"model": {name.removeprefix("backbone."): tensor for name, tensor in mim.items()}}, root / "mim.pth")
     torch.save(timm.create_model("test_vit", pretrained=False, num_classes=CLASSES).state_dict(), root / "test_vit.pth")
     torch.save(torchvision.models.alexnet(weights=None).state_dict(), root / "alexnet.pth")
+    torch.save(timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=0).state_dict(), root / "teacher.pth")
     return root
 
 
@@ -54,14 +55,19 @@ def results(root):
         "named": ["test_vit", *common, "--checkpoint", str(root / "test_vit.pth"), "--batch", "9"],
         "run": [str(root / "run"), *common, "--batch", "4", "--train_images", str(root / "images" / "train"), "--lpips", str(root / "alexnet.pth")],
         "release": [str(root / "run" / "tokenizer"), *common, "--image_px", "32"],
+        "vqkd": [str(root / "vqkd" / "tokenizer"), *common, "--train_images", str(root / "images" / "train"), "--precision", "bf16"],
     }
-    tokenizer = ["--out", str(root / "run"), f"data.root={root}", *SMALL, "data.val_images=images/val", "schedule.steps=3", "evaluation.every_steps=3"]
+    short = [f"data.root={root}", "data.val_images=images/val", "schedule.steps=3", "evaluation.every_steps=3"]
+    tokenizers = [
+        ["--recipe", "peco_tokenizer", "--out", str(root / "run"), *SMALL, *short],
+        ["--recipe", "beitv2_tokenizer", "--out", str(root / "vqkd"), f"teacher.weights={root / 'teacher.pth'}", *SMALL_VQKD, *short],
+    ]
     found = {}
     for ranks in (1, 2):
         chosen = cases if ranks == 1 else {name: cases[name] for name in ("classifier", "run")}
         starts = [{"stage": "evaluate", "arguments": [*arguments, "--out", str(root / f"{name}_{ranks}.json")]} for name, arguments in chosen.items()]
         if ranks == 1:
-            starts.insert(0, {"stage": "train_tokenizer", "arguments": ["--recipe", "peco_tokenizer", *tokenizer]})
+            starts = [*({"stage": "train_tokenizer", "arguments": arguments} for arguments in tokenizers), *starts]
         listing = root / f"cases_{ranks}.json"
         listing.write_text(json.dumps(starts))
         done = run_stage(str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=ranks, environment={"OMP_NUM_THREADS": "1"})
@@ -111,8 +117,8 @@ def test_throughput_and_provenance_stand_beside_the_accuracy(results):
         found = results[name, 1]
         assert found["throughput"]["forward_images_per_s"] > 0 and found["throughput"]["end_to_end_images_per_s"] > 0
         assert len(found["images"]["fingerprint"]) == 64 and {"command", "commit", "versions"} <= found.keys()
-    lines = [line for line in results["lines", 1].splitlines() if ("PSNR" in line and "perplexity" in line) or "top-1" in line]
-    assert len(lines) == 5 and "on 27 pictures at 32 px" in lines[0]
+    lines = [line for line in results["lines", 1].splitlines() if line.endswith(".json")]
+    assert len(lines) == 6 and "on 27 pictures at 32 px" in lines[0]
     assert sum("PSNR" in line or "top-1" in line for line in results["lines", 2].splitlines()) == 2, "one line a start, not one a rank"
 
 
@@ -139,6 +145,16 @@ def test_codes_alone_are_probed_in_two_forms_alike_on_one_rank_and_on_two(result
     assert "code_probes" not in results["release", 1]
 
 
+def test_a_tokenizer_without_pictures_is_measured_by_its_codes_and_their_probes(root, results):
+    found = results["vqkd", 1]
+    assert found["quality"].keys() == {"codes_used", "perplexity"} and 1 < found["quality"]["codes_used"] <= 32
+    assert found["settings"]["image_px"] == 32, "the one size that it looks at"
+    assert list(found["code_probes"]["pictures_as"]) == ["bag of codes", "mean code vector"]
+    trained, measured = (next(line for line in results["lines", 1].splitlines() if line.endswith(str(root / end))) for end in ("vqkd/tokenizer", "vqkd_1.json"))
+    assert "cosine to the teacher 0." in trained and "of 32 codes, perplexity" in trained and "PSNR" not in trained
+    assert "cosine" not in measured and "PSNR" not in measured and "of 32 codes, perplexity" in measured and "mean code vector: linear" in measured
+
+
 BAD = [
     (["mim.pth"], "has no classifier .kind mim.; fine-tune it with finetune.py, or probe"),
     (["five.pth"], "its head has 5 classes, .* has 3"),
@@ -151,6 +167,8 @@ BAD = [
     (["classifier.pth", "--out", "nowhere/result.json"], "no folder"),
     (["run", "--image_px", "36"], "not a multiple of the tokenizer's stride 8"),
     (["run", "--lpips", "classifier.pth"], "neither torchvision's AlexNet"),
+    (["vqkd", "--lpips", "alexnet.pth"], "makes no pictures, so there is nothing to compare; leave --lpips out"),
+    (["vqkd", "--image_px", "64"], "--image_px 64: the tokenizer looks at pictures of 32 px alone"),
     (["run", "--train_images", "images/unlabelled"], "holds pictures without labels"),
     (["runs/nowhere"], "nor the name of a timm model"),
 ]

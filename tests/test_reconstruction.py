@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from peco_ds.evaluation.reconstruction import comparison_grid, reconstruction_quality, to_u8
+from peco_ds.evaluation.reconstruction import CodeSums, CosineSums, RoundTripSums, comparison_grid, held_out_quality, quality_line, to_u8
 
 
 class Rounded:
@@ -13,6 +13,7 @@ class Rounded:
     def __init__(self, images_11):
         self.reconstruction = ((images_11 + 1) * 3.5).round() / 3.5 - 1
         self.codes = (torch.arange(4) % 5).repeat(len(images_11), 1)
+        self.features = self.reconstruction.flatten(2).transpose(1, 2)[:, ::16]  # as if a teacher's: colours of every 16th pixel
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def pictures(real_data):
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
 
 
-def measure(pictures, *, world_size=1, batch=3):
+def measure(pictures, *, world_size=1, batch=3, sums=lambda: RoundTripSums(6, torch.device("cpu"))):
     """All ranks one after the other: the sums each hands to all_reduce are what the last one adds up."""
     handed: list[list[torch.Tensor]] = []
     for rank in range(world_size):
@@ -31,7 +32,7 @@ def measure(pictures, *, world_size=1, batch=3):
             calls.append(tensor.clone())
             return tensor if rank + 1 < world_size else sum((other[len(calls) - 1] for other in handed), tensor)
 
-        found = reconstruction_quality(Rounded, pictures, num_codes=6, batch=batch, rank=rank, world_size=world_size, device=torch.device("cpu"), all_reduce=all_reduce)
+        found = held_out_quality(Rounded, pictures, sums(), batch=batch, rank=rank, world_size=world_size, device=torch.device("cpu"), all_reduce=all_reduce)
         handed.append(calls)
     return found
 
@@ -53,6 +54,27 @@ def test_psnr_and_ssim_are_scikit_images(pictures):
 @pytest.mark.parametrize("world_size, batch", [(1, 2), (2, 3), (3, 1), (4, 2)])
 def test_ranks_and_batches_divide_the_held_out_set_without_counting_twice(pictures, world_size, batch):
     assert measure(pictures, world_size=world_size, batch=batch) == pytest.approx(measure(pictures), rel=1e-6)
+
+
+def colours(images_01):
+    return (images_01 - 0.5).flatten(2).transpose(1, 2)[:, ::16]
+
+
+@pytest.mark.parametrize("world_size, batch", [(1, 3), (3, 1), (4, 2)])
+def test_the_cosine_to_a_teacher_is_averaged_over_patches_and_pictures(pictures, world_size, batch):
+    found = measure(pictures, world_size=world_size, batch=batch, sums=lambda: CosineSums(6, torch.device("cpu"), colours))
+    mine, target = Rounded(pictures.float() / 127.5 - 1).features.double().numpy(), colours(pictures.double() / 255).numpy()
+    cosines = (mine * target).sum(-1) / np.maximum(np.linalg.norm(mine, axis=-1) * np.linalg.norm(target, axis=-1), 1e-8)
+    assert found == {"cosine": pytest.approx(cosines.mean(), abs=1e-5), "codes_used": 4, "perplexity": pytest.approx(4.0)}
+    assert 0.5 < found["cosine"] < 1
+
+
+def test_without_pictures_or_teacher_the_codes_are_measured_and_said(pictures):
+    found = measure(pictures, sums=lambda: CodeSums(6, torch.device("cpu")))
+    assert found == {"codes_used": 4, "perplexity": pytest.approx(4.0)}
+    assert quality_line(found, 6) == "4 of 6 codes, perplexity 4.0"
+    assert quality_line({"cosine": 0.51234, **found}, 6) == "cosine to the teacher 0.512, 4 of 6 codes, perplexity 4.0"
+    assert quality_line({"psnr": 20.123, "ssim": 0.5, "lpips": 0.25, **found}, 6) == "PSNR 20.12 dB, SSIM 0.500, LPIPS 0.250, 4 of 6 codes, perplexity 4.0"
 
 
 def test_a_grid_holds_every_picture_in_its_place(pictures):

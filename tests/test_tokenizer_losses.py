@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from peco_ds.config import TokenizerLossSettings, TokenizerSettings
+from peco_ds.config import RECIPES, TokenizerLossSettings, TokenizerRecipe, TokenizerSettings, load_recipe
 from peco_ds.models.critic import PatchCritic, TokenizerWithCritic
-from peco_ds.models.peco_tokenizer import build_tokenizer
-from peco_ds.objectives.tokenizer_losses import hinge_losses, perceptual_loss, pixel_loss, tokenizer_loss
+from peco_ds.models.tokenizers import build_tokenizer
+from peco_ds.objectives.tokenizer_losses import DistillationObjective, TokenizerObjective, build_tokenizer_objective, cosine_loss, hinge_losses, perceptual_loss, pixel_loss, tokenizer_loss
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -37,6 +37,46 @@ def test_perceptual_loss_sums_over_blocks_and_averages_within_them():
     for tensor, difference in zip(mine, differences):
         np.testing.assert_allclose(tensor.grad.numpy(), 2 * difference / difference.size, rtol=1e-4, atol=1e-8)
     assert all(tensor.grad is None for tensor in target)
+
+
+def test_cosine_loss_and_gradient_follow_the_formula():
+    features, target = normal(0, 2, 5, 7).requires_grad_(), normal(1, 2, 5, 7).requires_grad_()
+    loss = cosine_loss(features, target)
+    loss.backward()
+    mine, other = (tensor.detach().double().numpy() for tensor in (features, target))
+    lengths = np.linalg.norm(mine, axis=-1, keepdims=True)
+    mine, other = mine / lengths, other / np.linalg.norm(other, axis=-1, keepdims=True)
+    cosines = (mine * other).sum(-1, keepdims=True)
+    assert loss.item() == pytest.approx((1 - cosines).mean(), rel=1e-5)
+    # d/dx of u . t with u = x / |x| is (t - u (u . t)) / |x|
+    np.testing.assert_allclose(features.grad.numpy(), -(other - mine * cosines) / lengths / 10, rtol=1e-4, atol=1e-7)
+    assert target.grad is None
+
+
+class Halves:
+    """A teacher whose features are the pictures themselves, cut in two."""
+
+    def targets(self, images_01):
+        assert not torch.is_grad_enabled() and images_01.min() >= 0 and images_01.max() <= 1
+        return images_01.flatten(1).unflatten(1, (2, -1))
+
+
+def test_distillation_adds_weighted_commitment_and_shows_the_teacher_pictures_in_its_own_range():
+    images_11 = normal(0, 3, 3, 4, 4).clamp(-1, 1)
+    output = SimpleNamespace(features=normal(1, 3, 2, 24).bfloat16().requires_grad_(), commitment=torch.tensor(0.5, requires_grad=True))
+    loss, stats = DistillationObjective(TokenizerLossSettings(commitment_weight=0.25), Halves())(output, images_11, step=0)
+    distance = cosine_loss(output.features, ((images_11 + 1) / 2).reshape(3, 2, 24))
+    torch.testing.assert_close(loss, distance + 0.125)
+    assert loss.dtype == torch.float32 and stats["cosine"].item() == pytest.approx(1 - distance.item()) and stats["commitment"] == 0.5
+    loss.backward()
+    assert output.commitment.grad == 0.25 and output.features.grad.abs().sum() > 0
+    assert not any(value.requires_grad for value in stats.values())
+
+
+@pytest.mark.parametrize("recipe, objective", [("peco_tokenizer", TokenizerObjective), ("beitv2_tokenizer", DistillationObjective), ("beitv2_tokenizer_dino", DistillationObjective)])
+def test_a_recipe_gets_the_objective_of_its_kind_of_tokenizer(recipe, objective):
+    cfg = load_recipe(TokenizerRecipe, RECIPES / f"{recipe}.yaml", ["perceptual.weights=x", "teacher.weights=x"], environ={}).recipe
+    assert isinstance(build_tokenizer_objective(cfg, Halves()), objective)
 
 
 def test_hinge_losses_follow_the_formula():

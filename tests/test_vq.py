@@ -83,7 +83,30 @@ def test_the_moving_average_follows_the_formula(l2_normalized):
         np.testing.assert_allclose(codebook.codes.numpy(), codes, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"l2_normalized": True}, {"decay": 0.5, "revive_below": 4.0}])
+def test_the_average_of_directions_follows_the_released_formula():
+    decay = 0.9
+    codebook = filled_codebook(l2_normalized=True, average="directions", decay=decay)
+    codes, rare = codebook.codes.double().numpy(), 0
+    for step in range(6):
+        features = features_of(step, batch=1, side=2)
+        codebook(features)
+        codebook.update()
+        rows = unit(rows_of(features))
+        nearest = (rows @ codes.T).argmax(-1)
+        for code in set(nearest):
+            chosen = rows[nearest == code]
+            codes[code] = unit(decay * codes[code] + (1 - decay) * unit(chosen.mean(0)))  # however many chose it, and however long ago others did
+            rare += len(chosen) == 1
+        np.testing.assert_allclose(codebook.codes.numpy(), codes, rtol=1e-4, atol=1e-6)
+    assert 0 < rare
+
+
+def test_only_unit_codes_have_directions_to_average():
+    with pytest.raises(AssertionError, match="unit codes"):
+        Codebook(4, 2, average="directions")
+
+
+@pytest.mark.parametrize("options", [{}, {"l2_normalized": True}, {"l2_normalized": True, "average": "directions"}, {"decay": 0.5, "revive_below": 4.0}])
 def test_the_update_does_not_depend_on_micro_batches_or_ranks(options):
     steps = [features_of(step, batch=4) for step in range(4)]
     whole, parts, ranks = filled_codebook(**options), filled_codebook(**options), [filled_codebook(**options) for _ in range(2)]

@@ -1,9 +1,10 @@
-"""How well a tokenizer's round trip keeps a picture, and how much of its codebook it uses."""
+"""How well a tokenizer's round trip keeps a picture, or its teacher's features, and how much of its codebook it uses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -13,56 +14,123 @@ from peco_ds.config import EvaluationSettings
 from peco_ds.models.vq import usage
 
 
-class RoundTripSums:
-    """PSNR, SSIM, code usage and, where asked for, LPIPS, summed over a rank's pictures.
+class RoundTrip(NamedTuple):
+    codes: torch.Tensor  # int64 [b, N]
+    reconstruction: torch.Tensor | None  # [b, 3, S, S] in [-1, 1]; None of a tokenizer that makes no pictures
 
-    Args:
-        distance: restored_01, originals_01 [b, 3, S, S] -> [b]; LPIPS of `perceptual_distance.load_lpips`, or None.
-    """
 
-    def __init__(self, num_codes: int, device: torch.device, distance: Callable | None = None) -> None:
-        self._distance = distance
-        self._sums = torch.zeros(4, device=device, dtype=torch.float64)  # psnr, ssim, lpips, pictures
+def round_trip_of(tokenizer) -> Callable[[torch.Tensor], RoundTrip]:
+    """images_11 [b, 3, S, S] -> codes and, where the tokenizer makes pictures, what it makes of the codes alone. In eval mode."""
+    stride = tokenizer.settings.stride_px
+
+    def round_trip(images_11: torch.Tensor) -> RoundTrip:
+        codes = tokenizer.tokenize(images_11)
+        grid = (images_11.shape[-2] // stride, images_11.shape[-1] // stride)
+        return RoundTrip(codes, tokenizer.decode_codes(codes, grid) if tokenizer.makes_pictures else None)
+
+    return round_trip
+
+
+class CodeSums:
+    """Code usage, summed over a rank's pictures: what every tokenizer can be measured by."""
+
+    names: tuple[str, ...] = ()  # of the values that `_measured` gives, averaged over pictures
+
+    def __init__(self, num_codes: int, device: torch.device) -> None:
+        self._sums = torch.zeros(len(self.names) + 1, device=device, dtype=torch.float64)  # the last one counts pictures
         self._counts = torch.zeros(num_codes, device=device, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, originals_01: torch.Tensor, output, real: torch.Tensor) -> None:
         """
         Args:
-            originals_01: [b, 3, S, S] in [0, 1].  output: has .reconstruction [b, 3, S, S] in [-1, 1] and .codes [b, N].
+            originals_01: [b, 3, S, S] in [0, 1].  output: has .codes [b, N], and what a subclass asks for.
             real: bool [b]; a row without it only fills the batch up and counts nothing.
         """
+        weight = real.double()
+        values = [*self._measured(originals_01, output), torch.ones_like(weight)]
+        self._sums += torch.stack([(weight * each.double()).sum() for each in values])
+        self._counts += torch.bincount(output.codes[real].flatten(), minlength=len(self._counts))
+
+    def _measured(self, originals_01: torch.Tensor, output) -> list[torch.Tensor]:
+        """One [b] for each of `names`."""
+        return []
+
+    def result(self, all_reduce: Callable) -> dict[str, float]:
+        """The names, averaged over pictures; codes_used, perplexity (exp of the entropy of the code counts). Collective."""
+        *totals, pictures = all_reduce(self._sums).tolist()
+        return {**{name: total / pictures for name, total in zip(self.names, totals)}, **usage(all_reduce(self._counts))}
+
+
+class RoundTripSums(CodeSums):
+    """PSNR (dB), SSIM (Gaussian window of 11) and, where asked for, LPIPS, beside code usage.
+
+    `output` has .reconstruction [b, 3, S, S] in [-1, 1] too.
+
+    Args:
+        distance: restored_01, originals_01 [b, 3, S, S] -> [b]; LPIPS of `perceptual_distance.load_lpips`, or None.
+    """
+
+    def __init__(self, num_codes: int, device: torch.device, distance: Callable | None = None) -> None:
+        self.names = ("psnr", "ssim") if distance is None else ("psnr", "ssim", "lpips")
+        super().__init__(num_codes, device)
+        self._distance = distance
+
+    def _measured(self, originals_01: torch.Tensor, output) -> list[torch.Tensor]:
         restored = (output.reconstruction.float() / 2 + 0.5).clamp(0, 1)
         error = (restored - originals_01).square().mean(dim=(1, 2, 3)).double()
         psnr = -10 * error.clamp_min(1e-12).log10()
-        ssim = structural_similarity_index_measure(restored, originals_01, data_range=1.0, reduction="none").double().reshape(-1)
-        lpips = torch.zeros_like(psnr) if self._distance is None else self._distance(restored, originals_01).double()
-        weight = real.double()
-        self._sums += torch.stack([(weight * values).sum() for values in (psnr, ssim, lpips, torch.ones_like(psnr))])
-        self._counts += torch.bincount(output.codes[real].flatten(), minlength=len(self._counts))
+        ssim = structural_similarity_index_measure(restored, originals_01, data_range=1.0, reduction="none").reshape(-1)
+        return [psnr, ssim] if self._distance is None else [psnr, ssim, self._distance(restored, originals_01)]
 
-    def result(self, all_reduce: Callable) -> dict[str, float]:
-        """psnr (dB, of each picture, averaged), ssim (Gaussian window of 11, averaged), lpips if measured (averaged), codes_used, perplexity (exp of the
-        entropy of the code counts). Collective."""
-        psnr, ssim, lpips, pictures = all_reduce(self._sums).tolist()
-        distance = {} if self._distance is None else {"lpips": lpips / pictures}
-        return {"psnr": psnr / pictures, "ssim": ssim / pictures, **distance, **usage(all_reduce(self._counts))}
+
+class CosineSums(CodeSums):
+    """Cosine to a teacher's features, averaged over a picture's patches, beside code usage. `output` has .features [b, N, D] too.
+
+    Args:
+        targets: images_01 [b, 3, S, S] -> [b, N, D], the teacher's.
+    """
+
+    names = ("cosine",)
+
+    def __init__(self, num_codes: int, device: torch.device, targets: Callable) -> None:
+        super().__init__(num_codes, device)
+        self._targets = targets
+
+    def _measured(self, originals_01: torch.Tensor, output) -> list[torch.Tensor]:
+        return [torch.nn.functional.cosine_similarity(output.features.float(), self._targets(originals_01).float(), dim=-1).mean(dim=1)]
+
+
+def training_sums(tokenizer, device: torch.device, frozen) -> CodeSums:
+    """Fresh sums of what a tokenizer learns: round trips, or the teacher's features.
+
+    Args:
+        frozen: what it learns from, on the device: of a tokenizer that makes no pictures the teacher, `.targets(images_01) -> [b, N, D]`.
+    """
+    num_codes = tokenizer.settings.num_codes
+    return RoundTripSums(num_codes, device) if tokenizer.makes_pictures else CosineSums(num_codes, device, frozen.targets)
+
+
+def quality_line(quality: dict[str, float], num_codes: int) -> str:
+    """What a `result` says, for one line of text."""
+    told = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.3f}", "lpips": "LPIPS {:.3f}", "cosine": "cosine to the teacher {:.3f}"}
+    measured = [text.format(quality[name]) for name, text in told.items() if name in quality]
+    return ", ".join([*measured, f"{quality['codes_used']} of {num_codes} codes", f"perplexity {quality['perplexity']:.1f}"])
 
 
 @torch.no_grad()
-def reconstruction_quality(
-    round_trip: Callable, images_u8: torch.Tensor, *, num_codes: int, batch: int, rank: int, world_size: int, device: torch.device, all_reduce: Callable
+def held_out_quality(
+    round_trip: Callable, images_u8: torch.Tensor, sums: CodeSums, *, batch: int, rank: int, world_size: int, device: torch.device, all_reduce: Callable
 ) -> dict[str, float]:
-    """PSNR, SSIM and code usage over a held-out set, shared by the ranks. Collective.
+    """What `sums` measures, over a held-out set, shared by the ranks. Collective.
 
     Args:
-        round_trip: images_11 [b, 3, S, S] -> has .reconstruction and .codes, as `RoundTripSums.add`; called equally often on every rank.
-        images_u8: uint8 [n, 3, S, S], the same on every rank.
-    Returns: as `RoundTripSums.result`.
+        round_trip: images_11 [b, 3, S, S] -> the output that `sums.add` takes; called equally often on every rank.
+        images_u8: uint8 [n, 3, S, S], the same on every rank.  sums: fresh.
+    Returns: as `CodeSums.result`.
     """
     total = len(images_u8)
     each = -(-total // world_size)
-    sums = RoundTripSums(num_codes, device)
     for start in range(0, each, batch):
         places = torch.arange(rank * each + start, rank * each + min(start + batch, each))
         # Every rank makes the same number of calls: past the end the last picture stands in and counts nothing.
@@ -72,16 +140,16 @@ def reconstruction_quality(
 
 
 class HeldOut:
-    """Quality on held-out pictures while a tokenizer trains: evaluation.jsonl, TensorBoard, reconstructions.png. Collective.
+    """Quality on held-out pictures while a tokenizer trains: evaluation.jsonl, TensorBoard and, of one that makes pictures, reconstructions.png. Collective.
 
     Args:
-        images_u8: uint8 [n, 3, S, S], the same on every rank.  world: has rank, size, device, all_reduce, is_main.
-        meter: takes what is measured.
+        images_u8: uint8 [n, 3, S, S], the same on every rank.  tokenizer, frozen: as `training_sums`.
+        world: has rank, size, device, all_reduce, is_main.  meter: takes what is measured.
     """
 
-    def __init__(self, images_u8: torch.Tensor, settings: EvaluationSettings, *, num_codes: int, batch: int, out: Path, world, meter) -> None:
-        self._images_u8, self._settings = images_u8, settings
-        self._num_codes, self._batch, self._out, self._world, self._meter = num_codes, batch, out, world, meter
+    def __init__(self, images_u8: torch.Tensor, settings: EvaluationSettings, *, tokenizer, frozen, batch: int, out: Path, world, meter) -> None:
+        self._images_u8, self._settings, self._tokenizer, self._frozen = images_u8, settings, tokenizer, frozen
+        self._batch, self._out, self._world, self._meter = batch, out, world, meter
         self.last: dict[str, float] = {}
 
     def due(self, step: int) -> bool:
@@ -89,7 +157,7 @@ class HeldOut:
 
     @torch.no_grad()
     def __call__(self, engine, step: int) -> None:
-        """Measure; `engine(images_11)` gives a TokenizerOutput, or one that holds it as `.tokenizer`."""
+        """Measure; `engine(images_11)` gives the tokenizer's output, or one that holds it as `.tokenizer`."""
         world = self._world
         engine.eval()
 
@@ -97,22 +165,28 @@ class HeldOut:
             output = engine(images_11)
             return getattr(output, "tokenizer", output)
 
-        self.last = reconstruction_quality(
+        self.last = held_out_quality(
             round_trip,
             self._images_u8,
-            num_codes=self._num_codes,
+            training_sums(self._tokenizer, world.device, self._frozen),
             batch=self._batch,
             rank=world.rank,
             world_size=world.size,
             device=world.device,
             all_reduce=world.all_reduce,
         )
-        shown = self._images_u8[: self._settings.grid_images]
-        restored = round_trip(shown.to(world.device).float() / 127.5 - 1).reconstruction
-        engine.train()
         if world.is_main:
-            grid = comparison_grid([shown, to_u8(restored).cpu()])
             self._meter.evaluation(step, self.last)
+        if self._tokenizer.makes_pictures:
+            self._show(round_trip, step)
+        engine.train()
+
+    def _show(self, round_trip: Callable, step: int) -> None:
+        """Every rank makes the pictures, which may be a collective; the first one keeps them."""
+        shown = self._images_u8[: self._settings.grid_images]
+        restored = round_trip(shown.to(self._world.device).float() / 127.5 - 1).reconstruction
+        if self._world.is_main:
+            grid = comparison_grid([shown, to_u8(restored).cpu()])
             self._meter.picture("original | round trip", grid, step)
             save_png(self._out / "reconstructions.png", grid)
 

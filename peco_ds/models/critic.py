@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from peco_ds.config import AdversarialSettings
+from peco_ds.models.image_tokenizer import ImageTokenizer
 from peco_ds.models.peco_tokenizer import PecoTokenizer, TokenizerOutput, group_norm
 
 
@@ -66,3 +68,10 @@ class TokenizerWithCritic(nn.Module):
         fake_detached = self.critic(output.reconstruction.detach().to(dtype))
         fake = self.critic(output.reconstruction.to(dtype))
         return TokenizerWithCriticOutput(output, CriticLogits(real.float(), fake_detached.float(), fake.float()))
+
+
+def with_critic(tokenizer: ImageTokenizer, settings: AdversarialSettings) -> nn.Module:
+    """What the engine trains: the tokenizer beside a fresh critic, or alone where the recipe has none."""
+    if not settings.weight:
+        return tokenizer
+    return TokenizerWithCritic(tokenizer, PatchCritic(settings.channels, settings.layers))

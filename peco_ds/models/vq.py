@@ -8,7 +8,7 @@ micro-batches it is cut into, up to the order of float additions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +34,13 @@ class Codebook(nn.Module):
         num_codes: V.  code_dim: C.
         l2_normalized: features and codes live on the unit sphere, nearest means largest cosine.
         decay: of the moving averages, in [0, 1).  count_eps: Laplace smoothing of the counts.
+        average: of what a code is the moving average. "sums": of its features' sums over the average of their counts, so that every feature weighs alike, and
+            a code without hits loses its past. "directions", for unit codes: of the features' unit mean, so that every step with a hit weighs alike,
+            and a code without hits keeps its past; a rare code follows the encoder more slowly.
         revive_below: a code whose averaged count (vectors a step) falls below this restarts at an encoder output; 0: never.
         seed: of the choice of those outputs.
-    Source: VQ-VAE (arXiv 1711.00937), appendix A.1, for the moving average; BEiT v2 (arXiv 2208.06366) for the unit sphere;
-        Jukebox (arXiv 2005.00341) for restarts.
+    Source: VQ-VAE (arXiv 1711.00937), appendix A.1, for the moving average of sums; BEiT v2 (arXiv 2208.06366) for the unit sphere, and its
+        released `norm_ema_quantizer.py` for the average of directions; Jukebox (arXiv 2005.00341) for restarts.
     """
 
     def __init__(
@@ -48,12 +51,14 @@ class Codebook(nn.Module):
         l2_normalized: bool = False,
         decay: float = 0.99,
         count_eps: float = 1e-5,
+        average: Literal["sums", "directions"] = "sums",
         revive_below: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        assert average == "sums" or l2_normalized, "only unit codes have directions to average"
         self.num_codes, self.code_dim, self.l2_normalized = num_codes, code_dim, l2_normalized
-        self.decay, self.count_eps, self.revive_below = decay, count_eps, revive_below
+        self.decay, self.count_eps, self.average, self.revive_below = decay, count_eps, average, revive_below
         if l2_normalized:
             codes = F.normalize(torch.randn(num_codes, code_dim), dim=-1)
         else:
@@ -80,6 +85,7 @@ class Codebook(nn.Module):
             l2_normalized=settings.l2_normalized,
             decay=settings.decay,
             count_eps=settings.count_eps,
+            average=settings.average,
             revive_below=settings.revive_below,
             seed=seed,
         )
@@ -217,9 +223,12 @@ class Codebook(nn.Module):
         counts = statistics[:, -1].clone()
         self.ema_count.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         self.ema_sum.mul_(self.decay).add_(statistics[:, :-1], alpha=1 - self.decay)
-        total = self.ema_count.sum()
-        smoothed = (self.ema_count + self.count_eps) / (total + self.num_codes * self.count_eps) * total
-        codes = self.ema_sum / smoothed.unsqueeze(1)
+        if self.average == "directions":
+            codes = self.decay * self.codes + (1 - self.decay) * F.normalize(statistics[:, :-1], dim=-1)
+        else:
+            total = self.ema_count.sum()
+            smoothed = (self.ema_count + self.count_eps) / (total + self.num_codes * self.count_eps) * total
+            codes = self.ema_sum / smoothed.unsqueeze(1)
         if self.l2_normalized:
             # A code nothing chose keeps its direction; renewed from a sum that shrinks every step it would drown in rounding.
             codes = torch.where(counts.unsqueeze(1) > 0, F.normalize(codes, dim=-1), self.codes)

@@ -1,14 +1,14 @@
-"""Losses of tokenizer training: pixels, commitment, perceptual distance, critic."""
+"""Losses of tokenizer training: pixels, commitment, perceptual distance, critic; a teacher's features."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from peco_ds.config import AdversarialSettings, PerceptualSettings, TokenizerLossSettings
+from peco_ds.config import AdversarialSettings, PerceptualSettings, TokenizerLossSettings, TokenizerRecipe
 
 
 def pixel_loss(reconstruction: torch.Tensor, target: torch.Tensor, kind: Literal["mse", "l1"]) -> torch.Tensor:
@@ -27,6 +27,18 @@ def perceptual_loss(features_reconstruction: Sequence[torch.Tensor], features_ta
     assert len(features_reconstruction) == len(features_target) > 0
     pairs = zip(features_reconstruction, features_target)
     return torch.stack([F.mse_loss(mine.float(), target.detach().float()) for mine, target in pairs]).sum()
+
+
+def cosine_loss(features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over patches of 1 - cosine; float32.
+
+    Args:
+        features: [B, N, D]; the gradient goes here.  target: same shape; taken as constants.
+    Source: BEiT v2 (arXiv 2208.06366).
+    """
+    assert features.shape == target.shape, f"features {tuple(features.shape)}, target {tuple(target.shape)}"
+    cosines = F.normalize(features.float(), dim=-1) * F.normalize(target.detach().float(), dim=-1)
+    return 1 - cosines.sum(dim=-1).mean()
 
 
 def hinge_losses(real: torch.Tensor, fake_detached: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,3 +127,41 @@ class TokenizerObjective:
             critic_logits=getattr(outputs, "logits", None),
             adversarial_weight=self._adversarial.weight if step >= self._adversarial.start_step else 0.0,
         )
+
+
+class DistillationObjective:
+    """1 - cosine to a teacher's features, and commitment.
+
+    Args:
+        teacher: frozen network with `.targets(images_01) -> [B, N, D]`.
+    """
+
+    def __init__(self, loss: TokenizerLossSettings, teacher) -> None:
+        self._loss, self._teacher = loss, teacher
+
+    def __call__(self, outputs, images_11: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Args:
+            outputs: has `.features` [B, N, D] and `.commitment`, a scalar.  images_11: [B, 3, H, W] in [-1, 1].  step: of no effect.
+        Returns: scalar loss, and detached unweighted scalars on the device: cosine, commitment.
+        """
+        with torch.no_grad():
+            target = self._teacher.targets(images_11 / 2 + 0.5)
+        distance, commitment = cosine_loss(outputs.features, target), outputs.commitment.float()
+        loss = distance + self._loss.commitment_weight * commitment
+        return loss, {"cosine": 1 - distance.detach(), "commitment": commitment.detach()}
+
+
+def build_tokenizer_objective(recipe: TokenizerRecipe, frozen) -> Callable:
+    """The objective of the recipe's kind of tokenizer: `objective(outputs, images_11, step) -> loss, stats`.
+
+    Args:
+        frozen: what `load_frozen_net` gave for the recipe, on the device.
+    """
+    return TOKENIZER_OBJECTIVES[recipe.tokenizer.kind](recipe, frozen)
+
+
+TOKENIZER_OBJECTIVES = {
+    "vqgan": lambda recipe, judge: TokenizerObjective(recipe.loss, recipe.perceptual, recipe.adversarial, judge),
+    "vqkd": lambda recipe, teacher: DistillationObjective(recipe.loss, teacher),
+}

@@ -18,7 +18,7 @@ def init_codebook(tokenizer, batches: Iterator[torch.Tensor], settings: Tokenize
     """Gather encoder outputs of all ranks, run k-means on rank 0, broadcast. Collective; before the engine partitions anything.
 
     Args:
-        tokenizer: PecoTokenizer on the device, whole.  batches: images_11 [B, 3, T, T], equally long on every rank.
+        tokenizer: on the device, whole; has `.encode(images_11) -> [B, C, h, w]` and `.codebook`.  batches: images_11 [B, 3, T, T], equally long on every rank.
     Source: BEiT v2's `norm_ema_quantizer.py`, which runs k-means on each rank's own first batch and never compares the results; here they are one.
     """
     logger.info("gathering %d encoder outputs for the k-means start of the codebook (tokenizer.kmeans_vectors)", settings.kmeans_vectors)

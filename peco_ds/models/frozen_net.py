@@ -1,0 +1,42 @@
+"""The frozen network that a tokenizer learns from, by the tokenizer's kind: a judge of its pictures, or a teacher of its features."""
+
+from __future__ import annotations
+
+from peco_ds.config import TokenizerRecipe
+from peco_ds.errors import UserError
+from peco_ds.models.feature_nets import FeatureNet, load_feature_net
+
+
+def load_frozen_net(recipe: TokenizerRecipe) -> FeatureNet | None:
+    """The judge or the teacher that the recipe names, on the CPU; None for pictures without a judge.
+
+    Raises: UserError if its file is none, it lacks one of perceptual.blocks, or a teacher's features have another width or grid than the tokenizer gives.
+    """
+    return LOADERS[recipe.tokenizer.kind](recipe)
+
+
+def _judge(recipe: TokenizerRecipe) -> FeatureNet | None:
+    perceptual = recipe.perceptual
+    if not perceptual.weight:
+        return None
+    judge = load_feature_net(perceptual.weights, perceptual.architecture, image_px=perceptual.image_px)
+    judge.check_blocks(perceptual.blocks)
+    return judge
+
+
+def _teacher(recipe: TokenizerRecipe) -> FeatureNet:
+    settings, vit = recipe.teacher, recipe.tokenizer.vit
+    teacher = load_feature_net(settings.weights, settings.architecture, image_px=settings.image_px, section="teacher")
+    width, grid, wanted = teacher.target_width, teacher.grid, vit.image_px // vit.patch_px
+    if width != vit.target_width:
+        raise UserError(f"tokenizer.vit.target_width {vit.target_width}: the teacher {teacher.description} gives features of width {width}; set it to {width}")
+    if grid != wanted:
+        size = wanted * teacher.image_px // grid
+        raise UserError(
+            f"teacher.image_px {teacher.image_px}: the teacher {teacher.description} gives a grid of {grid} x {grid} features, "
+            f"the tokenizer one of {wanted} x {wanted} codes; set teacher.image_px={size}"
+        )
+    return teacher
+
+
+LOADERS = {"vqgan": _judge, "vqkd": _teacher}

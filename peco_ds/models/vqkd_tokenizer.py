@@ -1,0 +1,217 @@
+"""image -> codes -> a teacher's features: BEiT v2's tokenizer, a ViT on either side of a codebook of unit vectors.
+
+The released files keep the names of the code they were trained with; `read_vqkd` turns them into a tokenizer of this package.
+Source: BEiT v2 (arXiv 2208.06366) and its released `modeling_vqkd.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models.beit import Beit
+from torch import nn
+
+from peco_ds.config import TokenizerSettings, TokenizerVitSettings, check_tokenizer_settings
+from peco_ds.errors import UserError
+from peco_ds.models.image_tokenizer import ImageTokenizer, SoftTokens
+from peco_ds.models.vq import Codebook
+
+
+class VqkdOutput(NamedTuple):
+    features: torch.Tensor  # float32 [B, N, target_width], trained towards the direction of the teacher's
+    codes: torch.Tensor  # int64 [B, N], row-major
+    commitment: torch.Tensor  # float32 [], unweighted
+
+
+class PatchTransformer(Beit):
+    """timm's `Beit` with absolute positions that ends in its patch tokens: [B, C, S, S] -> [B, N, D], after the norm.
+
+    The class token is attended to by the patches and then left behind. timm's initialisation is the released one: normal, std 0.02, not cut at one
+    deviation as in pre-training, projections divided by sqrt(2 i) in block i from 1.
+    """
+
+    def __init__(self, *, image_px: int, patch_px: int, channels: int, width: int, depth: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__(
+            img_size=image_px,
+            patch_size=patch_px,
+            in_chans=channels,
+            num_classes=0,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=mlp_ratio,
+            init_values=None,
+            use_abs_pos_emb=True,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc_norm(self.forward_features(x)[:, 1:])
+
+
+class Fp32Linear(nn.Linear):
+    """A linear layer that computes in float32, whatever its input, its weights or autocast are: float32 out.
+
+    An engine in bf16 keeps a rounded copy of the weights, as of all others; with products rounded as well, a feature would have 8 bits to choose among V codes.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+class VqkdTokenizer(ImageTokenizer):
+    """Encoder, codebook, decoder of features. Training calls `forward` alone, and every parameter takes part in it.
+
+    Args:
+        seed: decides at which encoder outputs dead codes restart.
+    """
+
+    makes_pictures = False
+
+    def __init__(self, settings: TokenizerSettings, *, seed: int = 0) -> None:
+        super().__init__(settings)
+        vit, grid = settings.vit, settings.vit.image_px // settings.vit.patch_px
+        self.encoder = PatchTransformer(image_px=vit.image_px, patch_px=vit.patch_px, channels=3, width=vit.width, depth=vit.depth, heads=vit.heads, mlp_ratio=vit.mlp_ratio)
+        self.to_code = nn.Sequential(Fp32Linear(vit.width, vit.width), nn.Tanh(), Fp32Linear(vit.width, settings.code_dim))
+        self.codebook = Codebook.from_settings(settings, seed=seed)
+        # The grid of codes is the decoder's picture, one code a patch.
+        self.decoder = PatchTransformer(
+            image_px=grid, patch_px=1, channels=settings.code_dim, width=vit.decoder_width, depth=vit.decoder_depth, heads=vit.decoder_heads, mlp_ratio=vit.mlp_ratio
+        )
+        self.to_target = nn.Sequential(nn.Linear(vit.decoder_width, vit.decoder_width), nn.Tanh(), nn.Linear(vit.decoder_width, vit.target_width))
+        for layer in (*self.to_code, *self.to_target):
+            if isinstance(layer, nn.Linear):
+                trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, images_11: torch.Tensor) -> VqkdOutput:
+        """Pictures [B, 3, S, S] in [-1, 1] -> features, codes, commitment; in training mode the codebook counts."""
+        quantized = self.codebook(self.encode(images_11))
+        return VqkdOutput(self.decode(quantized.quantized), quantized.codes, quantized.commitment)
+
+    def encode(self, images_11: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, S, S] in [-1, 1] of the encoder's own size -> float32 [B, C, grid, grid]."""
+        size, stride = self.settings.only_px, self.settings.stride_px
+        assert images_11.shape[-2:] == (size, size), f"picture {tuple(images_11.shape)}, the encoder's positions are those of {size} px"
+        tokens = self.to_code(self.encoder(images_11.to(self.encoder.cls_token.dtype)))
+        return tokens.transpose(1, 2).unflatten(2, (size // stride, size // stride))
+
+    def decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        """Code vectors [B, C, grid, grid] -> float32 [B, N, target_width]."""
+        return self.to_target(self.decoder(quantized.to(self.decoder.cls_token.dtype))).float()
+
+    @torch.no_grad()
+    def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
+        self.check_eval()
+        return self.codebook(self.encode(images_11)).codes
+
+    @torch.no_grad()
+    def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
+        """Logits: cosines to the codes, or negative squared distances where the codes are no unit vectors."""
+        self.check_eval()
+        features = self.encode(images_11)
+        return SoftTokens(self.codebook(features).codes, *self.codebook.topk(features, k, temperature=temperature))
+
+    @property
+    def code_vectors(self) -> torch.Tensor:
+        return self.codebook.codes
+
+
+# ---------------------------------------------------------------------------------------------- released files
+
+HEAD_WIDTH = 64  # of every attention head of the released networks; no shape tells
+CONTAINERS = ("model", "state_dict")
+LEFT_BEHIND = ("teacher", "scaling", "loss")  # a training checkpoint's frozen teacher and what belongs to it
+HEADS = {"encode_task_layer.": "to_code.", "decode_task_layer.": "to_target."}
+CODES = "quantize.embedding.weight"
+UNUSED = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg", "quantize.embedding.initted", "quantize.cluster_size")
+DIMENSIONS = {
+    CODES: 2,
+    "encoder.pos_embed": 3,
+    "encoder.patch_embed.proj.weight": 4,
+    "encoder.blocks.0.mlp.fc1.weight": 2,
+    "decoder.pos_embed": 3,
+    "decode_task_layer.2.weight": 2,
+}
+REMEDY = "fetch one of BEiT v2's vqkd_encoder_base_decoder_*.pth again"
+
+
+def read_vqkd(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tensor]]:
+    """A released VQ-KD file as settings and state of a `VqkdTokenizer`.
+
+    Args:
+        tensors: what `read_tensor_file` gives: the file's dictionary, or the one that it holds as `model`.
+    Returns: settings, sizes read off the shapes; and the state, float32. What the file holds of a teacher is left behind.
+    Raises: UserError naming the tensor that is missing, left over or of another shape.
+    """
+    tensors = next((tensors[name] for name in CONTAINERS if isinstance(tensors.get(name), dict)), tensors)
+    released = {name: tensor for name, tensor in tensors.items() if isinstance(name, str) and isinstance(tensor, torch.Tensor) and not name.startswith(LEFT_BEHIND)}
+    settings = _settings_of(released)
+    check_tokenizer_settings(settings, "the file's")
+    state = {_our_name(name): tensor.float() for name, tensor in released.items() if name not in UNUSED}
+    with torch.device("meta"):
+        expected = VqkdTokenizer(settings).state_dict()
+    # Codes are all that tokenizing needs. A training that went on from here would start its averages afresh, as after k-means.
+    state["codebook.ema_count"] = torch.ones(settings.num_codes)
+    state["codebook.ema_sum"] = state["codebook.codes"].clone()
+    state["codebook.initialized"] = torch.ones(())
+    state["codebook.num_updates"] = torch.zeros((), dtype=torch.int64)
+    state["codebook.step_rows"] = torch.tensor(float(settings.num_codes))
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state:
+            raise UserError(f"tensor {_their_name(name)} is missing; {REMEDY}")
+        if name not in expected:
+            raise UserError(f"tensor {_their_name(name)[:80]} has no place in a VQ-KD tokenizer; {REMEDY}")
+        if state[name].shape != expected[name].shape:
+            raise UserError(f"tensor {_their_name(name)} has shape {tuple(state[name].shape)}, the others ask for {tuple(expected[name].shape)}; {REMEDY}")
+    return settings, state
+
+
+def _settings_of(released: dict[str, torch.Tensor]) -> TokenizerSettings:
+    for name, dimensions in DIMENSIONS.items():
+        if name not in released:
+            raise UserError(f"tensor {name} is missing, so this is no VQ-KD tokenizer; {REMEDY}")
+        if released[name].ndim != dimensions or not released[name].numel() or not released[name].is_floating_point():
+            raise UserError(f"tensor {name} is {released[name].dtype} of shape {tuple(released[name].shape)}, a VQ-KD tokenizer's has {dimensions} dimensions; {REMEDY}")
+    width, _, patch_px, _ = released["encoder.patch_embed.proj.weight"].shape
+    decoder_width, patches = released["decoder.pos_embed"].shape[2], released["encoder.pos_embed"].shape[1] - 1
+    grid = round(max(patches, 0) ** 0.5)
+    if grid < 1 or grid**2 != patches:
+        raise UserError(f"tensor encoder.pos_embed has {patches + 1} places, no square grid of patches and a class token; {REMEDY}")
+    for part, wide in (("encoder", width), ("decoder", decoder_width)):
+        if wide % HEAD_WIDTH:
+            raise UserError(f"its {part} is {wide} wide, not a multiple of {HEAD_WIDTH}, the width of VQ-KD's attention heads; {REMEDY}")
+    vit = TokenizerVitSettings(
+        image_px=grid * patch_px,
+        patch_px=patch_px,
+        width=width,
+        depth=_depth(released, "encoder"),
+        heads=width // HEAD_WIDTH,
+        mlp_ratio=released["encoder.blocks.0.mlp.fc1.weight"].shape[0] / width,
+        decoder_width=decoder_width,
+        decoder_depth=_depth(released, "decoder"),
+        decoder_heads=decoder_width // HEAD_WIDTH,
+        target_width=released["decode_task_layer.2.weight"].shape[0],
+    )
+    num_codes, code_dim = released[CODES].shape
+    return TokenizerSettings(kind="vqkd", vit=vit, num_codes=num_codes, code_dim=code_dim, l2_normalized=True, average="directions")
+
+
+def _depth(released: dict[str, torch.Tensor], part: str) -> int:
+    numbers = {int(found[1]) for name in released if (found := re.match(rf"{part}\.blocks\.([0-9]{{1,6}})\.", name))}
+    depth = 1 + max(numbers, default=-1)
+    if not 1 <= depth <= len(released):  # no network of so many blocks is built to find the first missing tensor
+        raise UserError(f"its {part} has {len(numbers)} blocks up to number {depth - 1} in {len(released)} tensors; {REMEDY}")
+    return depth
+
+
+def _our_name(name: str) -> str:
+    return next((ours + name.removeprefix(theirs) for theirs, ours in HEADS.items() if name.startswith(theirs)), "codebook.codes" if name == CODES else name)
+
+
+def _their_name(name: str) -> str:
+    return next((theirs + name.removeprefix(ours) for theirs, ours in HEADS.items() if name.startswith(ours)), CODES if name == "codebook.codes" else name)
