@@ -6,15 +6,19 @@ import torch
 from beit_samples import sample, same
 from conftest import run_stage
 from safetensors.torch import load_file, save_file
+from test_parsers import finished_run
 
 from peco_ds.convert.read import read_weights
-from peco_ds.convert.release import write_release
+from peco_ds.convert.release import model_card, write_release
 from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
 from peco_ds.convert.verify import answers_of, compare
 from peco_ds.convert_checkpoint import main
 from peco_ds.errors import UserError
+from peco_ds.models.tokenizers import load_tokenizer, save_tokenizer
+from peco_ds.runtime.run_weights import read_run
+from peco_ds.schema import sha256_of_file, write_json
 
 TO = {"timm": to_timm, "hf": to_hf, "unilm": to_unilm}
 LIBRARY = {"timm": "timm", "hf": "transformers", "unilm": "unilm"}
@@ -113,14 +117,42 @@ def test_an_eps_that_is_not_beits_shows_in_the_comparison(tmp_path):
         compare(tmp_path, "transformers", answers_of(weights))
 
 
+@pytest.mark.parametrize("origin", ["", " of what it started from"], ids=["of its own run", "of the run before"])
+def test_the_card_names_every_licence_that_binds_and_the_general_text_where_none_is_known(origin):
+    weights = sample("classifier", facts={f"judge's licence{origin}": "CC BY-NC 4.0 (MoCo v3's release)", f"tokenizer's licence{origin}": "MIT"})
+    text = model_card(to_timm(weights), weights)
+    assert "\n- the tokenizer: MIT\n- the tokenizer's judge: CC BY-NC 4.0 (MoCo v3's release)\n" in text
+    assert f"| judge's licence{origin} | CC BY-NC 4.0" in text
+    plain = sample("classifier")
+    assert "the weights that MoCo v3 released are CC BY-NC 4.0" in model_card(to_timm(plain), plain)
+
+
+@pytest.mark.parametrize("told", ["judge's licence", "judge's licence of what it started from"])
+def test_a_fine_tuning_of_a_fine_tuning_is_still_bound_by_the_first_runs_judge(tmp_path, told):
+    finished_run(tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "step_00000003"
+    provenance = json.loads((checkpoint / "provenance.json").read_text())
+    write_json(checkpoint / "provenance.json", provenance | {"init_facts": {told: "CC BY-NC 4.0 (MoCo v3's release)"}})
+    (checkpoint / "manifest.json").unlink()
+    write_json(checkpoint / "manifest.json", {"files": {path.name: [path.stat().st_size, sha256_of_file(path)] for path in sorted(checkpoint.iterdir())}})
+    weights = read_run(tmp_path)
+    assert weights.facts["judge's licence of what it started from"] == "CC BY-NC 4.0 (MoCo v3's release)"
+    assert "- the tokenizer's judge: CC BY-NC 4.0 (MoCo v3's release)" in model_card(to_timm(weights), weights)
+
+
 def test_a_run_converts_to_hugging_face_and_unilm_by_the_command_a_user_types(small_sets, tmp_path):
-    run_stage("pretrain", "--recipe", "peco_vitb16", "--deepspeed_config", "ds_configs/zero3.json", "--out", tmp_path / "run", *small_sets.overrides, "schedule.steps=2")
+    tokenizer, card = load_tokenizer(small_sets.root / "tokenizer")
+    save_tokenizer(tmp_path / "tokenizer", tokenizer.state_dict(), card.settings, {"judge": "a judge", "judge_licence": "Apache-2.0 (DINO's release)", "licence": "MIT"})
+    overrides = [*small_sets.overrides, "schedule.steps=2", f"data.tokenizer={tmp_path / 'tokenizer'}"]
+    run_stage("pretrain", "--recipe", "peco_vitb16", "--deepspeed_config", "ds_configs/zero3.json", "--out", tmp_path / "run", *overrides)
     provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
     found = []
     for to in ("hf", "unilm"):
         done = run_stage("convert_checkpoint", tmp_path / "run", "--to", to, "--out", tmp_path / to)
         assert "step_00000002" in done.stdout and "token logits and features in" in done.stdout
-        assert provenance["tokenizer_fingerprint"] in (tmp_path / to / "README.md").read_text()
+        card = (tmp_path / to / "README.md").read_text()
+        assert provenance["tokenizer_fingerprint"] in card
+        assert "| judge's licence | Apache-2.0 (DINO's release) |" in card and "- the tokenizer: MIT\n- the tokenizer's judge: Apache-2.0 (DINO's release)\n" in card
         found.append(read_weights(tmp_path / to))
     assert found[0].kind == "mim" and found[0].num_codes == 64 and same(found[0].tensors, found[1].tensors)
 

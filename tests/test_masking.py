@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from peco_ds.data.masking import draw_masked
+from peco_ds.data.masking import block_mask, draw_masked
 
 
 @pytest.mark.parametrize("grid, count, kind", [(14, 75, "block"), (16, 98, "block"), (8, 24, "block"), (14, 147, "random"), (14, 195, "block")])
@@ -42,3 +42,43 @@ def test_every_patch_is_hidden_now_and_then_and_none_almost_always():
     # a block fits around the middle in more ways than at the rim, where a corner is hidden about one time in twenty
     assert share.min() > 0.02 and share.max() < 0.85
     assert abs(share.mean() - 75 / 196) < 1e-9
+
+
+def beit_v1(sample, **change):
+    return draw_masked(**{**dict(seed=0, epoch=0, sample=sample, grid=14, kind="block", count=75, min_block=16, min_aspect=0.3, exact=False), **change})
+
+
+def test_beits_first_masks_never_hide_more_than_the_count_and_sometimes_less():
+    counts = [len(beit_v1(sample)) for sample in range(400)]
+    assert max(counts) == 75 and min(counts) < 75
+    assert np.mean(counts) > 65  # the bound is nearly reached: ten tries seldom fail before a few patches are left
+
+
+def test_an_exact_mask_is_the_first_ones_filled_up_at_random():
+    for sample in range(100):
+        loose, exact = beit_v1(sample), beit_v1(sample, exact=True)
+        assert set(loose) <= set(exact) and len(exact) == 75 and (np.diff(loose) > 0).all()
+
+
+def test_a_mask_of_one_block_is_a_rectangle_within_the_limits_of_area_aspect_and_side():
+    """Count equal to min_block leaves room for one block alone; sides are rounded, so area and aspect are bound up to the rounding."""
+    alone = 0
+    for seed in range(300):
+        mask = block_mask(np.random.default_rng(seed), 14, 40, 40, 0.3, exact=False)
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+        if mask.sum() == height * width:
+            alone += 1
+            assert height < 14 and width < 14
+            assert 0.3 * 0.8 < height / width < 1.25 / 0.3
+            assert height * width <= 40
+    assert alone > 50
+
+
+def test_random_masks_are_exact_whatever_is_asked():
+    assert all(len(beit_v1(sample, kind="random", count=147)) == 147 for sample in range(20))
+
+
+def test_a_picture_where_no_block_fits_still_hides_one_patch():
+    """On a grid of 2 a block of 3 has a side of 2 at least, which is not smaller than the grid's."""
+    assert {len(beit_v1(sample, grid=2, count=3, min_block=3)) for sample in range(20)} == {1}

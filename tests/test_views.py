@@ -43,6 +43,19 @@ def test_a_cut_is_the_crop_that_pil_makes(picture):
     assert difference.max() <= 2 and difference.mean() < 0.2
 
 
+@pytest.mark.parametrize("size_px", [112, 32, 700])
+def test_a_lanczos_cut_is_pils_pixel_for_pixel(picture, size_px):
+    image, tensor = picture
+    for view in range(4):
+        row = draw_view(image.height, image.width, seed=0, sample=1, view=view, **RECIPE)
+        top, left, height, width, flip = (int(v) for v in row[:5])
+        reference = image.crop((left, top, left + width, top + height)).resize((size_px, size_px), Image.LANCZOS)
+        reference = reference.transpose(Image.FLIP_LEFT_RIGHT) if flip else reference
+        ours = cut(tensor, row, size_px, "lanczos")
+        assert ours.dtype == torch.uint8 and ours.is_contiguous()
+        assert np.array_equal(ours.permute(1, 2, 0).numpy(), np.asarray(reference))
+
+
 def test_jitter_is_pils_on_the_same_crop(picture):
     image, _ = picture
     crop = image.crop((10, 10, 150, 150)).resize((64, 64))

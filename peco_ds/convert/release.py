@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from peco_ds.errors import UserError
-from peco_ds.models.beit_weights import BeitWeights
+from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json, write_json
 
 CONFIG = "config.json"
@@ -100,6 +100,16 @@ license: other
 
 Input: {model.image_px} px, RGB, {statistics}; in evaluation {weights.crop:g} of the resized picture's side is seen.
 
-Licence: to be stated by whoever publishes these weights. It is bound by the terms of the pictures and of the tokenizer's judge, if it had one
-(the weights that MoCo v3 released are CC BY-NC 4.0).
+{_licence(weights.facts)}
 """
+
+
+def _licence(facts: dict[str, str]) -> str:
+    """What binds the weights, as far as the run recorded it, itself or of the run that it started from."""
+    named = {"the tokenizer": TOKENIZER_LICENCE, "the tokenizer's judge": JUDGE_LICENCE}
+    known = {what: facts.get(fact) or facts.get(f"{fact} of what it started from") for what, fact in named.items()}
+    terms = "\n".join(f"- {what}: {text}" for what, text in known.items() if text)
+    if not terms:
+        return """Licence: to be stated by whoever publishes these weights. It is bound by the terms of the pictures and of the tokenizer's judge, if it had one
+(the weights that MoCo v3 released are CC BY-NC 4.0)."""
+    return f"Licence: to be stated by whoever publishes these weights. It is bound by the terms of the pictures, and of the networks that it was trained with:\n\n{terms}"

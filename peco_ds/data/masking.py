@@ -1,4 +1,4 @@
-"""Which patches are hidden: block masks and random masks with an exact count, from an explicit generator."""
+"""Which patches are hidden: block masks and random masks, from an explicit generator."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from peco_ds.data.order import MASK, generator
 _TRIES = 10  # attempts for each block
 
 
-def draw_masked(*, seed: int, epoch: int, sample: int, grid: int, kind: str, count: int, min_block: int, min_aspect: float) -> np.ndarray:
+def draw_masked(*, seed: int, epoch: int, sample: int, grid: int, kind: str, count: int, min_block: int, min_aspect: float, exact: bool = True) -> np.ndarray:
     """Hidden positions of one picture, as a pure function of (seed, epoch, sample).
 
     Args:
-        grid: patches a side.  kind: "block" or "random".  count: patches hidden, exactly.
-    Returns: int64 [count], increasing row-major patch numbers.
+        grid: patches a side.  kind: "block" or "random".  count: patches hidden.  exact: False: of blocks at most `count` patches; see `block_mask`.
+    Returns: int64 [M], increasing row-major patch numbers; M = count, or 1 <= M <= count for blocks that are not exact.
     """
     draw = generator(MASK, seed, epoch, sample)
     if kind == "random":
         return np.sort(draw.choice(grid * grid, count, replace=False)).astype(np.int64)
-    return np.flatnonzero(block_mask(draw, grid, count, min_block, min_aspect)).astype(np.int64)
+    return np.flatnonzero(block_mask(draw, grid, count, min_block, min_aspect, exact=exact)).astype(np.int64)
 
 
-def block_mask(draw: np.random.Generator, grid: int, count: int, min_block: int, min_aspect: float) -> np.ndarray:
-    """Rectangles of patches until `count` are hidden, then trimmed or padded at random to exactly `count`.
+def block_mask(draw: np.random.Generator, grid: int, count: int, min_block: int, min_aspect: float, *, exact: bool = True) -> np.ndarray:
+    """Rectangles of patches until `count` are hidden or ten tries add nothing, then filled up at random to exactly `count`.
 
+    Args:
+        exact: False: not filled up. Where no block fits at all one patch is hidden, so that every picture has something to predict.
     Returns: bool [grid, grid]; True = hidden.
     Source: blocks as BEiT (arXiv 2106.08254, algorithm 1; released `masking_generator.py`): area uniform between `min_block` and what is missing,
         aspect log-uniform, sides strictly smaller than the grid, a block is taken if it adds at least one and at most the missing number
@@ -39,10 +41,12 @@ def block_mask(draw: np.random.Generator, grid: int, count: int, min_block: int,
         if added == 0:
             break
         missing -= added
+    if not exact:
+        missing = 1 if missing == count else 0
     if missing > 0:
         shown = np.flatnonzero(~mask)
         mask.flat[draw.choice(shown, missing, replace=False)] = True
-    assert mask.sum() == count
+    assert 0 < mask.sum() <= count and (mask.sum() == count or not exact)
     return mask
 
 

@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from peco_ds.data.order import VIEW, generator
 from peco_ds.errors import UserError
@@ -81,11 +82,11 @@ def fault_of_views(rows: np.ndarray) -> str:
     return ""
 
 
-def cut(image: torch.Tensor, row: np.ndarray, size_px: int) -> torch.Tensor:
-    """Box, antialiased bicubic resize, flip; jitter is `jitter`'s.
+def cut(image: torch.Tensor, row: np.ndarray, size_px: int, interpolation: str = "bicubic") -> torch.Tensor:
+    """Box, antialiased resize, flip; jitter is `jitter`'s.
 
     Args:
-        image: uint8 [3, H, W].  row: a view.
+        image: uint8 [3, H, W].  row: a view.  interpolation: "bicubic", torch's on uint8; or "lanczos", which torch has not and Pillow does.
     Returns: uint8 [3, size_px, size_px].
     Raises: UserError if the box is not in the picture: the row was recorded of another one.
     """
@@ -94,8 +95,20 @@ def cut(image: torch.Tensor, row: np.ndarray, size_px: int) -> torch.Tensor:
     if crop.shape[1:] != (height, width):
         raise UserError(f"view box {row[_BOX].tolist()} (top, left, height, width) is not in a picture of {image.shape[1]} x {image.shape[2]}: it was recorded of another one; tokenize this image set")
     if (height, width) != (size_px, size_px):
-        crop = F.interpolate(crop[None], size=(size_px, size_px), mode="bicubic", antialias=True)[0]
+        crop = _RESIZE[interpolation](crop, size_px)
     return crop.flip(-1) if row[_FLIP] else crop.contiguous()
+
+
+def _bicubic(crop: torch.Tensor, size_px: int) -> torch.Tensor:
+    return F.interpolate(crop[None], size=(size_px, size_px), mode="bicubic", antialias=True)[0]
+
+
+def _lanczos(crop: torch.Tensor, size_px: int) -> torch.Tensor:
+    picture = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
+    return torch.from_numpy(np.array(picture.resize((size_px, size_px), Image.Resampling.LANCZOS))).permute(2, 0, 1).contiguous()
+
+
+_RESIZE = {"bicubic": _bicubic, "lanczos": _lanczos}
 
 
 def jitter(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 TABLE = "blocks.{}.attn.relative_position_bias_table"
+TOKENIZER_LICENCE, JUDGE_LICENCE = "tokenizer's licence", "judge's licence"  # names among `facts`
 
 
 def usual_crop(image_px: int) -> float:

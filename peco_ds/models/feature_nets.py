@@ -1,57 +1,64 @@
-"""Frozen networks that judge (perceptual loss) or teach: timm ViTs, MoCo v3, DINO, our own releases.
+"""Frozen networks that judge (perceptual loss) or teach (VQ-KD): timm ViTs, MoCo v3, DINO, DINOv2, CLIP, our own releases.
 
 A file is read strictly: a tensor that is missing, left over or of another shape is an error, because a judge with a few random
-blocks still gives a loss that falls.
+blocks still gives a loss that falls. `vit_layouts` knows the layouts.
 """
 
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from timm.layers import LayerNorm, Mlp, QuickGELU, SwiGLUPacked
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from peco_ds.errors import UserError
-from peco_ds.models.weight_files import read_tensor_file
-from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, sha256_of_file
+from peco_ds.models.vit_layouts import HF_CONFIG, OPEN_CLIP_CONFIG, PATCH_WEIGHT, VitFile, is_projection, licence_beside, object_in, read_vit_file
+from peco_ds.schema import read_json, sha256_of_file
 
 MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
-FETCH_MOCO_V3 = f"fetch {MOCO_V3_URL} (MoCo v3, ViT-B/16, 300 epochs) and give its path in perceptual.weights"
-
-# Where training scripts put the weights inside their checkpoint, and what they put before each name. The first that fits is taken,
-# so an average ("teacher", "base_encoder") wins over what it averages.
-CONTAINERS = ("state_dict", "teacher", "model", "module")
-MOCO_PREFIXES = ("module.base_encoder.", "base_encoder.")
-PREFIXES = (*MOCO_PREFIXES, "module.backbone.", "backbone.", "module.encoder.", "encoder.", "module.", "")
-PATCH_WEIGHT = "patch_embed.proj.weight"
-HEADS = ("head.", "head_dist.", "fc.")  # what sits behind the features
-
-HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-MOCO_HEADS_OF_WIDTH = {384: 12, 768: 12}  # MoCo v3's ViT-S has 12 heads; the shapes of a file do not tell
+FETCH = {  # what a section of a recipe is told to fetch
+    "perceptual": f"fetch {MOCO_V3_URL} (MoCo v3, ViT-B/16, 300 epochs) and give its path in perceptual.weights",
+    "teacher": "fetch ViT-B-16.pt of github.com/openai/CLIP, or dino_vitbase16_pretrain.pth of github.com/facebookresearch/dino, and give its path in teacher.weights",
+}
 
 
 class FeatureNet(nn.Module):
-    """A frozen ViT that gives the patch tokens after chosen blocks. It stays in eval mode, whatever its parent does.
+    """A frozen ViT that gives the patch tokens after chosen blocks, or its final ones. It stays in eval mode, whatever its parent does.
 
     Args:
         net: timm `VisionTransformer` or `Beit`.  mean, std: of its input, for pictures in [0, 1].  description: one line for the log.
-    Attributes: image_px, the side of the square picture it looks at; depth, its number of blocks.
+        projection: float [T, D] that CLIP puts behind its final norm, or None.  licence: what the weights are published under, "" unknown.
+    Attributes: image_px, the side of the square picture it looks at; grid, patches a side of it; depth, its number of blocks;
+        target_width, numbers a patch of `targets`.
     """
 
-    def __init__(self, net: VisionTransformer | Beit, *, mean: tuple[float, ...], std: tuple[float, ...], description: str) -> None:
+    def __init__(
+        self,
+        net: VisionTransformer | Beit,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        description: str,
+        projection: torch.Tensor | None = None,
+        licence: str = "",
+    ) -> None:
         super().__init__()
         self.net = net.float().eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.image_px = net.patch_embed.img_size[0]
+        self.register_buffer("projection", None if projection is None else projection.detach().float().contiguous(), persistent=False)
+        self.image_px, self.grid = net.patch_embed.img_size[0], net.patch_embed.grid_size[0]
         self.depth = len(net.blocks)
-        self.description = description
+        self.target_width = net.embed_dim if projection is None else projection.shape[0]
+        self.description, self.licence = description, licence
 
     def train(self, mode: bool = True) -> FeatureNet:
         return super().train(False)
@@ -71,13 +78,9 @@ class FeatureNet(nn.Module):
         Raises: UserError if a block does not exist.
         """
         self.check_blocks(blocks)
-        size = (self.image_px, self.image_px)
-        images = images_01.float()
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
         ascending = sorted(set(blocks))
         tokens = self.net.forward_intermediates(
-            (images - self.mean) / self.std,
+            self._normalized(images_01),
             indices=[number - 1 for number in ascending],
             norm=False,
             stop_early=True,
@@ -87,128 +90,179 @@ class FeatureNet(nn.Module):
         after = dict(zip(ascending, tokens))
         return [after[number].float() for number in blocks]
 
+    def targets(self, images_01: torch.Tensor) -> torch.Tensor:
+        """Final patch features: after the final norm, and after CLIP's projection where the weights have one; without class token and registers.
 
-def load_feature_net(weights: str, architecture: str = "auto", *, image_px: int = 0) -> FeatureNet:
+        Args:
+            images_01: as in `features`.
+        Returns: float32 [B, grid * grid, target_width], row-major. Under autocast the network computes in its dtype.
+        Source: BEiT v2's teachers (arXiv 2208.06366, section 2.2; released `modeling_vqkd.py`): CLIP's final norm and projection on every patch.
+        """
+        tokens = self.net.forward_features(self._normalized(images_01))[:, self.net.num_prefix_tokens :]
+        if isinstance(self.net.norm, nn.Identity):  # with mean pooling timm keeps the final norm behind the pooling
+            tokens = self.net.fc_norm(tokens)
+        return (tokens if self.projection is None else F.linear(tokens, self.projection.to(tokens.dtype))).float()
+
+    def _normalized(self, images_01: torch.Tensor) -> torch.Tensor:
+        size = (self.image_px, self.image_px)
+        images = images_01.float()
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return (images - self.mean) / self.std
+
+
+class _Loaded(NamedTuple):
+    net: VisionTransformer | Beit
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    description: str
+    projection: torch.Tensor | None
+    licence: str
+
+
+def load_feature_net(weights: str, architecture: str = "auto", *, image_px: int = 0, section: str = "perceptual") -> FeatureNet:
     """Read a frozen network.
 
     Args:
-        weights: a file (.pth, .pt, .pth.tar, .safetensors: MoCo v3, DINO, any timm ViT state dict), a release folder with timm's
-            `config.json` and `model.safetensors`, or, where no such path exists, the name of a timm model, which is downloaded.
+        weights: a file in a layout of `vit_layouts` (.pth, .pt, .pth.tar, .bin, .safetensors: MoCo v3, DINO, DINOv2, CLIP of OpenAI, open_clip and
+            Hugging Face, any timm ViT), a folder of timm's, Hugging Face's or open_clip's with its config, or, where no such path exists, the
+            name of a timm model, which is downloaded.
         architecture: timm name; "auto" reads width, depth, patch size and picture size off the file. Folders and timm names bring theirs.
+            CLIP weights that stand without a config and are not OpenAI's own file need it, for it tells GELU from QuickGELU.
         image_px: side of the picture it shall look at, position embeddings resampled; 0: the one it was trained on.
+        section: of the recipe, for messages: "perceptual" or "teacher".
     Raises: UserError if the file is missing or unreadable, does not hold a ViT, does not fit the architecture, misses a tensor or
-        has one left over, or if a download fails.
+        has one left over, if its activation cannot be told, or if a download fails.
     """
     if not weights:
-        raise UserError(f"perceptual.weights is empty; {FETCH_MOCO_V3}, or set perceptual.weight=0")
+        raise UserError(f"{section}.weights is empty; {FETCH[section]}" + (", or set perceptual.weight=0" if section == "perceptual" else ""))
     path = Path(weights).expanduser()
     if path.is_dir():
-        net, mean, std, description = _from_folder(path, architecture)
+        loaded = _from_folder(path, architecture, section)
     elif path.is_file():
-        net, description = _from_file(path, architecture)
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
+        loaded = _from_file(path, architecture, section)
     else:
-        net, mean, std, description = _from_name(weights, architecture)
+        loaded = _from_name(weights, architecture, section)
     if image_px:
-        patch = net.patch_embed.patch_size[0]
+        patch = loaded.net.patch_embed.patch_size[0]
         if image_px < 0 or image_px % patch:
-            raise UserError(f"perceptual.image_px {image_px} is not a multiple of the patch size {patch} of {description}")
-        net.set_input_size(img_size=(image_px, image_px))
-    return FeatureNet(net, mean=mean, std=std, description=description)
+            raise UserError(f"{section}.image_px {image_px} is not a multiple of the patch size {patch} of {loaded.description}")
+        loaded.net.set_input_size(img_size=(image_px, image_px))
+    return FeatureNet(loaded.net, mean=loaded.mean, std=loaded.std, description=loaded.description, projection=loaded.projection, licence=loaded.licence)
 
 
 # ---------------------------------------------------------------------------------------------- three sources
 
+_WEIGHTS_OF = {HF_CONFIG: ("model.safetensors", "pytorch_model.bin"), OPEN_CLIP_CONFIG: ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")}
 
-def _from_folder(folder: Path, architecture: str):
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: holds no {name}; give a weights file, or a release folder made with convert_checkpoint.py --to timm")
-    try:
-        net = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, MemoryError, SafetensorError, OSError) as error:
-        raise UserError(f"{folder}: timm cannot load it ({_one_line(error)}); make it again with convert_checkpoint.py --to timm") from None
+
+def _from_folder(folder: Path, architecture: str, section: str) -> _Loaded:
+    config = _timm_config(folder)
+    if config is None:
+        found = next((folder / name for config, names in _WEIGHTS_OF.items() if (folder / config).is_file() for name in names if (folder / name).is_file()), None)
+        if found is None:
+            lacking = next((name for name in (HF_CONFIG, "model.safetensors") if not (folder / name).is_file()), HF_CONFIG)
+            raise UserError(f"{folder}: holds no {lacking}; give a weights file, or a release folder made with convert_checkpoint.py --to timm")
+        return _from_file(found, architecture, section)
+    name, tag = config.get("architecture"), object_in(config, "pretrained_cfg").get("tag")
+    net = _create(f"local-dir:{folder}", f"{folder}: timm cannot load it ({{}}); make it again with convert_checkpoint.py --to timm", f"{name}.{tag}")
     name = _checked_name(net, str(folder))
     if architecture not in ("auto", name):
-        raise UserError(f"{folder}: holds {name}, but perceptual.architecture is {architecture}; use auto")
+        raise UserError(f"{folder}: holds {name}, but {section}.architecture is {architecture}; use auto")
     sha = sha256_of_file(folder / "model.safetensors")[:12]
-    return net, *_statistics(net), f"{name} ({folder.name}/model.safetensors, sha256 {sha})"
+    licence = licence_beside(folder) or str(object_in(config, "pretrained_cfg").get("license") or "")[:80]
+    return _Loaded(net, *_statistics(net), f"{name} ({folder.name}/model.safetensors, sha256 {sha})", _projection_of(net), licence)
 
 
-def _from_name(name: str, architecture: str):
-    if "/" in name or name.endswith((".pth", ".pt", ".tar", ".safetensors", ".bin")):
-        raise UserError(f"{name}: no such file; correct the path, or {FETCH_MOCO_V3}")
-    if not timm.is_model(name.partition(".")[0]):
-        raise UserError(f"{name}: neither a file or folder nor the name of a timm model; correct it, or {FETCH_MOCO_V3}")
-    if architecture not in ("auto", name):
-        raise UserError(f"perceptual.architecture {architecture} contradicts perceptual.weights {name}; use auto")
+def _timm_config(folder: Path) -> dict | None:
+    """timm's config.json of a release folder; None where the folder is of another library."""
+    if not (folder / HF_CONFIG).is_file() or not (folder / "model.safetensors").is_file():
+        return None
     try:
-        net = timm.create_model(name, pretrained=True)
-    except Exception as error:  # the hub clients raise what their transport raises; none of it is a fault of ours
-        raise UserError(
-            f"{name}: its weights could not be downloaded ({_one_line(error)}); fetch model.safetensors of huggingface.co/timm/{name} "
-            f"elsewhere, put it on this machine and set perceptual.weights to its path and perceptual.architecture={name.partition('.')[0]}"
-        ) from None
+        config = read_json(folder / HF_CONFIG)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder / HF_CONFIG}: not readable as JSON ({error}); make it again with convert_checkpoint.py --to timm") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / HF_CONFIG}: no JSON object; make it again with convert_checkpoint.py --to timm")
+    return None if "model_type" in config and "architecture" not in config else config
+
+
+def _from_name(name: str, architecture: str, section: str) -> _Loaded:
+    if "/" in name or name.endswith((".pth", ".pt", ".tar", ".safetensors", ".bin")):
+        raise UserError(f"{name}: no such file; correct the path, or {FETCH[section]}")
+    if not timm.is_model(name.partition(".")[0]):
+        raise UserError(f"{name}: neither a file or folder nor the name of a timm model; correct it, or {FETCH[section]}")
+    if architecture not in ("auto", name):
+        raise UserError(f"{section}.architecture {architecture} contradicts {section}.weights {name}; use auto")
+    advice = f"elsewhere, put it on this machine and set {section}.weights to its path and {section}.architecture={name.partition('.')[0]}"
+    net = _create(name, f"{name}: its weights could not be downloaded ({{}}); fetch model.safetensors of huggingface.co/timm/{name} {advice}", name)
     _checked_name(net, name)
-    return net, *_statistics(net), f"timm {name}"
+    licence = net.pretrained_cfg.get("license")
+    return _Loaded(net, *_statistics(net), f"timm {name}", _projection_of(net), f"{licence} (as timm records it)" if licence else "")
 
 
-def _from_file(path: Path, architecture: str):
-    state, prefix = _vit_tensors(path)
-    moco = prefix in MOCO_PREFIXES
+def _create(source: str, refusal: str, name: str) -> nn.Module:
+    """timm's model with its weights; with QuickGELU where timm notes that the weights of this name were trained with it, whatever the model's own."""
+    try:
+        notes = getattr(timm.get_pretrained_cfg(name), "notes", None) or ()
+    except RuntimeError:  # a tag of somebody's own
+        notes = ()
+    activation = {"act_layer": "quick_gelu"} if any("natively QuickGELU" in note for note in notes) else {}
+    try:
+        return timm.create_model(source, pretrained=True, **activation)
+    except Exception as error:  # hub clients raise what their transport raises, and a damaged config ends anywhere in timm; none of it is a fault of ours
+        raise UserError(refusal.format(_one_line(error))) from None
+
+
+def _from_file(path: Path, architecture: str, section: str) -> _Loaded:
+    try:
+        vit = read_vit_file(path)
+    except UserError as error:
+        raise UserError(f"{error}, or {FETCH[section]}") from None
+    state, heads = vit.state, vit.heads
     width, patch_px = state[PATCH_WEIGHT].shape[0], state[PATCH_WEIGHT].shape[-1]
-    heads = (MOCO_HEADS_OF_WIDTH if moco else {}).get(width, HEADS_OF_WIDTH.get(width))
     if architecture == "auto":
-        net = _build_from_shapes(path, state, heads)
-        name = f"ViT {width} x {len(net.blocks)} blocks x {heads} heads, patch {patch_px}, {net.patch_embed.img_size[0]} px"
+        net = _build_from_shapes(path, vit, section)
+        name = f"{vit.layout} {width} x {len(net.blocks)} blocks x {heads} heads, patch {patch_px}, {net.patch_embed.img_size[0]} px"
+        name += ", QuickGELU" if vit.activation == "quick_gelu" else ""
     else:
         if not timm.is_model(architecture):
-            raise UserError(f"perceptual.architecture {architecture!r}: no timm model of this name; use auto")
+            raise UserError(f"{section}.architecture {architecture!r}: no timm model of this name; use auto")
         net = timm.create_model(architecture, pretrained=False, num_classes=0)
         name = _checked_name(net, architecture)
         if net.embed_dim != width:
-            raise UserError(f"{path}: holds a ViT of width {width}, but {architecture} has width {net.embed_dim}; use perceptual.architecture=auto or another file")
-        if moco and width in MOCO_HEADS_OF_WIDTH:
+            raise UserError(f"{path}: holds a ViT of width {width}, but {architecture} has width {net.embed_dim}; use {section}.architecture=auto or another file")
+        quick = isinstance(net.blocks[0].mlp.act, QuickGELU) if isinstance(net, VisionTransformer) else False
+        if vit.layout == "CLIP" and vit.activation is not None and quick != (vit.activation == "quick_gelu"):
+            raise UserError(f"{path}: was trained with {vit.activation}, {architecture} computes {'quick_gelu' if quick else 'gelu'}; use {section}.architecture=auto")
+        if vit.fixed_heads:
             # timm's names for this width may mean another number of heads, which no shape would betray.
             net = timm.create_model(architecture, pretrained=False, num_classes=0, num_heads=heads)
-    _load_strictly(net, state, path, name)
-    return net, f"{name} ({path.name}, sha256 {sha256_of_file(path)[:12]})"
+    _load_strictly(net, state, path, name, section)
+    projection = vit.projection
+    if projection is not None and (projection.ndim != 2 or projection.shape[1] != width or not projection.is_floating_point()):
+        raise UserError(f"{path}: CLIP's projection has shape {tuple(projection.shape)}, the patch tokens are {width} wide; fetch the file again")
+    return _Loaded(net, vit.mean, vit.std, f"{name} ({path.name}, sha256 {sha256_of_file(path)[:12]})", projection, vit.licence)
 
 
-# ---------------------------------------------------------------------------------------------- reading a file
+# ---------------------------------------------------------------------------------------------- building and filling
 
 
-def _vit_tensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """The ViT inside a checkpoint under timm's names, without its head; and the prefix that stood before them."""
-    try:
-        raw = read_tensor_file(path)
-    except UserError as error:
-        raise UserError(f"{error}, or {FETCH_MOCO_V3}") from None
-    for container in CONTAINERS:
-        if isinstance(raw.get(container), dict):
-            raw = raw[container]
-            break
-    tensors = {name: tensor for name, tensor in raw.items() if isinstance(tensor, torch.Tensor) and isinstance(name, str)}
-    prefix = next((prefix for prefix in PREFIXES if prefix + PATCH_WEIGHT in tensors), None)
-    if prefix is None:
-        raise UserError(f"{path}: holds no ViT (no tensor named ...{PATCH_WEIGHT} among {len(tensors)}); {FETCH_MOCO_V3}, or give a timm ViT file")
-    inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    numbers = (PATCH_WEIGHT, 4), ("pos_embed", 3), ("reg_token", 3), ("blocks.0.mlp.fc1.weight", 2)
-    for name, dimensions in numbers:
-        if name in inner and (inner[name].ndim != dimensions or not inner[name].numel() or not inner[name].is_floating_point()):
-            raise UserError(f"{path}: tensor {prefix}{name} is {inner[name].dtype} of shape {tuple(inner[name].shape)}, a ViT's has {dimensions} numbers; {FETCH_MOCO_V3}")
-    return {name: tensor for name, tensor in inner.items() if not name.startswith(HEADS)}, prefix
-
-
-def _build_from_shapes(path: Path, state: dict[str, torch.Tensor], heads: int | None) -> VisionTransformer:
-    advice = "name the model in perceptual.architecture"
+def _build_from_shapes(path: Path, vit: VitFile, section: str) -> VisionTransformer:
+    advice = f"name the model in {section}.architecture"
+    state, heads = vit.state, vit.heads
     width, _, patch_px, _ = state[PATCH_WEIGHT].shape
     if heads is None:
         raise UserError(f"{path}: a ViT of width {width}, whose number of heads no shape tells; {advice}")
     if "blocks.0.attn.q_bias" in state:
         raise UserError(f"{path}: weights of a BEiT; give its release folder (config.json and model.safetensors), or {advice}")
-    if "pos_embed" not in state or "blocks.0.mlp.fc1.weight" not in state:
-        raise UserError(f"{path}: no plain ViT (pos_embed or blocks.0.mlp.fc1.weight is missing); {advice}")
+    if not {"pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"} <= state.keys():
+        raise UserError(f"{path}: no plain ViT (pos_embed, blocks.0.mlp.fc1.weight or blocks.0.mlp.fc2.weight is missing); {advice}")
+    if vit.activation is None:
+        raise UserError(
+            f"{path}: CLIP weights, which may have been trained with GELU (LAION-2B, DataComp: vit_base_patch16_clip_224) or QuickGELU (OpenAI, LAION-400M, DFN, "
+            f"MetaCLIP: vit_base_patch16_clip_quickgelu_224), and nothing in the file tells; {advice}, or put its library's config file beside it"
+        )
     blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
     depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))
     if depth > len(state):  # no model of so many blocks is built to find the first missing tensor
@@ -216,18 +270,24 @@ def _build_from_shapes(path: Path, state: dict[str, torch.Tensor], heads: int | 
     class_tokens = 1 if "cls_token" in state else 0
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     positions = state["pos_embed"].shape[1]
-    # With registers timm knows both tables with a place for every token and tables for patches alone.
-    sides = {prefix: round((positions - prefix) ** 0.5) for prefix in (class_tokens + registers, 0) if positions > prefix}
+    # With registers timm knows both tables with a place for every token and tables for patches alone; DINOv2 and timm's own have the latter.
+    prefixes = (0, class_tokens + registers) if registers else (class_tokens, 0)
+    sides = {prefix: round((positions - prefix) ** 0.5) for prefix in prefixes if positions > prefix}
     prefix = next((prefix for prefix, side in sides.items() if side * side == positions - prefix), None)
     if prefix is None:
         raise UserError(f"{path}: pos_embed has {positions} places, no square grid of patches; {advice}")
+    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    gated = hidden == 2 * state["blocks.0.mlp.fc2.weight"].shape[1]  # DINOv2's giant: two halves, one of which opens the other
     return VisionTransformer(
         img_size=sides[prefix] * patch_px,
         patch_size=patch_px,
         embed_dim=width,
         depth=depth,
         num_heads=heads,
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        mlp_ratio=hidden / width,
+        mlp_layer=SwiGLUPacked if gated else Mlp,
+        act_layer="silu" if gated else vit.activation,
+        norm_layer=partial(LayerNorm, eps=vit.norm_eps),
         qkv_bias="blocks.0.attn.qkv.bias" in state,
         init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
         class_token=class_tokens == 1,
@@ -239,23 +299,30 @@ def _build_from_shapes(path: Path, state: dict[str, torch.Tensor], heads: int | 
     )
 
 
-def _load_strictly(net: nn.Module, state: dict[str, torch.Tensor], path: Path, name: str) -> None:
+def _load_strictly(net: nn.Module, state: dict[str, torch.Tensor], path: Path, name: str, section: str) -> None:
     expected = net.state_dict()
     for key in expected:
         if key not in state:
-            raise UserError(f"{path}: tensor {key} of {name} is missing; fetch the file again or correct perceptual.architecture")
+            raise UserError(f"{path}: tensor {key} (timm's name) of {name} is missing; fetch the file again or correct {section}.architecture")
     for key, tensor in state.items():
         if key not in expected:
-            raise UserError(f"{path}: tensor {key} has no place in {name}; correct perceptual.architecture, or give a file without it")
+            raise UserError(f"{path}: tensor {key} has no place in {name}; correct {section}.architecture, or give a file without it")
         if tensor.shape != expected[key].shape:
             found, wanted = tuple(tensor.shape), tuple(expected[key].shape)
-            raise UserError(f"{path}: tensor {key} has shape {found}, {name} has {wanted}; correct perceptual.architecture")
+            raise UserError(f"{path}: tensor {key} (timm's name) has shape {found}, {name} has {wanted}; correct {section}.architecture")
     net.load_state_dict(state)
+
+
+def _projection_of(net: VisionTransformer | Beit) -> torch.Tensor | None:
+    """CLIP's projection, which timm's releases keep as the head."""
+    if isinstance(net, Beit) or isinstance(net.norm_pre, nn.Identity) or not isinstance(net.head, nn.Linear):
+        return None
+    return net.head.weight if is_projection(net.head.weight, net.head.bias) else None
 
 
 def _checked_name(net: nn.Module, source: str) -> str:
     if not isinstance(net, (VisionTransformer, Beit)):
-        raise UserError(f"{source}: a {type(net).__name__}; the judge must be a plain ViT or a BEiT of timm")
+        raise UserError(f"{source}: a {type(net).__name__}; give a plain ViT or a BEiT of timm")
     return net.pretrained_cfg["architecture"]
 
 

@@ -1,0 +1,131 @@
+"""TorchScript archives, the form of OpenAI's CLIP files, as tensors by name; the program in them is neither compiled nor run."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from peco_ds.errors import UserError
+
+_DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a file is such an archive: a zip whose folder has constants.pkl beside data.pkl."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
+
+
+def read_torchscript(path: str | Path) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of the module in an archive, by their dotted names, on the CPU in the stored precision.
+
+    Raises: UserError if the archive is damaged or names a Python object that is neither a module of its own nor a tensor.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            table = next(name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
+            root = _Reader(io.BytesIO(_stored(archive, table))).load()
+            folder = table.removesuffix("data.pkl") + "data/"
+            return {name: _tensor(archive, folder, saved) for name, saved in _saved_tensors(root).items()}
+    except Exception as error:  # a damaged pickle ends in IndexError, struct.error or AttributeError, wherever the reader happens to stand
+        detail = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"{path}: not a readable TorchScript archive ({detail}); fetch it again, or save model.state_dict() where you trust it") from None
+
+
+class _Storage(NamedTuple):
+    dtype: torch.dtype
+    key: str
+    numel: int
+
+
+class _Saved(NamedTuple):
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Module:
+    """Stands for every module of the archive: attributes and nothing that could run."""
+
+
+def _saved(storage, offset, size, stride, *_flags) -> _Saved:
+    return _Saved(storage, offset, size, stride)
+
+
+def _first(content, *_type):
+    return content
+
+
+# Python's own unpickler and not C's, which takes memory for any place in its memo that a damaged file names.
+class _Reader(pickle._Unpickler):
+    """Gives modules as `_Module`, tensors as `_Saved`; of Python itself it hands out nothing."""
+
+    def find_class(self, module: str, name: str):
+        if module.split(".")[0] == "__torch__":
+            return _Module
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        known = {("torch._utils", "_rebuild_tensor_v2"): _saved, ("collections", "OrderedDict"): dict}
+        if (module, name) in known:
+            return known[module, name]
+        if module == "torch.jit._pickle":  # typed lists
+            return _first
+        raise pickle.UnpicklingError(f"its pickle names {module[:60]}.{name[:60]}, which was not run")
+
+    def persistent_load(self, saved) -> _Storage:
+        kind, dtype, key, _device, numel = saved
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or not isinstance(numel, int):
+            raise pickle.UnpicklingError("a storage without type, key or size")
+        return _Storage(dtype, key, numel)
+
+
+def _saved_tensors(root: object) -> dict[str, _Saved]:
+    found: dict[str, _Saved] = {}
+    waiting, seen = [("", root)], set()
+    while waiting:
+        prefix, module = waiting.pop()
+        if id(module) in seen:  # a damaged archive may hold a module that holds itself
+            continue
+        seen.add(id(module))
+        for name, value in vars(module).items():
+            if isinstance(value, _Module):
+                waiting.append((f"{prefix}{name}.", value))
+            elif isinstance(value, _Saved):
+                found[f"{prefix}{name}"] = value
+    return found
+
+
+def _tensor(archive: zipfile.ZipFile, folder: str, saved: _Saved) -> torch.Tensor:
+    dtype, key, numel = saved.storage
+    data = _stored(archive, folder + key)
+    if numel < 0 or len(data) < numel * dtype.itemsize or math.prod(saved.size) > numel:
+        raise ValueError(f"storage {key[:40]} has {len(data)} bytes, its tensor of shape {saved.size} of {dtype} needs more")
+    flat = torch.frombuffer(bytearray(data), dtype=dtype, count=numel) if numel else torch.empty(0, dtype=dtype)
+    return flat.as_strided(saved.size, saved.stride, saved.offset).clone(memory_format=torch.contiguous_format)
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:  # torch stores; a packed member may be a thousand times the file's size
+        raise ValueError(f"its member {name[:80]} is compressed")
+    return archive.read(name)

@@ -1,0 +1,329 @@
+"""The layouts in which ViTs are published, each brought to timm's names: MoCo v3, DINO, DINOv2, CLIP (OpenAI, open_clip), Hugging Face's CLIP, DINOv2 and ViT.
+
+What decides an answer without showing in a shape (activation, epsilon, heads) is taken from the layout or from the config file beside the weights,
+and never guessed: CLIP's names are the same for weights trained with GELU and with its approximation QuickGELU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from peco_ds.errors import UserError
+from peco_ds.models.torchscript_files import is_torchscript, read_torchscript
+from peco_ds.models.weight_files import read_tensor_file
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PATCH_WEIGHT = "patch_embed.proj.weight"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+HF_CONFIG = "config.json"
+
+_GELU, _QUICK_GELU = "gelu", "quick_gelu"  # as timm spells them
+_HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
+_MOCO_HEADS_OF_WIDTH = {384: 12, 768: 12}  # MoCo v3's ViT-S has 12 heads; the shapes of a file do not tell
+_CLIP_HEADS_OF_WIDTH = {1280: 16, 1408: 16, 1664: 16}  # open_clip's H, g and bigG; all others have heads 64 wide
+
+# Where training scripts put the weights inside their checkpoint, and what they put before each name. The first that fits is taken,
+# so an average ("teacher", "base_encoder") wins over what it averages.
+_CONTAINERS = ("state_dict", "teacher", "model", "module")
+_MOCO_PREFIXES = ("module.base_encoder.", "base_encoder.")
+_PREFIXES = (*_MOCO_PREFIXES, "module.backbone.", "backbone.", "module.encoder.", "encoder.", "module.", "")
+_HEADS = ("head.", "head_dist.", "fc.")  # what sits behind the features
+_DIMENSIONS = {PATCH_WEIGHT: 4, "pos_embed": 3, "reg_token": 3, "blocks.0.mlp.fc1.weight": 2, "blocks.0.mlp.fc2.weight": 2}
+
+
+@dataclass(frozen=True)
+class VitFile:
+    """A ViT as a file holds it, under timm's names.
+
+    `projection` [out, width] is CLIP's way from patch tokens to the space it shares with text. `heads` None: neither shapes nor config tell.
+    `activation` is timm's name of it; None: the file cannot tell. `fixed_heads`: a registered timm model of these shapes may have other heads.
+    """
+
+    state: dict[str, torch.Tensor]
+    layout: str
+    heads: int | None
+    projection: torch.Tensor | None = None
+    activation: str | None = _GELU
+    norm_eps: float = 1e-6
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    licence: str = ""
+    fixed_heads: bool = False
+
+
+def read_vit_file(path: Path) -> VitFile:
+    """The ViT of a weights file in any of the layouts.
+
+    Raises: UserError if the file or the config beside it is unreadable, or if no ViT of a known layout is in it.
+    """
+    raw = read_torchscript(path) if is_torchscript(path) else read_tensor_file(path)
+    trained_by_dino = "dino_loss" in raw
+    for container in _CONTAINERS:
+        if isinstance(raw.get(container), dict):
+            raw = raw[container]
+            break
+    tensors = {name: tensor for name, tensor in raw.items() if isinstance(tensor, torch.Tensor) and isinstance(name, str)}
+    for layout in _LAYOUTS:
+        prefix = next((prefix for prefix in layout.prefixes if prefix + layout.mark in tensors), None)
+        if prefix is not None:
+            break
+    else:
+        raise UserError(f"{path}: holds no ViT (no tensor named ...{PATCH_WEIGHT} among {len(tensors)})")
+    inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if layout.patches not in inner:
+        raise UserError(f"{path}: tensor {prefix}{layout.patches} is missing; fetch the file again")
+    _check(path, inner, {layout.patches: 4}, prefix)
+    vit = layout.read(_Found(path, inner, tensors, prefix))
+    _check(path, vit.state, _DIMENSIONS)
+    return replace(vit, layout="DINO", licence=_APACHE.format("DINO")) if trained_by_dino else vit
+
+
+def _check(path: Path, tensors: dict[str, torch.Tensor], dimensions: dict[str, int], prefix: str = "") -> None:
+    """What is looked into before the strict comparison has to have the form for it."""
+    for name, wanted in dimensions.items():
+        if name in tensors and (tensors[name].ndim != wanted or not tensors[name].numel() or not tensors[name].is_floating_point()):
+            raise UserError(f"{path}: tensor {prefix}{name} is {tensors[name].dtype} of shape {tuple(tensors[name].shape)}, a ViT's has {wanted} numbers")
+
+
+def licence_beside(folder: Path) -> str:
+    """What the model card of a folder states: the `license` of its front matter; "" without one."""
+    try:
+        front = re.match(r"---\n(.*?)\n---", (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:10000], re.DOTALL)
+    except OSError:
+        return ""
+    found = re.search(r"^license: *[\"']?([\w.+-]{1,60})", front[1], re.MULTILINE) if front else None
+    if found is None:
+        return ""
+    return f"as the README.md of {folder.resolve().name} says" if found[1] == "other" else found[1]
+
+
+# ---------------------------------------------------------------------------------------------- the layouts
+
+_APACHE = "Apache-2.0 ({}'s release)"
+_MOCO_LICENCE = "CC BY-NC 4.0 (MoCo v3's release)"
+_OPENAI_LICENCE = "MIT (OpenAI's release of CLIP)"
+_CLIP_LICENCE = "as its model card says"
+# Files whose tensors have the names of any timm ViT; only what they are called tells them.
+_KNOWN_FILES = (
+    (re.compile(r"dino_(vitbase|deitsmall)(8|16)_pretrain\.pth"), "DINO", _APACHE.format("DINO")),
+    (re.compile(r"mae_pretrain_vit_(base|large|huge)\.pth"), "MAE", "CC BY-NC 4.0 (MAE's release)"),
+)
+
+
+class _Found(NamedTuple):
+    path: Path
+    inner: dict[str, torch.Tensor]  # the tensors behind the prefix, without it
+    whole: dict[str, torch.Tensor]
+    prefix: str
+
+
+@dataclass(frozen=True)
+class _Layout:
+    mark: str  # the tensor by which it is known
+    patches: str  # the patch embedding's weight
+    prefixes: tuple[str, ...]  # what may stand before its names; the first that fits is taken
+    read: Callable[[_Found], VitFile]
+
+
+def _read_timm(found: _Found) -> VitFile:
+    moco, inner = found.prefix in _MOCO_PREFIXES, found.inner
+    width = inner[PATCH_WEIGHT].shape[0]
+    state = {name: tensor for name, tensor in inner.items() if not name.startswith(_HEADS)}
+    if "norm_pre.weight" in inner:
+        weight, bias = inner.get("head.weight"), inner.get("head.bias")
+        projection = weight if is_projection(weight, bias) else None
+        return VitFile(state, "CLIP (timm)", _clip_heads(width), projection, None, 1e-5, CLIP_MEAN, CLIP_STD, licence_beside(found.path.parent))
+    if "mask_token" in state and "blocks.0.ls1.gamma" in state:
+        del state["mask_token"]
+        swiglu = {name: re.sub(r"(blocks\.\d+\.mlp\.)w12\.", r"\1fc1.", re.sub(r"(blocks\.\d+\.mlp\.)w3\.", r"\1fc2.", name)) for name in state}
+        state = _with_registers({swiglu[name]: tensor for name, tensor in state.items()})
+        return VitFile(state, "DINOv2", width // 64 if width % 64 == 0 else None, licence=_APACHE.format("DINOv2"))
+    if moco:
+        return VitFile(state, "MoCo v3", _MOCO_HEADS_OF_WIDTH.get(width, _HEADS_OF_WIDTH.get(width)), licence=_MOCO_LICENCE, fixed_heads=width in _MOCO_HEADS_OF_WIDTH)
+    layout, licence = next((known[1:] for known in _KNOWN_FILES if known[0].fullmatch(found.path.name)), ("ViT", licence_beside(found.path.parent)))
+    return VitFile(state, layout, _HEADS_OF_WIDTH.get(width), licence=licence)
+
+
+def is_projection(weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
+    """Whether the head of timm's CLIP is CLIP's projection: that one has no bias, so timm's layer holds zeros, and a trained classifier's does not."""
+    return weight is not None and weight.ndim == 2 and (bias is None or not bias.any())
+
+
+def _with_registers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """DINOv2's registers stand between class token and patches without a position; timm then keeps positions for patches alone."""
+    if "register_tokens" not in state:
+        return state
+    state = dict(state)
+    state["reg_token"] = state.pop("register_tokens")
+    if {"cls_token", "pos_embed"} <= state.keys() and state["pos_embed"].ndim == 3 and state["cls_token"].shape == (1, 1, state["pos_embed"].shape[-1]):
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    return state
+
+
+_CLIP_NAMES = (
+    (r"class_embedding", "cls_token"), (r"positional_embedding", "pos_embed"), (r"conv1\.", "patch_embed.proj."), (r"ln_pre\.", "norm_pre."), (r"ln_post\.", "norm."),
+    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.", r"blocks.\1.norm\2."), (r"transformer\.resblocks\.(\d+)\.ls_([12])\.", r"blocks.\1.ls\2."),
+    (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_", r"blocks.\1.attn.qkv."), (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"blocks.\1.attn.proj."),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"blocks.\1.mlp.fc1."), (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"blocks.\1.mlp.fc2."),
+)  # fmt: skip
+
+
+def _read_clip(found: _Found) -> VitFile:
+    tensors = dict(found.inner)
+    projection = tensors.pop("proj", None)
+    projection = projection.T if projection is not None and projection.ndim == 2 else None
+    state = _renamed(tensors, _CLIP_NAMES)
+    width = state[PATCH_WEIGHT].shape[0]
+    # OpenAI's own files keep three numbers beside the weights; what others saved with these names may have been trained with either activation.
+    of_openai = "input_resolution" in found.whole
+    vit = VitFile(_with_batch(state), "CLIP", _clip_heads(width), projection, _QUICK_GELU if of_openai else None, 1e-5, CLIP_MEAN, CLIP_STD)
+    vit = replace(vit, licence=_OPENAI_LICENCE if of_openai else licence_beside(found.path.parent) or _CLIP_LICENCE)
+    config = _config_beside(found.path, OPEN_CLIP_CONFIG)
+    if config is None or of_openai:
+        return vit
+    model, preprocess = object_in(config, "model_cfg"), object_in(config, "preprocess_cfg")
+    mean, std = _three(preprocess.get("mean"), CLIP_MEAN), _three(preprocess.get("std"), CLIP_STD)
+    return replace(vit, activation=_QUICK_GELU if model.get("quick_gelu") is True else _GELU, mean=mean, std=std)
+
+
+def _clip_heads(width: int) -> int | None:
+    return _CLIP_HEADS_OF_WIDTH.get(width, width // 64 if width % 64 == 0 else None)
+
+
+_HF_CLIP_NAMES = (
+    (r"embeddings\.class_embedding", "cls_token"), (r"embeddings\.patch_embedding\.", "patch_embed.proj."), (r"embeddings\.position_embedding\.weight", "pos_embed"),
+    (r"pre_layrnorm\.", "norm_pre."), (r"post_layernorm\.", "norm."), (r"encoder\.layers\.(\d+)\.layer_norm([12])\.", r"blocks.\1.norm\2."),
+    (r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.", r"blocks.\1.attn.\2."), (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"blocks.\1.attn.proj."),
+    (r"encoder\.layers\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
+)  # fmt: skip
+_HF_VIT_NAMES = (
+    (r"embeddings\.cls_token", "cls_token"), (r"embeddings\.register_tokens", "register_tokens"), (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"embeddings\.position_embeddings", "pos_embed"), (r"layernorm\.", "norm."),
+    (r"encoder\.layer\.(\d+)\.norm([12])\.", r"blocks.\1.norm\2."),
+    (r"encoder\.layer\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."), (r"encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
+    (r"encoder\.layer\.(\d+)\.attention\.attention\.([qkv])[a-z]+\.", r"blocks.\1.attn.\2."), (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+    (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+    (r"encoder\.layer\.(\d+)\.mlp\.weights_in\.", r"blocks.\1.mlp.fc1."), (r"encoder\.layer\.(\d+)\.mlp\.weights_out\.", r"blocks.\1.mlp.fc2."),
+    (r"encoder\.layer\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
+    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."), (r"encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
+)  # fmt: skip
+
+
+def _read_hf_clip(found: _Found) -> VitFile:
+    tensors = {name: tensor for name, tensor in found.inner.items() if name != "embeddings.position_ids" and not name.startswith("visual_projection.")}
+    state = _with_batch(_joined(_renamed(tensors, _HF_CLIP_NAMES)))
+    projection = found.whole.get("visual_projection.weight")
+    vit = VitFile(state, "CLIP", _clip_heads(state[PATCH_WEIGHT].shape[0]), projection, None, 1e-5, CLIP_MEAN, CLIP_STD)
+    # What a Hugging Face config leaves out is its class's default.
+    return _as_configured(found.path, vit, ("clip", "clip_vision_model"), heads=12, activation=_QUICK_GELU, eps=1e-5)
+
+
+def _read_hf_vit(found: _Found) -> VitFile:
+    tensors = {name: tensor for name, tensor in found.inner.items() if name != "embeddings.mask_token" and not name.startswith(("pooler.", "classifier."))}
+    state = _with_registers(_joined(_renamed(tensors, _HF_VIT_NAMES)))
+    width = state[PATCH_WEIGHT].shape[0]
+    if "blocks.0.ls1.gamma" in state:
+        vit = VitFile(state, "DINOv2", width // 64 if width % 64 == 0 else None, licence=_APACHE.format("DINOv2"))
+        return _as_configured(found.path, vit, ("dinov2", "dinov2_with_registers"), heads=12, activation=_GELU, eps=1e-6)
+    return _as_configured(found.path, VitFile(state, "ViT", _HEADS_OF_WIDTH.get(width)), ("vit",), heads=12, activation=_GELU, eps=1e-12)
+
+
+_HF_PATCHES = "embeddings.patch_embeddings.projection.weight"
+_LAYOUTS = (
+    _Layout(PATCH_WEIGHT, PATCH_WEIGHT, _PREFIXES, _read_timm),
+    _Layout("class_embedding", "conv1.weight", ("visual.", "module.visual.", "model.visual.", ""), _read_clip),
+    _Layout("embeddings.class_embedding", "embeddings.patch_embedding.weight", ("vision_model.", "clip.vision_model.", ""), _read_hf_clip),
+    _Layout(_HF_PATCHES, _HF_PATCHES, ("", "vit.", "dinov2.", "dinov2_with_registers."), _read_hf_vit),
+)
+
+
+# ---------------------------------------------------------------------------------------------- names
+
+
+def _renamed(tensors: dict[str, torch.Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
+    """The first pattern that a name begins with is put in its place; a name that none fits, or whose place is taken, stays, to be refused as one without a place."""
+    new = {name: next((re.sub(f"^{old}", put, name) for old, put in names if re.match(old, name)), name) for name in tensors}
+    renamed = {name: tensors[name] for name in tensors if new[name] == name}
+    for name, tensor in tensors.items():
+        if new[name] != name:
+            renamed[name if new[name] in renamed else new[name]] = tensor
+    return renamed
+
+
+def _joined(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Query, key and value of Hugging Face -> one tensor in this order; left as they are where one is missing or of another shape."""
+    state = dict(state)
+    for name in [name for name in state if re.fullmatch(r"blocks\.\d+\.attn\.q\.(weight|bias)", name)]:
+        start, kind = name.removesuffix(name[name.rindex("q.") :]), name.rpartition(".")[2]
+        parts = [state.get(f"{start}{letter}.{kind}") for letter in "qkv"]
+        if all(part is not None and part.shape == parts[0].shape and part.ndim for part in parts):
+            for letter in "qkv":
+                del state[f"{start}{letter}.{kind}"]
+            state[f"{start}qkv.{kind}"] = torch.cat(parts)
+    return state
+
+
+def _with_batch(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """CLIP's class token [D] and positions [P, D] -> timm's [1, 1, D] and [1, P, D]."""
+    state = dict(state)
+    for name, dimensions in (("cls_token", 1), ("pos_embed", 2)):
+        if name in state and state[name].ndim == dimensions:
+            state[name] = state[name].reshape(*(1,) * (3 - dimensions), *state[name].shape)
+    return state
+
+
+# ---------------------------------------------------------------------------------------------- config files
+
+
+def _as_configured(path: Path, vit: VitFile, types: tuple[str, ...], *, heads: int, activation: str, eps: float) -> VitFile:
+    """Heads, activation, epsilon, statistics and licence as the files of a Hugging Face folder say; unchanged where the weights stand alone."""
+    vit = replace(vit, licence=licence_beside(path.parent) or vit.licence)
+    config = _config_beside(path, HF_CONFIG)
+    if config is None or config.get("model_type") not in types:
+        return vit
+    vision = object_in(config, "vision_config") if config["model_type"] == "clip" else config
+    width, where = vit.state[PATCH_WEIGHT].shape[0], path.parent / HF_CONFIG
+    if vision.get("hidden_size", 768) != width:
+        raise UserError(f"{where}: hidden_size is {str(vision.get('hidden_size', 768))[:40]}, {path.name} holds a ViT of width {width}; put the file beside its own config")
+    heads, activation, eps = vision.get("num_attention_heads", heads), vision.get("hidden_act", activation), vision.get("layer_norm_eps", eps)
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise UserError(f"{where}: num_attention_heads is {str(heads)[:40]}, the width is {width}; fetch the config again")
+    if activation not in (_GELU, _QUICK_GELU):
+        raise UserError(f"{where}: hidden_act is {str(activation)[:40]}, known are {_GELU} and {_QUICK_GELU}; give another network")
+    if not isinstance(eps, (int, float)) or not 0 <= eps < 1:
+        raise UserError(f"{where}: layer_norm_eps is {str(eps)[:40]}; fetch the config again")
+    preprocess = _config_beside(path, "preprocessor_config.json") or {}
+    mean, std = _three(preprocess.get("image_mean"), vit.mean), _three(preprocess.get("image_std"), vit.std)
+    return replace(vit, heads=heads, activation=activation, norm_eps=float(eps), mean=mean, std=std)
+
+
+def _config_beside(path: Path, name: str) -> dict | None:
+    beside = path.parent / name
+    if not beside.is_file():
+        return None
+    try:
+        config = read_json(beside)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{beside}: not readable as JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{beside}: no JSON object; fetch it again")
+    return config
+
+
+def object_in(config: dict, name: str) -> dict:
+    """The object under a name of a config; {} if there is none."""
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _three(value: object, default: tuple[float, ...]) -> tuple[float, ...]:
+    numbers = isinstance(value, list) and len(value) == 3 and all(isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number <= 1 for number in value)
+    return tuple(float(number) for number in value) if numbers else default
