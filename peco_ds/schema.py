@@ -1,6 +1,6 @@
 """Contracts of everything that lies on disk: image shards, token shards, their manifests, tokenizer and view records.
 
-Letters: B images, N patches an image, M masked patches an image, K views, V codes.
+Letters: B images, N patches an image, M masked patches an image, K views, V codes, T soft codes a patch.
 
 Image shard   `<shard>.tar`: `<key>.jpg|jpeg|png|webp` and, where labelled, `<key>.cls` (ASCII integer).
 Token shard   same shard name, same keys, same order: `<key>.codes.npy` uint16 [K, N] row-major, `<key>.views.npy` float32
@@ -33,6 +33,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # One row a view. Box in source pixels after EXIF rotation; flip is 0 or 1; the three factors multiply (1 = unchanged);
 # jitter_order is the index of the order in which the three adjustments are applied, in itertools.permutations order.
 VIEW_COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "jitter_order")
+
+IGNORED = -100  # target of a place that only fills a row up: the masks of a batch may differ in size
 
 _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -91,6 +93,7 @@ class ViewRecipe:
     flip: float
     color_jitter: float
     seed: _Count
+    tokenizer_interpolation: Literal["bicubic", "lanczos"] = "bicubic"  # sets that were made before there was a choice do not tell
 
 
 @dataclass(frozen=True, config=_strict)

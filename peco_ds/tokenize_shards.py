@@ -30,21 +30,14 @@ def main(argv: list[str] | None = None) -> int:
 
     from peco_ds.data.loaders import Pictures
     from peco_ds.data.token_parts import TokenParts
-    from peco_ds.models.peco_tokenizer import load_tokenizer, read_card
+    from peco_ds.models.tokenizers import load_tokenizer, read_card
+    from peco_ds.runtime.token_source import check_pair
     from peco_ds.schema import ViewRecipe
 
     pictures = Pictures(data_path(cfg.data, cfg.data.images))
-    card = read_card(data_path(cfg.data, cfg.data.tokenizer))
-    views = cfg.views
-    if views.tokenizer_px % card.stride_px or views.tokenizer_px // card.stride_px != cfg.model.grid:
-        raise UserError(
-            f"views.tokenizer_px {views.tokenizer_px} with the tokenizer's stride {card.stride_px} px does not give the backbone's {cfg.model.grid}x{cfg.model.grid} grid; "
-            f"set views.tokenizer_px={card.stride_px * cfg.model.grid}"
-        )
-    if card.num_codes != cfg.objective.num_codes:
-        raise UserError(f"the tokenizer has {card.num_codes} codes, the recipe objective.num_codes {cfg.objective.num_codes}; set it to {card.num_codes}")
-    if views.topk > card.num_codes:
-        raise UserError(f"views.topk {views.topk}: the tokenizer has {card.num_codes} codes")
+    folder = data_path(cfg.data, cfg.data.tokenizer)
+    card, views = read_card(folder), cfg.views
+    check_pair(card, cfg, str(folder))
     parts = TokenParts(
         data_path(cfg.data, cfg.data.tokens),
         pictures.manifest,
@@ -54,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         num_views=views.count,
         topk=views.topk,
         topk_temperature=views.topk_temperature,
-        views=ViewRecipe(views.tokenizer_px, views.scale, views.ratio, views.flip, views.color_jitter, views.seed),
+        views=ViewRecipe(views.tokenizer_px, views.scale, views.ratio, views.flip, views.color_jitter, views.seed, views.tokenizer_interpolation),
     )
     num_shards = len(pictures.manifest.shards)
     missing = [number for number in range(args.part, num_shards, args.parts) if not parts.is_done(number)]
@@ -69,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     from peco_ds.runtime.watchdog import Watchdog
 
     world = start_world()
-    tokenizer, _ = load_tokenizer(data_path(cfg.data, cfg.data.tokenizer))
+    tokenizer, _ = load_tokenizer(folder)
     tokenizer.to(world.device)
     done = [number for number in range(args.part, num_shards, args.parts) if number not in missing]
     with Watchdog(cfg.run.hang_timeout_s, stacks_path(parts.folder, world.rank), rank=world.rank) as watchdog:
@@ -112,6 +105,11 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
     loaded = view_batches(pictures, [batch for number in shard_numbers for batch in batches_of[number]], data=cfg.data, views=cfg.views, device=world.device, bad=bad)
     bar = tqdm(total=int(sum(pictures.shards.shard_sizes[n] for n in shard_numbers)), unit="picture", desc="tokenize", disable=not world.is_main, mininterval=5.0)
 
+    def encode(images_11: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not cfg.views.topk:
+            return (tokenizer.tokenize(images_11),)
+        return tokenizer.tokenize_soft(images_11, cfg.views.topk, temperature=cfg.views.topk_temperature)
+
     @torch.no_grad()
     def records(number: int):
         for _ in batches_of[number]:
@@ -119,16 +117,11 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
                 raise Stopped
             batch = next(loaded)
             # Pictures may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
-            pieces = [tokenizer.encode(piece) for piece in batch.images_11.split(cfg.run.micro_batch)]
-            codes = torch.cat([tokenizer.codebook(piece).codes for piece in pieces]).cpu().numpy().astype(np.uint16)
-            shape = (len(batch.keys), cfg.views.count, codes.shape[-1])
-            soft = [None] * 2
-            if cfg.views.topk:
-                picked = [tokenizer.codebook.topk(piece, cfg.views.topk, temperature=cfg.views.topk_temperature) for piece in pieces]
-                soft = [torch.cat(values).cpu().numpy().reshape(*shape, cfg.views.topk) for values in zip(*picked)]
-                soft = [soft[0].astype(np.uint16), soft[1].astype(np.float16)]
+            pieces = [encode(piece) for piece in batch.images_11.split(cfg.run.micro_batch)]
+            stored = [torch.cat(values).cpu().numpy().astype(dtype) for values, dtype in zip(zip(*pieces), (np.uint16, np.uint16, np.float16))]
+            codes, *soft = (values.reshape(len(batch.keys), cfg.views.count, *values.shape[1:]) for values in stored)
             for place, key in enumerate(batch.keys):
-                yield TokenRecord(key, codes.reshape(shape)[place], batch.rows[place], *(None if values is None else values[place] for values in soft))
+                yield TokenRecord(key, codes[place], batch.rows[place], *(values[place] for values in soft))
             bar.update(len(batch.keys))
             watchdog.beat(number)
 

@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import run_stage
 from peco_ds.config import PretrainRecipe, data_path, load_recipe
 from peco_ds.data import patient_reads
 from peco_ds.data.indexed_tar import IndexedTar
-from peco_ds.data.loaders import BadPictures, Pictures, crop_batches, held_out_pictures, masked_batches, training_order
+from peco_ds.data.loaders import BadPictures, Codes, Pictures, crop_batches, held_out_pictures, masked_batches, training_order
 from peco_ds.data.order import rank_positions
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.data.workers import MAX_WORKER_DEATHS, WORKER_STRETCH, RawBatch, load_raw
 from peco_ds.errors import UserError
-from peco_ds.models.peco_tokenizer import load_tokenizer
+from peco_ds.models.tokenizers import load_tokenizer
+from peco_ds.runtime.token_source import online_tokenizer
+from peco_ds.schema import IGNORED
 
 CPU = torch.device("cpu")
 
@@ -46,7 +49,11 @@ def global_batches(small_sets, *, world_size, num_workers, micro_batch):
     ranks = [list(batches_of(recipe, pictures, tokens, rank=rank, world_size=world_size)) for rank in range(world_size)]
     passes = [batch for passes in zip(*ranks) for batch in passes]
     assert all(batch.masked.shape == (micro_batch, 6) for batch in passes)
-    return [key for b in passes for key in b.keys], *(torch.cat([getattr(b, name) for b in passes]) for name in ("images_norm", "masked", "targets"))
+    return [key for b in passes for key in b.keys], *(torch.cat([tensors(b)[place] for b in passes]) for place in range(3))
+
+
+def tensors(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return batch.images_norm, batch.masked, batch.targets.codes
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,7 @@ def test_a_run_that_starts_in_the_middle_reads_what_the_uninterrupted_one_reads(
     tail = list(batches_of(recipe, pictures, tokens, first_step=11, last_step=30))
     assert len(whole) == 60 and len(tail) == 38
     for a, b in zip(whole[22:], tail):
-        assert a.keys == b.keys and torch.equal(a.images_norm, b.images_norm) and torch.equal(a.masked, b.masked) and torch.equal(a.targets, b.targets)
+        assert a.keys == b.keys and all(torch.equal(mine, other) for mine, other in zip(tensors(a), tensors(b)))
 
 
 def test_stored_codes_equal_codes_computed_online_for_every_view(small_sets):
@@ -77,16 +84,16 @@ def test_stored_codes_equal_codes_computed_online_for_every_view(small_sets):
 
     @torch.no_grad()
     def online(images_11):
-        return tokenizer.tokenize(images_11)
+        return Codes(tokenizer.tokenize(images_11))
 
     seen, compared = set(), 0
     epochs = zip(batches_of(recipe, pictures, tokens, last_step=36), batches_of(recipe, pictures, online, last_step=36))
     for stored, computed in epochs:
         assert stored.keys == computed.keys
         assert torch.equal(stored.images_norm, computed.images_norm), "the backbone's replayed crop differs from the drawn one"
-        assert torch.equal(stored.targets, computed.targets)
-        seen |= {(key, tuple(target.tolist())) for key, target in zip(stored.keys, stored.targets)}
-        compared += stored.targets.numel()
+        assert torch.equal(stored.targets.codes, computed.targets.codes)
+        seen |= {(key, tuple(target.tolist())) for key, target in zip(stored.keys, stored.targets.codes)}
+        compared += stored.targets.codes.numel()
     assert compared == 3 * 96 * 6 and len({key for key, _ in seen}) == 96
 
 
@@ -104,6 +111,53 @@ def test_every_stored_code_and_crop_is_what_the_record_replays(small_sets):
         crops = jitter(torch.stack([cut(image, row, 32) for row in record.views]), torch.from_numpy(record.views))
         with torch.no_grad():
             assert np.array_equal(tokenizer.tokenize(to_tokenizer(crops)).numpy(), record.codes.astype(np.int64)), key
+
+
+def test_soft_codes_are_the_tokenizers_for_all_patches_stored_or_computed_online(small_sets, tmp_path):
+    soft = [f"data.tokens={tmp_path / 'soft'}", "views.topk=6", "views.topk_temperature=0.3", "views.tokenizer_interpolation=lanczos"]
+    run_stage("tokenize_shards", "--recipe", "peco_vitb16", *small_sets.overrides, *soft)
+    recipe, pictures, tokens = open_sets(small_sets, *soft)
+    online = online_tokenizer(data_path(recipe.data, recipe.data.tokenizer), recipe, CPU)
+    compared = 0
+    for stored, computed in zip(batches_of(recipe, pictures, tokens), batches_of(recipe, pictures, online)):
+        assert torch.equal(stored.images_norm, computed.images_norm) and torch.equal(stored.targets.codes, computed.targets.codes)
+        assert torch.equal(stored.targets.topk_codes, computed.targets.topk_codes) and torch.equal(stored.targets.topk_probs, computed.targets.topk_probs)
+        assert stored.targets.topk_codes.shape == (4, 16, 6), "a target may mix in what other patches are, so all of them are there"
+        assert torch.equal(stored.targets.topk_codes[..., 0].gather(1, stored.masked), stored.targets.codes)
+        compared += stored.targets.topk_probs.numel()
+    assert compared == 6 * 2 * 4 * 16 * 6
+    fewer, _, _ = open_sets(small_sets, *soft, "views.topk=2")
+    first, all_six = next(batches_of(fewer, pictures, tokens)).targets, next(batches_of(recipe, pictures, tokens)).targets
+    assert torch.equal(first.topk_probs, all_six.topk_probs[..., :2]), "a set with more soft codes than are asked for gives the likeliest"
+
+
+def test_a_picture_with_fewer_hidden_patches_repeats_its_last_one_and_has_no_target_there(small_sets):
+    recipe, pictures, tokens = open_sets(small_sets, "mask.exact=false", "mask.count=7", "mask.min_block=4")
+    filled = 0
+    for batch in batches_of(recipe, pictures, tokens, last_step=36):
+        for key, masked, codes in zip(batch.keys, batch.masked.tolist(), batch.targets.codes.tolist()):
+            shown = len(set(masked))
+            assert masked == sorted(masked) and masked[shown:] == [masked[-1]] * (7 - shown), key
+            assert codes[shown:] == [IGNORED] * (7 - shown) and min(codes[:shown]) >= 0, key
+            filled += shown < 7
+    assert filled > 0, "no mask of the sample was short of its count, so nothing was tested"
+
+
+def test_the_tokenizers_crop_is_resized_as_the_recipe_says_and_the_backbones_is_not(small_sets):
+    crops = {}
+    for interpolation in ("bicubic", "lanczos"):
+        recipe = load_recipe(PretrainRecipe, "peco_vitb16", [*small_sets.overrides, f"views.tokenizer_interpolation={interpolation}", "views.tokenizer_px=64"]).recipe
+        pictures = Pictures(data_path(recipe.data, recipe.data.images))
+        seen = []
+
+        def online(images_11):
+            seen.append(images_11)
+            return Codes(torch.zeros(len(images_11), 16, dtype=torch.int64))
+
+        batch = next(batches_of(recipe, pictures, online))
+        crops[interpolation] = (seen[0], batch.images_norm)
+    assert torch.equal(crops["bicubic"][1], crops["lanczos"][1])
+    assert not torch.equal(crops["bicubic"][0], crops["lanczos"][0])
 
 
 def test_every_epoch_shows_another_view_until_all_were_seen(small_sets):
@@ -245,8 +299,8 @@ def test_batches_of_a_run_whose_worker_was_killed_are_those_of_an_undisturbed_on
         if len(found) == 2:
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     assert [key for batch in found for key in batch.keys] == reference[0]
-    for name, expected in zip(("images_norm", "masked", "targets"), reference[1:]):
-        assert torch.equal(torch.cat([getattr(batch, name) for batch in found]), expected)
+    for place, expected in enumerate(reference[1:]):
+        assert torch.equal(torch.cat([tensors(batch)[place] for batch in found]), expected)
 
 
 def test_an_abandoned_loader_leaves_no_process(tmp_path):

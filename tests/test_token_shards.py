@@ -14,7 +14,7 @@ from peco_ds.data.loaders import Pictures
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord, TokenSet, read_npy, write_token_shard
 from peco_ds.errors import UserError
-from peco_ds.models.peco_tokenizer import read_card
+from peco_ds.models.tokenizers import read_card
 from peco_ds.schema import VIEW_COLUMNS, TokenManifest, ViewRecipe, read_manifest
 
 
@@ -82,6 +82,7 @@ def test_tokens_of_other_pictures_are_refused_by_shard(copied, images):
     [(dict(num_codes=8192), "vocabulary of 64"), (dict(grid=14), "4x4 grid, the backbone has 14x14"), (dict(views=dataclasses.replace(VIEWS, count=4)), "3 views are stored for each picture, views.count asks for 4"),
         (dict(views=dataclasses.replace(VIEWS, color_jitter=0.1)), "recorded with views.color_jitter = 0.4, the recipe has 0.1"),
         (dict(views=dataclasses.replace(VIEWS, seed=1)), "recorded with views.seed = 0, the recipe has 1"),
+        (dict(views=dataclasses.replace(VIEWS, tokenizer_interpolation="lanczos")), "recorded with views.tokenizer_interpolation = bicubic, the recipe has lanczos"),
         (dict(views=dataclasses.replace(VIEWS, topk=2)), "0 soft codes are stored for each patch, views.topk asks for 2")],
 )
 def test_a_recipe_that_does_not_fit_the_tokens_is_refused(copied, images, change, words):
@@ -168,3 +169,6 @@ def test_soft_codes_are_stored_with_their_mass(small_sets, tmp_path):
     assert np.array_equal(record.topk_codes[..., 0], record.codes), "the likeliest soft code is the hard one"
     mass = record.topk_probs.astype(np.float32).sum(-1)
     assert (mass > 8 / 64 - 1e-3).all() and (mass < 1).all()
+    with pytest.raises(UserError, match="soft codes of temperature 1.0, the recipe has views.topk_temperature 4.0"):
+        open_set(tmp_path / "soft", images, views=dataclasses.replace(VIEWS, count=1, topk=8, topk_temperature=4.0))
+    open_set(tmp_path / "soft", images, views=dataclasses.replace(VIEWS, count=1, topk_temperature=4.0))  # hard codes alone know no temperature

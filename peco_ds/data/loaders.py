@@ -21,23 +21,40 @@ from peco_ds.data.indexed_tar import DamagedRecord, ShardSet
 from peco_ds.data.masking import draw_masked
 from peco_ds.data.order import SampleOrder, view_at
 from peco_ds.data.patient_reads import UnreadableRecord, read_patiently
-from peco_ds.data.token_shards import TokenSet
+from peco_ds.data.token_shards import TokenRecord, TokenSet
 from peco_ds.data.views import center_view, cut, draw_view, jitter, to_backbone, to_tokenizer
 from peco_ds.data.workers import RawBatch, load_raw
 from peco_ds.errors import UserError
-from peco_ds.schema import IMAGE_EXTENSIONS, VIEW_COLUMNS, ImageManifest, read_manifest
+from peco_ds.schema import IGNORED, IMAGE_EXTENSIONS, VIEW_COLUMNS, ImageManifest, read_manifest
 
 logger = logging.getLogger("peco_ds")
 
 UNREADABLE = np.zeros(len(VIEW_COLUMNS), dtype=np.float32)  # view row of a picture that could not be read: a box without height
 
 
+class Codes(NamedTuple):
+    """What a tokenizer says of whole views, on the device."""
+
+    codes: torch.Tensor  # int64 [B, N]
+    topk_codes: torch.Tensor | None = None  # int64 [B, N, T], where soft targets are asked for
+    topk_probs: torch.Tensor | None = None  # float32 [B, N, T], as stored in 16 bits; a row sums to the mass kept
+
+
+class MaskedTargets(NamedTuple):
+    """What an objective compares a model's outputs with."""
+
+    codes: torch.Tensor  # int64 [B, M], of the hidden patches; IGNORED where `masked` only repeats its last one
+    masked: torch.Tensor  # int64 [B, M]
+    topk_codes: torch.Tensor | None  # int64 [B, N, T], of all patches: a target may mix in what its neighbours are
+    topk_probs: torch.Tensor | None  # float32 [B, N, T]
+
+
 class MaskedBatch(NamedTuple):
     """What a masked pre-training step needs, on the device."""
 
     images_norm: torch.Tensor  # float32 [B, 3, S, S], ImageNet statistics
-    masked: torch.Tensor  # int64 [B, M], hidden patches, increasing
-    targets: torch.Tensor  # int64 [B, M], codes of the hidden patches
+    masked: torch.Tensor  # int64 [B, M], hidden patches, increasing; a picture with fewer repeats its last one
+    targets: MaskedTargets
     keys: list[str]
 
 
@@ -186,28 +203,49 @@ class _MaskedMaker:
 
     def __call__(self, positions: np.ndarray) -> RawBatch:
         raw = RawBatch()
-        sizes = {self.image_px} if self.tokens is not None else {self.image_px, self.views.tokenizer_px}
-        cuts, rows, codes, masked = {size: [] for size in sizes}, [], [], []
+        looks = {backbone_look(self.image_px)} | ({tokenizer_look(self.views)} if self.tokens is None else set())
+        cuts, rows, masked = {look: [] for look in looks}, [], []
+        stored: list[tuple[np.ndarray, ...]] = []
         for position in positions:
             epoch = self.order.epoch_of(int(position))
             sample, key, image, record, bad = self._read(self.order.sample_at(int(position)))
             view = view_at(self.seed, epoch, sample, self.views.count)
             if record is not None:
                 row = record.views[view]
-                codes.append(record.codes[view].astype(np.int64))
+                stored.append(self._stored(record, view))
             else:
                 row = draw_recorded_view(image, self.views, sample, view)
-            for size in sizes:
-                cuts[size].append(cut(image, row, size))
+            for look in looks:
+                cuts[look].append(cut(image, row, *look))
             rows.append(row)
-            masked.append(draw_masked(seed=self.seed, epoch=epoch, sample=sample, grid=self.grid, kind=self.mask.kind, count=self.mask.count, min_block=self.mask.min_block, min_aspect=self.mask.min_aspect))
+            masked.append(self._filled(draw_masked(seed=self.seed, epoch=epoch, sample=sample, grid=self.grid, kind=self.mask.kind, count=self.mask.count, min_block=self.mask.min_block, min_aspect=self.mask.min_aspect, exact=self.mask.exact)))
             raw.keys.append(key)
             raw.bad += bad
-        raw.cuts = {size: torch.stack(images) for size, images in cuts.items()}
+        raw.cuts = {look: torch.stack(images) for look, images in cuts.items()}
         raw.rows = torch.from_numpy(np.stack(rows))
         raw.masked = torch.from_numpy(np.stack(masked))
-        raw.codes = torch.from_numpy(np.stack(codes)) if codes else None
+        raw.stored = tuple(torch.from_numpy(np.stack(values)) for values in zip(*stored))
         return raw
+
+    def _stored(self, record: TokenRecord, view: int) -> tuple[np.ndarray, ...]:
+        """Hard codes of a view and, where the recipe asks for them, its likeliest soft ones."""
+        hard = record.codes[view].astype(np.int64)
+        kept = self.views.topk
+        return (hard, record.topk_codes[view, :, :kept].astype(np.int64), record.topk_probs[view, :, :kept].astype(np.float32)) if kept else (hard,)
+
+    def _filled(self, masked: np.ndarray) -> np.ndarray:
+        return np.concatenate([masked, np.full(self.mask.count - len(masked), masked[-1])])
+
+
+Look = tuple[int, str]  # side of a crop in px, and the interpolation it is resized with
+
+
+def backbone_look(image_px: int) -> Look:
+    return image_px, "bicubic"
+
+
+def tokenizer_look(views: ViewSettings) -> Look:
+    return views.tokenizer_px, views.tokenizer_interpolation
 
 
 def draw_recorded_view(image: torch.Tensor, views: ViewSettings, sample: int, view: int) -> np.ndarray:
@@ -217,7 +255,7 @@ def draw_recorded_view(image: torch.Tensor, views: ViewSettings, sample: int, vi
 
 def masked_batches(
     pictures: Pictures,
-    tokens: TokenSet | Callable[[torch.Tensor], torch.Tensor],
+    tokens: TokenSet | Callable[[torch.Tensor], Codes],
     positions,
     *,
     data: DataSettings,
@@ -232,7 +270,7 @@ def masked_batches(
     """Batches of masked pre-training.
 
     Args:
-        tokens: a token set, or a tokenizer `images_11 [B, 3, T, T] -> codes [B, N]` that computes them online.
+        tokens: a token set, or a tokenizer `images_11 [B, 3, T, T] -> Codes` that computes them online.
         positions: iterable of position arrays, one a batch (`order.rank_positions`).
         bad: the run's count of unreadable pictures; None: one of this call's own.
     Yields: MaskedBatch on `device`.
@@ -243,10 +281,17 @@ def masked_batches(
     bad = bad or BadPictures(data.max_bad_share)
     for raw in load_raw(make, positions, data.num_workers):
         bad.add(len(raw.keys), raw.bad)
-        images = {size: jitter(images.to(device, non_blocking=True), raw.rows) for size, images in raw.cuts.items()}
+        images = {look: jitter(images.to(device, non_blocking=True), raw.rows) for look, images in raw.cuts.items()}
         masked = raw.masked.to(device, non_blocking=True)
-        codes = raw.codes.to(device, non_blocking=True) if stored is not None else tokens(to_tokenizer(images[views.tokenizer_px]))
-        yield MaskedBatch(to_backbone(images[image_px]), masked, codes.gather(1, masked), raw.keys)
+        codes = Codes(*(values.to(device, non_blocking=True) for values in raw.stored)) if stored is not None else tokens(to_tokenizer(images[tokenizer_look(views)]))
+        yield MaskedBatch(to_backbone(images[backbone_look(image_px)]), masked, masked_targets(codes, masked), raw.keys)
+
+
+def masked_targets(codes: Codes, masked: torch.Tensor) -> MaskedTargets:
+    """Args: masked: int64 [B, M], increasing; repeated at the end of a row that has fewer."""
+    hidden = codes.codes.gather(1, masked)
+    hidden[:, 1:].masked_fill_(masked[:, 1:] == masked[:, :-1], IGNORED)
+    return MaskedTargets(hidden, masked, codes.topk_codes, codes.topk_probs)
 
 
 @dataclass
@@ -263,11 +308,11 @@ class _CropMaker:
             epoch = self.order.epoch_of(int(position))
             sample, key, image, bad = self.pictures.decode_or_next(self.order.sample_at(int(position)))
             row = draw_recorded_view(image, self.views, sample, epoch)
-            cuts.append(cut(image, row, self.views.tokenizer_px))
+            cuts.append(cut(image, row, *tokenizer_look(self.views)))
             rows.append(row)
             raw.keys.append(key)
             raw.bad += bad
-        raw.cuts = {self.views.tokenizer_px: torch.stack(cuts)}
+        raw.cuts = {tokenizer_look(self.views): torch.stack(cuts)}
         raw.rows = torch.from_numpy(np.stack(rows))
         return raw
 
@@ -279,7 +324,7 @@ def crop_batches(
     bad = bad or BadPictures(data.max_bad_share)
     for raw in load_raw(_CropMaker(pictures, order, views), positions, data.num_workers):
         bad.add(len(raw.keys), raw.bad)
-        yield CropBatch(to_tokenizer(jitter(raw.cuts[views.tokenizer_px].to(device, non_blocking=True), raw.rows)), raw.keys)
+        yield CropBatch(to_tokenizer(jitter(raw.cuts[tokenizer_look(views)].to(device, non_blocking=True), raw.rows)), raw.keys)
 
 
 @dataclass
@@ -290,7 +335,7 @@ class _ViewsMaker:
     views: ViewSettings
 
     def __call__(self, samples: np.ndarray) -> RawBatch:
-        raw, cuts, rows, size = RawBatch(), [], [], self.views.tokenizer_px
+        raw, cuts, rows, look = RawBatch(), [], [], tokenizer_look(self.views)
         for sample in samples:
             key = self.pictures.key(int(sample))
             try:
@@ -301,10 +346,10 @@ class _ViewsMaker:
                 image = None
             for view in range(self.views.count):
                 row = UNREADABLE if image is None else draw_recorded_view(image, self.views, int(sample), view)
-                cuts.append(torch.zeros(3, size, size, dtype=torch.uint8) if image is None else cut(image, row, size))
+                cuts.append(torch.zeros(3, look[0], look[0], dtype=torch.uint8) if image is None else cut(image, row, *look))
                 rows.append(row)
             raw.keys.append(key)
-        raw.cuts = {size: torch.stack(cuts)}
+        raw.cuts = {look: torch.stack(cuts)}
         raw.rows = torch.from_numpy(np.stack(rows))
         return raw
 
@@ -325,7 +370,7 @@ def view_batches(
     for raw in load_raw(_ViewsMaker(pictures, views), samples, data.num_workers):
         bad.add(len(raw.keys), raw.bad)
         rows = raw.rows.numpy().reshape(len(raw.keys), views.count, -1)
-        images = jitter(raw.cuts[views.tokenizer_px].to(device, non_blocking=True), raw.rows)
+        images = jitter(raw.cuts[tokenizer_look(views)].to(device, non_blocking=True), raw.rows)
         yield ViewsBatch(raw.keys, rows, to_tokenizer(images))
 
 

@@ -150,6 +150,10 @@ class TokenSet:
             raise UserError(f"{folder}: {found.num_views} views are stored for each picture, views.count asks for {views.count}; lower it or tokenize with more")
         if views.topk > found.topk:
             raise UserError(f"{folder}: {found.topk} soft codes are stored for each patch, views.topk asks for {views.topk}; lower it or tokenize with more")
+        if views.topk and views.topk_temperature != found.topk_temperature:
+            raise UserError(
+                f"{folder}: soft codes of temperature {found.topk_temperature}, the recipe has views.topk_temperature {views.topk_temperature}; set it to {found.topk_temperature} or tokenize again"
+            )
         for name, recorded in asdict(found.views).items():
             if getattr(views, name) != recorded:
                 raise UserError(f"{folder}: views were recorded with views.{name} = {recorded}, the recipe has {getattr(views, name)}; set it to the recorded one or tokenize again")

@@ -28,10 +28,10 @@ STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class RawBatch:
     """A batch as it leaves a worker."""
 
-    cuts: dict[int, torch.Tensor] = field(default_factory=dict)  # size px -> uint8 [B, 3, size, size]
+    cuts: dict[object, torch.Tensor] = field(default_factory=dict)  # what the maker calls a size -> uint8 [B, 3, size, size]
     rows: torch.Tensor | None = None  # float32 [B, len(VIEW_COLUMNS)]
     masked: torch.Tensor | None = None
-    codes: torch.Tensor | None = None  # int64 [B, N]
+    stored: tuple[torch.Tensor, ...] = ()  # of token records: int64 [B, N]; where soft codes are asked for also int64 [B, N, T] and float32 [B, N, T]
     labels: torch.Tensor | None = None  # int64 [B]; -1: this row only fills the batch up
     samples: torch.Tensor | None = None  # int64 [B], global sample numbers; -1 as above
     slice_number: int = 0  # of the run: which batch of this size it is, counted over all ranks
@@ -41,7 +41,8 @@ class RawBatch:
 
     def pin_memory(self) -> "RawBatch":
         self.cuts = {size: images.pin_memory() for size, images in self.cuts.items()}
-        for name in ("masked", "codes", "labels", "samples"):
+        self.stored = tuple(values.pin_memory() for values in self.stored)
+        for name in ("masked", "labels", "samples"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.pin_memory())
         return self

@@ -10,17 +10,17 @@ import torch
 
 from peco_ds.config import ONLINE, PretrainRecipe, data_path
 from peco_ds.data.indexed_tar import ShardSet
-from peco_ds.data.loaders import Pictures
+from peco_ds.data.loaders import Codes, Pictures
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.errors import UserError
-from peco_ds.models.peco_tokenizer import load_tokenizer, read_card
+from peco_ds.models.tokenizers import TokenizerCard, load_tokenizer, read_card
 from peco_ds.runtime.distributed import World
 
 logger = logging.getLogger("peco_ds")
 
 
-def open_tokens(recipe: PretrainRecipe, pictures: Pictures, world: World, *, tokenizer_named: bool) -> TokenSet | Callable[[torch.Tensor], torch.Tensor]:
-    """The token set that the recipe names, or a function images_11 [B, 3, T, T] -> codes [B, N] for data.tokens = online.
+def open_tokens(recipe: PretrainRecipe, pictures: Pictures, world: World, *, tokenizer_named: bool) -> TokenSet | Callable[[torch.Tensor], Codes]:
+    """The token set that the recipe names, or a function images_11 [B, 3, T, T] -> Codes for data.tokens = online.
 
     What stands on disk is compared with its manifests before the first step, the hashing shared by the ranks.
 
@@ -68,24 +68,43 @@ def check_shared(shards: ShardSet, verify: str, world: World) -> None:
     world.agree(fault)
 
 
-def online_tokenizer(folder: Path, recipe: PretrainRecipe, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The tokenizer of a release folder as a function of crops.
+def check_pair(card: TokenizerCard, recipe: PretrainRecipe, where: str) -> None:
+    """Whether a tokenizer's codes are what the recipe's model predicts.
 
-    Raises: UserError if its codes do not fit the recipe's grid or vocabulary.
+    Raises: UserError naming vocabulary, grid, or size of view that differ.
     """
-    tokenizer, card = load_tokenizer(folder)
-    grid, num_codes = recipe.views.tokenizer_px // card.stride_px, recipe.objective.num_codes
-    if recipe.views.tokenizer_px % card.stride_px or grid != recipe.model.grid:
+    views, grid, num_codes = recipe.views, recipe.model.grid, recipe.objective.num_codes
+    own, wanted = card.settings.only_px, card.stride_px * grid
+    if own not in (None, wanted):
         raise UserError(
-            f"{folder}: stride {card.stride_px} px gives a {grid}x{grid} grid on views.tokenizer_px {recipe.views.tokenizer_px}, the backbone has "
-            f"{recipe.model.grid}x{recipe.model.grid} patches; set views.tokenizer_px={card.stride_px * recipe.model.grid}"
+            f"{where}: its {card.settings.kind} tokenizer looks at {own} px alone, a {own // card.stride_px}x{own // card.stride_px} grid; the backbone has {grid}x{grid} patches; "
+            "change model.image_px or model.patch_px, or take another tokenizer"
+        )
+    if views.tokenizer_px != wanted:
+        found = views.tokenizer_px / card.stride_px
+        raise UserError(
+            f"{where}: stride {card.stride_px} px on views.tokenizer_px {views.tokenizer_px} gives a {found:g}x{found:g} grid, the backbone has {grid}x{grid} patches; set views.tokenizer_px={wanted}"
         )
     if card.num_codes != num_codes:
-        raise UserError(f"{folder}: {card.num_codes} codes, the recipe has objective.num_codes {num_codes}; set it to {card.num_codes}")
-    tokenizer.to(device)
+        raise UserError(f"{where}: {card.num_codes} codes, the recipe has objective.num_codes {num_codes}; set it to {card.num_codes}")
+    if views.topk > card.num_codes:
+        raise UserError(f"{where}: views.topk {views.topk}, but the tokenizer has {card.num_codes} codes; lower it")
 
-    @torch.no_grad()
-    def tokenize(images_11: torch.Tensor) -> torch.Tensor:
-        return tokenizer.tokenize(images_11)
+
+def online_tokenizer(folder: Path, recipe: PretrainRecipe, device: torch.device) -> Callable[[torch.Tensor], Codes]:
+    """The tokenizer of a release folder as a function of crops.
+
+    Raises: UserError if its codes do not fit the recipe.
+    """
+    tokenizer, card = load_tokenizer(folder)
+    check_pair(card, recipe, str(folder))
+    tokenizer.to(device)
+    views = recipe.views
+
+    def tokenize(images_11: torch.Tensor) -> Codes:
+        if not views.topk:
+            return Codes(tokenizer.tokenize(images_11))
+        soft = tokenizer.tokenize_soft(images_11, views.topk, temperature=views.topk_temperature)
+        return Codes(soft.codes, soft.topk_codes, soft.topk_probs.half().float())  # as token shards keep them
 
     return tokenize
