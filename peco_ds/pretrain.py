@@ -39,7 +39,7 @@ def dry_run(args, resolved) -> int:
     found = "not there yet" if cfg.data.tokens != ONLINE else "computed online"
     if not assumed and cfg.data.tokens != ONLINE and tokens.exists():
         from peco_ds.data.token_shards import TokenSet
-        from peco_ds.models.peco_tokenizer import read_card
+        from peco_ds.models.tokenizers import read_card
 
         fingerprint = read_card(tokenizer).fingerprint if tokenizer.exists() else None
         TokenSet(tokens, read_manifest(images, ImageManifest), num_codes=cfg.objective.num_codes, grid=cfg.model.grid, views=cfg.views, tokenizer_fingerprint=fingerprint)
@@ -55,9 +55,9 @@ def train(args, resolved) -> int:
     from peco_ds.data.loaders import BadPictures, Pictures, masked_batches
     from peco_ds.data.order import rank_positions
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
-    from peco_ds.models.mim import MaskedImageModel
+    from peco_ds.models.mim import build_mim
     from peco_ds.models.vit import TransformerBlock
-    from peco_ds.objectives import OBJECTIVES
+    from peco_ds.objectives import build_objective
     from peco_ds.runtime.around_steps import around_steps
     from peco_ds.runtime.checkpoint import restore
     from peco_ds.runtime.distributed import seed_all, start_world
@@ -68,7 +68,7 @@ def train(args, resolved) -> int:
     from peco_ds.runtime.watchdog import LONG_S, Watchdog
 
     cfg, run = resolved.recipe, resolved.recipe.run
-    objective = OBJECTIVES[cfg.objective.name]
+    objective = build_objective(cfg.objective)
     ds_config = read_deepspeed_json(args.deepspeed_config)  # bad input is refused before any rank joins another
     pictures = Pictures(data_path(cfg.data, cfg.data.images))
     fingerprint = pictures.manifest.fingerprint()
@@ -83,7 +83,7 @@ def train(args, resolved) -> int:
     watchdog = Watchdog(run.hang_timeout_s, stacks_path(args.out, world.rank), rank=world.rank)
 
     seed_all(run.seed)  # initial weights follow from the seed alone, whatever was drawn while the data were opened
-    model = MaskedImageModel(cfg.model, cfg.objective.num_codes, checkpoint_blocks=run.activation_checkpointing == "full")
+    model = build_mim(cfg.model, cfg.encoding, cfg.aggregation, cfg.objective.num_codes, checkpoint_blocks=run.activation_checkpointing == "full")
     engine = start_engine(model, ds_config, source=args.deepspeed_config, run=run, optim=cfg.optim, leaf_modules=(TransformerBlock,))
     seed_all(run.seed + 1 + world.rank)  # stochastic depth differs between ranks; weights did not
     restored = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed)

@@ -3,19 +3,28 @@ import torch
 from timm.models.beit import Beit
 from transformers import BeitConfig, BeitForMaskedImageModeling
 
-from peco_ds.config import ModelSettings
-from peco_ds.models.mim import MaskedImageModel
+from peco_ds.config import AggregationSettings, EncodingSettings, ModelSettings
+from peco_ds.models.mim import MaskedImageModel, build_mim
 from peco_ds.models.vit import timm_arguments
-from peco_ds.objectives import OBJECTIVES
 
 SMALL = ModelSettings(image_px=64, patch_px=16, width=96, depth=3, heads=3, layer_scale=0.1, drop_path=0.0)
 V = 50
+VARIANTS = {
+    "full": {},
+    "aggregating": dict(aggregation=AggregationSettings(early_block=2, blocks=2)),
+    "visible": dict(encoding=EncodingSettings(kind="visible", decoder_width=48, decoder_depth=2, decoder_heads=3)),
+}
 
 
-def model_with_trained_look(settings=SMALL, num_codes=V):
-    """Every parameter moved off its initial value, so that a bias table or q_bias in the wrong place shows."""
+def build(variant, settings=SMALL, **arguments):
     torch.manual_seed(0)
-    model = MaskedImageModel(settings, num_codes).eval()
+    asked = {"encoding": EncodingSettings(), "aggregation": AggregationSettings()} | VARIANTS[variant]
+    return build_mim(settings, asked["encoding"], asked["aggregation"], V, **arguments)
+
+
+def model_with_trained_look(variant="full", settings=SMALL):
+    """Every parameter moved off its initial value, so that a bias table or q_bias in the wrong place shows."""
+    model = build(variant, settings).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -96,17 +105,9 @@ def test_token_logits_equal_hugging_face(tmp_path):
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_features_equal_timms_beit():
-    model = model_with_trained_look()
-    theirs = Beit(**timm_arguments(SMALL)).eval()
-    theirs.load_state_dict(model.backbone.state_dict())
-    images, _ = pictures_and_masks()
-    with torch.no_grad():
-        assert (model.features(images) - theirs.forward_features(images)).abs().max() <= 1e-5
-
-
-def test_hidden_patches_are_invisible_and_shown_ones_are_not():
-    model = model_with_trained_look()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hidden_patches_are_invisible_and_shown_ones_are_not(variant):
+    model = model_with_trained_look(variant)
     images, masked = pictures_and_masks(batch=1)
     changed = images.clone()
     row, column = divmod(int(masked[0, 0]), SMALL.grid)
@@ -116,20 +117,105 @@ def test_hidden_patches_are_invisible_and_shown_ones_are_not():
         assert not torch.equal(model.features(images), model.features(changed))
 
 
-def test_checkpointing_blocks_changes_no_loss_and_no_gradient():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_checkpointing_blocks_changes_no_logit_and_no_gradient_and_every_parameter_has_one(variant):
     settings = ModelSettings(image_px=64, patch_px=16, width=96, depth=3, heads=3, drop_path=0.2)
     images, masked = pictures_and_masks()
-    targets = torch.randint(V, masked.shape, generator=torch.Generator().manual_seed(2))
     results = []
     for checkpoint_blocks in (False, True):
-        torch.manual_seed(0)
-        model = MaskedImageModel(settings, V, checkpoint_blocks=checkpoint_blocks).train()
+        model = build(variant, settings, checkpoint_blocks=checkpoint_blocks).train()
         torch.manual_seed(5)  # stochastic depth draws the same in both
-        loss, _ = OBJECTIVES["hard_tokens"](model(images, masked), targets)
-        loss.backward()
-        results.append((loss.detach(), [p.grad for p in model.parameters()]))
-    assert torch.equal(results[0][0], results[1][0])
-    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
+        outputs = model(images, masked)
+        logits = torch.cat([branch for branch in (outputs.logits, outputs.aggregated_logits) if branch is not None])
+        (logits.log_softmax(-1)[..., :7].mean() + outputs.features.square().mean()).backward()
+        results.append((logits.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (plain, gradients), (recomputed, again) = results
+    assert torch.equal(plain, recomputed)
+    assert all(torch.equal(gradients[name], again[name]) for name in gradients)
+    assert not [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_features_of_whole_pictures_are_the_backbones_alone(variant):
+    model = model_with_trained_look(variant)
+    theirs = Beit(**timm_arguments(SMALL)).eval()
+    theirs.load_state_dict(model.backbone.state_dict())
+    images, _ = pictures_and_masks()
+    with torch.no_grad():
+        assert (model.features(images) - theirs.forward_features(images)).abs().max() <= 1e-5
+
+
+def test_the_first_branch_of_an_aggregating_model_is_the_plain_model():
+    model = model_with_trained_look("aggregating")
+    plain = MaskedImageModel(SMALL, V).eval()
+    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if not name.startswith("aggregation_blocks.")})
+    images, masked = pictures_and_masks()
+    with torch.no_grad():
+        ours, theirs = model(images, masked), plain(images, masked)
+    assert torch.allclose(ours.logits, theirs.logits, atol=1e-6) and torch.equal(ours.features, theirs.features)
+
+
+def test_the_second_branch_is_a_deeper_model_whose_patches_skip_the_late_blocks():
+    """Written out from the paper: early patches and final class token, extra blocks, the same norm and head."""
+    model = model_with_trained_look("aggregating")
+    images, masked = pictures_and_masks()
+    with torch.no_grad():
+        bias, backbone = model.backbone.rel_pos_bias(), model.backbone
+        x = backbone.patch_embed(images)
+        for picture, places in enumerate(masked):
+            x[picture, places] = model.mask_token[0, 0]
+        x = torch.cat([backbone.cls_token.expand(2, -1, -1), x], dim=1)
+        after = []
+        for block in backbone.blocks:
+            after.append(x := block(x, shared_rel_pos_bias=bias))
+        x = torch.cat([after[-1][:, :1], after[1][:, 1:]], dim=1)  # after block 2 of 3, counted from 1
+        for block in model.aggregation_blocks:
+            x = block(x, shared_rel_pos_bias=bias)
+        expected = model.lm_head(backbone.norm(x))[:, 1:].gather(1, masked.unsqueeze(-1).expand(-1, -1, V))
+        found = model(images, masked).aggregated_logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_extra_blocks_have_the_depth_and_the_stochastic_depth_of_their_place():
+    settings = ModelSettings(image_px=64, patch_px=16, width=384, depth=12, heads=6, drop_path=0.11)
+    torch.manual_seed(0)
+    model = build_mim(settings, EncodingSettings(), AggregationSettings(early_block=9, blocks=2), V)
+    uniform = 384**-0.5 / 3**0.5  # PyTorch's own initial weights, as the released code leaves them
+    for place, block in zip((10, 11), model.aggregation_blocks):
+        assert block.attn.qkv.weight.std().item() == pytest.approx(uniform, rel=0.02)
+        assert block.attn.proj.weight.std().item() == pytest.approx(uniform / (2 * place) ** 0.5, rel=0.02)
+        assert block.drop_path1.drop_prob == block.drop_path2.drop_prob == pytest.approx(0.01 * (place - 1))
+        assert block.gamma_1.detach().unique().item() == pytest.approx(0.1)
+
+
+def test_a_visible_encoder_is_a_full_one_whose_shown_tokens_attend_to_no_hidden_one():
+    """The same backbone with the hidden patches' keys masked out of every block: what the shown tokens are must not differ."""
+    model = model_with_trained_look("visible")
+    images, masked = pictures_and_masks()
+    hidden = torch.zeros(2, 1 + SMALL.grid**2, dtype=torch.bool).scatter_(1, masked + 1, True)
+    seen = []
+    model.decoder.embed.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    with torch.no_grad():
+        model(images, masked)
+        backbone = model.backbone
+        bias = backbone.rel_pos_bias().masked_fill(hidden[:, None, None, :], float("-inf"))
+        x = torch.cat([backbone.cls_token.expand(2, -1, -1), backbone.patch_embed(images)], dim=1)
+        for block in backbone.blocks:
+            x = block(x, shared_rel_pos_bias=bias)
+        expected = torch.stack([tokens[~places] for tokens, places in zip(backbone.norm(x), hidden)])
+    assert seen[0].shape == expected.shape == (2, 1 + 10, SMALL.width)
+    assert (seen[0] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("variant", ("full", "aggregating"))
+def test_a_place_that_fills_a_row_up_changes_nothing_elsewhere(variant):
+    model = model_with_trained_look(variant)
+    images, masked = pictures_and_masks()
+    filled = torch.cat([masked, masked[:, -1:].expand(-1, 2)], dim=1)
+    with torch.no_grad():
+        ours, theirs = model(images, filled), model(images, masked)
+    assert torch.equal(ours.features, theirs.features)
+    assert torch.allclose(ours.logits[:, :6], theirs.logits, atol=1e-6) and torch.allclose(ours.logits[:, 7], theirs.logits[:, 5], atol=1e-6)
 
 
 def test_initial_weights_have_beits_depth_scaled_statistics():
@@ -145,16 +231,3 @@ def test_initial_weights_have_beits_depth_scaled_statistics():
     assert model.lm_head.weight.std().item() == pytest.approx(expected, rel=0.02)
     assert model.mask_token.std().item() == pytest.approx(expected, rel=0.15)
     assert model.backbone.rel_pos_bias.relative_position_bias_table.abs().max() == 0
-
-
-def test_the_objective_is_the_mean_cross_entropy_of_hidden_patches():
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    logits, targets = generator.normal(size=(2, 5, 7)), generator.integers(7, size=(2, 5))
-    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    expected = -np.take_along_axis(log_probs, targets[..., None], -1).mean()
-    outputs = type("O", (), {"logits": torch.from_numpy(logits)})
-    loss, stats = OBJECTIVES["hard_tokens"](outputs, torch.from_numpy(targets))
-    assert loss.item() == pytest.approx(expected, rel=1e-6)
-    assert stats["accuracy"].item() == pytest.approx((logits.argmax(-1) == targets).mean())

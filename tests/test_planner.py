@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from webdataset import TarWriter
 
 from peco_ds.config import (
+    AggregationSettings,
+    EncodingSettings,
     FinetuneRecipe,
     RECIPES,
     MaskSettings,
@@ -32,8 +35,8 @@ from peco_ds.config import (
     load_recipe,
     resolve_durations,
 )
-from peco_ds.models.mim import MaskedImageModel
-from peco_ds.models.peco_tokenizer import build_tokenizer
+from peco_ds.models.mim import build_mim
+from peco_ds.models.tokenizers import build_tokenizer
 from peco_ds.models.vit import timm_arguments
 from peco_ds.objectives.hard_tokens import hard_tokens
 from peco_ds.planner.memory import STAGES, GpuMemory, checkpoint_bytes, gpu_memory, optimizer_bytes
@@ -52,6 +55,19 @@ SMALL = ModelSettings(image_px=64, patch_px=8, width=96, depth=3, heads=3)
 SMALL_TOKENIZER = TokenizerSettings(channels=32, channel_mults=(1, 2, 2), blocks_per_level=1, z_channels=48, num_codes=64, code_dim=16)
 
 
+# What a recipe adds to the plain pre-training model; the decoder's width is not the backbone's.
+VARIANTS = {
+    "plain": {},
+    "aggregation": dict(aggregation=AggregationSettings(early_block=2, blocks=2)),
+    "visible": dict(encoding=EncodingSettings(kind="visible", decoder_width=64, decoder_depth=3, decoder_heads=4)),
+}
+
+
+def mim_of(settings: ModelSettings, num_codes: int, variant: str, **arguments) -> torch.nn.Module:
+    asked = {"encoding": EncodingSettings(), "aggregation": AggregationSettings()} | VARIANTS[variant]
+    return build_mim(settings, asked["encoding"], asked["aggregation"], num_codes, **arguments)
+
+
 def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -68,12 +84,16 @@ def test_backbone_parameters_equal_those_of_timms_beit(size, num_classes, shared
     assert backbone_parameters(SIZES[size], shared_bias=shared_bias, num_classes=num_classes) == count(module)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", SIZES)
-def test_parameters_by_part_equal_those_of_the_pretraining_model(size):
+def test_parameters_by_part_equal_those_of_the_pretraining_model(size, variant):
     with torch.device("meta"):
-        module = MaskedImageModel(SIZES[size], num_codes=8192)
-    parts = mim_parameters(SIZES[size], num_codes=8192)
-    assert (parts.backbone, parts.token_head, parts.mask_token) == (count(module.backbone), count(module.lm_head), module.mask_token.numel())
+        module = mim_of(SIZES[size], 8192, variant)
+    parts = mim_parameters(SIZES[size], num_codes=8192, **VARIANTS[variant])
+    held = module.decoder if variant == "visible" else module
+    assert (parts.backbone, parts.token_head, parts.mask_token) == (count(module.backbone), count(held.lm_head), held.mask_token.numel())
+    assert parts.aggregation == (count(module.aggregation_blocks) if variant == "aggregation" else 0)
+    assert parts.decoder == (count(module.decoder) - parts.token_head - parts.mask_token if variant == "visible" else 0)
     assert parts.total == count(module)
 
 
@@ -101,14 +121,20 @@ def forward_and_training_flops(call) -> tuple[int, int]:
     return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("masked", [10, 40])
-def test_flops_of_pretraining_are_those_a_counter_sees(masked):
-    # Three times the forward pass counts a gradient for the picture that nobody asks for; six blocks deep it is below one percent.
-    batch, codes, settings = 2, 512, replace(SMALL, depth=6)
-    module = MaskedImageModel(settings, codes)
+def test_flops_of_pretraining_are_those_a_counter_sees(masked, variant):
+    # Three times the forward pass counts a gradient for the picture, and one for the places of the bias, that nobody asks for; twelve blocks deep it is below one percent.
+    batch, codes, settings = 2, 512, replace(SMALL, width=192, depth=12)
+    module = mim_of(settings, codes, variant)
     positions = torch.arange(masked).expand(batch, -1)
-    forward, training = forward_and_training_flops(lambda: module(torch.randn(batch, 3, 64, 64), positions).logits.sum())
-    macs = mim_macs(settings, num_codes=codes, masked=masked)
+
+    def forward_pass():
+        outputs = module(torch.randn(batch, 3, 64, 64), positions)
+        return sum(logits.sum() for logits in (outputs.logits, outputs.aggregated_logits) if logits is not None)
+
+    forward, training = forward_and_training_flops(forward_pass)
+    macs = mim_macs(settings, num_codes=codes, masked=masked, **VARIANTS[variant])
     assert FLOPS_PER_MAC * macs.total * batch == pytest.approx(forward, rel=0.01)
     assert macs.training_flops * batch == pytest.approx(training, rel=0.01)
 
@@ -133,7 +159,7 @@ class FusedAttention:
     @staticmethod
     def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0):
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask.unsqueeze(0), dropout_p=dropout_p)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask if attn_mask.ndim == 4 else attn_mask.unsqueeze(0), dropout_p=dropout_p)
 
 
 def bytes_kept(module: torch.nn.Module, call) -> int:
@@ -155,20 +181,22 @@ def bytes_kept(module: torch.nn.Module, call) -> int:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("layer_scale", [0.1, 0.0])
-def test_saved_activation_bytes_are_those_autograd_keeps(monkeypatch, precision, checkpointing, layer_scale):
+@pytest.mark.parametrize("layer_scale, variant", [(0.1, "plain"), (0.0, "plain"), (0.1, "aggregation"), (0.1, "visible")])
+def test_saved_activation_bytes_are_those_autograd_keeps(monkeypatch, precision, checkpointing, layer_scale, variant):
     monkeypatch.setattr(beit, "F", FusedAttention())
     batch, masked, codes = 16, 25, 512
     settings = replace(SMALL, layer_scale=layer_scale)
-    module = MaskedImageModel(settings, codes, checkpoint_blocks=checkpointing == "full").to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    module.backbone.rel_pos_bias.relative_position_bias_table.requires_grad_(False)  # the CPU's fused kernel has no gradient for it
+    module = mim_of(settings, codes, variant, checkpoint_blocks=checkpointing == "full").to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    for name, parameter in module.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            parameter.requires_grad_(False)  # the CPU's fused kernel has no gradient for it
     positions = torch.arange(masked).expand(batch, -1)
 
     def call():
         output = module(torch.randn(batch, 3, 64, 64), positions)
-        return output.logits, output.features, hard_tokens(output, torch.zeros(batch, masked, dtype=torch.long))[0]
+        return output.logits, output.features, hard_tokens(output, SimpleNamespace(codes=torch.zeros(batch, masked, dtype=torch.long)))[0]
 
-    predicted = mim_activation_bytes(settings, num_codes=codes, masked=masked, checkpointing=checkpointing, precision=precision)
+    predicted = mim_activation_bytes(settings, num_codes=codes, masked=masked, checkpointing=checkpointing, precision=precision, **VARIANTS[variant])
     assert predicted.saved * batch == pytest.approx(bytes_kept(module, call), rel=0.02)
 
 
@@ -325,6 +353,25 @@ def test_the_report_of_vit_h_names_its_sizes_schedule_storage_and_the_assumed_se
     assert "ZeRO-3" in lines["checkpoint"]
 
 
+def report_lines(recipe: PretrainRecipe) -> dict[str, str]:
+    text = pretrain_report(recipe, num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000), ds_config={})
+    return {line[:20].strip(): line[20:] for line in text.splitlines()}
+
+
+def test_the_report_says_what_a_variant_adds_and_what_it_costs_beside_the_plain_model():
+    plain, codes = h_recipe(), 8192
+    assert not report_lines(plain).keys() & {"encoding", "aggregation"}
+    visible = load_recipe(PretrainRecipe, "peco_vith14_visible", [], environ={}).recipe
+    lines = report_lines(visible)
+    full, seen = (mim_macs(visible.model, num_codes=codes, masked=192, **asked).total for asked in ({}, dict(encoding=visible.encoding)))
+    assert "64 of 256 patches" in lines["encoding"] and f"{seen / full:.1%}" in lines["encoding"]
+    assert 0.25 < seen / full < 0.35, "about a third"
+    assert "decoder 25.9 M" in lines["parameters"]
+    aggregating = replace(plain, aggregation=AggregationSettings(early_block=30, blocks=2))
+    lines = report_lines(aggregating)
+    assert "after block 30 through 2 extra blocks" in lines["aggregation"] and "aggregation 39.4 M" in lines["parameters"]
+
+
 def test_a_set_that_was_read_is_not_called_assumed():
     recipe = h_recipe()
     text = pretrain_report(recipe, num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000), ds_config={})
@@ -393,7 +440,7 @@ PROBES = [path for path in RECIPES.glob("*.yaml") if "probe:" in sections(path)]
 @pytest.mark.parametrize("path", sorted(set(RECIPES.glob("*.yaml")) - set(PROBES)), ids=lambda path: path.stem)
 def test_every_shipped_recipe_has_a_report(path):
     if "tokenizer:" in sections(path):
-        recipe = load_recipe(TokenizerRecipe, path, ["perceptual.weight=0"], environ={}).recipe
+        recipe = load_recipe(TokenizerRecipe, path, ["perceptual.weight=0", "teacher.weights=teacher.pth"], environ={}).recipe
         text = tokenizer_report(recipe, IMAGENET_1K_TRAIN, resolve_durations(recipe, IMAGENET_1K_TRAIN))
     elif "classifier:" in sections(path):
         recipe = load_recipe(FinetuneRecipe, path, [], environ={}).recipe

@@ -14,9 +14,9 @@ from peco_ds.runtime.metrics import read_metrics
 STAGES = (0, 1, 2, 3)
 
 
-def case(small_sets, folder, name, *, zero=3, extra=(), statistics=False):
+def case(small_sets, folder, name, *, recipe="peco_vitb16", zero=3, extra=(), statistics=False):
     config = zero if isinstance(zero, str) else str(REPOSITORY / "ds_configs" / f"zero{zero}.json")
-    arguments = ["--recipe", "peco_vitb16", "--deepspeed_config", config, "--out", str(folder / name), *small_sets.overrides, *extra]
+    arguments = ["--recipe", recipe, "--deepspeed_config", config, "--out", str(folder / name), *small_sets.overrides, *extra]
     return {"stage": "pretrain", "arguments": arguments, "statistics": str(folder / f"{name}.statistics.json") if statistics else None}
 
 
@@ -213,3 +213,106 @@ def test_a_damaged_checkpoint_is_passed_over_and_one_alone_refused(runs, tmp_pat
 def test_fp16_on_a_cpu_is_refused_in_one_line(small_sets, tmp_path):
     done = run_stage("pretrain", *case(small_sets, tmp_path, "fp16", zero=1)["arguments"], "run.precision=fp16", check=False)
     assert done.returncode == 2 and "use bf16 or fp32" in done.stderr.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------------------------- the family
+
+FAMILY = {  # a recipe, and what makes it fit the small sets
+    "beit_vitb16": "data.tokens=online",
+    "mcbeit_vitb16": "data.tokens=tokens/soft views.topk=8 mask.count=12",
+    "beitv2_vitb16": "data.tokens=online aggregation.early_block=1",
+    "peco_vith14_visible": "data.tokens=online encoding.decoder_width=24 encoding.decoder_depth=1 encoding.decoder_heads=3 mask.count=12",
+}
+
+
+@pytest.fixture(scope="module")
+def family(small_sets, tmp_path_factory):
+    """As `runs`, two ranks and ZeRO-3: each recipe whole, and stopped and continued, with stochastic depth."""
+    folder = tmp_path_factory.mktemp("family")
+    run_stage("tokenize_shards", "--recipe", "mcbeit_vitb16", *small_sets.overrides, *FAMILY["mcbeit_vitb16"].split())
+    config = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "gathered.json").write_text(json.dumps(config))
+    cases = []
+    for recipe, overrides in FAMILY.items():
+        extra = [*overrides.split(), "model.drop_path=0.3"]
+        cases.append(case(small_sets, folder, f"{recipe}_whole", recipe=recipe, extra=extra))
+        cases.append(case(small_sets, folder, f"{recipe}_half", recipe=recipe, extra=[*extra, "schedule.stop_at_step=5"]))
+        cases.append(case(small_sets, folder, f"{recipe}_half", recipe=recipe, extra=extra))
+        recomputed = [*extra, "run.activation_checkpointing=full"]
+        cases.append(case(small_sets, folder, f"{recipe}_gathered", recipe=recipe, zero=str(folder / "gathered.json"), extra=recomputed))
+    online = [*FAMILY["mcbeit_vitb16"].split(), "data.tokens=online", "model.drop_path=0.3"]
+    cases.append(case(small_sets, folder, "mcbeit_online", recipe="mcbeit_vitb16", extra=online))
+    listing = folder / "cases.json"
+    listing.write_text(json.dumps(cases))
+    run_stage(str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=2, timeout_s=900)
+    codes = json.loads((folder / "cases.json.codes").read_text())
+    assert codes == [0] * len(cases), codes
+    return folder
+
+
+def family_losses(family, name):
+    return [row["loss"] for row in read_metrics(family / name)]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_member_of_the_family_learns_on_real_pictures_and_continues_bit_for_bit(family, name):
+    whole = family_losses(family, f"{name}_whole")
+    assert len(whole) == 10 and sum(whole[-3:]) < sum(whole[:3]) - 0.1
+    assert family_losses(family, f"{name}_half") == whole
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_member_whose_every_weight_is_gathered_and_whose_blocks_are_recomputed_trains_the_same(family, name):
+    assert family_losses(family, f"{name}_gathered") == family_losses(family, f"{name}_whole")
+
+
+def test_soft_codes_computed_online_give_the_losses_of_stored_ones(family):
+    assert family_losses(family, "mcbeit_online") == family_losses(family, "mcbeit_vitb16_whole")
+
+
+def test_both_branches_and_the_kept_mass_are_reported(family):
+    row = read_metrics(family / "beitv2_vitb16_whole")[-1]
+    assert row["loss"] == pytest.approx(row["mim_loss"] + row["aggregated_loss"], rel=1e-5) and 0 <= row["aggregated_accuracy"] <= 1
+    # 8 of 64 codes hold at least an eighth, and less than all: the tokenizer's softmax at temperature 4 is broad
+    assert 0.125 <= read_metrics(family / "mcbeit_vitb16_whole")[-1]["kept_mass"] < 0.9
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_release_of_any_member_is_a_backbone_that_timm_loads_and_a_classifier_starts_from(family, name, tmp_path, capsys):
+    """What only pre-training needs is left behind, and said."""
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    from peco_ds import convert_checkpoint
+    from peco_ds.config import ClassifierSettings
+    from peco_ds.convert.initialize import start_classifier
+    from peco_ds.models.classifier import build_classifier
+    from peco_ds.runtime.run_weights import read_run
+
+    assert convert_checkpoint.main([str(family / f"{name}_whole"), "--to", "timm", "--out", str(tmp_path / "release")]) == 0
+    assert "features in timm equal our own model's" in capsys.readouterr().out
+    tensors = load_file(tmp_path / "release" / "model.safetensors")
+    assert {tensor.split(".")[0] for tensor in tensors} == {"cls_token", "patch_embed", "blocks", "norm"} and not [tensor for tensor in tensors if tensor.startswith("blocks.2")]
+    assert (tmp_path / "release" / "mim_head.safetensors").exists() == (name != "peco_vith14_visible"), "the decoder's head works on the decoder's tokens"
+    card = (tmp_path / "release" / "README.md").read_text()
+    left = {"beitv2_vitb16": "aggregation_blocks (", "peco_vith14_visible": "decoder ("}
+    assert left.get(name, "| objective |") in card and ("left out" in card) == (name in left)
+    assert timm.create_model(f"local-dir:{tmp_path / 'release'}", pretrained=True, num_classes=10)(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+
+    weights = read_run(family / f"{name}_whole")
+    fresh = start_classifier(build_classifier(weights.model, ClassifierSettings(), 3), weights, weights.model, classes=("a", "b", "c"), head="auto")
+    assert set(fresh) == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
+
+
+def test_a_visible_run_goes_to_transformers_as_features_and_unilm_has_no_model_for_it(family, tmp_path, capsys):
+    from peco_ds import convert_checkpoint
+    from peco_ds.errors import UserError
+
+    source = str(family / "peco_vith14_visible_whole")
+    assert convert_checkpoint.main([source, "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    assert "features in transformers equal our own model's" in capsys.readouterr().out
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["BeitModel"]
+    with pytest.raises(UserError, match="unilm has no model for; convert it to timm or hf"):
+        convert_checkpoint.main([source, "--to", "unilm", "--out", str(tmp_path / "unilm")])

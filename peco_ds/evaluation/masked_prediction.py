@@ -15,7 +15,7 @@ def masked_prediction_columns(model, tokenizer, batch: MaskedBatch, codes: torch
     """Picture | masked | decoded prediction | decoded true tokens.
 
     Args:
-        model: MaskedImageModel.  tokenizer: PecoTokenizer.  batch: B pictures with their hidden patches.
+        model: of `build_mim`.  tokenizer: an ImageTokenizer that makes pictures.  batch: B pictures with their hidden patches.
         codes: int64 [B, N], the true codes of all patches. The prediction keeps them where the picture is shown.
     Returns: four uint8 [B, 3, S, S] at the backbone's size, on the CPU.
     """

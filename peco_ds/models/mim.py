@@ -1,20 +1,44 @@
-"""Backbone + mask token + token head: pictures with hidden patches -> logits over the codebook at the hidden patches."""
+"""Masked image models: pictures with hidden patches -> logits over the codebook at the hidden patches.
+
+MaskedImageModel       BEiT: backbone, mask token, token head; the encoder sees a mask token at each hidden place
+AggregatingImageModel  BEiT v2: a second branch beside it, which makes the class token carry what the picture shows
+VisibleImageModel      MAE's asymmetry: the encoder sees the shown patches alone, a small decoder fills in the rest
+
+A release holds `backbone.*`, and `mask_token` and `lm_head.*` where they work on the backbone's own tokens; all else serves pre-training alone.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+from timm.models.beit import Beit
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from peco_ds.config import ModelSettings
-from peco_ds.models.vit import build_backbone, trunc_normal
+from peco_ds.config import AggregationSettings, EncodingSettings, ModelSettings
+from peco_ds.models.masked_decoder import MaskedDecoder, bias_at, shown_first, tokens_at
+from peco_ds.models.vit import TransformerBlock, build_backbone, run_blocks, scale_by_depth, trunc_normal
 
 
 class MimOutput(NamedTuple):
     logits: torch.Tensor  # [B, M, V] at the hidden patches, in the order of `masked`
-    features: torch.Tensor  # [B, 1 + N, D] after the final norm, class token first
+    features: torch.Tensor  # [B, 1 + N, D] after the norm that the token head sees, class token first
+    aggregated_logits: torch.Tensor | None = None  # [B, M, V] of a second branch
+
+
+def build_mim(
+    model: ModelSettings, encoding: EncodingSettings, aggregation: AggregationSettings, num_codes: int, *, checkpoint_blocks: bool = False
+) -> MaskedImageModel | VisibleImageModel:
+    """The model that a recipe asks for: `forward(images_norm, masked) -> MimOutput`, `features(images_norm) -> [B, 1 + N, D]`.
+
+    Args:
+        num_codes: V.  checkpoint_blocks: recompute each transformer block in the backward pass.
+    """
+    if encoding.kind == "visible":
+        return VisibleImageModel(model, encoding, num_codes, checkpoint_blocks=checkpoint_blocks)
+    if aggregation.early_block:
+        return AggregatingImageModel(model, aggregation, num_codes, checkpoint_blocks=checkpoint_blocks)
+    return MaskedImageModel(model, num_codes, checkpoint_blocks=checkpoint_blocks)
 
 
 class MaskedImageModel(nn.Module):
@@ -40,25 +64,102 @@ class MaskedImageModel(nn.Module):
         Args:
             images_norm: [B, 3, S, S], ImageNet statistics; cast to the parameters' dtype here.
             masked: int64 [B, M], hidden patches of each picture; the same count M for all, so that shapes are static and no
-                boolean index makes the host wait for the device.
+                boolean index makes the host wait for the device. A picture with fewer repeats one of its own.
         """
         features = self.features(images_norm, masked)
-        index = (masked + 1).unsqueeze(-1).expand(-1, -1, features.shape[-1])  # + 1: the class token comes first
-        return MimOutput(self.lm_head(features.gather(1, index)), features)
+        return MimOutput(self.lm_head(tokens_at(features, masked)), features)
 
     def features(self, images_norm: torch.Tensor, masked: torch.Tensor | None = None) -> torch.Tensor:
         """[B, 1 + N, D] after the final norm, with the patches of `masked` (none if None) hidden from the encoder."""
-        backbone = self.backbone
-        x = backbone.patch_embed(images_norm.to(self.mask_token.dtype))
+        tokens = self._embed(images_norm, masked)
+        return self.backbone.norm(self._run(self.backbone.blocks, tokens, self.backbone.rel_pos_bias()))
+
+    def _embed(self, images_norm: torch.Tensor, masked: torch.Tensor | None) -> torch.Tensor:
+        """[B, 1 + N, D]: class token and patches, the hidden ones replaced by the mask token."""
+        patches = _patches(self.backbone, images_norm)
         if masked is not None:
-            hidden = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, masked, True)
-            x = torch.where(hidden.unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        x = torch.cat([backbone.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-        bias = backbone.rel_pos_bias()
-        for block in backbone.blocks:
-            if self.checkpoint_blocks and self.training:
-                # Non-reentrant: the recomputed forward takes the same kernels as the first, so no loss changes.
-                x = checkpoint(block, x, bias, use_reentrant=False)
-            else:
-                x = block(x, shared_rel_pos_bias=bias)
-        return backbone.norm(x)
+            hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter_(1, masked, True)
+            patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        return _with_class_token(self.backbone, patches)
+
+    def _run(self, blocks, tokens: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return run_blocks(blocks, tokens, bias, recompute=self.checkpoint_blocks and self.training)
+
+
+class AggregatingImageModel(MaskedImageModel):
+    """BEiT v2's pre-training model: final class token and early patch tokens go through extra blocks and the same norm and token head.
+
+    The early patch tokens lack what the late blocks add, so the branch predicts well only if the class token carries it.
+
+    Source: BEiT v2 (arXiv 2208.06366), section 2.3; released `beit2/modeling_pretrain.py`. As there, an extra block has the stochastic depth and the
+        depth-scaled projections of the backbone's block in its place, but its other weights keep PyTorch's initial values: the class sets its blocks up
+        after BEiT's initialisation has run.
+    """
+
+    def __init__(self, settings: ModelSettings, aggregation: AggregationSettings, num_codes: int, *, checkpoint_blocks: bool = False) -> None:
+        super().__init__(settings, num_codes, checkpoint_blocks=checkpoint_blocks)
+        first, self.early_block = aggregation.early_block, aggregation.early_block
+        last_place = max(settings.depth, first + aggregation.blocks) - 1
+        sizes = dict(qkv_bias=True, mlp_ratio=settings.mlp_ratio, init_values=settings.layer_scale)
+        self.aggregation_blocks = nn.ModuleList(
+            TransformerBlock(settings.width, settings.heads, drop_path=settings.drop_path * place / last_place, **sizes) for place in range(first, first + aggregation.blocks)
+        )
+        scale_by_depth(self.aggregation_blocks, first + 1)
+
+    def forward(self, images_norm: torch.Tensor, masked: torch.Tensor) -> MimOutput:
+        """As `MaskedImageModel.forward`, with the second branch's logits."""
+        backbone, bias = self.backbone, self.backbone.rel_pos_bias()
+        blocks = list(backbone.blocks)
+        early = self._run(blocks[: self.early_block], self._embed(images_norm, masked), bias)
+        late = self._run(blocks[self.early_block :], early, bias)
+        second = self._run(self.aggregation_blocks, torch.cat([late[:, :1], early[:, 1:]], dim=1), bias)
+        features = backbone.norm(late)
+        hidden = torch.cat([tokens_at(features, masked), backbone.norm(tokens_at(second, masked))])
+        logits, aggregated_logits = self.lm_head(hidden).chunk(2)
+        return MimOutput(logits, features, aggregated_logits)
+
+
+class VisibleImageModel(nn.Module):
+    """The encoder sees class token and shown patches, so that it costs what they cost; a decoder predicts the codes of the hidden ones.
+
+    PeCo's text discusses MAE's asymmetry and does not say that its ViT-H was trained so: this is our reading of an open question. The encoder is the
+    BEiT backbone with its relative position bias taken at the shown places; nothing else tells it where a patch lies.
+
+    Source: MAE (arXiv 2111.06377), section 3, with codes as targets.
+    """
+
+    def __init__(self, settings: ModelSettings, encoding: EncodingSettings, num_codes: int, *, checkpoint_blocks: bool = False) -> None:
+        super().__init__()
+        self.backbone = build_backbone(settings)
+        self.decoder = MaskedDecoder(settings, encoding, num_codes)
+        self.checkpoint_blocks = checkpoint_blocks
+
+    def forward(self, images_norm: torch.Tensor, masked: torch.Tensor) -> MimOutput:
+        """
+        Args:
+            images_norm: [B, 3, S, S], ImageNet statistics; cast to the parameters' dtype here.
+            masked: int64 [B, M], M different hidden patches of each picture.
+        Returns: logits and features of the decoder; D is its width.
+        """
+        backbone, recompute = self.backbone, self.checkpoint_blocks and self.training
+        patches = _patches(backbone, images_norm)
+        order = shown_first(masked, patches.shape[1])
+        places = order[:, : patches.shape[1] - masked.shape[1]]
+        shown = patches.gather(1, places.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+        bias = bias_at(backbone.rel_pos_bias(), places)
+        encoded = backbone.norm(run_blocks(backbone.blocks, _with_class_token(backbone, shown), bias, recompute=recompute))
+        return MimOutput(*self.decoder(encoded, order, masked, recompute=recompute))
+
+    def features(self, images_norm: torch.Tensor) -> torch.Tensor:
+        """[B, 1 + N, D] of the whole picture after the backbone's final norm."""
+        backbone = self.backbone
+        tokens = _with_class_token(backbone, _patches(backbone, images_norm))
+        return backbone.norm(run_blocks(backbone.blocks, tokens, backbone.rel_pos_bias(), recompute=False))
+
+
+def _patches(backbone: Beit, images_norm: torch.Tensor) -> torch.Tensor:
+    return backbone.patch_embed(images_norm.to(backbone.cls_token.dtype))
+
+
+def _with_class_token(backbone: Beit, patches: torch.Tensor) -> torch.Tensor:
+    return torch.cat([backbone.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)

@@ -7,10 +7,12 @@ H 1280 x 32 x 16 with patch 14.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from timm.models.beit import Beit, Block
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from peco_ds.config import ModelSettings
 
@@ -59,13 +61,25 @@ def init_as_beit(backbone: Beit, std: float) -> None:
     Must run on whole parameters, so before ZeRO-3 partitions them: under `zero.Init` the in-place division is lost without a word.
     Source: released BEiT `modeling_pretrain.py` (`trunc_normal_` with a = -std, b = std; `fix_init_weight`).
     """
-    for module in backbone.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            trunc_normal(module.weight, std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    init_projections(backbone, std)
     trunc_normal(backbone.cls_token, std)
-    for number, block in enumerate(backbone.blocks, start=1):
+    scale_by_depth(backbone.blocks)
+
+
+@torch.no_grad()
+def init_projections(module: nn.Module, std: float) -> None:
+    """Weights of every linear layer and convolution inside: truncated normal; biases: zero."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            trunc_normal(part.weight, std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+@torch.no_grad()
+def scale_by_depth(blocks: Iterable[Block], first: int = 1) -> None:
+    """Attention output and second MLP weights of block i over sqrt(2 i); `first` is the i of the first one."""
+    for number, block in enumerate(blocks, start=first):
         block.attn.proj.weight.div_(math.sqrt(2.0 * number))
         block.mlp.fc2.weight.div_(math.sqrt(2.0 * number))
 
@@ -73,3 +87,15 @@ def init_as_beit(backbone: Beit, std: float) -> None:
 def trunc_normal(tensor: torch.Tensor, std: float) -> None:
     """Normal(0, std) cut at +-std: its own standard deviation is 0.54 of `std`."""
     nn.init.trunc_normal_(tensor, std=std, a=-std, b=std)
+
+
+def run_blocks(blocks: Iterable[Block], x: torch.Tensor, bias: torch.Tensor, *, recompute: bool) -> torch.Tensor:
+    """Tokens [B, T, D] through blocks that share a relative position bias.
+
+    Args:
+        bias: [H, T, T], or one a picture [B, H, T, T].  recompute: keep a block's input alone and run it again in the backward pass.
+    """
+    for block in blocks:
+        # Non-reentrant: the recomputed forward takes the same kernels as the first, so no loss changes.
+        x = checkpoint(block, x, bias, use_reentrant=False) if recompute else block(x, shared_rel_pos_bias=bias)
+    return x

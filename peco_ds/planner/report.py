@@ -5,7 +5,7 @@ from __future__ import annotations
 from peco_ds.config import Durations, FinetuneRecipe, PretrainRecipe, RunSettings, TokenizerRecipe, micro_steps
 from peco_ds.errors import UserError
 from peco_ds.planner.memory import STAGES, GpuMemory, checkpoint_bytes, gpu_memory, zero_stage
-from peco_ds.planner.shapes import FLOPS_PER_MAC, ELEMENT_BYTES, backbone_parameters, mim_activation_bytes, mim_macs, mim_parameters, tokenizer_cost
+from peco_ds.planner.shapes import FLOPS_PER_MAC, ELEMENT_BYTES, MimMacs, MimParameters, backbone_parameters, mim_activation_bytes, mim_macs, mim_parameters, tokenizer_cost
 from peco_ds.schema import VIEW_COLUMNS
 
 WORLD_SIZES = (1, 8, 64, 256)
@@ -14,6 +14,7 @@ IMAGENET_1K_CLASSES = 1000
 
 GIB = 2**30
 _LABEL_WIDTH = 20
+TOKENIZER_UNCOUNTED = {"vqgan": "perceptual network and critic", "vqkd": "teacher"}
 
 
 def pretrain_report(
@@ -29,18 +30,19 @@ def pretrain_report(
     Returns: lines without a final newline.
     """
     model, run, masked = recipe.model, recipe.run, recipe.mask.count
-    parameters = mim_parameters(model, recipe.objective.num_codes)
-    macs = mim_macs(model, num_codes=recipe.objective.num_codes, masked=masked)
-    activations = mim_activation_bytes(
-        model, num_codes=recipe.objective.num_codes, masked=masked, checkpointing=run.activation_checkpointing, precision=run.precision
-    )
+    num_codes, variants = recipe.objective.num_codes, dict(encoding=recipe.encoding, aggregation=recipe.aggregation)
+    parameters = mim_parameters(model, num_codes, **variants)
+    macs = mim_macs(model, num_codes=num_codes, masked=masked, **variants)
+    activations = mim_activation_bytes(model, num_codes=num_codes, masked=masked, checkpointing=run.activation_checkpointing, precision=run.precision, **variants)
     patches = model.grid**2
     payload, in_tar = token_bytes(num_views, patches, recipe.views.topk)
     lines = [
         f"{recipe.name}: masked pre-training",
         _line("model", f"width {model.width}, depth {model.depth}, heads {model.heads}, patch {model.patch_px} px, picture {model.image_px} px"),
-        _line("parameters", f"backbone {_millions(parameters.backbone)}, token head {_millions(parameters.token_head)} ({recipe.objective.num_codes} codes), total {_millions(parameters.total)}"),
-        _line("grid", f"{model.grid} x {model.grid} = {patches} patches; {recipe.mask.kind} mask hides {masked} ({masked / patches:.1%})"),
+        _line("parameters", _parameter_text(parameters, num_codes)),
+        _line("grid", f"{model.grid} x {model.grid} = {patches} patches; {recipe.mask.kind} mask hides {'' if recipe.mask.exact else 'at most '}{masked} ({masked / patches:.1%})"),
+        *_variant_lines(recipe, macs),
+        _line("objective", recipe.objective.name + (f", {recipe.views.topk} soft codes a patch" if recipe.objective.name == "multi_choice" else "")),
         *_compute_lines(macs.total, macs.training_flops, durations, run.global_batch),
         *_schedule_lines(recipe, durations, num_samples, assumed),
         _line("token storage", f"{payload:,} B a picture ({num_views} views: codes {2 * num_views * patches:,} B), {_decimal(num_samples * payload)} for the set, {_decimal(num_samples * in_tar)} in tars"),
@@ -80,7 +82,7 @@ def finetune_report(recipe: FinetuneRecipe, *, num_samples: int, num_classes: in
 
 
 def tokenizer_report(recipe: TokenizerRecipe, num_samples: int, durations: Durations, *, ds_config: dict | None = None, assumed: bool = False) -> str:
-    """The same for a tokenizer's training. The perceptual network and the critic are in none of its numbers.
+    """The same for a tokenizer's training. Frozen networks and the critic are in none of its numbers.
 
     Args:
         ds_config: None: DeepSpeed's defaults.  The other arguments and the result: as `pretrain_report`.
@@ -90,7 +92,7 @@ def tokenizer_report(recipe: TokenizerRecipe, num_samples: int, durations: Durat
     grid = size // tokenizer.stride_px
     activations = (cost.encoder.saved + cost.decoder.saved) * ELEMENT_BYTES[run.precision] * run.micro_batch
     lines = [
-        f"{recipe.name}: tokenizer training (perceptual network and critic not counted)",
+        f"{recipe.name}: tokenizer training ({TOKENIZER_UNCOUNTED[tokenizer.kind]} not counted)",
         _line("picture", f"{size} px, stride {tokenizer.stride_px} px: {grid} x {grid} = {grid**2} codes of {tokenizer.num_codes}, {tokenizer.code_dim} wide"),
         _line("parameters", f"encoder {_millions(cost.encoder.parameters)}, decoder {_millions(cost.decoder.parameters)}, total {_millions(cost.parameters)}; codebook buffers {_millions(cost.codebook_elements)} in fp32"),
         *_compute_lines(cost.forward_macs, cost.training_flops, durations, run.global_batch),
@@ -115,6 +117,23 @@ def token_bytes(num_views: int, patches: int, topk: int = 0) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------- parts of a report
+
+
+def _parameter_text(parameters: MimParameters, num_codes: int) -> str:
+    parts = {"backbone": parameters.backbone, "aggregation": parameters.aggregation, "decoder": parameters.decoder, "token head": parameters.token_head}
+    return ", ".join(f"{name} {_millions(count)}" for name, count in parts.items() if count) + f" ({num_codes} codes), total {_millions(parameters.total)}"
+
+
+def _variant_lines(recipe: PretrainRecipe, macs: MimMacs) -> list[str]:
+    """What differs from an encoder with a mask token at each hidden place and one branch, and its share of that one's forward pass."""
+    model, encoding, aggregation, masked = recipe.model, recipe.encoding, recipe.aggregation, recipe.mask.count
+    plain = mim_macs(model, num_codes=recipe.objective.num_codes, masked=masked)
+    if encoding.kind == "visible":
+        shown = f"the encoder sees {model.grid**2 - masked} of {model.grid**2} patches; decoder width {encoding.decoder_width}, depth {encoding.decoder_depth}, heads {encoding.decoder_heads}"
+        return [_line("encoding", f"{shown}; {macs.total / plain.total:.1%} of the forward pass of full encoding")]
+    if aggregation.early_block:
+        return [_line("aggregation", f"final class token and patches after block {aggregation.early_block} through {aggregation.blocks} extra blocks; {macs.total / plain.total:.1%} of the forward pass without them")]
+    return []
 
 
 def _compute_lines(forward_macs: int, training_flops: int, durations: Durations, global_batch: int) -> list[str]:

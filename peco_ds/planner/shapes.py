@@ -1,6 +1,6 @@
 """Parameters, multiply-accumulates and activation bytes of the networks, counted layer by layer from the settings.
 
-Letters: N patches, T = N + 1 tokens, M masked patches, D width, F hidden width of the MLP, H heads, L blocks, V codes. One
+Letters: N patches, T = N + 1 tokens, n tokens that the encoder sees, M masked patches, D width, F hidden width of the MLP, H heads, L blocks, V codes. One
 multiply-accumulate (MAC) is two FLOPs. Norms, activations, softmax and biases are left out of the MACs, as is usual; all
 matrix products and convolutions are in, the quadratic part of attention too.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peco_ds.config import ModelSettings, TokenizerSettings
+from peco_ds.config import AggregationSettings, EncodingSettings, ModelSettings, TokenizerSettings
 
 IMAGE_CHANNELS = 3
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -22,6 +22,9 @@ TRAINING_OVER_FORWARD = 3
 # ---------------------------------------------------------------------------------------------- vision transformer
 
 
+FULL_ENCODING, NO_AGGREGATION = EncodingSettings(), AggregationSettings()
+
+
 @dataclass(frozen=True)
 class MimParameters:
     """Parameters of the pre-training model by part; all of them are trained."""
@@ -29,18 +32,29 @@ class MimParameters:
     backbone: int  # with its final norm and relative position table, without any head
     token_head: int
     mask_token: int
+    aggregation: int = 0  # the second branch's extra blocks
+    decoder: int = 0  # without its mask token and token head
 
     @property
     def total(self) -> int:
-        return self.backbone + self.token_head + self.mask_token
+        return self.backbone + self.token_head + self.mask_token + self.aggregation + self.decoder
 
 
-def mim_parameters(model: ModelSettings, num_codes: int) -> MimParameters:
-    """Parameters of backbone + mask token + linear head over `num_codes` codes."""
+def mim_parameters(
+    model: ModelSettings, num_codes: int, *, encoding: EncodingSettings = FULL_ENCODING, aggregation: AggregationSettings = NO_AGGREGATION
+) -> MimParameters:
+    """Parameters of backbone, mask token, linear head over `num_codes` codes, and what the variants add."""
+    width, decoder = model.width, 0
+    if encoding.kind == "visible":
+        width = encoding.decoder_width
+        blocks = encoding.decoder_depth * _block_parameters(width, _hidden(model, width), scaled=False)
+        decoder = (model.width + 1) * width + relative_positions(model.grid) * encoding.decoder_heads + blocks + 2 * width
     return MimParameters(
         backbone=backbone_parameters(model),
-        token_head=model.width * num_codes + num_codes,
-        mask_token=model.width,
+        token_head=width * num_codes + num_codes,
+        mask_token=width,
+        aggregation=_extra_blocks(aggregation) * _block_parameters(model.width, _hidden(model), scaled=bool(model.layer_scale)),
+        decoder=decoder,
     )
 
 
@@ -52,16 +66,20 @@ def backbone_parameters(model: ModelSettings, *, shared_bias: bool = True, num_c
         num_classes: outputs of a linear classifier; 0: none.
     Source: BEiT (arXiv 2106.08254): query and value have a bias, the key has none; two layer-scale vectors a block.
     """
-    width, hidden = model.width, _hidden(model)
-    attention = 4 * width**2 + 3 * width  # biases of query, value and output
-    mlp = 2 * width * hidden + hidden + width
-    norms = 2 * 2 * width
-    layer_scale = 2 * width if model.layer_scale else 0
+    width = model.width
+    block = _block_parameters(width, _hidden(model), scaled=bool(model.layer_scale))
     patch_embed = IMAGE_CHANNELS * model.patch_px**2 * width + width
     class_token, final_norm = width, 2 * width
     classifier = (width + 1) * num_classes
     tables = relative_positions(model.grid) * model.heads * (1 if shared_bias else model.depth)
-    return patch_embed + class_token + model.depth * (attention + mlp + norms + layer_scale) + final_norm + tables + classifier
+    return patch_embed + class_token + model.depth * block + final_norm + tables + classifier
+
+
+def _block_parameters(width: int, hidden: int, *, scaled: bool) -> int:
+    attention = 4 * width**2 + 3 * width  # biases of query, value and output
+    mlp = 2 * width * hidden + hidden + width
+    norms = 2 * 2 * width
+    return attention + mlp + norms + (2 * width if scaled else 0)
 
 
 def relative_positions(grid: int) -> int:
@@ -69,8 +87,12 @@ def relative_positions(grid: int) -> int:
     return (2 * grid - 1) ** 2 + 3
 
 
-def _hidden(model: ModelSettings) -> int:
-    return int(model.width * model.mlp_ratio)
+def _hidden(model: ModelSettings, width: int | None = None) -> int:
+    return int((width or model.width) * model.mlp_ratio)
+
+
+def _extra_blocks(aggregation: AggregationSettings) -> int:
+    return aggregation.blocks if aggregation.early_block else 0
 
 
 @dataclass(frozen=True)
@@ -78,11 +100,13 @@ class MimMacs:
     """Multiply-accumulates of one picture's forward pass."""
 
     backbone: int
-    token_head: int  # at masked patches only
+    token_head: int  # at masked patches only, of both branches where there are two
+    aggregation: int = 0
+    decoder: int = 0
 
     @property
     def total(self) -> int:
-        return self.backbone + self.token_head
+        return self.backbone + self.token_head + self.aggregation + self.decoder
 
     @property
     def training_flops(self) -> int:
@@ -90,18 +114,31 @@ class MimMacs:
         return TRAINING_OVER_FORWARD * FLOPS_PER_MAC * self.total
 
 
-def mim_macs(model: ModelSettings, *, num_codes: int, masked: int) -> MimMacs:
-    """MACs of one picture; every token, hidden or not, goes through the encoder.
+def mim_macs(
+    model: ModelSettings, *, num_codes: int, masked: int, encoding: EncodingSettings = FULL_ENCODING, aggregation: AggregationSettings = NO_AGGREGATION
+) -> MimMacs:
+    """MACs of one picture.
 
     Args:
         masked: hidden patches of the picture, the only ones the head sees.
+        encoding: full: every token, hidden or not, goes through the encoder; visible: the shown ones alone, and all of them through the decoder.
     """
     patches, width = model.grid**2, model.width
-    tokens = patches + 1
-    projections = tokens * (4 * width**2 + 2 * width * _hidden(model))
-    quadratic = 2 * tokens**2 * width  # query x key, and weights x value
     patch_embed = patches * IMAGE_CHANNELS * model.patch_px**2 * width
-    return MimMacs(backbone=patch_embed + model.depth * (projections + quadratic), token_head=masked * width * num_codes)
+    if encoding.kind == "full":
+        block, extra = _block_macs(patches + 1, width, _hidden(model)), _extra_blocks(aggregation)
+        head = (2 if extra else 1) * masked * width * num_codes
+        return MimMacs(backbone=patch_embed + model.depth * block, token_head=head, aggregation=extra * block)
+    seen, narrow = patches - masked + 1, encoding.decoder_width
+    bias = model.heads * seen * (patches + 1) * (patches + 1 + seen)  # rows, then columns, of the table's T x T values
+    decoder = seen * width * narrow + encoding.decoder_depth * _block_macs(patches + 1, narrow, _hidden(model, narrow))
+    backbone = patch_embed + bias + model.depth * _block_macs(seen, width, _hidden(model))
+    return MimMacs(backbone=backbone, token_head=masked * narrow * num_codes, decoder=decoder)
+
+
+def _block_macs(tokens: int, width: int, hidden: int) -> int:
+    """Projections, and the quadratic products query x key and weights x value."""
+    return tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width
 
 
 @dataclass(frozen=True)
@@ -116,37 +153,91 @@ class ActivationBytes:
         return self.saved + self.working
 
 
-def mim_activation_bytes(model: ModelSettings, *, num_codes: int, masked: int, checkpointing: str, precision: str) -> ActivationBytes:
+def mim_activation_bytes(
+    model: ModelSettings,
+    *,
+    num_codes: int,
+    masked: int,
+    checkpointing: str,
+    precision: str,
+    encoding: EncodingSettings = FULL_ENCODING,
+    aggregation: AggregationSettings = NO_AGGREGATION,
+) -> ActivationBytes:
     """Activations of one picture, with an attention kernel that does not store the T x T weights.
 
     A block keeps, of T rows each: input and output of both norms (4 D), query, key and value (3 D), attention's output (D), the two
     branch outputs that layer scale multiplies (2 D), the MLP's hidden layer before and after GELU (2 F); and in 32 bits two
     statistics a row of each norm and one log-sum-exp a row of each head. With F = 4 D that is 36 T D bytes in 16 bits; the classic
     34 T D counts two dropout masks, which this network has not, and no layer scale. Beyond the blocks: the picture, input and
-    output of the final norm, and at M masked patches the head's input, its logits and the log-probabilities, these in 32 bits.
+    output of the final norm, and at M masked patches the head's input, its logits and the log-probabilities, these in 32 bits; a second
+    branch has a norm and logits of its own. An encoder that sees n tokens has a bias of its own for each picture, n x n a head.
 
     The working part is an estimate of the worst moment: in a block's backward pass the gradients of the hidden layer before
     and after GELU, of the block's input and of a branch, and of the attention bias, which kernels write as [H, T, T] a picture before they
-    sum it; in the head's the gradient of the logits in both precisions. The caching allocator's fragmentation is not in it.
+    sum it; in the head's the gradient of the logits in both precisions. The caching allocator's fragmentation is not in it, nor is
+    what an objective keeps beside the log-probabilities (soft targets are made some pictures at a time and not kept).
 
     Args:
         checkpointing: "none", or "full": every block keeps its input alone and is recomputed in the backward pass.
         precision: "bf16", "fp16" or "fp32".
     """
     assert checkpointing in ("none", "full"), checkpointing
-    element, width, hidden = ELEMENT_BYTES[precision], model.width, _hidden(model)
-    tokens = model.grid**2 + 1
-    scaled = 2 if model.layer_scale else 0
-    norm_statistics = 2 * 4
-    block = tokens * ((8 + scaled) * width + 2 * hidden) * element + tokens * (2 * norm_statistics + 4 * model.heads)
-    block_backward = tokens * (2 * hidden + 2 * width) * element + model.heads * tokens**2 * element
-    ends = IMAGE_CHANNELS * model.image_px**2 * element + tokens * (2 * width * element + norm_statistics)
-    head = masked * (width * element + num_codes * (element + 4))
-    head_backward = masked * num_codes * (element + 4)
+    element, tokens, scaled = ELEMENT_BYTES[precision], model.grid**2 + 1, bool(model.layer_scale)
+    picture = IMAGE_CHANNELS * model.image_px**2 * element
+    if encoding.kind == "visible":
+        seen, narrow = tokens - masked, encoding.decoder_width
+        encoder = _BlockActivations(seen, model.width, _hidden(model), model.heads, scaled, element)
+        decoder = _BlockActivations(tokens, narrow, _hidden(model, narrow), encoding.decoder_heads, False, element)
+        stacks = [(model.depth, encoder), (encoding.decoder_depth, decoder)]
+        places = seen * tokens * element + model.heads * seen**2 * element  # one-hot rows, and the bias they pick
+        places += (tokens - 1) * (model.width + narrow) * element  # patches before those that are shown are picked, and before each is put at its place
+        head, head_backward = _head_activations(masked, narrow, num_codes, element)
+        ends = picture + places + encoder.norm + decoder.norm + head
+    else:
+        block, extra = _BlockActivations(tokens, model.width, _hidden(model), model.heads, scaled, element), _extra_blocks(aggregation)
+        stacks = [(model.depth + extra, block)]
+        head, head_backward = _head_activations((2 if extra else 1) * masked, model.width, num_codes, element)
+        second_branch = block.input + masked * (model.width * element + 2 * 4) if extra else 0  # its last tokens; its norm, whose output goes into the head's input
+        ends = picture + block.norm + second_branch + head
     if checkpointing == "none":
-        return ActivationBytes(saved=ends + head + model.depth * block, working=max(block_backward, head_backward))
-    inputs = model.depth * tokens * width * element
-    return ActivationBytes(saved=ends + head + inputs, working=max(block + block_backward - tokens * width * element, head_backward))
+        return ActivationBytes(saved=ends + sum(depth * block.saved for depth, block in stacks), working=max(head_backward, *(block.backward for _, block in stacks)))
+    recomputed = max(block.saved + block.backward - block.input for _, block in stacks)
+    return ActivationBytes(saved=ends + sum(depth * block.input for depth, block in stacks), working=max(head_backward, recomputed))
+
+
+@dataclass(frozen=True)
+class _BlockActivations:
+    """Bytes of one picture in one block, as `mim_activation_bytes` describes them."""
+
+    tokens: int
+    width: int
+    hidden: int
+    heads: int
+    scaled: bool
+    element: int
+
+    @property
+    def input(self) -> int:
+        return self.tokens * self.width * self.element
+
+    @property
+    def norm(self) -> int:
+        """Input, output and two statistics a row."""
+        return self.tokens * (2 * self.width * self.element + 2 * 4)
+
+    @property
+    def saved(self) -> int:
+        values = (8 + (2 if self.scaled else 0)) * self.width + 2 * self.hidden
+        return self.tokens * values * self.element + self.tokens * (2 * 2 * 4 + 4 * self.heads)
+
+    @property
+    def backward(self) -> int:
+        return self.tokens * (2 * self.hidden + 2 * self.width) * self.element + self.heads * self.tokens**2 * self.element
+
+
+def _head_activations(masked: int, width: int, num_codes: int, element: int) -> tuple[int, int]:
+    """Bytes kept, and bytes at work in the backward pass, of the token head and the cross-entropy behind it."""
+    return masked * (width * element + num_codes * (element + 4)), masked * num_codes * (element + 4)
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer
@@ -154,7 +245,7 @@ def mim_activation_bytes(model: ModelSettings, *, num_codes: int, masked: int, c
 
 @dataclass(frozen=True)
 class Cost:
-    """Of some layers of the convolutional tokenizer: parameters, forward MACs a picture, elements a picture kept for backward."""
+    """Of some layers of a tokenizer: parameters, forward MACs a picture, elements a picture kept for backward."""
 
     parameters: int = 0
     macs: int = 0
@@ -169,8 +260,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class TokenizerCost:
-    encoder: Cost  # with the 1x1 convolution to the code's dimension
-    decoder: Cost  # with the 1x1 convolution from it
+    encoder: Cost  # with the layers to the code's dimension
+    decoder: Cost  # with the layers from it, and VQ-KD's to the teacher's
     codebook_elements: int  # codes, and the moving averages of their counts and sums: buffers, not parameters
     search_macs: int  # nearest-code search of a picture
 
@@ -184,22 +275,55 @@ class TokenizerCost:
 
     @property
     def training_flops(self) -> int:
-        """FLOPs of a picture's forward and backward pass, without the perceptual network and the critic; the search has no backward."""
+        """FLOPs of a picture's forward and backward pass, without frozen networks and the critic; the search has no backward."""
         return FLOPS_PER_MAC * (TRAINING_OVER_FORWARD * (self.encoder.macs + self.decoder.macs) + self.search_macs)
 
 
 def tokenizer_cost(tokenizer: TokenizerSettings, image_px: int) -> TokenizerCost:
-    """Cost of the convolutional VQ autoencoder on a picture of image_px x image_px.
+    """Cost of a tokenizer that is trained here, on a picture of image_px x image_px.
 
-    Source: VQGAN (arXiv 2012.09841), the f16 configuration of its released code; sizes of a PeCo stand-in.
+    Source: of kind vqgan, VQGAN (arXiv 2012.09841), the f16 configuration of its released code, sizes of a PeCo stand-in; of kind vqkd, BEiT v2
+        (arXiv 2208.06366).
     """
     grid = image_px // tokenizer.stride_px
+    encoder, decoder = {"vqgan": (_encoder, _decoder), "vqkd": (_vqkd_encoder, _vqkd_decoder)}[tokenizer.kind]
     return TokenizerCost(
-        encoder=_encoder(tokenizer, image_px),
-        decoder=_decoder(tokenizer, image_px),
+        encoder=encoder(tokenizer, image_px),
+        decoder=decoder(tokenizer, image_px),
         codebook_elements=tokenizer.num_codes * (2 * tokenizer.code_dim + 1),
         search_macs=grid**2 * tokenizer.code_dim * tokenizer.num_codes,
     )
+
+
+def _vqkd_encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
+    vit = tokenizer.vit
+    grid = image_px // vit.patch_px
+    return _patch_transformer(IMAGE_CHANNELS, grid, vit.patch_px, vit.width, vit.depth, int(vit.width * vit.mlp_ratio)) + _tanh_head(vit.width, tokenizer.code_dim, grid**2)
+
+
+def _vqkd_decoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
+    vit = tokenizer.vit
+    grid = image_px // vit.patch_px
+    blocks = _patch_transformer(tokenizer.code_dim, grid, 1, vit.decoder_width, vit.decoder_depth, int(vit.decoder_width * vit.mlp_ratio))
+    return blocks + _tanh_head(vit.decoder_width, vit.target_width, grid**2)
+
+
+def _patch_transformer(channels: int, grid: int, patch_px: int, width: int, depth: int, hidden: int) -> Cost:
+    """A ViT with absolute positions and a class token, without layer scale, down to its normed patch tokens; what a block keeps: `mim_activation_bytes`."""
+    patches, tokens = grid**2, grid**2 + 1
+    embedding = Cost(channels * patch_px**2 * width + width, patches * channels * patch_px**2 * width, channels * (grid * patch_px) ** 2)
+    positions_and_norm = Cost((tokens + 1) * width + 2 * width, 0, tokens * width + patches * width)
+    block = Cost(
+        4 * width**2 + 3 * width + 2 * width * hidden + hidden + width + 4 * width,
+        tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width,
+        tokens * (8 * width + 2 * hidden),
+    )
+    return embedding + block.times(depth) + positions_and_norm
+
+
+def _tanh_head(width: int, out: int, positions: int) -> Cost:
+    """Linear, tanh, linear at every position; keeps the input, tanh's output, and the output."""
+    return Cost(width**2 + width + width * out + out, positions * (width**2 + width * out), positions * (2 * width + out))
 
 
 def _encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:

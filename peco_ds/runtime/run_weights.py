@@ -9,13 +9,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from peco_ds.config import FinetuneRecipe, PretrainRecipe
 from peco_ds.errors import UserError
-from peco_ds.models.beit_weights import BeitWeights
+from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
 from peco_ds.runtime.checkpoint_files import FOLDER, PROGRESS, Progress, list_checkpoints, newest_whole, read_progress, verify
 from peco_ds.runtime.consolidate import fp32_weights, has_ema
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS, read_provenance, read_settings
 
-_PREFIX = "backbone."  # of MaskedImageModel; a classifier has the canonical names already
+_PREFIX = "backbone."  # of a masked image model; a classifier has the canonical names already
+_HEAD_NAMES = ("mask_token", "lm_head.weight", "lm_head.bias")  # of one whose head works on the backbone's tokens
 _RECIPES = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
 
 
@@ -43,7 +44,16 @@ def read_run(path: Path, average: Literal["auto", "ema", "raw"] = "auto") -> Bei
         classes = provenance["classes"]
         statistics = {name: tuple(provenance[name]) for name in ("mean", "std")}
         return BeitWeights("classifier", recipe.model, tensors, source, classes=tuple(classes), crop=recipe.evaluation.crop, facts=facts, **statistics)
-    return BeitWeights("mim", recipe.model, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}, source, facts=facts)
+    kept = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX) or name in _HEAD_NAMES}
+    kind = "mim" if "mask_token" in kept else "features"
+    facts |= _left_out(tensors.keys() - {_PREFIX + name for name in kept} - set(_HEAD_NAMES))
+    return BeitWeights(kind, recipe.model, kept, source, facts=facts)
+
+
+def _left_out(names: set[str]) -> dict[str, str]:
+    """For the model card: the parts of a masked image model that only its pre-training needs."""
+    parts = {part: sum(name.startswith(f"{part}.") for name in names) for part in sorted({name.split(".")[0] for name in names})}
+    return {"left out": ", ".join(f"{part} ({count} tensors)" for part, count in parts.items()) + ", which only pre-training needs"} if parts else {}
 
 
 def _recipe_of(checkpoint: Path) -> PretrainRecipe | FinetuneRecipe:
@@ -87,6 +97,7 @@ def _facts(recipe: PretrainRecipe | FinetuneRecipe, progress: Progress, provenan
         facts["objective"] = f"{recipe.objective.name}, {recipe.objective.num_codes} codes, {recipe.mask.count} of {recipe.model.grid**2} patches hidden ({recipe.mask.kind})"
         facts["tokenizer"] = f"fingerprint `{provenance.get('tokenizer_fingerprint', '?')}`"
         facts["tokenizer's judge"] = tokenizer.get("judge", "not recorded")
+        facts |= {name: tokenizer[key] for name, key in ((TOKENIZER_LICENCE, "licence"), (JUDGE_LICENCE, "judge_licence")) if tokenizer.get(key) and isinstance(tokenizer[key], str)}
         measured, names = [row for row in read_metrics(run_folder) if row["step"] <= progress.step and row.get("loss") is not None], ("loss", "accuracy")
     else:
         facts["started from"] = provenance.get("init", "scratch")
@@ -95,5 +106,13 @@ def _facts(recipe: PretrainRecipe | FinetuneRecipe, progress: Progress, provenan
         measured, names = [row for row in read_evaluation(run_folder) if row["step"] == progress.step], (f"{prefix}top1", f"{prefix}top5")
     facts |= {name.replace("ema_", ""): f"{measured[-1][name]:.4f}" for name in names if measured and isinstance(measured[-1].get(name), (int, float))}
     facts |= {f"{name} of what it started from": text for name, text in provenance.get("init_facts", {}).items() if name in ("recipe", "tokenizer", "tokenizer's judge", "images seen")}
+    facts |= _licences_of_origin(provenance.get("init_facts", {}))
     facts["code"] = f"peco_ds, commit `{provenance.get('commit', '?')}`"
     return facts
+
+
+def _licences_of_origin(init_facts: dict[str, str]) -> dict[str, str]:
+    """What bound the weights that a run started from, over any number of runs: a fine-tuning of a fine-tuning is still bound by its tokenizer's terms."""
+    names = {f"{name} of what it started from": name for name in (TOKENIZER_LICENCE, JUDGE_LICENCE)}
+    found = {told: init_facts.get(name) or init_facts.get(told) for told, name in names.items()}
+    return {told: text for told, text in found.items() if text and isinstance(text, str)}

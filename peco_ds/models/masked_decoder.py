@@ -1,0 +1,72 @@
+"""The small decoder behind an encoder that saw the shown patches alone, and the index work on hidden and shown places.
+
+Selections are gathers of places that differ within a picture, and products with one-hot rows: no two gradients are added in an order that the
+device picks, so a run that was stopped continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.models.beit import RelativePositionBias
+from timm.layers import LayerNorm
+from torch import nn
+
+from peco_ds.config import EncodingSettings, ModelSettings
+from peco_ds.models.vit import TransformerBlock, init_projections, run_blocks, scale_by_depth, trunc_normal
+
+
+class MaskedDecoder(nn.Module):
+    """Linear to its own width, a mask token at each hidden place, blocks with a relative position bias of their own, norm, token head.
+
+    Source: MAE (arXiv 2111.06377), section 3 and released `models_mae.py` for width, depth, heads and the place of the mask token. Blocks are the backbone's
+        but have neither layer scale nor stochastic depth, as MAE's; positions are relative, as the backbone's; initial values are BEiT's.
+    """
+
+    def __init__(self, settings: ModelSettings, encoding: EncodingSettings, num_codes: int) -> None:
+        super().__init__()
+        width, heads = encoding.decoder_width, encoding.decoder_heads
+        self.embed = nn.Linear(settings.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.rel_pos_bias = RelativePositionBias((settings.grid, settings.grid), heads)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, qkv_bias=True, mlp_ratio=settings.mlp_ratio) for _ in range(encoding.decoder_depth))
+        self.norm = LayerNorm(width, eps=1e-6)
+        self.lm_head = nn.Linear(width, num_codes)
+        init_projections(self, settings.init_std)
+        trunc_normal(self.mask_token, settings.init_std)
+        scale_by_depth(self.blocks)
+
+    def forward(self, encoded: torch.Tensor, order: torch.Tensor, masked: torch.Tensor, *, recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            encoded: [B, 1 + n, D] of class token and shown patches.  order: `shown_first`.  masked: int64 [B, M], n + M = N.
+            recompute: each block in the backward pass.
+        Returns: logits [B, M, V] at `masked`, and the tokens [B, 1 + N, decoder width] after the norm.
+        """
+        x = self.embed(encoded)
+        hidden = self.mask_token.to(x.dtype).expand(len(x), masked.shape[1], -1)
+        patches = torch.cat([x[:, 1:], hidden], dim=1)
+        back = order.argsort(dim=1).unsqueeze(-1).expand_as(patches)
+        tokens = torch.cat([x[:, :1], patches.gather(1, back)], dim=1)
+        features = self.norm(run_blocks(self.blocks, tokens, self.rel_pos_bias(), recompute=recompute))
+        return self.lm_head(tokens_at(features, masked)), features
+
+
+def tokens_at(tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """[B, M, D]: tokens [B, 1 + N, D], class token first, at the patch numbers int64 [B, M]."""
+    return tokens.gather(1, (patches + 1).unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def shown_first(masked: torch.Tensor, num_patches: int) -> torch.Tensor:
+    """int64 [B, N]: the shown patches of each picture, then the hidden ones of `masked` [B, M], each increasing."""
+    hidden = torch.zeros(len(masked), num_patches, dtype=torch.uint8, device=masked.device).scatter_(1, masked, 1)
+    return hidden.argsort(dim=1, stable=True)
+
+
+def bias_at(bias: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """The bias between class token and some patches: [H, 1 + N, 1 + N] at int64 [B, n] -> [B, H, 1 + n, 1 + n]."""
+    heads, tokens, _ = bias.shape
+    places = nn.functional.pad(patches + 1, (1, 0))  # class token first
+    one_hot = (places.unsqueeze(-1) == torch.arange(tokens, device=places.device)).to(bias.dtype)
+    rows = one_hot.flatten(0, 1) @ bias.transpose(0, 1).flatten(1)  # [B (1 + n), H (1 + N)]
+    both = rows.view(len(places), -1, tokens) @ one_hot.transpose(1, 2)
+    return both.view(len(places), places.shape[1], heads, places.shape[1]).transpose(1, 2).contiguous()
