@@ -15,13 +15,12 @@ import argparse
 import json
 import shlex
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+from stages import Stages
+
 HERE = Path(__file__).resolve().parent
-STAGES = HERE.parent / "peco_ds"
 RECIPES = HERE / "imagenette"
 TARGETS = ("plain", "perceptual")
 STARTS = {"scratch": "scratch", "plain": "MIM, plain tokens", "perceptual": "MIM, perceptual tokens"}
@@ -39,82 +38,59 @@ def main() -> None:
     args = parser.parse_args()
     chain = Chain(args)
     chain.run()
-    write_results(chain.out, args.seeds)
+    write_results(chain, args.seeds)
 
 
 class Chain:
-    """The runs in order; each leaves its command and seconds in OUT/log/NAME.json."""
+    """The runs in order."""
 
     def __init__(self, args) -> None:
         self.args, self.out = args, args.out.resolve()
-        (self.out / "log").mkdir(parents=True, exist_ok=True)
+        self.stages = Stages(self.out, ranks=args.ranks, deepspeed_config=args.deepspeed_config)
         self.data = [f"data.root={self.out}"]
-        self.engine = ["--deepspeed_config", args.deepspeed_config]
 
     def run(self) -> None:
         args = self.args
         for split in ("train", "val"):
-            self.python(f"pack_{split}", "pack_images.py", "--images", args.pictures / split, "--out", self.out / "images" / split, "--samples_per_shard", 500)
+            self.stages.python(f"pack_{split}", "pack_images.py", "--images", args.pictures / split, "--out", self.out / "images" / split, "--samples_per_shard", 500)
         self.tokens("plain", "perceptual.weight=0")
         self.pretraining("plain", 0)
-        self.python("judge", "convert_checkpoint.py", self.out / "mim_plain_0", "--to", "timm", "--out", self.out / "judge")
+        self.stages.python("judge", "convert_checkpoint.py", self.out / "mim_plain_0", "--to", "timm", "--out", self.out / "judge")
         self.tokens("perceptual", f"perceptual.weights={self.out / 'judge'}")
         for seed in range(args.seeds):
             for target in TARGETS:
                 self.pretraining(target, seed)
         for target in TARGETS:
             measured = [self.out / f"tokenizer_{target}", "--images", self.out / "images/val", "--train_images", self.out / "images/train"]
-            self.python(f"codes_{target}", "evaluate.py", *measured, "--out", self.out / f"codes_{target}.json")
+            self.stages.python(f"codes_{target}", "evaluate.py", *measured, "--out", self.out / f"codes_{target}.json")
             probe = ["--recipe", "probe_vitb16", *self.data, f"init.weights={self.out / f'mim_{target}_0'}", "probe.image_px=64", "probe.crop=1.0", "probe.precision=fp32"]
-            self.python(f"probe_{target}", "linear_probe.py", *probe, "--out", self.out / f"probe_{target}")
+            self.stages.python(f"probe_{target}", "linear_probe.py", *probe, "--out", self.out / f"probe_{target}")
         for seed in range(args.seeds):
             for start in STARTS:
                 init = [] if start == "scratch" else [f"init.weights={self.out / f'mim_{start}_{seed}'}"]
                 name = f"classifier_{start}_{seed}"
-                self.train(name, "finetune.py", "classifier", self.out / name, *init, f"run.seed={seed}", *args.classifier)
+                self.stages.train(name, "finetune.py", RECIPES / "classifier.yaml", self.out / name, *init, f"run.seed={seed}", *args.classifier)
 
     def tokens(self, target: str, *judge: str) -> None:
         """A tokenizer and the codes of all views."""
-        self.train(f"tokenizer_{target}", "train_tokenizer.py", "tokenizer", self.out / f"tokenizer_{target}", *judge, *self.args.tokenizer)
-        self.ranks(f"tokens_{target}", "tokenize_shards.py", "--recipe", RECIPES / "vit.yaml", *self.data, *self.source(target), *self.args.mim)
+        self.stages.train(f"tokenizer_{target}", "train_tokenizer.py", RECIPES / "tokenizer.yaml", self.out / f"tokenizer_{target}", *judge, *self.args.tokenizer)
+        self.stages.ranks(f"tokens_{target}", "tokenize_shards.py", "--recipe", RECIPES / "vit.yaml", *self.data, *self.source(target), *self.args.mim)
 
     def pretraining(self, target: str, seed: int) -> None:
         name = f"mim_{target}_{seed}"
-        self.train(name, "pretrain.py", "vit", self.out / name, *self.source(target), f"run.seed={seed}", *self.args.mim)
+        self.stages.train(name, "pretrain.py", RECIPES / "vit.yaml", self.out / name, *self.source(target), f"run.seed={seed}", *self.args.mim)
 
     def source(self, target: str) -> list[str]:
         return [f"data.tokens=tokens_{target}", f"data.tokenizer=tokenizer_{target}/tokenizer"]
-
-    def train(self, name: str, stage: str, recipe: str, out: Path, *settings: str) -> None:
-        self.ranks(name, stage, "--recipe", RECIPES / f"{recipe}.yaml", *self.engine, "--out", out, *self.data, *settings)
-
-    def ranks(self, name: str, stage: str, *arguments) -> None:
-        launcher = [sys.executable] if self.args.ranks == 1 else ["deepspeed", "--num_gpus", str(self.args.ranks)]
-        self.command(name, [*launcher, STAGES / stage, *arguments])
-
-    def python(self, name: str, stage: str, *arguments) -> None:
-        self.command(name, [sys.executable, STAGES / stage, *arguments])
-
-    def command(self, name: str, command: list) -> None:
-        record, command = self.out / "log" / f"{name}.json", [str(word) for word in command]
-        if record.exists():
-            return
-        sys.stdout.write(f"{time.strftime('%H:%M:%S')} {name}\n")
-        sys.stdout.flush()
-        begun = time.perf_counter()
-        with open(self.out / "log" / f"{name}.log", "a") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-        if code:
-            sys.stderr.write(f"{name} ended with {code}; see {self.out / 'log' / name}.log\n")
-            sys.exit(code)
-        record.write_text(json.dumps({"command": shlex.join(command), "seconds": round(time.perf_counter() - begun, 1)}) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------- results
 
 
-def write_results(out: Path, seeds: int) -> None:
+def write_results(chain: Chain, seeds: int) -> None:
     """Everything that was measured as JSON, a table, and the curves."""
+    out = chain.out
+
     def read(path: str):
         return json.loads((out / path).read_text())
 
@@ -132,7 +108,7 @@ def write_results(out: Path, seeds: int) -> None:
         "pretraining": {f"{target}_{seed}": rows(f"mim_{target}_{seed}", "metrics.jsonl")[-1] for target in TARGETS for seed in range(seeds)},
         "tokenizers": {target: read(f"codes_{target}.json") for target in TARGETS},
         "probes": {target: read(f"probe_{target}/probe.json") for target in TARGETS},
-        "runs": {path.stem: json.loads(path.read_text()) for path in sorted((out / "log").glob("*.json"))},
+        "runs": chain.stages.records(),
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = table(results)

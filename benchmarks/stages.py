@@ -1,0 +1,60 @@
+"""The package's stages as commands of a benchmark: each runs once, leaves its log, command and seconds, and is not run again when the benchmark continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+STAGES = Path(__file__).resolve().parent.parent / "peco_ds"
+
+
+class Stages:
+    """Commands and their records in OUT/log.
+
+    Args:
+        out: an absolute folder.  ranks: of the stages that train or tokenize; 1: plain python, more: the deepspeed launcher.
+        threads: of each process; 0: torch's own choice.  jobs: commands at a time; the caller's threads wait for each other.
+    """
+
+    def __init__(self, out: Path, *, ranks: int, deepspeed_config: str, threads: int = 0, jobs: int = 1) -> None:
+        self.out = out
+        self._launcher = [sys.executable] if ranks == 1 else ["deepspeed", "--num_gpus", str(ranks)]
+        self._engine = ["--deepspeed_config", deepspeed_config]
+        self._environ = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+        self._room = threading.Semaphore(jobs)
+        (out / "log").mkdir(parents=True, exist_ok=True)
+
+    def train(self, name: str, stage: str, recipe: str | Path, out: Path, *settings: str) -> None:
+        self.ranks(name, stage, "--recipe", recipe, *self._engine, "--out", out, f"data.root={self.out}", *settings)
+
+    def ranks(self, name: str, stage: str, *arguments) -> None:
+        self._command(name, [*self._launcher, STAGES / stage, *arguments])
+
+    def python(self, name: str, stage: str, *arguments) -> None:
+        self._command(name, [sys.executable, STAGES / stage, *arguments])
+
+    def _command(self, name: str, command: list) -> None:
+        """Ends the benchmark with the stage's exit code where it is not 0."""
+        record, command = self.out / "log" / f"{name}.json", [str(word) for word in command]
+        if record.exists():
+            return
+        with self._room:
+            sys.stdout.write(f"{time.strftime('%H:%M:%S')} {name}\n")
+            sys.stdout.flush()
+            begun = time.perf_counter()
+            with open(self.out / "log" / f"{name}.log", "a") as log:
+                code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=self._environ).returncode
+            if code:
+                sys.stderr.write(f"{name} ended with {code}; see {self.out / 'log' / name}.log\n")
+                sys.exit(code)
+            record.write_text(json.dumps({"command": shlex.join(command), "seconds": round(time.perf_counter() - begun, 1)}) + "\n")
+
+    def records(self) -> dict[str, dict]:
+        """Command and seconds of everything that was run, by name."""
+        return {path.stem: json.loads(path.read_text()) for path in sorted((self.out / "log").glob("*.json"))}
