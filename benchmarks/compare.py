@@ -23,6 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 from stages import Stages
@@ -32,7 +35,6 @@ from peco_ds.config import PretrainRecipe, load_recipe, read_yaml
 from peco_ds.planner.shapes import mim_macs
 from peco_ds.schema import write_json
 
-HERE = Path(__file__).resolve().parent
 _strict = ConfigDict(extra="forbid")
 RELEASE = re.compile(r"\{release:(\w+)\}")  # in a setting: the timm release of an arm that stands earlier, pre-trained with the first seed
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from peco_ds.data.central_squares import square_batches
 from peco_ds.data.loaders import Pictures
 from peco_ds.models.tokenizers import load_tokenizer
