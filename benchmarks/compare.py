@@ -149,7 +149,7 @@ class Comparisons:
         arm, run = self.comparison.arms[name], f"pretrain_{name}_{seed}"
         tokens = self.tokens(name)
         with self._locks[name]:
-            settings = [*self.settings(name), f"data.tokens={tokens}", f"schedule.steps={self.budget(name).steps}", f"run.seed={seed}"]
+            settings = [*self.settings(name), f"data.tokens={tokens}", "schedule.epochs=null", f"schedule.steps={self.budget(name).steps}", f"run.seed={seed}"]
             self.stages.train(run, "pretrain.py", self.recipe(self.comparison.pretrain), self.out / run, *settings)
         return self.out / run
 
