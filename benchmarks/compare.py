@@ -29,10 +29,9 @@ sys.path.insert(0, str(HERE.parent))
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 from stages import Stages
-from step_time import StepCost, step_costs
+from step_time import step_costs, training_flops
 
 from peco_ds.config import PretrainRecipe, load_recipe, read_yaml
-from peco_ds.planner.shapes import mim_macs
 from peco_ds.schema import write_json
 
 _strict = ConfigDict(extra="forbid")
@@ -221,18 +220,13 @@ class Comparisons:
             if name in self.trained:
                 probe = json.loads((self.out / f"probe_{name}" / "probe.json").read_text())
                 codes = json.loads((self.out / f"codes_{arm.tokenizer}.json").read_text())
-                arms[name] |= {"budget": vars(self.budget(name)), "step": costs[name]._asdict(), "probe": probe["layers"], "codes": codes["quality"], "num_codes": codes["settings"]["num_codes"]}
+                arms[name] |= {"budget": vars(self.budget(name)), "step": {"images_per_s": costs[name].images_per_s, "saved_bytes_a_picture": costs[name].saved_bytes_a_picture}, "probe": probe["layers"], "codes": codes["quality"], "num_codes": codes["settings"]["num_codes"]}
         results = {"command": shlex.join(sys.argv), "commit": first["commit"], "versions": first["versions"], "arms": arms, "runs": self.stages.records()}
         write_json(self.out / "results.json", results)
         text = table(results)
         (self.out / "results.md").write_text(text)
         plot(self.out / "compare.png", arms)
         sys.stdout.write(text)
-
-
-def training_flops(recipe: PretrainRecipe) -> int:
-    """Of a picture's forward and backward pass."""
-    return mim_macs(recipe.model, num_codes=recipe.objective.num_codes, masked=recipe.mask.count, encoding=recipe.encoding, aggregation=recipe.aggregation).training_flops
 
 
 def rows(path: Path) -> list[dict]:
@@ -247,8 +241,8 @@ def table(results: dict) -> str:
         if "probe" in arm:
             linear = max(row["top1"] for layer in arm["probe"] for row in layer["linear"])
             knn = max(value for layer in arm["probe"] for value in layer["knn"].values())
-            budget, step = arm["budget"], StepCost(**arm["step"])
-            cells += [f"{linear:.1f}", f"{knn:.1f}", f"{budget['steps']}", f"{budget['flops_a_picture'] / 1e9:.2f}", f"{step.images_per_s:.0f}", f"{step.saved_bytes / 1e6:.2f} MB", f"{arm['codes']['codes_used']} of {arm['num_codes']}"]
+            budget, step = arm["budget"], arm["step"]
+            cells += [f"{linear:.1f}", f"{knn:.1f}", f"{budget['steps']}", f"{budget['flops_a_picture'] / 1e9:.2f}", f"{step['images_per_s']:.0f}", f"{step['saved_bytes_a_picture'] / 1e6:.2f} MB", f"{arm['codes']['codes_used']} of {arm['num_codes']}"]
         lines.append(f"| {' | '.join(cells + ['-'] * (len(heads) - len(cells)))} |")
     minutes = sum(run["seconds"] for run in results["runs"].values()) / 60
     versions = results["versions"]

@@ -16,13 +16,11 @@ import shlex
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-WARM_UP = 2
 
 
 def main() -> int:
@@ -39,21 +37,9 @@ def main() -> int:
     return 0
 
 
-@dataclass
-class Trained:
-    """A model in training, and what was measured of it."""
-
-    step: object  # () -> None: one training step, done when it returns
-    flops: int  # of a picture's forward and backward pass, by the planner
-    parameters: int
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)  # of all threads: what other work beside it changes least
-    peak_bytes: int = 0  # on the device, beyond weights, gradients and moments; 0 where it is not counted
-
-
 def measure(args: argparse.Namespace):
-    """The recipe, the device, and both models by name."""
-    import torch
+    """The recipe, and what both models cost by name."""
+    from step_time import step_costs
 
     from peco_ds.config import PretrainRecipe, load_recipe
     from peco_ds.errors import UserError
@@ -61,72 +47,30 @@ def measure(args: argparse.Namespace):
     recipe = load_recipe(PretrainRecipe, args.recipe, args.overrides).recipe
     if recipe.encoding.kind != "visible":
         raise UserError(f"recipe {args.recipe}: encoding.kind is {recipe.encoding.kind}, there is nothing to compare; set encoding.kind=visible")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    batch, patches = recipe.run.micro_batch, recipe.model.grid**2
-    images = torch.randn(batch, 3, recipe.model.image_px, recipe.model.image_px, device=device)
-    masked = torch.stack([torch.randperm(patches)[: recipe.mask.count].sort().values for _ in range(batch)]).to(device)
-    codes = torch.randint(recipe.objective.num_codes, masked.shape, device=device)
     whole = replace(recipe, encoding=replace(recipe.encoding, kind="full"))
-    models = {name: trained(asked, device, images, masked, codes) for name, asked in (("full", whole), ("visible", recipe))}
-    for round_ in range(-WARM_UP, args.rounds):
-        for model in list(models.values())[:: 1 if round_ % 2 else -1]:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            began, cpu_began = time.perf_counter(), time.process_time()
-            model.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                model.peak_bytes = torch.cuda.max_memory_allocated() - before
-            if round_ >= 0:
-                model.seconds.append(time.perf_counter() - began)
-                model.cpu_seconds.append(time.process_time() - cpu_began)
-    return recipe, device, models
+    return recipe, step_costs({"full": whole, "visible": recipe}, rounds=args.rounds)
 
 
-def trained(recipe, device, images, masked, codes) -> Trained:
-    import torch
-
-    from peco_ds.models.mim import build_mim
-    from peco_ds.objectives.hard_tokens import hard_tokens
-    from peco_ds.planner.shapes import mim_macs
-    from peco_ds.runtime.optim import build_optimizer, decay_groups
-
-    model = build_mim(recipe.model, recipe.encoding, recipe.aggregation, recipe.objective.num_codes, checkpoint_blocks=recipe.run.activation_checkpointing == "full")
-    model.to(device, torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32).train()
-    optimizer = build_optimizer(decay_groups(model, recipe.optim.weight_decay), recipe.optim, offloaded=False)
-
-    def step() -> None:
-        loss, _ = hard_tokens(model(images, masked), SimpleNamespace(codes=codes))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)  # the gradients' memory is part of the state, not of a step
-
-    macs = mim_macs(recipe.model, num_codes=recipe.objective.num_codes, masked=recipe.mask.count, encoding=recipe.encoding)
-    return Trained(step, macs.training_flops, sum(parameter.numel() for parameter in model.parameters()))
-
-
-def record(args: argparse.Namespace, recipe, device, models: dict[str, Trained]) -> str:
+def record(args: argparse.Namespace, recipe, models: dict) -> str:
     """The table, as markdown."""
     import torch
 
     batch, full, visible = recipe.run.micro_batch, models["full"], models["visible"]
-    median = {name: statistics.median(model.seconds) for name, model in models.items()}
+    cuda = torch.cuda.is_available()
     rows = [
         ("parameters, M", *(f"{model.parameters / 1e6:.1f}" for model in (full, visible)), f"{visible.parameters / full.parameters:.3f}"),
-        ("GFLOP a picture, forward and backward (planner)", *(f"{model.flops / 1e9:.1f}" for model in (full, visible)), f"{visible.flops / full.flops:.3f}"),
+        ("GFLOP a picture, forward and backward (planner)", *(f"{model.flops_a_picture / 1e9:.1f}" for model in (full, visible)), f"{visible.flops_a_picture / full.flops_a_picture:.3f}"),
         timed(f"step of {batch} pictures, s", full.seconds, visible.seconds),
-        ("pictures a second", *(f"{batch / median[name]:.2f}" for name in models), f"{median['full'] / median['visible']:.2f}"),
-        ("TFLOP a second", *(f"{model.flops * batch / median[name] / 1e12:.3g}" for name, model in models.items()), ""),
+        ("pictures a second", *(f"{model.images_per_s:.2f}" for model in (full, visible)), f"{visible.images_per_s / full.images_per_s:.2f}"),
+        ("TFLOP a second", *(f"{model.flops_a_picture * model.images_per_s / 1e12:.3g}" for model in (full, visible)), ""),
     ]
-    if device.type == "cuda":
+    if cuda:
         rows.append(("memory of a step beyond the state, GiB", *(f"{model.peak_bytes / 2**30:.2f}" for model in (full, visible)), f"{visible.peak_bytes / full.peak_bytes:.3f}"))
     else:
         rows.insert(3, timed("the same in CPU seconds", full.cpu_seconds, visible.cpu_seconds))
     model, encoding = recipe.model, recipe.encoding
     command = " ".join(["python benchmarks/visible_encoding.py", f"--recipe {args.recipe}", f"--rounds {args.rounds}", *map(shlex.quote, args.overrides)])
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} of them used"
+    hardware = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} of them used"
     return "\n".join(
         [
             "# Visible against full encoding",

@@ -83,7 +83,7 @@ class ModelSettings:
 class MaskSettings:
     kind: Literal["block", "random"] = "block"
     count: int = 75  # patches hidden in every picture
-    exact: bool = True  # False: BEiT's first generator, which stops short of `count` when no further block fits
+    exact: bool = True  # False: BEiT's first generator, which stops short of `count` when no further block fits; a pass's loss is the mean over its own hidden patches
     min_block: int = 16  # patches in the smallest block
     min_aspect: float = 0.3  # block aspect is log-uniform in [min_aspect, 1 / min_aspect]
 

@@ -37,11 +37,17 @@ def dry_run(args, resolved) -> int:
     num_samples = IMAGENET_1K_TRAIN if assumed else read_manifest(images, ImageManifest).samples
     tokens, tokenizer = data_path(cfg.data, cfg.data.tokens), data_path(cfg.data, cfg.data.tokenizer)
     found = "not there yet" if cfg.data.tokens != ONLINE else "computed online"
+    fingerprint = None
+    if tokenizer.exists():
+        from peco_ds.models.tokenizers import read_card
+        from peco_ds.runtime.token_source import check_pair
+
+        card = read_card(tokenizer)
+        check_pair(card, cfg, str(tokenizer))
+        fingerprint = card.fingerprint
     if not assumed and cfg.data.tokens != ONLINE and tokens.exists():
         from peco_ds.data.token_shards import TokenSet
-        from peco_ds.models.tokenizers import read_card
 
-        fingerprint = read_card(tokenizer).fingerprint if tokenizer.exists() else None
         TokenSet(tokens, read_manifest(images, ImageManifest), num_codes=cfg.objective.num_codes, grid=cfg.model.grid, views=cfg.views, tokenizer_fingerprint=fingerprint)
         found = "fit pictures and recipe" + ("" if fingerprint else "; the tokenizer is not at hand to compare")
     durations = resolve_durations(cfg, num_samples)

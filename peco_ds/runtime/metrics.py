@@ -42,6 +42,8 @@ __all__ = ["EVALUATION_FILE", "METRICS_FILE", "Meter", "read_evaluation", "read_
 _TAGS = {
     "loss": "loss/total",
     "accuracy": "tokens/masked_accuracy",
+    "aggregated_accuracy": "tokens/aggregated_accuracy",
+    "kept_mass": "tokens/kept_mass",
     "train_top1": "train/top1",
     "lr": "optim/lr",
     "grad_norm": "optim/grad_norm",
