@@ -2,11 +2,15 @@
 
     python benchmarks/compare.py benchmarks/compare/imagenette.yaml --pictures imagenette112 --out compare_out
 
-PICTURES holds train/ and val/ with a folder a class. The file names tokenizers and arms (what it may hold: `Comparison` below). Every arm is pre-trained with the same
+PICTURES holds train/ and val/ with a folder a class. The file names tokenizers and arms (what it may hold: `Comparison` in this file). Every arm is pre-trained with the same
 number of FLOPs (forward and backward of its own model, as the planner counts them; a cheaper encoder makes more steps), then probed and fine-tuned alike, once a
-seed. Masked accuracy is not compared: it means another thing for every vocabulary. What is finished is not done again, so a stopped comparison continues.
+seed. Equal is the compute of the arm's own pre-training; its tokenizer, and the arm that taught
+that, come on top: the table's stage minutes show them. All seeds of an arm share tokenizer and codes. The probe's best block and rate are picked on the pictures that
+are reported, alike for all arms. Masked accuracy is not compared: it means another thing for every vocabulary. What is finished is not done again, so a stopped comparison continues.
 Ends in OUT/results.json, results.md and compare.png.
-With GPUs, raise it: --ranks 8 --pretrain schedule.epochs=800 model.width=384 model.heads=6 --classifier schedule.epochs=100 model.width=384 model.heads=6
+With GPUs, raise it:
+    --ranks 8 --tokenizer run.global_batch=512 run.micro_batch=64 tokenizer.vit.target_width=384 --pretrain run.global_batch=2048 run.micro_batch=256 schedule.epochs=800
+    model.width=384 model.heads=6 --classifier run.global_batch=1024 run.micro_batch=128 schedule.epochs=100 model.width=384 model.heads=6
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import statistics
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,8 +35,10 @@ from pydantic.dataclasses import dataclass as checked
 from stages import Stages
 from step_time import step_costs, training_flops
 
-from peco_ds.config import PretrainRecipe, load_recipe, read_yaml
-from peco_ds.schema import write_json
+from peco_ds.command_line import Parser, run
+from peco_ds.config import NOT_YAML, PretrainRecipe, load_recipe, micro_steps, read_yaml
+from peco_ds.errors import EXIT_DONE, UserError
+from peco_ds.schema import sha256_of_json, write_json
 
 _strict = ConfigDict(extra="forbid")
 RELEASE = re.compile(r"\{release:(\w+)\}")  # in a setting: the timm release of an arm that stands earlier, pre-trained with the first seed
@@ -65,39 +71,45 @@ class Comparison:
     probe_settings: list[str] = field(default_factory=list)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", type=Path)
-    parser.add_argument("--pictures", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("compare_out"))
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--jobs", type=int, default=1, help="stages at a time, each with its share of the cores; with GPUs: 1")
-    parser.add_argument("--ranks", type=int, default=1, help="1: plain python; more: the deepspeed launcher")
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", type=Path, metavar="FILE", help="YAML: tokenizers and arms; benchmarks/compare/imagenette.yaml is one, class Comparison of this file says what it may hold")
+    parser.add_argument("--pictures", type=Path, required=True, metavar="FOLDER", help="train/ and val/, each with a folder a class")
+    parser.add_argument("--out", type=Path, default=Path("compare_out"), metavar="FOLDER", help="runs, records and results (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="pre-trainings and fine-tunings of each arm (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="stages at a time, each with its share of the cores; with GPUs: 1 (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=1, help="1: plain python; more: the deepspeed launcher (default: %(default)s)")
     parser.add_argument("--deepspeed_config", default=str(HERE.parent / "ds_configs" / "zero1.json"))
     for name in ("tokenizer", "pretrain", "classifier"):
         parser.add_argument(f"--{name}", nargs="*", default=[], metavar="key=value", help=f"settings over every {name} recipe of the file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     comparison = Comparisons(args, read_comparison(args.comparison))
     comparison.run()
     comparison.write_results()
+    return EXIT_DONE
 
 
 def read_comparison(path: Path) -> Comparison:
+    """Raises: UserError if the file is none, or an arm asks for what is not there."""
     try:
         found = TypeAdapter(Comparison).validate_python(read_yaml(path))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a file such as benchmarks/compare/imagenette.yaml") from None
     except ValidationError as error:
         first = error.errors()[0]
-        sys.exit(f"error: {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; correct the file") from None
+    except NOT_YAML as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     names = list(found.arms)
     for number, (name, arm) in enumerate(found.arms.items()):
         if arm.tokenizer and arm.tokenizer not in found.tokenizers:
-            sys.exit(f"error: {path}: arm {name} has the tokenizer {arm.tokenizer}; known: {', '.join(found.tokenizers)}")
+            raise UserError(f"{path}: arm {name} has the tokenizer {arm.tokenizer}; known: {', '.join(found.tokenizers)}")
         used = found.tokenizers[arm.tokenizer].settings if arm.tokenizer else []
         late = [other for setting in [*used, *arm.settings] for other in RELEASE.findall(setting) if other not in names[:number] or not found.arms[other].tokenizer]
         if late:
-            sys.exit(f"error: {path}: arm {name} needs a release of {late[0]}, which is no pre-trained arm that stands before it")
+            raise UserError(f"{path}: arm {name} needs a release of {late[0]}, which is no pre-trained arm that stands before it")
     if not (found.budget_of in found.arms and found.arms[found.budget_of].tokenizer):
-        sys.exit(f"error: {path}: budget_of {found.budget_of}: no pre-trained arm")
+        raise UserError(f"{path}: budget_of {found.budget_of}: no pre-trained arm; name one")
     return found
 
 
@@ -119,6 +131,8 @@ class Comparisons:
         self.stages = Stages(self.out, ranks=args.ranks, deepspeed_config=args.deepspeed_config, threads=threads, jobs=args.jobs)
         self._locks = {name: threading.Lock() for name in (*comparison.tokenizers, *comparison.arms)}
         self.trained = [name for name, arm in comparison.arms.items() if arm.tokenizer]
+        for name in self.trained:
+            micro_steps(self.resolved(name).run, args.ranks)  # refused before hours of stages, not after
 
     def run(self) -> None:
         for split in ("train", "val"):
@@ -156,7 +170,7 @@ class Comparisons:
         """The codes of an arm; arms that record the same views of one tokenizer share them."""
         arm, views = self.comparison.arms[name], self.views(name)
         tokenizer = self.tokenizer(arm.tokenizer)
-        folder = self.out / f"tokens_{arm.tokenizer}_top{views.topk}"
+        folder = self.out / f"tokens_{arm.tokenizer}_{sha256_of_json(asdict(views))[:8]}"
         with self._locks[arm.tokenizer]:
             self.stages.ranks(folder.name, "tokenize_shards.py", "--recipe", self.recipe(self.comparison.pretrain), f"data.root={self.out}", *self.settings(name), f"data.tokens={folder}")
         return folder
@@ -234,7 +248,7 @@ def rows(path: Path) -> list[dict]:
 
 
 def table(results: dict) -> str:
-    heads = ("arm", "fine-tuned top-1, each seed", "mean", "linear probe, best block", "k-NN, best block", "steps", "GFLOP a picture", "images/s", "activations a picture", "codes used")
+    heads = ("arm", "fine-tuned top-1, each seed", "mean", "linear probe, best block", "k-NN, best block", "steps", "GFLOP a picture", "TFLOP in all", "images/s", "activations a picture", "codes used")
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for arm in results["arms"].values():
         cells = [arm["label"], ", ".join(f"{value:.1f}" for value in arm["top1"]), f"{statistics.mean(arm['top1']):.1f}"]
@@ -242,7 +256,7 @@ def table(results: dict) -> str:
             linear = max(row["top1"] for layer in arm["probe"] for row in layer["linear"])
             knn = max(value for layer in arm["probe"] for value in layer["knn"].values())
             budget, step = arm["budget"], arm["step"]
-            cells += [f"{linear:.1f}", f"{knn:.1f}", f"{budget['steps']}", f"{budget['flops_a_picture'] / 1e9:.2f}", f"{step['images_per_s']:.0f}", f"{step['saved_bytes_a_picture'] / 1e6:.2f} MB", f"{arm['codes']['codes_used']} of {arm['num_codes']}"]
+            cells += [f"{linear:.1f}", f"{knn:.1f}", f"{budget['steps']}", f"{budget['flops_a_picture'] / 1e9:.2f}", f"{budget['flops_a_picture'] * budget['pictures'] / 1e12:.1f}", f"{step['images_per_s']:.0f}", f"{step['saved_bytes_a_picture'] / 1e6:.2f} MB", f"{arm['codes']['codes_used']} of {arm['num_codes']}"]
         lines.append(f"| {' | '.join(cells + ['-'] * (len(heads) - len(cells)))} |")
     minutes = sum(run["seconds"] for run in results["runs"].values()) / 60
     versions = results["versions"]
@@ -273,4 +287,4 @@ def plot(path: Path, arms: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,4 +1,7 @@
-"""The package's stages as commands of a benchmark: each runs once, leaves its log, command and seconds, and is not run again when the benchmark continues."""
+"""The package's stages as commands of a benchmark: each runs once, leaves its log, command and seconds, and is not run again when the benchmark continues.
+
+A stage that was run with another command before is refused: results of two settings would stand in one table.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,8 @@ class Stages:
         self._engine = ["--deepspeed_config", deepspeed_config]
         self._environ = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         self._room = threading.Semaphore(jobs)
+        self._of_names, self._lock = {}, threading.Lock()
+        self._failed = threading.Event()  # nothing is started after a stage that failed, or that Ctrl-C ended
         (out / "log").mkdir(parents=True, exist_ok=True)
 
     def train(self, name: str, stage: str, recipe: str | Path, out: Path, *settings: str) -> None:
@@ -41,19 +46,33 @@ class Stages:
 
     def _command(self, name: str, command: list) -> None:
         """Ends the benchmark with the stage's exit code where it is not 0."""
-        record, command = self.out / "log" / f"{name}.json", [str(word) for word in command]
+        with self._lock:
+            alone = self._of_names.setdefault(name, threading.Lock())
+        with alone, self._room:
+            self._run_once(name, [str(word) for word in command])
+
+    def _run_once(self, name: str, command: list[str]) -> None:
+        record, text = self.out / "log" / f"{name}.json", shlex.join(command)
         if record.exists():
+            before = json.loads(record.read_text())["command"]
+            if before != text:
+                sys.stderr.write(f"error: {record}: {name} was run with another command; give another --out, or remove that record and what it made\nthen: {before}\nnow:  {text}\n")
+                sys.exit(2)
             return
-        with self._room:
-            sys.stdout.write(f"{time.strftime('%H:%M:%S')} {name}\n")
-            sys.stdout.flush()
-            begun = time.perf_counter()
-            with open(self.out / "log" / f"{name}.log", "a") as log:
-                code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=self._environ).returncode
-            if code:
-                sys.stderr.write(f"{name} ended with {code}; see {self.out / 'log' / name}.log\n")
-                sys.exit(code)
-            record.write_text(json.dumps({"command": shlex.join(command), "seconds": round(time.perf_counter() - begun, 1)}) + "\n")
+        if self._failed.is_set():
+            sys.exit(1)
+        sys.stdout.write(f"{time.strftime('%H:%M:%S')} {name}\n")
+        sys.stdout.flush()
+        begun = time.perf_counter()
+        with open(self.out / "log" / f"{name}.log", "a") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=self._environ).returncode
+        if code:
+            self._failed.set()
+            log = self.out / "log" / f"{name}.log"
+            last = log.read_text(errors="replace").splitlines()[-1:]
+            sys.stderr.write(f"{name} ended with {code}; {log} ends in: {''.join(last)}\n")
+            sys.exit(code)
+        record.write_text(json.dumps({"command": text, "seconds": round(time.perf_counter() - begun, 1)}) + "\n")
 
     def records(self) -> dict[str, dict]:
         """Command and seconds of everything that was run, by name."""

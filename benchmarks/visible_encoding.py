@@ -22,14 +22,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from peco_ds.command_line import Parser, run
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="peco_vith14_visible", help="with encoding.kind visible (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="steps of each model that are counted (default: %(default)s)")
     parser.add_argument("--record", type=Path, help="also write the table to this file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of the recipe; run.micro_batch pictures a step, in run.precision")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     text = record(args, *measure(args))
     sys.stdout.write(text)
     if args.record:
@@ -98,4 +100,4 @@ def timed(what: str, full: list[float], visible: list[float]) -> tuple[str, ...]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -113,7 +113,7 @@ class ObjectiveSettings:
     omega: float = 0.2  # multi_choice: weight of the targets averaged over similar patches; 1 - omega stays with the patch's own
     similarity_temperature: float = 1.0  # multi_choice: of the softmax over patches' cosines
     similarity_gradient: bool = True  # multi_choice: gradient through the similarities, as the released code has it
-    rest: Literal["renormalize", "uniform"] = "renormalize"  # multi_choice: what becomes of the mass of codes that were not stored
+    rest: Literal["uniform", "renormalize"] = "uniform"  # multi_choice: the mass of codes that were not stored, spread evenly over them, or given to the stored ones
 
 
 @dataclass(frozen=True, config=_strict)
@@ -701,9 +701,11 @@ def _check_tokenizer(recipe: TokenizerRecipe) -> None:
     _require(recipe.tokenizer.only_px in (None, size), f"views.tokenizer_px {size} is not tokenizer.vit.image_px {recipe.tokenizer.only_px}; set both to one size")
     _require(kind in ("vqgan", "vqkd"), f"tokenizer.kind {kind}: is read from released files (import_tokenizer.py), not trained here; vqgan and vqkd are")
     if kind == "vqkd":
+        _require(recipe.perceptual.weights == "", f"perceptual.weights {recipe.perceptual.weights}: a tokenizer of kind vqkd has a teacher and no judge; drop it, and set teacher.weights")
         _require(recipe.teacher.weights != "", "teacher.weights is empty; give a CLIP, DINO or any timm ViT file, whose features a tokenizer of kind vqkd learns to give")
         _require(recipe.adversarial.weight == 0, f"adversarial.weight {recipe.adversarial.weight}: a tokenizer of kind vqkd makes no pictures for a critic; set it to 0")
     else:
+        _require(recipe.teacher.weights == "", f"teacher.weights {recipe.teacher.weights}: a tokenizer of kind {kind} has a judge and no teacher; drop it, or set tokenizer.kind=vqkd")
         _require(
             recipe.perceptual.weight == 0 or recipe.perceptual.weights != "",
             "perceptual.weights is empty; give a MoCo v3 file (vit-b-300ep.pth.tar) or any timm ViT file, or set perceptual.weight=0 for a tokenizer without a judge",

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -20,7 +21,7 @@ if __package__ in (None, ""):
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
-TOKENIZER_PX = 224  # what a tokenizer's release is measured at; a run folder says its own
+TOKENIZER_GRID = 14  # codes a side at which a tokenizer's release is measured: 224 px at stride 16, 112 px at stride 8; a run folder says its own size
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,11 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="local weights for TARGET, the name of a timm model")
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="moving average or last weights of a fine-tuning run (default: the average where the run kept one)")
     parser.add_argument("--statistics", choices=["auto", "imagenet", "half"], default="auto", help="mean and deviation of the pictures the weights know; half is 0.5 (default: as their config says, else imagenet)")
-    parser.add_argument("--image_px", type=int, help="side of the picture (default: the model's own; of a tokenizer's release 224)")
+    parser.add_argument("--image_px", type=int, help="side of the picture (default: the model's own; of a tokenizer's release what gives 14 x 14 codes)")
     parser.add_argument("--crop", type=float, help="share of the resized short side that is seen (default: the model's own; at another --image_px 0.875 below 384 px, 1 from there on)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=64, help="pictures a forward pass, a rank (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=8, help="loader processes a rank (default: %(default)s)")
+    parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes a rank (default: 8, or the number of cores)")
     parser.add_argument("--lpips", type=Path, metavar="FILE", help="torchvision's AlexNet or VGG16 weights: measure LPIPS of a tokenizer as well")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     args = parser.parse_args(argv)
@@ -139,8 +140,8 @@ def load_classifier(args, classes: tuple[str, ...]):
 # ---------------------------------------------------------------------------------------------- tokenizers
 
 
-def find_tokenizer(target: Path) -> tuple[Path, int] | None:
-    """(release folder, side of the pictures) where the target is a tokenizer's release or training run; None for anything else.
+def find_tokenizer(target: Path) -> tuple[Path, int | None] | None:
+    """(release folder, side of the pictures where a run tells it) where the target is a tokenizer's release or training run; None for anything else.
 
     Raises: UserError for a run that has written no release yet.
     """
@@ -148,7 +149,7 @@ def find_tokenizer(target: Path) -> tuple[Path, int] | None:
     from peco_ds.runtime.run_folder import SETTINGS, read_settings
 
     if (target / CARD_NAME).is_file():
-        return target, TOKENIZER_PX
+        return target, None
     if not (target / SETTINGS).is_file():
         return None
     recorded = read_settings(target)
@@ -163,7 +164,7 @@ def find_tokenizer(target: Path) -> tuple[Path, int] | None:
     return target / "tokenizer", size
 
 
-def evaluate_tokenizer(args, release: Path, own_px: int):
+def evaluate_tokenizer(args, release: Path, own_px: int | None):
     from peco_ds.data.central_squares import square_batches
     from peco_ds.data.labelled import labelled_sets
     from peco_ds.data.loaders import Pictures
@@ -179,7 +180,7 @@ def evaluate_tokenizer(args, release: Path, own_px: int):
         pictures = Pictures(args.images)
     tokenizer, card = load_tokenizer(release)
     only_px = card.settings.only_px
-    image_px = args.image_px or only_px or own_px
+    image_px = args.image_px or only_px or own_px or TOKENIZER_GRID * card.stride_px
     if only_px not in (None, image_px):
         raise UserError(f"--image_px {image_px}: the tokenizer looks at pictures of {only_px} px alone; leave --image_px out")
     if image_px % card.stride_px:

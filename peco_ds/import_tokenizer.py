@@ -38,6 +38,8 @@ def import_tokenizer(args: argparse.Namespace) -> int:
     parameters = sum(tensor.numel() for tensor in found.state_dict.values())
     line = f"{args.out}: {settings.kind} tokenizer, {settings.num_codes} codes, stride {settings.stride_px} px, {parameters / 1e6:.1f} M numbers, fingerprint {fingerprint[:12]}"
     notes = [f"licence: {found.facts['licence']} ({found.facts['origin']})"]
+    if "judge_licence" in found.facts:
+        notes.append(f"trained with {found.facts['judge']}, licence: {found.facts['judge_licence']}")
     if found.left_out:
         notes.append(f"{found.left_out} tensors left out that only its training needs")
     if settings.kind == "dvae" and not settings.decoder:

@@ -34,6 +34,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # jitter_order is the index of the order in which the three adjustments are applied, in itertools.permutations order.
 VIEW_COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "jitter_order")
 
+TOKENIZER_FACTS = ("recipe", "origin", "licence", "judge", "judge_licence")  # of a tokenizer's card, what the cards of models trained on its codes need
+
 IGNORED = -100  # target of a place that only fills a row up: the masks of a batch may differ in size
 
 _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -109,6 +111,7 @@ class TokenManifest:
     views: ViewRecipe
     topk: _Count = 0
     topk_temperature: float = 1.0
+    tokenizer_facts: dict[str, str] = field(default_factory=dict)  # TOKENIZER_FACTS, as far as they were known when the set was made
     kind: Literal["tokens"] = "tokens"
     format_version: int = FORMAT_VERSION
 

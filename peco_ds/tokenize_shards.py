@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,9 @@ if __package__ in (None, ""):
 from peco_ds.command_line import parse_stage, run, stage_parser
 from peco_ds.config import PretrainRecipe, data_path
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
+
+
+logger = logging.getLogger("peco_ds")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         topk=views.topk,
         topk_temperature=views.topk_temperature,
         views=ViewRecipe(views.tokenizer_px, views.scale, views.ratio, views.flip, views.color_jitter, views.seed, views.tokenizer_interpolation),
+        tokenizer_facts=card.extra,
     )
     num_shards = len(pictures.manifest.shards)
     missing = [number for number in range(args.part, num_shards, args.parts) if not parts.is_done(number)]
@@ -91,7 +96,7 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
     import torch
     from tqdm import tqdm
 
-    from peco_ds.data.loaders import BadPictures, view_batches
+    from peco_ds.data.loaders import BadPictures, codes_of, view_batches
     from peco_ds.data.token_shards import TokenRecord
 
     starts = np.concatenate([[0], np.cumsum(pictures.shards.shard_sizes)])
@@ -105,10 +110,7 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
     loaded = view_batches(pictures, [batch for number in shard_numbers for batch in batches_of[number]], data=cfg.data, views=cfg.views, device=world.device, bad=bad)
     bar = tqdm(total=int(sum(pictures.shards.shard_sizes[n] for n in shard_numbers)), unit="picture", desc="tokenize", disable=not world.is_main, mininterval=5.0)
 
-    def encode(images_11: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if not cfg.views.topk:
-            return (tokenizer.tokenize(images_11),)
-        return tokenizer.tokenize_soft(images_11, cfg.views.topk, temperature=cfg.views.topk_temperature)
+    kept = []  # share of each batch's softmax that the stored soft codes hold
 
     @torch.no_grad()
     def records(number: int):
@@ -117,8 +119,9 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
                 raise Stopped
             batch = next(loaded)
             # Pictures may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
-            pieces = [encode(piece) for piece in batch.images_11.split(cfg.run.micro_batch)]
-            stored = [torch.cat(values).cpu().numpy().astype(dtype) for values, dtype in zip(zip(*pieces), (np.uint16, np.uint16, np.float16))]
+            pieces = [codes_of(tokenizer, piece, cfg.views) for piece in batch.images_11.split(cfg.run.micro_batch)]
+            stored = [torch.cat(values).cpu().numpy().astype(dtype) for values, dtype in zip(zip(*pieces), (np.uint16, np.uint16, np.float16)) if values[0] is not None]
+            kept += [float(values.astype(np.float32).sum(axis=-1).mean()) for values in stored[2:]]
             codes, *soft = (values.reshape(len(batch.keys), cfg.views.count, *values.shape[1:]) for values in stored)
             for place, key in enumerate(batch.keys):
                 yield TokenRecord(key, codes[place], batch.rows[place], *(values[place] for values in soft))
@@ -131,6 +134,10 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
     except Stopped:  # the shard in hand is dropped whole
         pass
     bar.close()
+    if kept:
+        share = sum(kept) / len(kept)
+        advice = "; a lower views.topk_temperature or more views.topk keeps more (benchmarks/soft_target_mass.py tells how much): the temperature is the tokenizer's own matter"
+        logger.log(logging.INFO if share >= 0.5 else logging.WARNING, "the %d soft codes a patch hold %.2f of the softmax%s", cfg.views.topk, share, "" if share >= 0.5 else advice)
 
 
 def report(manifest) -> int:

@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 def dry_run(args, resolved) -> int:
     from peco_ds.config import data_path, resolve_durations
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.models.frozen_net import frozen_net_at_hand
     from peco_ds.planner.report import IMAGENET_1K_TRAIN, tokenizer_report
     from peco_ds.schema import ImageManifest, read_manifest
 
@@ -37,7 +38,9 @@ def dry_run(args, resolved) -> int:
     images = data_path(cfg.data, cfg.data.images)
     assumed = not images.exists()
     num_samples = IMAGENET_1K_TRAIN if assumed else read_manifest(images, ImageManifest).samples
-    sys.stdout.write(tokenizer_report(cfg, num_samples=num_samples, durations=resolve_durations(cfg, num_samples), ds_config=ds_config, assumed=assumed) + "\n")
+    frozen = frozen_net_at_hand(cfg)
+    report = tokenizer_report(cfg, num_samples=num_samples, durations=resolve_durations(cfg, num_samples), ds_config=ds_config, assumed=assumed)
+    sys.stdout.write(f"{report}\n\njudge or teacher    {frozen}\n")
     return EXIT_DONE
 
 

@@ -155,6 +155,8 @@ def test_a_run_converts_to_hugging_face_and_unilm_by_the_command_a_user_types(sm
         assert "| judge's licence | Apache-2.0 (DINO's release) |" in card and "- the tokenizer: MIT\n- the tokenizer's judge: Apache-2.0 (DINO's release)\n" in card
         found.append(read_weights(tmp_path / to))
     assert found[0].kind == "mim" and found[0].num_codes == 64 and same(found[0].tensors, found[1].tensors)
+    assert main([str(tmp_path / "hf"), "--to", "timm", "--out", str(tmp_path / "again")]) == 0
+    assert "- the tokenizer: MIT\n- the tokenizer's judge: Apache-2.0 (DINO's release)\n" in (tmp_path / "again" / "README.md").read_text(), "a release of a release is bound as that was"
 
 
 def refused(*arguments) -> str:

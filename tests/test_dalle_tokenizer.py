@@ -108,6 +108,7 @@ def test_codes_stand_for_what_the_decoder_makes_of_them_or_for_the_rows_of_the_l
     alone = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
     assert torch.equal(built(alone).code_vectors, tensors["encoder.blocks.output.conv.w"][:, :, 0, 0])
     assert built(alone).code_vectors.shape[1] == built(alone).settings.code_dim
+    assert not built(tensors).code_vectors.requires_grad and not built(alone).code_vectors.requires_grad  # probes of the codes train nothing here
 
 
 def test_a_release_without_decoder_has_the_same_codes_and_says_that_it_makes_no_pictures(tmp_path):

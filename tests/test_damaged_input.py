@@ -610,6 +610,8 @@ SOFT_RECORDS = {
     "soft codes out of the vocabulary": ([("topk_codes.npy", npy(np.full((2, 16, 2), 99, np.uint16))), SOFT[1]], "code 99"),
     "a soft code that is likelier than 1": ([SOFT[0], ("topk_probs.npy", npy(np.full((2, 16, 2), 1.5, np.float16)))], "no probability"),
     "a soft code of no likelihood": ([SOFT[0], ("topk_probs.npy", npy(np.full((2, 16, 2), np.nan, np.float16)))], "no probability"),
+    "a patch whose soft codes have no likelihood at all": ([SOFT[0], ("topk_probs.npy", npy(np.zeros((2, 16, 2), np.float16)))], "no probability"),
+    "a soft code named twice": (SOFT, "names a code twice"),
     "no soft codes": ([], "topk_codes.npy"),
 }
 

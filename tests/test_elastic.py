@@ -12,6 +12,10 @@ from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.run_weights import read_run
 
 HALF = ["schedule.stop_at_step=5"]
+VARIANTS = {
+    "aggregated": ["aggregation.early_block=1"],
+    "visible": "encoding.kind=visible encoding.decoder_width=24 encoding.decoder_depth=1 encoding.decoder_heads=3 objective.name=multi_choice data.tokens=online views.topk=4".split(),
+}
 MORE_DECAY = ["optim.weight_decay=0.5"]  # what is wrong with one group's decay then shows within five steps
 
 
@@ -46,6 +50,8 @@ def runs(small_sets, labelled_sets, tmp_path_factory):
         case("pretrain", "pretrain_2z0_1z0", 0, *HALF),
         case("pretrain", "pretrain_2z3_1z0", 3, *HALF),
         case("pretrain", "pretrain_bf16_2z3_4z1", 3, "run.precision=bf16", *HALF),
+        *(case("pretrain", f"{name}_whole", 3, *extra) for name, extra in VARIANTS.items()),
+        *(case("pretrain", f"{name}_2z3_1z1", 3, *extra, *HALF) for name, extra in VARIANTS.items()),
         case("finetune", "finetune_2z3_1z3", 3, *HALF),
         case("finetune", "finetune_2z3_1z3_unmended", 3, *HALF),
         case("finetune", "finetune_2z3_4z1", 3, *HALF),
@@ -59,6 +65,7 @@ def runs(small_sets, labelled_sets, tmp_path_factory):
         case("pretrain", "pretrain_2z0_1z0", 0),
         case("pretrain", "pretrain_2z3_1z0", 0),
         case("pretrain", "pretrain_1z3_2z1", 3, *HALF),
+        *(case("pretrain", f"{name}_2z3_1z1", 1, *extra) for name, extra in VARIANTS.items()),
         case("finetune", "finetune_2z3_1z3", 3, rates=str(folder / "rates.json")),
         case("finetune", "finetune_2z3_1z3_unmended", 3, unmended=True, rates=str(folder / "rates_unmended.json")),
         case("train_tokenizer", "train_tokenizer_2z3_1z1", 1),
@@ -87,6 +94,11 @@ def largest_difference(ours, whole):
 def test_another_number_of_ranks_or_zero_stage_goes_on_with_the_losses_of_the_run_that_never_stopped(runs, change):
     """Weights, moments, Adam's step, group settings and batches at once: any of them wrong shows in the loss of the next step. Worst seen: 1.2e-7."""
     assert largest_difference(losses(runs[0] / f"pretrain_{change}"), losses(runs[0] / "pretrain_whole")) < 2e-6
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_second_branch_and_a_decoder_go_along_to_another_number_of_ranks_and_zero_stage(runs, variant):
+    assert largest_difference(losses(runs[0] / f"{variant}_2z3_1z1"), losses(runs[0] / f"{variant}_whole")) < 2e-6
 
 
 def test_in_bf16_the_continued_run_follows_the_curve(runs):

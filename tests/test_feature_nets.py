@@ -591,8 +591,21 @@ def test_a_licence_is_told_by_the_layout_or_the_card_and_never_made_up(tmp_path,
     assert load_feature_net(str(tmp_path / "mae_pretrain_vit_base.pth")).licence.startswith("CC BY-NC 4.0")
     folder, _ = release
     assert load_feature_net(str(folder)).licence == ""
-    (folder / "README.md").write_text("---\nlibrary_name: timm\nlicense: other\n---\n")
-    assert "README.md of release" in load_feature_net(str(folder)).licence
+    (folder / "README.md").write_text("---\nlibrary_name: timm\nlicense: other\n---\n| judge's licence | CC BY-NC 4.0 (MoCo v3's release) |\n")
+    licence = load_feature_net(str(folder)).licence
+    assert "README.md of release" in licence and "CC BY-NC 4.0 (MoCo v3's release)" in licence
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [(lambda tensor: tensor.index_fill(0, torch.tensor([1]), float("inf")), "blocks.0.norm1.weight .* not finite"), (lambda tensor: tensor.long(), "blocks.0.norm1.weight .* is torch.int64")],
+    ids=["not finite", "whole numbers"],
+)
+def test_a_tensor_that_is_not_of_finite_floats_is_named(tmp_path, spoil, words):
+    state = vit("vit_tiny_patch16_224", 0, depth=1, img_size=32).state_dict()
+    torch.save(state | {"blocks.0.norm1.weight": spoil(state["blocks.0.norm1.weight"])}, tmp_path / "vit.pth")
+    with pytest.raises(UserError, match=words):
+        load_feature_net(str(tmp_path / "vit.pth"))
 
 
 @pytest.mark.parametrize("change, words", [("conv1.weight", "conv1.weight is missing"), ("resblocks.1.attn.in_proj_weight", r"blocks.1.attn.qkv.weight"), ("ln_post.bias", "norm.bias")])
@@ -601,6 +614,17 @@ def test_a_missing_tensor_of_clip_is_named(tmp_path, change, words):
     tensors = load_file(folder / "open_clip_model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if not name.endswith(change)}, folder / "open_clip_model.safetensors")
     with pytest.raises(UserError, match=words):
+        load_feature_net(str(folder))
+
+
+@pytest.mark.parametrize("broken", [torch.tensor(1.0), torch.ones(4), torch.empty(WIDTH, 0)], ids=["a number", "a row", "empty"])
+def test_a_projection_of_another_form_is_refused_and_not_left_out(tmp_path, broken):
+    folder = open_clip_folder(tmp_path / "clip", plain_clip(QuickGelu()))
+    path = folder / "open_clip_model.safetensors"
+    tensors = load_file(path)
+    assert "visual.proj" in tensors
+    save_file(tensors | {"visual.proj": broken}, path)
+    with pytest.raises(UserError, match="CLIP's projection has shape"):
         load_feature_net(str(folder))
 
 

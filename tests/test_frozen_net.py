@@ -53,3 +53,13 @@ def test_a_teacher_that_does_not_fit_is_refused_in_one_line(vit_file, overrides,
 
 def test_the_remedy_for_a_grid_that_does_not_fit_works(vit_file):
     assert frozen("beitv2_tokenizer", f"teacher.weights={vit_file}", *SMALL, "tokenizer.vit.patch_px=16", "teacher.image_px=16").grid == 2
+
+
+def test_a_dry_run_refuses_a_teacher_that_does_not_fit_and_fetches_none(vit_file, capsys):
+    from peco_ds import train_tokenizer
+
+    start = ["--recipe", "beitv2_tokenizer", "--dry_run", "data.root=/nowhere"]
+    assert train_tokenizer.main([*start, "teacher.weights=/nowhere/ViT-B-16.pt"]) == 0
+    assert "not there yet (/nowhere/ViT-B-16.pt)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="tokenizer.vit.target_width 512"):
+        train_tokenizer.main([*start, f"teacher.weights={vit_file}"])

@@ -239,6 +239,7 @@ def family(small_sets, tmp_path_factory):
         cases.append(case(small_sets, folder, f"{recipe}_whole", recipe=recipe, extra=extra))
         cases.append(case(small_sets, folder, f"{recipe}_half", recipe=recipe, extra=[*extra, "schedule.stop_at_step=5"]))
         cases.append(case(small_sets, folder, f"{recipe}_half", recipe=recipe, extra=extra))
+        cases.append(case(small_sets, folder, f"{recipe}_bf16", recipe=recipe, zero=1, extra=[*extra, "run.precision=bf16"]))
         recomputed = [*extra, "run.activation_checkpointing=full"]
         cases.append(case(small_sets, folder, f"{recipe}_gathered", recipe=recipe, zero=str(folder / "gathered.json"), extra=recomputed))
     online = [*FAMILY["mcbeit_vitb16"].split(), "data.tokens=online", "model.drop_path=0.3"]
@@ -265,6 +266,11 @@ def test_every_member_of_the_family_learns_on_real_pictures_and_continues_bit_fo
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_member_whose_every_weight_is_gathered_and_whose_blocks_are_recomputed_trains_the_same(family, name):
     assert family_losses(family, f"{name}_gathered") == family_losses(family, f"{name}_whole")
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_member_in_bf16_follows_its_curve_in_fp32(family, name):
+    assert family_losses(family, f"{name}_bf16") == pytest.approx(family_losses(family, f"{name}_whole"), rel=3e-3)
 
 
 def test_soft_codes_computed_online_give_the_losses_of_stored_ones(family):

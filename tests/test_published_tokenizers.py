@@ -76,13 +76,25 @@ def test_lightning_checkpoints_of_taming_are_read_without_lightning_and_their_lo
     save_lightning(tmp_path / "last.ckpt", taming_tensors(kind), _use_new_zipfile_serialization=zipped)
     found = read_published([tmp_path / "last.ckpt"])
     assert equal(found, reader(taming_tensors(kind))) and found.settings.kind == kind
-    assert found.left_out == 2 and found.facts["licence"] == "MIT" and found.facts["judge"] == "none"
+    assert found.left_out == 2 and found.facts["licence"] == "MIT"
+    assert "LPIPS" in found.facts["judge"] and found.facts["judge_licence"].startswith("BSD-2-Clause")
     assert not any(name.startswith("pytorch_lightning") for name in sys.modules)
 
 
+def vqkd_tensors(target_width: int = 8) -> dict[str, torch.Tensor]:
+    vit = TokenizerVitSettings(image_px=16, patch_px=8, width=64, depth=1, heads=1, decoder_width=64, decoder_depth=1, decoder_heads=1, target_width=target_width)
+    return released_layout(vit, 16, 4)
+
+
+@pytest.mark.parametrize(("width", "name", "licence"), [(512, "most likely CLIP", "MIT"), (768, "most likely DINO", "Apache-2.0"), (8, "the file does not name", "unknown")])
+def test_a_vqkd_file_is_said_to_have_had_a_teacher_which_its_width_tells_as_far_as_it_can(tmp_path, width, name, licence):
+    torch.save({"model": vqkd_tensors(width)}, tmp_path / "vqkd.pth")
+    facts = read_published([tmp_path / "vqkd.pth"]).facts
+    assert name in facts["judge"] and str(width) in facts["judge"] and facts["judge_licence"].startswith(licence) and facts["licence"] == "MIT"
+
+
 def test_a_vqkd_file_is_not_taken_for_a_vqgans(tmp_path):
-    vit = TokenizerVitSettings(image_px=16, patch_px=8, width=64, depth=1, heads=1, decoder_width=64, decoder_depth=1, decoder_heads=1, target_width=8)
-    tensors = released_layout(vit, 16, 4)
+    tensors = vqkd_tensors()
     torch.save({"model": tensors}, tmp_path / "vqkd.pth")
     found = read_published([tmp_path / "vqkd.pth"])
     assert equal(found, read_vqkd(tensors)) and found.settings.kind == "vqkd" and found.left_out == 0
@@ -188,6 +200,15 @@ def test_files_that_do_not_belong_together_are_named(dalle):
     assert "tensors of a gumbel tokenizer, --kind vqgan asks for another" in refused(ckpt, "vqgan")
     save_dalle(dalle / "other.pkl", "decoder", dalle_tensors("decoder", codes=40))
     assert "decoder.blocks.input.w has shape" in refused([encoder, dalle / "other.pkl"])
+
+
+@pytest.mark.parametrize("kind", ["dvae", "vqgan", "gumbel", "vqkd"])
+def test_a_tensor_by_which_a_file_is_known_is_named_where_it_is_a_number_or_empty(tmp_path, kind):
+    tensors = {"dvae": lambda: dalle_tensors("encoder"), "vqkd": vqkd_tensors}.get(kind, lambda: taming_tensors(kind))()
+    for sign in LAYOUTS[kind].signs:
+        for broken in (torch.tensor(1.0), torch.empty(0, 0, 0, 0)):
+            torch.save({"state_dict": tensors | {sign: broken}}, tmp_path / "last.ckpt")
+            assert f"{tmp_path / 'last.ckpt'}: tensor " in (said := refused(tmp_path / "last.ckpt")) and sign in said and "shape" in said
 
 
 def test_what_is_no_tokenizer_is_said(tmp_path):

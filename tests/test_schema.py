@@ -56,6 +56,13 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path, manifest):
     assert read_manifest(tmp_path, type(manifest)) == manifest
 
 
+def test_a_token_set_from_before_its_tokenizers_facts_were_kept_is_read(tmp_path):
+    write_changed(tmp_path, replace(TOKENS, tokenizer_facts={"judge": "none"}), tokenizer_facts=None)
+    assert read_manifest(tmp_path, TokenManifest) == TOKENS
+    write_changed(tmp_path, TOKENS, tokenizer_facts={"judge": 3})
+    assert "tokenizer_facts.judge" in refusal(tmp_path, TokenManifest)
+
+
 def test_writing_leaves_one_whole_file_and_replaces_an_older_one(tmp_path):
     write_manifest(tmp_path, IMAGES)
     write_manifest(tmp_path, replace(IMAGES, classes=["dog", "cat"]))

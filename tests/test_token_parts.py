@@ -14,15 +14,15 @@ from killed import forked
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord
 from peco_ds.errors import UserError
-from peco_ds.schema import VIEW_COLUMNS, ImageManifest, Shard, ViewRecipe
+from peco_ds.schema import VIEW_COLUMNS, ImageManifest, Shard, TokenManifest, ViewRecipe, read_manifest
 
 SHARDS, PICTURES = 3, 2
 IMAGES = ImageManifest([Shard(f"shard-{number:06d}.tar", PICTURES, 10240, f"{number:064x}", f"{number:064x}") for number in range(SHARDS)], SHARDS * PICTURES)
 
 
-def parts_of(folder: Path, tokenizer: str = "a" * 64) -> TokenParts:
+def parts_of(folder: Path, tokenizer: str = "a" * 64, **facts) -> TokenParts:
     views = ViewRecipe(32, (0.2, 1.0), (0.75, 1.33), 0.5, 0.4, 0)
-    return TokenParts(folder, IMAGES, tokenizer_fingerprint=tokenizer, num_codes=64, grid=4, num_views=1, topk=0, topk_temperature=1.0, views=views)
+    return TokenParts(folder, IMAGES, tokenizer_fingerprint=tokenizer, num_codes=64, grid=4, num_views=1, topk=0, topk_temperature=1.0, views=views, **facts)
 
 
 def records(number: int, usable: bool = True):
@@ -126,6 +126,20 @@ def test_a_shard_whose_tar_or_index_is_gone_or_cut_is_made_again(tmp_path, undis
         (tmp_path / name).unlink()
     else:
         os.truncate(tmp_path / name, 100)
+    tokenize(tmp_path)
+    assert contents(tmp_path) == undisturbed
+
+
+def test_what_a_card_says_of_the_tokenizer_is_kept_and_makes_no_other_set(tmp_path, undisturbed):
+    tokenize(tmp_path)  # by a tokenizer of whom nothing was known
+    assert read_manifest(tmp_path, TokenManifest).tokenizer_facts == {}
+    card = {"judge": "MoCo v3", "judge_licence": "CC BY-NC 4.0", "recipe": "", "licence": None, "steps": 5, "psnr": "20"}
+    parts = parts_of(tmp_path, tokenizer_facts=card)
+    assert all(parts.is_done(number) for number in range(SHARDS))
+    parts.finish()
+    assert read_manifest(tmp_path, TokenManifest).tokenizer_facts == {"judge": "MoCo v3", "judge_licence": "CC BY-NC 4.0"}
+    changed = {name for name, sha256 in contents(tmp_path).items() if undisturbed.get(name) != sha256}
+    assert changed == {"manifest.json"}
     tokenize(tmp_path)
     assert contents(tmp_path) == undisturbed
 

@@ -100,6 +100,57 @@ def test_a_damaged_archive_is_refused_in_one_line(archive, changes, words):
     assert "\n" not in str(caught.value)
 
 
+def jit_pickle(storages: dict[str, int], tensors: list[tuple]) -> bytes:
+    """A data.pkl that names tensors of float32: (name, storage, offset, size, stride)."""
+    stream = b"\x80\x02c__torch__\nM\n)\x81}("
+
+    def text(value: str) -> bytes:
+        return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+    def numbers(values) -> bytes:
+        return b"(" + b"".join(number if isinstance(number, bytes) else b"J" + number.to_bytes(4, "little", signed=True) for number in values) + b"t"
+
+    for name, storage, offset, size, stride in tensors:
+        where = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(storage) + text("cpu") + b"J" + storages[storage].to_bytes(4, "little") + b"tQ"
+        stream += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + where + b"J" + offset.to_bytes(4, "little") + numbers(size) + numbers(stride) + b"\x89)tR"
+    return stream + b"ub."
+
+
+def shared_archive(folder, numel: int, tensors: list[tuple]):
+    """An archive of one storage "0" that holds 0, 1, 2 ..."""
+    path = folder / "shared.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("net/data.pkl", jit_pickle({"0": numel}, tensors))
+        archive.writestr("net/constants.pkl", b"")
+        archive.writestr("net/data/0", torch.arange(numel, dtype=torch.float32).numpy().tobytes())
+    return path
+
+
+def test_a_storage_with_a_thousand_names_is_read_once_and_its_tensors_made_once(tmp_path, monkeypatch):
+    whole, part = ("0", 0, (40, 50), (50, 1)), ("0", 1000, (20,), (2,))
+    path = shared_archive(tmp_path, 2000, [(f"weight{number}", *whole) for number in range(1000)] + [("part", *part)])
+    reads, read = [], zipfile.ZipFile.read
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda archive, name, *rest: reads.append(name) or read(archive, name, *rest))
+    found = read_torchscript(path)
+    assert reads.count("net/data/0") == 1 and len(found) == 1001
+    assert torch.equal(found["weight999"], torch.arange(2000.0).view(40, 50)) and torch.equal(found["part"], 1000 + 2 * torch.arange(20.0))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 2
+
+
+def test_tensors_of_one_storage_that_together_need_more_than_the_file_has_are_refused(tmp_path):
+    overlapping = [(f"weight{number}", "0", number, (90_000,), (1,)) for number in range(100)]
+    path = shared_archive(tmp_path, 100_000, overlapping)
+    with pytest.raises(UserError, match="needs more than the file has, 36000000 bytes of"):
+        read_torchscript(path)
+    assert len(read_torchscript(shared_archive(tmp_path, 100_000, overlapping[:1]))) == 1
+
+
+@pytest.mark.parametrize("size", [(-1,), (b"G\x7f\xf8\x00\x00\x00\x00\x00\x00",)], ids=["negative", "no number"])
+def test_a_size_that_is_none_does_not_lower_the_sum(tmp_path, size):
+    with pytest.raises(UserError, match="a tensor without storage, size or place"):
+        read_torchscript(shared_archive(tmp_path, 10, [("a", "0", 0, size, (1,)), ("b", "0", 0, (10,), (1,))]))
+
+
 def test_a_module_that_holds_itself_is_read_to_its_end(archive):
     itself = b"\x80\x02c__torch__\nM\n)\x81q\x00}(X\x04\x00\x00\x00selfh\x00ub."
     assert read_torchscript(rewritten(archive, {"/data.pkl": itself})) == {}

@@ -1,7 +1,10 @@
 import pytest
 import timm
 import torch
+from beit_samples import sample
 
+from peco_ds.convert.release import model_card
+from peco_ds.convert.to_timm import to_timm
 from peco_ds.errors import UserError
 from peco_ds.models.vit_layouts import licence_beside, read_vit_file
 
@@ -51,3 +54,19 @@ def test_a_licence_is_read_from_the_front_matter_of_a_card_alone(tmp_path):
     for text, expected in cards.items():
         (tmp_path / "README.md").write_text(text)
         assert licence_beside(tmp_path) == expected
+
+
+def test_the_terms_that_bound_a_release_of_ours_are_carried_on_and_no_other_rows_of_its_table(tmp_path):
+    facts = {"judge's licence": "CC BY-NC 4.0 (MoCo v3's release)", "tokenizer's licence of what it started from": "MIT", "recipe": "peco", "weights": "x | judge's licence | none |"}
+    weights = sample("classifier", facts=facts)
+    (tmp_path / "README.md").write_text(model_card(to_timm(weights), weights))
+    carried = licence_beside(tmp_path)
+    assert carried == f"as the README.md of {tmp_path.name} says; its judge's licence CC BY-NC 4.0 (MoCo v3's release); its tokenizer's licence MIT"
+    grandchild = sample("mim", facts={"judge's licence": carried})
+    (tmp_path / "README.md").write_text(model_card(to_timm(grandchild), grandchild))
+    assert "CC BY-NC 4.0 (MoCo v3's release)" in licence_beside(tmp_path)
+    for row in ("| judge's licence | a\x1b[2Jb |", "| judge's licence |  |", "judge's licence | MIT |", "| judge's licence | " + "x" * 3000 + " |"):
+        (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\n{row}\n")
+        assert licence_beside(tmp_path) == "mit"
+    (tmp_path / "README.md").write_text("# no front matter\n| judge's licence | MIT |\n")
+    assert licence_beside(tmp_path) == ""

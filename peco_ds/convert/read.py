@@ -26,6 +26,7 @@ from peco_ds.convert.to_unilm import from_unilm
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights, usual_crop
 from peco_ds.models.vit import timm_arguments
+from peco_ds.models.vit_layouts import terms_beside
 from peco_ds.models.weight_files import read_tensor_file
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json, sha256_of_file, short
 
@@ -78,7 +79,8 @@ def _read(path: Path, layout: Layout, average: str, read_run: Callable[[Path, st
     if path.is_dir():
         if average == "ema":
             raise UserError(f"{path}: a release, which holds one set of weights; leave the average out")
-        return {"timm": _from_timm_folder, "hf": _from_hf_folder, "unilm": _from_unilm_folder}[found](path)
+        weights = {"timm": _from_timm_folder, "hf": _from_hf_folder, "unilm": _from_unilm_folder}[found](path)
+        return replace(weights, facts=weights.facts | terms_beside(path))
     tensors, averaged = _tensors_of_file(path, average)
     where = _named(path, path.name) + (", moving average" if averaged else "")
     return _checked(from_hf(tensors, where) if found == "hf" or has_hf_names(tensors) else tensors, where)

@@ -65,7 +65,7 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _WHAT = {
-    "mim": "Masked pre-trained vision transformer (PeCo, arXiv 2111.12710; BEiT, arXiv 2106.08254), no classifier.",
+    "mim": "Vision transformer, pre-trained to predict the codes of hidden patches (BEiT, arXiv 2106.08254, and its successors PeCo, mc-BEiT, BEiT v2), no classifier.",
     "features": "Pre-trained vision transformer of the BEiT family (arXiv 2106.08254), no head.",
     "classifier": "Vision transformer of the BEiT family (arXiv 2106.08254), fine-tuned to classify.",
 }

@@ -40,6 +40,18 @@ class Codes(NamedTuple):
     topk_probs: torch.Tensor | None = None  # float32 [B, N, T], as stored in 16 bits; a row sums to the mass kept
 
 
+def codes_of(tokenizer, images_11: torch.Tensor, views: ViewSettings) -> Codes:
+    """What a tokenizer says of crops, as token shards keep it.
+
+    Args:
+        tokenizer: an `ImageTokenizer` in eval mode.  images_11: float [B, 3, T, T] in [-1, 1].  views: says whether soft codes are wanted.
+    """
+    if not views.topk:
+        return Codes(tokenizer.tokenize(images_11))
+    soft = tokenizer.tokenize_soft(images_11, views.topk, temperature=views.topk_temperature)
+    return Codes(soft.codes, soft.topk_codes, soft.topk_probs.half().float())
+
+
 class MaskedTargets(NamedTuple):
     """What an objective compares a model's outputs with."""
 

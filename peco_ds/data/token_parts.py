@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 from peco_ds.data.indexed_tar import index_name
 from peco_ds.data.token_shards import TokenRecord, write_token_shard
 from peco_ds.data.whole_files import alone, remove_leftovers
 from peco_ds.errors import UserError
-from peco_ds.schema import MANIFEST_NAME, ImageManifest, Shard, TokenManifest, ViewRecipe, read_json, read_manifest, sha256_of_file, sha256_of_json, write_json, write_manifest
+from peco_ds.schema import MANIFEST_NAME, TOKENIZER_FACTS, ImageManifest, Shard, TokenManifest, ViewRecipe, read_json, read_manifest, sha256_of_file, sha256_of_json, write_json, write_manifest
 
 _PARTS = ".parts"  # one small file a finished shard: its entry in the manifest and what it was made from
 
@@ -23,13 +24,29 @@ class TokenParts:
     belong together. Two that write one shard cost time, nothing else.
 
     Args:
-        folder: of the token set.  images: what is tokenized.  The rest: what the codes are; a shard made with anything else is made again.
+        folder: of the token set.  images: what is tokenized.
+        tokenizer_facts: what the tokenizer's card says of it; the texts among TOKENIZER_FACTS are kept in the manifest, and sets that differ in them are still equal.
+        The rest: what the codes are; a shard made with anything else is made again.
     Raises: UserError if the folder holds a finished set that was made otherwise.
     """
 
-    def __init__(self, folder: Path, images: ImageManifest, *, tokenizer_fingerprint: str, num_codes: int, grid: int, num_views: int, topk: int, topk_temperature: float, views: ViewRecipe) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        images: ImageManifest,
+        *,
+        tokenizer_fingerprint: str,
+        num_codes: int,
+        grid: int,
+        num_views: int,
+        topk: int,
+        topk_temperature: float,
+        views: ViewRecipe,
+        tokenizer_facts: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
         self.folder = folder
         self._images = images
+        self._facts = {name: tokenizer_facts[name] for name in TOKENIZER_FACTS if isinstance(tokenizer_facts.get(name), str) and tokenizer_facts[name]}
         self._common = dict(
             images_fingerprint=images.fingerprint(),
             tokenizer_fingerprint=tokenizer_fingerprint,
@@ -113,7 +130,9 @@ class TokenParts:
         missing = [self._images.shards[number].name for number, shard in enumerate(shards) if shard is None]
         if missing:
             raise UserError(f"{self.folder}: {len(missing)} of {len(shards)} shards are not tokenized yet, first {missing[0]}; run their parts, then --finish again")
-        manifest = TokenManifest(shards=shards, samples=sum(s.samples for s in shards), image_shards={s.name: s.sha256 for s in self._images.shards}, **self._common)
+        manifest = TokenManifest(
+            shards=shards, samples=sum(s.samples for s in shards), image_shards={s.name: s.sha256 for s in self._images.shards}, tokenizer_facts=self._facts, **self._common
+        )
         with self._alone():
             remove_leftovers(self.folder, (MANIFEST_NAME,))
             write_manifest(self.folder, manifest)

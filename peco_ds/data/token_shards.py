@@ -123,6 +123,8 @@ class TokenSet:
         self.shards = ShardSet(folder, manifest)
         self.num_samples = self.shards.num_samples
         self._num_patches = grid * grid
+        self._soft = views.topk > 0  # soft codes are many times the hard ones: not read where nobody asks for them
+        self._members = ("codes.npy", "views.npy", *(("topk_codes.npy", "topk_probs.npy") if self._soft else ()))
 
     def _refuse_wrong_ties(self, images, num_codes, grid, views, tokenizer_fingerprint) -> None:
         found, folder = self.manifest, self.folder
@@ -149,7 +151,8 @@ class TokenSet:
         if views.count > found.num_views:
             raise UserError(f"{folder}: {found.num_views} views are stored for each picture, views.count asks for {views.count}; lower it or tokenize with more")
         if views.topk > found.topk:
-            raise UserError(f"{folder}: {found.topk} soft codes are stored for each patch, views.topk asks for {views.topk}; lower it or tokenize with more")
+            remedy = "lower it or tokenize with more" if found.topk else f"tokenize with views.topk={views.topk}"
+            raise UserError(f"{folder}: {found.topk} soft codes are stored for each patch, views.topk asks for {views.topk}; {remedy}")
         if views.topk and views.topk_temperature != found.topk_temperature:
             raise UserError(
                 f"{folder}: soft codes of temperature {found.topk_temperature}, the recipe has views.topk_temperature {views.topk_temperature}; set it to {found.topk_temperature} or tokenize again"
@@ -164,7 +167,7 @@ class TokenSet:
         Raises: UserError (with shard and key) for a damaged record, a key that is not the picture's, or a code out of range.
         """
         try:
-            key, members = read_patiently(self.shards, sample)
+            key, members = read_patiently(self.shards, sample, self._members)
         except UnreadableRecord as error:
             raise UserError(f"{error}; repair the file system or copy the token set again") from None
         shard, _ = self.shards.locate(sample)
@@ -183,12 +186,14 @@ class TokenSet:
         if fault:
             raise UserError(f"{place}.views.npy: {fault}; make the token shard again")
         soft = {}
-        if self.manifest.topk:
+        if self._soft:
             shape = (num_views, self._num_patches, self.manifest.topk)
             for name, dtype in (("topk_codes", np.uint16), ("topk_probs", np.float16)):
                 soft[name] = read_npy(members.get(f"{name}.npy", b""), what=f"{place}.{name}.npy", dtype=dtype, shape=shape)
             if soft["topk_codes"].max(initial=0) >= self.manifest.num_codes:
                 raise UserError(f"{place}.topk_codes.npy: code {soft['topk_codes'].max()} in a vocabulary of {self.manifest.num_codes}; make the token shard again")
-            if not ((soft["topk_probs"] >= 0) & (soft["topk_probs"] <= 1)).all():  # NaN is neither
+            if not ((soft["topk_probs"] >= 0) & (soft["topk_probs"] <= 1)).all() or not soft["topk_probs"].any(axis=-1).all():  # NaN is neither
                 raise UserError(f"{place}.topk_probs.npy: holds what is no probability; make the token shard again")
+            if (np.diff(np.sort(soft["topk_codes"], axis=-1), axis=-1) == 0).any():
+                raise UserError(f"{place}.topk_codes.npy: names a code twice for one patch; make the token shard again")
         return TokenRecord(key, codes, views, **soft)

@@ -11,7 +11,7 @@ from torch import nn
 
 from peco_ds.config import TokenizerSettings, check_tokenizer_settings
 from peco_ds.errors import UserError
-from peco_ds.models.image_tokenizer import ImageTokenizer, SoftTokens, soft_tokens
+from peco_ds.models.image_tokenizer import LogitTokenizer
 from peco_ds.models.weight_files import rename_tensors, size_of
 
 # The logit-Laplace likelihood has no mass at 0 and 1: pictures of [0, 1] are put into [0.1, 0.9].
@@ -78,7 +78,7 @@ class Decoder(nn.Sequential):
         )
 
 
-class DalleTokenizer(ImageTokenizer):
+class DalleTokenizer(LogitTokenizer):
     """The discrete VAE, in float32 throughout. Without a decoder (settings.decoder) it has codes, but makes no pictures.
 
     Args:
@@ -93,22 +93,10 @@ class DalleTokenizer(ImageTokenizer):
             self.decoder = Decoder(settings)
 
     def logits(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> float32 [B, V, H / stride, W / stride]."""
-        stride = self.settings.stride_px
-        assert images_11.shape[-2] % stride == 0 and images_11.shape[-1] % stride == 0, f"picture {tuple(images_11.shape)}, stride {stride}"
+        self.check_sides(images_11)
         images_01 = images_11.float() / 2 + 0.5
         with torch.autocast(images_11.device.type, enabled=False):
             return self.encoder((1 - 2 * MARGIN) * images_01 + MARGIN)
-
-    @torch.no_grad()
-    def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
-        self.check_eval()
-        return self.logits(images_11).argmax(dim=1).flatten(1)
-
-    @torch.no_grad()
-    def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
-        self.check_eval()
-        return soft_tokens(self.logits(images_11).flatten(2).transpose(1, 2), k, temperature)
 
     @torch.no_grad()
     def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -125,8 +113,9 @@ class DalleTokenizer(ImageTokenizer):
 
     @property
     def code_vectors(self) -> torch.Tensor:
-        """float32 [V, C]: what the decoder first makes of each code; without a decoder the weights that each code's logit is read off with."""
-        return self.decoder[0].weight[:, :, 0, 0].T if self.makes_pictures else self.encoder[-1].weight[:, :, 0, 0]
+        """float32 [V, C] without gradient: what the decoder first makes of each code; without a decoder the weights that each code's logit is read off with."""
+        vectors = self.decoder[0].weight[:, :, 0, 0].T if self.makes_pictures else self.encoder[-1].weight[:, :, 0, 0]
+        return vectors.detach()
 
 
 # ---------------------------------------------------------------------------------------------- the released files

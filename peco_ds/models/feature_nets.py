@@ -132,7 +132,7 @@ def load_feature_net(weights: str, architecture: str = "auto", *, image_px: int 
         image_px: side of the picture it shall look at, position embeddings resampled; 0: the one it was trained on.
         section: of the recipe, for messages: "perceptual" or "teacher".
     Raises: UserError if the file is missing or unreadable, does not hold a ViT, does not fit the architecture, misses a tensor or
-        has one left over, if its activation cannot be told, or if a download fails.
+        has one left over, if one is not finite, if its activation cannot be told, or if a download fails.
     """
     if not weights:
         raise UserError(f"{section}.weights is empty; {FETCH[section]}" + (", or set perceptual.weight=0" if section == "perceptual" else ""))
@@ -143,6 +143,10 @@ def load_feature_net(weights: str, architecture: str = "auto", *, image_px: int 
         loaded = _from_file(path, architecture, section)
     else:
         loaded = _from_name(weights, architecture, section)
+    held = {**loaded.net.state_dict(), "projection": loaded.projection}
+    broken = next((name for name, tensor in held.items() if tensor is not None and not tensor.isfinite().all()), None)
+    if broken is not None:
+        raise UserError(f"{loaded.description}: tensor {broken} (timm's name) holds values that are not finite; fetch the weights again")
     if image_px:
         patch = loaded.net.patch_embed.patch_size[0]
         if image_px < 0 or image_px % patch:
@@ -240,7 +244,7 @@ def _from_file(path: Path, architecture: str, section: str) -> _Loaded:
             net = timm.create_model(architecture, pretrained=False, num_classes=0, num_heads=heads)
     _load_strictly(net, state, path, name, section)
     projection = vit.projection
-    if projection is not None and (projection.ndim != 2 or projection.shape[1] != width or not projection.is_floating_point()):
+    if projection is not None and (projection.ndim != 2 or projection.shape[1] != width or not projection.numel() or not projection.is_floating_point()):
         raise UserError(f"{path}: CLIP's projection has shape {tuple(projection.shape)}, the patch tokens are {width} wide; fetch the file again")
     return _Loaded(net, vit.mean, vit.std, f"{name} ({path.name}, sha256 {sha256_of_file(path)[:12]})", projection, vit.licence)
 
@@ -310,6 +314,8 @@ def _load_strictly(net: nn.Module, state: dict[str, torch.Tensor], path: Path, n
         if tensor.shape != expected[key].shape:
             found, wanted = tuple(tensor.shape), tuple(expected[key].shape)
             raise UserError(f"{path}: tensor {key} (timm's name) has shape {found}, {name} has {wanted}; correct {section}.architecture")
+        if tensor.is_floating_point() != expected[key].is_floating_point():
+            raise UserError(f"{path}: tensor {key} (timm's name) is {tensor.dtype}, {name} has {expected[key].dtype}; fetch the file again")
     net.load_state_dict(state)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from peco_ds.config import TokenizerRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.feature_nets import FeatureNet, load_feature_net
@@ -13,6 +15,17 @@ def load_frozen_net(recipe: TokenizerRecipe) -> FeatureNet | None:
     Raises: UserError if its file is none, it lacks one of perceptual.blocks, or a teacher's features have another width or grid than the tokenizer gives.
     """
     return LOADERS[recipe.tokenizer.kind](recipe)
+
+
+def frozen_net_at_hand(recipe: TokenizerRecipe) -> str:
+    """What a dry run says of it: its description where its file or folder is there, so that one that does not fit is refused before the run; nothing is fetched."""
+    named = SETTINGS[recipe.tokenizer.kind](recipe)
+    if not named:
+        return "none"
+    if not Path(named).expanduser().exists():
+        return f"not there yet ({named})"
+    found = load_frozen_net(recipe)
+    return found.description if found else "none"
 
 
 def _judge(recipe: TokenizerRecipe) -> FeatureNet | None:
@@ -40,3 +53,4 @@ def _teacher(recipe: TokenizerRecipe) -> FeatureNet:
 
 
 LOADERS = {"vqgan": _judge, "vqkd": _teacher}
+SETTINGS = {"vqgan": lambda recipe: recipe.perceptual.weights if recipe.perceptual.weight else "", "vqkd": lambda recipe: recipe.teacher.weights}

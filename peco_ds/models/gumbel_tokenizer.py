@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from peco_ds.config import TokenizerSettings
-from peco_ds.models.image_tokenizer import ImageTokenizer, SoftTokens, soft_tokens
+from peco_ds.models.image_tokenizer import LogitTokenizer
 from peco_ds.models.peco_tokenizer import Decoder, Encoder
 
 
-class GumbelTokenizer(ImageTokenizer):
+class GumbelTokenizer(LogitTokenizer):
     """Codes are the arg max of the logits: in training the network drew them at random, which a target must not be.
 
     Args:
@@ -31,20 +31,8 @@ class GumbelTokenizer(ImageTokenizer):
         self.decoder = Decoder(settings)
 
     def logits(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> [B, V, H / stride, W / stride]."""
-        stride = self.settings.stride_px
-        assert images_11.shape[-2] % stride == 0 and images_11.shape[-1] % stride == 0, f"picture {tuple(images_11.shape)}, stride {stride}"
+        self.check_sides(images_11)
         return self.to_logits(self.to_code(self.encoder(images_11.to(self.to_code.weight.dtype))))
-
-    @torch.no_grad()
-    def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
-        self.check_eval()
-        return self.logits(images_11).argmax(dim=1).flatten(1)
-
-    @torch.no_grad()
-    def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
-        self.check_eval()
-        return soft_tokens(self.logits(images_11).flatten(2).transpose(1, 2), k, temperature)
 
     @torch.no_grad()
     def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -53,4 +41,4 @@ class GumbelTokenizer(ImageTokenizer):
 
     @property
     def code_vectors(self) -> torch.Tensor:
-        return self.codes.weight
+        return self.codes.weight.detach()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from peco_ds.config import TokenizerSettings
+from peco_ds.models.vq import Codebook
 
 
 class SoftTokens(NamedTuple):
@@ -47,11 +48,59 @@ class ImageTokenizer(nn.Module):
 
     @property
     def code_vectors(self) -> torch.Tensor:
-        """float [V, C]: what stands for each code, for probes of the codes."""
+        """float [V, C] without gradient: what stands for each code, for probes of the codes."""
         raise NotImplementedError
 
     def check_eval(self) -> None:
         assert not self.training, "call eval() before tokenizing: in training mode the codebook would count these pictures"
+
+    def check_sides(self, images_11: torch.Tensor) -> None:
+        stride = self.settings.stride_px
+        assert images_11.shape[-2] % stride == 0 and images_11.shape[-1] % stride == 0, f"picture {tuple(images_11.shape)}, stride {stride}"
+
+
+class LogitTokenizer(ImageTokenizer):
+    """Base of those that compute a logit for every code: the code is their arg max."""
+
+    def logits(self, images_11: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> [B, V, H / stride, W / stride]."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
+        self.check_eval()
+        return self.logits(images_11).argmax(dim=1).flatten(1)
+
+    @torch.no_grad()
+    def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
+        self.check_eval()
+        return soft_tokens(self.logits(images_11).flatten(2).transpose(1, 2), k, temperature)
+
+
+class CodebookTokenizer(ImageTokenizer):
+    """Base of those that choose the nearest vector of a codebook, which a subclass makes as `codebook`."""
+
+    codebook: Codebook
+
+    def encode(self, images_11: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> features [B, C, H / stride, W / stride]."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
+        self.check_eval()
+        return self.codebook(self.encode(images_11)).codes
+
+    @torch.no_grad()
+    def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
+        """Logits: negative squared distances to the codes, or cosines where the codes are unit vectors."""
+        self.check_eval()
+        features = self.encode(images_11)
+        return SoftTokens(self.codebook(features).codes, *self.codebook.topk(features, k, temperature=temperature))
+
+    @property
+    def code_vectors(self) -> torch.Tensor:
+        return self.codebook.codes
 
 
 def soft_tokens(logits: torch.Tensor, k: int, temperature: float) -> SoftTokens:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peco_ds.config import TokenizerSettings
-from peco_ds.models.image_tokenizer import ImageTokenizer, SoftTokens
+from peco_ds.models.image_tokenizer import CodebookTokenizer
 from peco_ds.models.vq import Codebook
 
 
@@ -133,7 +133,7 @@ class Decoder(nn.Sequential):
         super().__init__(*layers)
 
 
-class PecoTokenizer(ImageTokenizer):
+class PecoTokenizer(CodebookTokenizer):
     """Encoder, codebook, decoder. Training calls `forward` alone, and every parameter takes part in it.
 
     Args:
@@ -154,26 +154,8 @@ class PecoTokenizer(ImageTokenizer):
         return TokenizerOutput(self.decode(quantized.quantized), quantized.codes, quantized.commitment)
 
     def encode(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> features [B, C, H / stride, W / stride]."""
-        stride = self.settings.stride_px
-        assert images_11.shape[-2] % stride == 0 and images_11.shape[-1] % stride == 0, f"picture {tuple(images_11.shape)}, stride {stride}"
+        self.check_sides(images_11)
         return self.to_code(self.encoder(images_11.to(self.to_code.weight.dtype)))
-
-    @torch.no_grad()
-    def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
-        self.check_eval()
-        return self.codebook(self.encode(images_11)).codes
-
-    @torch.no_grad()
-    def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
-        """Logits: negative squared distances to the codes, or cosines where the codes are unit vectors."""
-        self.check_eval()
-        features = self.encode(images_11)
-        return SoftTokens(self.codebook(features).codes, *self.codebook.topk(features, k, temperature=temperature))
-
-    @property
-    def code_vectors(self) -> torch.Tensor:
-        return self.codebook.codes
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
         """Code vectors [B, C, h, w] -> pictures float32 [B, 3, h * stride, w * stride], about [-1, 1]."""

@@ -13,7 +13,7 @@ from peco_ds.errors import UserError
 from peco_ds.models.dalle_tokenizer import read_dvae
 from peco_ds.models.taming_layout import read_gumbel, read_vqgan
 from peco_ds.models.vqkd_tokenizer import LEFT_BEHIND, read_vqkd
-from peco_ds.models.weight_files import read_tensor_file
+from peco_ds.models.weight_files import read_tensor_file, size_of
 from peco_ds.schema import sha256_of_file
 
 # What released files name beside tensors: DALL-E's hold whole modules, Lightning's checkpoints the callback that wrote them and its best score.
@@ -33,6 +33,7 @@ class Layout:
         signs: names of tensors that are all there in a file of this kind, and not in one of another.
         read: the file's tensors -> settings and a state dict of our tokenizer.
         licence: of the weights, as `origin` states it.
+        judge: what the tokenizer learnt from, as text values for its card: judge and judge_licence.
         left_out: beginnings of the names of tensors that only its training needs.
     """
 
@@ -40,14 +41,33 @@ class Layout:
     read: Callable[[dict], tuple[TokenizerSettings, dict[str, torch.Tensor]]]
     origin: str
     licence: str
+    judge: Callable[[TokenizerSettings], dict[str, str]]
     left_out: tuple[str, ...] = ()
 
 
+def _none(settings: TokenizerSettings) -> dict[str, str]:
+    return {"judge": "none"}
+
+
+def _lpips(settings: TokenizerSettings) -> dict[str, str]:
+    return {"judge": "LPIPS on VGG16", "judge_licence": "BSD-2-Clause (LPIPS's release)"}
+
+
+def _teacher(settings: TokenizerSettings) -> dict[str, str]:
+    """The one of BEiT v2's teachers that has features of this width; no file names its own."""
+    width = settings.vit.target_width
+    known = {512: ("CLIP ViT-B/16", "MIT (OpenAI's release of CLIP)"), 768: ("DINO ViT-B/16", "Apache-2.0 (DINO's release)")}
+    if width not in known:
+        return {"judge": f"a teacher of width {width} that the file does not name", "judge_licence": "unknown, as its teacher is"}
+    name, licence = known[width]
+    return {"judge": f"most likely {name}, by its width of {width}", "judge_licence": licence}
+
+
 LAYOUTS = {
-    "dvae": Layout(("blocks.input.w", "blocks.output.conv.w"), read_dvae, "github.com/openai/DALL-E", "MIT, modified"),
-    "vqgan": Layout(("quantize.embedding.weight", "encoder.conv_in.weight"), read_vqgan, "github.com/CompVis/taming-transformers", "MIT", ("loss.",)),
-    "gumbel": Layout(("quantize.proj.weight", "quantize.embed.weight"), read_gumbel, "github.com/CompVis/taming-transformers", "MIT", ("loss.",)),
-    "vqkd": Layout(("quantize.embedding.weight", "encoder.patch_embed.proj.weight"), read_vqkd, "github.com/microsoft/unilm, beit2", "MIT", LEFT_BEHIND),
+    "dvae": Layout(("blocks.input.w", "blocks.output.conv.w"), read_dvae, "github.com/openai/DALL-E", "MIT, modified", _none),
+    "vqgan": Layout(("quantize.embedding.weight", "encoder.conv_in.weight"), read_vqgan, "github.com/CompVis/taming-transformers", "MIT", _lpips, ("loss.",)),
+    "gumbel": Layout(("quantize.proj.weight", "quantize.embed.weight"), read_gumbel, "github.com/CompVis/taming-transformers", "MIT", _lpips, ("loss.",)),
+    "vqkd": Layout(("quantize.embedding.weight", "encoder.patch_embed.proj.weight"), read_vqkd, "github.com/microsoft/unilm, beit2", "MIT", _teacher, LEFT_BEHIND),
 }
 
 
@@ -83,7 +103,7 @@ def read_published(paths: list[Path], kind: str = "auto") -> PublishedTokenizer:
     except UserError as error:
         raise UserError(f"{' and '.join(map(str, paths))}: {error}") from None
     files = sorted([path.name, sha256_of_file(path)] for path in paths)
-    facts = {"origin": layout.origin, "licence": layout.licence, "files": files, "judge": "none"}
+    facts = {"origin": layout.origin, "licence": layout.licence, "files": files, **layout.judge(settings)}
     return PublishedTokenizer(settings, state_dict, len(tensors) - len(kept), facts)
 
 
@@ -103,7 +123,10 @@ def _both_sides(files: list[tuple[Path, dict]]) -> dict:
     sides: dict[str, Path] = {}
     tensors = {}
     for path, held in files:
-        side = "encoder" if held["blocks.input.w"].shape[-1] > 1 else "decoder"
+        try:
+            side = "encoder" if size_of(held, "blocks.input.w", 3) > 1 else "decoder"
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         if side in sides:
             raise UserError(f"{path}: DALL-E's {side}, as {sides[side]} is; give encoder.pkl and decoder.pkl")
         sides[side] = path

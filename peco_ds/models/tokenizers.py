@@ -32,7 +32,7 @@ KINDS: dict[str, type[ImageTokenizer]] = {
 RELEASE_VERSION = 1
 TENSORS_NAME = "tokenizer.safetensors"
 CARD_NAME = "tokenizer.json"
-KIND = "peco_tokenizer"
+KIND = "peco_tokenizer"  # of the file format, whatever settings.kind says of the network
 REMEDY = "make it again with train_tokenizer.py or copy it again"
 
 
@@ -144,7 +144,7 @@ def load_tokenizer(folder: str | Path) -> tuple[ImageTokenizer, TokenizerCard]:
 def _read_card(folder: Path) -> tuple[TokenizerCard, dict]:
     """The card, and its settings as they stand in the file."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such tokenizer folder; train one with train_tokenizer.py or correct data.tokenizer")
+        raise UserError(f"{folder}: no such tokenizer folder; make one with train_tokenizer.py or import_tokenizer.py, or correct data.tokenizer (relative paths lie under data.root)")
     for name in (CARD_NAME, TENSORS_NAME):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: holds no {name}, so it is no whole tokenizer release; {REMEDY}")

@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 import zipfile
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,16 +38,16 @@ def is_torchscript(path: str | Path) -> bool:
 
 
 def read_torchscript(path: str | Path) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of the module in an archive, by their dotted names, on the CPU in the stored precision.
+    """Parameters and buffers of the module in an archive, by their dotted names, on the CPU in the stored precision; one that has two names is one tensor.
 
-    Raises: UserError if the archive is damaged or names a Python object that is neither a module of its own nor a tensor.
+    Raises: UserError if the archive is damaged, names a Python object that is neither a module of its own nor a tensor, or asks for more memory than it is large.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             table = next(name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
             root = _Reader(io.BytesIO(_stored(archive, table))).load()
             folder = table.removesuffix("data.pkl") + "data/"
-            return {name: _tensor(archive, folder, saved) for name, saved in _saved_tensors(root).items()}
+            return _tensors(archive, folder, _saved_tensors(root), Path(path).stat().st_size)
     except Exception as error:  # a damaged pickle ends in IndexError, struct.error or AttributeError, wherever the reader happens to stand
         detail = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{path}: not a readable TorchScript archive ({detail}); fetch it again, or save model.state_dict() where you trust it") from None
@@ -70,6 +71,8 @@ class _Module:
 
 
 def _saved(storage, offset, size, stride, *_flags) -> _Saved:
+    if not isinstance(storage, _Storage) or not all(type(number) is int and number >= 0 for number in (offset, *size, *stride)):
+        raise pickle.UnpicklingError("a tensor without storage, size or place")
     return _Saved(storage, offset, size, stride)
 
 
@@ -116,12 +119,24 @@ def _saved_tensors(root: object) -> dict[str, _Saved]:
     return found
 
 
-def _tensor(archive: zipfile.ZipFile, folder: str, saved: _Saved) -> torch.Tensor:
+def _tensors(archive: zipfile.ZipFile, folder: str, named: dict[str, _Saved], file_bytes: int) -> dict[str, torch.Tensor]:
+    """Each storage is read once and let go of, each tensor made once: any number of them may lie in one storage, or have one place in it."""
+    distinct = sorted(set(named.values()), key=lambda saved: saved.storage.key)
+    asked = sum(math.prod(saved.size) * saved.storage.dtype.itemsize for saved in distinct)
+    if asked > file_bytes:
+        raise ValueError(f"what its pickle names needs more than the file has, {asked} bytes of {file_bytes}")
+    made: dict[_Saved, torch.Tensor] = {}
+    for key, sharing in groupby(distinct, key=lambda saved: saved.storage.key):
+        data = bytearray(_stored(archive, folder + key))
+        made |= {saved: _tensor(data, saved) for saved in sharing}
+    return {name: made[saved] for name, saved in named.items()}
+
+
+def _tensor(data: bytearray, saved: _Saved) -> torch.Tensor:
     dtype, key, numel = saved.storage
-    data = _stored(archive, folder + key)
     if numel < 0 or len(data) < numel * dtype.itemsize or math.prod(saved.size) > numel:
         raise ValueError(f"storage {key[:40]} has {len(data)} bytes, its tensor of shape {saved.size} of {dtype} needs more")
-    flat = torch.frombuffer(bytearray(data), dtype=dtype, count=numel) if numel else torch.empty(0, dtype=dtype)
+    flat = torch.frombuffer(data, dtype=dtype, count=numel) if numel else torch.empty(0, dtype=dtype)
     return flat.as_strided(saved.size, saved.stride, saved.offset).clone(memory_format=torch.contiguous_format)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from peco_ds.errors import UserError
+from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE
 from peco_ds.models.torchscript_files import is_torchscript, read_torchscript
 from peco_ds.models.weight_files import read_tensor_file
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json
@@ -93,15 +94,32 @@ def _check(path: Path, tensors: dict[str, torch.Tensor], dimensions: dict[str, i
 
 
 def licence_beside(folder: Path) -> str:
-    """What the model card of a folder states: the `license` of its front matter; "" without one."""
+    """What the model card of a folder states: the `license` of its front matter, and in cards of this package what bound the network itself; "" without a front matter."""
+    front, _ = _card(folder)
+    found = re.search(r"^license: *[\"']?([\w.+-]{1,60})", front, re.MULTILINE)
+    stated = "" if found is None else f"as the README.md of {folder.resolve().name} says" if found[1] == "other" else found[1]
+    # A judge that learnt from the codes of another judge is bound by that one's terms too, over any number of generations.
+    bound = [f"its {name} {terms}" for name, terms in terms_beside(folder).items()]
+    return "; ".join([*([stated] if stated else []), *bound])
+
+
+def terms_beside(folder: Path) -> dict[str, str]:
+    """What bound the network of a folder, as a card of this package tells it: `TOKENIZER_LICENCE` and `JUDGE_LICENCE`, where there are any."""
+    return {name: terms for name, terms in _TERMS.findall(_card(folder)[1]) if terms.isprintable()}
+
+
+def _card(folder: Path) -> tuple[str, str]:
+    """Front matter and text of a folder's model card; empty where it has none with a front matter."""
     try:
-        front = re.match(r"---\n(.*?)\n---", (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:10000], re.DOTALL)
+        with open(folder / "README.md", encoding="utf-8", errors="replace") as file:
+            text = file.read(20000)
     except OSError:
-        return ""
-    found = re.search(r"^license: *[\"']?([\w.+-]{1,60})", front[1], re.MULTILINE) if front else None
-    if found is None:
-        return ""
-    return f"as the README.md of {folder.resolve().name} says" if found[1] == "other" else found[1]
+        return "", ""
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    return ("", "") if front is None else (front[1], text[front.end() :])
+
+
+_TERMS = re.compile(rf"^\| ({re.escape(TOKENIZER_LICENCE)}|{re.escape(JUDGE_LICENCE)})(?: of what it started from)? \| ([^|\n]{{1,2000}}) \|$", re.MULTILINE)
 
 
 # ---------------------------------------------------------------------------------------------- the layouts
@@ -179,7 +197,7 @@ _CLIP_NAMES = (
 def _read_clip(found: _Found) -> VitFile:
     tensors = dict(found.inner)
     projection = tensors.pop("proj", None)
-    projection = projection.T if projection is not None and projection.ndim == 2 else None
+    projection = projection.T if projection is not None and projection.ndim == 2 else projection  # of another form: refused, and not left out
     state = _renamed(tensors, _CLIP_NAMES)
     width = state[PATCH_WEIGHT].shape[0]
     # OpenAI's own files keep three numbers beside the weights; what others saved with these names may have been trained with either activation.

@@ -17,8 +17,9 @@ from torch import nn
 
 from peco_ds.config import TokenizerSettings, TokenizerVitSettings, check_tokenizer_settings
 from peco_ds.errors import UserError
-from peco_ds.models.image_tokenizer import ImageTokenizer, SoftTokens
+from peco_ds.models.image_tokenizer import CodebookTokenizer
 from peco_ds.models.vq import Codebook
+from peco_ds.models.weight_files import rename_tensors
 
 
 class VqkdOutput(NamedTuple):
@@ -63,7 +64,7 @@ class Fp32Linear(nn.Linear):
             return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
-class VqkdTokenizer(ImageTokenizer):
+class VqkdTokenizer(CodebookTokenizer):
     """Encoder, codebook, decoder of features. Training calls `forward` alone, and every parameter takes part in it.
 
     Args:
@@ -104,22 +105,6 @@ class VqkdTokenizer(ImageTokenizer):
         """Code vectors [B, C, grid, grid] -> float32 [B, N, target_width]."""
         return self.to_target(self.decoder(quantized.to(self.decoder.cls_token.dtype))).float()
 
-    @torch.no_grad()
-    def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
-        self.check_eval()
-        return self.codebook(self.encode(images_11)).codes
-
-    @torch.no_grad()
-    def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
-        """Logits: cosines to the codes, or negative squared distances where the codes are no unit vectors."""
-        self.check_eval()
-        features = self.encode(images_11)
-        return SoftTokens(self.codebook(features).codes, *self.codebook.topk(features, k, temperature=temperature))
-
-    @property
-    def code_vectors(self) -> torch.Tensor:
-        return self.codebook.codes
-
 
 # ---------------------------------------------------------------------------------------------- released files
 
@@ -146,28 +131,22 @@ def read_vqkd(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tensor]
     Args:
         tensors: what `read_tensor_file` gives: the file's dictionary, or the one that it holds as `model`.
     Returns: settings, sizes read off the shapes; and the state, float32. What the file holds of a teacher is left behind.
-    Raises: UserError naming the tensor that is missing, left over or of another shape.
+    Raises: UserError naming the tensor that is missing, left over, not of floats, not finite, or of another shape.
     """
     tensors = next((tensors[name] for name in CONTAINERS if isinstance(tensors.get(name), dict)), tensors)
     released = {name: tensor for name, tensor in tensors.items() if isinstance(name, str) and isinstance(tensor, torch.Tensor) and not name.startswith(LEFT_BEHIND)}
     settings = _settings_of(released)
     check_tokenizer_settings(settings, "the file's")
-    state = {_our_name(name): tensor.float() for name, tensor in released.items() if name not in UNUSED}
     with torch.device("meta"):
         expected = VqkdTokenizer(settings).state_dict()
+    names = {name: (_their_name(name),) for name in expected if name == "codebook.codes" or not name.startswith("codebook.")}
+    state = rename_tensors({name: tensor for name, tensor in released.items() if name not in UNUSED}, names, expected)
     # Codes are all that tokenizing needs. A training that went on from here would start its averages afresh, as after k-means.
     state["codebook.ema_count"] = torch.ones(settings.num_codes)
     state["codebook.ema_sum"] = state["codebook.codes"].clone()
     state["codebook.initialized"] = torch.ones(())
     state["codebook.num_updates"] = torch.zeros((), dtype=torch.int64)
     state["codebook.step_rows"] = torch.tensor(float(settings.num_codes))
-    for name in sorted(expected.keys() | state.keys()):
-        if name not in state:
-            raise UserError(f"tensor {_their_name(name)} is missing; {REMEDY}")
-        if name not in expected:
-            raise UserError(f"tensor {_their_name(name)[:80]} has no place in a VQ-KD tokenizer; {REMEDY}")
-        if state[name].shape != expected[name].shape:
-            raise UserError(f"tensor {_their_name(name)} has shape {tuple(state[name].shape)}, the others ask for {tuple(expected[name].shape)}; {REMEDY}")
     return settings, state
 
 
@@ -207,10 +186,6 @@ def _depth(released: dict[str, torch.Tensor], part: str) -> int:
     if not 1 <= depth <= len(released):  # no network of so many blocks is built to find the first missing tensor
         raise UserError(f"its {part} has {len(numbers)} blocks up to number {depth - 1} in {len(released)} tensors; {REMEDY}")
     return depth
-
-
-def _our_name(name: str) -> str:
-    return next((ours + name.removeprefix(theirs) for theirs, ours in HEADS.items() if name.startswith(theirs)), "codebook.codes" if name == CODES else name)
 
 
 def _their_name(name: str) -> str:

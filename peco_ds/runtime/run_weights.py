@@ -88,13 +88,27 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     return run_folder, checkpoint
 
 
+def _objective(recipe: PretrainRecipe) -> str:
+    """What was learnt, in words."""
+    objective, views, mask, encoding, aggregation = recipe.objective, recipe.views, recipe.mask, recipe.encoding, recipe.aggregation
+    parts = [objective.name, f"{objective.num_codes} codes"]
+    if objective.name == "multi_choice":
+        parts.append(f"{views.topk} soft ones a patch at temperature {views.topk_temperature:g}, the rest {objective.rest}, omega {objective.omega:g}")
+    parts.append(f"{'' if mask.exact else 'at most '}{mask.count} of {recipe.model.grid**2} patches hidden ({mask.kind})")
+    if encoding.kind == "visible":
+        parts.append(f"encoder of shown patches alone, decoder {encoding.decoder_width} x {encoding.decoder_depth}")
+    if aggregation.early_block:
+        parts.append(f"second branch from block {aggregation.early_block}")
+    return ", ".join(parts)
+
+
 def _facts(recipe: PretrainRecipe | FinetuneRecipe, progress: Progress, provenance: dict, run_folder: Path, averaged: bool) -> dict[str, str]:
     """What a model card says: name -> text."""
     facts = {"recipe": recipe.name, "optimiser steps": f"{progress.step}", "images seen": f"{progress.cursor.samples}"}
     facts["images"] = f"{provenance.get('num_samples', '?')} pictures, fingerprint `{provenance.get('images_fingerprint', '?')}`"
     if isinstance(recipe, PretrainRecipe):
         tokenizer = provenance.get("tokenizer", {})
-        facts["objective"] = f"{recipe.objective.name}, {recipe.objective.num_codes} codes, {recipe.mask.count} of {recipe.model.grid**2} patches hidden ({recipe.mask.kind})"
+        facts["objective"] = _objective(recipe)
         facts["tokenizer"] = f"fingerprint `{provenance.get('tokenizer_fingerprint', '?')}`"
         facts["tokenizer's judge"] = tokenizer.get("judge", "not recorded")
         facts |= {name: tokenizer[key] for name, key in ((TOKENIZER_LICENCE, "licence"), (JUDGE_LICENCE, "judge_licence")) if tokenizer.get(key) and isinstance(tokenizer[key], str)}

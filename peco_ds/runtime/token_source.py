@@ -10,7 +10,7 @@ import torch
 
 from peco_ds.config import ONLINE, PretrainRecipe, data_path
 from peco_ds.data.indexed_tar import ShardSet
-from peco_ds.data.loaders import Codes, Pictures
+from peco_ds.data.loaders import Codes, Pictures, codes_of
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.errors import UserError
 from peco_ds.models.tokenizers import TokenizerCard, load_tokenizer, read_card
@@ -49,11 +49,11 @@ def open_tokens(recipe: PretrainRecipe, pictures: Pictures, world: World, *, tok
 
 
 def token_provenance(recipe: PretrainRecipe, tokens) -> dict:
-    """Which tokenizer the codes come from, and what its release says of itself where it is at hand."""
+    """Which tokenizer the codes come from, and what it says of itself: in its release where that is at hand, else in the token set."""
     folder = data_path(recipe.data, recipe.data.tokenizer)
     card = read_card(folder) if folder.exists() else None
-    fingerprint = tokens.manifest.tokenizer_fingerprint if isinstance(tokens, TokenSet) else card.fingerprint
-    return {"tokenizer_fingerprint": fingerprint, "tokenizer": card.extra if card else {}}
+    fingerprint, facts = (tokens.manifest.tokenizer_fingerprint, tokens.manifest.tokenizer_facts) if isinstance(tokens, TokenSet) else (card.fingerprint, {})
+    return {"tokenizer_fingerprint": fingerprint, "tokenizer": facts | (card.extra if card else {})}
 
 
 def check_shared(shards: ShardSet, verify: str, world: World) -> None:
@@ -99,12 +99,4 @@ def online_tokenizer(folder: Path, recipe: PretrainRecipe, device: torch.device)
     tokenizer, card = load_tokenizer(folder)
     check_pair(card, recipe, str(folder))
     tokenizer.to(device)
-    views = recipe.views
-
-    def tokenize(images_11: torch.Tensor) -> Codes:
-        if not views.topk:
-            return Codes(tokenizer.tokenize(images_11))
-        soft = tokenizer.tokenize_soft(images_11, views.topk, temperature=views.topk_temperature)
-        return Codes(soft.codes, soft.topk_codes, soft.topk_probs.half().float())  # as token shards keep them
-
-    return tokenize
+    return lambda images_11: codes_of(tokenizer, images_11, recipe.views)
