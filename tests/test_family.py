@@ -55,7 +55,7 @@ def batch(request, small_sets, releases):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_any_tokenizer_teaches_any_model_with_any_objective(small_sets, batch, objective, variant):
-    recipe = load_recipe(PretrainRecipe, "peco_vitb16", [*small_sets.overrides, f"objective.name={objective}", "views.topk=4", *VARIANTS[variant]]).recipe
+    recipe = load_recipe(PretrainRecipe, "peco_vitb16", [*small_sets.overrides, f"objective.name={objective}", "objective.rest=renormalize", "views.topk=4", *VARIANTS[variant]]).recipe
     torch.manual_seed(0)
     model = build_mim(recipe.model, recipe.encoding, recipe.aggregation, recipe.objective.num_codes)
     learn = build_objective(recipe.objective)
