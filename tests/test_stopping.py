@@ -23,7 +23,7 @@ def events(out: Path, kind: str) -> list[dict]:
 
 
 def wait_until(condition, what: str) -> None:
-    for _ in range(1200):
+    for _ in range(3000):
         if condition():
             return
         time.sleep(0.1)
