@@ -274,7 +274,8 @@ def test_a_member_in_bf16_follows_its_curve_in_fp32(family, name):
 
 
 def test_soft_codes_computed_online_give_the_losses_of_stored_ones(family):
-    assert family_losses(family, "mcbeit_online") == family_losses(family, "mcbeit_vitb16_whole")
+    # The tokenizer sees other batches, so a probability may fall on the other side of a rounding to 16 bits.
+    assert family_losses(family, "mcbeit_online") == pytest.approx(family_losses(family, "mcbeit_vitb16_whole"), rel=1e-4)
 
 
 def test_both_branches_and_the_kept_mass_are_reported(family):
