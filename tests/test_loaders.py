@@ -121,7 +121,9 @@ def test_soft_codes_are_the_tokenizers_for_all_patches_stored_or_computed_online
     compared = 0
     for stored, computed in zip(batches_of(recipe, pictures, tokens), batches_of(recipe, pictures, online)):
         assert torch.equal(stored.images_norm, computed.images_norm) and torch.equal(stored.targets.codes, computed.targets.codes)
-        assert torch.equal(stored.targets.topk_codes, computed.targets.topk_codes) and torch.equal(stored.targets.topk_probs, computed.targets.topk_probs)
+        # Up to the rounding to 16 bits, by which two codes that are almost equally likely may change places.
+        assert torch.allclose(stored.targets.topk_probs, computed.targets.topk_probs, rtol=2e-3, atol=1e-6)
+        assert (stored.targets.topk_codes == computed.targets.topk_codes).float().mean() > 0.99
         assert stored.targets.topk_codes.shape == (4, 16, 6), "a target may mix in what other patches are, so all of them are there"
         assert torch.equal(stored.targets.topk_codes[..., 0].gather(1, stored.masked), stored.targets.codes)
         compared += stored.targets.topk_probs.numel()
