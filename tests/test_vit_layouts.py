@@ -6,7 +6,7 @@ from beit_samples import sample
 from peco_ds.convert.release import model_card
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.errors import UserError
-from peco_ds.models.vit_layouts import licence_beside, read_vit_file
+from peco_ds.models.vit_layouts import licence_beside, read_vit_file, terms_beside
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2)
 
@@ -61,6 +61,11 @@ def test_the_terms_that_bound_a_release_of_ours_are_carried_on_and_no_other_rows
     weights = sample("classifier", facts=facts)
     (tmp_path / "README.md").write_text(model_card(to_timm(weights), weights))
     carried = licence_beside(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text(f"{card}\n| judge's licence of what it started from | Apache-2.0 (DINO's release) |\n")
+    assert licence_beside(tmp_path) == carried + "; its judge's licence Apache-2.0 (DINO's release)", "of two judges neither is forgotten"
+    assert terms_beside(tmp_path)["judge's licence"] == "CC BY-NC 4.0 (MoCo v3's release); Apache-2.0 (DINO's release)"
+    (tmp_path / "README.md").write_text(card)
     assert carried == f"as the README.md of {tmp_path.name} says; its judge's licence CC BY-NC 4.0 (MoCo v3's release); its tokenizer's licence MIT"
     grandchild = sample("mim", facts={"judge's licence": carried})
     (tmp_path / "README.md").write_text(model_card(to_timm(grandchild), grandchild))

@@ -95,17 +95,23 @@ def _check(path: Path, tensors: dict[str, torch.Tensor], dimensions: dict[str, i
 
 def licence_beside(folder: Path) -> str:
     """What the model card of a folder states: the `license` of its front matter, and in cards of this package what bound the network itself; "" without a front matter."""
-    front, _ = _card(folder)
+    front, text = _card(folder)
     found = re.search(r"^license: *[\"']?([\w.+-]{1,60})", front, re.MULTILINE)
     stated = "" if found is None else f"as the README.md of {folder.resolve().name} says" if found[1] == "other" else found[1]
     # A judge that learnt from the codes of another judge is bound by that one's terms too, over any number of generations.
-    bound = [f"its {name} {terms}" for name, terms in terms_beside(folder).items()]
+    bound = [f"its {name} {terms}" for name, terms in _terms(text)]
     return "; ".join([*([stated] if stated else []), *bound])
 
 
 def terms_beside(folder: Path) -> dict[str, str]:
     """What bound the network of a folder, as a card of this package tells it: `TOKENIZER_LICENCE` and `JUDGE_LICENCE`, where there are any."""
-    return {name: terms for name, terms in _TERMS.findall(_card(folder)[1]) if terms.isprintable()}
+    found = _terms(_card(folder)[1])
+    return {name: "; ".join(terms for other, terms in found if other == name) for name, _ in found}
+
+
+def _terms(text: str) -> list[tuple[str, str]]:
+    """Name and terms of every row, each once: one name may stand for the weights and for what they started from."""
+    return list(dict.fromkeys((name, terms) for name, terms in _TERMS.findall(text) if terms.isprintable()))
 
 
 def _card(folder: Path) -> tuple[str, str]:
