@@ -22,7 +22,6 @@ import re
 import shlex
 import statistics
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +41,9 @@ from peco_ds.schema import sha256_of_json, write_json
 
 _strict = ConfigDict(extra="forbid")
 RELEASE = re.compile(r"\{release:(\w+)\}")  # in a setting: the timm release of an arm that stands earlier, pre-trained with the first seed
+
+
+OF_TOKENS = ("views.", "data.", "model.image_px=", "model.patch_px=", "objective.num_codes=", "run.")  # settings that codes depend on, or that making them needs
 
 
 @checked(frozen=True, config=_strict)
@@ -129,7 +131,6 @@ class Comparisons:
         self.args, self.comparison, self.out = args, comparison, args.out.resolve()
         threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else 0
         self.stages = Stages(self.out, ranks=args.ranks, deepspeed_config=args.deepspeed_config, threads=threads, jobs=args.jobs)
-        self._locks = {name: threading.Lock() for name in (*comparison.tokenizers, *comparison.arms)}
         self.trained = [name for name, arm in comparison.arms.items() if arm.tokenizer]
         for name in self.trained:
             micro_steps(self.resolved(name).run, args.ranks)  # refused before hours of stages, not after
@@ -161,34 +162,30 @@ class Comparisons:
         """The run folder of an arm's pre-training."""
         arm, run = self.comparison.arms[name], f"pretrain_{name}_{seed}"
         tokens = self.tokens(name)
-        with self._locks[name]:
-            settings = [*self.settings(name), f"data.tokens={tokens}", "schedule.epochs=null", f"schedule.steps={self.budget(name).steps}", f"run.seed={seed}"]
-            self.stages.train(run, "pretrain.py", self.recipe(self.comparison.pretrain), self.out / run, *settings)
+        settings = [*self.settings(name), f"data.tokens={tokens}", "schedule.epochs=null", f"schedule.steps={self.budget(name).steps}", f"run.seed={seed}"]
+        self.stages.train(run, "pretrain.py", self.recipe(self.comparison.pretrain), self.out / run, *settings)
         return self.out / run
 
     def tokens(self, name: str) -> Path:
         """The codes of an arm; arms that record the same views of one tokenizer share them."""
         arm, views = self.comparison.arms[name], self.views(name)
         tokenizer = self.tokenizer(arm.tokenizer)
+        settings = [setting for setting in self.settings(name) if setting.startswith(OF_TOKENS)]  # the command is the same for all arms that share the codes
         folder = self.out / f"tokens_{arm.tokenizer}_{sha256_of_json(asdict(views))[:8]}"
-        with self._locks[arm.tokenizer]:
-            self.stages.ranks(folder.name, "tokenize_shards.py", "--recipe", self.recipe(self.comparison.pretrain), f"data.root={self.out}", *self.settings(name), f"data.tokens={folder}")
+        self.stages.ranks(folder.name, "tokenize_shards.py", "--recipe", self.recipe(self.comparison.pretrain), f"data.root={self.out}", *settings, f"data.tokens={folder}")
         return folder
 
     def tokenizer(self, name: str) -> Path:
         """A tokenizer's release folder."""
-        wanted, run = self.comparison.tokenizers[name], f"tokenizer_{name}"
-        if wanted.release:
-            return Path(wanted.release).resolve()
-        settings = [self.filled(setting) for setting in (*wanted.settings, *self.args.tokenizer)]
-        with self._locks[name]:
-            self.stages.train(run, "train_tokenizer.py", self.recipe(wanted.recipe), self.out / run, *settings)
-        return self.out / run / "tokenizer"
+        wanted, release = self.comparison.tokenizers[name], self.tokenizer_folder(name)
+        if not wanted.release:
+            settings = [self.filled(setting) for setting in (*wanted.settings, *self.args.tokenizer)]
+            self.stages.train(f"tokenizer_{name}", "train_tokenizer.py", self.recipe(wanted.recipe), release.parent, *settings)
+        return release
 
     def release(self, name: str) -> Path:
         run = self.pretrained(name, 0)
-        with self._locks[name]:
-            self.stages.python(f"release_{name}", "convert_checkpoint.py", run, "--to", "timm", "--out", self.out / f"release_{name}")
+        self.stages.python(f"release_{name}", "convert_checkpoint.py", run, "--to", "timm", "--out", self.out / f"release_{name}")
         return self.out / f"release_{name}"
 
     def filled(self, setting: str) -> str:
@@ -202,9 +199,12 @@ class Comparisons:
 
     def settings(self, name: str) -> list[str]:
         arm = self.comparison.arms[name]
-        tokenizer = self.comparison.tokenizers[arm.tokenizer]
-        release = Path(tokenizer.release).resolve() if tokenizer.release else self.out / f"tokenizer_{arm.tokenizer}" / "tokenizer"
-        return [*arm.settings, *self.args.pretrain, f"data.tokenizer={release}"]
+        return [*arm.settings, *self.args.pretrain, f"data.tokenizer={self.tokenizer_folder(arm.tokenizer)}"]
+
+    def tokenizer_folder(self, name: str) -> Path:
+        """Where a tokenizer's release lies, or will."""
+        given = self.comparison.tokenizers[name].release
+        return Path(given).resolve() if given else self.out / f"tokenizer_{name}" / "tokenizer"
 
     def resolved(self, name: str) -> PretrainRecipe:
         return load_recipe(PretrainRecipe, self.recipe(self.comparison.pretrain), self.settings(name)).recipe
