@@ -121,7 +121,7 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
             # Pictures may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
             pieces = [codes_of(tokenizer, piece, cfg.views) for piece in batch.images_11.split(cfg.run.micro_batch)]
             stored = [torch.cat(values).cpu().numpy().astype(dtype) for values, dtype in zip(zip(*pieces), (np.uint16, np.uint16, np.float16)) if values[0] is not None]
-            kept.extend(float(values.astype(np.float32).sum(axis=-1).mean()) for values in stored[2:])
+            kept.extend(float(values.sum(axis=-1, dtype=np.float32).mean()) for values in stored[2:])
             codes, *soft = (values.reshape(len(batch.keys), cfg.views.count, *values.shape[1:]) for values in stored)
             for place, key in enumerate(batch.keys):
                 yield TokenRecord(key, codes[place], batch.rows[place], *(values[place] for values in soft))

@@ -12,7 +12,7 @@ from torch import nn
 from peco_ds.config import TokenizerSettings, check_tokenizer_settings
 from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import LogitTokenizer
-from peco_ds.models.weight_files import rename_tensors, size_of
+from peco_ds.models.weight_files import count_of, rename_tensors, size_of
 
 # The logit-Laplace likelihood has no mass at 0 and 1: pictures of [0, 1] are put into [0.1, 0.9].
 MARGIN = 0.1
@@ -129,7 +129,7 @@ def read_dvae(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tensor]
     Raises: UserError if a tensor is missing, left over, or of a shape that does not fit the others.
     """
     channels, num_codes = size_of(tensors, "encoder.blocks.input.w", 0), size_of(tensors, "encoder.blocks.output.conv.w", 0)
-    levels = _count(tensors, "encoder.blocks.group_{}.block_1.res_path.conv_4.w")
+    levels = count_of(tensors, "encoder.blocks.group_{}.block_1.res_path.conv_4.w", first=1)
     widths = [size_of(tensors, f"encoder.blocks.group_{level}.block_1.res_path.conv_4.w", 0) for level in range(1, levels + 1)]
     if any(width % channels or width % 4 for width in widths):
         raise UserError(f"groups of {widths} channels are no multiples of 4 and of the first convolution's {channels}, so it is no DALL-E encoder")
@@ -138,7 +138,7 @@ def read_dvae(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tensor]
         kind="dvae",
         channels=channels,
         channel_mults=tuple(width // channels for width in widths),
-        blocks_per_level=_count(tensors, "encoder.blocks.group_1.block_{}.res_path.conv_1.w"),
+        blocks_per_level=count_of(tensors, "encoder.blocks.group_1.block_{}.res_path.conv_1.w", first=1),
         attention=False,
         num_codes=num_codes,
         code_dim=size_of(tensors, "decoder.blocks.input.w", 0) if has_decoder else widths[-1],
@@ -149,14 +149,6 @@ def read_dvae(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tensor]
         expected = DalleTokenizer(settings).state_dict()
     layers = _layer_names(settings)
     return settings, rename_tensors(tensors, {name: (_released_name(name, layers),) for name in expected}, expected)
-
-
-def _count(tensors: dict, pattern: str) -> int:
-    """How many of pattern 1, 2, 3 ... are there, at least 1."""
-    number = 1
-    while pattern.format(number + 1) in tensors:
-        number += 1
-    return number
 
 
 def _layer_names(settings: TokenizerSettings) -> list[str]:

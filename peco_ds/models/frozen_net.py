@@ -19,13 +19,10 @@ def load_frozen_net(recipe: TokenizerRecipe) -> FeatureNet | None:
 
 def frozen_net_at_hand(recipe: TokenizerRecipe) -> str:
     """What a dry run says of it: its description where its file or folder is there, so that one that does not fit is refused before the run; nothing is fetched."""
-    named = SETTINGS[recipe.tokenizer.kind](recipe)
+    named = NAMED[recipe.tokenizer.kind](recipe)
     if not named:
         return "none"
-    if not Path(named).expanduser().exists():
-        return f"not there yet ({named})"
-    found = load_frozen_net(recipe)
-    return found.description if found else "none"
+    return load_frozen_net(recipe).description if Path(named).expanduser().exists() else f"not there yet ({named})"
 
 
 def _judge(recipe: TokenizerRecipe) -> FeatureNet | None:
@@ -53,4 +50,4 @@ def _teacher(recipe: TokenizerRecipe) -> FeatureNet:
 
 
 LOADERS = {"vqgan": _judge, "vqkd": _teacher}
-SETTINGS = {"vqgan": lambda recipe: recipe.perceptual.weights if recipe.perceptual.weight else "", "vqkd": lambda recipe: recipe.teacher.weights}
+NAMED = {"vqgan": lambda recipe: recipe.perceptual.weights if recipe.perceptual.weight else "", "vqkd": lambda recipe: recipe.teacher.weights}

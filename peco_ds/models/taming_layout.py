@@ -12,7 +12,7 @@ from peco_ds.errors import UserError
 from peco_ds.models.gumbel_tokenizer import GumbelTokenizer
 from peco_ds.models.peco_tokenizer import PecoTokenizer
 from peco_ds.models.vq import Codebook
-from peco_ds.models.weight_files import rename_tensors, size_of
+from peco_ds.models.weight_files import count_of, rename_tensors, size_of
 
 # Names of the layers inside a block, ours -> theirs; the others are the same.
 _INSIDE = {"shortcut": ("nin_shortcut",), "proj": ("proj_out",), "qkv": ("q", "k", "v")}
@@ -30,9 +30,7 @@ def read_vqgan(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tensor
     network = [name for name in expected if not name.startswith("codebook.")]
     state = rename_tensors(tensors, _names(network, settings) | {"codebook.codes": ("quantize.embedding.weight",)}, expected)
     codebook = Codebook.from_settings(settings)
-    for vectors in (codebook.codes, codebook.ema_sum):  # as if every code had been chosen once a step: training that goes on starts at these codes
-        vectors.copy_(state["codebook.codes"])
-    codebook.initialized.fill_(1.0)
+    codebook.start_at(state["codebook.codes"])
     return settings, state | {f"codebook.{name}": tensor for name, tensor in codebook.state_dict().items()}
 
 
@@ -49,7 +47,7 @@ def read_gumbel(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tenso
 
 def _settings(tensors: dict, kind: str, codes: str) -> TokenizerSettings:
     channels = size_of(tensors, "encoder.conv_in.weight", 0)
-    levels = _count(tensors, "encoder.down.{}.block.0.conv1.weight")
+    levels = count_of(tensors, "encoder.down.{}.block.0.conv1.weight", first=0)
     widths = [size_of(tensors, f"encoder.down.{level}.block.0.conv1.weight", 0) for level in range(levels)]
     if any(width % channels or width % 32 for width in [channels, *widths]):
         raise UserError(f"levels of {widths} channels are no multiples of 32 and of the first convolution's {channels}, so it is no VQGAN of taming-transformers")
@@ -57,7 +55,7 @@ def _settings(tensors: dict, kind: str, codes: str) -> TokenizerSettings:
         kind=kind,
         channels=channels,
         channel_mults=tuple(width // channels for width in widths),
-        blocks_per_level=_count(tensors, "encoder.down.0.block.{}.conv1.weight"),
+        blocks_per_level=count_of(tensors, "encoder.down.0.block.{}.conv1.weight", first=0),
         attention=True,
         z_channels=size_of(tensors, "encoder.conv_out.weight", 0),
         num_codes=size_of(tensors, codes, 0),
@@ -65,14 +63,6 @@ def _settings(tensors: dict, kind: str, codes: str) -> TokenizerSettings:
     )
     check_tokenizer_settings(settings)
     return settings
-
-
-def _count(tensors: dict, pattern: str) -> int:
-    """How many of pattern 0, 1, 2 ... are there, at least 1."""
-    number = 1
-    while pattern.format(number) in tensors:
-        number += 1
-    return number
 
 
 def _names(ours: list[str], settings: TokenizerSettings) -> dict[str, tuple[str, ...]]:

@@ -276,6 +276,12 @@ class Codebook(nn.Module):
             means = self._on_sphere(clusters[:, :-1] / count.clamp(min=1))
             fresh = self._on_sphere(self._draw(rows, self.num_codes, generator))
             self.codes.copy_(torch.where(count > 0, means, fresh))
+        self.start_at(self.codes)
+
+    @torch.no_grad()
+    def start_at(self, codes: torch.Tensor) -> None:
+        """Begin with these vectors [V, C], as if each had been chosen once a step."""
+        self.codes.copy_(codes)
         self.ema_count.fill_(1.0)
         self.ema_sum.copy_(self.codes)
         self.initialized.fill_(1.0)

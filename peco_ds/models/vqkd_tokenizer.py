@@ -142,12 +142,9 @@ def read_vqkd(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tensor]
     names = {name: (_their_name(name),) for name in expected if name == "codebook.codes" or not name.startswith("codebook.")}
     state = rename_tensors({name: tensor for name, tensor in released.items() if name not in UNUSED}, names, expected)
     # Codes are all that tokenizing needs. A training that went on from here would start its averages afresh, as after k-means.
-    state["codebook.ema_count"] = torch.ones(settings.num_codes)
-    state["codebook.ema_sum"] = state["codebook.codes"].clone()
-    state["codebook.initialized"] = torch.ones(())
-    state["codebook.num_updates"] = torch.zeros((), dtype=torch.int64)
-    state["codebook.step_rows"] = torch.tensor(float(settings.num_codes))
-    return settings, state
+    codebook = Codebook.from_settings(settings)
+    codebook.start_at(state["codebook.codes"])
+    return settings, state | {f"codebook.{name}": tensor for name, tensor in codebook.state_dict().items()}
 
 
 def _settings_of(released: dict[str, torch.Tensor]) -> TokenizerSettings:

@@ -147,6 +147,14 @@ def size_of(tensors: dict, name: str, dimension: int) -> int:
     return tensor.shape[dimension]
 
 
+def count_of(tensors: dict, pattern: str, *, first: int) -> int:
+    """How many of the names that `pattern` gives for first, first + 1 ... are there without a gap; at least 1, so that a missing first one is named by who asks for it."""
+    number = 1
+    while pattern.format(first + number) in tensors:
+        number += 1
+    return number
+
+
 def rename_tensors(tensors: dict, names: dict[str, tuple[str, ...]], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict in our names, float32, from a file's tensors, every one of which has its place.
 
