@@ -1136,8 +1136,8 @@ def test_a_checkpoint_whose_records_were_exchanged_with_their_hashes_is_refused(
 def test_what_a_checkpoints_pickle_names_is_told_without_running_it(tmp_path):
     """DeepSpeed's files hold classes of its own beside the tensors; any other name in them is not read."""
     assert foreign_classes(pickled({"a": torch.ones(2), "n": [1, "x"]}, tmp_path / "plain.pt")) == []
-    path = pickled({"a": torch.ones(2), "settings": TokenizerSettings(), "x": Payload(tmp_path / "ran")}, tmp_path / "objects.pt")
-    assert foreign_classes(path, frozenset({"peco_ds.config.TokenizerSettings"})) == ["io.open"]
+    path = pickled({"a": torch.ones(2), "settings": ViewSettings(), "x": Payload(tmp_path / "ran")}, tmp_path / "objects.pt")
+    assert foreign_classes(path, frozenset({"peco_ds.config.ViewSettings"})) == ["io.open"]
     for damaged in (cut_file(path, 0.5), put_bytes(tmp_path / "bare.pt", pickle.dumps({"x": Payload(tmp_path / "ran")}))):
         refused(lambda: foreign_classes(damaged), str(damaged), "not a readable weights file")
     assert not (tmp_path / "ran").exists()

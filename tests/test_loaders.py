@@ -265,6 +265,7 @@ def test_a_killed_worker_costs_no_batch_and_changes_none(tmp_path, caplog, num_w
         if len(taken) in (7, 40):
             victim = multiprocessing.active_children()[-1]
             os.kill(victim.pid, signal.SIGKILL)
+            Path(f"/dev/shm/torch_{victim.pid}_1_0").write_bytes(b"half made")  # as where the kill met it while it made a batch's shared memory
             time.sleep(0.05)  # the main thread is in its step when the worker dies: nothing may be raised here
     assert taken == list(range(60))
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]

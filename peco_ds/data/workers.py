@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -193,13 +194,21 @@ class _Workers:
             time.sleep(0.02)
 
     def close(self) -> None:
-        """No process is left."""
+        """No process is left, and nothing of theirs in shared memory."""
         self._batches = None  # torch ends the workers with their iterator
         for process in self._processes:
             process.join(0.1)
             if process.is_alive():
                 process.kill()
                 process.join()
+            if process.exitcode < 0:
+                _unlink_shared_memory_of(process.pid)
+
+
+def _unlink_shared_memory_of(pid: int) -> None:
+    """Files that torch names after their maker: one killed between the making of a file and its unlinking leaves it in memory until the next reboot."""
+    for file in Path("/dev/shm").glob(f"torch_{pid}_*"):
+        file.unlink(missing_ok=True)  # batches that were handed out are mapped, and stay
 
 
 def _in_main_thread() -> bool:
