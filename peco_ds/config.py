@@ -52,6 +52,7 @@ class ViewSettings:
 
     tokenizer_px: int = 224
     tokenizer_interpolation: Literal["bicubic", "lanczos"] = "bicubic"  # of the tokenizer's crop; BEiT's is Lanczos
+    tokenizer_precision: Literal["bf16", "fp32"] = "bf16"  # of the tokenizer's network when codes are computed; the search for the nearest code is fp32 always
     scale: tuple[float, float] = (0.08, 1.0)  # share of the picture's area
     ratio: tuple[float, float] = (0.75, 4.0 / 3.0)
     flip: float = 0.5
@@ -72,6 +73,7 @@ class ModelSettings:
     mlp_ratio: float = 4.0
     layer_scale: float = 0.1  # initial value on both residual branches
     drop_path: float = 0.1  # stochastic depth of the last block; linear from 0 at the first
+    drop_path_by: Literal["picture", "subset"] = "picture"  # picture: each by its own coin; subset: a fixed share of a pass's pictures, drawn anew for each branch, skips it and saves its cost
     init_std: float = 0.02  # truncated at one standard deviation, as BEiT
 
     @property
@@ -144,7 +146,9 @@ class RunSettings:
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     global_batch: int = 2048  # pictures an optimiser step, over all ranks
     micro_batch: int = 64  # pictures a forward pass, a rank; accumulation follows from it
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective: products and attention are kept, what lies between is computed again; full: whole blocks are
+    compile: Literal["auto", "blocks", "none"] = "auto"  # blocks: each transformer block by torch.compile; auto: blocks on a GPU, none on a CPU
+    layer_norm: Literal["torch", "apex"] = "torch"  # whose kernel
     log_every_steps: int = 20
     max_skipped_steps: int = 10  # of the last 128 steps; one is skipped for a loss or gradient that is not finite, or for a gradient spike
     spike_factor: float = 30.0  # a gradient norm above so many times the median of the last 128 is a spike; 0: none is

@@ -95,7 +95,9 @@ class ViewRecipe:
     flip: float
     color_jitter: float
     seed: _Count
-    tokenizer_interpolation: Literal["bicubic", "lanczos"] = "bicubic"  # sets that were made before there was a choice do not tell
+    # Sets that were made before there was a choice do not tell:
+    tokenizer_interpolation: Literal["bicubic", "lanczos"] = "bicubic"
+    tokenizer_precision: Literal["bf16", "fp32"] = "fp32"
 
 
 @dataclass(frozen=True, config=_strict)

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         num_views=views.count,
         topk=views.topk,
         topk_temperature=views.topk_temperature,
-        views=ViewRecipe(views.tokenizer_px, views.scale, views.ratio, views.flip, views.color_jitter, views.seed, views.tokenizer_interpolation),
+        views=ViewRecipe(views.tokenizer_px, views.scale, views.ratio, views.flip, views.color_jitter, views.seed, views.tokenizer_interpolation, views.tokenizer_precision),
         tokenizer_facts=card.extra,
     )
     num_shards = len(pictures.manifest.shards)

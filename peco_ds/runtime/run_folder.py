@@ -33,7 +33,7 @@ DEEPSPEED = "deepspeed.json"
 PROVENANCE = "provenance.json"
 
 # Settings that may differ between a run and its continuation. Paths are among them: what lies there is compared by fingerprint.
-_FREE = ("data.num_workers", "data.root", "data.images", "data.tokens", "data.tokenizer", "data.val_images", "data.verify", "data.max_bad_share", "run.log_every_steps", "run.micro_batch", "run.activation_checkpointing", "run.max_skipped_steps", "run.spike_factor", "run.hang_timeout_s", "schedule.stop_at_step", "checkpoint.", "evaluation.", "name")
+_FREE = ("data.num_workers", "data.root", "data.images", "data.tokens", "data.tokenizer", "data.val_images", "data.verify", "data.max_bad_share", "run.log_every_steps", "run.micro_batch", "run.activation_checkpointing", "run.compile", "run.layer_norm", "run.max_skipped_steps", "run.spike_factor", "run.hang_timeout_s", "schedule.stop_at_step", "checkpoint.", "evaluation.", "name")
 
 
 def open_run_folder(folder: Path, stage: str, resolved: Resolved, ds_config: dict, provenance: dict, world: World) -> None:
