@@ -603,6 +603,10 @@ def _check_training(recipe) -> None:
     _require(recipe.run.hang_timeout_s == 0 or recipe.run.hang_timeout_s >= 1, f"run.hang_timeout_s {recipe.run.hang_timeout_s}: seconds, at least 1, or 0 for no watchdog")
     _require(recipe.run.max_skipped_steps < 128, f"run.max_skipped_steps {recipe.run.max_skipped_steps}: of the last 128 steps, so below 128")
     _require(recipe.run.spike_factor == 0 or recipe.run.spike_factor > 1, f"run.spike_factor {recipe.run.spike_factor}: above 1, or 0 for none")
+    _require(
+        recipe.run.compile != "blocks" or recipe.run.layer_norm == "torch",
+        "run.compile blocks and run.layer_norm apex are both set: a compiled block fuses its own layer norm; set run.layer_norm=torch, or run.compile=none",
+    )
     _require(recipe.optim.lr > 0, f"optim.lr {recipe.optim.lr}: must be positive")
     _require(all(0 <= beta < 1 for beta in recipe.optim.betas), f"optim.betas {recipe.optim.betas}: each in [0, 1)")
     _require(schedule.epochs is None or schedule.steps is None, "schedule.epochs and schedule.steps are both set; a duration has one spelling, drop one")
@@ -697,6 +701,9 @@ def _check_probe(recipe: ProbeRecipe) -> None:
 
 
 def _check_tokenizer(recipe: TokenizerRecipe) -> None:
+    for name in ("activation_checkpointing", "compile"):
+        asked = getattr(recipe.run, name)
+        _require(asked in ("none", "auto"), f"run.{name} {asked}: is of transformers that are pre-trained or fine-tuned; a tokenizer is trained without, drop it")
     _require_at_least(1, recipe, "evaluation.max_images evaluation.grid_images")
     _require_at_least(0, recipe, "evaluation.every_steps")
     check_tokenizer_settings(recipe.tokenizer)

@@ -77,7 +77,7 @@ def train(args, resolved) -> int:
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.ema import WeightEma
     from peco_ds.runtime.engine import set_rate, start_engine
-    from peco_ds.runtime.optim import layer_scales
+    from peco_ds.runtime.optim import layer_scales, use_layer_norm
     from peco_ds.runtime.rank_log import log_to, stacks_path
     from peco_ds.runtime.run_folder import open_run_folder
     from peco_ds.runtime.run_weights import read_run
@@ -85,6 +85,7 @@ def train(args, resolved) -> int:
 
     cfg, run = resolved.recipe, resolved.recipe.run
     ds_config = read_deepspeed_json(args.deepspeed_config)  # bad input is refused before any rank joins another
+    use_layer_norm(run)
     pictures, held_out, classes = labelled_sets(data_path(cfg.data, cfg.data.images), data_path(cfg.data, cfg.data.val_images))
     TrainCrop(cfg.augment, cfg.model.image_px)  # a misspelt augment.auto_augment shows here
     durations = resolve_durations(cfg, pictures.num_samples)
@@ -92,7 +93,7 @@ def train(args, resolved) -> int:
     resumed = continues(cfg.checkpoint) and bool(list_checkpoints(args.out))
     weights = read_weights(cfg.init.weights, average=cfg.init.average, statistics=cfg.init.statistics, read_run=read_run) if cfg.init.weights and not resumed else None
     seed_all(run.seed)  # initial weights follow from the seed alone
-    model = build_classifier(cfg.model, cfg.classifier, len(classes), checkpoint_blocks=run.activation_checkpointing == "full")
+    model = build_classifier(cfg.model, cfg.classifier, len(classes), recompute=run.activation_checkpointing)
     fresh = start_classifier(model, weights, cfg.model, classes=classes, head=cfg.init.head) if weights else []
 
     world = start_world()

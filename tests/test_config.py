@@ -114,9 +114,14 @@ def test_a_value_out_of_range_names_its_key_and_value(recipe_file, override):
         assert number in message
 
 
-@pytest.mark.parametrize("override", ["tokenizer.channel_mults=[]", "tokenizer.channel_mults=[1,0]", "tokenizer.channels=0", "views.tokenizer_px=100", "tokenizer.num_codes=70000", "tokenizer.average=directions"])
+@pytest.mark.parametrize("override", ["tokenizer.channel_mults=[]", "tokenizer.channel_mults=[1,0]", "tokenizer.channels=0", "views.tokenizer_px=100", "tokenizer.num_codes=70000", "tokenizer.average=directions", "run.activation_checkpointing=full", "run.compile=blocks"])
 def test_tokenizer_values_out_of_range_are_refused(recipe_file, override):
     assert override.partition("=")[0] in refusal(load, recipe_file(""), "perceptual.weight=0", override, recipe_type=TokenizerRecipe)
+
+
+def test_compiled_blocks_with_apexs_layer_norm_are_refused(recipe_file):
+    message = refusal(load, recipe_file(""), "run.compile=blocks", "run.layer_norm=apex")
+    assert "run.layer_norm=torch" in message and "run.compile=none" in message
 
 
 def test_a_tokenizer_without_judge_must_be_asked_for(recipe_file):

@@ -5,11 +5,11 @@ import importlib.util
 import pytest
 import torch
 
-from peco_ds.config import ClassifierSettings, ModelSettings, OptimSettings
+from peco_ds.config import ClassifierSettings, ModelSettings, OptimSettings, RunSettings
 from peco_ds.errors import UserError
 from peco_ds.models.classifier import build_classifier
 from peco_ds.models.mim import MaskedImageModel
-from peco_ds.runtime.optim import build_optimizer, decay_groups, layer_scales, require_nvidia_apex
+from peco_ds.runtime.optim import build_optimizer, decay_groups, layer_scales, use_layer_norm
 
 
 def test_decay_groups_are_beits():
@@ -47,10 +47,14 @@ def test_the_optimiser_carries_the_recipes_numbers():
     assert all((group["lr"], group["betas"], group["eps"]) == (1e-3, (0.9, 0.98), 1e-6) for group in optimizer.param_groups)
 
 
-@pytest.mark.parametrize("installed, words", [({}, "apex is not installed"), ({"apex"}, "web toolkit of the same name"), ({"apex", "apex.optimizers"}, "without its CUDA extensions")])
-def test_a_missing_or_wrong_apex_is_explained(monkeypatch, installed, words):
+@pytest.mark.parametrize("installed, words", [({}, "apex is not installed"), ({"apex"}, "web toolkit of the same name"), ({"apex", "apex.optimizers", "apex.normalization"}, "without its CUDA extensions")])
+@pytest.mark.parametrize("setting, ask", [
+    ("optim.impl", lambda: build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], OptimSettings(impl="apex"), offloaded=False)),
+    ("run.layer_norm", lambda: use_layer_norm(RunSettings(layer_norm="apex"))),
+])
+def test_a_missing_or_wrong_apex_is_explained(monkeypatch, installed, words, setting, ask):
     spec = importlib.machinery.ModuleSpec("apex", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: spec if name in installed else None)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.9.10.dev0")
-    with pytest.raises(UserError, match=words):
-        require_nvidia_apex()
+    with pytest.raises(UserError, match=f"{setting} = 'apex'.*{words}.*{setting}=torch"):
+        ask()

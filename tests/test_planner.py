@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from timm.models import beit
+from torch.profiler import ProfilerActivity, profile
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from webdataset import TarWriter
@@ -37,7 +37,7 @@ from peco_ds.config import (
 )
 from peco_ds.models.mim import build_mim
 from peco_ds.models.tokenizers import build_tokenizer
-from peco_ds.models.vit import timm_arguments
+from peco_ds.models.vit import build_blocks, run_blocks, timm_arguments
 from peco_ds.objectives.hard_tokens import hard_tokens
 from peco_ds.planner.memory import STAGES, GpuMemory, checkpoint_bytes, gpu_memory, optimizer_bytes
 from peco_ds.planner.report import IMAGENET_1K_TRAIN, WORLD_SIZES, finetune_report, pretrain_report, token_bytes, tokenizer_report
@@ -150,16 +150,12 @@ def test_flops_of_the_tokenizer_are_those_a_counter_sees():
 # ---------------------------------------------------------------------------------------------- activations
 
 
-class FusedAttention:
-    """torch.nn.functional whose attention takes the CPU's fused kernel: it wants the bias in four dimensions."""
-
-    def __getattr__(self, name):
-        return getattr(F, name)
-
-    @staticmethod
-    def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0):
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask if attn_mask.ndim == 4 else attn_mask.unsqueeze(0), dropout_p=dropout_p)
+def bytes_allocated(call) -> int:
+    """Bytes that a call allocates and that are not freed while what it returns is held, in elements that recomputation keeps for itself too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        held = call()
+    assert held is not None
+    return sum(event.self_cpu_memory_usage for event in seen.key_averages())
 
 
 def bytes_kept(module: torch.nn.Module, call) -> int:
@@ -182,11 +178,10 @@ def bytes_kept(module: torch.nn.Module, call) -> int:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("layer_scale, variant", [(0.1, "plain"), (0.0, "plain"), (0.1, "aggregation"), (0.1, "visible")])
-def test_saved_activation_bytes_are_those_autograd_keeps(monkeypatch, precision, checkpointing, layer_scale, variant):
-    monkeypatch.setattr(beit, "F", FusedAttention())
+def test_saved_activation_bytes_are_those_autograd_keeps(precision, checkpointing, layer_scale, variant):
     batch, masked, codes = 16, 25, 512
     settings = replace(SMALL, layer_scale=layer_scale)
-    module = mim_of(settings, codes, variant, checkpoint_blocks=checkpointing == "full").to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    module = mim_of(settings, codes, variant, recompute=checkpointing).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     for name, parameter in module.named_parameters():
         if name.endswith("relative_position_bias_table"):
             parameter.requires_grad_(False)  # the CPU's fused kernel has no gradient for it
@@ -198,6 +193,19 @@ def test_saved_activation_bytes_are_those_autograd_keeps(monkeypatch, precision,
 
     predicted = mim_activation_bytes(settings, num_codes=codes, masked=masked, checkpointing=checkpointing, precision=precision, **VARIANTS[variant])
     assert predicted.saved * batch == pytest.approx(bytes_kept(module, call), rel=0.02)
+
+
+@pytest.mark.parametrize("layer_scale", [0.1, 0.0])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_bytes_of_blocks_under_every_checkpointing_are_those_a_profiler_sees(checkpointing, layer_scale):
+    settings, batch = replace(SMALL, layer_scale=layer_scale), 16
+    tokens = settings.grid**2 + 1
+    blocks = build_blocks(settings, recompute=checkpointing).train()
+    x, bias = torch.randn(batch, tokens, settings.width, requires_grad=True), torch.zeros(settings.heads, tokens, tokens)
+    run_blocks(blocks, x, bias)
+    sizes = dict(num_codes=64, masked=4, checkpointing=checkpointing, precision="fp32")
+    one_more = mim_activation_bytes(replace(settings, depth=settings.depth + 1), **sizes).saved - mim_activation_bytes(settings, **sizes).saved
+    assert one_more * batch * settings.depth == pytest.approx(bytes_allocated(lambda: run_blocks(blocks, x, bias)), rel=0.02)
 
 
 def test_saved_elements_of_the_tokenizer_are_those_autograd_keeps():
@@ -212,6 +220,8 @@ def test_checkpointing_keeps_less_and_grows_by_one_input_a_block():
     deep, shallow = SIZES["H/14"], replace(SIZES["H/14"], depth=31)
     full = mim_activation_bytes(deep, checkpointing="full", **sizes)
     assert full.total < mim_activation_bytes(deep, checkpointing="none", **sizes).total / 5
+    selective = mim_activation_bytes(deep, checkpointing="selective", **sizes)
+    assert full.total < selective.total < 0.7 * mim_activation_bytes(deep, checkpointing="none", **sizes).total
     assert full.total - mim_activation_bytes(shallow, checkpointing="full", **sizes).total == 257 * 1280 * 2
 
 

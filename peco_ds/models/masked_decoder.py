@@ -7,12 +7,11 @@ device picks, so a run that was stopped continues bit for bit.
 from __future__ import annotations
 
 import torch
-from timm.models.beit import RelativePositionBias
 from timm.layers import LayerNorm
 from torch import nn
 
 from peco_ds.config import EncodingSettings, ModelSettings
-from peco_ds.models.vit import TransformerBlock, init_projections, run_blocks, scale_by_depth, trunc_normal
+from peco_ds.models.vit import PositionBias, Recompute, TransformerBlock, init_projections, run_blocks, scale_by_depth, trunc_normal
 
 
 class MaskedDecoder(nn.Module):
@@ -22,24 +21,23 @@ class MaskedDecoder(nn.Module):
         but have neither layer scale nor stochastic depth, as MAE's; positions are relative, as the backbone's; initial values are BEiT's.
     """
 
-    def __init__(self, settings: ModelSettings, encoding: EncodingSettings, num_codes: int) -> None:
+    def __init__(self, settings: ModelSettings, encoding: EncodingSettings, num_codes: int, *, recompute: Recompute = "none") -> None:
         super().__init__()
         width, heads = encoding.decoder_width, encoding.decoder_heads
         self.embed = nn.Linear(settings.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.rel_pos_bias = RelativePositionBias((settings.grid, settings.grid), heads)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads, qkv_bias=True, mlp_ratio=settings.mlp_ratio) for _ in range(encoding.decoder_depth))
+        self.rel_pos_bias = PositionBias((settings.grid, settings.grid), heads)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, mlp_ratio=settings.mlp_ratio, recompute=recompute) for _ in range(encoding.decoder_depth))
         self.norm = LayerNorm(width, eps=1e-6)
         self.lm_head = nn.Linear(width, num_codes)
         init_projections(self, settings.init_std)
         trunc_normal(self.mask_token, settings.init_std)
         scale_by_depth(self.blocks)
 
-    def forward(self, encoded: torch.Tensor, order: torch.Tensor, masked: torch.Tensor, *, recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, encoded: torch.Tensor, order: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             encoded: [B, 1 + n, D] of class token and shown patches.  order: `shown_first`.  masked: int64 [B, M], n + M = N.
-            recompute: each block in the backward pass.
         Returns: logits [B, M, V] at `masked`, and the tokens [B, 1 + N, decoder width] after the norm.
         """
         x = self.embed(encoded)
@@ -47,7 +45,7 @@ class MaskedDecoder(nn.Module):
         patches = torch.cat([x[:, 1:], hidden], dim=1)
         back = order.argsort(dim=1).unsqueeze(-1).expand_as(patches)
         tokens = torch.cat([x[:, :1], patches.gather(1, back)], dim=1)
-        features = self.norm(run_blocks(self.blocks, tokens, self.rel_pos_bias(), recompute=recompute))
+        features = self.norm(run_blocks(self.blocks, tokens, self.rel_pos_bias()))
         return self.lm_head(tokens_at(features, masked)), features
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from peco_ds.config import AggregationSettings, EncodingSettings, ModelSettings
 from peco_ds.models.masked_decoder import MaskedDecoder, bias_at, shown_first, tokens_at
-from peco_ds.models.vit import TransformerBlock, build_backbone, run_blocks, scale_by_depth, trunc_normal
+from peco_ds.models.vit import Recompute, TransformerBlock, build_backbone, patches_of, run_blocks, scale_by_depth, trunc_normal, with_class_token
 
 
 class MimOutput(NamedTuple):
@@ -27,34 +27,33 @@ class MimOutput(NamedTuple):
 
 
 def build_mim(
-    model: ModelSettings, encoding: EncodingSettings, aggregation: AggregationSettings, num_codes: int, *, checkpoint_blocks: bool = False
+    model: ModelSettings, encoding: EncodingSettings, aggregation: AggregationSettings, num_codes: int, *, recompute: Recompute = "none"
 ) -> MaskedImageModel | VisibleImageModel:
     """The model that a recipe asks for: `forward(images_norm, masked) -> MimOutput`, `features(images_norm) -> [B, 1 + N, D]`.
 
     Args:
-        num_codes: V.  checkpoint_blocks: recompute each transformer block in the backward pass.
+        num_codes: V.  recompute: what of each transformer block is computed again in the backward pass.
     """
     if encoding.kind == "visible":
-        return VisibleImageModel(model, encoding, num_codes, checkpoint_blocks=checkpoint_blocks)
+        return VisibleImageModel(model, encoding, num_codes, recompute=recompute)
     if aggregation.early_block:
-        return AggregatingImageModel(model, aggregation, num_codes, checkpoint_blocks=checkpoint_blocks)
-    return MaskedImageModel(model, num_codes, checkpoint_blocks=checkpoint_blocks)
+        return AggregatingImageModel(model, aggregation, num_codes, recompute=recompute)
+    return MaskedImageModel(model, num_codes, recompute=recompute)
 
 
 class MaskedImageModel(nn.Module):
     """BEiT's pre-training model.
 
     Args:
-        settings: size of the backbone.  num_codes: V.  checkpoint_blocks: recompute each block in the backward pass.
+        settings: size of the backbone.  num_codes: V.  recompute: of each block in the backward pass.
     Source: BEiT (arXiv 2106.08254), released `modeling_pretrain.py`.
     """
 
-    def __init__(self, settings: ModelSettings, num_codes: int, *, checkpoint_blocks: bool = False) -> None:
+    def __init__(self, settings: ModelSettings, num_codes: int, *, recompute: Recompute = "none") -> None:
         super().__init__()
-        self.backbone = build_backbone(settings)
+        self.backbone = build_backbone(settings, recompute=recompute)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, settings.width))
         self.lm_head = nn.Linear(settings.width, num_codes)
-        self.checkpoint_blocks = checkpoint_blocks
         trunc_normal(self.mask_token, settings.init_std)
         trunc_normal(self.lm_head.weight, settings.init_std)
         nn.init.zeros_(self.lm_head.bias)
@@ -72,18 +71,15 @@ class MaskedImageModel(nn.Module):
     def features(self, images_norm: torch.Tensor, masked: torch.Tensor | None = None) -> torch.Tensor:
         """[B, 1 + N, D] after the final norm, with the patches of `masked` (none if None) hidden from the encoder."""
         tokens = self._embed(images_norm, masked)
-        return self.backbone.norm(self._run(self.backbone.blocks, tokens, self.backbone.rel_pos_bias()))
+        return self.backbone.norm(run_blocks(self.backbone.blocks, tokens, self.backbone.rel_pos_bias()))
 
     def _embed(self, images_norm: torch.Tensor, masked: torch.Tensor | None) -> torch.Tensor:
         """[B, 1 + N, D]: class token and patches, the hidden ones replaced by the mask token."""
-        patches = _patches(self.backbone, images_norm)
+        patches = patches_of(self.backbone, images_norm)
         if masked is not None:
             hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter_(1, masked, True)
             patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        return _with_class_token(self.backbone, patches)
-
-    def _run(self, blocks, tokens: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return run_blocks(blocks, tokens, bias, recompute=self.checkpoint_blocks and self.training)
+        return with_class_token(self.backbone, patches)
 
 
 class AggregatingImageModel(MaskedImageModel):
@@ -96,11 +92,11 @@ class AggregatingImageModel(MaskedImageModel):
         after BEiT's initialisation has run.
     """
 
-    def __init__(self, settings: ModelSettings, aggregation: AggregationSettings, num_codes: int, *, checkpoint_blocks: bool = False) -> None:
-        super().__init__(settings, num_codes, checkpoint_blocks=checkpoint_blocks)
+    def __init__(self, settings: ModelSettings, aggregation: AggregationSettings, num_codes: int, *, recompute: Recompute = "none") -> None:
+        super().__init__(settings, num_codes, recompute=recompute)
         first, self.early_block = aggregation.early_block, aggregation.early_block
         last_place = max(settings.depth, first + aggregation.blocks) - 1
-        sizes = dict(qkv_bias=True, mlp_ratio=settings.mlp_ratio, init_values=settings.layer_scale)
+        sizes = dict(mlp_ratio=settings.mlp_ratio, layer_scale=settings.layer_scale, drop_path_by=settings.drop_path_by, recompute=recompute)
         self.aggregation_blocks = nn.ModuleList(
             TransformerBlock(settings.width, settings.heads, drop_path=settings.drop_path * place / last_place, **sizes) for place in range(first, first + aggregation.blocks)
         )
@@ -110,9 +106,9 @@ class AggregatingImageModel(MaskedImageModel):
         """As `MaskedImageModel.forward`, with the second branch's logits."""
         backbone, bias = self.backbone, self.backbone.rel_pos_bias()
         blocks = list(backbone.blocks)
-        early = self._run(blocks[: self.early_block], self._embed(images_norm, masked), bias)
-        late = self._run(blocks[self.early_block :], early, bias)
-        second = self._run(self.aggregation_blocks, torch.cat([late[:, :1], early[:, 1:]], dim=1), bias)
+        early = run_blocks(blocks[: self.early_block], self._embed(images_norm, masked), bias)
+        late = run_blocks(blocks[self.early_block :], early, bias)
+        second = run_blocks(self.aggregation_blocks, torch.cat([late[:, :1], early[:, 1:]], dim=1), bias)
         features = backbone.norm(late)
         hidden = torch.cat([tokens_at(features, masked), backbone.norm(tokens_at(second, masked))])
         logits, aggregated_logits = self.lm_head(hidden).chunk(2)
@@ -128,11 +124,10 @@ class VisibleImageModel(nn.Module):
     Source: MAE (arXiv 2111.06377), section 3, with codes as targets.
     """
 
-    def __init__(self, settings: ModelSettings, encoding: EncodingSettings, num_codes: int, *, checkpoint_blocks: bool = False) -> None:
+    def __init__(self, settings: ModelSettings, encoding: EncodingSettings, num_codes: int, *, recompute: Recompute = "none") -> None:
         super().__init__()
-        self.backbone = build_backbone(settings)
-        self.decoder = MaskedDecoder(settings, encoding, num_codes)
-        self.checkpoint_blocks = checkpoint_blocks
+        self.backbone = build_backbone(settings, recompute=recompute)
+        self.decoder = MaskedDecoder(settings, encoding, num_codes, recompute=recompute)
 
     def forward(self, images_norm: torch.Tensor, masked: torch.Tensor) -> MimOutput:
         """
@@ -141,25 +136,17 @@ class VisibleImageModel(nn.Module):
             masked: int64 [B, M], M different hidden patches of each picture.
         Returns: logits and features of the decoder; D is its width.
         """
-        backbone, recompute = self.backbone, self.checkpoint_blocks and self.training
-        patches = _patches(backbone, images_norm)
+        backbone = self.backbone
+        patches = patches_of(backbone, images_norm)
         order = shown_first(masked, patches.shape[1])
         places = order[:, : patches.shape[1] - masked.shape[1]]
         shown = patches.gather(1, places.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
-        bias = bias_at(backbone.rel_pos_bias(), places)
-        encoded = backbone.norm(run_blocks(backbone.blocks, _with_class_token(backbone, shown), bias, recompute=recompute))
-        return MimOutput(*self.decoder(encoded, order, masked, recompute=recompute))
+        bias = bias_at(backbone.rel_pos_bias().to(shown.dtype), places)
+        encoded = backbone.norm(run_blocks(backbone.blocks, with_class_token(backbone, shown), bias))
+        return MimOutput(*self.decoder(encoded, order, masked))
 
     def features(self, images_norm: torch.Tensor) -> torch.Tensor:
         """[B, 1 + N, D] of the whole picture after the backbone's final norm."""
         backbone = self.backbone
-        tokens = _with_class_token(backbone, _patches(backbone, images_norm))
-        return backbone.norm(run_blocks(backbone.blocks, tokens, backbone.rel_pos_bias(), recompute=False))
-
-
-def _patches(backbone: Beit, images_norm: torch.Tensor) -> torch.Tensor:
-    return backbone.patch_embed(images_norm.to(backbone.cls_token.dtype))
-
-
-def _with_class_token(backbone: Beit, patches: torch.Tensor) -> torch.Tensor:
-    return torch.cat([backbone.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
+        tokens = with_class_token(backbone, patches_of(backbone, images_norm))
+        return backbone.norm(run_blocks(backbone.blocks, tokens, backbone.rel_pos_bias()))

@@ -1,31 +1,175 @@
-"""The backbone: timm's `Beit` with one relative position bias shared by all blocks, BEiT's initialisation.
+"""The backbone: timm's `Beit` by its parameters, with blocks of our own, and one relative position bias shared by all of them; BEiT's initialisation.
 
-Everything below the mask token is timm's own code, so a release for timm is a change of names. Sizes: B 768 x 12 x 12 heads, L 1024 x 24 x 16,
-H 1280 x 32 x 16 with patch 14.
+Parameters have timm's names and meaning, so a release for timm is a change of names. What differs is how a block computes: attention with a shared bias
+(`attention.py`), stochastic depth drawn outside so that one compiled graph serves all blocks, and recomputation inside. Sizes: B 768 x 12 x 12 heads,
+L 1024 x 24 x 16, H 1280 x 32 x 16 with patch 14.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
+from typing import Literal
 
 import torch
-from timm.models.beit import Beit, Block
+import torch.nn.functional as F
+from timm.layers import calculate_drop_path_rates
+from timm.models.beit import Beit, Block, RelativePositionBias
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from peco_ds.config import ModelSettings
+from peco_ds.models.attention import attend, biased_attention, bias_of_positions
 
-TransformerBlock = Block  # the unit that ZeRO-3 gathers at once
+Recompute = Literal["none", "selective", "full"]
 
 
-def build_backbone(settings: ModelSettings) -> Beit:
-    """A `Beit` without head that ends in its final norm: [B, 3, S, S] -> [B, 1 + N, D].
+class TransformerBlock(Block):
+    """timm's BEiT block by its parameters: x + gamma_1 attention(norm(x)), then x + gamma_2 mlp(norm(x)). The unit that ZeRO-3 gathers and torch.compile sees.
+
+    Args:
+        layer_scale: initial gammas; 0: none.  grid: patches a side, for a bias table of its own; None: it is given one.
+        drop_path, drop_path_by: stochastic depth, see `draw_paths`.
+        recompute: in the backward pass, "selective": all but the matrix products and attention, "full": all.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        layer_scale: float = 0.0,
+        grid: int | None = None,
+        drop_path: float = 0.0,
+        drop_path_by: Literal["picture", "subset"] = "picture",
+        recompute: Recompute = "none",
+    ) -> None:
+        super().__init__(width, heads, qkv_bias=True, mlp_ratio=mlp_ratio, init_values=layer_scale or None, window_size=(grid, grid) if grid else None)
+        self.drop_path, self.drop_path_by, self.recompute = drop_path, drop_path_by, recompute
+
+    def draw_paths(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What stochastic depth does to attention and MLP in this pass, in training; None where nothing.
+
+        "picture": factors [B, 1, 1], 0 with probability drop_path, else 1 / (1 - drop_path). "subset": int64 [n], the pictures that take the branch; n is
+        B (1 - drop_path), rounded, at least 1, so the share is exact in every pass and branch, and the others cost nothing; what comes out is multiplied by B / n.
+
+        Source: stochastic depth (arXiv 1603.09382); subsets: DINOv2 (arXiv 2304.07193), section 5.
+        """
+        if not self.training or not self.drop_path:
+            return None, None
+        if self.drop_path_by == "picture":
+            taken = torch.rand(2, len(x), 1, 1, device=x.device) >= self.drop_path
+            return (taken.to(x.dtype) / (1 - self.drop_path)).unbind(0)
+        pictures = max(1, round(len(x) * (1 - self.drop_path)))
+        if pictures == len(x):
+            return None, None
+        return torch.rand(2, len(x), device=x.device).argsort(dim=1)[:, :pictures].unbind(0)
+
+    def forward(
+        self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None, attention_path: torch.Tensor | None = None, mlp_path: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Tokens [B, T, D] -> the same.
+
+        Args:
+            shared_rel_pos_bias: [H, T, T], or one a picture [B, H, T, T]; not needed where the block has a table of its own.  attention_path, mlp_path: of `draw_paths`.
+        """
+        if self.recompute == "none" or not self.training:
+            return self._run(x, shared_rel_pos_bias, attention_path, mlp_path)
+        # Non-reentrant: the recomputed forward takes the same kernels as the first, so no loss changes. What is random was drawn before.
+        contexts = {"context_fn": _keep_products} if self.recompute == "selective" else {}
+        return checkpoint(self._run, x, shared_rel_pos_bias, attention_path, mlp_path, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+    def _run(self, x, bias, attention_path, mlp_path):
+        if self.attn.relative_position_bias_table is not None:
+            bias = bias_of_positions(self.attn.relative_position_bias_table, self.attn.relative_position_index)
+        x = _add(x, self._attention, attention_path, bias)
+        return _add(x, self._mlp, mlp_path, None)
+
+    def _attention(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        attn = self.attn
+        qkv = self._linear(self.norm1(x), attn.qkv.weight, torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias]))
+        out = self._linear(attend(qkv.unflatten(2, (3, attn.num_heads, -1)), bias), attn.proj.weight, attn.proj.bias)
+        return out if self.gamma_1 is None else self.gamma_1 * out
+
+    def _mlp(self, x: torch.Tensor, _bias) -> torch.Tensor:
+        mlp = self.mlp
+        hidden = mlp.act(self._linear(self.norm2(x), mlp.fc1.weight, mlp.fc1.bias))
+        out = self._linear(hidden, mlp.fc2.weight, mlp.fc2.bias)
+        return out if self.gamma_2 is None else self.gamma_2 * out
+
+    @property
+    def _linear(self):
+        # ZeRO-3 puts a function of its own in the place of F.linear, which saves the weight and not a view that would keep it gathered. That one adds the bias
+        # in place, to the very product that selective recomputation has kept, and would add it again. There nothing is saved, so the plain operator will do.
+        return torch.ops.aten.linear if self.recompute == "selective" else F.linear
+
+
+def _add(x: torch.Tensor, branch, path: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    """x + branch(x), under a path of `draw_paths`."""
+    if path is None:
+        return x + branch(x, bias)
+    if path.is_floating_point():
+        return x + path * branch(x, bias)
+    if bias is not None and bias.dim() == 4:
+        bias = bias[path]
+    out = branch(x[path], bias)
+    # No two rows go to one place, so the order in which a device adds them is all the same.
+    return x.index_add(0, path, (out * (len(x) / len(path))).to(x.dtype))
+
+
+_aten = torch.ops.aten
+_PRODUCTS = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    biased_attention._opoverload,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _policy(_context, operator, *_args, **_options) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_products = partial(create_selective_checkpoint_contexts, _policy)
+
+
+def build_blocks(settings: ModelSettings, *, own_bias: bool = False, recompute: Recompute = "none") -> nn.ModuleList:
+    """The backbone's blocks; stochastic depth grows linearly from 0 in the first to its rate in the last."""
+    return nn.ModuleList(
+        TransformerBlock(
+            settings.width,
+            settings.heads,
+            mlp_ratio=settings.mlp_ratio,
+            layer_scale=settings.layer_scale,
+            grid=settings.grid if own_bias else None,
+            drop_path=rate,
+            drop_path_by=settings.drop_path_by,
+            recompute=recompute,
+        )
+        for rate in calculate_drop_path_rates(settings.drop_path, settings.depth)
+    )
+
+
+class PositionBias(RelativePositionBias):
+    """timm's table by its parameter; [H, T, T] in float32 whatever the table's dtype, since all blocks add to its gradient."""
+
+    def forward(self) -> torch.Tensor:
+        return bias_of_positions(self.relative_position_bias_table, self.relative_position_index)
+
+
+def build_backbone(settings: ModelSettings, *, recompute: Recompute = "none") -> Beit:
+    """A `Beit` without head that ends in its final norm, to be run by `run_blocks`.
 
     Source: BEiT (arXiv 2106.08254) and its released `modeling_pretrain.py`: shared bias table, no absolute position embedding,
         q and v bias but no key bias, layer scale, LayerNorm eps 1e-6.
     """
-    backbone = Beit(**timm_arguments(settings))
+    backbone = Beit(**timm_arguments(settings) | {"depth": 0})
+    backbone.blocks, backbone.rel_pos_bias = build_blocks(settings, recompute=recompute), PositionBias((settings.grid, settings.grid), settings.heads)
     init_as_beit(backbone, settings.init_std)
     return backbone
 
@@ -89,13 +233,18 @@ def trunc_normal(tensor: torch.Tensor, std: float) -> None:
     nn.init.trunc_normal_(tensor, std=std, a=-std, b=std)
 
 
-def run_blocks(blocks: Iterable[Block], x: torch.Tensor, bias: torch.Tensor, *, recompute: bool) -> torch.Tensor:
-    """Tokens [B, T, D] through blocks that share a relative position bias.
-
-    Args:
-        bias: [H, T, T], or one a picture [B, H, T, T].  recompute: keep a block's input alone and run it again in the backward pass.
-    """
+def run_blocks(blocks: Iterable[TransformerBlock], x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Tokens [B, T, D] through blocks; `bias` as in `TransformerBlock.forward`."""
     for block in blocks:
-        # Non-reentrant: the recomputed forward takes the same kernels as the first, so no loss changes.
-        x = checkpoint(block, x, bias, use_reentrant=False) if recompute else block(x, shared_rel_pos_bias=bias)
+        x = block(x, bias, *block.draw_paths(x))
     return x
+
+
+def with_class_token(backbone: Beit, patches: torch.Tensor) -> torch.Tensor:
+    """[B, N, D] -> [B, 1 + N, D]."""
+    return torch.cat([backbone.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
+
+
+def patches_of(backbone: Beit, images_norm: torch.Tensor) -> torch.Tensor:
+    """Pictures [B, 3, S, S], cast to the parameters' dtype here -> [B, N, D]."""
+    return backbone.patch_embed(images_norm.to(backbone.cls_token.dtype))

@@ -178,10 +178,11 @@ def mim_activation_bytes(
     what an objective keeps beside the log-probabilities (soft targets are made some pictures at a time and not kept).
 
     Args:
-        checkpointing: "none", or "full": every block keeps its input alone and is recomputed in the backward pass.
+        checkpointing: "none"; "full": every block keeps its input alone and is recomputed in the backward pass; "selective": beside it what the four
+            matrix products and attention give, the rest is recomputed.
         precision: "bf16", "fp16" or "fp32".
     """
-    assert checkpointing in ("none", "full"), checkpointing
+    assert checkpointing in ("none", "selective", "full"), checkpointing
     element, tokens, scaled = ELEMENT_BYTES[precision], model.grid**2 + 1, bool(model.layer_scale)
     picture = IMAGE_CHANNELS * model.image_px**2 * element
     if encoding.kind == "visible":
@@ -201,8 +202,9 @@ def mim_activation_bytes(
         ends = picture + block.norm + second_branch + head
     if checkpointing == "none":
         return ActivationBytes(saved=ends + sum(depth * block.saved for depth, block in stacks), working=max(head_backward, *(block.backward for _, block in stacks)))
-    recomputed = max(block.saved + block.backward - block.input for _, block in stacks)
-    return ActivationBytes(saved=ends + sum(depth * block.input for depth, block in stacks), working=max(head_backward, recomputed))
+    kept = {"selective": _BlockActivations.products.fget, "full": _BlockActivations.input.fget}[checkpointing]
+    recomputed = max(block.saved + block.backward - kept(block) for _, block in stacks)
+    return ActivationBytes(saved=ends + sum(depth * kept(block) for depth, block in stacks), working=max(head_backward, recomputed))
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,11 @@ class _BlockActivations:
     @property
     def input(self) -> int:
         return self.tokens * self.width * self.element
+
+    @property
+    def products(self) -> int:
+        """Input; query, key and value; attention's output and log-sums; its projection; both layers of the MLP."""
+        return self.tokens * ((1 + 3 + 1 + 1 + 1) * self.width + self.hidden) * self.element + self.tokens * 4 * self.heads
 
     @property
     def norm(self) -> int:

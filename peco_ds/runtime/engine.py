@@ -37,7 +37,7 @@ def start_engine(
 
     Args:
         model: the same weights on every rank.  ds_config: merged with the recipe (`deepspeed_json.merge_deepspeed`).  source: its file, for messages.
-        leaf_modules: classes that ZeRO-3 gathers as one unit.  lr_scales: parameter-name prefix -> factor on the scheduled rate.
+        leaf_modules: classes that ZeRO-3 gathers as one unit, and torch.compile sees as one where run.compile asks for it.  lr_scales: parameter-name prefix -> factor on the scheduled rate.
     Raises: UserError if DeepSpeed refuses the config, or the device the precision.
     """
     if run.precision == "fp16" and not get_accelerator().is_fp16_supported():
@@ -49,11 +49,26 @@ def start_engine(
     optimizer = build_optimizer(decay_groups(model, optim.weight_decay, lr_scales), optim, offloaded=offloaded)
     check_deepspeed_config(ds_config, source)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    # DeepSpeed casts parameters and leaves buffers as they are; timm joins its key bias, a buffer of zeros, to the other two.
-    for module in engine.module.modules():
-        if getattr(module, "k_bias", None) is not None:
-            module.k_bias = module.k_bias.to(module.q_bias.dtype)
+    if compiles(run):
+        compile_each(engine.module, leaf_modules)
     return engine
+
+
+def compiles(run: RunSettings) -> bool:
+    """What run.compile comes to on this machine."""
+    return run.compile == "blocks" or (run.compile == "auto" and torch.cuda.is_available() and run.layer_norm == "torch")
+
+
+def compile_each(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> None:
+    """Compile the forward pass of every module of these classes, each by itself; they share the graphs.
+
+    ZeRO-3's hooks, which gather and free weights, lie around a module's forward pass and so outside of what is compiled. A graph that breaks would be slow
+    without a word: it is an error here.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # training, evaluation, the sizes of subsets
+    for module in model.modules():
+        if isinstance(module, classes):
+            module.forward = torch.compile(module.forward, fullgraph=True)
 
 
 def check_deepspeed_config(ds_config: dict, source: str | Path) -> None:

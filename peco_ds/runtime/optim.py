@@ -6,9 +6,10 @@ import importlib.metadata
 import importlib.util
 
 import torch
+from timm.layers import set_fast_norm
 from torch import nn
 
-from peco_ds.config import OptimSettings
+from peco_ds.config import OptimSettings, RunSettings
 from peco_ds.errors import UserError
 
 
@@ -62,23 +63,37 @@ def build_optimizer(groups: list[dict], settings: OptimSettings, *, offloaded: b
 
         return FusedAdam(groups, adam_w_mode=True, **arguments)
     if settings.impl == "apex":
-        require_nvidia_apex()
+        require_nvidia_apex("optim.impl", module="apex.optimizers", extension="amp_C")
         from apex.optimizers import FusedAdam
 
         return FusedAdam(groups, adam_w_mode=True, **arguments)
-    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **arguments)
+    return torch.optim.AdamW(groups, fused=True, **arguments)
 
 
-def require_nvidia_apex() -> None:
-    """Raises: UserError saying which `apex` is installed, if any, and where the right one comes from."""
-    remedy = "build NVIDIA's from a clone of github.com/NVIDIA/apex (APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .) or set optim.impl=torch"
+def use_layer_norm(run: RunSettings) -> None:
+    """Before a model is built: whose kernel its layer norms take, by timm's own switch.
+
+    Raises: UserError as `require_nvidia_apex`.
+    """
+    if run.layer_norm == "apex":
+        require_nvidia_apex("run.layer_norm", module="apex.normalization", extension="fused_layer_norm_cuda")
+        set_fast_norm(True)
+
+
+def require_nvidia_apex(setting: str, *, module: str, extension: str) -> None:
+    """Raises: UserError saying which `apex` is installed, if any, and where the right one comes from.
+
+    Args:
+        setting: that asks for it.  module, extension: the part of it that is needed, and that part's CUDA kernels.
+    """
+    remedy = f"build NVIDIA's from a clone of github.com/NVIDIA/apex (APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .) or set {setting}=torch"
     if importlib.util.find_spec("apex") is None:
-        raise UserError(f"optim.impl = 'apex': apex is not installed; {remedy}")
-    if importlib.util.find_spec("apex.optimizers") is None:
+        raise UserError(f"{setting} = 'apex': apex is not installed; {remedy}")
+    if importlib.util.find_spec(module) is None:
         try:
             version = importlib.metadata.version("apex")
         except importlib.metadata.PackageNotFoundError:
             version = "unknown"
-        raise UserError(f"optim.impl = 'apex': the installed apex {version} is PyPI's web toolkit of the same name; pip uninstall apex, then {remedy}")
-    if importlib.util.find_spec("amp_C") is None:
-        raise UserError(f"optim.impl = 'apex': apex was built without its CUDA extensions; {remedy}")
+        raise UserError(f"{setting} = 'apex': the installed apex {version} is PyPI's web toolkit of the same name; pip uninstall apex, then {remedy}")
+    if importlib.util.find_spec(extension) is None:
+        raise UserError(f"{setting} = 'apex': apex was built without its CUDA extensions; {remedy}")
