@@ -81,8 +81,10 @@ def train(args, resolved) -> int:
     from peco_ds.runtime.rank_log import log_to, stacks_path
     from peco_ds.runtime.run_folder import open_run_folder
     from peco_ds.runtime.run_weights import read_run
+    from peco_ds.runtime.timeline import START_UP
     from peco_ds.runtime.watchdog import LONG_S, Watchdog
 
+    START_UP.ends("imports")
     cfg, run = resolved.recipe, resolved.recipe.run
     ds_config = read_deepspeed_json(args.deepspeed_config)  # bad input is refused before any rank joins another
     use_layer_norm(run)
@@ -96,7 +98,9 @@ def train(args, resolved) -> int:
     model = build_classifier(cfg.model, cfg.classifier, len(classes), recompute=run.activation_checkpointing)
     fresh = start_classifier(model, weights, cfg.model, classes=classes, head=cfg.init.head) if weights else []
 
+    START_UP.ends("data")
     world = start_world()
+    START_UP.ends("ranks")
     first_sees = world.gather_objects(resumed)[0]  # one rank's view of a shared file system may lag behind another's
     world.agree("" if resumed == first_sees else f"{args.out}: rank {world.rank} does not see the checkpoints that rank 0 sees; start again in a minute")
     ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
@@ -111,6 +115,7 @@ def train(args, resolved) -> int:
     open_run_folder(args.out, "finetune", resolved, ds_config, provenance, world)
     log_to(args.out, world.rank)
     watchdog = Watchdog(run.hang_timeout_s, stacks_path(args.out, world.rank), rank=world.rank)
+    START_UP.ends("records")
     engine = start_engine(
         model,
         ds_config,
@@ -120,9 +125,11 @@ def train(args, resolved) -> int:
         leaf_modules=(TransformerBlock,),
         lr_scales=layer_scales(cfg.model.depth, cfg.classifier.layer_decay),
     )
+    START_UP.ends("engine")
     ema = WeightEma(engine, cfg.ema.decay) if cfg.ema.decay else None
     seed_all(run.seed + 1 + world.rank)  # stochastic depth differs between ranks; weights did not
     restored = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed, ema=ema)
+    START_UP.ends("checkpoint")
     first_step = restored.progress.step
 
     positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=durations.stop_step)

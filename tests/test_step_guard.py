@@ -17,8 +17,12 @@ def runs(small_sets, tmp_path_factory):
     """Two ranks, one pass a step; the fourth step's pass of rank 1 is spoilt. Folder and outcomes."""
     folder = tmp_path_factory.mktemp("guarded")
 
+    persistent = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
+    persistent["zero_optimization"]["stage3_param_persistence_threshold"] = 100000  # all weights of a small model stay gathered from step to step
+    (folder / "zero3_persistent.json").write_text(json.dumps(persistent))
+
     def case(name, zero, factor, *extra, passes=(3, 3)):
-        config = str(REPOSITORY / "ds_configs" / f"zero{zero}.json")
+        config = str((folder if zero == "3_persistent" else REPOSITORY / "ds_configs") / f"zero{zero}.json")
         arguments = ["--recipe", "peco_vitb16", "--deepspeed_config", config, "--out", str(folder / name), *small_sets.overrides, *extra]
         return {"stage": "pretrain", "name": name, "arguments": arguments, "spoilt": {"rank": 1, "passes": passes, "factor": factor} if factor else None}
 
@@ -26,6 +30,7 @@ def runs(small_sets, tmp_path_factory):
     cases += [case(f"bf16_zero{zero}", zero, NAN, "run.precision=bf16") for zero in STAGES]
     cases += [
         case("unclipped_zero0", 0, SPIKE, "optim.clip_norm=0"),
+        case("nan_zero3_persistent", "3_persistent", NAN),
         case("spike_taken", 3, SPIKE, "run.spike_factor=0"),
         case("for_good", 3, NAN, "run.max_skipped_steps=2", "checkpoint.every_steps=2", passes=(3, 99)),
     ]
@@ -35,7 +40,7 @@ def runs(small_sets, tmp_path_factory):
     return folder, dict(zip((case["name"] for case in cases), json.loads(listing.with_name(listing.name + ".codes").read_text())))
 
 
-@pytest.mark.parametrize("name", [f"{kind}_zero{zero}" for kind in ("nan", "spike", "bf16") for zero in STAGES] + ["unclipped_zero0"])
+@pytest.mark.parametrize("name", [f"{kind}_zero{zero}" for kind in ("nan", "spike", "bf16") for zero in STAGES] + ["unclipped_zero0", "nan_zero3_persistent"])
 def test_one_ranks_bad_batch_is_skipped_on_all_and_the_run_goes_on(runs, name):
     rows = read_metrics(runs[0] / name)
     assert runs[1][name] == 0 and [row["step"] for row in rows] == list(range(1, 11))

@@ -30,6 +30,12 @@ def wait_until(condition, what: str) -> None:
     raise AssertionError(what)
 
 
+def heed_signals() -> None:
+    """Tests may run under nohup or in a shell's background, where these are ignored, and so would be in what they start."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("launcher", "number", "code"), (([sys.executable], signal.SIGINT, 75), ([sys.executable], signal.SIGHUP, 75), (DEEPSPEED, signal.SIGTERM, None), (DEEPSPEED, signal.SIGKILL, None)))
 def test_a_run_saves_and_ends_in_good_order(small_sets, tmp_path, launcher, number, code):
     out = tmp_path / "run"
@@ -37,7 +43,7 @@ def test_a_run_saves_and_ends_in_good_order(small_sets, tmp_path, launcher, numb
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     with open(tmp_path / "log", "wb") as log:
         # of its own session: the signal is for the one process that a user knows the number of
-        process = subprocess.Popen([*map(str, command)], cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen([*map(str, command)], cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=heed_signals)
         try:
             wait_until(lambda: len(read_metrics(out)) > 3, "no step was trained")
             process.send_signal(number)

@@ -8,6 +8,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import nn
@@ -81,7 +82,7 @@ def check_deepspeed_config(ds_config: dict, source: str | Path) -> None:
     except ValidationError as error:  # some blocks are checked with pydantic
         first = error.errors()[0]
         raise UserError(f"{source}: {error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}; DeepSpeed {deepspeed.__version__} refuses it") from None
-    except (TypeError, AttributeError, ValueError, KeyError, AssertionError) as error:  # others by whatever breaks on them
+    except (DeepSpeedConfigError, TypeError, AttributeError, ValueError, KeyError, AssertionError) as error:  # others by whatever breaks on them
         raise UserError(f"{source}: DeepSpeed {deepspeed.__version__} refuses it: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
 
 
