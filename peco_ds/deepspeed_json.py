@@ -24,6 +24,8 @@ DEEPSPEED_KEYS = frozenset(
     wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
     zero_optimization""".split()
 )
+# Under zero_optimization; DeepSpeed 0.19.8 raises an exception of its own for them once all ranks are up.
+REMOVED_ZERO_KEYS = frozenset("mics_shard_size mics_hierarchical_params_gather zeropp_loco_param".split())
 # What stands under them. DeepSpeed reads most of them without looking, and meets another type in the middle of a run or never.
 _OBJECTS = frozenset(
     """activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger compile csv_monitor data_efficiency data_types
@@ -62,6 +64,9 @@ def read_deepspeed_json(path: str | Path) -> dict:
     zero = raw.get("zero_optimization", {})
     if not isinstance(zero, dict) or type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    removed = sorted(REMOVED_ZERO_KEYS & zero.keys())
+    if removed:
+        raise UserError(f"{path}: zero_optimization.{removed[0]}: DeepSpeed has removed it, 0.19.8 no longer trains with it; take the key out")
     for key in ("offload_optimizer", "offload_param"):
         if not isinstance(zero.get(key) or {}, dict):
             raise UserError(f"{path}: zero_optimization.{key} is {short(zero[key])}, DeepSpeed wants an object there")

@@ -68,31 +68,42 @@ def train(args, resolved) -> int:
     from peco_ds.runtime.checkpoint import restore
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import set_rate, start_engine
+    from peco_ds.runtime.optim import use_layer_norm
     from peco_ds.runtime.rank_log import log_to, stacks_path
     from peco_ds.runtime.run_folder import open_run_folder
+    from peco_ds.runtime.timeline import START_UP
     from peco_ds.runtime.token_source import open_tokens, token_provenance
     from peco_ds.runtime.watchdog import LONG_S, Watchdog
 
+    START_UP.ends("imports")
     cfg, run = resolved.recipe, resolved.recipe.run
     objective = build_objective(cfg.objective)
     ds_config = read_deepspeed_json(args.deepspeed_config)  # bad input is refused before any rank joins another
+    use_layer_norm(run)
     pictures = Pictures(data_path(cfg.data, cfg.data.images))
     fingerprint = pictures.manifest.fingerprint()
     durations = resolve_durations(cfg, pictures.num_samples)
 
+    START_UP.ends("data")
     world = start_world()
+    START_UP.ends("ranks")
     ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
     tokens = open_tokens(cfg, pictures, world, tokenizer_named="data.tokenizer" in resolved.sources)
+    START_UP.ends("data")
     provenance = {"images_fingerprint": fingerprint, "num_samples": pictures.num_samples, **token_provenance(cfg, tokens)}
     open_run_folder(args.out, "pretrain", resolved, ds_config, provenance, world)
     log_to(args.out, world.rank)
     watchdog = Watchdog(run.hang_timeout_s, stacks_path(args.out, world.rank), rank=world.rank)
+    START_UP.ends("records")
 
     seed_all(run.seed)  # initial weights follow from the seed alone, whatever was drawn while the data were opened
-    model = build_mim(cfg.model, cfg.encoding, cfg.aggregation, cfg.objective.num_codes, checkpoint_blocks=run.activation_checkpointing == "full")
+    model = build_mim(cfg.model, cfg.encoding, cfg.aggregation, cfg.objective.num_codes, recompute=run.activation_checkpointing)
+    START_UP.ends("model")
     engine = start_engine(model, ds_config, source=args.deepspeed_config, run=run, optim=cfg.optim, leaf_modules=(TransformerBlock,))
+    START_UP.ends("engine")
     seed_all(run.seed + 1 + world.rank)  # stochastic depth differs between ranks; weights did not
     restored = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed)
+    START_UP.ends("checkpoint")
     first_step = restored.progress.step
 
     positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=durations.stop_step)

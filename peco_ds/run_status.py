@@ -82,6 +82,7 @@ def run_lines(folder: Path, *, verify: bool = False, now: float | None = None) -
     lines = [f"{settings.get('stage', 'stage unknown')}, recipe {name}" + (_machine(starts[-1]) if starts else "")]
     lines += _progress(rows, starts, evaluations)
     lines += _state(rows, events, starts, now)
+    lines += _start_up(events, starts)
     lines += _checkpoints(folder / CHECKPOINTS, verify)
     troubles = [f"{rows[-1][name]} {text}" for name, text in (("skipped_steps", "steps skipped"), ("bad_pictures", "bad pictures")) if rows and rows[-1].get(name)]
     lines += [", ".join(troubles)] if troubles else []
@@ -157,6 +158,19 @@ def _state(rows: list[dict], events: list[dict], starts: list[dict], now: float)
     patience = max(QUIET_S[1], QUIET_ROWS * usual, QUIET_LONGEST * max(gaps)) if gaps else QUIET_S[0]
     word = "killed: its process is gone" if _is_gone(starts[-1]) else "STALE, killed or hung" if quiet > patience else "running"
     return [f"{word}: last heard of {clock(quiet)} ago" + (f" (a row every {usual:.1f} s)" if gaps else "") + f"; {counted}{job}{history}"]
+
+
+def _start_up(events: list[dict], starts: list[dict]) -> list[str]:
+    """What the last start spent its time on until its first step was done."""
+    startup_s = _number(starts[-1], "startup_s") if starts else None
+    if startup_s is None:
+        return []
+    phases = starts[-1].get("phases_s")
+    parts = [f"{name} {spent:.1f} s" for name in (phases if isinstance(phases, dict) else {}) if (spent := _number(phases, name)) is not None and spent >= 0.05]
+    line = f"start-up {startup_s:.1f} s" + (f" ({', '.join(parts)})" if parts else "")
+    first = [event for event in events if event.get("event") == "first_step" and event.get("start") == starts[-1].get("start")]
+    known = [f"{words} {spent:.1f} s" for words, name in (("first batch", "batch_s"), ("first step", "step_s")) if first and (spent := _number(first[-1], name)) is not None]
+    return ["; ".join([line, ", ".join(known)]) if known else line]
 
 
 def _is_gone(start: dict) -> bool:

@@ -61,12 +61,16 @@ def train(args, resolved) -> int:
     from peco_ds.runtime.codebook_init import init_codebook
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import set_rate, start_engine
+    from peco_ds.runtime.optim import use_layer_norm
     from peco_ds.runtime.rank_log import log_to, stacks_path
     from peco_ds.runtime.run_folder import open_run_folder
+    from peco_ds.runtime.timeline import START_UP
     from peco_ds.runtime.watchdog import LONG_S, Watchdog
 
+    START_UP.ends("imports")
     cfg, run = resolved.recipe, resolved.recipe.run
     ds_config = read_deepspeed_json(args.deepspeed_config)  # bad input is refused before any rank joins another
+    use_layer_norm(run)
     pictures = Pictures(data_path(cfg.data, cfg.data.images))
     fingerprint = pictures.manifest.fingerprint()
     order = training_order(pictures, cfg.data, run.seed)
@@ -74,7 +78,9 @@ def train(args, resolved) -> int:
     frozen = load_frozen_net(cfg)
     held_out = held_out_pictures(pictures, cfg.data, cfg.evaluation.max_images, cfg.views.tokenizer_px)
 
+    START_UP.ends("data")
     world = start_world()
+    START_UP.ends("ranks")
     ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
     judged = {"judge": frozen.description, "judge_licence": frozen.licence} if frozen else {"judge": "none"}
     provenance = {"images_fingerprint": fingerprint, "num_samples": order.num_samples, **judged}
@@ -86,15 +92,19 @@ def train(args, resolved) -> int:
         positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=last_step)
         return crop_batches(pictures, order, positions, data=cfg.data, views=cfg.views, device=world.device, bad=bad)
 
+    START_UP.ends("records")
     seed_all(run.seed)  # initial weights follow from the seed alone, whatever was drawn while the data were opened
     tokenizer = build_tokenizer(cfg.tokenizer, seed=run.seed).to(world.device)
     resumed = continues(cfg.checkpoint) and any(world.gather_objects(bool(list_checkpoints(args.out))))
     if cfg.tokenizer.kmeans_iters and not resumed:
         init_codebook(tokenizer, (batch.images_11 for batch in crops(0, sys.maxsize)), cfg.tokenizer, run.seed, world)
     model = with_critic(tokenizer, cfg.adversarial).to(world.device)
+    START_UP.ends("model")
     engine = start_engine(model, ds_config, source=args.deepspeed_config, run=run, optim=cfg.optim, lr_scales={"critic.": cfg.adversarial.lr / cfg.optim.lr})
+    START_UP.ends("engine")
     seed_all(run.seed + 1 + world.rank)
     restored = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed)
+    START_UP.ends("checkpoint")
     first_step = restored.progress.step
 
     frozen = frozen.to(world.device) if frozen else None

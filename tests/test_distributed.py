@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -36,3 +38,23 @@ def test_a_plain_start_inside_a_batch_script_is_one_process(environment):
 def test_what_torchrun_or_deepspeed_wrote_is_left_alone(environment):
     env = environment(**SLURM, SLURM_STEP_ID="0", RANK="3", LOCAL_RANK="3", WORLD_SIZE="4", MASTER_ADDR="a", MASTER_PORT="1")
     assert (env["RANK"], env["WORLD_SIZE"], env["MASTER_PORT"]) == ("3", "4", "1")
+
+
+def test_a_start_that_compiles_nothing_does_not_load_the_compiler_and_one_that_compiles_still_can():
+    code = """
+import os, sys
+import peco_ds.runtime.distributed
+import torch
+from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
+import deepspeed.comm
+deepspeed.comm.get_rank = lambda: 1
+assert is_zero_supported_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+assert "torch._inductor.compile_fx" not in sys.modules and "TORCHDYNAMO_DISABLE" not in os.environ
+compiled = torch.compile(lambda x: x + 1, backend="eager")
+assert compiled(torch.zeros(1)).item() == 1
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+"""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    environment.pop("TORCHDYNAMO_DISABLE", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -65,6 +65,28 @@ def reloaded(state: dict) -> dict:
     return torch.load(file, weights_only=True)
 
 
+def test_the_first_step_of_a_start_tells_apart_waiting_for_its_pictures_and_computing(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("peco_ds.runtime.metrics.time.perf_counter", lambda: now[0])
+
+    def batches():
+        while True:
+            now[0] += 2.0
+            yield None
+
+    found = meter(tmp_path)
+    with found.paused("evaluation"):
+        now[0] += 100.0  # before the first batch is asked for: no part of the step
+    given = batches()
+    for done in (1, 2):
+        for _ in range(2):
+            found.next(given)
+            now[0] += 30.0
+        found.close_step(done, Engine(), 1e-3)
+    (event,) = [row for row in read_rows(tmp_path / STARTS_FILE)[0] if row["event"] == "first_step"]
+    assert (event["start"], event["batch_s"], event["step_s"]) == (1, 4.0, 60.0)
+
+
 def test_a_row_has_the_means_since_the_row_before(tmp_path):
     train(meter(tmp_path), range(1, 21))
     first, second = read_metrics(tmp_path)

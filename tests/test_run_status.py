@@ -116,6 +116,14 @@ def test_older_unfinished_and_set_aside_checkpoints_are_counted(run_folder):
     assert "further checkpoints: 1 older, step_00000120 being written, or left over, 1 set aside" in text
 
 
+def test_what_a_start_took_its_time_for_is_said_by_phase(run_folder):
+    started = {"event": "start", "start": 3, "time": NOW, "startup_s": 61.0, "phases_s": {"imports": 9.5, "checkpoint": 0.01, "model": 51.0}}
+    append(run_folder / "starts.jsonl", started)
+    assert "start-up 61.0 s (imports 9.5 s, model 51.0 s)" in run_lines(run_folder, now=NOW + 70)
+    append(run_folder / "starts.jsonl", {"event": "first_step", "start": 3, "up_s": 70.0, "batch_s": 1.5, "step_s": 7.5})
+    assert "start-up 61.0 s (imports 9.5 s, model 51.0 s); first batch 1.5 s, first step 7.5 s" in run_lines(run_folder, now=NOW + 70)
+
+
 JUNK = [b"", b"\xff\x00\xfe", b"[1, 2", b"[" * 50_000, b"{}", b"null", b'{"step": {}, "files": 3, "recipe": 7, "shards": 1}', b'{"event": "start", "start": []}\n', b"!!python/object:os.system x"]
 
 

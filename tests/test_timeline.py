@@ -16,6 +16,7 @@ from peco_ds.errors import UserError
 from peco_ds.runtime.timeline import (
     METRICS_FILE,
     STARTS_FILE,
+    StartUp,
     append_row,
     drop_redone_steps,
     drop_rows_after,
@@ -127,7 +128,7 @@ def test_a_clock_that_jumps_during_or_between_starts_makes_no_time_negative(tmp_
 
 JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2))
 NAMES = ("event", "start", "time", "startup_s", "up_s", "step", "step_s", "data_wait_s", "save_s", "evaluation_s", "open_s", "open_wait_s", "open_steps")
-EVENTS = st.sampled_from(["start", "end", "dropped", "continued"])
+EVENTS = st.sampled_from(["start", "end", "dropped", "continued", "first_step"])
 
 
 @given(st.lists(st.dictionaries(st.sampled_from(NAMES), JUNK | EVENTS, max_size=8), max_size=6), st.lists(st.dictionaries(st.sampled_from(NAMES), JUNK, max_size=8), max_size=6))
@@ -156,6 +157,21 @@ def test_starts_are_numbered_on_and_say_what_started_where(tmp_path, monkeypatch
     assert first["command"] == "pretrain.py --out 'my run'"
     assert (second["ranks"], second["zero_stage"], second["checkpoint"], second["step"]) == (4, 0, "step_00000030", 30)
     assert 0 < first["startup_s"] < 3600 and process_age_s() > 0
+
+
+def test_the_phases_of_a_start_add_up_to_the_age_of_its_process_and_a_phase_that_comes_twice_is_one(monkeypatch):
+    ages = iter([3.0, 5.0, 9.5, 10.0])
+    monkeypatch.setattr("peco_ds.runtime.timeline.process_age_s", lambda: next(ages))
+    start_up = StartUp()
+    for phase in ("imports", "data", "model", "data"):
+        start_up.ends(phase)
+    assert start_up.seconds() == {"imports": 3.0, "data": 2.5, "model": 4.5}
+
+
+def test_a_start_killed_after_its_first_step_is_known_to_have_been_up_until_then(tmp_path):
+    write(tmp_path / STARTS_FILE, start(1, 1000), {"event": "first_step", "start": 1, "up_s": 25.0, "batch_s": 1.0, "step_s": 14.0}, start(2, 1030))
+    found = goodput(tmp_path)
+    assert (found.startup_s, found.lost_s, found.restart_s) == (10, 15, 15)
 
 
 def test_reading_a_run_folder_imports_no_torch():

@@ -33,6 +33,25 @@ logger = logging.getLogger("peco_ds")
 COLLECTIVE_TIMEOUT_H = 2
 
 
+def import_muon_uncompiled() -> None:
+    """Given any optimiser, DeepSpeed imports its Muon to compare the two, and Muon hands its functions to torch.compile at once, which loads all of torch's compiler:
+    seconds of every start, also of one that compiles nothing. Runs are trained with AdamW alone, so Muon's functions may as well stay as they are."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    except ImportError:  # of a release without it
+        pass
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+import_muon_uncompiled()
+
+
 class Launcher:
     """The `deepspeed` or `torchrun` that started this rank. A rank whose launcher was killed has nobody left who would tell it to stop."""
 

@@ -91,6 +91,9 @@ class Meter:
         self._done = first_step
         self._counters = counters or {}
         self._paused_since: float | None = None
+        self._first_step_from: float | None = None  # when this start asked for its first batch
+        self._first_waited_s = 0.0
+        self._first_is_done = False
         self._discard_step()
         self._reset()
         self._file = self._tensorboard = None
@@ -133,7 +136,11 @@ class Meter:
         """The next batch; the time the loop stands still for it is counted."""
         before = time.perf_counter()
         batch = next(batches)
-        self._data_wait_s += time.perf_counter() - before
+        waited = time.perf_counter() - before
+        self._data_wait_s += waited
+        if not self._first_is_done:
+            self._first_step_from = before if self._first_step_from is None else self._first_step_from
+            self._first_waited_s += waited
         return batch
 
     def add(self, loss: torch.Tensor, stats: dict[str, torch.Tensor]) -> None:
@@ -159,6 +166,8 @@ class Meter:
         self._discard_step()
         self._steps += 1
         self._done = done
+        if not self._first_is_done:
+            self._record_first_step()
         if done % self._run.log_every_steps and done != self._durations.stop_step:
             return
         means, counts = self._means()
@@ -176,6 +185,16 @@ class Meter:
             self.scalars(row, done)
             self.scalars({f"goodput/{name}": share for name, share in self._account.goodput().shares().items()}, done)
             self._progress_line(row)
+
+    def _record_first_step(self) -> None:
+        """Which may compile: users want to know why a start takes long."""
+        self._first_is_done = True
+        if self._file is not None and self._first_step_from is not None:
+            spent = time.perf_counter() - self._first_step_from
+            event = {"event": "first_step", "start": self._start, "up_s": round(self._up_s(), 3)}
+            event |= {"batch_s": round(self._first_waited_s, 3), "step_s": round(spent - self._first_waited_s, 3)}
+            append_row(self._run_folder / STARTS_FILE, event)
+            self._account.event(event)
 
     def _means(self) -> tuple[dict[str, float | None], dict[str, int]]:
         """Means of the window and counters, over all ranks. Collective."""

@@ -1,7 +1,9 @@
 """What a run folder tells about time: rows of metrics and evaluation, starts and ends, goodput. No torch, so that reading answers at once.
 
 `starts.jsonl` is only ever appended to, by rank 0. Its rows:
-    start    number from 1, unix time at which the process began, seconds until the first step, host, ranks, step resumed at, Slurm's job, command
+    start    number from 1, unix time at which the process began, seconds until the first step and which phase took how many of them, host, ranks, step
+             resumed at, Slurm's job, command
+    first_step  its first optimiser step in this start is done: seconds waited for its pictures, seconds of the step itself, compilation included
     dropped  a start whose last rows left metrics.jsonl because their steps are done again, and how long it was up by then
     continued  a start whose last checkpoint holds steps that were in no row yet, and how long it was up by then
     end      how a start ended by itself; a start without one was killed, or still runs
@@ -169,6 +171,26 @@ def process_age_s() -> float:
         return 0.0
 
 
+class StartUp:
+    """Seconds of a process by phase, from its beginning to its first step, in the order in which the phases came."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+        self._until_s = 0.0  # age of the process at the end of the last phase
+
+    def ends(self, phase: str) -> None:
+        """What was done since the last phase ended is called `phase`; what has the same name is added up."""
+        now_s = process_age_s()
+        self._spent[phase] = self._spent.get(phase, 0.0) + max(0.0, now_s - self._until_s)
+        self._until_s = now_s
+
+    def seconds(self) -> dict[str, float]:
+        return {phase: round(spent, 2) for phase, spent in self._spent.items()}
+
+
+START_UP = StartUp()  # a process starts once
+
+
 def record_start(run_folder: Path, *, ranks: int, step: int, total_steps: int, stop_step: int) -> int:
     """Append the row of a start that is about to make its first step.
 
@@ -178,6 +200,7 @@ def record_start(run_folder: Path, *, ranks: int, step: int, total_steps: int, s
     """
     starts = [row for row in read_rows(run_folder / STARTS_FILE)[0] if row.get("event") == "start"]
     number = 1 + max((_count(row, "start") for row in starts), default=0)
+    START_UP.ends("records")
     startup_s = process_age_s()
     zero = _read_object(run_folder / "deepspeed.json").get("zero_optimization")
     row = {
@@ -185,6 +208,7 @@ def record_start(run_folder: Path, *, ranks: int, step: int, total_steps: int, s
         "start": number,
         "time": round(time.time() - startup_s, 3),
         "startup_s": round(startup_s, 3),
+        "phases_s": START_UP.seconds(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "ranks": ranks,
@@ -258,7 +282,7 @@ class Account:
         if row.get("event") == "start":
             self._began[number], self._startup[number] = _seconds(row, "time"), _seconds(row, "startup_s")
             self._is_up(number, self._startup[number])
-        elif row.get("event") in ("dropped", "continued", "end"):
+        elif row.get("event") in ("dropped", "continued", "first_step", "end"):
             self._is_up(number, _seconds(row, "up_s"))
         if row.get("event") == "end":
             self._open = row
