@@ -506,7 +506,7 @@ def test_a_damaged_manifest_of_tokens_is_refused(manifests, how):
     change, words = (ANY_MANIFEST | OF_TOKENS)[how]
     images = Pictures(manifests / "images").manifest
     written(manifests / "tokens" / "manifest.json", change)
-    views = ViewSettings(tokenizer_px=32, scale=(0.2, 1.0), ratio=(0.75, 1.3), count=2)
+    views = ViewSettings(tokenizer_px=32, tokenizer_precision="fp32", scale=(0.2, 1.0), ratio=(0.75, 1.3), count=2)
     refused(lambda: TokenSet(manifests / "tokens", images, num_codes=64, grid=4, views=views), str(manifests / "tokens" / "manifest.json"), words)
 
 
@@ -625,7 +625,7 @@ def token_set(folder: Path, members: list[tuple[str, bytes]], *, key: str = "a",
     views = ViewRecipe(32, (0.2, 1.0), (0.75, 4 / 3), 0.5, 0.4, 0)
     manifest = TokenManifest([shard], 1, images.fingerprint(), {"a.tar": images.shards[0].sha256}, tokenizer, 64, (4, 4), 2, views, topk)
     write_manifest(folder / "tokens", manifest)
-    return pictures, TokenSet(folder / "tokens", images, num_codes=64, grid=4, views=ViewSettings(tokenizer_px=32, scale=(0.2, 1.0), count=2, topk=topk))
+    return pictures, TokenSet(folder / "tokens", images, num_codes=64, grid=4, views=ViewSettings(tokenizer_px=32, tokenizer_precision="fp32", scale=(0.2, 1.0), count=2, topk=topk))
 
 
 @pytest.mark.parametrize("how", [*RECORDS, *SOFT_RECORDS])
@@ -670,7 +670,7 @@ def test_a_view_that_is_not_in_its_picture_stops_the_run(photograph, tmp_path):
 
 
 def tokens_views() -> ViewSettings:
-    return ViewSettings(tokenizer_px=32, scale=(0.2, 1.0), count=2)
+    return ViewSettings(tokenizer_px=32, tokenizer_precision="fp32", scale=(0.2, 1.0), count=2)
 
 
 # ---------------------------------------------------------------------------------------------- recipes and DeepSpeed's JSON
@@ -1152,7 +1152,7 @@ def test_the_entries_of_the_stages_answer_damaged_sets_in_one_line(photograph, t
 
     shutil.copytree(tokenizer_release, tmp_path / "tokenizer")
     token_set(tmp_path, [("codes.npy", CODES), ("views.npy", ROWS)], picture=saved(photograph, "PNG"), tokenizer=load_tokenizer(tokenizer_release)[1].fingerprint)
-    sizes = "model.image_px=32 model.patch_px=8 model.width=24 model.heads=3 mask.count=4 mask.min_block=2 objective.num_codes=64 views.tokenizer_px=32 views.scale=[0.2,1.0] views.count=2"
+    sizes = "model.image_px=32 model.patch_px=8 model.width=24 model.heads=3 mask.count=4 mask.min_block=2 objective.num_codes=64 views.tokenizer_px=32 views.tokenizer_precision=fp32 views.scale=[0.2,1.0] views.count=2"
     length = "schedule.epochs=null schedule.steps=4 schedule.warmup_epochs=null checkpoint.every_epochs=null run.global_batch=4 run.micro_batch=4"
     overrides = [f"data.root={tmp_path}", "data.images=images", "data.tokens=tokens", *sizes.split(), *length.split(), "--dry_run"]
     assert pretrain.main(["--recipe", "peco_vitb16", *overrides]) == 0

@@ -77,7 +77,8 @@ def test_the_native_path_is_the_one_ordinary_jpegs_take(real_data, monkeypatch):
 @pytest.fixture
 def decode_by_pillow_alone(monkeypatch) -> ModuleType:
     """The module as it loads where torchvision has no decoder any more."""
-    monkeypatch.delattr(torchvision.io, "decode_jpeg", raising=False)
+    for name in ("decode_jpeg", "ImageReadMode"):
+        monkeypatch.delattr(torchvision.io, name, raising=False)
     spec = importlib.util.spec_from_file_location("decode_by_pillow_alone", decode.__file__)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
@@ -266,3 +267,21 @@ def test_damaged_bytes_decode_or_raise_decode_error_and_nothing_else(real_data, 
         assert decode_rgb(bytes(damaged)).shape[0] == 3
     except DecodeError as error:
         assert "\n" not in str(error) and "0x" not in str(error)
+
+
+def test_a_sequential_jpeg_with_a_second_scan_of_all_channels_is_refused_at_once(photograph):
+    data = encoded(photograph.resize((960, 640)), "JPEG")
+    scan = data.rindex(b"\xff\xda")
+    with pytest.raises(DecodeError):
+        decode_rgb(data[:scan] + data[scan:-2] * 300 + b"\xff\xd9")
+
+
+def test_a_sequential_jpeg_of_a_scan_a_channel_is_read():
+    """Written from the specification, as Pillow writes none: 8 x 8 pixels of one value a channel, three scans."""
+    table = bytes([0xFF, 0xDB, 0, 67, 0]) + bytes([1] * 64)
+    frame = bytes([0xFF, 0xC0, 0, 17, 8, 0, 8, 0, 8, 3, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0])
+    # One code of one bit in both tables: DC category 0 (the value stays 0) and AC end of block.
+    codes = b"".join(bytes([0xFF, 0xC4, 0, 20, kind, 1]) + bytes(15) + bytes([0]) for kind in (0x00, 0x10))
+    scans = b"".join(bytes([0xFF, 0xDA, 0, 8, 1, channel, 0, 0, 63, 0, 0x3F]) for channel in (1, 2, 3))
+    pixels = pixels_of(b"\xff\xd8" + table + frame + codes + scans + b"\xff\xd9")
+    assert pixels.shape == (8, 8, 3) and (pixels == 128).all()

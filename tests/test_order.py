@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from peco_ds.config import RunSettings
-from peco_ds.data.order import Cursor, SampleOrder, rank_positions, view_at
+from peco_ds.data.order import Cursor, SampleOrder, generator, rank_positions, uniform, view_at
 from peco_ds.errors import UserError
 
 SIZES = np.array([7, 1, 12, 5, 9, 3])
@@ -68,3 +68,10 @@ def test_a_cursor_of_other_pictures_or_another_seed_is_refused():
 def test_an_empty_set_is_refused():
     with pytest.raises(UserError, match="no sample"):
         SampleOrder(np.array([0, 0]), 0, 1)
+
+
+def test_a_uniform_number_is_the_generators_own():
+    ours, numpys = generator(3, 1, 4), generator(3, 1, 4)
+    for low, high in [(0.08, 1.0), (16, 75), (-1.2, 1.2), (5, 5)] * 50:
+        assert uniform(ours, low, high) == pytest.approx(numpys.uniform(low, high), rel=1e-15, abs=1e-15)
+    assert ours.integers(1 << 30) == numpys.integers(1 << 30), "both have drawn the same words"

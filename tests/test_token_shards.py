@@ -18,7 +18,7 @@ from peco_ds.models.tokenizers import read_card
 from peco_ds.schema import VIEW_COLUMNS, TokenManifest, ViewRecipe, read_manifest
 
 
-VIEWS = ViewSettings(tokenizer_px=32, scale=(0.2, 1.0), count=3)  # as conftest.SMALL_VIT tokenizes
+VIEWS = ViewSettings(tokenizer_px=32, tokenizer_precision="fp32", scale=(0.2, 1.0), count=3)  # as conftest.SMALL_VIT tokenizes
 
 
 @pytest.fixture
@@ -172,3 +172,13 @@ def test_soft_codes_are_stored_with_their_mass(small_sets, tmp_path):
     with pytest.raises(UserError, match="soft codes of temperature 1.0, the recipe has views.topk_temperature 4.0"):
         open_set(tmp_path / "soft", images, views=dataclasses.replace(VIEWS, count=1, topk=8, topk_temperature=4.0))
     open_set(tmp_path / "soft", images, views=dataclasses.replace(VIEWS, count=1, topk_temperature=4.0))  # hard codes alone know no temperature
+
+
+def test_one_view_of_a_record_is_what_the_whole_record_holds(small_sets, copied, images):
+    tokens = open_set(copied, images)
+    for sample in (0, 50):
+        whole = tokens.read(sample)
+        for view in range(3):
+            one = tokens.read(sample, whole.key, view)
+            assert one.codes.shape == (1, 16) and np.array_equal(one.codes[0], whole.codes[view]) and np.array_equal(one.views[0], whole.views[view])
+            one.codes[0, 0] = 1  # a copy: the bytes it came from cannot be written to

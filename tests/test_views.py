@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from peco_ds.data.views import center_view, cut, draw_view, jitter, to_backbone, to_tokenizer
+from peco_ds.data.views import center_view, cut, draw_view, fault_of_views, jitter, room_for_cuts, to_backbone, to_tokenizer
 from peco_ds.schema import VIEW_COLUMNS
 
 RECIPE = dict(scale=(0.08, 1.0), ratio=(0.75, 4 / 3), flip=0.5, color_jitter=0.4)
@@ -52,7 +52,7 @@ def test_a_lanczos_cut_is_pils_pixel_for_pixel(picture, size_px):
         reference = image.crop((left, top, left + width, top + height)).resize((size_px, size_px), Image.LANCZOS)
         reference = reference.transpose(Image.FLIP_LEFT_RIGHT) if flip else reference
         ours = cut(tensor, row, size_px, "lanczos")
-        assert ours.dtype == torch.uint8 and ours.is_contiguous()
+        assert ours.dtype == torch.uint8 and ours.shape == (3, size_px, size_px)
         assert np.array_equal(ours.permute(1, 2, 0).numpy(), np.asarray(reference))
 
 
@@ -104,3 +104,47 @@ def test_a_row_survives_the_npy_format_exactly():
     np.save(buffer, row)
     buffer.seek(0)
     assert row.dtype == np.float32 and row.shape == (len(VIEW_COLUMNS),) and np.array_equal(np.load(buffer), row)
+
+
+@pytest.mark.parametrize("size_px, interpolation", [(224, "bicubic"), (64, "bicubic"), (112, "lanczos")])
+def test_a_cut_does_not_depend_on_how_the_pictures_memory_is_laid_out(picture, size_px, interpolation):
+    _, planes = picture
+    channels_last = planes.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for view in range(6):
+        row = draw_view(*planes.shape[1:], seed=1, sample=0, view=view, **RECIPE)
+        assert torch.equal(cut(planes, row, size_px, interpolation), cut(channels_last, row, size_px, interpolation))
+
+
+def test_batches_of_either_memory_format_become_the_same_planes(picture):
+    _, tensor = picture
+    rows = np.stack([draw_view(*tensor.shape[1:], seed=0, sample=0, view=v, **RECIPE) for v in range(4)])
+    channels_last = room_for_cuts(4, 64)
+    for place, row in enumerate(rows):
+        channels_last[place] = cut(tensor, row, 64)
+    planes = channels_last.contiguous()
+    assert channels_last.is_contiguous(memory_format=torch.channels_last)
+    for function in (lambda images: jitter(images, torch.from_numpy(rows)), to_backbone, to_tokenizer):
+        found = function(channels_last)
+        assert found.is_contiguous() and torch.equal(found, function(planes))
+
+
+def test_normalising_leaves_the_pixels_as_they_are():
+    pixels = torch.full((1, 3, 4, 4), 7, dtype=torch.uint8)
+    to_backbone(pixels), to_tokenizer(pixels)
+    assert (pixels == 7).all()
+
+
+def test_the_grey_that_contrast_and_saturation_pivot_on_is_exact_for_every_colour():
+    """Saturation 0 leaves the grey itself; against the fixed-point formula in whole numbers, for 262,144 colours."""
+    levels = torch.arange(0, 256, 4)
+    red, green, blue = torch.meshgrid(levels, levels, levels, indexing="ij")
+    colours = torch.stack([red, green, blue]).reshape(1, 3, 512, 512)
+    expected = (colours[:, 0] * 19595 + colours[:, 1] * 38470 + colours[:, 2] * 7471 + 32768) >> 16
+    found = jitter(colours.to(torch.uint8), torch.tensor([[0, 0, 512, 512, 0, 1.0, 1.0, 0.0, 0]]))
+    assert torch.equal(found.long(), expected.unsqueeze(1).expand(1, 3, 512, 512))
+
+
+def test_a_fault_names_the_views_own_number():
+    row = np.array([[0, 0.5, 4, 4, 0, 1, 1, 1, 0]], np.float32)
+    assert fault_of_views(row).startswith("view 0 has the box") and fault_of_views(row, first=7).startswith("view 7 has the box")
+    assert fault_of_views(np.zeros((2, len(VIEW_COLUMNS)), np.float32)) == ""

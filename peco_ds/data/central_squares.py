@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 
+from peco_ds.data.device_feed import device_batches
 from peco_ds.data.labelled import CropMaker, rank_samples
 from peco_ds.data.loaders import Pictures
-from peco_ds.data.workers import load_raw
+from peco_ds.data.workers import RawBatch
 from peco_ds.data.views import center_view, cut
 
 
@@ -29,5 +30,12 @@ def square_batches(pictures: Pictures, *, rank: int, world_size: int, batch: int
 
     Raises: UserError for a picture that cannot be read, or a label that is not one of the set's.
     """
-    for raw in load_raw(CropMaker(pictures, partial(_central_square, size_px), size_px), list(rank_samples(pictures.num_samples, rank, world_size, batch)), num_workers):
-        yield SquareBatch(raw.cuts[size_px].to(device, non_blocking=True).float() / 255, raw.labels, raw.samples)
+
+    def prepare(raw: RawBatch) -> torch.Tensor:
+        return raw.cuts[size_px].to(device, non_blocking=True).float() / 255
+
+    def finish(images_01: torch.Tensor, raw: RawBatch) -> SquareBatch:
+        return SquareBatch(images_01, raw.labels, raw.samples)
+
+    make = CropMaker(pictures, partial(_central_square, size_px), size_px)
+    yield from device_batches(make, list(rank_samples(pictures.num_samples, rank, world_size, batch)), prepare, finish, num_workers=num_workers, device=device)

@@ -18,8 +18,11 @@ import torch
 from PIL import Image, ImageOps
 
 try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # torchvision has announced its removal; the careful path then serves every picture, only slower
+    from torchvision.io import ImageReadMode
+
+    # The operator behind torchvision.io.decode_jpeg. The function warns of its removal at every picture, which takes a twentieth of the decoding's time.
+    decode_jpeg = torch.ops.image.decode_jpeg
+except (ImportError, AttributeError):  # once it is removed the careful path serves every picture, only slower
     decode_jpeg = None
 
 # Pillow warns of a decompression bomb from this size on; here it is a refusal, since a loader process would hold 3 bytes for each.
@@ -62,11 +65,11 @@ def decode_rgb(data: bytes) -> torch.Tensor:
     # Both decoders refuse a file that stops, but one whose end is a hole of zeros, as an interrupted copy leaves it, they may fill.
     if header is not None and data.rfind(b"\xff\xd9") < header.scan_start:
         raise DecodeError("JPEG without an end mark: cut short, or its end was never written")
-    if header is not None and data.count(_START_OF_SCAN, header.scan_start) > MAX_SCANS:
+    if header is not None and not header.single_scan and data.count(_START_OF_SCAN, header.scan_start) > MAX_SCANS:
         raise DecodeError(f"JPEG of more than {MAX_SCANS} scans; save it again")
     if header is not None and header.ordinary and decode_jpeg is not None:
         try:
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB.value, False)
         except RuntimeError:
             pass  # Pillow has the readable reason
     with _opened(data) as image:
@@ -147,6 +150,7 @@ def _upright_rgb(image: Image.Image) -> np.ndarray:
 class _JpegHeader(NamedTuple):
     ordinary: bool  # 8-bit grey or three channels, of sane size, upright
     scan_start: int  # bytes before the first scan
+    single_scan: bool  # sequential, and its first scan has all channels: decoders take no other one
 
 
 def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
@@ -157,6 +161,7 @@ def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
     if data[:2] != b"\xff\xd8":
         return None
     ordinary_frame, upright = False, True
+    sequential_components = 0
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
@@ -164,7 +169,7 @@ def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
             position += 1
             continue
         if marker == 0xDA:  # start of scan
-            return _JpegHeader(ordinary_frame and upright, position)
+            return _JpegHeader(ordinary_frame and upright, position, sequential_components > 0 and data[position + 4 : position + 5] == bytes([sequential_components]))
         if marker in (0xD8, 0xD9):
             return None
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
@@ -174,6 +179,7 @@ def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
                 return None
             bits, height, width, components = struct.unpack(">BHHB", frame)
             ordinary_frame = bits == 8 and components in (1, 3) and 0 < height * width <= MAX_PIXELS
+            sequential_components = components if marker in (0xC0, 0xC1) else 0
         elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
             upright = upright and not _needs_rotation(data[position + 10 : end])
         position = end

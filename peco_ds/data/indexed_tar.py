@@ -10,6 +10,7 @@ import os
 import re
 import tarfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -183,7 +184,8 @@ class IndexedTar:
 
     def extensions(self, i: int) -> list[str]:
         """Extensions of the members of sample `i`, in tar order."""
-        return [self._extensions[number] for number in self._extension_numbers[self._first_member[i] : self._first_member[i + 1]]]
+        first, end = self._first_member[i : i + 2].tolist()
+        return [self._extensions[number] for number in self._extension_numbers[first:end].tolist()]
 
     def read(self, i: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
         """Members of sample `i`, in tar order; only those named, where `extensions` is given. One that it has not is left out.
@@ -192,11 +194,11 @@ class IndexedTar:
         """
         assert 0 <= i < len(self), f"sample {i} of {len(self)}"
         wanted = None if extensions is None else frozenset(extensions)
+        first, end = self._first_member[i : i + 2].tolist()
         members = {}
-        for number in range(self._first_member[i], self._first_member[i + 1]):
-            extension = self._extensions[self._extension_numbers[number]]
+        for extension, span in zip(self.extensions(i), self._spans[first:end].tolist()):
             if wanted is None or extension in wanted:
-                members[extension] = self._read_member(i, extension, *map(int, self._spans[number]))
+                members[extension] = self._read_member(i, extension, *span)
         return members
 
     def _read_member(self, i: int, extension: str, offset: int, size: int, crc32: int) -> bytes:
@@ -258,8 +260,8 @@ class ShardSet:
     def __init__(self, folder: str | Path, manifest: ImageManifest | TokenManifest, *, max_open: int = 64) -> None:
         self.folder, self.manifest, self._max_open = Path(folder), manifest, max_open
         self.shard_sizes = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
-        self._ends = np.cumsum(self.shard_sizes)
-        self.num_samples = int(self._ends[-1]) if len(self._ends) else 0
+        self._ends = np.cumsum(self.shard_sizes).tolist()
+        self.num_samples = self._ends[-1] if self._ends else 0
         # An evicted shard is closed by its last reference, so a thread that still reads from it is not cut off.
         self._open_shard = lru_cache(maxsize=max_open)(self._load_shard)
 
@@ -269,8 +271,8 @@ class ShardSet:
     def locate(self, sample: int) -> tuple[int, int]:
         """Global sample number -> (shard number, index in that shard)."""
         assert 0 <= sample < self.num_samples, f"sample {sample} of {self.num_samples}"
-        shard_number = int(np.searchsorted(self._ends, sample, side="right"))
-        return shard_number, int(sample - self._ends[shard_number] + self.shard_sizes[shard_number])
+        shard_number = bisect_right(self._ends, sample)
+        return shard_number, int(sample - (self._ends[shard_number - 1] if shard_number else 0))
 
     def read(self, sample: int, extensions: Iterable[str] | None = None) -> tuple[str, dict[str, bytes]]:
         """Key and members of a sample.

@@ -13,10 +13,11 @@ import torch
 from peco_ds.config import AugmentSettings, DataSettings
 from peco_ds.data.augment import BatchMix, CenterCrop, TrainCrop, drawn_from
 from peco_ds.data.decode import DecodeError
+from peco_ds.data.device_feed import device_batches
 from peco_ds.data.loaders import BadPictures, Pictures
 from peco_ds.data.order import AUGMENT, SampleOrder
 from peco_ds.data.views import normalize
-from peco_ds.data.workers import RawBatch, load_raw
+from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
@@ -128,11 +129,16 @@ def training_batches(
     order = SampleOrder(pictures.shards.shard_sizes, seed, data.shuffle_window_shards, augment.repeats)
     make = _TrainMaker(pictures, order, TrainCrop(augment, image_px), image_px, seed)
     mix = BatchMix(augment, smoothing=smoothing, num_classes=num_classes, seed=seed, mean=mean, std=std)
-    bad = bad or BadPictures(data.max_bad_share)
-    for raw in load_raw(make, positions, data.num_workers):
-        bad.add(len(raw.keys), raw.bad)
+
+    def prepare(raw: RawBatch) -> tuple[torch.Tensor, torch.Tensor]:
         images_u8, labels = raw.cuts[image_px].to(device, non_blocking=True), raw.labels.to(device, non_blocking=True)
-        yield LabelledBatch(*mix(images_u8, labels, slice_number=raw.slice_number), raw.keys)
+        return mix(images_u8, labels, slice_number=raw.slice_number)
+
+    def finish(ready: tuple[torch.Tensor, torch.Tensor], raw: RawBatch) -> LabelledBatch:
+        return LabelledBatch(*ready, raw.keys)
+
+    bad = bad or BadPictures(data.max_bad_share)
+    yield from device_batches(make, positions, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch)
 
 
 @dataclass
@@ -183,9 +189,13 @@ def evaluation_batches(
     Raises: UserError for a picture that cannot be read, or a label that is not one of the set's.
     """
     places = rank_samples(pictures.num_samples, rank, world_size, batch)
-    for raw in load_raw(CropMaker(pictures, CenterCrop(image_px, crop), image_px), list(places), num_workers):
+
+    def prepare(raw: RawBatch) -> EvalBatch:
         images_norm = normalize(raw.cuts[image_px].to(device, non_blocking=True), mean, std)
-        yield EvalBatch(images_norm, raw.labels.to(device, non_blocking=True), raw.samples.to(device, non_blocking=True))
+        return EvalBatch(images_norm, raw.labels.to(device, non_blocking=True), raw.samples.to(device, non_blocking=True))
+
+    make = CropMaker(pictures, CenterCrop(image_px, crop), image_px)
+    yield from device_batches(make, list(places), prepare, lambda batch, _: batch, num_workers=num_workers, device=device)
 
 
 def rank_samples(num_samples: int, rank: int, world_size: int, batch: int) -> np.ndarray:

@@ -17,13 +17,14 @@ import torch
 
 from peco_ds.config import DataSettings, MaskSettings, ViewSettings, data_path
 from peco_ds.data.decode import DecodeError, decode_rgb
+from peco_ds.data.device_feed import device_batches
 from peco_ds.data.indexed_tar import DamagedRecord, ShardSet
 from peco_ds.data.masking import draw_masked
 from peco_ds.data.order import SampleOrder, view_at
 from peco_ds.data.patient_reads import UnreadableRecord, read_patiently
 from peco_ds.data.token_shards import TokenRecord, TokenSet
-from peco_ds.data.views import center_view, cut, draw_view, jitter, to_backbone, to_tokenizer
-from peco_ds.data.workers import RawBatch, load_raw
+from peco_ds.data.views import center_view, cut, draw_view, jitter, room_for_cuts, to_backbone, to_tokenizer
+from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
 from peco_ds.schema import IGNORED, IMAGE_EXTENSIONS, VIEW_COLUMNS, ImageManifest, read_manifest
 
@@ -177,6 +178,10 @@ class BadPictures:
                 f"{self.count} of {self.read} readings of pictures failed on this rank, more than {self.tolerated} and more than data.max_bad_share {self._max_share}; last: {bad[-1]}; repair the image set or raise the share"
             )
 
+    def add_batch(self, raw: RawBatch) -> None:
+        """As `add`."""
+        self.add(len(raw.keys), raw.bad)
+
     def state(self) -> dict[str, int]:
         """For a checkpoint."""
         return {"count": self.count, "read": self.read}
@@ -187,7 +192,7 @@ class BadPictures:
 
 
 @dataclass
-class _MaskedMaker:
+class MaskedMaker:
     """Positions of the run -> what a masked pre-training batch is made of. Travels to the workers, so it holds no open file."""
 
     pictures: Pictures
@@ -199,15 +204,17 @@ class _MaskedMaker:
     grid: int
     seed: int
 
-    def _read(self, sample: int):
-        """The first picture from `sample` on that can be read here and could be read by the tokenizer, with its record."""
+    def _read(self, epoch: int, sample: int, view: int) -> tuple[int, str, torch.Tensor, int, TokenRecord | None, list[str]]:
+        """The first picture from `sample` on that can be read here and could be read by the tokenizer; its view of this epoch (`view` if it is the first), and the record of that view."""
         bad: list[str] = []
+        first = sample
         while True:
             sample, key, image, unreadable = self.pictures.decode_or_next(sample)
             bad += unreadable
-            record = self.tokens.read(sample, key) if self.tokens is not None else None
+            own_view = view if sample == first else view_at(self.seed, epoch, sample, self.views.count)
+            record = self.tokens.read(sample, key, own_view) if self.tokens is not None else None
             if record is None or record.is_usable:
-                return sample, key, image, record, bad
+                return sample, key, image, own_view, record, bad
             bad.append(f"{key}: the tokenizer could not read it")
             if len(bad) > self.pictures.num_samples:
                 raise UserError(f"{self.tokens.folder}: no picture of the set was readable when it was tokenized; tokenize again")
@@ -216,37 +223,40 @@ class _MaskedMaker:
     def __call__(self, positions: np.ndarray) -> RawBatch:
         raw = RawBatch()
         looks = {backbone_look(self.image_px)} | ({tokenizer_look(self.views)} if self.tokens is None else set())
-        cuts, rows, masked = {look: [] for look in looks}, [], []
+        raw.cuts, rows = {look: room_for_cuts(len(positions), look[0]) for look in looks}, []
         stored: list[tuple[np.ndarray, ...]] = []
-        for position in positions:
-            epoch = self.order.epoch_of(int(position))
-            sample, key, image, record, bad = self._read(self.order.sample_at(int(position)))
-            view = view_at(self.seed, epoch, sample, self.views.count)
+        # What needs no pixel is drawn for the whole batch at once: between two pictures, whose pixels have filled the caches, it takes several times as long.
+        chosen = [(self.order.epoch_of(position), self.order.sample_at(position)) for position in positions.tolist()]
+        first_views = [view_at(self.seed, epoch, sample, self.views.count) for epoch, sample in chosen]
+        for place, ((epoch, sample), view) in enumerate(zip(chosen, first_views)):
+            sample, key, image, view, record, bad = self._read(epoch, sample, view)
+            chosen[place] = epoch, sample
             if record is not None:
-                row = record.views[view]
-                stored.append(self._stored(record, view))
+                row = record.views[0]
+                stored.append(self._stored(record))
             else:
                 row = draw_recorded_view(image, self.views, sample, view)
             for look in looks:
-                cuts[look].append(cut(image, row, *look))
+                raw.cuts[look][place] = cut(image, row, *look)
             rows.append(row)
-            masked.append(self._filled(draw_masked(seed=self.seed, epoch=epoch, sample=sample, grid=self.grid, kind=self.mask.kind, count=self.mask.count, min_block=self.mask.min_block, min_aspect=self.mask.min_aspect, exact=self.mask.exact)))
             raw.keys.append(key)
             raw.bad += bad
-        raw.cuts = {look: torch.stack(images) for look, images in cuts.items()}
+        mask = self.mask
+        drawn = dict(seed=self.seed, grid=self.grid, kind=mask.kind, count=mask.count, min_block=mask.min_block, min_aspect=mask.min_aspect, exact=mask.exact)
+        masked = [self._filled(draw_masked(epoch=epoch, sample=sample, **drawn)) for epoch, sample in chosen]
         raw.rows = torch.from_numpy(np.stack(rows))
         raw.masked = torch.from_numpy(np.stack(masked))
         raw.stored = tuple(torch.from_numpy(np.stack(values)) for values in zip(*stored))
         return raw
 
-    def _stored(self, record: TokenRecord, view: int) -> tuple[np.ndarray, ...]:
-        """Hard codes of a view and, where the recipe asks for them, its likeliest soft ones."""
-        hard = record.codes[view].astype(np.int64)
+    def _stored(self, record: TokenRecord) -> tuple[np.ndarray, ...]:
+        """Hard codes of a record's one view and, where the recipe asks for them, its likeliest soft ones."""
+        hard = record.codes[0].astype(np.int64)
         kept = self.views.topk
-        return (hard, record.topk_codes[view, :, :kept].astype(np.int64), record.topk_probs[view, :, :kept].astype(np.float32)) if kept else (hard,)
+        return (hard, record.topk_codes[0, :, :kept].astype(np.int64), record.topk_probs[0, :, :kept].astype(np.float32)) if kept else (hard,)
 
     def _filled(self, masked: np.ndarray) -> np.ndarray:
-        return np.concatenate([masked, np.full(self.mask.count - len(masked), masked[-1])])
+        return masked if len(masked) == self.mask.count else np.concatenate([masked, np.full(self.mask.count - len(masked), masked[-1])])
 
 
 Look = tuple[int, str]  # side of a crop in px, and the interpolation it is resized with
@@ -289,14 +299,21 @@ def masked_batches(
     """
     stored = tokens if isinstance(tokens, TokenSet) else None
     order = SampleOrder(pictures.shards.shard_sizes, seed, data.shuffle_window_shards)
-    make = _MaskedMaker(pictures, stored, order, views, mask, image_px, grid, seed)
-    bad = bad or BadPictures(data.max_bad_share)
-    for raw in load_raw(make, positions, data.num_workers):
-        bad.add(len(raw.keys), raw.bad)
+    make = MaskedMaker(pictures, stored, order, views, mask, image_px, grid, seed)
+
+    def prepare(raw: RawBatch) -> tuple:
         images = {look: jitter(images.to(device, non_blocking=True), raw.rows) for look, images in raw.cuts.items()}
-        masked = raw.masked.to(device, non_blocking=True)
-        codes = Codes(*(values.to(device, non_blocking=True) for values in raw.stored)) if stored is not None else tokens(to_tokenizer(images[tokenizer_look(views)]))
-        yield MaskedBatch(to_backbone(images[backbone_look(image_px)]), masked, masked_targets(codes, masked), raw.keys)
+        known = tuple(values.to(device, non_blocking=True) for values in raw.stored)
+        return to_backbone(images[backbone_look(image_px)]), raw.masked.to(device, non_blocking=True), known or (to_tokenizer(images[tokenizer_look(views)]),)
+
+    def finish(ready: tuple, raw: RawBatch) -> MaskedBatch:
+        images_norm, masked, known = ready
+        # An online tokenizer runs here and not ahead: beside the step on another stream it would take the same GPU's time, and memory of its own for its activations.
+        codes = Codes(*known) if stored is not None else tokens(*known)
+        return MaskedBatch(images_norm, masked, masked_targets(codes, masked), raw.keys)
+
+    bad = bad or BadPictures(data.max_bad_share)
+    yield from device_batches(make, positions, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch)
 
 
 def masked_targets(codes: Codes, masked: torch.Tensor) -> MaskedTargets:
@@ -315,16 +332,16 @@ class _CropMaker:
     views: ViewSettings
 
     def __call__(self, positions: np.ndarray) -> RawBatch:
-        raw, cuts, rows = RawBatch(), [], []
-        for position in positions:
+        raw, cuts, rows = RawBatch(), room_for_cuts(len(positions), self.views.tokenizer_px), []
+        for place, position in enumerate(positions):
             epoch = self.order.epoch_of(int(position))
             sample, key, image, bad = self.pictures.decode_or_next(self.order.sample_at(int(position)))
             row = draw_recorded_view(image, self.views, sample, epoch)
-            cuts.append(cut(image, row, *tokenizer_look(self.views)))
+            cuts[place] = cut(image, row, *tokenizer_look(self.views))
             rows.append(row)
             raw.keys.append(key)
             raw.bad += bad
-        raw.cuts = {tokenizer_look(self.views): torch.stack(cuts)}
+        raw.cuts = {tokenizer_look(self.views): cuts}
         raw.rows = torch.from_numpy(np.stack(rows))
         return raw
 
@@ -333,10 +350,15 @@ def crop_batches(
     pictures: Pictures, order: SampleOrder, positions, *, data: DataSettings, views: ViewSettings, device: torch.device, bad: BadPictures | None = None
 ) -> Iterator[CropBatch]:
     """Batches of tokenizer training; `bad` as in `masked_batches`. Yields: CropBatch on `device`."""
+
+    def prepare(raw: RawBatch) -> torch.Tensor:
+        return to_tokenizer(jitter(raw.cuts[tokenizer_look(views)].to(device, non_blocking=True), raw.rows))
+
+    def finish(images_11: torch.Tensor, raw: RawBatch) -> CropBatch:
+        return CropBatch(images_11, raw.keys)
+
     bad = bad or BadPictures(data.max_bad_share)
-    for raw in load_raw(_CropMaker(pictures, order, views), positions, data.num_workers):
-        bad.add(len(raw.keys), raw.bad)
-        yield CropBatch(to_tokenizer(jitter(raw.cuts[tokenizer_look(views)].to(device, non_blocking=True), raw.rows)), raw.keys)
+    yield from device_batches(_CropMaker(pictures, order, views), positions, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch)
 
 
 @dataclass
@@ -347,7 +369,8 @@ class _ViewsMaker:
     views: ViewSettings
 
     def __call__(self, samples: np.ndarray) -> RawBatch:
-        raw, cuts, rows, look = RawBatch(), [], [], tokenizer_look(self.views)
+        raw, rows, look = RawBatch(), [], tokenizer_look(self.views)
+        cuts = room_for_cuts(len(samples) * self.views.count, look[0])
         for sample in samples:
             key = self.pictures.key(int(sample))
             try:
@@ -358,10 +381,10 @@ class _ViewsMaker:
                 image = None
             for view in range(self.views.count):
                 row = UNREADABLE if image is None else draw_recorded_view(image, self.views, int(sample), view)
-                cuts.append(torch.zeros(3, look[0], look[0], dtype=torch.uint8) if image is None else cut(image, row, *look))
+                cuts[len(rows)] = 0 if image is None else cut(image, row, *look)
                 rows.append(row)
             raw.keys.append(key)
-        raw.cuts = {look: torch.stack(cuts)}
+        raw.cuts = {look: cuts}
         raw.rows = torch.from_numpy(np.stack(rows))
         return raw
 
@@ -378,12 +401,15 @@ def view_batches(
     pictures: Pictures, samples: list[np.ndarray], *, data: DataSettings, views: ViewSettings, device: torch.device, bad: BadPictures | None = None
 ) -> Iterator[ViewsBatch]:
     """Batches of tokenizing: `samples` is a list of arrays of sample numbers, one a batch; `bad` as in `masked_batches`."""
+
+    def prepare(raw: RawBatch) -> torch.Tensor:
+        return to_tokenizer(jitter(raw.cuts[tokenizer_look(views)].to(device, non_blocking=True), raw.rows))
+
+    def finish(images_11: torch.Tensor, raw: RawBatch) -> ViewsBatch:
+        return ViewsBatch(raw.keys, raw.rows.numpy().reshape(len(raw.keys), views.count, -1), images_11)
+
     bad = bad or BadPictures(data.max_bad_share)
-    for raw in load_raw(_ViewsMaker(pictures, views), samples, data.num_workers):
-        bad.add(len(raw.keys), raw.bad)
-        rows = raw.rows.numpy().reshape(len(raw.keys), views.count, -1)
-        images = jitter(raw.cuts[tokenizer_look(views)].to(device, non_blocking=True), raw.rows)
-        yield ViewsBatch(raw.keys, rows, to_tokenizer(images))
+    yield from device_batches(_ViewsMaker(pictures, views), samples, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch)
 
 
 def training_order(pictures: Pictures, data: DataSettings, seed: int) -> SampleOrder:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
-from peco_ds.data.order import MASK, generator
+from peco_ds.data.order import MASK, generator, uniform
 
 _TRIES = 10  # attempts for each block
 
@@ -34,13 +35,16 @@ def block_mask(draw: np.random.Generator, grid: int, count: int, min_block: int,
         aspect log-uniform, sides strictly smaller than the grid, a block is taken if it adds at least one and at most the missing number
         of patches. The exact count is BEiT v2's: a fixed number of hidden patches keeps shapes static.
     """
-    mask = np.zeros((grid, grid), dtype=bool)
+    hidden = 0  # bit r * grid + c: a whole block is counted in one step, where an array of patches would cost most of a mask's time
     missing = count
     while missing > 0:
-        added = _add_block(draw, mask, missing, min_block, min_aspect)
-        if added == 0:
+        block = _draw_block(draw, hidden, grid, missing, min_block, min_aspect)
+        if block == 0:
             break
-        missing -= added
+        missing -= (block & ~hidden).bit_count()
+        hidden |= block
+    bits = np.array(bytearray(hidden.to_bytes(-(-grid * grid // 8), "little")))
+    mask = np.unpackbits(bits, count=grid * grid, bitorder="little").astype(bool).reshape(grid, grid)
     if not exact:
         missing = 1 if missing == count else 0
     if missing > 0:
@@ -50,21 +54,24 @@ def block_mask(draw: np.random.Generator, grid: int, count: int, min_block: int,
     return mask
 
 
-def _add_block(draw: np.random.Generator, mask: np.ndarray, missing: int, min_block: int, min_aspect: float) -> int:
-    """Hide one more block in place; returns how many patches it added, 0 if no try fitted."""
-    grid = mask.shape[0]
+def _draw_block(draw: np.random.Generator, hidden: int, grid: int, missing: int, min_block: int, min_aspect: float) -> int:
+    """One more block, as bits; 0 if no try fitted."""
     log_aspect = math.log(1.0 / min_aspect)
     for _ in range(_TRIES):
         # Towards the end fewer patches are missing than the smallest block has; the reference then draws between the two.
-        area = draw.uniform(min(min_block, missing), max(min_block, missing))
-        aspect = math.exp(draw.uniform(-log_aspect, log_aspect))
+        area = uniform(draw, min(min_block, missing), max(min_block, missing))
+        aspect = math.exp(uniform(draw, -log_aspect, log_aspect))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (0 < height < grid and 0 < width < grid):
             continue
-        top, left = draw.integers(grid - height + 1), draw.integers(grid - width + 1)
-        block = mask[top : top + height, left : left + width]
-        new = block.size - int(block.sum())
-        if 0 < new <= missing:
-            block[:] = True
-            return new
+        top, left = int(draw.integers(grid - height + 1)), int(draw.integers(grid - width + 1))
+        block = _rectangle(grid, height, width) << (top * grid + left)
+        if 0 < (block & ~hidden).bit_count() <= missing:
+            return block
     return 0
+
+
+@lru_cache(maxsize=1024)
+def _rectangle(grid: int, height: int, width: int) -> int:
+    """Bits of a block in the first corner."""
+    return sum(((1 << width) - 1) << (row * grid) for row in range(height))

@@ -25,6 +25,11 @@ def generator(*words: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 
 
+def uniform(draw: np.random.Generator, low: float, high: float) -> float:
+    """What `draw.uniform(low, high)` gives for two numbers, without its checks for arrays, which take longer than a mask's arithmetic."""
+    return low + (high - low) * draw.random()
+
+
 @dataclass(frozen=True)
 class Cursor:
     """Where a run stands in its data; holds for any number of ranks, workers and any micro-batch.
@@ -102,6 +107,8 @@ def view_at(seed: int, epoch: int, sample: int, num_views: int) -> int:
 
     Each sample walks its K views in its own order, a new one for every K epochs: no view repeats before all were seen.
     """
+    if num_views == 1:
+        return 0
     cycle, place = divmod(epoch, num_views)
     return int(generator(VIEW_CYCLE, seed, sample, cycle).permutation(num_views)[place])
 

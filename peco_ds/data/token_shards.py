@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -78,22 +79,31 @@ def _stand_there(tar: Path, sha256: str, index: Path, found: dict) -> bool:
         return False
 
 
-def read_npy(data: bytes, *, what: str, dtype, shape: tuple[int | None, ...]) -> np.ndarray:
+@lru_cache(maxsize=64)
+def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, whether columns come first, type, and where the values start. Remembered: the records of a set have the same few headers, and parsing one takes as long as a mask."""
+    file = io.BytesIO(header)
+    version = np.lib.format.read_magic(file)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, column_major, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError("pickled objects, which could run anything and are not read")
+    return shape, column_major, dtype, file.tell()
+
+
+def read_npy(data: bytes, *, what: str, dtype, shape: tuple[int | None, ...], row: int | None = None) -> np.ndarray:
     """Parse an .npy member without unpickling anything.
 
     The header is read first: nothing of another type is looked at, and memory is taken for no more than was delivered.
 
     Args:
-        what: shard, key and member, for the message.  shape: None matches any length.
+        what: shard, key and member, for the message.  shape: None matches any length.  row: give this one of the first axis alone, as [1, ...].
     Raises: UserError if the bytes are no such array.
     """
     try:
-        file = io.BytesIO(data)
-        version = np.lib.format.read_magic(file)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        found_shape, column_major, found_dtype = read_header(file)
-        if found_dtype.hasobject:
-            raise ValueError("pickled objects, which could run anything and are not read")
+        size_bytes = 2 if data[6:7] == b"\x01" else 4  # of the header's length, by format version
+        header_end = 8 + size_bytes + int.from_bytes(data[8 : 8 + size_bytes], "little")
+        found_shape, column_major, found_dtype, start = _parse_npy_header(data[:header_end])
     except Exception as error:  # the header is a Python literal, and its reader stumbles over others in many ways
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{what}: not an .npy array ({reason or type(error).__name__}); make the token shard again") from None
@@ -101,10 +111,11 @@ def read_npy(data: bytes, *, what: str, dtype, shape: tuple[int | None, ...]) ->
     if not fits:
         order = ", columns first" if column_major else ""
         raise UserError(f"{what}: {found_dtype} {found_shape}{order}, expected {np.dtype(dtype)} {shape}; make the token shard again")
-    left, wanted = len(data) - file.tell(), math.prod(found_shape) * found_dtype.itemsize
+    left, wanted = len(data) - start, math.prod(found_shape) * found_dtype.itemsize
     if left != wanted:
         raise UserError(f"{what}: not an .npy array ({left} bytes for {wanted}); make the token shard again")
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(found_shape).copy()  # a view could not be written to
+    values = np.frombuffer(data, dtype, offset=start).reshape(found_shape)
+    return (values if row is None else values[row : row + 1]).copy()  # a view could not be written to
 
 
 class TokenSet:
@@ -125,6 +136,7 @@ class TokenSet:
         self._num_patches = grid * grid
         self._soft = views.topk > 0  # soft codes are many times the hard ones: not read where nobody asks for them
         self._members = ("codes.npy", "views.npy", *(("topk_codes.npy", "topk_probs.npy") if self._soft else ()))
+        self._tars = [str(folder / shard.name) for shard in manifest.shards]
 
     def _refuse_wrong_ties(self, images, num_codes, grid, views, tokenizer_fingerprint) -> None:
         found, folder = self.manifest, self.folder
@@ -161,9 +173,11 @@ class TokenSet:
             if getattr(views, name) != recorded:
                 raise UserError(f"{folder}: views were recorded with views.{name} = {recorded}, the recipe has {getattr(views, name)}; set it to the recorded one or tokenize again")
 
-    def read(self, sample: int, expected_key: str | None = None) -> TokenRecord:
+    def read(self, sample: int, expected_key: str | None = None, view: int | None = None) -> TokenRecord:
         """The record of a global sample number.
 
+        Args:
+            view: this one alone, as a record with K = 1: what is not used is neither copied nor looked through; the checksums are of the whole record.
         Raises: UserError (with shard and key) for a damaged record, a key that is not the picture's, or a code out of range.
         """
         try:
@@ -171,25 +185,25 @@ class TokenSet:
         except UnreadableRecord as error:
             raise UserError(f"{error}; repair the file system or copy the token set again") from None
         shard, _ = self.shards.locate(sample)
-        place = f"{self.folder / self.manifest.shards[shard].name}: {key}"
+        place = f"{self._tars[shard]}: {key}"
         if expected_key is not None and key != expected_key:
             raise UserError(f"{place}: the picture at this place is {expected_key}; the shards do not belong together, tokenize again")
         num_views = self.manifest.num_views
         for name in ("codes.npy", "views.npy"):
             if name not in members:
                 raise UserError(f"{place}: has no {name}; make the token shard again")
-        codes = read_npy(members["codes.npy"], what=f"{place}.codes.npy", dtype=np.uint16, shape=(num_views, self._num_patches))
-        views = read_npy(members["views.npy"], what=f"{place}.views.npy", dtype=np.float32, shape=(num_views, len(VIEW_COLUMNS)))
+        codes = read_npy(members["codes.npy"], what=f"{place}.codes.npy", dtype=np.uint16, shape=(num_views, self._num_patches), row=view)
+        views = read_npy(members["views.npy"], what=f"{place}.views.npy", dtype=np.float32, shape=(num_views, len(VIEW_COLUMNS)), row=view)
         if codes.max(initial=0) >= self.manifest.num_codes:
             raise UserError(f"{place}.codes.npy: code {codes.max()} in a vocabulary of {self.manifest.num_codes}; make the token shard again")
-        fault = fault_of_views(views)
+        fault = fault_of_views(views, first=view or 0)
         if fault:
             raise UserError(f"{place}.views.npy: {fault}; make the token shard again")
         soft = {}
         if self._soft:
             shape = (num_views, self._num_patches, self.manifest.topk)
             for name, dtype in (("topk_codes", np.uint16), ("topk_probs", np.float16)):
-                soft[name] = read_npy(members.get(f"{name}.npy", b""), what=f"{place}.{name}.npy", dtype=dtype, shape=shape)
+                soft[name] = read_npy(members.get(f"{name}.npy", b""), what=f"{place}.{name}.npy", dtype=dtype, shape=shape, row=view)
             if soft["topk_codes"].max(initial=0) >= self.manifest.num_codes:
                 raise UserError(f"{place}.topk_codes.npy: code {soft['topk_codes'].max()} in a vocabulary of {self.manifest.num_codes}; make the token shard again")
             if not ((soft["topk_probs"] >= 0) & (soft["topk_probs"] <= 1)).all() or not soft["topk_probs"].any(axis=-1).all():  # NaN is neither

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from peco_ds.data.order import VIEW, generator
+from peco_ds.data.order import VIEW, generator, uniform
 from peco_ds.errors import UserError
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, VIEW_COLUMNS
 
@@ -51,8 +51,8 @@ def draw_view(height: int, width: int, *, seed: int, sample: int, view: int, sca
 def _draw_box(draw, height: int, width: int, scale, ratio) -> tuple[int, int, int, int]:
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        area = height * width * draw.uniform(*scale)
-        aspect = math.exp(draw.uniform(low, high))
+        area = height * width * uniform(draw, *scale)
+        aspect = math.exp(uniform(draw, low, high))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(draw.integers(height - h + 1)), int(draw.integers(width - w + 1)), h, w
@@ -67,18 +67,22 @@ def center_view(height: int, width: int) -> np.ndarray:
     return np.array([(height - side) // 2, (width - side) // 2, side, side, 0, 1, 1, 1, 0], dtype=np.float32)
 
 
-def fault_of_views(rows: np.ndarray) -> str:
-    """What recorded rows [K, len(VIEW_COLUMNS)] hold that `draw_view` never draws; "" if there is nothing. All zeros is a picture that could not be read."""
+def fault_of_views(rows: np.ndarray, first: int = 0) -> str:
+    """What recorded rows [K, len(VIEW_COLUMNS)] hold that `draw_view` never draws; "" if there is nothing. All zeros is a picture that could not be read.
+
+    Args:
+        first: number of the first row's view.
+    """
     if not np.isfinite(rows).all():
         return "holds a number that is not finite"
-    for number, row in enumerate(rows):
-        if not row.any():
+    for number, row in enumerate(rows.tolist(), first):
+        if not any(row):
             continue
         top, left, height, width = row[_BOX]
-        if (row[_BOX] != np.floor(row[_BOX])).any() or min(top, left) < 0 or min(height, width) < 1:
-            return f"view {number} has the box {row[_BOX].tolist()}, which is in no picture"
-        if row[_FLIP] not in (0, 1) or row[_ORDER] not in range(len(_JITTER_ORDERS)) or row[_FACTORS].min() < 0:
-            return f"view {number} has flip {row[_FLIP]:g}, factors {row[_FACTORS].tolist()} and jitter order {row[_ORDER]:g}, which no view has"
+        if not all(value.is_integer() for value in row[_BOX]) or min(top, left) < 0 or min(height, width) < 1:
+            return f"view {number} has the box {row[_BOX]}, which is in no picture"
+        if row[_FLIP] not in (0, 1) or row[_ORDER] not in range(len(_JITTER_ORDERS)) or min(row[_FACTORS]) < 0:
+            return f"view {number} has flip {row[_FLIP]:g}, factors {row[_FACTORS]} and jitter order {row[_ORDER]:g}, which no view has"
     return ""
 
 
@@ -87,25 +91,33 @@ def cut(image: torch.Tensor, row: np.ndarray, size_px: int, interpolation: str =
 
     Args:
         image: uint8 [3, H, W].  row: a view.  interpolation: "bicubic", torch's on uint8; or "lanczos", which torch has not and Pillow does.
-    Returns: uint8 [3, size_px, size_px].
+    Returns: uint8 [3, size_px, size_px], channels last in memory where the picture is, as decoders make it.
     Raises: UserError if the box is not in the picture: the row was recorded of another one.
     """
-    top, left, height, width = (int(value) for value in row[_BOX])
+    top, left, height, width = map(int, row[_BOX].tolist())
     crop = image[:, top : top + height, left : left + width]
     if crop.shape[1:] != (height, width):
         raise UserError(f"view box {row[_BOX].tolist()} (top, left, height, width) is not in a picture of {image.shape[1]} x {image.shape[2]}: it was recorded of another one; tokenize this image set")
     if (height, width) != (size_px, size_px):
         crop = _RESIZE[interpolation](crop, size_px)
-    return crop.flip(-1) if row[_FLIP] else crop.contiguous()
+    return crop.flip(-1) if row[_FLIP] else crop
+
+
+def room_for_cuts(count: int, size_px: int) -> torch.Tensor:
+    """uint8 [count, 3, size_px, size_px], not filled, channels last in memory: the device turns them into planes while it makes numbers of the pixels, at no cost; here it would
+    take a tenth of a worker's time."""
+    return torch.empty(count, size_px, size_px, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
 def _bicubic(crop: torch.Tensor, size_px: int) -> torch.Tensor:
-    return F.interpolate(crop[None], size=(size_px, size_px), mode="bicubic", antialias=True)[0]
+    # The picture axis is put before the rows, not before the channels: torch then sees that the channels are last, and leaves them there.
+    one = crop.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return F.interpolate(one, size=(size_px, size_px), mode="bicubic", antialias=True)[0]
 
 
 def _lanczos(crop: torch.Tensor, size_px: int) -> torch.Tensor:
     picture = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
-    return torch.from_numpy(np.array(picture.resize((size_px, size_px), Image.Resampling.LANCZOS))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(picture.resize((size_px, size_px), Image.Resampling.LANCZOS))).permute(2, 0, 1)
 
 
 _RESIZE = {"bicubic": _bicubic, "lanczos": _lanczos}
@@ -115,26 +127,32 @@ def jitter(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Brightness, contrast and saturation of each picture in its own recorded order.
 
     Args:
-        images: uint8 [B, 3, S, S] on any device.  rows: float32 [B, len(VIEW_COLUMNS)] on the CPU, so that looking at them waits for nothing.
+        images: uint8 [B, 3, S, S] on any device.  rows: float32 [B, len(VIEW_COLUMNS)] on the CPU, so that looking at them waits for nothing; pinned, so that their copy
+            does not either.
     Returns: uint8 [B, 3, S, S]. Each of the three steps ends in uint8, as the reference on PIL pictures does, so no rounding of a batched
         reduction can leak into a pixel.
     """
     if bool((rows[:, _FACTORS] == 1).all()):
         return images
-    orders = torch.tensor(_JITTER_ORDERS)[rows[:, _ORDER].long()]  # [B, 3]: the operation at each place
-    factors = rows[:, _FACTORS].gather(1, orders).to(images.device, non_blocking=True)
-    orders = orders.to(images.device, non_blocking=True)
-    x = images
+    rows = rows.to(images.device, non_blocking=True)
+    orders = _jitter_orders(images.device)[rows[:, _ORDER].long()]  # [B, 3]: the operation at each place
+    factors = rows[:, _FACTORS].gather(1, orders)
+    x = images.to(torch.float32, memory_format=torch.contiguous_format)
     for place in range(3):
         operation = orders[:, place].view(-1, 1, 1, 1)
         factor = factors[:, place].view(-1, 1, 1, 1)
-        # ITU-R 601 luma in 16-bit fixed point: exact, so its mean is the same on every device and in every batch.
-        red, green, blue = x.to(torch.int32).unbind(1)
-        grey = ((red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16).unsqueeze(1)
-        mean = (grey.sum(dim=(1, 2, 3), dtype=torch.int64).double() / grey[0].numel() + 0.5).floor().view(-1, 1, 1, 1)
-        pivot = torch.where(operation == 0, 0.0, torch.where(operation == 1, mean.float(), grey.float()))
-        x = (pivot + factor * (x.float() - pivot)).clamp_(0, 255).to(torch.uint8)
-    return x
+        # ITU-R 601 luma in 16-bit fixed point. No sum exceeds 2^24, up to which float32 holds every whole number: exact, so its mean is the same on every device and in every batch.
+        red, green, blue = x.unbind(1)
+        grey = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).div_(65536).floor_().unsqueeze(1)
+        mean = (grey.sum(dim=(1, 2, 3), dtype=torch.float64) / grey[0].numel() + 0.5).floor().float().view(-1, 1, 1, 1)
+        pivot = torch.where(operation == 2, grey, torch.where(operation == 1, mean, 0.0))
+        x = (x - pivot).mul_(factor).add_(pivot).clamp_(0, 255).floor_()
+    return x.to(torch.uint8)
+
+
+@lru_cache
+def _jitter_orders(device: torch.device) -> torch.Tensor:
+    return torch.tensor(_JITTER_ORDERS, device=device)
 
 
 def to_backbone(images: torch.Tensor) -> torch.Tensor:
@@ -145,7 +163,7 @@ def to_backbone(images: torch.Tensor) -> torch.Tensor:
 def normalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """uint8 [B, 3, S, S] -> float32; mean and std of pictures in [0, 1]."""
     mean, std = _on_device(tuple(mean), images.device), _on_device(tuple(std), images.device)
-    return (images.float().div_(255).sub_(mean)).div_(std)
+    return (_floats(images).div_(255).sub_(mean)).div_(std)
 
 
 def from_backbone(images_norm: torch.Tensor) -> torch.Tensor:
@@ -162,4 +180,9 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
 
 def to_tokenizer(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B, 3, S, S] -> float32 in [-1, 1], the tokenizer's range."""
-    return images.float().div_(127.5).sub_(1.0)
+    return _floats(images).div_(127.5).sub_(1.0)
+
+
+def _floats(images: torch.Tensor) -> torch.Tensor:
+    """A new tensor, in planes."""
+    return images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)

@@ -50,7 +50,10 @@ def alone(lock_path: Path, *, wait: bool) -> Iterator[bool]:
     Yields: whether nobody else holds it. On a file system without locks: True.
     """
     with open(lock_path, "wb") as file:
-        yield _lock(file, wait=wait) is not False
+        try:
+            yield _lock(file, wait=wait) is not False
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile: it holds the file too
 
 
 def _lock(file, *, wait: bool) -> bool | None:

@@ -29,7 +29,7 @@ STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class RawBatch:
     """A batch as it leaves a worker."""
 
-    cuts: dict[object, torch.Tensor] = field(default_factory=dict)  # what the maker calls a size -> uint8 [B, 3, size, size]
+    cuts: dict[object, torch.Tensor] = field(default_factory=dict)  # what the maker calls a size -> uint8 [B, 3, size, size], in any memory format
     rows: torch.Tensor | None = None  # float32 [B, len(VIEW_COLUMNS)]
     masked: torch.Tensor | None = None
     stored: tuple[torch.Tensor, ...] = ()  # of token records: int64 [B, N]; where soft codes are asked for also int64 [B, N, T] and float32 [B, N, T]
@@ -43,7 +43,7 @@ class RawBatch:
     def pin_memory(self) -> "RawBatch":
         self.cuts = {size: images.pin_memory() for size, images in self.cuts.items()}
         self.stored = tuple(values.pin_memory() for values in self.stored)
-        for name in ("masked", "labels", "samples"):
+        for name in ("rows", "masked", "labels", "samples"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.pin_memory())
         return self
@@ -74,16 +74,20 @@ _DEATHS = {  # signal -> likely reason, remedy
 }
 
 
-def load_raw(make: Callable[[np.ndarray], RawBatch], places: Iterable[np.ndarray], num_workers: int) -> Iterator[RawBatch]:
+def load_raw(make: Callable[[np.ndarray], RawBatch], places: Iterable[np.ndarray], num_workers: int, *, pin: bool = False) -> Iterator[RawBatch]:
     """Batches made in `num_workers` processes (0: in this one), in the order of `places` (arrays, one a batch).
 
     A worker that dies (out of memory, a crash) costs time and nothing else: all are started again from the first batch that was not handed out.
-    No global random generator of this process is drawn from. Raises: UserError that `make` raised, or when workers keep dying.
+    No global random generator of this process is drawn from.
+
+    Args:
+        pin: copy the batches to page-locked memory, from which a GPU fetches them while the host goes on.
+    Raises: UserError that `make` raised, or when workers keep dying.
     """
     places = _Places(places)
     deaths = handed_out = 0
     while True:
-        workers = _Workers(make, places, num_workers)
+        workers = _Workers(make, places, num_workers, pin)
         died = None
         try:
             for raw in workers:
@@ -136,13 +140,13 @@ class _Workers:
     raised only where a batch is waited for.
     """
 
-    def __init__(self, make: Callable[[np.ndarray], RawBatch], places: _Places, num_workers: int) -> None:
+    def __init__(self, make: Callable[[np.ndarray], RawBatch], places: _Places, num_workers: int, pin: bool) -> None:
         loader = DataLoader(
             _Dataset(make),
             sampler=places,
             batch_size=None,
             num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin,
             worker_init_fn=_start_worker if num_workers else None,
             prefetch_factor=2 if num_workers else None,
             generator=torch.Generator(),  # without one the loader draws from the global generator, and a resumed run would drop other paths
