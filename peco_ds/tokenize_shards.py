@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     num_shards = len(pictures.manifest.shards)
     missing = [number for number in range(args.part, num_shards, args.parts) if not parts.is_done(number)]
     if args.dry_run:
-        sys.stdout.write(f"{len(missing)} of {num_shards} shards to tokenize into {parts.folder}, {views.count} views of {views.tokenizer_px} px a picture\n")
+        sys.stdout.write(f"{len(missing)} of {num_shards} shards to tokenize into {parts.folder}, {views.count} views of {views.tokenizer_px} px a picture, the tokenizer's network in {views.tokenizer_precision}\n")
         return EXIT_DONE
     if args.finish:
         return report(parts.finish())
@@ -93,11 +93,11 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
         done: shards of earlier starts, whose unreadable pictures count on.
     """
     import numpy as np
-    import torch
     from tqdm import tqdm
 
-    from peco_ds.data.loaders import BadPictures, codes_of, view_batches
-    from peco_ds.data.token_shards import TokenRecord
+    from peco_ds.data.loaders import BadPictures, view_batches
+    from peco_ds.runtime.token_records import ShardWriter, record_batches
+    from peco_ds.runtime.token_source import codes_function
 
     starts = np.concatenate([[0], np.cumsum(pictures.shards.shard_sizes)])
     pictures_a_batch = max(1, cfg.run.micro_batch // cfg.views.count)
@@ -108,29 +108,23 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
     bad = BadPictures(cfg.data.max_bad_share)
     bad.load_state([parts.reading(number) for number in done])
     loaded = view_batches(pictures, [batch for number in shard_numbers for batch in batches_of[number]], data=cfg.data, views=cfg.views, device=world.device, bad=bad)
+    # Pictures may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
+    batches = record_batches(loaded, codes_function(tokenizer, cfg, pictures_a_batch * cfg.views.count))
     bar = tqdm(total=int(sum(pictures.shards.shard_sizes[n] for n in shard_numbers)), unit="picture", desc="tokenize", disable=not world.is_main, mininterval=5.0)
 
-    kept = []  # share of each batch's softmax that the stored soft codes hold
-
-    @torch.no_grad()
-    def records(number: int):
-        for _ in batches_of[number]:
-            if world.stop_seen:
-                raise Stopped
-            batch = next(loaded)
-            # Pictures may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
-            pieces = [codes_of(tokenizer, piece, cfg.views) for piece in batch.images_11.split(cfg.run.micro_batch)]
-            stored = [torch.cat(values).cpu().numpy().astype(dtype) for values, dtype in zip(zip(*pieces), (np.uint16, np.uint16, np.float16)) if values[0] is not None]
-            kept.extend(float(values.sum(axis=-1, dtype=np.float32).mean()) for values in stored[2:])
-            codes, *soft = (values.reshape(len(batch.keys), cfg.views.count, *values.shape[1:]) for values in stored)
-            for place, key in enumerate(batch.keys):
-                yield TokenRecord(key, codes[place], batch.rows[place], *(values[place] for values in soft))
-            bar.update(len(batch.keys))
-            watchdog.beat(number)
-
+    kept = []  # share of each picture's softmax that the stored soft codes hold
     try:
-        for number in shard_numbers:
-            parts.write(number, records(number))
+        with ShardWriter(parts) as writer:
+            for number in shard_numbers:
+                for _ in batches_of[number]:
+                    if world.stop_seen:
+                        raise Stopped
+                    records = next(batches)
+                    writer.put(number, records)
+                    kept.extend(float(record.topk_probs.sum(axis=-1, dtype=np.float32).mean()) for record in records if record.topk_probs is not None)
+                    bar.update(len(records))
+                    watchdog.beat(number)
+                writer.end(number)
     except Stopped:  # the shard in hand is dropped whole
         pass
     bar.close()

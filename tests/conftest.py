@@ -85,7 +85,7 @@ def run_stage(stage: str, *arguments, ranks: int = 1, check: bool = True, timeou
 
 # One small chain for all tests that need records: 96 real pictures in 4 shards, a stride-8 tokenizer of 64 codes, 3 views a picture.
 SMALL_VIT = (
-    "views.tokenizer_px=32 views.count=3 views.scale=[0.2,1.0] model.image_px=64 model.patch_px=16 model.width=48 model.depth=2 model.heads=3 model.drop_path=0 "
+    "views.tokenizer_px=32 views.tokenizer_precision=fp32 views.count=3 views.scale=[0.2,1.0] model.image_px=64 model.patch_px=16 model.width=48 model.depth=2 model.heads=3 model.drop_path=0 "
     "mask.count=6 mask.min_block=2 objective.num_codes=64 data.num_workers=0 data.shuffle_window_shards=2 optim.lr=3e-3 schedule.epochs=null schedule.steps=10 "
     "schedule.warmup_epochs=null schedule.warmup_steps=2 run.precision=fp32 run.global_batch=8 run.micro_batch=4 run.log_every_steps=1 checkpoint.every_epochs=null"
 ).split()

@@ -123,11 +123,13 @@ def test_a_release_without_decoder_has_the_same_codes_and_says_that_it_makes_no_
     assert built(tensors).makes_pictures
 
 
-def test_logits_stay_in_float32_under_autocast():
+@torch.no_grad()
+def test_under_autocast_the_logits_are_read_off_in_float32():
     tokenizer, images_11 = built(both()), torch.rand(1, 3, 16, 16) * 2 - 1
-    plain = tokenizer.logits(images_11)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(tokenizer.logits(images_11), plain)
+        outputs, logits = tokenizer.trunk(images_11), tokenizer.logits(images_11)
+    assert logits.dtype == torch.float32 and torch.equal(logits, tokenizer.encoder[-1](outputs.float()))
+    assert not torch.equal(logits, tokenizer.logits(images_11)), "the rest computes in bf16, as it was asked to"
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE
+import pytest
+from conftest import run_stage
+
+from peco_ds import tokenize_shards
+from peco_ds.config import PretrainRecipe, data_path, load_recipe
+from peco_ds.data.loaders import Pictures
+from peco_ds.data.token_shards import TokenSet
+from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -52,3 +60,21 @@ def test_a_tokenizing_that_is_killed_again_and_again_gives_the_set_of_an_undistu
     assert codes[-1] == EXIT_DONE and codes[2] in (EXIT_REQUEUE, EXIT_DONE, -15), codes
     assert contents(tmp_path / "tokens") == contents(small_sets.root / "tokens" / "train")
     assert codes.count(-9) >= 3
+
+
+def test_the_networks_precision_is_told_before_recorded_after_and_compared_when_the_set_is_read(small_sets, tmp_path, capsys):
+    settings = [*small_sets.overrides, f"data.tokens={tmp_path / 'tokens'}"]
+    in_bf16 = [*settings, "views.tokenizer_precision=bf16"]
+    assert tokenize_shards.main(["--recipe", "peco_vitb16", "--dry_run", *in_bf16]) == EXIT_DONE
+    assert "network in bf16" in capsys.readouterr().out
+    run_stage("tokenize_shards", "--recipe", "peco_vitb16", *in_bf16)
+    recipe = load_recipe(PretrainRecipe, "peco_vitb16", in_bf16).recipe
+    pictures = Pictures(data_path(recipe.data, recipe.data.images))
+    opened = lambda views, folder: TokenSet(folder, pictures.manifest, num_codes=64, grid=4, views=views)  # noqa: E731
+    rounded, exact = opened(recipe.views, tmp_path / "tokens"), opened(replace(recipe.views, tokenizer_precision="fp32"), small_sets.root / "tokens" / "train")
+    with pytest.raises(UserError, match="views.tokenizer_precision = bf16, the recipe has fp32"):
+        opened(replace(recipe.views, tokenizer_precision="fp32"), tmp_path / "tokens")
+    with pytest.raises(UserError, match="tokenizer_precision='bf16'.*tokenizer_precision='fp32'"):  # nor are two precisions mixed in one set
+        tokenize_shards.main(["--recipe", "peco_vitb16", *settings])
+    same = [(rounded.read(sample).codes == exact.read(sample).codes).mean() for sample in range(96)]
+    assert 0.8 < sum(same) / 96 < 1, "bf16 changes some codes, those of patches between two codes, and few"

@@ -270,7 +270,7 @@ def test_autocast_does_not_change_the_codes():
 @pytest.mark.parametrize("l2_normalized", [False, True])
 def test_soft_codes_are_the_head_of_the_softmax_over_all_codes(l2_normalized):
     codebook, features = filled_codebook(l2_normalized=l2_normalized).eval(), features_of(0)
-    codes, probs = codebook.topk(features, 4, temperature=0.7)
+    nearest, codes, probs = codebook.topk(features, 4, temperature=0.7)
     rows, table = rows_of(features), codebook.codes.double().numpy()
     logits = unit(rows) @ table.T / 0.7 if l2_normalized else -((rows[:, None] - table[None]) ** 2).sum(-1) / 0.7
     softmax = np.exp(logits - logits.max(-1, keepdims=True))
@@ -278,7 +278,7 @@ def test_soft_codes_are_the_head_of_the_softmax_over_all_codes(l2_normalized):
     order = np.argsort(-softmax, axis=-1)[:, :4]
     np.testing.assert_array_equal(codes.reshape(-1, 4).numpy(), order)
     np.testing.assert_allclose(probs.reshape(-1, 4).numpy(), np.take_along_axis(softmax, order, -1), rtol=1e-4)
-    assert torch.equal(codes[..., 0], codebook(features).codes)
+    assert torch.equal(codes[..., 0], codebook(features).codes) and torch.equal(nearest, codebook(features).codes)
 
 
 def test_looked_up_codes_are_the_nearest_vectors_in_place():

@@ -79,7 +79,7 @@ class Decoder(nn.Sequential):
 
 
 class DalleTokenizer(LogitTokenizer):
-    """The discrete VAE, in float32 throughout. Without a decoder (settings.decoder) it has codes, but makes no pictures.
+    """The discrete VAE. Without a decoder (settings.decoder) it has codes, but makes no pictures.
 
     Args:
         seed: not used; nothing here is random.
@@ -92,11 +92,18 @@ class DalleTokenizer(LogitTokenizer):
         if settings.decoder:
             self.decoder = Decoder(settings)
 
-    def logits(self, images_11: torch.Tensor) -> torch.Tensor:
+    def trunk(self, images_11: torch.Tensor) -> torch.Tensor:
         self.check_sides(images_11)
         images_01 = images_11.float() / 2 + 0.5
-        with torch.autocast(images_11.device.type, enabled=False):
-            return self.encoder((1 - 2 * MARGIN) * images_01 + MARGIN)
+        x = (1 - 2 * MARGIN) * images_01 + MARGIN
+        *layers, _ = self.encoder
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    def code_logits(self, outputs: torch.Tensor) -> torch.Tensor:
+        last = self.encoder[-1]
+        return last(outputs.to(last.weight.dtype))
 
     @torch.no_grad()
     def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -30,9 +30,12 @@ class GumbelTokenizer(LogitTokenizer):
         self.from_code = nn.Conv2d(settings.code_dim, settings.z_channels, 1)
         self.decoder = Decoder(settings)
 
-    def logits(self, images_11: torch.Tensor) -> torch.Tensor:
+    def trunk(self, images_11: torch.Tensor) -> torch.Tensor:
         self.check_sides(images_11)
-        return self.to_logits(self.to_code(self.encoder(images_11.to(self.to_code.weight.dtype))))
+        return self.encoder(images_11.to(self.to_code.weight.dtype))
+
+    def code_logits(self, outputs: torch.Tensor) -> torch.Tensor:
+        return self.to_logits(self.to_code(outputs.to(self.to_code.weight.dtype)))
 
     @torch.no_grad()
     def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -30,17 +30,33 @@ class ImageTokenizer(nn.Module):
         super().__init__()
         self.settings = settings
 
-    def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Codes int64 [B, N]. In eval mode, so that nothing is counted."""
+    def trunk(self, images_11: torch.Tensor) -> torch.Tensor:
+        """Nearly all of the work, in the precision that autocast asks for: pictures -> what `choose` tells the codes from, [B, ..., H / stride, W / stride]."""
         raise NotImplementedError
 
+    def choose(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Codes int64 [B, N] from the trunk's outputs, compared in float32 whatever autocast asks for."""
+        raise NotImplementedError
+
+    def choose_soft(self, outputs: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
+        """As `choose`, with the k likeliest of softmax(logits / temperature) over all V codes; the codes are those of `choose`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
+        """Codes int64 [B, N]. In eval mode, so that nothing is counted."""
+        self.check_eval()
+        return self.choose(self.trunk(images_11))
+
+    @torch.no_grad()
     def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
         """The codes, and the k likeliest of softmax(logits / temperature) over all V codes.
 
         Args:
             k: 1 to V.  temperature: > 0.
         """
-        raise NotImplementedError
+        self.check_eval()
+        return self.choose_soft(self.trunk(images_11), k, temperature=temperature)
 
     def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Codes int64 [B, N] of a (height, width) grid -> pictures float32 [B, 3, H, W], about [-1, 1]."""
@@ -62,19 +78,23 @@ class ImageTokenizer(nn.Module):
 class LogitTokenizer(ImageTokenizer):
     """Base of those that compute a logit for every code: the code is their arg max."""
 
-    def logits(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> [B, V, H / stride, W / stride]."""
+    def code_logits(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The last layer, in the precision of its weights: [B, C, h, w] -> [B, V, h, w]. In 16 bits several codes would often share the largest logit."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
-        self.check_eval()
-        return self.logits(images_11).argmax(dim=1).flatten(1)
+    def logits(self, images_11: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> float32 [B, V, H / stride, W / stride]."""
+        return self._logits(self.trunk(images_11))
 
-    @torch.no_grad()
-    def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
-        self.check_eval()
-        return soft_tokens(self.logits(images_11).flatten(2).transpose(1, 2), k, temperature)
+    def _logits(self, outputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(outputs.device.type, enabled=False):
+            return self.code_logits(outputs).float()
+
+    def choose(self, outputs: torch.Tensor) -> torch.Tensor:
+        return self._logits(outputs).argmax(dim=1).flatten(1)
+
+    def choose_soft(self, outputs: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
+        return soft_tokens(self._logits(outputs).flatten(2).transpose(1, 2), k, temperature)
 
 
 class CodebookTokenizer(ImageTokenizer):
@@ -82,21 +102,24 @@ class CodebookTokenizer(ImageTokenizer):
 
     codebook: Codebook
 
-    def encode(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> features [B, C, H / stride, W / stride]."""
+    def to_features(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The last layers, in the precision of their weights: the trunk's outputs -> features [B, C, H / stride, W / stride]."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
-        self.check_eval()
-        return self.codebook(self.encode(images_11)).codes
+    def encode(self, images_11: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> features [B, C, H / stride, W / stride]."""
+        return self.to_features(self.trunk(images_11))
 
-    @torch.no_grad()
-    def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
+    def choose(self, outputs: torch.Tensor) -> torch.Tensor:
+        return self.codebook.nearest(self._features(outputs))
+
+    def choose_soft(self, outputs: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
         """Logits: negative squared distances to the codes, or cosines where the codes are unit vectors."""
-        self.check_eval()
-        features = self.encode(images_11)
-        return SoftTokens(self.codebook(features).codes, *self.codebook.topk(features, k, temperature=temperature))
+        return SoftTokens(*self.codebook.topk(self._features(outputs), k, temperature=temperature))
+
+    def _features(self, outputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(outputs.device.type, enabled=False):
+            return self.to_features(outputs)
 
     @property
     def code_vectors(self) -> torch.Tensor:

@@ -153,9 +153,12 @@ class PecoTokenizer(CodebookTokenizer):
         quantized = self.codebook(self.encode(images_11))
         return TokenizerOutput(self.decode(quantized.quantized), quantized.codes, quantized.commitment)
 
-    def encode(self, images_11: torch.Tensor) -> torch.Tensor:
+    def trunk(self, images_11: torch.Tensor) -> torch.Tensor:
         self.check_sides(images_11)
-        return self.to_code(self.encoder(images_11.to(self.to_code.weight.dtype)))
+        return self.encoder(images_11.to(self.to_code.weight.dtype))
+
+    def to_features(self, outputs: torch.Tensor) -> torch.Tensor:
+        return self.to_code(outputs.to(self.to_code.weight.dtype))
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
         """Code vectors [B, C, h, w] -> pictures float32 [B, 3, h * stride, w * stride], about [-1, 1]."""

@@ -125,26 +125,33 @@ class Codebook(nn.Module):
         return Quantized(codes.view(batch, height * width), through.to(features.dtype), chosen, commitment)
 
     @torch.no_grad()
-    def topk(self, features: torch.Tensor, k: int, *, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Soft codes: the k likeliest of softmax(-squared distance / temperature), or of softmax(cosine / temperature).
+    def nearest(self, features: torch.Tensor) -> torch.Tensor:
+        """Nearest code of every position, as `forward` finds it, and nothing else: features [B, C, H, W], any float dtype -> int64 [B, N]."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self._nearest(self._rows(features)).view(len(features), -1)
+
+    @torch.no_grad()
+    def topk(self, features: torch.Tensor, k: int, *, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Soft codes: the k likeliest of softmax(-squared distance / temperature), or of softmax(cosine / temperature). The codebook is searched once.
 
         Args:
             features: [B, C, H, W].  temperature: > 0.
-        Returns: codes int64 [B, N, k], likeliest first, and probs float32 [B, N, k]: probabilities of the softmax over all V codes,
-            so a row sums to less than 1; what is missing is the mass of the codes left out.
+        Returns: int64 [B, N], the nearest codes, those of `nearest`; int64 [B, N, k], the likeliest first; and their probabilities float32 [B, N, k] of the
+            softmax over all V codes, so a row sums to less than 1; what is missing is the mass of the codes left out.
         """
         assert 1 <= k <= self.num_codes and temperature > 0
         batch = len(features)
         with torch.autocast(features.device.type, enabled=False):
-            codes, probs = [], []
+            nearest, codes, probs = [], [], []
             for block in self._rows(features).split(self._block_rows()):
                 similarity = self._similarity(block)
+                nearest.append(similarity.argmax(dim=-1))
                 # Of -|x - c|^2 = 2 (x c - |c|^2 / 2) - |x|^2 the last term is the same for all codes and leaves the softmax.
                 logits = (similarity if self.l2_normalized else 2 * similarity) / temperature
                 values, indices = logits.topk(k, dim=-1)
                 codes.append(indices)
                 probs.append((values - logits.logsumexp(dim=-1, keepdim=True)).exp())
-        return torch.cat(codes).view(batch, -1, k), torch.cat(probs).view(batch, -1, k)
+        return torch.cat(nearest).view(batch, -1), torch.cat(codes).view(batch, -1, k), torch.cat(probs).view(batch, -1, k)
 
     def lookup(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Codes int64 [B, N] of a (height, width) grid -> their vectors, float32 [B, C, height, width]."""

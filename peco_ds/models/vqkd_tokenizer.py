@@ -94,12 +94,16 @@ class VqkdTokenizer(CodebookTokenizer):
         quantized = self.codebook(self.encode(images_11))
         return VqkdOutput(self.decode(quantized.quantized), quantized.codes, quantized.commitment)
 
-    def encode(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, S, S] in [-1, 1] of the encoder's own size -> float32 [B, C, grid, grid]."""
-        size, stride = self.settings.only_px, self.settings.stride_px
+    def trunk(self, images_11: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, S, S] in [-1, 1] of the encoder's own size -> patch tokens [B, N, D]."""
+        size = self.settings.only_px
         assert images_11.shape[-2:] == (size, size), f"picture {tuple(images_11.shape)}, the encoder's positions are those of {size} px"
-        tokens = self.to_code(self.encoder(images_11.to(self.encoder.cls_token.dtype)))
-        return tokens.transpose(1, 2).unflatten(2, (size // stride, size // stride))
+        return self.encoder(images_11.to(self.encoder.cls_token.dtype))
+
+    def to_features(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Patch tokens [B, N, D] -> float32 [B, C, grid, grid]."""
+        grid = self.settings.only_px // self.settings.stride_px
+        return self.to_code(outputs).transpose(1, 2).unflatten(2, (grid, grid))
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
         """Code vectors [B, C, grid, grid] -> float32 [B, N, target_width]."""

@@ -13,8 +13,11 @@ from peco_ds.data.indexed_tar import ShardSet
 from peco_ds.data.loaders import Codes, Pictures, codes_of
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.errors import UserError
+from peco_ds.models.image_tokenizer import ImageTokenizer
+from peco_ds.models.token_passes import TokenPasses, even_pass
 from peco_ds.models.tokenizers import TokenizerCard, load_tokenizer, read_card
 from peco_ds.runtime.distributed import World
+from peco_ds.runtime.engine import compiles
 
 logger = logging.getLogger("peco_ds")
 
@@ -98,5 +101,15 @@ def online_tokenizer(folder: Path, recipe: PretrainRecipe, device: torch.device)
     """
     tokenizer, card = load_tokenizer(folder)
     check_pair(card, recipe, str(folder))
-    tokenizer.to(device)
-    return lambda images_11: codes_of(tokenizer, images_11, recipe.views)
+    return codes_function(tokenizer.to(device), recipe, recipe.run.micro_batch)
+
+
+def codes_function(tokenizer: ImageTokenizer, recipe: PretrainRecipe, pictures: int) -> Callable[[torch.Tensor], Codes]:
+    """The tokenizer as a function images_11 [B, 3, T, T] -> Codes, in views.tokenizer_precision and compiled as run.compile says: codes to be stored and codes
+    computed in the training loop both come from it.
+
+    Args:
+        tokenizer: in eval mode, on its device.  pictures: a call has, most often; cut into passes of at most run.micro_batch.
+    """
+    passes = TokenPasses(tokenizer, precision=recipe.views.tokenizer_precision, pictures=even_pass(pictures, recipe.run.micro_batch), compiled=compiles(recipe.run))
+    return lambda images_11: codes_of(passes, images_11, recipe.views)

@@ -1,0 +1,136 @@
+"""Views of pictures -> token records -> token shards, with the device never waiting for the host: results are fetched, and shards written, beside it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from peco_ds.data.loaders import Codes, ViewsBatch
+from peco_ds.data.token_parts import TokenParts
+from peco_ds.data.token_shards import TokenRecord
+
+
+def record_batches(batches: Iterable[ViewsBatch], codes: Callable[[torch.Tensor], Codes]) -> Iterator[list[TokenRecord]]:
+    """The records of each batch, a record a picture.
+
+    Args:
+        codes: images_11 [b * K, 3, T, T] -> Codes (`token_source.codes_function`).
+    A batch is queued on the device before the one ahead of it is waited for.
+    """
+    ahead = None
+    for batch in batches:
+        queued = _Fetched(batch.keys, batch.rows, codes(batch.images_11))
+        if ahead is not None:
+            yield ahead.records()
+        ahead = queued
+    if ahead is not None:
+        yield ahead.records()
+
+
+class _Fetched:
+    """A batch's codes on their way to the host."""
+
+    def __init__(self, keys: list[str], rows: np.ndarray, codes: Codes) -> None:
+        self._keys, self._rows = keys, rows
+        narrow = [values.to(kind) for values, kind in zip(codes, (torch.int32, torch.int32, torch.float16)) if values is not None]
+        self._done = None
+        self._host = narrow
+        if narrow[0].is_cuda:
+            self._host = [torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True) for values in narrow]
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def records(self) -> list[TokenRecord]:
+        if self._done is not None:
+            self._done.synchronize()
+        pictures, views = self._rows.shape[:2]
+        stored = [values.numpy().astype(kind).reshape(pictures, views, *values.shape[1:]) for values, kind in zip(self._host, (np.uint16, np.uint16, np.float16))]
+        return [TokenRecord(key, stored[0][place], self._rows[place], *(values[place] for values in stored[1:])) for place, key in enumerate(self._keys)]
+
+
+class _Batch(NamedTuple):
+    shard: int
+    records: list[TokenRecord] | None  # None: the shard has no more
+
+
+class _Dropped(Exception):
+    """The shard in hand will not be finished."""
+
+
+class ShardWriter:
+    """A thread that writes, hashes and flushes token shards while the next batches are computed.
+
+        with ShardWriter(parts) as writer:
+            for number in shards:
+                for records in ...:
+                    writer.put(number, records)
+                writer.end(number)
+
+    Leaving the block waits for the shards that were ended; one that was not, as after an exception, is dropped whole. What the writing broke on is raised by
+    the next call, or at the end of the block.
+    """
+
+    AHEAD = 4  # batches that may lie waiting for the disk
+
+    def __init__(self, parts: TokenParts) -> None:
+        self._parts = parts
+        self._waiting: queue.Queue[_Batch | None] = queue.Queue(self.AHEAD)  # None: there will be no more
+        self._fault: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="token shard writer", daemon=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def put(self, shard: int, records: list[TokenRecord]) -> None:
+        """The next records of a shard, whose others were put without another's between them. Waits while AHEAD batches are not written yet."""
+        self._hand_over(_Batch(shard, records))
+
+    def end(self, shard: int) -> None:
+        """All of the shard's records were put."""
+        self._hand_over(_Batch(shard, None))
+
+    def __exit__(self, kind, *_) -> None:
+        if self._thread.ident is None:
+            return
+        try:
+            self._hand_over(None)
+            self._thread.join()
+            self._raise_fault()
+        except BaseException:
+            if kind is None:  # else the block's own exception goes on
+                raise
+
+    def _hand_over(self, batch: _Batch | None) -> None:
+        if self._thread.ident is None:  # not before the first batch: loader processes, forked for it, would inherit an open shard and its lock
+            self._thread.start()
+        while True:
+            self._raise_fault()
+            try:
+                return self._waiting.put(batch, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def _raise_fault(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+
+    def _run(self) -> None:
+        try:
+            while (batch := self._waiting.get()) is not None:
+                self._parts.write(batch.shard, self._records(batch))
+        except _Dropped:
+            pass
+        except BaseException as fault:  # noqa: BLE001  whatever it is, the main thread has to know of it
+            self._fault = fault
+
+    def _records(self, batch: _Batch | None) -> Iterator[TokenRecord]:
+        while batch is not None and batch.records is not None:
+            yield from batch.records
+            batch = self._waiting.get()
+        if batch is None:
+            raise _Dropped
