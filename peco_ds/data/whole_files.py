@@ -6,7 +6,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,7 +53,8 @@ def alone(lock_path: Path, *, wait: bool) -> Iterator[bool]:
         try:
             yield _lock(file, wait=wait) is not False
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile: it holds the file too
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile: it holds the file too
 
 
 def _lock(file, *, wait: bool) -> bool | None:
