@@ -173,8 +173,8 @@ def mim_activation_bytes(
     branch has a norm and logits of its own. An encoder that sees n tokens has a bias of its own for each picture, n x n a head.
 
     The working part is an estimate of the worst moment: in a block's backward pass the gradients of the hidden layer before
-    and after GELU, of the block's input and of a branch, and of the attention bias, which kernels write as [H, T, T] a picture before they
-    sum it; in the head's the gradient of the logits in both precisions. The caching allocator's fragmentation is not in it, nor is
+    and after GELU, of the block's input and of a branch, and of an attention bias that is a picture's own, [H, T, T]; that of a shared one is summed
+    some pictures at a time (at most 128 MiB a pass, not counted here); in the head's the gradient of the logits in both precisions. The caching allocator's fragmentation is not in it, nor is
     what an objective keeps beside the log-probabilities (soft targets are made some pictures at a time and not kept).
 
     Args:
@@ -187,7 +187,7 @@ def mim_activation_bytes(
     picture = IMAGE_CHANNELS * model.image_px**2 * element
     if encoding.kind == "visible":
         seen, narrow = tokens - masked, encoding.decoder_width
-        encoder = _BlockActivations(seen, model.width, _hidden(model), model.heads, scaled, element)
+        encoder = _BlockActivations(seen, model.width, _hidden(model), model.heads, scaled, element, own_bias=True)
         decoder = _BlockActivations(tokens, narrow, _hidden(model, narrow), encoding.decoder_heads, False, element)
         stacks = [(model.depth, encoder), (encoding.decoder_depth, decoder)]
         places = seen * tokens * element + model.heads * seen**2 * element  # one-hot rows, and the bias they pick
@@ -217,6 +217,7 @@ class _BlockActivations:
     heads: int
     scaled: bool
     element: int
+    own_bias: bool = False  # one a picture
 
     @property
     def input(self) -> int:
@@ -239,7 +240,7 @@ class _BlockActivations:
 
     @property
     def backward(self) -> int:
-        return self.tokens * (2 * self.hidden + 2 * self.width) * self.element + self.heads * self.tokens**2 * self.element
+        return (self.tokens * (2 * self.hidden + 2 * self.width) + self.own_bias * self.heads * self.tokens**2) * self.element
 
 
 def _head_activations(masked: int, width: int, num_codes: int, element: int) -> tuple[int, int]:
