@@ -1,12 +1,18 @@
-"""What a training step of a recipe's model costs on this device: forward pass, objective, backward pass, AdamW; no data, no DeepSpeed."""
+"""What a training step of a recipe's model costs on this device, compiled as run.compile says: forward pass, objective, backward pass, AdamW; no data, no ZeRO.
+
+`step.py` and `peers.py` share its batches and its turns.
+"""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peco_ds.config import PretrainRecipe
 from peco_ds.data.loaders import Codes, masked_targets
 from peco_ds.data.masking import draw_masked
+from peco_ds.errors import UserError
 from peco_ds.models.mim import build_mim
+from peco_ds.models.vit import TransformerBlock
 from peco_ds.objectives import build_objective
 from peco_ds.planner.shapes import mim_macs
 from peco_ds.runtime.optim import build_optimizer, decay_groups
@@ -41,19 +49,149 @@ class StepCost:
         return self.batch / statistics.median(self.seconds)
 
 
+class DrawnBatch(NamedTuple):
+    """Pictures and codes without meaning: values do not matter to the time."""
+
+    images_norm: torch.Tensor  # [B, 3, S, S] float32
+    masked: torch.Tensor  # int64 [B, M], by the recipe
+    targets: object  # of the recipe's objective
+
+
+def this_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def training_flops(recipe: PretrainRecipe) -> int:
     """Of a picture's forward and backward pass, as the planner counts them."""
     return mim_macs(recipe.model, num_codes=recipe.objective.num_codes, masked=recipe.mask.count, encoding=recipe.encoding, aggregation=recipe.aggregation).training_flops
 
 
+def build_model(recipe: PretrainRecipe, device: torch.device) -> torch.nn.Module:
+    """The recipe's model in training mode, float32; made on the device, where drawing the weights of a large one takes no time."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = build_mim(recipe.model, recipe.encoding, recipe.aggregation, recipe.objective.num_codes, recompute=recipe.run.activation_checkpointing)
+    return model.train()
+
+
+def drawn_batch(recipe: PretrainRecipe, device: torch.device) -> DrawnBatch:
+    """run.micro_batch pictures."""
+    generator = torch.Generator().manual_seed(0)
+    model, mask, batch, codes, topk = recipe.model, recipe.mask, recipe.run.micro_batch, recipe.objective.num_codes, recipe.views.topk
+    images = torch.randn(batch, 3, model.image_px, model.image_px, generator=generator)
+    drawn = [draw_masked(seed=0, epoch=0, sample=i, grid=model.grid, kind=mask.kind, count=mask.count, min_block=mask.min_block, min_aspect=mask.min_aspect) for i in range(batch)]
+    masked = torch.stack([torch.from_numpy(places) for places in drawn]).to(device)
+    patches, soft = model.grid**2, ()
+    if topk:
+        probs = torch.rand(batch, patches, topk, generator=generator)
+        soft = torch.rand(batch, patches, codes, generator=generator).topk(topk).indices.to(device), (probs / probs.sum(-1, keepdim=True)).to(device)
+    hard = torch.randint(codes, (batch, patches), generator=generator).to(device)
+    return DrawnBatch(images.to(device), masked, masked_targets(Codes(hard, *soft), masked))
+
+
+class Turns:
+    """Steps of several trainers by turns, so that whatever else the machine does falls on all of them alike.
+
+    A trainer that fails is dropped with the reason; the others go on.
+
+    Args:
+        steps: a training step of each, by name.  steps_a_turn: between two looks at the clock; the host waits for the device only there.
+        give_up: is told the name of one that failed, to let go of its memory.
+    """
+
+    def __init__(self, steps: dict[str, Callable[[], object]], *, steps_a_turn: int = 1, give_up: Callable[[str], object] = lambda name: None) -> None:
+        self.steps, self.steps_a_turn, self.give_up = dict(steps), steps_a_turn, give_up
+        self.seconds: dict[str, list[float]] = {name: [] for name in steps}  # of a step, an entry a counted turn
+        self.cpu_seconds: dict[str, list[float]] = {name: [] for name in steps}  # of all threads; tells more than the clock where others use the cores too
+        self.first_s: dict[str, float] = {}  # of the first step, with what it compiles and allocates
+        self.failed: dict[str, str] = {}
+
+    def run(self, rounds: int, warm_up: int = WARM_UP) -> Turns:
+        for name in list(self.steps):
+            self.first_s[name], _ = self._turn(name, 1)
+        for number in range(1 - warm_up, rounds):
+            for name in list(self.steps)[:: 1 if number % 2 else -1]:
+                seconds, cpu_seconds = self._turn(name, self.steps_a_turn)
+                if number >= 0 and name in self.steps:
+                    self.seconds[name].append(seconds)
+                    self.cpu_seconds[name].append(cpu_seconds)
+        return self
+
+    def _turn(self, name: str, steps: int) -> tuple[float, float]:
+        """Seconds a step, by the clock and of the CPU."""
+        begun, begun_cpu = time.perf_counter(), time.process_time()
+        try:
+            for _ in range(steps):
+                self.steps[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except Exception as error:  # of the libraries that are measured: one of them must not end the measurement of the others
+            self.failed[name] = reason(error)
+            del self.steps[name], error
+            self.give_up(name)
+            free_memory()
+        return (time.perf_counter() - begun) / steps, (time.process_time() - begun_cpu) / steps
+
+
+def chosen(option: str, text: str, known) -> list[str]:
+    """Values of a list on the command line, written with commas.
+
+    Raises: UserError for one that is not known.
+    """
+    values = text.split(",")
+    for value in values:
+        if value not in known:
+            raise UserError(f"--{option} {value}: not one of {', '.join(known)}; values are separated by commas")
+    return values
+
+
+OUT_OF_MEMORY = "out of memory"
+
+
+def reason(error: Exception) -> str:
+    """One line that says why something failed."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:200]
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def step_memory(forward: Callable[[], torch.Tensor], learn: Callable[[torch.Tensor], object]) -> tuple[int, int]:
+    """Memory of one step beyond what stood before it, bytes.
+
+    Args:
+        forward: gives the loss.  learn: takes it, backward pass and optimiser.
+    Returns: what stands after the forward pass, outputs and what the backward pass needs, on a CPU of tensors alone; and the worst moment of the step,
+        on a GPU alone, else 0.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = forward()
+        kept = torch.cuda.memory_allocated() - before
+        learn(loss)
+        torch.cuda.synchronize()
+        return kept, torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = forward()
+    learn(loss)
+    return sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"), 0
+
+
 def step_costs(recipes: dict[str, PretrainRecipe], *, rounds: int = 9) -> dict[str, StepCost]:
-    """Step by step by turns, so that whatever else the machine does falls on all of them alike. Pictures and codes are drawn: values do not matter to the time.
+    """Step by step by turns.
 
     Args:
         rounds: steps of each that are counted; a step has run.micro_batch pictures.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trainees = {name: _Trainee(recipe, device) for name, recipe in recipes.items()}
+    trainees = {name: _Trainee(recipe, this_device()) for name, recipe in recipes.items()}
     for number in range(-WARM_UP, rounds):
         for trainee in list(trainees.values())[:: 1 if number % 2 else -1]:
             trainee.timed_step(counted=number >= 0)
@@ -66,23 +204,18 @@ class _Trainee:
     """A model of a recipe, and one batch."""
 
     def __init__(self, recipe: PretrainRecipe, device: torch.device) -> None:
-        torch.manual_seed(0)
-        model, mask, views, batch, codes = recipe.model, recipe.mask, recipe.views, recipe.run.micro_batch, recipe.objective.num_codes
+        from peco_ds.runtime.engine import compile_each, compiles  # brings DeepSpeed along, which others of this file's users do without
+
         self.device = device
-        self.model = build_mim(model, recipe.encoding, recipe.aggregation, codes, checkpoint_blocks=recipe.run.activation_checkpointing == "full").to(device, DTYPES[recipe.run.precision]).train()
+        self.model = build_model(recipe, device).to(DTYPES[recipe.run.precision])
+        if compiles(recipe.run):
+            compile_each(self.model, (TransformerBlock,))
         self.objective, self.optimizer = build_objective(recipe.objective), build_optimizer(decay_groups(self.model, recipe.optim.weight_decay), recipe.optim, offloaded=False)
-        self.cost = StepCost(batch, sum(parameter.numel() for parameter in self.model.parameters()), training_flops(recipe))
-        self.images = torch.randn(batch, 3, model.image_px, model.image_px, device=device)
-        drawn = [draw_masked(seed=0, epoch=0, sample=i, grid=model.grid, kind=mask.kind, count=mask.count, min_block=mask.min_block, min_aspect=mask.min_aspect) for i in range(batch)]
-        self.masked = torch.stack([torch.from_numpy(places) for places in drawn]).to(device)
-        patches, soft = model.grid**2, ()
-        if views.topk:
-            probs = torch.rand(batch, patches, views.topk, device=device)
-            soft = torch.rand(batch, patches, codes, device=device).topk(views.topk).indices, probs / probs.sum(-1, keepdim=True)
-        self.targets = masked_targets(Codes(torch.randint(codes, (batch, patches), device=device), *soft), self.masked)
+        self.cost = StepCost(recipe.run.micro_batch, sum(parameter.numel() for parameter in self.model.parameters()), training_flops(recipe))
+        self.batch = drawn_batch(recipe, device)
 
     def forward(self) -> torch.Tensor:
-        return self.objective(self.model(self.images, self.masked), self.targets)[0]
+        return self.objective(self.model(self.batch.images_norm, self.batch.masked), self.batch.targets)[0]
 
     def timed_step(self, *, counted: bool) -> None:
         on_gpu = self.device.type == "cuda"

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The benchmarks that matter on one GPU, most telling first, within PECO_BENCH_SECONDS (470) in all. No network, no edit.
+#
+#   bash benchmarks/run_gpu.sh                              # on the GPU
+#   PECO_BENCH_DEVICE=cpu bash benchmarks/run_gpu.sh        # the same commands at small sizes on a machine without one
+#
+# OUT                 folder of records, plots and logs (default: benchmarks/out_gpu)
+# PECO_BENCH_IMAGES   folder of pictures for data.py and tokenizing.py (default: what they find)
+# PYTHON              the interpreter (default: python)
+#
+# peers.py and step.py write their records as they grow, so that one which is cut off leaves what it has measured. Exit code 1 if a part failed; 0 also where
+# parts were cut off.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+out=${OUT:-benchmarks/out_gpu}
+python=${PYTHON:-python}
+mkdir -p "$out" || exit 1
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+images=()
+[ -z "${PECO_BENCH_IMAGES:-}" ] || images=(--images "$PECO_BENCH_IMAGES")
+
+if [ "${PECO_BENCH_DEVICE:-gpu}" = cpu ]; then
+  gpu=() first=() others=() small=(--rounds 2 model.depth=2 run.micro_batch=2) few=(--rounds 1) launch=(--launchers python --starts 1)
+  export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
+else
+  gpu=(--gpu) first=(--sizes "H/14 at 224") others=(--sizes "L/16 at 224,B/16 at 224,H/14 at 448") small=() few=() launch=(--launchers python --starts 1)
+fi
+
+ends=$((SECONDS + ${PECO_BENCH_SECONDS:-470}))
+failed=0
+: >"$out/summary.txt"
+
+say() { printf '%s\n' "$*" | tee -a "$out/summary.txt"; }
+
+# part NAME SECONDS COMMAND...: the command's words go to NAME.log; a time limit ends it, the next part follows.
+part() {
+  local name=$1 limit=$2 left=$((ends - SECONDS)) begun=$SECONDS code
+  shift 2
+  [ "$limit" -lt "$left" ] || limit=$left
+  if [ "$limit" -lt 20 ]; then
+    say "$name: not begun, the time is up"
+    return
+  fi
+  rm -f "$out/$name.md"
+  timeout --kill-after=5 "$limit" "$python" "$@" >"$out/$name.log" 2>&1
+  code=$?
+  case $code in
+    0) say "$name: done in $((SECONDS - begun)) s" ;;
+    124 | 137) say "$name: cut off after $limit s; $([ -f "$out/$name.md" ] && echo "$out/$name.md has what was measured until then" || echo "nothing was recorded")" ;;
+    *)
+      say "$name: failed with $code after $((SECONDS - begun)) s, $out/$name.log ends in: $(tail -n 1 "$out/$name.log")"
+      failed=1
+      ;;
+  esac
+}
+
+part peers_h14 130 benchmarks/peers.py "${gpu[@]}" "${first[@]}" "${small[@]}" --budget_s 90 --record "$out/peers_h14.md" --plot "$out/peers_h14.png"
+part step 130 benchmarks/step.py "${gpu[@]}" "${small[@]}" --profile --budget_s 95 --record "$out/step.md" --plot "$out/step.png"
+part tokenizing 50 benchmarks/tokenizing.py "${gpu[@]}" "${few[@]}" "${images[@]}" --record "$out/tokenizing.md"
+part data 40 benchmarks/data.py "${gpu[@]}" "${few[@]}" "${images[@]}" --record "$out/data.md"
+part launch 130 benchmarks/launch.py "${gpu[@]}" "${launch[@]}" --record "$out/launch.md"
+[ ${#others[@]} -eq 0 ] || part peers 150 benchmarks/peers.py "${gpu[@]}" "${others[@]}" --budget_s $((ends - SECONDS > 50 ? ends - SECONDS - 50 : 0)) --record "$out/peers.md" --plot "$out/peers.png"
+say "records are in $out"
+exit $failed
