@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -50,22 +51,26 @@ def main(argv: list[str] | None = None) -> int:
     if args.starts < 1:
         raise UserError(f"--starts {args.starts}: give 1 or more")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a time limit ends the start in hand too
-    with tempfile.TemporaryDirectory(prefix="peco_launch_") as temporary:
-        found = measure(args, (args.work or Path(temporary)).resolve())
-    from record import write_record
-
     command = shlex.join(["python", "benchmarks/launch.py", *(sys.argv[1:] if argv is None else argv)])
-    body = table(found)
-    sys.stdout.write(body + "\n")
-    if args.record:
-        write_record(args.record, "From the command to the first step", command, body, "deepspeed", "timm", "torchvision")
+
+    def keep(found: dict[str, list[dict[str, float]]]) -> None:
+        from record import write_record
+
+        if args.record:
+            write_record(args.record, "From the command to the first step", command, table(found), "deepspeed", "timm", "torchvision")
+
+    with tempfile.TemporaryDirectory(prefix="peco_launch_") as temporary:
+        found = measure(args, (args.work or Path(temporary)).resolve(), keep)
+    sys.stdout.write(table(found) + "\n")
     return 0
 
 
-def measure(args: argparse.Namespace, work: Path) -> dict[str, list[dict[str, float]]]:
-    """Starts by launcher, each as seconds by phase; "bare" has the bare imports, "first" the start that came before all."""
+def measure(args: argparse.Namespace, work: Path, keep: Callable[[dict], None]) -> dict[str, list[dict[str, float]]]:
+    """Starts by launcher, each as seconds by phase; "bare" has the bare imports, "first" the start that came before all. `keep` is given them after every round."""
     import torch
 
+    if args.gpu and not torch.cuda.is_available():
+        raise UserError("--gpu: torch finds no GPU; leave --gpu out for the small sizes")
     ranks = args.ranks or torch.cuda.device_count() or 2
     recipe = args.recipe or ("peco_vith14" if args.gpu else "peco_vittiny16")
     settings = [*([] if args.gpu else SMALL), *args.overrides]
@@ -86,6 +91,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, list[dict[str, fl
         found["bare"].append({"total": _seconds_of(BARE, env)})
         for launcher in args.launchers[:: 1 if number % 2 else -1]:
             found[launcher].append(start(launcher, f"{launcher}_{number}"))
+        keep(found)
     return found
 
 
@@ -123,7 +129,7 @@ def make_set(work: Path, recipe: str, settings: list[str], *, pictures: int) -> 
     own += ["schedule.epochs=null", "schedule.steps=1000000", "schedule.warmup_epochs=null", "schedule.warmup_steps=10", "checkpoint.every_epochs=null"]
     stages = HERE.parent / "peco_ds"
     _call([sys.executable, str(stages / "pack_images.py"), "--images", str(work / "pictures"), "--out", str(work / "images" / "train"), "--workers", "2"])
-    _call([sys.executable, str(stages / "tokenize_shards.py"), "--recipe", recipe, *settings, *own])
+    _call([sys.executable, str(stages / "tokenize_shards.py"), "--recipe", recipe, *settings, *own, "run.compile=none"])
     return own
 
 

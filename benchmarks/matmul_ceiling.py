@@ -10,7 +10,7 @@ import torch
 # Dense, 16-bit, of one card, from NVIDIA's data sheets; the first pattern that the card's name holds. SXM unless the name says otherwise.
 DATA_SHEET_FLOPS = (
     (r"H100 PCIe", 756e12),
-    (r"H100 NVL", 835e12),
+    (r"H[12]00 NVL", 835e12),
     (r"GH200|H200|H100", 989e12),
     (r"A100", 312e12),
 )

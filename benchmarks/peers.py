@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE.parent))
 from peco_ds.command_line import Parser, run
 
 GPU_SIZES = {
-    "H/14 at 224": ("peco_vith14", "run.micro_batch=64"),
+    "H/14 at 224": ("peco_vith14", "run.micro_batch=32"),
     "L/16 at 224": ("peco_vitl16", "run.micro_batch=128"),
     "B/16 at 224": ("peco_vitb16", "run.micro_batch=256"),
     "H/14 at 448": ("peco_vith14", "run.micro_batch=16 model.image_px=448 views.tokenizer_px=512 mask.count=392"),
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="B/16, L/16, H/14 at 224 and H/14 at 448 in bf16; without it B/16 in fp32")
     parser.add_argument("--sizes", metavar="SIZE,SIZE", help=f"of {', '.join(GPU_SIZES)} (default: all; without --gpu B/16 at 224)")
-    parser.add_argument("--without", metavar="TEXT,TEXT", default="", help="leave out rows whose name holds one of these, such as compiled or DeepSpeed; the first row stays")
+    parser.add_argument("--without", metavar="TEXT", action="append", default=[], help="leave out rows whose name holds this, such as compiled or DeepSpeed; may be given again; the first row stays")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each that are counted (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="of a turn (default: 3 with --gpu, else 1)")
     parser.add_argument("--at_once", type=int, default=3, help="trainers in memory together, the reference among them (default: %(default)s)")
@@ -143,7 +143,10 @@ class Comparison:
         self.steps = args.steps or (3 if args.gpu else 1)
         self.has_hf = importlib.util.find_spec("transformers") is not None
         reference, *others = GPU_CONTENDERS if args.gpu else CPU_CONTENDERS
-        unwanted = [text for text in args.without.split(",") if text] + ([] if self.has_hf else [HF])
+        idle = next((text for text in args.without if not any(text in contender.label for contender in (reference, *others))), None)
+        if idle is not None:
+            raise UserError(f"--without {idle}: in no row's name; the rows: {'; '.join(contender.label for contender in (reference, *others))}")
+        unwanted = args.without + ([] if self.has_hf else [HF])
         self.contenders = [reference, *(other for other in others if not any(text in other.label for text in unwanted))]
         self.results: dict[str, list[Result]] = {}
         self.checked: dict[str, str] = {}
@@ -543,7 +546,8 @@ def verdicts(results: list[Result]) -> list[str]:
         rivals = [rival for rival in done if rival.contender.library != OURS and rival.contender.precision == like and (own.compiled or not rival.contender.compiled)]
         if rivals:
             fastest = max(rivals, key=lambda rival: rival.ratio)
-            lines.append(f"{own.label}: {mine.ratio / fastest.ratio:.2f} times the fastest peer {'of all' if own.compiled else 'that is not compiled'} ({fastest.contender.label})")
+            which = f"of the {len(rivals)} measured peers" + ("" if own.compiled else " that are not compiled")
+            lines.append(f"{own.label}: {mine.ratio / fastest.ratio:.2f} times the fastest {which} ({fastest.contender.label})")
     return lines
 
 

@@ -147,7 +147,7 @@ class RunSettings:
     global_batch: int = 2048  # pictures an optimiser step, over all ranks
     micro_batch: int = 64  # pictures a forward pass, a rank; accumulation follows from it
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective: products and attention are kept, what lies between is computed again; full: whole blocks are
-    compile: Literal["auto", "blocks", "none"] = "auto"  # blocks: each transformer block by torch.compile; auto: blocks on a GPU, none on a CPU
+    compile: Literal["auto", "blocks", "none"] = "auto"  # blocks: each transformer block by torch.compile, and a tokenizer's network when codes are computed; auto: blocks on a GPU, unless layer_norm is apex, else none
     layer_norm: Literal["torch", "apex"] = "torch"  # whose kernel
     log_every_steps: int = 20
     max_skipped_steps: int = 10  # of the last 128 steps; one is skipped for a loss or gradient that is not finite, or for a gradient spike

@@ -43,6 +43,19 @@ def test_the_next_batch_is_under_way_before_one_is_waited_for():
     assert events == ["queued", "queued", "k0", "queued", "k1", "k2"]
 
 
+def test_what_the_next_batch_breaks_on_does_not_cost_the_one_before_it():
+    def codes(images):
+        if images.flatten()[0] >= 200:
+            raise UserError("the third cannot be read")
+        return codes_like(images)
+
+    handed_out = []
+    with pytest.raises(UserError, match="the third"):
+        for made in record_batches([batch(number, 1) for number in range(4)], codes):
+            handed_out.append(made[0].key)
+    assert handed_out == ["k0", "k1"]
+
+
 class Disk:
     """Takes the place of TokenParts: what was written whole, by shard; `open` holds it up."""
 

@@ -5,8 +5,10 @@ import torch
 from test_planner import bytes_kept
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peco_ds.config import ModelSettings
+from peco_ds.config import ClassifierSettings, ModelSettings
+from peco_ds.models.classifier import build_classifier
 from peco_ds.models.vit import _PRODUCTS, TransformerBlock, build_backbone, run_blocks
+from peco_ds.planner.shapes import own_bias_bytes, skipped_by_subsets
 from peco_ds.runtime.engine import compile_each
 
 SMALL = ModelSettings(image_px=64, patch_px=16, width=48, depth=3, heads=3, layer_scale=0.1, drop_path=0.5)
@@ -36,6 +38,7 @@ def test_subset_stochastic_depth_computes_a_fixed_share_of_the_pictures_and_leav
     backbone.train()
     run_blocks(backbone.blocks, x, backbone.rel_pos_bias())
     assert seen == [[8, 6, 4], [8, 6, 4]], "rates 0, 0.25 and 0.5 of 8 pictures"
+    assert skipped_by_subsets(SMALL, 8) == 1 - 18 / 24, "what a dry run says of it"
     last = backbone.blocks[-1]
     attention, mlp = last.draw_paths(x)
     out = last(x, backbone.rel_pos_bias(), attention, mlp)
@@ -108,6 +111,29 @@ def test_blocks_are_compiled_without_a_break_into_one_graph_for_all_of_them(reco
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_a_compiled_classifier_trains_and_is_evaluated_in_batches_of_any_size():
+    """Every block has a bias table of its own; weights are read without gradient, the last batch is short."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    settings, results = ModelSettings(**{**SMALL.__dict__, "drop_path": 0.0}), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = build_classifier(settings, ClassifierSettings(head_scale=1.0), 5)
+        if compiled:
+            compile_each(model, (TransformerBlock,))
+        found = []
+        for step in range(2):
+            logits = model.train()(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(step)))
+            logits.logsumexp(-1).mean().backward()
+            found.append(logits)
+            with torch.no_grad():
+                found += [model.eval()(torch.randn(pictures, 3, 64, 64, generator=torch.Generator().manual_seed(pictures))) for pictures in (4, 3, 1)]
+        results.append([*found, *(parameter.grad for parameter in model.parameters())])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5 and not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_subsets_of_other_sizes_share_one_more_graph():

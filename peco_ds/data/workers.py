@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,6 +152,7 @@ class _Workers:
             prefetch_factor=2 if num_workers else None,
             generator=torch.Generator(),  # without one the loader draws from the global generator, and a resumed run would drop other paths
         )
+        self._since = time.time()
         others = set(multiprocessing.active_children())
         on_child = signal.getsignal(signal.SIGCHLD)
         self._batches = iter(loader)
@@ -206,13 +208,16 @@ class _Workers:
                 process.kill()
                 process.join()
             if process.exitcode < 0:
-                _unlink_shared_memory_of(process.pid)
+                _unlink_shared_memory_of(process.pid, self._since)
 
 
-def _unlink_shared_memory_of(pid: int) -> None:
+def _unlink_shared_memory_of(pid: int, since: float) -> None:
     """Files that torch names after their maker: one killed between the making of a file and its unlinking leaves it in memory until the next reboot."""
     for file in Path("/dev/shm").glob(f"torch_{pid}_*"):
-        file.unlink(missing_ok=True)  # batches that were handed out are mapped, and stay
+        with suppress(FileNotFoundError):
+            found = file.stat()
+            if found.st_uid == os.getuid() and found.st_ctime >= since - 1:  # containers may share the folder and count processes for themselves
+                file.unlink()  # batches that were handed out are mapped, and stay
 
 
 def _in_main_thread() -> bool:

@@ -5,21 +5,26 @@ a picture and layer. Here the backward pass goes through some pictures at a time
 ones, forward and backward: its flash kernels take no bias, cuDNN's give it no gradient. On a CPU, where PyTorch has no fused kernel with a gradient for
 the bias, one picture at a time stays in the cache.
 
-Both operators are opaque to torch.compile, so that a compiled block runs the same attention, in the same order, as one that is not.
+Both operators are opaque to torch.compile: a compiled block runs the same attention as one that is not. On a GPU the backward kernel adds up the query's gradient in
+the device's order, unless `torch.use_deterministic_algorithms` is set.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 ALIGNMENT = 16  # elements; the memory-efficient kernels read rows of the bias that start at multiples of it
+_efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+_efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
 GPU_BYTES = 2**27  # of the bias's gradient before it is summed, a call of the backward kernel
 
 
 def attend(qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v.
+    """softmax(q k^T / sqrt(D) + bias) v; differentiable once.
 
     Args:
         qkv: [B, T, 3, H, D].
@@ -30,7 +35,7 @@ def attend(qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     if bias.dim() == 3 and bias.requires_grad and torch.is_grad_enabled() and dim % 8 == 0:
         return biased_attention(qkv, bias)[0]
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    mask = bias.to(qkv.dtype).expand(batch, heads, tokens, tokens)  # in four dimensions: a CPU's fused kernel looks at no other
+    mask = bias.to(qkv.dtype) if bias.dim() == 4 else bias.to(qkv.dtype)[None]  # four dimensions: a CPU's fused kernel looks at no other
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).reshape(batch, tokens, heads * dim)
 
 
@@ -73,8 +78,7 @@ def biased_attention_backward(
     if qkv.is_cuda:
         out = out.view(batch, tokens, heads, dim).transpose(1, 2)
         kernel_bias, unused = _kernel_bias(bias, qkv), torch.empty((), dtype=torch.int64, device=qkv.device)  # a seed and an offset: nothing is dropped
-        pictures = max(1, GPU_BYTES // (heads * tokens * kernel_bias.stride(-2) * qkv.element_size()))
-        for some in (slice(first, first + pictures) for first in range(0, batch, pictures)):
+        for some in _even_slices(batch, GPU_BYTES // (heads * tokens * kernel_bias.stride(-2) * qkv.element_size())):
             found = _efficient_backward(
                 grad_out[some], query[some], key[some], value[some], kernel_bias[some], out[some], kept[some], unused, unused, 0.0, [True] * 4
             )
@@ -120,15 +124,17 @@ def _backward_flops(_grad_shape, qkv_shape, bias_shape, *_args, **_options) -> i
     return 2 * _flops(qkv_shape, bias_shape)
 
 
-
-_efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-_efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
-
-
 def _kernel_bias(bias: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
     """[H, T, T] -> a view [B, H, T, T] of the kernel's dtype and alignment, with one copy in memory for all pictures."""
     padded = F.pad(bias.to(qkv.dtype), (0, -bias.shape[-1] % ALIGNMENT))
     return padded[..., : bias.shape[-1]].expand(len(qkv), -1, -1, -1)
+
+
+def _even_slices(batch: int, at_most: int) -> list[slice]:
+    """A last call of a few pictures would leave most of a GPU idle."""
+    calls = math.ceil(batch / max(1, at_most))
+    ends = [batch * call // calls for call in range(calls + 1)]
+    return [slice(first, last) for first, last in zip(ends, ends[1:])]
 
 
 # ---------------------------------------------------------------------------------------------- relative positions

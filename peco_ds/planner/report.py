@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from peco_ds.config import Durations, FinetuneRecipe, PretrainRecipe, RunSettings, TokenizerRecipe, micro_steps
+from peco_ds.config import Durations, FinetuneRecipe, ModelSettings, PretrainRecipe, RunSettings, TokenizerRecipe, micro_steps
 from peco_ds.errors import UserError
 from peco_ds.planner.memory import STAGES, GpuMemory, checkpoint_bytes, gpu_memory, zero_stage
-from peco_ds.planner.shapes import FLOPS_PER_MAC, ELEMENT_BYTES, MimMacs, MimParameters, backbone_parameters, mim_activation_bytes, mim_macs, mim_parameters, tokenizer_cost
+from peco_ds.planner.shapes import FLOPS_PER_MAC, ELEMENT_BYTES, MimMacs, MimParameters, backbone_parameters, mim_activation_bytes, mim_macs, mim_parameters, own_bias_bytes, skipped_by_subsets, tokenizer_cost
 from peco_ds.schema import VIEW_COLUMNS
 
 WORLD_SIZES = (1, 8, 64, 256)
@@ -44,6 +44,7 @@ def pretrain_report(
         *_variant_lines(recipe, macs),
         _line("objective", recipe.objective.name + (f", {recipe.views.topk} soft codes a patch" if recipe.objective.name == "multi_choice" else "")),
         *_compute_lines(macs.total, macs.training_flops, durations, run.global_batch),
+        *_subset_lines(model, run.micro_batch),
         *_schedule_lines(recipe, durations, num_samples, assumed),
         _line("token storage", f"{payload:,} B a picture ({num_views} views: codes {2 * num_views * patches:,} B), {_decimal(num_samples * payload)} for the set, {_decimal(num_samples * in_tar)} in tars"),
         *_checkpoint_lines(recipe, parameters.total, durations, ds_config),
@@ -73,12 +74,14 @@ def finetune_report(recipe: FinetuneRecipe, *, num_samples: int, num_classes: in
         _line("learning rate", f"{recipe.optim.lr:g} at the head, {lowest:.2g} at the patch embedding (layer decay {classifier.layer_decay}), stochastic depth up to {model.drop_path}"),
         _line("augmentation", f"{augment.auto_augment or 'no RandAugment'}, mixup {augment.mixup}, cutmix {augment.cutmix}, erasing {augment.erasing}, smoothing {classifier.smoothing}, repeats {augment.repeats}"),
         *_compute_lines(macs.total, macs.training_flops, durations, run.global_batch),
+        *_subset_lines(model, run.micro_batch),
         *_schedule_lines(recipe, durations, num_samples, assumed),
         *_checkpoint_lines(recipe, parameters, durations, ds_config),
     ]
     if recipe.ema.decay:
         lines.append(_line("moving average", f"decay {recipe.ema.decay}: 4 bytes a parameter, {4 * parameters / GIB:.2f} GiB over all ranks together (ZeRO-0: on each)"))
-    return "\n".join([*lines, "", *_memory_lines(parameters, run, ds_config, activations.total * run.micro_batch)])
+    kept = activations.total * run.micro_batch + own_bias_bytes(model, run.activation_checkpointing)
+    return "\n".join([*lines, "", *_memory_lines(parameters, run, ds_config, kept)])
 
 
 def tokenizer_report(recipe: TokenizerRecipe, num_samples: int, durations: Durations, *, ds_config: dict | None = None, assumed: bool = False) -> str:
@@ -134,6 +137,12 @@ def _variant_lines(recipe: PretrainRecipe, macs: MimMacs) -> list[str]:
     if aggregation.early_block:
         return [_line("aggregation", f"final class token and patches after block {aggregation.early_block} through {aggregation.blocks} extra blocks; {macs.total / plain.total:.1%} of the forward pass without them")]
     return []
+
+
+def _subset_lines(model: ModelSettings, micro_batch: int) -> list[str]:
+    if model.drop_path_by != "subset":
+        return []
+    return [_line("stochastic depth", f"subsets of {micro_batch} pictures: {skipped_by_subsets(model, micro_batch):.1%} of the blocks' work is left out (not taken off above)")]
 
 
 def _compute_lines(forward_macs: int, training_flops: int, durations: Durations, global_batch: int) -> list[str]:

@@ -207,6 +207,17 @@ def mim_activation_bytes(
     return ActivationBytes(saved=ends + sum(depth * kept(block) for depth, block in stacks), working=max(head_backward, recomputed))
 
 
+def own_bias_bytes(model: ModelSettings, checkpointing: str) -> int:
+    """What blocks with a bias table each keep of it, [H, T, T] in float32, whatever the number of pictures; recomputed, nothing."""
+    return model.depth * model.heads * (model.grid**2 + 1) ** 2 * 4 if checkpointing == "none" else 0
+
+
+def skipped_by_subsets(model: ModelSettings, micro_batch: int) -> float:
+    """Share of the blocks' work that model.drop_path_by = subset leaves out of a pass: whole pictures, at least one of them taken."""
+    rates = [model.drop_path * place / max(1, model.depth - 1) for place in range(model.depth)]
+    return 1 - sum(max(1, round(micro_batch * (1 - rate))) for rate in rates) / (micro_batch * model.depth)
+
+
 @dataclass(frozen=True)
 class _BlockActivations:
     """Bytes of one picture in one block, as `mim_activation_bytes` describes them."""

@@ -50,7 +50,8 @@ def start_engine(
     optimizer = build_optimizer(decay_groups(model, optim.weight_decay, lr_scales), optim, offloaded=offloaded)
     check_deepspeed_config(ds_config, source)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    if compiles(run):
+    if leaf_modules and compiles(run):
+        logger.info("transformer blocks are compiled (run.compile %s): the first step takes longer", run.compile)
         compile_each(engine.module, leaf_modules)
     return engine
 
@@ -69,7 +70,9 @@ def compile_each(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> None
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # training, evaluation, the sizes of subsets
     for module in model.modules():
         if isinstance(module, classes):
-            module.forward = torch.compile(module.forward, fullgraph=True)
+            # Sizes other than the first would make all sizes symbolic, and kernels slower: a decoder's after an encoder's. Only subsets have too many.
+            dynamic = None if getattr(module, "drop_path_by", "") == "subset" else False
+            module.forward = torch.compile(module.forward, fullgraph=True, dynamic=dynamic)
 
 
 def check_deepspeed_config(ds_config: dict, source: str | Path) -> None:

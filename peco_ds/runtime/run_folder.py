@@ -32,6 +32,8 @@ SETTINGS = "settings.yaml"
 DEEPSPEED = "deepspeed.json"
 PROVENANCE = "provenance.json"
 
+_WAS = {"pretrain": {"views.tokenizer_precision": "fp32"}}  # of runs from before there was a choice, where it was not today's default
+
 # Settings that may differ between a run and its continuation. Paths are among them: what lies there is compared by fingerprint.
 _FREE = ("data.num_workers", "data.root", "data.images", "data.tokens", "data.tokenizer", "data.val_images", "data.verify", "data.max_bad_share", "run.log_every_steps", "run.micro_batch", "run.activation_checkpointing", "run.compile", "run.layer_norm", "run.max_skipped_steps", "run.spike_factor", "run.hang_timeout_s", "schedule.stop_at_step", "checkpoint.", "evaluation.", "name")
 
@@ -110,7 +112,7 @@ def _refuse_another_run(folder: Path, stage: str, settings: dict, provenance: di
         for key, value in tree.items():
             yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
-    before = dict(flat(recorded["recipe"]))
+    before = _WAS.get(stage, {}) | dict(flat(recorded["recipe"]))
     for key, value in flat(settings):
         if before.get(key, value) != value and not key.startswith(_FREE):
             raise UserError(f"{folder}: holds a run with {key} = {before[key]!r}, this one has {value!r}; choose another --out, or set checkpoint.resume=never to start over")

@@ -20,16 +20,23 @@ def record_batches(batches: Iterable[ViewsBatch], codes: Callable[[torch.Tensor]
 
     Args:
         codes: images_11 [b * K, 3, T, T] -> Codes (`token_source.codes_function`).
-    A batch is queued on the device before the one ahead of it is waited for.
+    A batch is queued on the device before the one ahead of it is waited for; what it breaks on is raised after the one ahead was handed out.
     """
-    ahead = None
-    for batch in batches:
-        queued = _Fetched(batch.keys, batch.rows, codes(batch.images_11))
+    ahead, fault = None, None
+    batches = iter(batches)
+    while fault is None:
+        queued = None
+        try:
+            batch = next(batches, None)
+            queued = _Fetched(batch.keys, batch.rows, codes(batch.images_11)) if batch is not None else None
+        except Exception as error:
+            fault = error
         if ahead is not None:
             yield ahead.records()
+        if fault is None and queued is None:
+            return
         ahead = queued
-    if ahead is not None:
-        yield ahead.records()
+    raise fault
 
 
 class _Fetched:
