@@ -103,6 +103,9 @@ def _bad_input(error: Exception) -> str:
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    compiler = sys.modules.get("torch._dynamo.exc")  # not imported here: a stage that compiles nothing stays quick
+    if compiler is not None and isinstance(error, compiler.TorchDynamoException):
+        return f"torch.compile failed ({' '.join(str(error).split())[:300]}); set run.compile=none to train without it (PECO_TRACEBACK=1 shows where)"
     return ""
 
 

@@ -150,3 +150,26 @@ def test_types_of_torch_distributed_are_known_and_other_faults_are_not_taken_for
     assert lost_ranks(dist.DistNetworkError("")) == "DistNetworkError"
     assert lost_ranks(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
     assert lost_ranks(ValueError("Connection closed by peer")) == ""
+
+
+COMPILES = """
+import sys
+from peco_ds.command_line import run
+
+def main(argv):
+    import torch
+    def breaks(x):
+        torch._dynamo.graph_break()
+        return x
+
+    torch.compile(breaks, fullgraph=True, backend="eager")(torch.ones(3))
+
+run(main)
+"""
+
+
+def test_a_compiler_that_fails_is_one_line_with_the_way_round_it(tmp_path):
+    (tmp_path / "compiles.py").write_text(COMPILES)
+    done = subprocess.run([sys.executable, tmp_path / "compiles.py"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
+    assert done.returncode == EXIT_BAD_INPUT
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: torch.compile failed (") and "run.compile=none" in done.stderr
