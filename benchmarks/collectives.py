@@ -23,6 +23,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from record import at_least
+
 from peco_ds.command_line import Parser, run
 from peco_ds.config import DS_CONFIGS
 from peco_ds.errors import UserError
@@ -54,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="all blocks, on every GPU")
     parser.add_argument("--recipes", nargs="+", default=list(MODELS), help="(default: %(default)s)")
-    parser.add_argument("--ranks", type=int, help="(default: the GPUs of the machine, 2 without one)")
-    parser.add_argument("--rounds", type=int, default=6, help="timed steps of each engine, by turns; 0: none (default: %(default)s)")
+    parser.add_argument("--ranks", type=at_least(1), help="(default: the GPUs of the machine, 2 without one)")
+    parser.add_argument("--rounds", type=at_least(0), default=6, help="timed steps of each engine, by turns; 0: none (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows, by their names")
     parser.add_argument("--deepspeed_config", type=Path, nargs="+", default=[], metavar="FILE", help="further rows")
     parser.add_argument("--record", type=Path, help="also write the tables to this file")
@@ -67,6 +69,15 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--only {unknown[0]!r}: no such row; there are {', '.join(CHANGES)}")
     if args.rows_to:
         return count(args)
+    if args.gpu and not _gpus():
+        raise UserError("--gpu: torch finds no GPU here; drop --gpu, or start it where there is one")
+    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.deepspeed_json import read_deepspeed_json
+
+    for name in args.recipes:  # before ranks are started, whose launcher would say much beside
+        load_recipe(PretrainRecipe, name, args.overrides)
+    for file in args.deepspeed_config:
+        read_deepspeed_json(file)
     with tempfile.TemporaryDirectory(prefix="peco_collectives_") as folder:
         rows = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks or _gpus() or 2), __file__, "--rows_to", str(rows)]

@@ -29,6 +29,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from record import at_least
+
 from peco_ds.command_line import Parser, run
 
 H100_FLOPS = 989.4e12  # bf16 without sparsity, also of an H200. Source: NVIDIA's data sheet
@@ -81,9 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipe", default="peco_vitb16", help="views, mask and picture size (default: %(default)s)")
     parser.add_argument("--images", type=Path, help="folder of pictures at any depth, or of image shards (default: the pictures that the tests find)")
     parser.add_argument("--gpu", action="store_true", help="the device's share on the GPU, in larger batches")
-    parser.add_argument("--pictures", type=int, help=f"taken from --images, evenly spread (default: {CPU_SIZES.pictures}, with --gpu {GPU_SIZES.pictures})")
-    parser.add_argument("--rounds", type=int, help=f"of each way that are counted (default: {CPU_SIZES.rounds}, with --gpu {GPU_SIZES.rounds})")
-    parser.add_argument("--chunk", type=int, help=f"pictures of a way in a round (default: {CPU_SIZES.chunk}, with --gpu {GPU_SIZES.chunk})")
+    parser.add_argument("--pictures", type=at_least(1), help=f"taken from --images, evenly spread (default: {CPU_SIZES.pictures}, with --gpu {GPU_SIZES.pictures})")
+    parser.add_argument("--rounds", type=at_least(1), help=f"of each way that are counted (default: {CPU_SIZES.rounds}, with --gpu {GPU_SIZES.rounds})")
+    parser.add_argument("--chunk", type=at_least(1), help=f"pictures of a way in a round (default: {CPU_SIZES.chunk}, with --gpu {GPU_SIZES.chunk})")
     parser.add_argument("--record", type=Path, help="also write the tables to this file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of the recipe")
     args = parser.parse_intermixed_args(argv)

@@ -26,6 +26,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from record import at_least
+
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import UserError
 
@@ -42,14 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipe", help="another one (default: by --gpu)")
     parser.add_argument("--deepspeed_config", type=Path, default=HERE.parent / "ds_configs" / "zero3.json")
     parser.add_argument("--launchers", nargs="+", choices=("python", "deepspeed", "torchrun"), default=["python", "deepspeed", "torchrun"])
-    parser.add_argument("--ranks", type=int, help="of deepspeed and torchrun (default: the GPUs of the machine, 2 without one)")
-    parser.add_argument("--starts", type=int, default=3, help="of each launcher, by turns (default: %(default)s)")
+    parser.add_argument("--ranks", type=at_least(1), help="of deepspeed and torchrun (default: the GPUs of the machine, 2 without one)")
+    parser.add_argument("--starts", type=at_least(1), default=3, help="of each launcher, by turns (default: %(default)s)")
     parser.add_argument("--work", type=Path, help="folder for the set and the runs (default: a temporary one)")
     parser.add_argument("--record", type=Path, help="also write the table to this file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of the recipe")
     args = parser.parse_intermixed_args(argv)
-    if args.starts < 1:
-        raise UserError(f"--starts {args.starts}: give 1 or more")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a time limit ends the start in hand too
     command = shlex.join(["python", "benchmarks/launch.py", *(sys.argv[1:] if argv is None else argv)])
 

@@ -30,6 +30,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from record import at_least
+
 from peco_ds.command_line import Parser, run
 
 GPU_SIZES = {
@@ -109,9 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu", action="store_true", help="B/16, L/16, H/14 at 224 and H/14 at 448 in bf16; without it B/16 in fp32")
     parser.add_argument("--sizes", metavar="SIZE,SIZE", help=f"of {', '.join(GPU_SIZES)} (default: all; without --gpu B/16 at 224)")
     parser.add_argument("--without", metavar="TEXT", action="append", default=[], help="leave out rows whose name holds this, such as compiled or DeepSpeed; may be given again; the first row stays")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each that are counted (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="of a turn (default: 3 with --gpu, else 1)")
-    parser.add_argument("--at_once", type=int, default=3, help="trainers in memory together, the reference among them (default: %(default)s)")
+    parser.add_argument("--rounds", type=at_least(1), default=7, help="turns of each that are counted (default: %(default)s)")
+    parser.add_argument("--steps", type=at_least(1), help="of a turn (default: 3 with --gpu, else 1)")
+    parser.add_argument("--at_once", type=at_least(2), default=3, help="trainers in memory together, the reference among them (default: %(default)s)")
     parser.add_argument("--budget_s", type=float, default=float("inf"), help="no group of trainers is begun later than this (default: no limit)")
     parser.add_argument("--record", type=Path, help="also write the tables to this file, anew after every group")
     parser.add_argument("--plot", type=Path, help="also draw the ratios into this PNG")
@@ -137,8 +139,6 @@ class Comparison:
 
         self.args, self.command = args, command
         known = GPU_SIZES if args.gpu else CPU_SIZES
-        if args.at_once < 2:
-            raise UserError(f"--at_once {args.at_once}: the reference and one other are in memory together, so at least 2")
         self.recipes = {size: resolved(*known[size], args.overrides) for size in (chosen("sizes", args.sizes, known) if args.sizes else known)}
         self.steps = args.steps or (3 if args.gpu else 1)
         self.has_hf = importlib.util.find_spec("transformers") is not None
@@ -547,7 +547,8 @@ def verdicts(results: list[Result]) -> list[str]:
         if rivals:
             fastest = max(rivals, key=lambda rival: rival.ratio)
             which = f"of the {len(rivals)} measured peers" + ("" if own.compiled else " that are not compiled")
-            lines.append(f"{own.label}: {mine.ratio / fastest.ratio:.2f} times the fastest {which} ({fastest.contender.label})")
+            spread = f"{mine.ratio / max(fastest.ratios):.2f} to {mine.ratio / min(fastest.ratios):.2f} over its turns"
+            lines.append(f"{own.label}: {mine.ratio / fastest.ratio:.2f} times the fastest {which} ({fastest.contender.label}; {spread})")
     return lines
 
 

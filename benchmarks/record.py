@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `low` on, for argparse."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value}: give {low} or more")
+        return value
+
+    number.__name__ = "whole number"  # argparse says so of a text that is none
+    return number
 
 
 def hardware() -> str:

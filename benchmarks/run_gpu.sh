@@ -55,9 +55,9 @@ part() {
   esac
 }
 
-part peers_h14 110 benchmarks/peers.py "${gpu[@]}" "${first[@]}" "${small[@]}" --budget_s 75 --record "$out/peers_h14.md" --plot "$out/peers_h14.png"
+part peers_first 110 benchmarks/peers.py "${gpu[@]}" "${first[@]}" "${small[@]}" --budget_s 75 --record "$out/peers_first.md" --plot "$out/peers_first.png"
 part step 110 benchmarks/step.py "${gpu[@]}" "${small[@]}" --profile --budget_s 75 --record "$out/step.md" --plot "$out/step.png"
-[ ${#others[@]} -eq 0 ] || part peers 100 benchmarks/peers.py "${gpu[@]}" "${others[@]}" --budget_s 65 --record "$out/peers.md" --plot "$out/peers.png"
+[ ${#others[@]} -eq 0 ] || part peers_others 100 benchmarks/peers.py "${gpu[@]}" "${others[@]}" --budget_s 65 --record "$out/peers_others.md" --plot "$out/peers_others.png"
 part data 50 benchmarks/data.py "${gpu[@]}" "${few[@]}" "${images[@]}" --record "$out/data.md"
 part tokenizing 90 benchmarks/tokenizing.py "${gpu[@]}" "${few[@]}" "${images[@]}" --record "$out/tokenizing.md"
 part launch 130 benchmarks/launch.py "${gpu[@]}" "${launch[@]}" --record "$out/launch.md"

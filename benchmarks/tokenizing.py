@@ -27,6 +27,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+from record import at_least
+
 from peco_ds.command_line import Parser, run
 
 
@@ -85,10 +87,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="the recipes' own sizes; without it small ones for a CPU")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of pictures at any depth, or of image shards (default: the pictures that the tests find)")
-    parser.add_argument("--pictures", type=int, default=0, help="through our way in a round (default: 4; with --gpu 64)")
-    parser.add_argument("--single_views", type=int, default=0, help="through the other way in a round (default: 8; with --gpu 64)")
+    parser.add_argument("--pictures", type=at_least(1), help="through our way in a round (default: 4; with --gpu 64)")
+    parser.add_argument("--single_views", type=at_least(1), help="through the other way in a round (default: 8; with --gpu 64)")
     parser.add_argument("--both_compiled", action="store_true", help="compile the network alone in the other precision as well, which takes as long again")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="default: %(default)s")
     parser.add_argument("--record", type=Path, help="also write the tables to this file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_args(argv)

@@ -13,6 +13,7 @@ from peco_ds.config import PretrainRecipe, load_recipe
 
 @pytest.fixture(scope="module")
 def benchmark():
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # for what the benchmarks share
     path = REPOSITORY / "benchmarks" / "data.py"
     spec = importlib.util.spec_from_file_location("data_benchmark", path)
     module = importlib.util.module_from_spec(spec)

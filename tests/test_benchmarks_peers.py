@@ -28,7 +28,7 @@ def test_ours_hugging_face_timm_and_the_engine_take_turns_from_the_same_first_lo
     rows = {cells[0]: cells[1:] for cells in (re.split(r" *\| *", line.strip("|").strip()) for line in text.splitlines()) if len(cells) == 7}
     assert list(rows)[-4:] == ["ours, eager", "Hugging Face, eager", "timm, eager", "ours, DeepSpeed ZeRO-1, eager"]
     assert rows["ours, eager"][0].startswith("1.000") and all(float(rows[name][2]) > 0 for name in list(rows)[-4:])
-    assert "The same function, float32, loss" in text and "times the fastest peer" in text and "transformers" in text
+    assert "The same function, float32, loss" in text and "times the fastest of the 2 measured peers" in text and "transformers" in text
     assert (tmp_path / "peers.png").stat().st_size > 1000
 
 
@@ -87,6 +87,6 @@ def test_ours_is_held_against_the_fastest_peer_of_its_precision():
         Result(Contender(HF, "autocast"), failure="out of memory"),
     ]  # fmt: skip
     said = verdicts(results)
-    assert "1.25 times the fastest of the 2 measured peers that are not compiled (timm, eager, bf16 weights)" in said[0]
-    assert "1.20 times the fastest of the 3 measured peers (timm, compiled, bf16 weights)" in said[1]
-    assert "5.00 times the fastest of the 1 measured peers (timm, eager, fp32 weights, bf16 autocast)" in said[2]
+    assert "1.25 times the fastest of the 2 measured peers that are not compiled (timm, eager, bf16 weights; 1.25 to 1.25 over its turns)" in said[0]
+    assert "1.20 times the fastest of the 3 measured peers (timm, compiled, bf16 weights; 1.20 to 1.20 over its turns)" in said[1]
+    assert "5.00 times the fastest of the 1 measured peers (timm, eager, fp32 weights, bf16 autocast; 5.00 to 5.00 over its turns)" in said[2]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # for what the benchmarks share
 spec = importlib.util.spec_from_file_location("tokenizing", REPOSITORY / "benchmarks" / "tokenizing.py")
 tokenizing = importlib.util.module_from_spec(spec)
 sys.modules["tokenizing"] = tokenizing  # dataclasses look their module up

@@ -119,6 +119,13 @@ def test_tokenizer_values_out_of_range_are_refused(recipe_file, override):
     assert override.partition("=")[0] in refusal(load, recipe_file(""), "perceptual.weight=0", override, recipe_type=TokenizerRecipe)
 
 
+def test_subsets_that_would_leave_out_nobody_are_refused_with_both_ways_out(recipe_file):
+    message = refusal(load, recipe_file(""), "model.drop_path_by=subset", "model.drop_path=0.1", "run.micro_batch=4", "run.global_batch=8")
+    assert "run.micro_batch 4" in message and "0.1" in message and "model.drop_path_by=picture" in message
+    load(recipe_file(""), "model.drop_path_by=subset", "model.drop_path=0.1", "run.micro_batch=8", "run.global_batch=8")
+    load(recipe_file(""), "model.drop_path_by=subset", "model.drop_path=0", "run.micro_batch=4", "run.global_batch=8")
+
+
 def test_compiled_blocks_with_apexs_layer_norm_are_refused(recipe_file):
     message = refusal(load, recipe_file(""), "run.compile=blocks", "run.layer_norm=apex")
     assert "run.layer_norm=torch" in message and "run.compile=none" in message

@@ -56,7 +56,7 @@ def test_every_token_is_put_at_its_place():
     decoder, masked = decoder_with_trained_look(), hidden_patches()
     encoded = torch.randn(2, 1 + PATCHES - M, 96)
     with torch.no_grad():
-        logits, features = decoder(encoded, shown_first(masked, PATCHES), masked, recompute=False)
+        logits, features = decoder(encoded, shown_first(masked, PATCHES), masked)
         rows = []
         for tokens, hidden in zip(decoder.embed(encoded), masked.tolist()):
             shown = iter(tokens[1:])

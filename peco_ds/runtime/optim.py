@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 
 import torch
 from timm.layers import set_fast_norm
@@ -11,6 +12,8 @@ from torch import nn
 
 from peco_ds.config import OptimSettings, RunSettings
 from peco_ds.errors import UserError
+
+logger = logging.getLogger("peco_ds")
 
 
 def decay_groups(model: nn.Module, weight_decay: float, lr_scales: dict[str, float] | None = None) -> list[dict]:
@@ -57,6 +60,7 @@ def build_optimizer(groups: list[dict], settings: OptimSettings, *, offloaded: b
     if offloaded or (settings.impl == "deepspeed" and not torch.cuda.is_available()):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        logger.info("DeepSpeed's Adam for the host is compiled at its first use on a machine, which takes minutes")
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
     if settings.impl == "deepspeed":
         from deepspeed.ops.adam import FusedAdam
