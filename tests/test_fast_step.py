@@ -49,8 +49,8 @@ def largest_difference(a, b):
 
 @pytest.mark.parametrize("name, reference", [("compiled", "plain"), ("compiled selective", "plain"), ("compiled full", "plain"), ("subset compiled", "subset")])
 def test_compiled_blocks_follow_the_plain_curve(curves, name, reference):
-    # float32; a compiled norm and GELU round otherwise, and 50 steps carry it on
-    assert largest_difference(curves[name], curves[reference]) < 1e-4
+    # float32; a compiled norm and GELU round otherwise, and 50 steps carry it on: measured worst case 1.8e-7
+    assert largest_difference(curves[name], curves[reference]) < 5e-6
 
 
 @pytest.mark.parametrize("name", ["selective", "subset at rate 0"])
