@@ -20,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from peco_ds.errors import UserError
+from peco_ds.schedules import pictures_taken
 from peco_ds.schema import short
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -638,9 +639,8 @@ def _check_model(recipe) -> None:
     _require(int(model.width * model.mlp_ratio) >= 1, f"model.mlp_ratio {model.mlp_ratio}: gives a hidden layer without units")
     _require(0 <= model.drop_path < 1, f"model.drop_path {model.drop_path}: in [0, 1)")
     if model.drop_path_by == "subset" and model.drop_path > 0:
-        fewest = max(1, round(recipe.run.micro_batch * (1 - model.drop_path)))
         _require(
-            fewest < recipe.run.micro_batch,
+            pictures_taken(recipe.run.micro_batch, model.drop_path) < recipe.run.micro_batch,
             f"model.drop_path_by subset: of run.micro_batch {recipe.run.micro_batch} pictures a rate of {model.drop_path} leaves out none, subsets are of whole pictures; raise one of the two, or set model.drop_path_by=picture",
         )
 

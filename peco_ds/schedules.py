@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the optimiser step."""
+"""Learning rate as a pure function of the optimiser step, and how many pictures stochastic depth by subsets takes."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def cosine_with_warmup(step: int, *, peak: float, floor: float, warmup_steps: in
         return peak * step / max(1, warmup_steps)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return floor + 0.5 * (peak - floor) * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def pictures_taken(pictures: int, drop_path: float) -> int:
+    """Of a pass's pictures, those that take a branch under model.drop_path_by = subset: whole ones, at least one."""
+    return max(1, round(pictures * (1 - drop_path)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -12,10 +11,8 @@ import pytest
 
 from conftest import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # for what the benchmarks share
-spec = importlib.util.spec_from_file_location("collectives", REPOSITORY / "benchmarks" / "collectives.py")
-collectives = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(collectives)
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+import collectives
 
 SMALL = "model.depth=2 model.width=48 model.heads=3 model.image_px=64 views.tokenizer_px=64 mask.count=6 mask.min_block=2 objective.num_codes=64".split()
 

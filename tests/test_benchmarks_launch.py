@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -14,10 +13,8 @@ import pytest
 
 from conftest import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # for what the benchmarks share
-spec = importlib.util.spec_from_file_location("launch", REPOSITORY / "benchmarks" / "launch.py")
-launch = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(launch)
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+import launch
 
 SMALL = "model.depth=1 model.width=48 model.heads=3 model.image_px=64 views.tokenizer_px=64 mask.count=6 mask.min_block=2 objective.num_codes=64 run.micro_batch=2 data.num_workers=1".split()
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from peco_ds.config import ModelSettings
 from peco_ds.models.attention import attend, bias_of_positions
+from peco_ds.schedules import pictures_taken
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -62,7 +63,7 @@ class TransformerBlock(Block):
         if self.drop_path_by == "picture":
             taken = torch.rand(2, len(x), 1, 1, device=x.device) >= self.drop_path
             return (taken.to(x.dtype) / (1 - self.drop_path)).unbind(0)
-        pictures = max(1, round(len(x) * (1 - self.drop_path)))
+        pictures = pictures_taken(len(x), self.drop_path)
         if pictures == len(x):
             return None, None
         return torch.rand(2, len(x), device=x.device).argsort(dim=1)[:, :pictures].unbind(0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peco_ds.config import AggregationSettings, EncodingSettings, ModelSettings, TokenizerSettings
+from peco_ds.schedules import pictures_taken
 
 IMAGE_CHANNELS = 3
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -215,7 +216,7 @@ def own_bias_bytes(model: ModelSettings, checkpointing: str) -> int:
 def skipped_by_subsets(model: ModelSettings, micro_batch: int) -> float:
     """Share of the blocks' work that model.drop_path_by = subset leaves out of a pass: whole pictures, at least one of them taken."""
     rates = [model.drop_path * place / max(1, model.depth - 1) for place in range(model.depth)]
-    return 1 - sum(max(1, round(micro_batch * (1 - rate))) for rate in rates) / (micro_batch * model.depth)
+    return 1 - sum(pictures_taken(micro_batch, rate) for rate in rates) / (micro_batch * model.depth)
 
 
 @dataclass(frozen=True)
