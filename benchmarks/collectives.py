@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from record import at_least
+from record import at_least, require_gpu
 
 from peco_ds.command_line import Parser, run
 from peco_ds.config import DS_CONFIGS
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--only {unknown[0]!r}: no such row; there are {', '.join(CHANGES)}")
     if args.rows_to:
         return count(args)
-    if args.gpu and not _gpus():
-        raise UserError("--gpu: torch finds no GPU here; drop --gpu, or start it where there is one")
+    if args.gpu:
+        require_gpu()
     from peco_ds.config import PretrainRecipe, load_recipe
     from peco_ds.deepspeed_json import read_deepspeed_json
 

@@ -29,7 +29,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from record import at_least
+from record import at_least, require_gpu
 
 from peco_ds.command_line import Parser, run
 
@@ -107,10 +107,9 @@ def measure(args: argparse.Namespace, sizes: Sizes) -> str:
     import torch
 
     from peco_ds.config import PretrainRecipe, load_recipe
-    from peco_ds.errors import UserError
 
-    if args.gpu and not torch.cuda.is_available():
-        raise UserError("--gpu: torch finds no GPU here; drop --gpu, or start it where there is one")
+    if args.gpu:
+        require_gpu()
     recipe = load_recipe(PretrainRecipe, args.recipe, args.overrides).recipe
     torch.set_num_threads(1)
     device = torch.device("cuda", 0) if args.gpu else torch.device("cpu")

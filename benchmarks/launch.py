@@ -26,7 +26,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from record import at_least
+from record import at_least, require_gpu
 
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import UserError
@@ -69,8 +69,8 @@ def measure(args: argparse.Namespace, work: Path, keep: Callable[[dict], None]) 
     """Starts by launcher, each as seconds by phase; "bare" has the bare imports, "first" the start that came before all. `keep` is given them after every round."""
     import torch
 
-    if args.gpu and not torch.cuda.is_available():
-        raise UserError("--gpu: torch finds no GPU; leave --gpu out for the small sizes")
+    if args.gpu:
+        require_gpu()
     ranks = args.ranks or torch.cuda.device_count() or 2
     recipe = args.recipe or ("peco_vith14" if args.gpu else "peco_vittiny16")
     settings = [*([] if args.gpu else SMALL), *args.overrides]

@@ -30,7 +30,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from record import at_least
+from record import at_least, require_gpu
 
 from peco_ds.command_line import Parser, run
 
@@ -153,14 +153,12 @@ class Comparison:
         self.left = 0
 
     def measure(self) -> None:
-        import torch
         from step import own_signals
 
-        from peco_ds.errors import UserError
         from peco_ds.runtime.distributed import start_world
 
-        if self.args.gpu and not torch.cuda.is_available():
-            raise UserError("--gpu: torch sees no GPU here; leave --gpu out for a model in fp32 on this CPU")
+        if self.args.gpu:
+            require_gpu()
         begun = time.monotonic()
         own_signals(start_world)
         for size, recipe in self.recipes.items():

@@ -24,6 +24,16 @@ def at_least(low: int) -> Callable[[str], int]:
     return number
 
 
+def require_gpu() -> None:
+    """For --gpu. Raises: UserError where torch finds none."""
+    import torch
+
+    from peco_ds.errors import UserError
+
+    if not torch.cuda.is_available():
+        raise UserError("--gpu: torch finds no GPU here; drop --gpu, or start it where there is one")
+
+
 def hardware() -> str:
     """The GPU by name, memory and driver's CUDA; on a machine without one the processor, its cores, and how many of them torch uses."""
     import torch

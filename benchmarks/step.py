@@ -27,7 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from record import at_least
+from record import at_least, require_gpu
 
 from peco_ds.command_line import Parser, run
 
@@ -134,14 +134,11 @@ class Measurement:
         self.ceilings: dict = {}  # dtype -> FLOP a second
 
     def measure(self) -> Measurement:
-        import torch
-
-        from peco_ds.errors import UserError
         from peco_ds.runtime.distributed import start_world
         from step_time import free_memory, reason
 
-        if self.args.gpu and not torch.cuda.is_available():
-            raise UserError("--gpu: torch sees no GPU here; leave --gpu out for small models on this CPU")
+        if self.args.gpu:
+            require_gpu()
         recipes = [self.recipe(setting) for setting in self.settings]  # a misspelt override is refused before anything is measured
         begun = time.monotonic()
         own_signals(start_world)

@@ -27,7 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from record import at_least
+from record import at_least, require_gpu
 
 from peco_ds.command_line import Parser, run
 
@@ -96,12 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.pictures, args.single_views = args.pictures or (64 if args.gpu else 4), args.single_views or (64 if args.gpu else 8)
     if args.gpu:
-        import torch
-
-        from peco_ds.errors import UserError
-
-        if not torch.cuda.is_available():
-            raise UserError("--gpu: torch finds no GPU here; drop --gpu, or start it where there is one")
+        require_gpu()
     tables = []
     with tempfile.TemporaryDirectory(prefix="peco_tokenizing_") as folder:
         images = pack_pictures(args.images, Path(folder))
