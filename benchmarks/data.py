@@ -32,8 +32,9 @@ sys.path.insert(0, str(HERE.parent))
 from record import at_least, require_gpu
 
 from peco_ds.command_line import Parser, run
+from peco_ds.planner.hardware import HARDWARE
 
-H100_FLOPS = 989.4e12  # bf16 without sparsity, also of an H200. Source: NVIDIA's data sheet
+H100_FLOPS = HARDWARE["h100"].peak_flops["bf16"]  # also of an H200
 STEP_PRODUCTS, STEP_ROUNDS = 100, 3  # of the made-up step
 SHARES = (0.4, 0.5)  # of it that a training step may reach
 MODELS = {"B/16": "peco_vitb16", "L/16": "peco_vitl16", "H/14": "peco_vith14"}

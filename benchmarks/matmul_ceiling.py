@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import re
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-# Dense, 16-bit, of one card, from NVIDIA's data sheets; the first pattern that the card's name holds. SXM unless the name says otherwise.
-DATA_SHEET_FLOPS = (
-    (r"H100 PCIe", 756e12),
-    (r"H[12]00 NVL", 835e12),
-    (r"GH200|H200|H100", 989e12),
-    (r"A100", 312e12),
-)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from peco_ds.planner.hardware import hardware_of_device
+
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 SIDES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}
 STRETCHES, STRETCH_S = 5, {"cuda": 0.05, "cpu": 0.1}
 
 
-def matmul_ceiling(dtype: torch.dtype, device: torch.device, sides: tuple[int, ...] = ()) -> float:
+def matmul_ceiling(dtype: torch.dtype, device: torch.device, sides: tuple[int, ...] = (), clock: Callable[[], float] = time.perf_counter) -> float:
     """FLOP a second of the best of several stretches of products of two square matrices, of the best of several sizes. Values are drawn: a card that
     multiplies zeros runs cooler, and faster, than one that trains.
 
     Args:
-        sides: of the matrices; () for the device's own.
+        sides: of the matrices; () for the device's own.  clock: seconds; on a CPU with one thread its own time tells more where others use the cores too.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best = 0.0
@@ -33,11 +33,11 @@ def matmul_ceiling(dtype: torch.dtype, device: torch.device, sides: tuple[int, .
 
         def seconds(products: int) -> float:
             wait()
-            begun = time.perf_counter()
+            begun = clock()
             for _ in range(products):
                 torch.mm(left, right, out=out)
             wait()
-            return time.perf_counter() - begun
+            return clock() - begun
 
         seconds(2)
         products = max(1, round(STRETCH_S[device.type] / seconds(1)))
@@ -46,7 +46,6 @@ def matmul_ceiling(dtype: torch.dtype, device: torch.device, sides: tuple[int, .
 
 
 def data_sheet_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """FLOP a second that the maker states for 16-bit products; None for a device or a dtype that is not known here."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return None
-    return next((flops for pattern, flops in DATA_SHEET_FLOPS if re.search(pattern, device_name)), None)
+    """FLOP a second that the maker states for 16-bit products; None for another dtype or a device that the planner's catalogue does not know."""
+    hardware = hardware_of_device(device_name)
+    return hardware.peak_flops[PRECISIONS[dtype]] if hardware and dtype in PRECISIONS else None

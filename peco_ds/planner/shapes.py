@@ -300,19 +300,46 @@ class TokenizerCost:
 
 
 def tokenizer_cost(tokenizer: TokenizerSettings, image_px: int) -> TokenizerCost:
-    """Cost of a tokenizer that is trained here, on a picture of image_px x image_px.
+    """Cost of a tokenizer on a picture of image_px x image_px. Of those that are read from released files (gumbel, dvae), who pick a code by its logit, the layer of
+    logits is the search; a dvae's decoder, which nothing here trains or runs at scale, is left out.
 
-    Source: of kind vqgan, VQGAN (arXiv 2012.09841), the f16 configuration of its released code, sizes of a PeCo stand-in; of kind vqkd, BEiT v2
-        (arXiv 2208.06366).
+    Source: of kind vqgan, VQGAN (arXiv 2012.09841), the f16 configuration of its released code, sizes of a PeCo stand-in; gumbel: its f8; vqkd: BEiT v2
+        (arXiv 2208.06366); dvae: DALL-E (arXiv 2102.12092).
     """
     grid = image_px // tokenizer.stride_px
-    encoder, decoder = {"vqgan": (_encoder, _decoder), "vqkd": (_vqkd_encoder, _vqkd_decoder)}[tokenizer.kind]
+    parts = {"vqgan": (_encoder, _decoder), "gumbel": (_gumbel_encoder, _decoder), "vqkd": (_vqkd_encoder, _vqkd_decoder), "dvae": (_dvae_encoder, _nothing)}
+    encoder, decoder = parts[tokenizer.kind]
+    searched = tokenizer.channels * tokenizer.channel_mults[-1] if tokenizer.kind == "dvae" else tokenizer.code_dim
     return TokenizerCost(
         encoder=encoder(tokenizer, image_px),
         decoder=decoder(tokenizer, image_px),
-        codebook_elements=tokenizer.num_codes * (2 * tokenizer.code_dim + 1),
-        search_macs=grid**2 * tokenizer.code_dim * tokenizer.num_codes,
+        codebook_elements=tokenizer.num_codes * (2 * tokenizer.code_dim + 1) if tokenizer.kind in ("vqgan", "vqkd") else 0,
+        search_macs=grid**2 * searched * tokenizer.num_codes,
     )
+
+
+def _nothing(tokenizer: TokenizerSettings, image_px: int) -> Cost:
+    return Cost()
+
+
+def _gumbel_encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
+    """VQGAN's, with a layer of logits behind it."""
+    return _encoder(tokenizer, image_px) + Cost((tokenizer.code_dim + 1) * tokenizer.num_codes, 0, tokenizer.code_dim * (image_px // tokenizer.stride_px) ** 2)
+
+
+def _dvae_encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
+    """Blocks of four convolutions at a quarter of the width, and pooling between two groups."""
+    width, size = tokenizer.channels, image_px
+    cost = _conv(IMAGE_CHANNELS, width, 7, size)
+    for level, mult in enumerate(tokenizer.channel_mults):
+        out = tokenizer.channels * mult
+        for _ in range(tokenizer.blocks_per_level):
+            hidden = out // 4
+            cost += _conv(width, hidden, 3, size) + _conv(hidden, hidden, 3, size).times(2) + _conv(hidden, out, 1, size)
+            cost += _conv(width, out, 1, size) if width != out else Cost()
+            width = out
+        size //= 1 if level == len(tokenizer.channel_mults) - 1 else 2
+    return cost + Cost((width + 1) * tokenizer.num_codes, 0, width * size**2)
 
 
 def _vqkd_encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
