@@ -2,22 +2,29 @@
 
 The paper's formula (ZeRO, arXiv 1910.02054): 16-bit weights and gradients, 2 B a parameter each, and 12 B of optimiser state (32-bit
 master weights and two Adam moments); stage 1 divides the state by the ranks, stage 2 the gradients too, stage 3 the weights
-too. DeepSpeed 0.19.8 keeps more, as a census of the tensors it holds after a backward pass shows (test_planner.py repeats it):
+too. DeepSpeed 0.19.8 keeps more, as a census of the tensors it holds after a backward pass shows (test_engine_state.py repeats it):
 
   stage 1, bf16, gradients summed in 32 bits   32-bit gradients whole on every rank beside the 16-bit ones: 2 + 2 + 4 B, not 2 + 2
   stage 1 to 3, fp32                           a master copy beside the weights: state is 12 B, not 8; stage 0 has none
-  stage 1 and 2                                a flat bucket of `reduce_bucket_size` elements (not in the first case), two if it overlaps
-  stage 3                                      one such bucket; weights gathered in the forward pass stay for the backward pass as far
-                                               as `stage3_max_live_parameters` and `stage3_max_reuse_distance` allow: by default all of them
+  stage 1 and 2                                a flat bucket of `reduce_bucket_size` elements (not in the first case), two if it overlaps; in stage 2 for the time of the
+                                               backward pass
+  stage 3                                      one such bucket; weights gathered in the forward pass stay for the backward pass as far as
+                                               `stage3_max_reuse_distance` reaches, and prefetches run as far ahead as `stage3_max_live_parameters` allows: by default
+                                               that is all of them. A single rank gathers nothing
 
-Stage 0 sums gradients in the weights' own type: DeepSpeed refuses any other there. What is offloaded follows DeepSpeed's
-documentation and was not measured, nor was fp16. Left out: what lives during the optimiser's step alone, when no activation does,
-the CUDA context and the communicator (about 1 GiB together), and the padding of partitions.
+An offloaded optimiser takes more on the host than it leaves on the GPU: a 32-bit gradient of the partition to step with, beside the one that is summed (stage 3) or a copy
+of the 16-bit weights on their way back (stages 1 and 2, whose 32-bit sums stay on the GPU).
+
+Stage 0 sums gradients in the weights' own type: DeepSpeed refuses any other there. The census ran on CPUs, where host and device are one: that their sum is right was
+measured, which of them holds what follows DeepSpeed's source, and so does all of fp16. Left out: what lives during the optimiser's step alone, when no activation
+does, the CUDA context and the communicator (about 1 GiB together), the padding of partitions (below 0.1 percent of ViT-H on 1024 ranks), a tensor of the largest size
+here and there (stages 1 and 2 without 32-bit sums keep whole gradients of those that lie across a partition's ends).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, log2
 
 from peco_ds.planner.shapes import ELEMENT_BYTES
 
@@ -29,9 +36,10 @@ PREFETCH_BUCKET = 5e7
 MAX_LIVE = 1e9
 MAX_REUSE_DISTANCE = 1e9
 
+ROUNDED_UP = 1.4  # bytes of the next power of two over bytes asked for: 1.39 on average, if sizes lie evenly between two powers (2 log 2)
 MASTER_BYTES = 4
 MOMENTS_BYTES = 8
-_DTYPE_BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "bf16": 2, "bfloat16": 2}
+DTYPE_BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "bf16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,8 @@ class GpuMemory:
     buffers: float  # communication buckets and, at stage 3, gathered weights
     activations: float
     host: float = 0.0  # what this rank keeps in host memory or on NVMe instead
+    pinned: float = 0.0  # of it, in page-locked memory, as far as the JSON leaves `pin_memory` at its default
+    gathered: float = 0.0  # of the buffers, weights of other ranks at stage 3
 
     @property
     def state(self) -> float:
@@ -72,31 +82,29 @@ def gpu_memory(num_parameters: int, *, stage: int, world_size: int, precision: s
     """
     assert stage in STAGES and world_size >= 1, (stage, world_size)
     zero = ds_config.get("zero_optimization", {})
-    element = ELEMENT_BYTES[precision]
-    summed = gradient_bytes(ds_config, precision)
-    offloaded_state = stage >= 1 and _offloaded(zero, "offload_optimizer")
-    offloaded_weights = stage == 3 and _offloaded(zero, "offload_param")
+    element, summed, part = ELEMENT_BYTES[precision], gradient_bytes(ds_config, precision), num_parameters / world_size
+    offloaded_state = stage >= 1 and offloads(zero, "offload_optimizer")
+    offloaded_weights = stage == 3 and offloads(zero, "offload_param")
+    summed_apart = precision == "bf16" and summed == 4 and stage == 1 and not offloaded_state
 
-    weights = num_parameters * element / (world_size if stage == 3 else 1)
-    if stage == 0:
-        gradients = num_parameters * element
-        optimizer = num_parameters * optimizer_bytes(stage, precision)
+    weights = part * element if stage == 3 else num_parameters * element
+    optimizer = optimizer_bytes(stage, precision) * (part if stage else num_parameters)
+    if stage <= 1:
+        gradients = num_parameters * (element + summed if summed_apart else summed if stage else element)
     else:
-        optimizer = num_parameters * optimizer_bytes(stage, precision) / world_size
-        if stage == 1:
-            gradients = num_parameters * (element if summed == element or offloaded_state else element + summed)
-        else:
-            gradients = num_parameters * summed / world_size
-    buffers = _buffer_bytes(num_parameters, zero, stage=stage, element=element, summed=summed, offloaded_state=offloaded_state, ds_config=ds_config)
-
-    host = 0.0
+        gradients = part * summed
+    host = pinned = 0.0
     if offloaded_state:
-        host, optimizer = host + optimizer, 0.0
-        if stage >= 2:  # the partition's gradients are summed where the optimiser steps
-            host, gradients = host + gradients, 0.0
+        sums_on_host = stage == 3 or (stage == 2 and summed == element)
+        keeps_sums = sums_on_host and (stage == 3 or ds_config.get("gradient_accumulation_steps") != 1)
+        moved = part * (MASTER_BYTES + summed * keeps_sums + (0 if stage == 3 else element))  # the gradient to step with, the sums, the weights on their way back
+        host, pinned, optimizer = optimizer + moved, moved + (0 if stage == 3 else part * MASTER_BYTES), 0.0
+        gradients = 0.0 if sums_on_host else gradients
     if offloaded_weights:
-        host, weights = host + weights, 0.0
-    return GpuMemory(weights, gradients, optimizer, buffers, activations, host)
+        host, pinned, weights = host + weights, pinned + weights, 0.0
+    gathered = _gathered_elements(num_parameters, zero) * element if stage == 3 and world_size > 1 else 0.0
+    bucket = 0.0 if stage == 0 or summed_apart else zero_number(zero, "reduce_bucket_size", REDUCE_BUCKET) * _bucket_element_bytes(ds_config, stage, element, summed)
+    return GpuMemory(weights, gradients, optimizer, bucket + gathered, activations, host, pinned, gathered)
 
 
 def optimizer_bytes(stage: int, precision: str) -> int:
@@ -106,7 +114,7 @@ def optimizer_bytes(stage: int, precision: str) -> int:
 
 def gradient_bytes(ds_config: dict, precision: str) -> int:
     """Bytes of one element of the summed gradient: `data_types.grad_accum_dtype`, by default the weights' type."""
-    return _DTYPE_BYTES.get(ds_config.get("data_types", {}).get("grad_accum_dtype"), ELEMENT_BYTES[precision])
+    return DTYPE_BYTES.get(ds_config.get("data_types", {}).get("grad_accum_dtype"), ELEMENT_BYTES[precision])
 
 
 def checkpoint_bytes(num_parameters: int, *, stage: int, precision: str) -> int:
@@ -118,23 +126,65 @@ def checkpoint_bytes(num_parameters: int, *, stage: int, precision: str) -> int:
     return num_parameters * (weights + optimizer_bytes(stage, precision))
 
 
-def _offloaded(zero: dict, key: str) -> bool:
+def offloads(zero: dict, key: str) -> bool:
+    """Whether `offload_optimizer` or `offload_param` moves anything."""
     block = zero.get(key)
     return isinstance(block, dict) and block.get("device", "none") != "none"
 
 
-def _buffer_bytes(num_parameters: int, zero: dict, *, stage: int, element: int, summed: int, offloaded_state: bool, ds_config: dict) -> float:
-    bucket = _number(zero, "reduce_bucket_size", REDUCE_BUCKET)
-    if stage == 0 or (stage == 1 and summed != element and not offloaded_state):
-        return 0.0
-    if stage < 3:
-        return bucket * element * (2 if zero.get("overlap_comm") else 1)
-    communicated = _DTYPE_BYTES.get(ds_config.get("communication_data_type"), element)
-    kept = min(_number(zero, "stage3_max_live_parameters", MAX_LIVE), _number(zero, "stage3_max_reuse_distance", MAX_REUSE_DISTANCE))
-    gathered = min(num_parameters, kept + _number(zero, "stage3_prefetch_bucket_size", PREFETCH_BUCKET))
-    return bucket * communicated + gathered * element
+def _bucket_element_bytes(ds_config: dict, stage: int, element: int, summed: int) -> int:
+    """Of the bucket that gradients are copied into, or of both where it is doubled."""
+    if stage == 3:
+        return DTYPE_BYTES.get(ds_config.get("communication_data_type"), element)
+    return (summed if stage == 1 else element) * (2 if ds_config.get("zero_optimization", {}).get("overlap_comm") else 1)
 
 
-def _number(zero: dict, key: str, default: float) -> float:
+def _gathered_elements(num_parameters: int, zero: dict) -> float:
+    """Weights present at most: those that stay for their backward pass, or those that prefetches have run ahead for."""
+    prefetch = zero_number(zero, "stage3_prefetch_bucket_size", PREFETCH_BUCKET)
+    ahead = zero_number(zero, "stage3_max_live_parameters", MAX_LIVE) if prefetch else 0
+    return min(num_parameters, max(ahead, zero_number(zero, "stage3_max_reuse_distance", MAX_REUSE_DISTANCE)) + prefetch)
+
+
+def zero_number(zero: dict, key: str, default: float) -> float:
+    """A number under `zero_optimization`, or DeepSpeed's default."""
     value = zero.get(key)
     return value if isinstance(value, (int, float)) else default  # "auto", or what DeepSpeed itself will refuse
+
+
+def ema_bytes(num_parameters: int, *, stage: int, world_size: int) -> float:
+    """Bytes a rank of a moving average of the weights in 32 bits: of its part of them; without ZeRO, of all. It lies where the optimiser's state does."""
+    return MASTER_BYTES * num_parameters / (world_size if stage else 1)
+
+
+def saved_bytes(num_parameters: int, *, stage: int, world_size: int, precision: str, first_rank: bool, average: bool = False) -> float:
+    """Bytes of one rank's part of a checkpoint, which a save in flight keeps in host memory, and every save after it.
+
+    Args:
+        first_rank: rank 0, which alone writes the weights, and without ZeRO all else too.  average: the run keeps a moving average of the weights.
+    """
+    if stage == 0 and not first_rank:
+        return 0.0
+    weights = 0 if stage == 3 or not first_rank else ELEMENT_BYTES[precision] * num_parameters
+    state = optimizer_bytes(stage, precision) + (MASTER_BYTES if average else 0)
+    return weights + state * num_parameters / (world_size if stage else 1)
+
+
+def host_bytes_per_node(
+    state: GpuMemory, num_parameters: int, *, stage: int, world_size: int, ranks_per_node: int, precision: str, average: bool = False
+) -> float:
+    """Bytes on the host of the node of rank 0: what its ranks have offloaded, and the copies that a save in flight writes from.
+
+    Page-locked memory comes in powers of two (torch's allocator for it): a partition's flat tensors are rounded up as such, single tensors by what that costs on average.
+
+    Args:
+        state: `gpu_memory` of a rank.  average: as `saved_bytes`.
+    """
+    part = num_parameters / world_size if stage else 0.0
+    rounded = 2 ** ceil(log2(part)) / part if part else ROUNDED_UP
+    offloaded = state.host + (rounded - 1) * state.pinned
+    moved_average = ema_bytes(num_parameters, stage=stage, world_size=world_size) if average and state.host else 0.0
+    sizes = dict(stage=stage, world_size=world_size, precision=precision, average=average)
+    first, other = (saved_bytes(num_parameters, first_rank=first_rank, **sizes) for first_rank in (True, False))
+    single = first - other  # weights, tensor by tensor
+    return ranks_per_node * (offloaded + moved_average + rounded * other) + ROUNDED_UP * single

@@ -1,0 +1,179 @@
+"""Seconds of an optimiser step, in closed form.
+
+A rank has two queues: what it computes (segments of the forward pass, then of the backward pass, of each micro-batch) and its collectives, which NCCL runs one
+after another on one communicator, in the order in which they were posted. DeepSpeed 0.19.8 posts and awaits them so:
+
+  gather, overlapping       posted where the pass of the segment begins in which the host asks for it (the prefetch); the segment it serves waits for it
+  gather, not overlapping   posted where its own segment would begin: nothing hides it
+  reduction, overlapping    posted when its segment's backward pass is over; awaited at the end of the micro-batch, where DeepSpeed waits for all it has posted
+  reduction, not            posted there too, and the next segment waits
+  after the step            nothing hides it
+
+The step is then the longest path through both queues. A path that leaves the computation at one point, runs through a chain of collectives and comes back at a
+later point costs, beyond the computation, `sum of the chain - what is computed between the two points`; the exposed time is the largest sum that chains which
+follow one another reach. Three simple cases: all hidden but the first gather and what is left of the last reduction (compute-bound); all of the collectives less
+all of the computation between the first call and the last (communication-bound); every collective (nothing overlaps).
+
+Contention: a running collective keeps `contention` of a GPU's multiprocessors busy, so what a pass computes beside it takes longer by that share of the hidden time.
+The longest path is taken again with the pass so much longer, until the hidden time no longer changes.
+
+Stragglers: a synchronous step lasts as long as its slowest rank. Each rank's passes are taken to vary by `noise` about their mean, independently; until a
+collective makes all ranks wait, the noise of several passes adds up as its square root. The slowest of n ranks is `expected_maximum(n)` deviations slow, and the
+same longest path is taken with the computation so much longer: where the links set the pace, a slow rank costs little.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+from peco_ds.planner.compute import SegmentSeconds
+from peco_ds.planner.hardware import Hardware
+from peco_ds.planner.network import collective_seconds
+from peco_ds.planner.traffic import Collective
+
+# Standard deviation of a rank's pass over ranks and passes. Assumed: on five clusters the same program's time varied by 8% over GPUs of one model (at most 22%; Sinha et
+# al., SC22, arXiv 2208.11035), taken for the span of some hundred GPUs, which is five to six deviations. Single GPUs were up to 1.5 times slower: simulate_step's slow_nodes.
+NOISE = 0.015
+# Assumed: an all-gather on an H100 was seen to hold 24 of its 132 multiprocessors (NVIDIA developer forum, topic 337991). A product that fills all of them exactly took
+# nearly twice as long beside it there; blocks' products fill them many times over.
+CONTENTION = 24 / 132
+_ROUNDS = 4  # each leaves CONTENTION of the error of the one before
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What closed form and simulation start from."""
+
+    segments: tuple[SegmentSeconds, ...]  # of one micro-batch, in running order
+    collectives: tuple[Collective, ...]  # of the whole optimiser step
+    micro_steps: int
+    optimizer_s: float  # the optimiser's own work on this rank's partition
+    ranks: int
+    hardware: Hardware
+    noise: float = NOISE  # 0: all ranks alike
+    contention: float = CONTENTION  # 0: collectives take nothing from what is computed beside them
+    link_share: float = 1.0  # of the bandwidths that collectives usually reach
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one optimiser step, on the slowest rank. `seconds` is the sum of compute_s, optimizer_s, exposed_s, contention_s and straggler_s."""
+
+    seconds: float
+    compute_s: float  # forward and backward passes
+    optimizer_s: float
+    communication_s: float  # sum over all collectives, hidden or not
+    exposed_s: float  # of them what no computation hides
+    straggler_s: float  # waiting for the slowest rank
+    contention_s: float  # computing slower beside collectives
+
+
+def closed_form(inputs: StepInputs) -> StepCost:
+    """One optimiser step as the module's docstring reckons it."""
+    forward, backward = sum(piece.forward for piece in inputs.segments), sum(piece.backward for piece in inputs.segments)
+    passes = forward + backward
+    seconds = durations(inputs)
+    after = sum(duration for collective, duration in zip(inputs.collectives, seconds) if collective.when == "after")
+    queues: list[list[tuple[Collective, float]]] = [[] for _ in range(inputs.micro_steps)]
+    for collective, duration in zip(inputs.collectives, seconds):
+        if collective.when != "after":
+            queues[collective.micro_step].append((replace(collective, micro_step=0), duration))
+    known: dict[tuple, tuple[float, float]] = {}  # most micro-batches of a step are alike
+    exposed, contended, slowest, waiting = after, 0.0, 0.0, 0
+
+    def added(queue: list[tuple[Collective, float]], stretch: float) -> tuple[float, float]:
+        key = (*queue, stretch)
+        if key not in known:
+            known[key] = _added(inputs, queue, stretch)
+        return known[key]
+
+    for micro_step, queue in enumerate(queues):
+        waiting += 1  # micro-batches since all ranks last waited for one another
+        late, lost = added(queue, 1.0)
+        exposed, contended = exposed + late, contended + lost
+        if queue or (inputs.collectives and micro_step == inputs.micro_steps - 1):
+            stretch = 1 + inputs.noise * expected_maximum(inputs.ranks) * _of_several(forward, backward, waiting)
+            slowest += waiting * stretch * passes + sum(added(queue, stretch))
+            waiting = 0
+    slowest += waiting * passes + after
+    alike = inputs.micro_steps * passes + exposed + contended
+    return StepCost(
+        seconds=slowest + inputs.optimizer_s,
+        compute_s=inputs.micro_steps * passes,
+        optimizer_s=inputs.optimizer_s,
+        communication_s=sum(seconds),
+        exposed_s=exposed,
+        straggler_s=slowest - alike,
+        contention_s=contended,
+    )
+
+
+def _added(inputs: StepInputs, queue: Sequence[tuple[Collective, float]], stretch: float) -> tuple[float, float]:
+    """What the collectives of one micro-batch add to passes that are `stretch` times as long: seconds exposed, seconds lost to contention."""
+    computing = stretch * sum(piece.forward for piece in inputs.segments), stretch * sum(piece.backward for piece in inputs.segments)
+    communicating = [sum(duration for collective, duration in queue if collective.when == direction) for direction in ("forward", "backward")]
+    lost, exposed = [0.0, 0.0], (0.0, 0.0)
+    for _ in range(_ROUNDS if inputs.contention else 1):
+        forward, backward = (stretch * (1 + slower / length) if length else 1.0 for slower, length in zip(lost, computing))
+        exposed = exposed_seconds([SegmentSeconds(piece.forward * forward, piece.backward * backward) for piece in inputs.segments], queue)
+        lost = [inputs.contention * (total - late) for total, late in zip(communicating, exposed)]
+    return sum(exposed), sum(lost)
+
+
+def durations(inputs: StepInputs) -> list[float]:
+    """Seconds of each collective of `inputs`, in their order, with nothing else on the links."""
+    known = {(each.operation, each.num_bytes) for each in inputs.collectives}
+    seconds = {call: collective_seconds(*call, inputs.ranks, inputs.hardware, share=inputs.link_share) for call in known}
+    return [seconds[each.operation, each.num_bytes] for each in inputs.collectives]
+
+
+def exposed_seconds(segments: Sequence[SegmentSeconds], queue: Sequence[tuple[Collective, float]]) -> tuple[float, float]:
+    """What the collectives of one micro-batch, with their seconds, add to its forward and to its backward pass: the heaviest chains of the module's docstring.
+
+    Points of the computation are counted from 0, before the forward pass of the first segment, to twice the number of segments.
+    """
+    pieces = [piece.forward for piece in segments] + [piece.backward for piece in reversed(segments)]
+    computed = [0.0]
+    for piece in pieces:
+        computed.append(computed[-1] + piece)
+    delays = [0.0] * len(computed)  # added before each point by chains that have ended
+    sent, opened = 0.0, -math.inf
+    for post, need, duration in posted_in_order(queue, len(segments)):
+        opened = max(opened, delays[post] + computed[post] - sent)  # the best chain that runs on, or a new one from here
+        sent += duration
+        late = opened + sent - computed[need]
+        for point in range(need, len(delays)):
+            if delays[point] >= late:  # so is every later one
+                break
+            delays[point] = late
+    last_forward = delays[len(segments) - 1]
+    return last_forward, delays[-1] - last_forward
+
+
+def posted_in_order(queue: Sequence[tuple[Collective, float]], num_segments: int) -> list[tuple[int, int, float]]:
+    """(point where it is posted, point where it is awaited, seconds) of each collective of a micro-batch, first posted first."""
+    end, rows = 2 * num_segments, []
+    for collective, duration in queue:
+        begin, asked = (place if collective.when == "forward" else end - 1 - place for place in (collective.segment, collective.asked))
+        gathers = collective.operation == "all_gather"
+        if gathers:
+            post, need = min(asked, begin) if collective.overlaps else begin, begin
+        else:
+            post, need = begin + 1, end if collective.overlaps else begin + 1
+        rows.append((post, gathers, need, duration))
+    rows.sort(key=lambda row: row[:2])  # where both begin, what is done with the segment before comes first
+    return [(post, need, duration) for post, _, need, duration in rows]
+
+
+def expected_maximum(count: int) -> float:
+    """Of `count` independent standard normal numbers; Blom's approximation, within 5% (0.6% from 8 on)."""
+    return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
+
+
+def _of_several(forward: float, backward: float, micro_batches: int) -> float:
+    """Deviation of the sum of independent passes over the sum, in deviations of one pass."""
+    total = micro_batches * (forward + backward)
+    return math.sqrt(micro_batches * (forward**2 + backward**2)) / total if total else 0.0
