@@ -30,7 +30,8 @@ def dry_run(args, resolved) -> int:
     from peco_ds.data.augment import TrainCrop
     from peco_ds.data.labelled import labelled_sets
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
-    from peco_ds.planner.report import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, finetune_report
+    from peco_ds.planner.report import finetune_report
+    from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN
     from peco_ds.runtime.run_weights import read_run
 
     cfg = resolved.recipe
@@ -71,6 +72,7 @@ def train(args, resolved) -> int:
     from peco_ds.models.classifier import build_classifier
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives.soft_labels import soft_label_cross_entropy
+    from peco_ds.planner.stages import training_flops
     from peco_ds.runtime.around_steps import around_steps
     from peco_ds.runtime.checkpoint import continues, restore
     from peco_ds.runtime.checkpoint_files import list_checkpoints
@@ -176,7 +178,17 @@ def train(args, resolved) -> int:
         return quality
 
     guard, meter, saver = around_steps(
-        args.out, engine, restored, run=run, checkpoint=cfg.checkpoint, durations=durations, num_samples=pictures.num_samples, bad=bad, world=world, ema=ema
+        args.out,
+        engine,
+        restored,
+        run=run,
+        checkpoint=cfg.checkpoint,
+        durations=durations,
+        num_samples=pictures.num_samples,
+        training_flops=training_flops(cfg, len(classes)),
+        bad=bad,
+        world=world,
+        ema=ema,
     )
     with meter, watchdog:
         # A run that was stopped between its save and its evaluation makes up for it here.

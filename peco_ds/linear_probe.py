@@ -26,7 +26,6 @@ from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
 logger = logging.getLogger("peco_ds")
 
-IMAGENET_1K_VAL = 50_000  # what a dry run assumes where no set is packed yet
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +39,7 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
     """Check everything that needs no ranks, and say what the probe would cost."""
     from peco_ds.config import data_path
     from peco_ds.evaluation.features import feature_bytes, feature_width
-    from peco_ds.planner.report import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN
+    from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, IMAGENET_1K_VAL
     from peco_ds.planner.shapes import FLOPS_PER_MAC, TRAINING_OVER_FORWARD, mim_macs
 
     weights = read(cfg)

@@ -26,7 +26,8 @@ def dry_run(args, resolved) -> int:
     """Check everything that needs no ranks, and say what the run would be and cost."""
     from peco_ds.config import data_path, resolve_durations
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
-    from peco_ds.planner.report import IMAGENET_1K_TRAIN, pretrain_report
+    from peco_ds.planner.report import pretrain_report
+    from peco_ds.planner.stages import IMAGENET_1K_TRAIN
     from peco_ds.schema import ImageManifest, read_manifest
 
     cfg = resolved.recipe
@@ -64,6 +65,7 @@ def train(args, resolved) -> int:
     from peco_ds.models.mim import build_mim
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import build_objective
+    from peco_ds.planner.stages import training_flops
     from peco_ds.runtime.around_steps import around_steps
     from peco_ds.runtime.checkpoint import restore
     from peco_ds.runtime.distributed import seed_all, start_world
@@ -112,7 +114,16 @@ def train(args, resolved) -> int:
         pictures, tokens, positions, data=cfg.data, views=cfg.views, mask=cfg.mask, image_px=cfg.model.image_px, grid=cfg.model.grid, seed=run.seed, device=world.device, bad=bad
     )
     guard, meter, saver = around_steps(
-        args.out, engine, restored, run=run, checkpoint=cfg.checkpoint, durations=durations, num_samples=pictures.num_samples, bad=bad, world=world
+        args.out,
+        engine,
+        restored,
+        run=run,
+        checkpoint=cfg.checkpoint,
+        durations=durations,
+        num_samples=pictures.num_samples,
+        training_flops=training_flops(cfg),
+        bad=bad,
+        world=world,
     )
     with meter, watchdog:
         for step in range(first_step, durations.stop_step):

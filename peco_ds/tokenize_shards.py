@@ -57,7 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     num_shards = len(pictures.manifest.shards)
     missing = [number for number in range(args.part, num_shards, args.parts) if not parts.is_done(number)]
     if args.dry_run:
+        from peco_ds.planner.report import tokenizing_report
+
         sys.stdout.write(f"{len(missing)} of {num_shards} shards to tokenize into {parts.folder}, {views.count} views of {views.tokenizer_px} px a picture, the tokenizer's network in {views.tokenizer_precision}\n")
+        left = sum(pictures.manifest.shards[number].samples for number in missing)
+        sys.stdout.write(tokenizing_report(cfg, card.settings, num_samples=left) + "\n" if left else "")
         return EXIT_DONE
     if args.finish:
         return report(parts.finish())

@@ -29,7 +29,8 @@ def dry_run(args, resolved) -> int:
     from peco_ds.config import data_path, resolve_durations
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.models.frozen_net import frozen_net_at_hand
-    from peco_ds.planner.report import IMAGENET_1K_TRAIN, tokenizer_report
+    from peco_ds.planner.report import tokenizer_report
+    from peco_ds.planner.stages import IMAGENET_1K_TRAIN
     from peco_ds.schema import ImageManifest, read_manifest
 
     cfg = resolved.recipe
@@ -55,6 +56,7 @@ def train(args, resolved) -> int:
     from peco_ds.models.tokenizers import build_tokenizer
     from peco_ds.models.vq import usage
     from peco_ds.objectives.tokenizer_losses import build_tokenizer_objective
+    from peco_ds.planner.stages import training_flops
     from peco_ds.runtime.around_steps import around_steps
     from peco_ds.runtime.checkpoint import continues, restore
     from peco_ds.runtime.checkpoint_files import list_checkpoints
@@ -111,7 +113,16 @@ def train(args, resolved) -> int:
     objective = build_tokenizer_objective(cfg, frozen)
     bad = BadPictures(cfg.data.max_bad_share)
     guard, meter, saver = around_steps(
-        args.out, engine, restored, run=run, checkpoint=cfg.checkpoint, durations=durations, num_samples=order.num_samples, bad=bad, world=world
+        args.out,
+        engine,
+        restored,
+        run=run,
+        checkpoint=cfg.checkpoint,
+        durations=durations,
+        num_samples=order.num_samples,
+        training_flops=training_flops(cfg),
+        bad=bad,
+        world=world,
     )
     evaluation = HeldOut(held_out, cfg.evaluation, tokenizer=tokenizer, frozen=frozen, batch=run.micro_batch, out=args.out, world=world, meter=meter)
 

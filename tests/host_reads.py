@@ -76,7 +76,7 @@ def main(out: Path) -> None:
         run_folder.mkdir()
         restored = restore(run_folder, engine, cfg.checkpoint, world, fingerprint="f", seed=0)
         guard, meter, saver = around_steps(
-            run_folder, engine, restored, run=cfg.run, checkpoint=cfg.checkpoint, durations=durations, num_samples=100, bad=BadPictures(0.1), world=world
+            run_folder, engine, restored, run=cfg.run, checkpoint=cfg.checkpoint, durations=durations, num_samples=100, training_flops=1.0, bad=BadPictures(0.1), world=world
         )
         masked = torch.tensor([[0, 3], [1, 2]])
         batch = MaskedBatch(torch.randn(2, 3, 32, 32), masked, masked_targets(Codes(torch.randint(16, (2, 4))), masked), ["a", "b"])

@@ -12,6 +12,7 @@ import torch
 
 from peco_ds.config import Durations, RunSettings
 from peco_ds.errors import EXIT_REQUEUE, UserError
+from peco_ds.runtime import metrics
 from peco_ds.runtime.metrics import Meter, read_evaluation, read_metrics
 from peco_ds.runtime.timeline import STARTS_FILE, goodput, read_rows
 
@@ -285,3 +286,26 @@ def test_shares_of_the_wall_time_reach_tensorboard(tmp_path):
     tags = set(events.Tags()["scalars"])
     assert {f"goodput/{name}" for name in ("useful", "data_wait", "save", "evaluation", "startup", "lost", "restart")} <= tags
     assert {"optim/skipped_steps", "data/bad_pictures", "time/step_s"} <= tags and not {"loss/total", "loss/time", "loss/up_s"} & tags
+
+
+# ---------------------------------------------------------------------------------------------- model FLOP utilisation
+
+
+def test_utilisation_is_flops_over_the_peak_of_all_gpus_and_stands_in_row_and_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "_peak_flops", lambda world, precision: world.size * 1e6)
+    with meter(tmp_path, every=2, training_flops=50.0) as meter_of_run:
+        train(meter_of_run, [1, 2])
+    row = read_metrics(tmp_path)[-1]
+    assert row["mfu"] == pytest.approx(row["images_per_s"] * 50.0 / 1e6)
+    assert f"MFU {row['mfu']:.1%}" in capsys.readouterr().out
+
+
+def test_no_utilisation_is_given_without_a_gpu_whose_peak_is_known(tmp_path, monkeypatch):
+    with meter(tmp_path, every=2, training_flops=50.0) as meter_of_run:
+        train(meter_of_run, [1, 2])
+    assert "mfu" not in read_metrics(tmp_path)[-1]
+    gpus = Ranks(size=4)
+    gpus.device = torch.device("cuda")
+    for name, known in (("NVIDIA H100 80GB HBM3", True), ("Tesla P4", False)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+        assert metrics._peak_flops(gpus, "bf16") == (4 * 989.4e12 if known else 0.0)

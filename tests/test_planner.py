@@ -1,12 +1,8 @@
-"""The planner's arithmetic against the modules, the kernels' own counters and the tensors DeepSpeed really holds."""
+"""The planner's arithmetic against the modules and the kernels' own counters. What DeepSpeed holds and sends: test_engine_state.py, test_traffic.py."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -39,8 +35,10 @@ from peco_ds.models.mim import build_mim
 from peco_ds.models.tokenizers import build_tokenizer
 from peco_ds.models.vit import build_blocks, run_blocks, timm_arguments
 from peco_ds.objectives.hard_tokens import hard_tokens
-from peco_ds.planner.memory import STAGES, GpuMemory, checkpoint_bytes, gpu_memory, optimizer_bytes
-from peco_ds.planner.report import IMAGENET_1K_TRAIN, WORLD_SIZES, finetune_report, pretrain_report, token_bytes, tokenizer_report
+from peco_ds.planner.memory import STAGES
+from peco_ds.planner.data_side import token_bytes
+from peco_ds.planner.report import WORLD_SIZES, finetune_report, pretrain_report, tokenizer_report, tokenizing_report
+from peco_ds.planner.stages import IMAGENET_1K_TRAIN
 from peco_ds.planner.shapes import FLOPS_PER_MAC, backbone_parameters, mim_activation_bytes, mim_macs, mim_parameters, tokenizer_cost
 from peco_ds.schema import VIEW_COLUMNS
 
@@ -107,6 +105,25 @@ def test_tokenizer_parameters_equal_those_of_its_modules(settings):
     assert cost.encoder.parameters == count(module.encoder) + count(module.to_code)
     assert cost.decoder.parameters == count(module.decoder) + count(module.from_code)
     assert cost.parameters == count(module)
+
+
+PUBLISHED = {
+    "dvae": TokenizerSettings(kind="dvae", channels=256, channel_mults=(1, 2, 4, 8), attention=False, code_dim=128, decoder=False),
+    "gumbel": TokenizerSettings(kind="gumbel", channel_mults=(1, 1, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_cost_of_a_published_tokenizers_encoder_is_that_of_its_modules(kind):
+    settings, side = PUBLISHED[kind], 32
+    with torch.device("meta"):
+        module = build_tokenizer(settings)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module.to_empty(device="cpu").eval().tokenize(torch.zeros(1, 3, side, side))
+    cost = tokenizer_cost(settings, image_px=side)
+    used = [module.encoder] + ([module.to_code, module.to_logits] if kind == "gumbel" else [])
+    assert cost.encoder.parameters == sum(count(part) for part in used)
+    assert FLOPS_PER_MAC * (cost.encoder.macs + cost.search_macs) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------- FLOPs
@@ -225,120 +242,6 @@ def test_checkpointing_keeps_less_and_grows_by_one_input_a_block():
     assert full.total - mim_activation_bytes(shallow, checkpointing="full", **sizes).total == 257 * 1280 * 2
 
 
-# ---------------------------------------------------------------------------------------------- memory
-
-BUCKET = 65536
-# Stage 3 last: what its engine leaves behind when it is dropped would be counted with the next.
-CASES = [(0, "bf16", "bf16"), (1, "bf16", "fp32"), (2, "bf16", "fp32"), (2, "bf16", "bf16"), (2, "fp32", "fp32"), (3, "bf16", "fp32")]
-
-# Run on two ranks: train a few linear layers under each case; print what a rank holds at the end of a step's last forward and backward pass.
-CENSUS = """
-import gc, glob, json, os, sys
-os.environ["DS_ACCELERATOR"] = "cpu"
-import torch, deepspeed
-from torch import nn
-torch.set_num_threads(1)
-deepspeed.init_distributed("gloo")
-cases, bucket, folder = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-
-def held():
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():  # without what was frozen
-        if type(thing) in (torch.Tensor, nn.Parameter):
-            for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None and tensor.untyped_storage().nbytes():
-                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())
-
-for number, (stage, precision, summed) in enumerate(cases):
-    gc.collect()
-    gc.freeze()
-    model = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(8)])
-    optimizer = torch.optim.AdamW([{"params": list(model[:4].parameters())}, {"params": list(model[4:].parameters()), "weight_decay": 0.0}], lr=1e-4)
-    config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0, "steps_per_print": 10**9,
-              "zero_allow_untested_optimizer": True, "bf16": {"enabled": precision == "bf16"}, "communication_data_type": "fp32",
-              "data_types": {"grad_accum_dtype": summed},
-              "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "overlap_comm": False, "stage3_prefetch_bucket_size": bucket,
-                                    "stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9, "stage3_param_persistence_threshold": 0}}
-    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    del model
-    for micro_step in range(4):
-        loss = engine(torch.randn(1, 256).to(next(engine.parameters()).dtype)).float().sum()
-        after_forward = held() if micro_step == 3 else 0
-        engine.backward(loss)
-        after_backward = held() if micro_step == 3 else 0
-        engine.step()
-    engine.save_checkpoint(folder, tag=str(number), save_latest=False)
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        disk = sum(os.path.getsize(file) for file in glob.glob(f"{folder}/{number}/*"))
-        sys.stdout.write("\\nCENSUS " + json.dumps([stage, precision, summed, after_forward, after_backward, disk]) + "\\n")
-        sys.stdout.flush()
-    engine.destroy()
-    del engine, optimizer, loss
-"""
-
-
-@pytest.fixture(scope="module")
-def census(tmp_path_factory) -> dict:
-    """(stage, precision, summed) -> bytes on rank 0 of two after a forward pass, after a backward pass, and of a checkpoint."""
-    folder = tmp_path_factory.mktemp("census")
-    script = folder / "census.py"
-    script.write_text(CENSUS)
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), json.dumps(CASES), str(BUCKET), str(folder)],
-        capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    rows = [json.loads(line.removeprefix("CENSUS ")) for line in result.stdout.splitlines() if line.startswith("CENSUS ")]
-    assert len(rows) == len(CASES), result.stdout[-2000:] + result.stderr[-4000:]
-    return {tuple(row[:3]): row[3:] for row in rows}
-
-
-def census_prediction(case) -> GpuMemory:
-    stage, precision, summed = case
-    zero = {"stage": stage, "reduce_bucket_size": BUCKET, "overlap_comm": False}
-    ds_config = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": summed}, "communication_data_type": "fp32"}
-    return gpu_memory(8 * 256 * 256, stage=stage, world_size=2, precision=precision, ds_config=ds_config)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_memory_of_a_rank_is_what_deepspeed_holds_on_two_ranks(census, case):
-    after_forward, after_backward, _ = census[case]
-    memory = census_prediction(case)
-    # The worse moment: gathered weights live at the end of the forward pass, whole gradients at the end of the backward pass. In some runs
-    # 65,536 elements of 4 B more are seen, as many as one bucket: 5.5 % of this small model; without them the worst case measured is 0.1 %.
-    assert memory.state == pytest.approx(max(after_forward, after_backward), rel=0.06)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_checkpoint_size_is_what_deepspeed_writes(census, case):
-    stage, precision, _ = case
-    assert checkpoint_bytes(8 * 256 * 256, stage=stage, precision=precision) == pytest.approx(census[case][2], rel=0.03)
-
-
-def test_more_ranks_and_a_higher_stage_never_cost_more_state_in_sixteen_bits():
-    config = {"zero_optimization": {"reduce_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}}
-
-    def state(stage, world_size):
-        return gpu_memory(10**9, stage=stage, world_size=world_size, precision="bf16", ds_config=config).state
-
-    for stage in STAGES:
-        assert state(stage, 8) >= state(stage, 64)
-    for low, high in zip(STAGES, STAGES[1:]):
-        assert state(low, 64) > state(high, 64)
-    assert state(3, 64) == pytest.approx(16 * 10**9 / 64)
-
-
-def test_offload_moves_bytes_to_the_host_and_loses_none():
-    on_gpu = gpu_memory(10**9, stage=3, world_size=4, precision="bf16", ds_config={})
-    config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "nvme"}}}
-    moved = gpu_memory(10**9, stage=3, world_size=4, precision="bf16", ds_config=config)
-    assert moved.optimizer == moved.weights == 0
-    assert moved.state + moved.host == pytest.approx(on_gpu.state)
-    assert optimizer_bytes(3, "bf16") * 10**9 / 4 <= moved.host
-
-
 # ---------------------------------------------------------------------------------------------- reports
 
 
@@ -438,6 +341,16 @@ def test_the_tokenizers_report_names_sizes_schedule_and_memory():
     text = tokenizer_report(recipe, 1_000_000, resolve_durations(recipe, 1_000_000))
     assert "14 x 14 = 196 codes of 8192" in text and "warm-up 100 steps" in text and "50.00 epochs" in text
     assert "memory a GPU in GiB" in text
+
+
+def test_the_report_of_a_tokenizing_counts_what_is_left_and_predicts_its_hours():
+    recipe = h_recipe()
+    hours = []
+    for left in (100_000, 200_000):
+        text = tokenizing_report(recipe, TokenizerSettings(), num_samples=left)
+        assert f"{left:,} pictures x 100 = {100 * left:,}" in text and "views/s" in text
+        hours.append(float(next(line for line in text.splitlines() if line.startswith("64 ")).split()[5]))
+    assert hours[1] == pytest.approx(2 * hours[0], rel=0.02)
 
 
 def sections(path) -> set[str]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from peco_ds.config import Durations, FinetuneRecipe, ModelSettings, PretrainRecipe, RunSettings, TokenizerRecipe, micro_steps
+from peco_ds.config import Durations, FinetuneRecipe, ModelSettings, PretrainRecipe, RunSettings, TokenizerRecipe, TokenizerSettings, micro_steps
 from peco_ds.errors import UserError
+from peco_ds.planner.bill import aligned, figure, ranged
+from peco_ds.planner.data_side import token_bytes
+from peco_ds.planner.estimate import estimate
+from peco_ds.planner.fitting import GIB, DeepSpeedChoice
+from peco_ds.planner.hardware import find_hardware
 from peco_ds.planner.memory import STAGES, GpuMemory, checkpoint_bytes, gpu_memory, zero_stage
-from peco_ds.planner.shapes import FLOPS_PER_MAC, ELEMENT_BYTES, MimMacs, MimParameters, backbone_parameters, mim_activation_bytes, mim_macs, mim_parameters, own_bias_bytes, skipped_by_subsets, tokenizer_cost
-from peco_ds.schema import VIEW_COLUMNS
+from peco_ds.planner.shapes import FLOPS_PER_MAC, MimMacs, MimParameters, mim_macs, mim_parameters, skipped_by_subsets, tokenizer_cost
+from peco_ds.planner.stages import IMAGENET_1K_TRAIN, Stage
 
 WORLD_SIZES = (1, 8, 64, 256)
-IMAGENET_1K_TRAIN = 1_281_167  # training pictures: what a dry run assumes where no set is packed yet
-IMAGENET_1K_CLASSES = 1000
+HARDWARE = "h100"  # that a dry run's times are predicted for; plan.py takes any
 
-GIB = 2**30
 _LABEL_WIDTH = 20
-TOKENIZER_UNCOUNTED = {"vqgan": "perceptual network and critic", "vqkd": "teacher"}
 
 
 def pretrain_report(
@@ -33,7 +35,7 @@ def pretrain_report(
     num_codes, variants = recipe.objective.num_codes, dict(encoding=recipe.encoding, aggregation=recipe.aggregation)
     parameters = mim_parameters(model, num_codes, **variants)
     macs = mim_macs(model, num_codes=num_codes, masked=masked, **variants)
-    activations = mim_activation_bytes(model, num_codes=num_codes, masked=masked, checkpointing=run.activation_checkpointing, precision=run.precision, **variants)
+    stage = Stage("pre-training", recipe, num_samples)
     patches = model.grid**2
     payload, in_tar = token_bytes(num_views, patches, recipe.views.topk)
     lines = [
@@ -49,7 +51,9 @@ def pretrain_report(
         _line("token storage", f"{payload:,} B a picture ({num_views} views: codes {2 * num_views * patches:,} B), {_decimal(num_samples * payload)} for the set, {_decimal(num_samples * in_tar)} in tars"),
         *_checkpoint_lines(recipe, parameters.total, durations, ds_config),
         "",
-        *_memory_lines(parameters.total, run, ds_config, activations.total * run.micro_batch),
+        *_memory_lines(stage, ds_config),
+        "",
+        *_time_lines(stage, ds_config),
     ]
     return "\n".join(lines)
 
@@ -61,10 +65,9 @@ def finetune_report(recipe: FinetuneRecipe, *, num_samples: int, num_classes: in
         num_classes: of the pictures.  The other arguments and the result: as `pretrain_report`.
     """
     model, run = recipe.model, recipe.run
-    parameters = backbone_parameters(model, shared_bias=False, num_classes=num_classes)
+    stage = Stage("fine-tuning", recipe, num_samples, num_classes)
     # A classifier's head sees one token a picture, where pre-training's sees the masked patches.
-    macs = mim_macs(model, num_codes=num_classes, masked=1)
-    activations = mim_activation_bytes(model, num_codes=num_classes, masked=1, checkpointing=run.activation_checkpointing, precision=run.precision)
+    macs, parameters = mim_macs(model, num_codes=num_classes, masked=1), stage.parameters
     classifier, augment = recipe.classifier, recipe.augment
     lowest = recipe.optim.lr * classifier.layer_decay ** (model.depth + 1)
     lines = [
@@ -80,12 +83,11 @@ def finetune_report(recipe: FinetuneRecipe, *, num_samples: int, num_classes: in
     ]
     if recipe.ema.decay:
         lines.append(_line("moving average", f"decay {recipe.ema.decay}: 4 bytes a parameter, {4 * parameters / GIB:.2f} GiB over all ranks together (ZeRO-0: on each)"))
-    kept = activations.total * run.micro_batch + own_bias_bytes(model, run.activation_checkpointing)
-    return "\n".join([*lines, "", *_memory_lines(parameters, run, ds_config, kept)])
+    return "\n".join([*lines, "", *_memory_lines(stage, ds_config), "", *_time_lines(stage, ds_config)])
 
 
 def tokenizer_report(recipe: TokenizerRecipe, num_samples: int, durations: Durations, *, ds_config: dict | None = None, assumed: bool = False) -> str:
-    """The same for a tokenizer's training. Frozen networks and the critic are in none of its numbers.
+    """The same for a tokenizer's training; its judge or teacher is taken for a ViT-B/16.
 
     Args:
         ds_config: None: DeepSpeed's defaults.  The other arguments and the result: as `pretrain_report`.
@@ -93,30 +95,34 @@ def tokenizer_report(recipe: TokenizerRecipe, num_samples: int, durations: Durat
     tokenizer, run, size = recipe.tokenizer, recipe.run, recipe.views.tokenizer_px
     cost = tokenizer_cost(tokenizer, size)
     grid = size // tokenizer.stride_px
-    activations = (cost.encoder.saved + cost.decoder.saved) * ELEMENT_BYTES[run.precision] * run.micro_batch
+    stage = Stage("tokenizer", recipe, num_samples)
     lines = [
-        f"{recipe.name}: tokenizer training ({TOKENIZER_UNCOUNTED[tokenizer.kind]} not counted)",
+        f"{recipe.name}: tokenizer training",
         _line("picture", f"{size} px, stride {tokenizer.stride_px} px: {grid} x {grid} = {grid**2} codes of {tokenizer.num_codes}, {tokenizer.code_dim} wide"),
         _line("parameters", f"encoder {_millions(cost.encoder.parameters)}, decoder {_millions(cost.decoder.parameters)}, total {_millions(cost.parameters)}; codebook buffers {_millions(cost.codebook_elements)} in fp32"),
-        *_compute_lines(cost.forward_macs, cost.training_flops, durations, run.global_batch),
+        *_compute_lines(cost.forward_macs, stage.model_flops, durations, run.global_batch, with_frozen=stage.fixed_bytes > 4 * cost.codebook_elements),
         *_schedule_lines(recipe, durations, num_samples, assumed),
         *_checkpoint_lines(recipe, cost.parameters, durations, ds_config or {}),
         "",
-        *_memory_lines(cost.parameters, run, ds_config or {}, activations),
+        *_memory_lines(stage, ds_config or {}),
+        "",
+        *_time_lines(stage, ds_config or {}),
     ]
     return "\n".join(lines)
 
 
-def token_bytes(num_views: int, patches: int, topk: int = 0) -> tuple[int, int]:
-    """Bytes of one picture's token record: (array data, room in the tar with npy and tar headers).
+def tokenizing_report(recipe: PretrainRecipe, tokenizer: TokenizerSettings, *, num_samples: int) -> str:
+    """What the rest of a tokenizing costs.
 
     Args:
-        topk: soft codes a patch, with float16 probabilities; 0: none.
+        num_samples: pictures that have no tokens yet.
     """
-    codes = 2 * num_views * patches
-    members = [codes, 4 * num_views * len(VIEW_COLUMNS)] + ([codes * topk] * 2 if topk else [])
-    npy_header, tar_block = 128, 512
-    return sum(members), sum(tar_block + -(-(npy_header + member) // tar_block) * tar_block for member in members)
+    stage, views = Stage("tokenizing", recipe, num_samples, tokenizer=tokenizer), recipe.views
+    lines = [
+        _line("network", f"{tokenizer.kind}, {_millions(stage.parameters)}, {stage.model_flops / 1e9:.1f} GFLOP a view of {views.tokenizer_px} px, in {views.tokenizer_precision}"),
+        _line("views", f"{num_samples:,} pictures x {views.count} = {stage.pictures:,}; {_decimal(num_samples * token_bytes(views.count, recipe.model.grid**2, views.topk)[1])} in tars"),
+    ]
+    return "\n".join([*lines, "", *_time_lines(stage, {})])
 
 
 # ---------------------------------------------------------------------------------------------- parts of a report
@@ -145,11 +151,11 @@ def _subset_lines(model: ModelSettings, micro_batch: int) -> list[str]:
     return [_line("stochastic depth", f"subsets of {micro_batch} pictures: {skipped_by_subsets(model, micro_batch):.1%} of the blocks' work is left out (not taken off above)")]
 
 
-def _compute_lines(forward_macs: int, training_flops: int, durations: Durations, global_batch: int) -> list[str]:
+def _compute_lines(forward_macs: int, training_flops: float, durations: Durations, global_batch: int, *, with_frozen: bool = False) -> list[str]:
     total = training_flops * durations.total_steps * global_batch
     return [
         _line("forward", f"{forward_macs / 1e9:.1f} GMAC = {FLOPS_PER_MAC * forward_macs / 1e9:.1f} GFLOP a picture"),
-        _line("training", f"{training_flops / 1e9:.1f} GFLOP a picture, {training_flops * global_batch / 1e12:.1f} TFLOP a step, {total:.3g} FLOP the run (recomputation not counted)"),
+        _line("training", f"{training_flops / 1e9:.1f} GFLOP a picture{' with its judge or teacher' if with_frozen else ''}, {training_flops * global_batch / 1e12:.1f} TFLOP a step, {total:.3g} FLOP the run (recomputation not counted)"),
     ]
 
 
@@ -174,8 +180,10 @@ def _checkpoint_lines(recipe: PretrainRecipe | TokenizerRecipe | FinetuneRecipe,
     return [_line("checkpoint", f"{size / GIB:.2f} GiB on disk at ZeRO-{stage}, {every}, {kept}")]
 
 
-def _memory_lines(num_parameters: int, run: RunSettings, ds_config: dict, activations: float) -> list[str]:
+def _memory_lines(planned: Stage, ds_config: dict) -> list[str]:
     """One row a world size and stage; the stage of `ds_config` is marked."""
+    run, num_parameters = planned.run, planned.parameters
+    activations = planned.activation_bytes * run.micro_batch + planned.fixed_bytes
     names = ("weights", "gradients", "optimiser", "buffers", "state", "activations", "total")
     rows, offloads, indivisible = [], False, []
     for world_size in WORLD_SIZES:
@@ -198,6 +206,21 @@ def _memory_lines(num_parameters: int, run: RunSettings, ds_config: dict, activa
         counts = " or ".join(str(count) for count in indivisible)
         lines.append(f"- : global_batch {run.global_batch} is not a multiple of micro_batch {run.micro_batch} x {counts} GPUs; such a run needs another run.micro_batch")
     return lines
+
+
+def _time_lines(planned: Stage, ds_config: dict) -> list[str]:
+    """Predicted speed at each world size, with the recipe's settings; a micro-batch that does not divide or fit is made smaller."""
+    hardware, choice = find_hardware(HARDWARE), DeepSpeedChoice("the DeepSpeed JSON", ds_config)
+    rows, refused = [("GPUs", "micro x passes", "step s", "images/s" if planned.trains else "views/s", "MFU", "hours")], []
+    for world_size in WORLD_SIZES:
+        try:
+            made = estimate(planned, hardware, world_size, choice)
+        except UserError as error:
+            rows.append((str(world_size), "-", "-", "-", "-", "-"))
+            refused.append(f"- : {error}")
+            continue
+        rows.append((str(world_size), f"{made.micro_batch} x {made.micro_steps}", figure(made.step_s()), f"{made.images_s():,.0f}", f"{made.mfu():.0%}", ranged(made.hours)))
+    return [f"predicted on {hardware.title}, hours with saves and failures, from a fast to a slow pace; plan.py tells more", *aligned(rows), *dict.fromkeys(refused)]
 
 
 def _columns(memory: GpuMemory, offloads: bool) -> list[float]:

@@ -29,6 +29,7 @@ def around_steps(
     checkpoint: CheckpointSettings,
     durations: Durations,
     num_samples: int,
+    training_flops: float,
     bad: BadPictures,
     world: World,
     ema: WeightEma | None = None,
@@ -36,10 +37,10 @@ def around_steps(
     """Guard, meter and saver of a run; what a checkpoint kept of them, and of `bad`, goes on.
 
     Args:
-        out: run folder.  num_samples: pictures of an epoch.  bad: the loader's, counted in every row.  ema: the run's moving average, saved along.
+        out: run folder.  num_samples: pictures of an epoch.  training_flops: of one picture.  bad: the loader's, counted in every row.  ema: the run's moving average, saved along.
     """
     guard = StepGuard(engine, run, world)
-    meter = Meter(out, world, first_step=restored.progress.step, durations=durations, run=run, num_samples=num_samples, counters={"bad_pictures": lambda: bad.count})
+    meter = Meter(out, world, first_step=restored.progress.step, durations=durations, run=run, num_samples=num_samples, training_flops=training_flops, counters={"bad_pictures": lambda: bad.count})
     saver = Saver(
         out,
         engine,

@@ -15,6 +15,7 @@ import torch
 from peco_ds.command_line import lost_ranks
 from peco_ds.config import Durations, RunSettings
 from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, UserError
+from peco_ds.planner.hardware import hardware_of_device
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.engine import grad_norm, memory_gib
 from peco_ds.runtime.timeline import (
@@ -49,6 +50,7 @@ _TAGS = {
     "grad_norm": "optim/grad_norm",
     "skipped_steps": "optim/skipped_steps",
     "images_per_s": "time/images_per_s",
+    "mfu": "time/mfu",
     "step_s": "time/step_s",
     "data_wait_s": "time/data_wait_s",
     "save_s": "time/save_s",
@@ -64,6 +66,14 @@ _NO_SCALARS = ("step", "time", "start", "up_s")
 _SHORTEST_S = 1e-3  # a pause shorter than this was none: the loop only asked whether something was due
 
 
+def _peak_flops(world: World, precision: str) -> float:
+    """FLOP a second of all ranks' devices by their data sheets; 0 where there is none."""
+    if world.device.type != "cuda":
+        return 0.0
+    hardware = hardware_of_device(torch.cuda.get_device_name(world.device))
+    return world.size * hardware.peak_flops[precision] if hardware else 0.0
+
+
 class Meter:
     """Means over the steps since the last log, over all ranks; one read of the device a log. Records the start, and the end by `close`.
 
@@ -72,6 +82,7 @@ class Meter:
     Args:
         run_folder: metrics.jsonl, starts.jsonl and tensorboard/ are written there by rank 0.
         first_step: rows after it, left by a run that went on past its last checkpoint, are dropped: no step is missing or there twice.
+        training_flops: FLOP of one picture, forward and backward: model FLOP utilisation is logged on a GPU whose peak is known.
         counters: name -> what this rank counted since the run began; every row has the sum over ranks.
     """
 
@@ -84,9 +95,11 @@ class Meter:
         durations: Durations,
         run: RunSettings,
         num_samples: int,
+        training_flops: float = 0.0,
         counters: dict[str, Callable[[], int]] | None = None,
     ) -> None:
         self._run_folder, self._world = run_folder, world
+        self._training_flops, self._peak_flops = training_flops, _peak_flops(world, run.precision)
         self._durations, self._run, self._num_samples = durations, run, num_samples
         self._done = first_step
         self._counters = counters or {}
@@ -176,6 +189,8 @@ class Meter:
         row = {"step": done, "images": images, "epoch": round(images / self._num_samples, 4), **means}
         row |= {"lr": rate, "grad_norm": grad_norm(engine), "skipped_steps": skipped, "memory_gib": memory_gib(self._world.device), **counts, **extra()}
         row |= {"step_s": elapsed / self._steps, "images_per_s": self._steps * self._run.global_batch / elapsed, "data_wait_s": self._data_wait_s / self._steps}
+        if self._training_flops and self._peak_flops:
+            row["mfu"] = row["images_per_s"] * self._training_flops / self._peak_flops
         row |= self._pauses()
         self._reset()
         if self._file is not None:
@@ -330,6 +345,7 @@ class Meter:
         parts = [f"step {row['step']}/{total}", "no step applied" if row["loss"] is None else f"loss {row['loss']:.4f}"]
         parts += [f"{name} {row[name]:.4g}" for name in ("accuracy", "train_top1", "psnr", "codes_used", "grad_norm", "lr") if name in row]
         parts += [f"{row['skipped_steps']} skipped"] if row["skipped_steps"] else []
-        parts += [f"{row['images_per_s']:.1f} images/s", f"ETA {clock((total - row['step']) * row['step_s'])}"]
+        parts += [f"{row['images_per_s']:.1f} images/s"] + ([f"MFU {row['mfu']:.1%}"] if "mfu" in row else [])
+        parts += [f"ETA {clock((total - row['step']) * row['step_s'])}"]
         sys.stdout.write("  ".join(parts) + "\n")
         sys.stdout.flush()

@@ -1,0 +1,107 @@
+"""What a run would cost before it is one: memory, traffic, step time, hours and GPU-hours of every stage, on so many GPUs of a kind. Needs neither torch nor a GPU.
+
+    python peco_ds/plan.py --hardware h100 --gpus 64
+    python peco_ds/plan.py --hardware h100 h200 --gpus 8 64 256 512 --plot scaling.png schedule.epochs=1600
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+
+from peco_ds.command_line import Parser, run
+from peco_ds.config import data_path
+from peco_ds.errors import EXIT_DONE, UserError
+
+_SETTING = re.compile(r"([\w-]+:)?\w+(\.\w+)+=")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="peco_vith14", help="of a pre-training: the whole chain around it; of a tokenizer or a fine-tuning: that stage alone (default: %(default)s)")
+    parser.add_argument("--hardware", nargs="+", default=["h100"], metavar="NAME", help="of the catalogue (--list_hardware), or a YAML file of your own (default: h100)")
+    parser.add_argument("--gpus", nargs="+", type=int, default=[64], metavar="N", help="1 to 1024; several make a table over them (default: 64)")
+    parser.add_argument("--deepspeed_config", default=None, help="of the recipe's stage (default: what its entry point takes by itself)")
+    parser.add_argument("--tokenizer_recipe", default=None, metavar="RECIPE", help="in place of the one that usually goes with the recipe")
+    parser.add_argument("--finetune_recipes", nargs="*", default=None, metavar="RECIPE", help="likewise, in order; none: the chain ends at pre-training")
+    parser.add_argument("--samples", type=int, default=None, help="pictures of the training set (default: those of data.images where it is packed, else ImageNet-1K's 1,281,167)")
+    parser.add_argument("--simulate", action="store_true", help="also run the step and a month of the run as a discrete simulation, with stragglers and failures")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write all numbers")
+    parser.add_argument("--plot", type=Path, default=None, metavar="FILE.png", help="also draw pictures a second and hours over the GPU counts")
+    parser.add_argument("--list_hardware", action="store_true", help="print the catalogue with its sources, and nothing else")
+    parser.add_argument("overrides", nargs="*", metavar="[RECIPE:]key.sub=value", help="settings over the recipe's, or over those of another recipe of the chain")
+    given = sys.argv[1:] if argv is None else argv
+    settings = [text for text in given if _SETTING.match(text)]  # else --gpus 8 64 model.depth=2 would take the setting for a number
+    args = parser.parse_intermixed_args([text for text in given if text not in settings])
+    args.overrides = settings + args.overrides
+    if args.list_hardware:
+        from peco_ds.planner.hardware import hardware_table
+
+        sys.stdout.write(hardware_table() + "\n")
+        return EXIT_DONE
+    return plan(args)
+
+
+def plan(args) -> int:
+    from peco_ds.deepspeed_json import read_deepspeed_json
+    from peco_ds.planner.assumptions import assumption_lines
+    from peco_ds.planner.bill import SCAN_HEADS, aligned, bill_facts, bill_text, make_bill, scan_notes, scan_rows, simulation_lines
+    from peco_ds.planner.chain import read_chain
+    from peco_ds.planner.fitting import DeepSpeedChoice, check_gpus
+    from peco_ds.planner.hardware import find_hardware
+
+    machines = [find_hardware(name) for name in args.hardware]
+    for machine in machines:
+        for count in args.gpus:
+            check_gpus(count, machine)
+    for path in (args.json, args.plot):
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}; make it or correct the path")
+    asked = DeepSpeedChoice(Path(args.deepspeed_config).name, read_deepspeed_json(args.deepspeed_config)) if args.deepspeed_config else None
+    named = dict(tokenizer=args.tokenizer_recipe, finetune=args.finetune_recipes)
+    chain = read_chain(args.recipe, args.overrides, **named)
+    samples = _samples(args.samples, chain.main.recipe)
+    if samples is not None:
+        chain = read_chain(args.recipe, args.overrides, num_samples=samples, **named)
+    counts = sorted(set(args.gpus))
+    single = len(counts) == len(machines) == 1
+    bills = [make_bill(chain, machine, count, asked, as_written=single) for machine in machines for count in counts]
+    lines = []
+    if single:
+        lines.append(bill_text(bills[0], assumed=samples is None))
+    else:
+        said = f"{chain.main.num_samples:,} pictures" + (" (assumed: ImageNet-1K; no set was read)" if samples is None else "")
+        lines += [f"{chain.main.name} and what belongs to it, with the settings recommended for each; {said}", "", *aligned([SCAN_HEADS, *scan_rows(bills)]), "", *scan_notes(bills)]
+    simulated = [simulation_lines(bill) for bill in bills] if args.simulate else []
+    lines += ["", *(line for found in simulated for line in found)] if simulated else []
+    lines += ["", "On these assumptions (slow, typical, fast where there are three):", *assumption_lines(machines)]
+    sys.stdout.write("\n".join(lines) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps({"recipe": chain.main.recipe.name, "samples": chain.main.num_samples, "bills": [bill_facts(bill) for bill in bills]}, indent=1) + "\n")
+    if args.plot:
+        from peco_ds.planner.curves import scaling_plot
+
+        scaling_plot(args.plot, bills)
+    return EXIT_DONE
+
+
+def _samples(given: int | None, recipe) -> int | None:
+    """Pictures of the training set: as given, or of the set that is packed; None: neither."""
+    from peco_ds.schema import ImageManifest, read_manifest
+
+    if given is not None:
+        if given < 1:
+            raise UserError(f"--samples {given}: at least 1 picture")
+        return given
+    images = data_path(recipe.data, recipe.data.images)
+    return read_manifest(images, ImageManifest).samples if images.exists() else None
+
+
+if __name__ == "__main__":
+    run(main)

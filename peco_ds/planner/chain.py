@@ -1,0 +1,135 @@
+"""From the recipe of a pre-training to all stages around it: tokenizer, tokens, pre-training, fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peco_ds.config import NOT_YAML, FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe, TokenizerSettings, find_recipe, load_recipe, read_yaml
+from peco_ds.errors import UserError
+from peco_ds.planner.stages import IMAGENET_1K_TRAIN, Kind, Stage
+
+# Tokenizers of released files, that nothing here trains.
+PUBLISHED = {
+    "dvae": TokenizerSettings(kind="dvae", channels=256, channel_mults=(1, 2, 4, 8), attention=False, code_dim=128, decoder=False),  # DALL-E's
+    "gumbel": TokenizerSettings(kind="gumbel", channel_mults=(1, 1, 2, 4)),  # VQGAN's Gumbel f8
+}
+# Recipe of a pre-training -> its tokenizer (recipe, or name of a published one) and the recipes of its fine-tunings, in order.
+NEIGHBOURS = {
+    "peco_vitb16": ("peco_tokenizer", ("finetune_vitb16",)),
+    "peco_vitl16": ("peco_tokenizer", ("finetune_vitl16",)),
+    "peco_vith14": ("peco_tokenizer", ("finetune_vith14", "finetune_vith14_448")),
+    "peco_vith14_visible": ("peco_tokenizer", ("finetune_vith14", "finetune_vith14_448")),
+    "peco_vittiny16": ("peco_tokenizer", ("finetune_vittiny16",)),
+    "mcbeit_vitb16": ("gumbel", ("finetune_vitb16",)),
+    "mcbeit_vitl16": ("gumbel", ("finetune_vitl16",)),
+    "beitv2_vitb16": ("beitv2_tokenizer", ("finetune_beitv2_vitb16",)),
+    "beitv2_vitb16_300": ("beitv2_tokenizer", ("finetune_beitv2_vitb16_300",)),
+    "beitv2_vitl16": ("beitv2_tokenizer", ("finetune_beitv2_vitl16",)),
+    "beit_vitb16": ("dvae", ("finetune_vitb16",)),
+    "beit_vitl16": ("dvae", ("finetune_vitl16",)),
+}
+# The JSON that a stage's entry point takes by itself.
+DEFAULT_JSON: dict[Kind, str] = {"tokenizer": "zero1.json", "tokenizing": "zero0.json", "pre-training": "zero3.json", "fine-tuning": "zero1.json"}
+_PLANNED = "to-be-given"  # stands for weights that a plan does not read
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages in running order, and the one whose recipe was asked for."""
+
+    stages: tuple[Stage, ...]
+    main: Stage
+
+
+def read_chain(
+    recipe: str, overrides: list[str], *, tokenizer: str | None = None, finetune: list[str] | None = None, num_samples: int = IMAGENET_1K_TRAIN, num_classes: int = 1000
+) -> Chain:
+    """The stages that belong to a recipe.
+
+    Args:
+        recipe: of a pre-training: the whole chain; of a tokenizer or a fine-tuning: that stage alone.
+        overrides: "key.sub=value" of that recipe, or "RECIPE:key.sub=value" of another one of the chain.
+        tokenizer, finetune: recipes in place of the usual neighbours.
+    Raises: UserError as `load_recipe`, for a probe's recipe, for an override of a recipe that is not in the chain.
+    """
+    name, kind = find_recipe(recipe).stem, recipe_type(recipe)
+    if kind is ProbeRecipe:
+        raise UserError(f"recipe {recipe!r}: of linear_probe.py, which trains no network; give a recipe of a pre-training, a tokenizer or a fine-tuning")
+    usual = NEIGHBOURS.get(name, (None, ()))
+    tokenizer_named = tokenizer or usual[0]
+    others = [] if kind is not PretrainRecipe else list(usual[1] if finetune is None else finetune)
+    if kind is not PretrainRecipe and (tokenizer or finetune):
+        raise UserError(f"recipe {recipe!r} is planned alone: --tokenizer_recipe and --finetune_recipes go with the recipe of a pre-training")
+    trained = None if tokenizer_named in PUBLISHED or kind is not PretrainRecipe else tokenizer_named
+    known = [name, *(find_recipe(other).stem for other in (trained, *others) if other)]
+    own: dict[str, list[str]] = {key: [] for key in known}
+    for text in overrides:
+        owner, colon, rest = text.partition(":")
+        prefixed = colon and "=" not in owner
+        if prefixed and owner not in own:
+            raise UserError(f"override {text!r}: {owner!r} is no recipe of this chain; there are {', '.join(known)}")
+        own[owner if prefixed else name].append(rest if prefixed else text)
+    main_recipe = _read(recipe, kind, own[name])
+    kinds: dict[type, Kind] = {PretrainRecipe: "pre-training", TokenizerRecipe: "tokenizer", FinetuneRecipe: "fine-tuning"}
+    main = Stage(kinds[kind], main_recipe, num_samples, num_classes)
+    if kind is not PretrainRecipe:
+        return Chain((main,), main)
+    stages: list[Stage] = []
+    if trained:
+        training = _read(trained, TokenizerRecipe, own[find_recipe(trained).stem])
+        stages.append(Stage("tokenizer", training, num_samples))
+    network = training.tokenizer if trained else PUBLISHED.get(tokenizer_named)
+    if network:
+        _require_grid(network, main_recipe)
+        stages.append(Stage("tokenizing", main_recipe, num_samples, tokenizer=network))
+    stages.append(main)
+    stages += [Stage("fine-tuning", _read(other, FinetuneRecipe, own[find_recipe(other).stem]), num_samples, num_classes) for other in others]
+    return Chain(tuple(stages), main)
+
+
+def _require_grid(network: TokenizerSettings, recipe: PretrainRecipe) -> None:
+    side, stride, grid = recipe.views.tokenizer_px, network.stride_px, recipe.model.grid
+    if side != stride * grid:
+        raise UserError(f"views.tokenizer_px {side}: a tokenizer of stride {stride} gives {side / stride:g} codes a side, the backbone has {grid} patches; set it to {stride * grid}, or name the tokenizer's recipe by --tokenizer_recipe")
+
+
+def recipe_type(recipe: str) -> type:
+    """Which stage a recipe is of, by the sections it has.
+
+    Raises: UserError if there is no such recipe.
+    """
+    path = find_recipe(recipe)
+    keys = _keys(path)
+    return next((kind for kind, own in _OWN_KEYS.items() if any(key.startswith(own) for key in keys)), PretrainRecipe)
+
+
+# What only recipes of that stage set, the first that is found counts.
+_OWN_KEYS = {
+    ProbeRecipe: ("probe.",),
+    FinetuneRecipe: ("classifier.", "init.", "augment.", "ema."),
+    PretrainRecipe: ("model.", "mask.", "objective.", "encoding.", "aggregation.", "data.tokens", "views.count"),
+    TokenizerRecipe: ("tokenizer.", "perceptual.", "teacher.", "adversarial.", "loss.", "data.val_images", "data.holdout"),
+}
+
+
+def _keys(path: Path) -> set[str]:
+    """Dotted, two deep."""
+    try:
+        raw = read_yaml(path)
+    except NOT_YAML:  # load_recipe says what is wrong with it
+        return set()
+    sections = raw.items() if isinstance(raw, dict) else ()
+    return {f"{section}.{key}" for section, value in sections for key in (value if isinstance(value, dict) else [""])} | {str(section) for section, _ in sections}
+
+
+def _read(recipe: str, kind: type, overrides: list[str]):
+    """A recipe, with a word in place of weights that its stage would insist on."""
+    needed = []
+    if kind is TokenizerRecipe:
+        given = {text.partition("=")[0] for text in overrides}
+        raw = read_yaml(find_recipe(recipe)) or {}
+        vqkd = any("tokenizer.kind=vqkd" in text for text in overrides) or (isinstance(raw.get("tokenizer"), dict) and raw["tokenizer"].get("kind") == "vqkd")
+        key = "teacher.weights" if vqkd else "perceptual.weights"
+        needed = [] if key in given or "perceptual.weight" in given else [f"{key}={_PLANNED}"]
+    return load_recipe(kind, recipe, [*needed, *overrides]).recipe
