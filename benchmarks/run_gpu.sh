@@ -9,7 +9,7 @@
 # PECO_BENCH_IMAGES   folder of pictures for data.py and tokenizing.py (default: what they find)
 # PYTHON              the interpreter (default: python)
 #
-# peers.py and step.py write their records as they grow, so that one which is cut off leaves what it has measured. Exit code 1 if a part failed; 0 also where
+# peers.py, step.py and plan_step.py write their records as they grow, so that one which is cut off leaves what it has measured. Exit code 1 if a part failed; 0 also where
 # parts were cut off.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -22,9 +22,11 @@ images=()
 
 if [ "${PECO_BENCH_DEVICE:-gpu}" = cpu ]; then
   gpu=() first=() others=() small=(--rounds 2 model.depth=2 run.micro_batch=2) few=(--rounds 1) launch=(--launchers python --starts 1)
+  plan=(--rows "width 384" --rounds 2)
   export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 else
   gpu=(--gpu) first=(--sizes "H/14 at 224") others=(--sizes "L/16 at 224,B/16 at 224,H/14 at 448") small=() few=() launch=(--launchers python --starts 1)
+  plan=(--rounds 3)
 fi
 
 ends=$((SECONDS + ${PECO_BENCH_SECONDS:-470}))
@@ -57,6 +59,7 @@ part() {
 
 part peers_first 110 benchmarks/peers.py "${gpu[@]}" "${first[@]}" "${small[@]}" --budget_s 75 --record "$out/peers_first.md" --plot "$out/peers_first.png"
 part step 110 benchmarks/step.py "${gpu[@]}" "${small[@]}" --profile --budget_s 75 --record "$out/step.md" --plot "$out/step.png"
+part plan_step 60 benchmarks/plan_step.py "${gpu[@]}" "${plan[@]}" --record "$out/plan_step.md"
 [ ${#others[@]} -eq 0 ] || part peers_others 100 benchmarks/peers.py "${gpu[@]}" "${others[@]}" --budget_s 65 --record "$out/peers_others.md" --plot "$out/peers_others.png"
 part data 50 benchmarks/data.py "${gpu[@]}" "${few[@]}" "${images[@]}" --record "$out/data.md"
 part tokenizing 90 benchmarks/tokenizing.py "${gpu[@]}" "${few[@]}" "${images[@]}" --record "$out/tokenizing.md"

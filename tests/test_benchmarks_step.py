@@ -124,7 +124,7 @@ def test_only_a_later_compilation_of_the_same_frame_counts_as_recompilation():
 
 
 def test_the_data_sheet_is_known_by_the_cards_name_and_for_16_bits_alone():
-    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "CPU": None}
+    names = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "CPU": None}
     assert {name: data_sheet_flops(name, torch.bfloat16) for name in names} == names
     assert data_sheet_flops("NVIDIA H200", torch.float32) is None
 
@@ -228,19 +228,19 @@ def run_all(tmp_path, *, failing="nothing", **environment):
 
 def test_all_parts_run_at_full_size_on_a_gpu_and_at_small_size_where_a_cpu_is_asked_for(tmp_path):
     calls, said, code = run_all(tmp_path)
-    assert code == 0 and [call.split()[0].removeprefix("benchmarks/") for call in calls] == ["peers.py", "step.py", "peers.py", "data.py", "tokenizing.py", "launch.py"]
-    assert all("--gpu" in call and f"--record {tmp_path / 'out'}" in call for call in calls) and said.count("done in") == 6
+    assert code == 0 and [call.split()[0].removeprefix("benchmarks/") for call in calls] == ["peers.py", "step.py", "plan_step.py", "peers.py", "data.py", "tokenizing.py", "launch.py"]
+    assert all("--gpu" in call and f"--record {tmp_path / 'out'}" in call for call in calls) and said.count("done in") == 7
     (tmp_path / "calls").unlink()
     calls, _, code = run_all(tmp_path, PECO_BENCH_DEVICE="cpu")
-    assert code == 0 and len(calls) == 5 and not any("--gpu" in call for call in calls)
-    assert (tmp_path / "out" / "summary.txt").read_text().count("done in") == 5
+    assert code == 0 and len(calls) == 6 and not any("--gpu" in call for call in calls)
+    assert (tmp_path / "out" / "summary.txt").read_text().count("done in") == 6
 
 
 def test_a_part_that_fails_is_named_with_its_last_line_and_does_not_stop_the_others(tmp_path):
-    calls, said, code = run_all(tmp_path, failing="step.py")
-    assert code == 1 and len(calls) == 6 and "step: failed with 3" in said and "the reason" in said
+    calls, said, code = run_all(tmp_path, failing="/step.py")
+    assert code == 1 and len(calls) == 7 and "step: failed with 3" in said and "the reason" in said
 
 
 def test_nothing_is_begun_when_the_time_is_up(tmp_path):
     calls, said, code = run_all(tmp_path, PECO_BENCH_SECONDS="5")
-    assert code == 0 and calls == [] and said.count("not begun") == 6
+    assert code == 0 and calls == [] and said.count("not begun") == 7
