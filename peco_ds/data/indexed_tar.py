@@ -6,12 +6,17 @@ every member. With it any process reads any sample by one `pread` a member, in a
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import os
 import re
+import stat
 import tarfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -19,10 +24,11 @@ from typing import Literal
 import numpy as np
 
 from peco_ds.errors import UserError
-from peco_ds.schema import FORMAT_VERSION, ImageManifest, Shard, TokenManifest, read_json, sha256_of_file, short, write_json
+from peco_ds.schema import FORMAT_VERSION, ImageManifest, Shard, TokenManifest, parse_json, sha256_of_file, short, stem_of, write_json
 
 INDEX_SUFFIX = ".index.json"
 _CHUNK_BYTES = 1 << 20
+_CHECKED_AT_ONCE = 8  # shards, by a process: a shared file system is asked about many files at once, or a hundred thousand take minutes
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -32,7 +38,7 @@ class DamagedRecord(UserError):
 
 def index_name(tar_name: str) -> str:
     """`train-000007.tar` -> `train-000007.index.json`."""
-    return Path(tar_name).stem + INDEX_SUFFIX
+    return stem_of(tar_name) + INDEX_SUFFIX
 
 
 # ---------------------------------------------------------------------------------------------- making an index
@@ -148,25 +154,24 @@ class IndexedTar:
 
     def __init__(self, tar_path: str | Path, index_path: str | Path, index_sha256: str = "") -> None:
         self.tar_path, self.index_path = Path(tar_path), Path(index_path)
-        if index_sha256 and sha256_of_file(_existing(self.index_path, "index")) != index_sha256:
+        text = _existing(self.index_path, "index").read_bytes()
+        if index_sha256 and hashlib.sha256(text).hexdigest() != index_sha256:
             raise UserError(f"{self.index_path}: is not the index its manifest names (sha256 differs); make the set again or copy it whole")
-        index = self._read_index()
-        tar_bytes = _existing(self.tar_path, "tar").stat().st_size
-        if tar_bytes != index["tar_bytes"]:
-            raise UserError(f"{self.tar_path}: holds {tar_bytes} bytes, {index['tar_bytes']} were indexed; copy it again, or index it again if replaced")
-        # Arrays, not the parsed JSON: a process keeps many of these open and objects would cost ten times as much.
-        samples = index["samples"]
-        self._keys = [sample["key"] for sample in samples]
-        names = [name for sample in samples for name in sample["members"]]
-        self._extensions = sorted(set(names))
-        number_of = {name: number for number, name in enumerate(self._extensions)}
-        self._extension_numbers = np.array([number_of[name] for name in names], dtype=np.int32)
-        self._spans = np.array([span for sample in samples for span in sample["members"].values()], dtype=np.int64).reshape(-1, 3)
-        self._first_member = np.concatenate([[0], np.cumsum([len(sample["members"]) for sample in samples])]).astype(np.int64)
+        # Among hundreds of ranks a worker reads a few samples of every shard it opens: to parse and check all the others would take as long as
+        # decoding those few pictures. One that the manifest vouches for is cut at the line breaks we wrote, and a sample is parsed when it is read.
+        self._tar_bytes, self._samples = (_cut(text) if index_sha256 else None) or self._checked(text)
+        self._parsed: tuple[int, dict] | None = None  # the sample read last
+        tar_bytes = _existing_bytes(self.tar_path, "tar")
+        if tar_bytes != self._tar_bytes:
+            raise UserError(f"{self.tar_path}: holds {tar_bytes} bytes, {self._tar_bytes} were indexed; copy it again, or index it again if replaced")
 
-    def _read_index(self) -> dict:
+    def _checked(self, text: bytes) -> tuple[int, list[bytes]]:
+        """As `_cut`, of an index of any layout, looked at from end to end.
+
+        Raises: UserError if it is none.
+        """
         try:
-            index = read_json(_existing(self.index_path, "index"))
+            index = parse_json(text.decode("utf-8"))
         except ValueError as error:
             raise UserError(f"{self.index_path}: not JSON ({error}); make the set again or copy it whole") from None
         if not isinstance(index, dict) or index.get("format_version") != FORMAT_VERSION:
@@ -174,18 +179,32 @@ class IndexedTar:
         fault = _fault_of_index(index)
         if fault:
             raise UserError(f"{self.index_path}: {fault}; make the set again or copy it whole")
-        return index
+        return index["tar_bytes"], [f'{json.dumps(sample["key"])}, "members": {json.dumps(sample["members"])}'.encode() for sample in index["samples"]]
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._samples)
 
     def key(self, i: int) -> str:
-        return self._keys[i]
+        return self._sample(i)["key"]
 
     def extensions(self, i: int) -> list[str]:
         """Extensions of the members of sample `i`, in tar order."""
-        first, end = self._first_member[i : i + 2].tolist()
-        return [self._extensions[number] for number in self._extension_numbers[first:end].tolist()]
+        return list(self._sample(i)["members"])
+
+    def _sample(self, i: int) -> dict:
+        """Raises: UserError if the index says what no index can."""
+        last = self._parsed
+        if last is not None and last[0] == i:
+            return last[1]
+        try:
+            sample = parse_json('{"key":' + self._samples[i].decode("utf-8") + "}")
+            fault = _fault_of_sample(i, sample, self._tar_bytes)
+        except ValueError as error:
+            fault = f"sample {i} is not JSON ({error})"
+        if fault:
+            raise UserError(f"{self.index_path}: {fault}; make the set again or copy it whole")
+        self._parsed = i, sample
+        return sample
 
     def read(self, i: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
         """Members of sample `i`, in tar order; only those named, where `extensions` is given. One that it has not is left out.
@@ -194,12 +213,7 @@ class IndexedTar:
         """
         assert 0 <= i < len(self), f"sample {i} of {len(self)}"
         wanted = None if extensions is None else frozenset(extensions)
-        first, end = self._first_member[i : i + 2].tolist()
-        members = {}
-        for extension, span in zip(self.extensions(i), self._spans[first:end].tolist()):
-            if wanted is None or extension in wanted:
-                members[extension] = self._read_member(i, extension, *span)
-        return members
+        return {extension: self._read_member(i, extension, *span) for extension, span in self._sample(i)["members"].items() if wanted is None or extension in wanted}
 
     def _read_member(self, i: int, extension: str, offset: int, size: int, crc32: int) -> bytes:
         if self._file_descriptor < 0:
@@ -209,12 +223,12 @@ class IndexedTar:
         while left:
             part = os.pread(self._file_descriptor, left, offset + size - left)
             if not part:
-                raise DamagedRecord(f"{self.tar_path}: key {self._keys[i]!r}, member .{extension}: ends {left} bytes early; copy the tar again")
+                raise DamagedRecord(f"{self.tar_path}: key {self.key(i)!r}, member .{extension}: ends {left} bytes early; copy the tar again")
             parts.append(part)
             left -= len(part)
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         if zlib.crc32(data) != crc32:
-            raise DamagedRecord(f"{self.tar_path}: key {self._keys[i]!r}, member .{extension}: CRC-32 differs from the index; copy the tar again")
+            raise DamagedRecord(f"{self.tar_path}: key {self.key(i)!r}, member .{extension}: CRC-32 differs from the index; copy the tar again")
         return data
 
     def close(self) -> None:
@@ -235,16 +249,36 @@ def _fault_of_index(index: dict) -> str:
     tar_bytes, samples = index.get("tar_bytes"), index.get("samples")
     if type(tar_bytes) is not int or not isinstance(samples, list):
         return "tar_bytes is no number" if isinstance(samples, list) else "samples is no list"
-    for number, sample in enumerate(samples):
-        members = sample.get("members") if isinstance(sample, dict) else None
-        if not isinstance(members, dict) or not isinstance(sample.get("key"), str):
-            return f"sample {number} has no key and members"
-        for extension, span in members.items():
-            if not isinstance(span, list) or len(span) != 3 or not all(type(value) is int and 0 <= value < 1 << 62 for value in span):
-                return f"key {short(sample['key'])}, member .{extension[:40]}: is not offset, size and CRC-32"
-            if span[0] + span[1] > tar_bytes:
-                return f"key {short(sample['key'])}, member .{extension[:40]}: ends at byte {span[0] + span[1]} of a tar of {tar_bytes}"
+    return next(filter(None, (_fault_of_sample(number, sample, tar_bytes) for number, sample in enumerate(samples))), "")
+
+
+def _fault_of_sample(number: int, sample, tar_bytes: int) -> str:
+    members = sample.get("members") if isinstance(sample, dict) else None
+    if not isinstance(members, dict) or not isinstance(sample.get("key"), str):
+        return f"sample {number} has no key and members"
+    for extension, span in members.items():
+        if not isinstance(span, list) or len(span) != 3 or not all(type(value) is int and 0 <= value < 1 << 62 for value in span):
+            return f"key {short(sample['key'])}, member .{extension[:40]}: is not offset, size and CRC-32"
+        if span[0] + span[1] > tar_bytes:
+            return f"key {short(sample['key'])}, member .{extension[:40]}: ends at byte {span[0] + span[1]} of a tar of {tar_bytes}"
     return ""
+
+
+# What `write_json` puts around the samples of an index. A line break inside a JSON text is never part of a string, so these are found nowhere else.
+_BEFORE, _AFTER = b'\n  {\n   "key":', b"\n  }"
+
+
+def _cut(text: bytes) -> tuple[int, list[bytes]] | None:
+    """tar_bytes, and of each sample the JSON between `{"key":` and `}`; None for an index of another layout, or one that needs a closer look."""
+    head, _, samples = text.partition(_BEFORE)
+    end = _AFTER + b"\n ]\n}\n"
+    try:
+        found = parse_json(head.decode("utf-8") + "]}")
+    except ValueError:
+        return None
+    if not samples.endswith(end) or not isinstance(found, dict) or found.get("samples") != [] or found.get("format_version") != FORMAT_VERSION or type(found.get("tar_bytes")) is not int:
+        return None
+    return found["tar_bytes"], samples[: -len(end)].split(_AFTER + b"," + _BEFORE)
 
 
 class ShardSet:
@@ -305,18 +339,31 @@ class ShardSet:
         Raises: UserError naming the first shard that is missing, cut short or changed.
         """
         assert verify in ("size", "all"), verify
-        for shard_number in shard_numbers:
-            shard = self.manifest.shards[shard_number]
-            tar_path, index_path = self._paths(shard)
-            found_bytes = _existing(tar_path, "shard").stat().st_size
-            if found_bytes != shard.bytes:
-                fault = "cut short" if found_bytes < shard.bytes else "changed"
-                raise UserError(f"{tar_path}: shard is {fault}: {found_bytes} bytes, the manifest says {shard.bytes}; copy or make it again")
-            _existing(index_path, "index")
-            if verify == "all":
-                for path, sha256 in ((index_path, shard.index_sha256), (tar_path, shard.sha256)):
-                    if sha256_of_file(path) != sha256:
-                        raise UserError(f"{path}: changed since the set was made (sha256 differs from the manifest's); copy or make it again")
+        numbers = list(shard_numbers)
+        few = min(32, max(1, len(numbers) // (8 * _CHECKED_AT_ONCE)))  # handing them over one by one would take longer than a local disk's answer
+
+        def check_few(first: int) -> None:
+            for number in numbers[first : first + few]:
+                self._check_shard(self.manifest.shards[number], verify)
+
+        pool = ThreadPoolExecutor(_CHECKED_AT_ONCE)
+        try:
+            for _ in pool.map(check_few, range(0, len(numbers), few)):  # in their order: the first fault is named
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _check_shard(self, shard: Shard, verify: Literal["size", "all"]) -> None:
+        tar_path, index_path = self._paths(shard)
+        found_bytes = _existing_bytes(tar_path, "shard")
+        if found_bytes != shard.bytes:
+            fault = "cut short" if found_bytes < shard.bytes else "changed"
+            raise UserError(f"{tar_path}: shard is {fault}: {found_bytes} bytes, the manifest says {shard.bytes}; copy or make it again")
+        _existing_bytes(index_path, "index")
+        if verify == "all":
+            for path, sha256 in ((index_path, shard.index_sha256), (tar_path, shard.sha256)):
+                if sha256_of_file(path) != sha256:
+                    raise UserError(f"{path}: changed since the set was made (sha256 differs from the manifest's); copy or make it again")
 
     def _paths(self, shard: Shard) -> tuple[Path, Path]:
         tar_path = self.folder / (shard.path or shard.name)  # an absolute path replaces the folder
@@ -336,6 +383,18 @@ def _shard_set(folder: Path, manifest: ImageManifest | TokenManifest, max_open: 
 
 
 def _existing(path: Path, what: str) -> Path:
-    if not path.is_file():
-        raise UserError(f"{path}: no such {what}; copy the set whole or make it again")
+    _existing_bytes(path, what)
     return path
+
+
+def _existing_bytes(path: Path, what: str) -> int:
+    """Size of a file, asked for once: a shared file system takes a millisecond to answer."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        found = None
+    if found is None or not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path}: no such {what}; copy the set whole or make it again")
+    return found.st_size

@@ -203,6 +203,7 @@ def rank_samples(num_samples: int, rank: int, world_size: int, batch: int) -> np
     share = -(-num_samples // world_size)
     batch = min(batch, share)
     samples = np.full(-(-share // batch) * batch, PADDING)
-    mine = np.arange(num_samples)[rank * share : (rank + 1) * share]
-    samples[: len(mine)] = mine
+    first = min(rank * share, num_samples)
+    mine = min(share, num_samples - first)
+    samples[:mine] = np.arange(first, first + mine)
     return samples.reshape(-1, batch)

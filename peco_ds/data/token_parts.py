@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from peco_ds.data.indexed_tar import index_name
 from peco_ds.data.token_shards import TokenRecord, write_token_shard
-from peco_ds.data.whole_files import alone, remove_leftovers
+from peco_ds.data.whole_files import alone, find_drafts, remove_dead, remove_leftovers
 from peco_ds.errors import UserError
 from peco_ds.schema import MANIFEST_NAME, TOKENIZER_FACTS, ImageManifest, Shard, TokenManifest, ViewRecipe, read_json, read_manifest, sha256_of_file, sha256_of_json, write_json, write_manifest
 
@@ -57,6 +57,7 @@ class TokenParts:
             topk_temperature=topk_temperature,
             views=views,
         )
+        self._tidy = False
         self._made_from = sha256_of_json({**self._common, "views": asdict(views)})
         self._refuse_another_set()
 
@@ -89,6 +90,16 @@ class TokenParts:
         """Held while files take their final names, by one process at a time."""
         return alone(self.folder / _PARTS / "lock", wait=True)
 
+    def _remove_leftovers(self) -> None:
+        """Of writers that were killed before this start. Once: to look through the folder for every shard takes time that grows with the square of their number."""
+        if self._tidy:
+            return
+        found = [*find_drafts(self.folder), *find_drafts(self.folder / _PARTS)]
+        if found:
+            with self._alone():  # nobody is between a JSON file's temporary name and its final one
+                remove_dead(found)
+        self._tidy = True
+
     def is_done(self, number: int) -> bool:
         return self._part(number) is not None
 
@@ -100,9 +111,7 @@ class TokenParts:
         part_file = self._part_file(number)
         part_file.parent.mkdir(parents=True, exist_ok=True)
         image_shard = self._images.shards[number]
-        with self._alone():  # nobody is between a JSON file's temporary name and its final one
-            remove_leftovers(self.folder, (image_shard.name, index_name(image_shard.name)))
-            remove_leftovers(part_file.parent, (part_file.name,))
+        self._remove_leftovers()
         unreadable = 0
 
         def counted() -> Iterator[TokenRecord]:

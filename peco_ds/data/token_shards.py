@@ -136,7 +136,6 @@ class TokenSet:
         self._num_patches = grid * grid
         self._soft = views.topk > 0  # soft codes are many times the hard ones: not read where nobody asks for them
         self._members = ("codes.npy", "views.npy", *(("topk_codes.npy", "topk_probs.npy") if self._soft else ()))
-        self._tars = [str(folder / shard.name) for shard in manifest.shards]
 
     def _refuse_wrong_ties(self, images, num_codes, grid, views, tokenizer_fingerprint) -> None:
         found, folder = self.manifest, self.folder
@@ -185,7 +184,7 @@ class TokenSet:
         except UnreadableRecord as error:
             raise UserError(f"{error}; repair the file system or copy the token set again") from None
         shard, _ = self.shards.locate(sample)
-        place = f"{self._tars[shard]}: {key}"
+        place = f"{self.folder}/{self.manifest.shards[shard].name}: {key}"
         if expected_key is not None and key != expected_key:
             raise UserError(f"{place}: the picture at this place is {expected_key}; the shards do not belong together, tokenize again")
         num_views = self.manifest.num_views

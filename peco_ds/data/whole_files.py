@@ -32,13 +32,22 @@ def draft(path: Path) -> Iterator[BinaryIO]:
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     """Remove drafts of these files whose writers are dead. On a file system without locks nothing is removed."""
     for name in names:
-        for path in folder.glob(f".{name}.*.tmp"):
-            try:
-                with open(path, "r+b") as file:  # NFS locks only what is open for writing
-                    if _lock(file, wait=False):
-                        path.unlink(missing_ok=True)
-            except FileNotFoundError:  # its writer has just renamed it
-                continue
+        remove_dead(find_drafts(folder, name))
+
+
+def find_drafts(folder: Path, name: str = "*") -> list[Path]:
+    return list(folder.glob(f".{name}.*.tmp"))
+
+
+def remove_dead(drafts: Iterable[Path]) -> None:
+    """As `remove_leftovers`, of drafts that were found before."""
+    for path in drafts:
+        try:
+            with open(path, "r+b") as file:  # NFS locks only what is open for writing
+                if _lock(file, wait=False):
+                    path.unlink(missing_ok=True)
+        except FileNotFoundError:  # its writer has just renamed it
+            continue
 
 
 @contextmanager
