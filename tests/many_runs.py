@@ -5,7 +5,7 @@
 Exit codes of the runs are written to JSON + ".codes" by rank 0, a refusal as its text. With "spoilt", {"rank": R, "passes": [first, last], "factor": F}, rank R's
 losses of these forward passes (from 0) are multiplied by F, as a bad batch would do it; with "unmended", elastic resume leaves DeepSpeed's parameter groups as they
 come. With "statistics", the standard deviation of every parameter as the engine holds it before
-the first step is saved there; with "rates", the groups of the engine's optimiser after the last step's rate was set.
+the first step is saved there; with "keys", the pictures of each pass, to FILE.RANK; with "rates", the groups of the engine's optimiser after the last step's rate was set.
 """
 
 import importlib
@@ -53,6 +53,21 @@ def record_rates(path: str):
     return lambda: setattr(module, "set_rate", original)
 
 
+def record_keys(path: str):
+    """Wrap the guard so that every rank writes down which pictures each of its passes had, in files of their own."""
+    from peco_ds.runtime import step_guard as module
+
+    original = module.StepGuard.watch
+
+    def wrapped(guard, loss, keys):
+        with open(f"{path}.{os.environ.get('RANK', '0')}", "a") as file:
+            file.write(json.dumps(keys) + "\n")
+        return original(guard, loss, keys)
+
+    module.StepGuard.watch = wrapped
+    return lambda: setattr(module.StepGuard, "watch", original)
+
+
 def spoil(fault: dict):
     """Wrap the guard so that losses arrive spoilt; spikes are looked for after two steps already."""
     from peco_ds.runtime import step_guard as module
@@ -94,7 +109,7 @@ def main():
     cases = json.loads(Path(sys.argv[1]).read_text())
     codes = []
     for case in cases:
-        wrappers = {"statistics": record_statistics, "rates": record_rates, "spoilt": spoil, "unmended": leave_unmended}
+        wrappers = {"statistics": record_statistics, "rates": record_rates, "keys": record_keys, "spoilt": spoil, "unmended": leave_unmended}
         undo = [wrap(case[name]) for name, wrap in wrappers.items() if case.get(name)]
         stage = importlib.import_module(f"peco_ds.{case['stage']}")
         codes.append(outcome(stage.main, case["arguments"]))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import run_stage
 from peco_ds.runtime.timeline import STARTS_FILE, read_evaluation, read_metrics, read_rows
 from slurm_cluster import FINISHED, SlurmCluster, missing_programs, slurm_cluster
 
@@ -508,6 +509,57 @@ def test_a_run_that_was_interrupted_ends_as_one_that_never_was(interrupted, happ
     if happening == "run_out_of_time":
         assert "stopped in good order; job" in run.log
         assert ends[1] == (75, starts[1]["step"]), "steps were lost though there was time to save them"
+
+
+NODES = (2, 4)  # each with as many ranks as there are nodes: 4 and 16 in all
+WIDE_STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def signalled(slurm_is_there, small_sets, tmp_path_factory) -> dict[int, Trained]:
+    """A pre-training on two nodes of two ranks and beside it the same on four nodes of four, both asked to stop in the middle; by number of nodes, with 1 for one plain process."""
+    folder = tmp_path_factory.mktemp("many_nodes")
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin", "PECO_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    settings = ["--recipe", "peco_vitb16", *small_sets.overrides, "run.global_batch=32", "run.micro_batch=2", f"schedule.steps={WIDE_STEPS}"]
+    with slurm_cluster(sum(NODES), cpus=4, gpus=4) as cluster:
+        jobs = {}
+        for nodes in NODES:
+            launch = [f"--nodes={nodes}", f"--output={folder}/of_{nodes}.log", "launchers/pretrain_vith.sbatch", "--out", folder / f"of_{nodes}", *settings]
+            jobs[nodes] = cluster.sbatch(*launch, cwd=REPOSITORY, env=env | {"SBATCH_GPUS_PER_NODE": str(nodes)})
+        waiting = set(NODES)
+        deadline = time.monotonic() + LAUNCHED_S
+        while waiting and time.monotonic() < deadline:
+            for nodes in [nodes for nodes in waiting if len(read_metrics(folder / f"of_{nodes}")) >= 3]:
+                assert cluster.command("scancel", "--signal=USR2", str(jobs[nodes])).returncode == 0
+                waiting.remove(nodes)
+            time.sleep(0.1)
+        assert not waiting, logs(folder)
+        cluster.wait(*jobs.values(), timeout_s=LAUNCHED_S)
+        found = {nodes: Trained(folder / f"of_{nodes}", cluster.jobs(job)[0], (folder / f"of_{nodes}.log").read_text()) for nodes, job in jobs.items()}
+    run_stage("pretrain", *settings, "--out", folder / "of_1")
+    return found | {1: Trained(folder / "of_1", {}, "")}
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("nodes", NODES)
+def test_ranks_on_several_nodes_save_on_a_signal_are_requeued_and_end_as_one_process_does(signalled, nodes):
+    run, alone = signalled[nodes], signalled[1]
+    ranks = nodes * nodes
+    assert (run.job["JobState"], run.job["Restarts"]) == ("COMPLETED", "1"), run.log[-6000:]
+    assert "stopped in good order; job" in run.log
+    starts = [row for row in read_rows(run.out / STARTS_FILE)[0] if row["event"] == "start"]
+    ends = [(row["code"], row["step"]) for row in read_rows(run.out / STARTS_FILE)[0] if row["event"] == "end"]
+    assert [start["ranks"] for start in starts] == [ranks, ranks] and 3 <= starts[1]["step"] < WIDE_STEPS
+    assert ends == [(75, starts[1]["step"]), (0, WIDE_STEPS)], "steps were lost, or trained twice"
+    rows, plain = read_metrics(run.out), read_metrics(alone.out)
+    assert [row["step"] for row in rows] == list(range(1, WIDE_STEPS + 1)) and [row["images"] for row in rows] == [row["images"] for row in plain]
+    # float32, sums over ranks in another order; measured worst case 2.5e-7
+    assert max(abs(ours["loss"] - theirs["loss"]) / theirs["loss"] for ours, theirs in zip(rows, plain, strict=True)) < 5e-6
+    newest = run.out / "checkpoints" / (run.out / "checkpoints" / "latest").read_text().strip()
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    assert sum(name.endswith("_optim_states.pt") for name in files) == ranks and {path.name for path in newest.iterdir()} == {*files, "manifest.json"}
+    assert json.loads((newest / "progress.json").read_text())["cursor"]["samples"] == WIDE_STEPS * 32
 
 
 def wait_until(condition, timeout_s: float = 30.0) -> None:
