@@ -55,10 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer_facts=card.extra,
     )
     num_shards = len(pictures.manifest.shards)
-    missing = [number for number in range(args.part, num_shards, args.parts) if not parts.is_done(number)]
+    own = range(args.part, num_shards, args.parts)
     if args.dry_run:
         from peco_ds.planner.report import tokenizing_report
 
+        missing = [number for number in own if not parts.is_done(number)]
         sys.stdout.write(f"{len(missing)} of {num_shards} shards to tokenize into {parts.folder}, {views.count} views of {views.tokenizer_px} px a picture, the tokenizer's network in {views.tokenizer_precision}\n")
         left = sum(pictures.manifest.shards[number].samples for number in missing)
         sys.stdout.write(tokenizing_report(cfg, card.settings, num_samples=left) + "\n" if left else "")
@@ -73,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     world = start_world()
     tokenizer, _ = load_tokenizer(folder)
     tokenizer.to(world.device)
-    done = [number for number in range(args.part, num_shards, args.parts) if number not in missing]
+    # Each rank looks at some: a shard counts as done after its index was read, and there may be 100,000 of them.
+    missing = sorted(number for found in world.gather_objects([number for number in own[world.rank :: world.size] if not parts.is_done(number)]) for number in found)
+    done = sorted(set(own) - set(missing))
     with Watchdog(cfg.run.hang_timeout_s, stacks_path(parts.folder, world.rank), rank=world.rank) as watchdog:
         tokenize_missing(cfg, pictures, tokenizer, parts, missing[world.rank :: world.size], done[world.rank :: world.size], world, watchdog)
     # No collective from here on: ranks end hours apart, and a process group gives up after minutes.

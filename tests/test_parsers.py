@@ -57,6 +57,9 @@ from peco_ds.models.published_tokenizers import read_published
 from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, save_tokenizer
 from peco_ds.models.torchscript_files import read_torchscript
 from peco_ds.models.weight_files import foreign_classes, read_tensor_file
+from peco_ds.planner.bill import make_bill
+from peco_ds.planner.chain import read_chain
+from peco_ds.planner.hardware import find_hardware
 from peco_ds.runtime.checkpoint_files import newest_whole
 from peco_ds.runtime.run_folder import read_provenance, read_settings
 from peco_ds.runtime.run_weights import read_run
@@ -364,6 +367,14 @@ PARSERS = {
     "a list of labels as CSV": Parser(text("list", "ImageId,PredictionString\na,cat 1 2 3 4\nb,dog 1 2 3 4\n"), "list", listed),
     "a list of label numbers": Parser(lambda f: (text("list", "a.jpg 0\nb.jpg 1\n")(f), text("classes", "cat\ndog\n")(f)), "list", lambda f: listed(f, "classes")),
     "a recipe": Parser(recipe, "mine.yaml", lambda f: load_recipe(PretrainRecipe, f / "mine.yaml", []), examples=40),
+    "a recipe that is planned": Parser(recipe, "mine.yaml", lambda f: make_bill(read_chain(str(f / "mine.yaml"), []), find_hardware("h100"), 8), examples=40),
+    "a tokenizer's recipe that is planned": Parser(text("mine.yaml", "tokenizer:\n  channels: 64\ndata:\n  holdout: 9\nschedule:\n  epochs: 3\n"), "mine.yaml", lambda f: read_chain(str(f / "mine.yaml"), []), examples=40),
+    "a machine of one's own": Parser(
+        text("mine.yaml", "base: h100\nname: mine\ngpus_per_node: 4\nnetwork_bytes_s: 5.0e+10\nproduct_share: [0.4, 0.5, 0.6]\npeak_flops: {bf16: 9.0e+14, fp32: 6.0e+13}\n"),
+        "mine.yaml",
+        lambda f: make_bill(read_chain("peco_vitb16", [], finetune=[]), find_hardware(f / "mine.yaml"), 8),
+        examples=60,
+    ),
     "an override": Parser(text("x", "optim.betas=[0.9, 0.98]"), "x", lambda f: load_recipe(PretrainRecipe, "peco_vitb16", [(f / "x").read_text(errors="replace")]), examples=60),
     "a DeepSpeed JSON": Parser(deepspeed_json, "mine.json", merged, examples=60),
     "a weights file": Parser(tensors_of("w.pth"), "w.pth", lambda f: read_weights(f / "w.pth"), examples=60),
