@@ -349,7 +349,7 @@ def test_the_report_of_a_tokenizing_counts_what_is_left_and_predicts_its_hours()
     for left in (100_000, 200_000):
         text = tokenizing_report(recipe, TokenizerSettings(), num_samples=left)
         assert f"{left:,} pictures x 100 = {100 * left:,}" in text and "views/s" in text
-        hours.append(float(next(line for line in text.splitlines() if line.startswith("64 ")).split()[5]))
+        hours.append(float(next(line for line in text.splitlines() if line.startswith("64 ")).split()[7]))
     assert hours[1] == pytest.approx(2 * hours[0], rel=0.02)
 
 

@@ -144,7 +144,9 @@ class Stage:
         if self.kind == "pre-training":
             return 0.0
         if self.kind == "fine-tuning":
-            return own_bias_bytes(self.recipe.model, self.run.activation_checkpointing)
+            model = self.recipe.model
+            places = model.depth * (model.grid**2 + 1) ** 2 * 8  # which row of its table each block reads for each pair of tokens: int64
+            return places + own_bias_bytes(model, self.run.activation_checkpointing)
         codebook = 4 * tokenizer_cost(self._tokenizer, self.recipe.views.tokenizer_px).codebook_elements
         if self.kind == "tokenizer":
             return codebook + frozen_net_bytes(self.recipe).weights
