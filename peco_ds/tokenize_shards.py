@@ -74,10 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     world = start_world()
     tokenizer, _ = load_tokenizer(folder)
     tokenizer.to(world.device)
-    # Each rank looks at some: a shard counts as done after its index was read, and there may be 100,000 of them.
-    missing = sorted(number for found in world.gather_objects([number for number in own[world.rank :: world.size] if not parts.is_done(number)]) for number in found)
-    done = sorted(set(own) - set(missing))
     with Watchdog(cfg.run.hang_timeout_s, stacks_path(parts.folder, world.rank), rank=world.rank) as watchdog:
+        # Each rank looks at some: a shard counts as done after its index was read, and there may be 100,000 of them.
+        missing = sorted(number for found in world.gather_objects([number for number in own[world.rank :: world.size] if not parts.is_done(number)]) for number in found)
+        done = sorted(set(own) - set(missing))
         tokenize_missing(cfg, pictures, tokenizer, parts, missing[world.rank :: world.size], done[world.rank :: world.size], world, watchdog)
     # No collective from here on: ranks end hours apart, and a process group gives up after minutes.
     waited_for = range(num_shards)

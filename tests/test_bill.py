@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_short_stages_take_fewer_gpus_than_a_long_one_where_they_do_not_scale():
 
 def test_a_stage_whose_batch_the_gpus_do_not_divide_takes_as_many_as_do():
     counts = {made.stage.name: made.gpus for made in make_bill(CHAIN, H100, 1024).written}
-    assert counts == {"peco_tokenizer": 512, "peco_vith14, tokens": 1024, "peco_vith14": 1024, "finetune_vith14": 512, "finetune_vith14_448": 512}
+    assert counts == {"peco_tokenizer": 512, "peco_vith14, views": 1024, "peco_vith14": 1024, "finetune_vith14": 512, "finetune_vith14_448": 512}
 
 
 def test_the_text_has_every_stage_in_both_tables_and_the_parts_of_the_main_one(bill):
@@ -64,6 +65,10 @@ def test_the_plain_values_are_json_and_those_of_the_text(bill):
     assert main["memory_bytes"]["total"] == pytest.approx(sum(size for name, size in main["memory_bytes"].items() if name != "total") + 1.5 * 2**30)
     assert main["traffic"]["all_gather"]["num_bytes"] == pytest.approx(2 * main["parameters"], rel=0.02), "every weight once, in 16 bits"
     assert set(facts["storage_bytes"]) >= {"image shards", "token shards"}
+    said = next(line for line in bill_text(bill, assumed=True).splitlines() if "storage, GB" in line)
+    assert said.endswith(f"; {sum(facts['storage_bytes'].values()) / 1e9:,.0f} in all")
+    assert facts["held_gpu_hours"]["typical"] == pytest.approx(64 * facts["total_hours"]["typical"])
+    assert facts["held_gpu_hours"]["typical"] >= 0.999 * facts["total_gpu_hours"]["typical"]
 
 
 def test_a_scan_scales_from_its_smallest_count():
@@ -73,7 +78,7 @@ def test_a_scan_scales_from_its_smallest_count():
 
 
 def test_simulation_and_closed_form_stand_side_by_side(bill):
-    step, goodput = simulation_lines(bill, steps=20)[1:]
+    step, goodput = simulation_lines(bill, steps=20)[1:3]
     mean, closed = (float(found) for found in re.findall(r"step, s +([\d.]+) .*closed form ([\d.]+),", step)[0])
     assert closed == pytest.approx(mean, rel=0.05)
     shares = [float(found) for found in re.findall(r"([\d.]+)%", goodput)]
@@ -86,6 +91,23 @@ def test_every_assumption_has_a_source_and_machines_that_share_it_share_the_line
     for name in ("peak_flops", "product_share", "memory_bytes_s", "network_bytes_s", "storage_bytes_s"):
         assert [line for line in lines if f" {name}: " in line and len(line.split(": ", 2)[2]) > 20], name
     assert all(any(word in line for line in lines) for word in ("failures", "loaders", "stragglers", "reserved", "not in the hours"))
+
+
+def test_a_neighbour_that_does_not_fit_as_written_does_not_hide_the_rest():
+    tight = make_bill(CHAIN, replace(H100, memory_bytes=16e9), 1)
+    assert tight.unfit and all("does not fit as its recipe is written" in line for line in tight.unfit) and tight.unfit[0] in bill_text(tight, assumed=True)
+
+
+def test_a_lone_pretraining_says_that_its_neighbours_are_not_known():
+    text = bill_text(make_bill(read_chain("quickstart_vit", []), H100, 1), assumed=True)
+    assert "--finetune_recipes" in text
+
+
+def test_starved_loaders_are_told_which_limit_binds():
+    starved = make_bill(read_chain("finetune_vitb16", ["data.num_workers=2"]), H100, 8)
+    assert re.search(r"set data.num_workers=\d+ in place of 2", bill_text(starved, assumed=True))
+    poor = make_bill(read_chain("finetune_vitb16", []), replace(H100, cores_per_node=8), 8)
+    assert "the node has 8" in bill_text(poor, assumed=True)
 
 
 def test_tokens_alone_are_no_training():

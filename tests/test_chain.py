@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe
+from peco_ds.config import RECIPES, FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe
 from peco_ds.errors import UserError
 from peco_ds.planner.chain import read_chain, recipe_type
 
@@ -31,12 +31,22 @@ def test_another_stages_recipe_is_planned_alone():
 def test_neighbours_can_be_named_or_left_out():
     chain = read_chain("peco_vitb16", [], finetune=[])
     assert [stage.kind for stage in chain.stages] == ["tokenizer", "tokenizing", "pre-training"]
-    chain = read_chain("peco_vitb16", [], tokenizer="beitv2_tokenizer", finetune=["finetune_vittiny16"])
-    assert chain.stages[0].recipe.name == "beitv2_tokenizer" and chain.stages[-1].recipe.name == "finetune_vittiny16"
+    chain = read_chain("peco_vitb16", [], tokenizer="beitv2_tokenizer", finetune=["finetune_beitv2_vitb16"])
+    assert chain.stages[0].recipe.name == "beitv2_tokenizer" and chain.stages[-1].recipe.name == "finetune_beitv2_vitb16"
+
+
+def test_a_copy_of_a_recipe_keeps_its_neighbours(tmp_path):
+    (tmp_path / "mine.yaml").write_text((RECIPES / "peco_vith14.yaml").read_text())
+    assert names(read_chain(str(tmp_path / "mine.yaml"), [])) == names(read_chain("peco_vith14", []))
+
+
+def test_a_model_of_another_size_is_fine_tuned_in_that_size():
+    assert {stage.recipe.model.depth for stage in read_chain("peco_vith14", ["model.depth=4"]).stages if stage.kind in ("pre-training", "fine-tuning")} == {4}
 
 
 def test_settings_go_to_the_recipe_they_name():
     chain = read_chain("peco_vith14", ["schedule.epochs=1600", "finetune_vith14:schedule.epochs=30", "peco_tokenizer:perceptual.weight=0"])
+    assert read_chain("peco_vith14", ["peco_tokenizer:perceptual.weight=0.5"]).stages[0].recipe.perceptual.weight == 0.5
     epochs = {stage.recipe.name: stage.recipe.schedule.epochs for stage in chain.stages}
     assert epochs == {"peco_tokenizer": 100, "peco_vith14": 1600, "finetune_vith14": 30, "finetune_vith14_448": 10}
     assert chain.stages[0].recipe.perceptual.weight == 0
@@ -51,9 +61,15 @@ def test_settings_go_to_the_recipe_they_name():
         ("peco_vith14", ["views.tokenizer_px=224"], {}, "256"),
         ("peco_vith14", ["model.dept=2"], {}, "did you mean 'model.depth'"),
         ("peco_vit14", [], {}, "did you mean 'peco_vit"),
+        ("peco_vitb16", [], {"finetune": ["finetune_vith14"]}, "does not go on from peco_vitb16"),
+        ("peco_vitb16", [], {"finetune": ["peco_vitl16"]}, "finetune.py is needed"),
+        ("peco_vitb16", [], {"tokenizer": "{list}"}, "train_tokenizer.py is needed"),
     ],
 )
-def test_what_makes_no_chain_is_refused_in_a_line(recipe, overrides, options, said):
+def test_what_makes_no_chain_is_refused_in_a_line(recipe, overrides, options, said, tmp_path):
+    if options.get("tokenizer") == "{list}":
+        (tmp_path / "list.yaml").write_text("- tokenizer\n- views\n")
+        options = {"tokenizer": str(tmp_path / "list.yaml")}
     with pytest.raises(UserError, match=said):
         read_chain(recipe, overrides, **options)
 

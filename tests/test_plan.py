@@ -37,9 +37,33 @@ def test_several_counts_and_machines_make_a_table_values_and_a_picture(tmp_path,
         assert picture.width > 500 and len(picture.convert("L").resize((50, 20)).getcolors()) > 5
 
 
-def test_settings_after_a_list_of_counts_are_settings(capsys):
-    assert main(["--gpus", "8", "finetune_vith14:schedule.epochs=30", "schedule.epochs=1600", "--hardware", "h100"]) == 0
-    assert "1600" not in capsys.readouterr().out.split("As the recipes")[0]
+def test_settings_after_a_list_of_counts_are_settings(tmp_path):
+    hours = {}
+    for epochs in (10, 20):
+        assert main(["--gpus", "8", f"finetune_vith14:schedule.epochs={epochs}", "finetune_vith14:schedule.warmup_epochs=1", "--hardware", "h100", "--json", str(tmp_path / "plan.json")]) == 0
+        rows = json.loads((tmp_path / "plan.json").read_text())["bills"][0]["written"]
+        hours[epochs] = {row["recipe"]: row["by_pace"]["typical"]["hours"] for row in rows if row["stage"] != "tokenizing"}
+    assert hours[20]["finetune_vith14"] > 1.8 * hours[10]["finetune_vith14"] and hours[20]["peco_vith14"] == hours[10]["peco_vith14"]
+
+
+def test_a_refused_plan_is_one_line_and_exit_code_2():
+    done = subprocess.run([sys.executable, PLAN, "--hardware", "h10"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "h100" in done.stderr and done.stdout == ""
+
+
+def test_a_json_that_the_stage_would_refuse_is_refused_here(tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}}))
+    with pytest.raises(UserError, match="run.micro_batch"):
+        main(["--deepspeed_config", str(tmp_path / "own.json")])
+
+
+def test_a_small_labelled_set_is_not_billed_as_imagenet(tmp_path):
+    hours = {}
+    for few in ([], ["--finetune_samples", "10_000", "--val_samples", "1000"]):
+        main(["--samples", "3e6", "--json", str(tmp_path / "plan.json"), *few])
+        rows = json.loads((tmp_path / "plan.json").read_text())["bills"][0]["written"]
+        hours[bool(few)] = {row["recipe"]: row["by_pace"]["typical"]["hours"] for row in rows if row["stage"] != "tokenizing"}
+    assert hours[True]["finetune_vith14"] < hours[False]["finetune_vith14"] / 50 and hours[True]["peco_vith14"] == hours[False]["peco_vith14"]
 
 
 def test_twice_the_epochs_take_twice_the_hours(tmp_path):
@@ -83,7 +107,14 @@ def test_pictures_of_the_set_that_is_packed_are_counted(tmp_path, capsys):
         (["--json", "no/such/folder/plan.json"], "there is no folder"),
         (["--deepspeed_config", "zero9.json"], "no such file"),
         (["--recipe", "probe_vith14"], "trains no network"),
-        (["--gpus", "eight"], "invalid int value"),
+        (["--gpus", "eight"], "'eight' is no number, nor a setting"),
+        (["--gpus", "8", "model,depth=2"], "nor a setting"),
+        (["--samples", "2.5"], "no whole number"),
+        (["--plot", "scaling.gif"], "the name of a .png file"),
+        (["--json", "."], "the name of a .json file"),
+        (["finetune_vith14:run.global_batch=15"], "is odd, and mixup pairs"),
+        (["--tokenizer_recipe", "finetune_vitb16"], "train_tokenizer.py"),
+        (["--recipe", "peco_vitb16", "--finetune_recipes", "finetune_vith14"], "does not go on from"),
         (["run.micro_bach=3"], "did you mean 'run.micro_batch'"),
     ],
 )

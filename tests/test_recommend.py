@@ -46,6 +46,13 @@ def test_the_reason_gives_the_step_of_the_other_settings():
     assert all(word in reason for word in ("ZeRO-1", "ZeRO-2", "checkpointing selective", "checkpointing full", "GiB free"))
 
 
+def test_settings_that_overfill_the_host_are_not_recommended():
+    poor = replace(H100, host_memory_bytes=20e9)
+    for gpus in (1, 8):
+        best = recommend(PRETRAINING, poor, gpus, JSON["zero3.json"]).best
+        assert best.host_bytes <= poor.host_memory_bytes
+
+
 def test_where_nothing_fits_the_line_says_what_would():
     with pytest.raises(UserError, match="no setting fits there|what fits there|no number"):
         recommend(PRETRAINING, replace(H100, memory_bytes=2.2e9, host_memory_bytes=1e9), 8, JSON["zero1.json"])

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from peco_ds.data.indexed_tar import index_name
 from peco_ds.data.token_shards import TokenRecord, write_token_shard
-from peco_ds.data.whole_files import alone, find_drafts, remove_dead, remove_leftovers
+from peco_ds.data.whole_files import alone, find_drafts, remove_dead
 from peco_ds.errors import UserError
 from peco_ds.schema import MANIFEST_NAME, TOKENIZER_FACTS, ImageManifest, Shard, TokenManifest, ViewRecipe, read_json, read_manifest, sha256_of_file, sha256_of_json, write_json, write_manifest
 
@@ -143,6 +143,6 @@ class TokenParts:
             shards=shards, samples=sum(s.samples for s in shards), image_shards={s.name: s.sha256 for s in self._images.shards}, tokenizer_facts=self._facts, **self._common
         )
         with self._alone():
-            remove_leftovers(self.folder, (MANIFEST_NAME,))
+            remove_dead([*find_drafts(self.folder), *find_drafts(self.folder / _PARTS)])  # of writers that were killed since this start looked
             write_manifest(self.folder, manifest)
         return manifest

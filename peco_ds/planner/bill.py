@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 
 from peco_ds.errors import UserError
 from peco_ds.planner.chain import DEFAULT_JSON, Chain
@@ -30,6 +31,7 @@ class Bill:
     gpus: int
     written: tuple[Estimate, ...]  # settings as the recipes have them; () where a recommendation alone was asked for
     recommended: tuple[Recommendation, ...]
+    unfit: tuple[str, ...] = ()  # neighbours that do not fit as written, in whose place the recommended settings stand
 
     def hours(self, pace: str = "typical") -> float:
         """Wall hours of all stages, one after the other, with the recommended settings."""
@@ -38,6 +40,21 @@ class Bill:
     def gpu_hours(self, pace: str = "typical") -> float:
         """GPU-hours of all stages; those that use fewer GPUs than there are give the others back."""
         return sum(found.best.gpu_hours(pace) for found in self.recommended)
+
+    def held_gpu_hours(self, pace: str = "typical") -> float:
+        """GPU-hours if all GPUs are held from the first stage to the last."""
+        return self.gpus * self.hours(pace)
+
+    @property
+    def shown(self) -> tuple[Estimate, ...]:
+        """As written where that was asked for, else as recommended."""
+        return self.written or tuple(found.best for found in self.recommended)
+
+    @property
+    def mains(self) -> list[Estimate]:
+        """The stage that was asked for: as shown, and as recommended where that differs."""
+        shown = self.shown[self.chain.stages.index(self.chain.main)]
+        return [shown] if shown == self.main else [shown, self.main]
 
     @property
     def main(self) -> Estimate:
@@ -60,15 +77,21 @@ def make_bill(chain: Chain, hardware: Hardware, gpus: int, asked: DeepSpeedChoic
         as_written: also with the recipes' own settings.
     Raises: UserError as `estimate`: for the main stage if the GPUs do not divide its batch, for any stage that fits nowhere.
     """
-    written, recommended = [], []
+    written, recommended, unfit = [], [], []
     for stage in chain.stages:
         choice = choice_of(stage.kind, asked, chain.main.kind)
         count = gpus if stage is chain.main else gpus_that_divide(stage, gpus, hardware)
-        if as_written:
+        if as_written and stage is chain.main:
             written.append(estimate(stage, hardware, count, choice))
         found = recommend(stage, hardware, count, choice)
+        if as_written and stage is not chain.main:
+            try:
+                written.append(estimate(stage, hardware, count, choice))
+            except UserError:
+                written.append(found.best)
+                unfit.append(f"  {stage.name}: does not fit as its recipe is written; the recommended settings stand there")
         recommended.append(found if stage is chain.main else _on_fewer(found, choice))
-    return Bill(chain, hardware, gpus, tuple(written), tuple(recommended))
+    return Bill(chain, hardware, gpus, tuple(written), tuple(recommended), tuple(unfit))
 
 
 def _on_fewer(found: Recommendation, choice: DeepSpeedChoice) -> Recommendation:
@@ -86,7 +109,7 @@ def _on_fewer(found: Recommendation, choice: DeepSpeedChoice) -> Recommendation:
 
 # ---------------------------------------------------------------------------------------------- text
 
-HEADS = ("stage", "GPUs", "DeepSpeed", "recompute", "micro x passes", "GiB a GPU", "step s", "images/s", "MFU", "hours", "GPU-hours")
+HEADS = ("stage", "GPUs", "DeepSpeed", "checkpointing", "micro-batch x passes", "GiB a GPU", "step s", "pictures/s", "MFU", "hours", "GPU-hours")
 
 
 def stage_row(made: Estimate) -> list[str]:
@@ -132,24 +155,32 @@ def bill_text(bill: Bill, *, assumed: bool) -> str:
     """
     main, hardware = bill.chain.main, bill.hardware
     nodes = -(-bill.gpus // hardware.gpus_per_node)
+    alone = main.kind == "pre-training" and len(bill.chain.stages) == 1
     lines = [
-        f"{main.name} and what belongs to it, on {bill.gpus} {hardware.title} ({nodes} node{'s' if nodes > 1 else ''}); {main.num_samples:,} pictures" + (" (assumed: ImageNet-1K; no set was read)" if assumed else ""),
+        f"{main.name}{'' if len(bill.chain.stages) == 1 else ' and what belongs to it'}, on {bill.gpus} {hardware.title} ({nodes} node{'s' if nodes > 1 else ''}); {main.num_samples:,} pictures" + (" (assumed: ImageNet-1K; no set was read)" if assumed else ""),
+        *(["No tokenizer and no fine-tuning are known for this recipe; name them by --tokenizer_recipe and --finetune_recipes."] if alone else []),
         "",
     ]
+    best = tuple(found.best for found in bill.recommended)
     if bill.written:
-        lines += ["As the recipes are written:", *aligned([HEADS, *(stage_row(made) for made in bill.written), _total_row(bill.written)]), *_notes(bill.written), ""]
-    best = [found.best for found in bill.recommended]
-    lines += ["Recommended for these GPUs:", *aligned([HEADS, *(stage_row(made) for made in best), _total_row(best)]), *_notes(best)]
+        lines += ["As the recipes are written:", *_table(bill, bill.written), *bill.unfit, ""]
+    if best == bill.written:
+        lines += ["Recommended for these GPUs: the same."]
+    else:
+        lines += ["Recommended for these GPUs:", *_table(bill, best)]
     lines += ["", "Why:", *(f"  {found.best.stage.name}: {found.reason}; {overrides_of(found.best)}" for found in bill.recommended if found.best.stage.trains)]
-    shown = bill.written or tuple(best)
-    detailed = shown[bill.chain.stages.index(main)]
-    lines += ["", *detail_lines(detailed), "", *storage_lines(shown)]
-    return "\n".join(lines)
+    for made in bill.mains:
+        lines += ["", *detail_lines(made)] if made.stage.trains else []
+    return "\n".join([*lines, "", *storage_lines(bill)])
+
+
+def _table(bill: Bill, made: Sequence[Estimate]) -> list[str]:
+    return [*aligned([HEADS, *(stage_row(each) for each in made), _total_row(made)]), *_notes(bill, made)]
 
 
 def overrides_of(made: Estimate) -> str:
-    """What to type to run with these settings."""
-    return f"--deepspeed_config ds_configs/{made.choice.name} run.micro_batch={made.micro_batch} run.activation_checkpointing={made.stage.run.activation_checkpointing}"
+    """What to type after the stage's command to run with these settings."""
+    return f"--deepspeed_config {made.choice.path} run.micro_batch={made.micro_batch} run.activation_checkpointing={made.stage.run.activation_checkpointing}"
 
 
 def _total_row(made: Sequence[Estimate]) -> list[str]:
@@ -159,20 +190,30 @@ def _total_row(made: Sequence[Estimate]) -> list[str]:
     return ["total", *[""] * (len(HEADS) - 3), total("hours"), total("gpu_hours")]
 
 
-def _notes(made: Sequence[Estimate]) -> list[str]:
-    notes = []
-    for each in made:
+def _notes(bill: Bill, made: Sequence[Estimate]) -> list[str]:
+    notes = [f"  {each.stage.name}: pictures are views there" for each in made if not each.stage.trains]
+    for each, stage in zip(made, bill.chain.stages):
         if each.loader_bound:
-            notes.append(f"* {each.stage.name}: data run short, {each.loader_cores:.0f} cores a node would feed {each.computed_images_s():,.0f} pictures a second; data.num_workers and cores_per_node allow {each.loader_images_s:,.0f}")
-        if each.stage.trains and each.micro_batch < each.stage.run.micro_batch:
-            notes.append(f"  {each.stage.name}: run.micro_batch={each.micro_batch} in place of {each.stage.run.micro_batch}, " + ("which does not fit" if each.room.largest_micro_batch < each.stage.run.micro_batch else "which does not divide"))
+            notes.append(f"* {each.stage.name}: data run short: {each.loader_cores:.0f} cores a node would feed {each.computed_images_s():,.0f} pictures a second; {_more_cores(each)}")
+        asked = stage.run.micro_batch
+        if stage.trains and each.micro_batch < asked:
+            notes.append(f"  {stage.name}: run.micro_batch={each.micro_batch} in place of {asked}, " + ("which does not fit" if each.room.largest_micro_batch < asked else "which does not divide"))
+        if each.precision == "bf16" and each.hardware.peak_flops["bf16"] <= each.hardware.peak_flops.get("fp32", 0.0):
+            notes.append(f"  {stage.name}: {each.hardware.name} has no units for bf16 and computes it at the pace of fp32; run.precision=fp16 is {each.hardware.peak_flops['fp16'] / each.hardware.peak_flops['bf16']:.0f} times as fast on paper")
     return notes
+
+
+def _more_cores(made: Estimate) -> str:
+    """Which limit of the loaders binds."""
+    ranks = min(made.gpus, made.hardware.gpus_per_node)
+    needed = ceil(made.loader_cores / ranks)
+    if needed * ranks <= made.hardware.cores_per_node:
+        return f"set data.num_workers={needed} in place of {made.stage.recipe.data.num_workers}"
+    return f"the node has {made.hardware.cores_per_node}; pack the pictures smaller (--short_side), or take nodes with more"
 
 
 def detail_lines(made: Estimate) -> list[str]:
     """Memory by part, traffic by operation, the step by part, loaders, failures of one training stage."""
-    if not made.stage.trains:
-        return []
     state, cost, loss = made.room.state, made.costs["typical"], made.goodput()
     parts = {
         "weights": state.weights,
@@ -196,7 +237,7 @@ def detail_lines(made: Estimate) -> list[str]:
         _line("traffic a step", "; ".join(f"{name} {found.calls} calls, {found.num_bytes / 1e9:.2f} GB" for name, found in traffic.items()) + f"; sent by a GPU {sum(found.sent for found in traffic.values()) / 1e9:.2f} GB" if traffic else "none: one GPU"),
         _line("step, s", f"{cost.seconds:.4g}: passes {cost.compute_s:.4g}, optimiser {cost.optimizer_s:.2g}, communication {cost.communication_s:.3g} of which {cost.exposed_s:.3g} not hidden, products beside it slower by {cost.contention_s:.2g}, stragglers {cost.straggler_s:.2g}"),
         _line("loaders", f"{made.loader_cores:.1f} of {made.hardware.cores_per_node} cores a node ({1e3 * loader_core_s(made.stage):.2f} ms a picture and core)"),
-        _line("failures", f"{loss.expected_failures:.2g} expected; goodput {loss.share:.1%}: saves {loss.saving_s / 3600:.2g} h, work lost {loss.lost_s / 3600:.2g} h, restarts {loss.restarting_s / 3600:.2g} h; best interval between saves {loss.best_interval_s / 60:.0f} min, here {made.stage.recipe.checkpoint.every_minutes:g}"),
+        _line("failures", f"{loss.expected_failures:.2g} expected; goodput {loss.share:.1%}: saves {loss.saving_s / 3600:.2g} h, work lost {loss.lost_s / 3600:.2g} h, restarts {loss.restarting_s / 3600:.2g} h; best interval between saves {loss.best_interval_s / 60:.0f} min, here {made.minutes_between_saves:g}"),
     ]
     return lines
 
@@ -213,8 +254,8 @@ def storage_bytes(made: Sequence[Estimate]) -> dict[str, float]:
     return found
 
 
-def storage_lines(made: Sequence[Estimate]) -> list[str]:
-    found = storage_bytes(made)
+def storage_lines(bill: Bill) -> list[str]:
+    found = storage_bytes(bill.shown)
     return [_line("storage, GB", ", ".join(f"{name} {figure(size / 1e9)}" for name, size in found.items()) + f"; {figure(sum(found.values()) / 1e9)} in all")]
 
 
@@ -223,20 +264,25 @@ def _line(label: str, text: str) -> str:
 
 
 def simulation_lines(bill: Bill, *, steps: int = 200, seed: int = 0) -> list[str]:
-    """The main stage played through, beside the closed form: an optimiser step with stragglers, and the whole run with failures."""
-    made = bill.main
+    """The main stage played through, beside the closed form: an optimiser step with stragglers, and the whole run with failures; as written and as recommended."""
+    return [line for each in bill.mains for line in _simulated(each, steps, seed)]
+
+
+def _simulated(made: Estimate, steps: int, seed: int) -> list[str]:
     run = simulate_run(3600 * made.running_hours(), **made.interruptions(), step_s=made.step_s(), seed=seed)
-    lines = [f"Simulated, {made.stage.name} on {bill.gpus} {made.hardware.name} as recommended:"]
+    settings = f"{made.choice.name}, activation checkpointing {made.stage.run.activation_checkpointing}, micro-batch {made.micro_batch} x {made.micro_steps}"
+    lines = [f"Simulated, {made.stage.name} on {made.gpus} {made.hardware.name}, {settings}:"]
     if made.stage.trains:
         step, cost = simulate_step(made.inputs(), steps=steps, seed=seed), made.costs["typical"]
         lines.append(_line("step, s", f"{step.mean_s:.4g} ({step.p5_s:.4g} to {step.p95_s:.4g} in nine of ten); closed form {cost.seconds:.4g}, {cost.seconds / step.mean_s - 1:+.1%}; links busy {step.busy_share:.0%}"))
-    lines.append(_line("goodput", f"{run.share:.2%} ({run.p5_share:.2%} to {run.p95_share:.2%}); closed form {made.goodput().share:.2%}; {run.failures:.2g} failures"))
+    spread = f" ({run.p5_share:.2%} to {run.p95_share:.2%} in nine of ten runs)" if run.failures >= 3 else ""  # else most runs meet none, and all lie in one point
+    lines.append(_line("goodput", f"{run.share:.2%}{spread}; closed form {made.goodput().share:.2%}; {run.failures:.2g} failures"))
     return lines
 
 
 # ---------------------------------------------------------------------------------------------- several counts
 
-SCAN_HEADS = ("GPUs", "hardware", "pre-training", "step s", "images/s", "scaling", "MFU", "goodput", "hours of it", "hours of all", "GPU-hours of all")
+SCAN_HEADS = ("GPUs", "hardware", "settings", "step s", "pictures/s", "scaling", "MFU", "goodput", "hours of it", "hours of all", "GPU-hours of all")
 
 
 def scan_rows(bills: Sequence[Bill]) -> list[list[str]]:
@@ -284,7 +330,8 @@ def bill_facts(bill: Bill) -> dict:
         "recommended": [estimate_facts(found.best) | {"reason": found.reason} for found in bill.recommended],
         "total_hours": {pace: bill.hours(pace) for pace in PACES},
         "total_gpu_hours": {pace: bill.gpu_hours(pace) for pace in PACES},
-        "storage_bytes": storage_bytes([found.best for found in bill.recommended]),
+        "held_gpu_hours": {pace: bill.held_gpu_hours(pace) for pace in PACES},
+        "storage_bytes": storage_bytes(bill.shown),
     }
 
 

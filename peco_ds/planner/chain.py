@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peco_ds.config import NOT_YAML, FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe, TokenizerSettings, find_recipe, load_recipe, read_yaml
+from peco_ds.config import NOT_YAML, READERS, FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe, TokenizerSettings, find_recipe, load_recipe, read_yaml
 from peco_ds.errors import UserError
-from peco_ds.planner.stages import IMAGENET_1K_TRAIN, Kind, Stage
+from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, IMAGENET_1K_VAL, Kind, Stage
 
 # Tokenizers of released files, that nothing here trains.
 PUBLISHED = {
@@ -43,20 +43,22 @@ class Chain:
 
 
 def read_chain(
-    recipe: str, overrides: list[str], *, tokenizer: str | None = None, finetune: list[str] | None = None, num_samples: int = IMAGENET_1K_TRAIN, num_classes: int = 1000
-) -> Chain:
+    recipe: str, overrides: list[str], *, tokenizer: str | None = None, finetune: list[str] | None = None, num_samples: int = IMAGENET_1K_TRAIN,
+    finetune_samples: int | None = None, val_samples: int = IMAGENET_1K_VAL, num_classes: int = IMAGENET_1K_CLASSES,
+) -> Chain:  # fmt: skip
     """The stages that belong to a recipe.
 
     Args:
         recipe: of a pre-training: the whole chain; of a tokenizer or a fine-tuning: that stage alone.
         overrides: "key.sub=value" of that recipe, or "RECIPE:key.sub=value" of another one of the chain.
-        tokenizer, finetune: recipes in place of the usual neighbours.
+        tokenizer, finetune: recipes in place of the usual neighbours, which take over the model's size where it was changed.
+        num_samples: pictures of the training set.  finetune_samples: of the labelled one; None: the same.  val_samples: of the set that a classifier is measured on.
     Raises: UserError as `load_recipe`, for a probe's recipe, for an override of a recipe that is not in the chain.
     """
     name, kind = find_recipe(recipe).stem, recipe_type(recipe)
     if kind is ProbeRecipe:
         raise UserError(f"recipe {recipe!r}: of linear_probe.py, which trains no network; give a recipe of a pre-training, a tokenizer or a fine-tuning")
-    usual = NEIGHBOURS.get(name, (None, ()))
+    usual = NEIGHBOURS.get(_settings(find_recipe(recipe)).get("name", name), (None, ()))  # a copy under another file name keeps its neighbours
     tokenizer_named = tokenizer or usual[0]
     others = [] if kind is not PretrainRecipe else list(usual[1] if finetune is None else finetune)
     if kind is not PretrainRecipe and (tokenizer or finetune):
@@ -72,7 +74,8 @@ def read_chain(
         own[owner if prefixed else name].append(rest if prefixed else text)
     main_recipe = _read(recipe, kind, own[name])
     kinds: dict[type, Kind] = {PretrainRecipe: "pre-training", TokenizerRecipe: "tokenizer", FinetuneRecipe: "fine-tuning"}
-    main = Stage(kinds[kind], main_recipe, num_samples, num_classes)
+    finetune_samples = finetune_samples or num_samples
+    main = Stage(kinds[kind], main_recipe, finetune_samples if kind is FinetuneRecipe else num_samples, num_classes, val_samples)
     if kind is not PretrainRecipe:
         return Chain((main,), main)
     stages: list[Stage] = []
@@ -84,8 +87,22 @@ def read_chain(
         _require_grid(network, main_recipe)
         stages.append(Stage("tokenizing", main_recipe, num_samples, tokenizer=network))
     stages.append(main)
-    stages += [Stage("fine-tuning", _read(other, FinetuneRecipe, own[find_recipe(other).stem]), num_samples, num_classes) for other in others]
+    for other in others:
+        tuned = _read(other, FinetuneRecipe, own[find_recipe(other).stem])
+        tuned = _require_size(tuned, main_recipe) if finetune is not None else replace(tuned, model=replace(tuned.model, **_size(main_recipe)))
+        stages.append(Stage("fine-tuning", tuned, finetune_samples, num_classes, val_samples))
     return Chain(tuple(stages), main)
+
+
+def _size(recipe) -> dict[str, float]:
+    return {name: getattr(recipe.model, name) for name in ("patch_px", "width", "depth", "heads", "mlp_ratio")}
+
+
+def _require_size(tuned: FinetuneRecipe, recipe: PretrainRecipe) -> FinetuneRecipe:
+    for name, value in _size(recipe).items():
+        if getattr(tuned.model, name) != value:
+            raise UserError(f"--finetune_recipes {tuned.name}: model.{name} {getattr(tuned.model, name)} does not go on from {recipe.name}, which has {value}; name a recipe of that size, or set {tuned.name}:model.{name}={value}")
+    return tuned
 
 
 def _require_grid(network: TokenizerSettings, recipe: PretrainRecipe) -> None:
@@ -100,7 +117,7 @@ def recipe_type(recipe: str) -> type:
     Raises: UserError if there is no such recipe.
     """
     path = find_recipe(recipe)
-    keys = _keys(path)
+    keys = _settings(path)
     return next((kind for kind, own in _OWN_KEYS.items() if any(key.startswith(own) for key in keys)), PretrainRecipe)
 
 
@@ -113,23 +130,26 @@ _OWN_KEYS = {
 }
 
 
-def _keys(path: Path) -> set[str]:
-    """Dotted, two deep."""
+def _settings(path: Path) -> dict[str, object]:
+    """Dotted, two deep, as they stand in the file."""
     try:
         raw = read_yaml(path)
     except NOT_YAML:  # load_recipe says what is wrong with it
-        return set()
-    sections = raw.items() if isinstance(raw, dict) else ()
-    return {f"{section}.{key}" for section, value in sections for key in (value if isinstance(value, dict) else [""])} | {str(section) for section, _ in sections}
+        return {}
+    found: dict[str, object] = {}
+    for section, value in raw.items() if isinstance(raw, dict) else ():
+        found |= {f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {str(section): value}
+    return found
 
 
 def _read(recipe: str, kind: type, overrides: list[str]):
     """A recipe, with a word in place of weights that its stage would insist on."""
+    found = recipe_type(recipe)
+    if found is not kind:
+        raise UserError(f"recipe {recipe!r}: of {READERS[found]}; here one of {READERS[kind]} is needed")
     needed = []
     if kind is TokenizerRecipe:
-        given = {text.partition("=")[0] for text in overrides}
-        raw = read_yaml(find_recipe(recipe)) or {}
-        vqkd = any("tokenizer.kind=vqkd" in text for text in overrides) or (isinstance(raw.get("tokenizer"), dict) and raw["tokenizer"].get("kind") == "vqkd")
-        key = "teacher.weights" if vqkd else "perceptual.weights"
-        needed = [] if key in given or "perceptual.weight" in given else [f"{key}={_PLANNED}"]
+        written = _settings(find_recipe(recipe)) | dict(text.split("=", 1) for text in overrides if "=" in text)
+        key = "teacher.weights" if written.get("tokenizer.kind") == "vqkd" else "perceptual.weights"
+        needed = [] if written.get(key) else [f"{key}={_PLANNED}"]
     return load_recipe(kind, recipe, [*needed, *overrides]).recipe

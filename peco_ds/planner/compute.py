@@ -39,7 +39,8 @@ class SegmentSeconds:
 
 
 def segment_seconds(segment: Segment, pictures: int, hardware: Hardware, precision: str, pace: str = "typical") -> SegmentSeconds:
-    """
+    """Seconds of one micro-batch in one segment, forward and backward.
+
     Args:
         pictures: of the micro-batch.  precision: of the run; a segment that computes in another one says so itself.  pace: one of PACES.
     Raises: UserError if the machine has no peak in that precision.
@@ -62,7 +63,7 @@ def work_seconds(work: Work, pictures: int, hardware: Hardware, precision: str, 
 
 
 def optimizer_seconds(num_parameters: float, hardware: Hardware) -> float:
-    """The optimiser's own work on a partition of `num_parameters`: it only reads and writes."""
+    """Seconds of the optimiser's own work on this rank's `num_parameters` of the parameters: it only reads and writes."""
     return num_parameters * OPTIMIZER_BYTES / (hardware.memory_bytes_s * hardware.memory_share)
 
 

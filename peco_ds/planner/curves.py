@@ -1,4 +1,4 @@
-"""Pictures a second and hours over GPU counts, drawn."""
+"""Pictures a second and days over GPU counts, drawn."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def scaling_plot(path: Path, bills: Sequence[Bill]) -> None:
         if bills[0].chain.main.trains:
             steps = [simulate_step(bill.main.inputs(), steps=SIMULATED_STEPS) for bill in own]
             batch = bills[0].chain.main.run.global_batch
-            speed.plot(gpus, [batch / step.mean_s for step in steps], color=colour, linestyle="none", marker="x", markersize=9, label=f"{name}, simulated")
+            speed.plot(gpus, [min(batch / step.mean_s, bill.main.loader_images_s()) for step, bill in zip(steps, own)], color=colour, linestyle="none", marker="x", markersize=9, label=f"{name}, simulated")
         spent = {pace: [bill.hours(pace) / 24 for bill in own] for pace in ("slow", "typical", "fast")}
         days.plot(gpus, spent["typical"], marker="o", color=colour, label=name)
         days.fill_between(gpus, spent["fast"], spent["slow"], color=colour, alpha=0.2, linewidth=0)
     main = bills[0].chain.main
-    for axes, title, label in ((speed, f"{main.name} ({main.kind}); dotted: linear", "pictures a second"), (days, "all stages, failures and saves included", "days")):
+    for axes, title, label in ((speed, f"{main.name}, {main.recipe.schedule.epochs or 0:g} epochs; dotted: linear, band: fast to slow pace", "pictures a second"), (days, "all stages, with evaluations, saves and failures", "days")):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(sorted({bill.gpus for bill in bills}), [str(count) for count in sorted({bill.gpus for bill in bills})])

@@ -16,6 +16,10 @@ SOURCE_PIXELS = 469 * 387  # ImageNet's mean picture, as the literature has it
 SOURCE_BYTES = 115_400  # 147.9 GB of ILSVRC2012_img_train.tar over 1,281,167 pictures
 
 
+# Of that time, by pace. Assumed: other processors, and two processes on the two threads of a core.
+LOADER_PACE = {"slow": 1.6, "typical": 1.0, "fast": 0.8}
+
+
 def loader_core_s(stage: Stage, source_pixels: float = SOURCE_PIXELS) -> float:
     """Seconds that one core works for one picture of the stage (of tokenizing: for one view, a picture being decoded once for all of its views)."""
     decode, recipe = DECODE_S_A_PIXEL * source_pixels, stage.recipe
@@ -49,4 +53,4 @@ def checkpoints_bytes(stage: Stage, ds_config: dict) -> float:
     """The most that a training keeps on disk: the newest checkpoints, those kept for good, and one that is being written."""
     settings, durations = stage.recipe.checkpoint, stage.durations
     kept = settings.keep_last + 1 + (durations.total_steps // durations.keep_steps if durations.keep_steps else 0)
-    return kept * checkpoint_bytes(stage.parameters, stage=zero_stage(ds_config), precision=stage.run.precision)
+    return kept * checkpoint_bytes(stage.parameters, stage=zero_stage(ds_config), precision=stage.run.precision, average=stage.averages)

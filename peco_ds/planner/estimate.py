@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from peco_ds.errors import UserError
-from peco_ds.planner.compute import PACES, offloaded_optimizer_seconds, optimizer_seconds, segment_seconds
-from peco_ds.planner.data_side import loader_core_s
-from peco_ds.planner.fitting import GIB, MOST_GPUS, DeepSpeedChoice, Room, merged, require_divides, room, shares, shipped
+from peco_ds.planner.compute import HOST_LINK_BYTES_S, PACES, offloaded_optimizer_seconds, optimizer_seconds, segment_seconds
+from peco_ds.planner.data_side import LOADER_PACE, loader_core_s
+from peco_ds.planner.fitting import GIB, KEPT_FREE, MOST_GPUS, DeepSpeedChoice, Room, merged, require_divides, require_known, room, shares, shipped
 from peco_ds.planner.goodput import FAILURES_PER_1000_NODE_DAYS, RESTART_S, Goodput, goodput, stall_seconds, write_seconds
 from peco_ds.planner.hardware import HARDWARE, Hardware, find_hardware
-from peco_ds.planner.memory import checkpoint_bytes, host_bytes_per_node
+from peco_ds.planner.memory import checkpoint_bytes, host_bytes_per_node, saved_bytes
+from peco_ds.planner.shapes import ELEMENT_BYTES
 from peco_ds.planner.stages import Stage
 from peco_ds.planner.step_cost import StepCost, StepInputs, closed_form
 from peco_ds.planner.traffic import Collective, step_collectives
@@ -40,8 +41,7 @@ class Estimate:
     gpus: int
     choice: DeepSpeedChoice
     micro_batch: int
-    room: Room
-    asked_gpus: int = 0  # as the user gave them, where the stage cannot use all
+    room: Room  # of the stage on these GPUs with this JSON
 
     @property
     def micro_steps(self) -> int:
@@ -67,28 +67,38 @@ class Estimate:
 
     def inputs(self, pace: str = "typical") -> StepInputs:
         """What closed form and simulation of an optimiser step start from."""
-        hardware, part = self.hardware, self.stage.parameters / (self.gpus if self.choice.stage else 1)
+        hardware = self.hardware
         return StepInputs(
             segments=tuple(segment_seconds(segment, self.micro_batch, hardware, self.precision, pace) for segment in self.stage.segments),
             collectives=self.collectives,
             micro_steps=self.micro_steps,
-            optimizer_s=offloaded_optimizer_seconds(part, min(self.gpus, hardware.gpus_per_node)) if self.room.state.host else optimizer_seconds(part, hardware),
+            optimizer_s=self._optimizer_s,
             ranks=self.gpus,
             hardware=hardware,
             link_share=LINK_SHARE[pace],
         )
+
+    @property
+    def _optimizer_s(self) -> float:
+        """Of a step, on this rank's part of the parameters; with what offloaded weights take on their way up, which a pass waits for."""
+        part = self.stage.parameters / (self.gpus if self.choice.stage else 1)
+        if self.choice.offload_device("optimizer") == "none":
+            own = optimizer_seconds(part, self.hardware)
+        else:
+            own = offloaded_optimizer_seconds(part, min(self.gpus, self.hardware.gpus_per_node))
+        fetched = part * ELEMENT_BYTES[self.precision] * self.micro_steps if self.choice.offload_device("param") != "none" else 0.0
+        return own + fetched / HOST_LINK_BYTES_S
 
     @cached_property
     def costs(self) -> dict[str, StepCost]:
         """By pace, of an optimiser step without its loader; {} for tokenizing, which has none."""
         return {pace: closed_form(self.inputs(pace)) for pace in PACES} if self.stage.trains else {}
 
-    @cached_property
-    def loader_images_s(self) -> float:
+    def loader_images_s(self, pace: str = "typical") -> float:
         """Pictures (of tokenizing: views) a second that all loader processes give."""
         node_gpus = min(self.gpus, self.hardware.gpus_per_node)
         workers = min(self.hardware.cores_per_node, max(1, self.stage.recipe.data.num_workers) * node_gpus)
-        return self.nodes * workers / loader_core_s(self.stage)
+        return self.nodes * workers / (LOADER_PACE[pace] * loader_core_s(self.stage))
 
     def computed_images_s(self, pace: str = "typical") -> float:
         """Pictures a second over all GPUs if data never ran short."""
@@ -99,7 +109,7 @@ class Estimate:
 
     def images_s(self, pace: str = "typical") -> float:
         """Pictures (of tokenizing: views) a second over all GPUs."""
-        return min(self.computed_images_s(pace), self.loader_images_s)
+        return min(self.computed_images_s(pace), self.loader_images_s(pace))
 
     def step_s(self, pace: str = "typical") -> float:
         """Seconds of an optimiser step; of tokenizing, of one pass."""
@@ -111,7 +121,7 @@ class Estimate:
 
     @property
     def loader_bound(self) -> bool:
-        return self.loader_images_s < self.computed_images_s()
+        return self.loader_images_s() < self.computed_images_s()
 
     @property
     def loader_cores(self) -> float:
@@ -128,7 +138,7 @@ class Estimate:
             return 0.0
         segments = self.inputs(pace).segments
         forward = sum(segment.forward for segment in segments) / self.micro_batch
-        return self.stage.evaluated * max(forward / self.gpus, 1 / self.loader_images_s) / 3600
+        return self.stage.evaluated * max(forward / self.gpus, 1 / self.loader_images_s(pace)) / 3600
 
     def interruptions(self, pace: str = "typical") -> dict[str, float]:
         """What `goodput` and `simulate_run` are told of saves and failures: a slow pace has many failures and slow restarts, a fast one few and quick ones.
@@ -136,15 +146,23 @@ class Estimate:
         Tokenizing writes shard by shard: an interruption loses the shard in hand.
         """
         stage, place = self.stage, ("fast", "typical", "slow").index(pace)
-        size = checkpoint_bytes(stage.parameters, stage=self.choice.stage, precision=self.precision) if stage.trains else 0.0
+        saves = dict(interval_s=SHARD_S, stall_s=0.0, write_s=0.0)
+        if stage.trains:
+            sizes = dict(stage=self.choice.stage, precision=self.precision, average=stage.averages)
+            first = saved_bytes(stage.parameters, world_size=self.gpus, first_rank=True, **sizes)  # the largest part, and its node's
+            a_node = max(first, checkpoint_bytes(stage.parameters, **sizes) / self.nodes)
+            saves = dict(interval_s=60 * self.minutes_between_saves, stall_s=stall_seconds(first), write_s=write_seconds(a_node, 1, self.hardware.storage_bytes_s))
         return dict(
             nodes=self.nodes,
-            interval_s=60 * (stage.recipe.checkpoint.every_minutes or NO_INTERVAL_MINUTES) if stage.trains else SHARD_S,
-            stall_s=stall_seconds(size / self.gpus),
-            write_s=write_seconds(size, self.nodes, self.hardware.storage_bytes_s),
+            **saves,
             restart_s=RESTART_S[place],
             failures_per_1000_node_days=FAILURES_PER_1000_NODE_DAYS[place],
         )
+
+    @property
+    def minutes_between_saves(self) -> float:
+        """As the recipe says, or as is assumed where its epochs or steps decide."""
+        return self.stage.recipe.checkpoint.every_minutes or NO_INTERVAL_MINUTES
 
     def running_hours(self, pace: str = "typical") -> float:
         """Of training and evaluations, without saves and failures."""
@@ -178,6 +196,7 @@ def estimate(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoic
     Raises: UserError if the GPUs do not divide the batch, no micro-batch fits, or a node lacks the host memory for what is offloaded; it says what would fit.
     """
     require_divides(stage, gpus, hardware)
+    require_known(choice)
     found = room(stage, hardware, gpus, choice)
     made = _as_asked(stage, hardware, gpus, choice, found, micro_batch)
     if made is None:
@@ -196,7 +215,7 @@ def _as_asked(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoi
     fitting = [size for size in sizes if size <= min(micro_batch or stage.run.micro_batch, found.largest_micro_batch)]
     if not fitting or (micro_batch and micro_batch not in fitting):
         return None
-    return Estimate(stage, hardware, gpus, choice, fitting[-1], found)
+    return Estimate(stage.with_run(micro_batch=fitting[-1]), hardware, gpus, choice, fitting[-1], found)
 
 
 def fits(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice) -> bool:
@@ -213,7 +232,7 @@ def does_not_fit(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedC
     smallest = micro_batch or (shares(stage, gpus)[0] if stage.trains else 1)
     return (
         f"{stage.name} on {gpus} {hardware.name}: {choice.name} with activation checkpointing {stage.run.activation_checkpointing} and micro-batch {smallest} needs {found.used_bytes(smallest) / GIB:.1f} GiB a GPU, "
-        f"which has {held:.1f}; {_remedy(stage, hardware, gpus, choice)}"
+        f"which has {held:.1f} and keeps {KEPT_FREE:.0%} free; {_remedy(stage, hardware, gpus, choice)}"
     )
 
 
@@ -225,7 +244,7 @@ def _remedy(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice
         for kind in checkpointing_of(stage):
             for other in settings:
                 if fits(stage.with_run(activation_checkpointing=kind), hardware, gpus, other):
-                    return f"what fits there: --deepspeed_config {other.name} with run.activation_checkpointing={kind}"
+                    return f"what fits there: --deepspeed_config {other.path} with run.activation_checkpointing={kind}"
     leanest = stage.with_run(activation_checkpointing=checkpointing_of(stage)[-1]) if stage.trains else stage
     for count in more:
         named = next((other for other in (choice, *others) if fits(leanest, hardware, count, other)), None)

@@ -68,7 +68,8 @@ def goodput(
     kept = (interval_s - stall_s) * rate * math.exp(-rate * write_s) / per_interval if rate else (interval_s - stall_s) / interval_s
     if kept < 1e-3 or rate * restart_s > 7:
         between = f"{nodes} nodes fail every {1 / rate:.3g} s, with checkpoints every {interval_s:.3g} s and restarts of {restart_s:.3g} s"
-        raise UserError(f"{between}: no progress; save more often, or take fewer nodes")
+        slow = f"; a checkpoint takes {write_s:.3g} s to write, a faster file system is what helps" if write_s > 600 else ""
+        raise UserError(f"{between}: no progress{slow or '; save more often, or take fewer nodes'}")
     running = work_s / kept
     wall = running * math.exp(rate * restart_s)
     saves = running * rate / per_interval if rate else running / interval_s

@@ -313,7 +313,8 @@ ALIASES = {
     "5090": "rtx5090",
 }
 # Cards by their driver's name that compute at another pace than the catalogue's of that chip. FLOP/s, dense, 16 bits; data sheets.
-_OTHER_PEAKS = ((r"H100 PCIe", 756e12), (r"H[12]00 NVL", 835e12))
+_OTHER_PEAKS = ((r"H100 PCIe", 756e12), (r"H[12]00 NVL", 835e12), (r"V100-PCIE", 112e12))
+_PART_OF_A_CARD = r"MIG|Laptop"  # a slice of one, or another chip under its name: the peak is not known
 
 
 def find_hardware(text: str | Path) -> Hardware:
@@ -338,6 +339,8 @@ def find_hardware(text: str | Path) -> Hardware:
 
 def hardware_of_device(name: str) -> Hardware | None:
     """The catalogue's machine by the name that the driver gives the GPU (`torch.cuda.get_device_name()`), with that card's own peak where it differs; None for one that is not known."""
+    if re.search(_PART_OF_A_CARD, name):
+        return None
     found = next((hardware for hardware in _CATALOGUE if re.search(hardware.device_name, name)), None)
     slower = next((peak for pattern, peak in _OTHER_PEAKS if re.search(pattern, name)), None)
     if found is None or slower is None:
@@ -437,9 +440,31 @@ def _positive(path: Path, key: str, value) -> float:
             value = float(value)
         except ValueError:
             pass
+    unit, least = _UNITS.get(key.partition(".")[0], ("", 0.0))
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise UserError(f"{path}: {key} {short(value)}: give a number above 0")
+        raise UserError(f"{path}: {key} {short(value)}: give a number above 0{unit and f', in {unit}'}")
+    if value < least:
+        raise UserError(f"{path}: {key} {value:g} is too little to be {unit}; an H100 node has {_reference(key)}")
     return float(value)
+
+
+# Field -> its unit, and less than any machine has: 100 for a network was meant in Gb/s, 80 for a memory in GB.
+_UNITS = {
+    "memory_bytes": ("bytes", 1e9),
+    "peak_flops": ("FLOP/s", 1e10),
+    "memory_bytes_s": ("bytes a second", 1e9),
+    "link_bytes_s": ("bytes a second", 1e8),
+    "network_bytes_s": ("bytes a second", 1e7),
+    "host_memory_bytes": ("bytes", 1e9),
+    "storage_bytes_s": ("bytes a second", 1e6),
+}
+
+
+def _reference(key: str) -> str:
+    """What the catalogue has there, written as the file wants it."""
+    name, _, precision = key.partition(".")
+    value = getattr(HARDWARE["h100"], name)
+    return f"{value.get(precision, value['bf16']) if isinstance(value, dict) else value:.3g}"
 
 
 def _share(path: Path, key: str, value) -> float:

@@ -117,13 +117,13 @@ def gradient_bytes(ds_config: dict, precision: str) -> int:
     return DTYPE_BYTES.get(ds_config.get("data_types", {}).get("grad_accum_dtype"), ELEMENT_BYTES[precision])
 
 
-def checkpoint_bytes(num_parameters: int, *, stage: int, precision: str) -> int:
+def checkpoint_bytes(num_parameters: int, *, stage: int, precision: str, average: bool = False) -> int:
     """Bytes on disk of one training checkpoint, over all ranks.
 
-    Weights and optimiser state; at stage 3 the master copy stands for the weights, which DeepSpeed then leaves out.
+    Weights, optimiser state and, where training keeps one, the moving average of the weights; at stage 3 the master copy stands for the weights, which DeepSpeed then leaves out.
     """
     weights = 0 if stage == 3 else ELEMENT_BYTES[precision]
-    return num_parameters * (weights + optimizer_bytes(stage, precision))
+    return num_parameters * (weights + optimizer_bytes(stage, precision) + (MASTER_BYTES if average else 0))
 
 
 def offloads(zero: dict, key: str) -> bool:

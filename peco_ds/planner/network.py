@@ -75,9 +75,10 @@ def collective_seconds(operation: str, num_bytes: float, ranks: int, hardware: H
     nodes = math.ceil(ranks / hardware.gpus_per_node)
     bus = share * bus_bytes_s(ranks, hardware)
     nvlink = hardware.link_bytes_s > PCIE_FASTEST
-    times = [_ring_seconds(operation, num_bytes, ranks, nodes, bus, nvlink, protocol) for protocol in _PROTOCOLS]
+    protocols = [protocol for protocol in _PROTOCOLS if nvlink or protocol is not _LL128]
+    times = [_ring_seconds(operation, num_bytes, ranks, nodes, bus, nvlink, protocol) for protocol in protocols]
     if operation == "all_reduce":
-        times += [_tree_seconds(num_bytes, ranks, nodes, bus, nvlink, protocol) for protocol in _PROTOCOLS]
+        times += [_tree_seconds(num_bytes, ranks, nodes, bus, nvlink, protocol) for protocol in protocols]
         # In-switch sums want whole nodes; over more than two of them trees and rings are as fast, both at the network's rate.
         if hardware.link_bytes_s >= NVLS_FROM and nodes <= 2 and ranks % hardware.gpus_per_node == 0:
             times.append(_nvls_seconds(num_bytes, nodes, share, hardware))

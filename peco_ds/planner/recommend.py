@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from peco_ds.errors import UserError
 from peco_ds.planner.estimate import CHECKPOINTING, Estimate, checkpointing_of, does_not_fit, estimate, fits
-from peco_ds.planner.fitting import GIB, DeepSpeedChoice, require_divides, room, shares, shipped
+from peco_ds.planner.fitting import GIB, DeepSpeedChoice, require_divides, require_known, room, shares, shipped
 from peco_ds.planner.hardware import Hardware
 from peco_ds.planner.stages import Stage
 
-SAME_SPEED = 1.02  # settings within two per cent of the quickest are taken for as quick
+SAME_SPEED = 1.05  # settings within five per cent of the quickest are taken for as quick: the model is no better than that
 SMALLER_MICRO_BATCHES = 3  # the largest that fit are compared
 
 
@@ -22,14 +22,15 @@ class Recommendation:
 
 
 def recommend(stage: Stage, hardware: Hardware, gpus: int, asked: DeepSpeedChoice) -> Recommendation:
-    """The settings of the shortest typical step; of those that are as quick within two per cent the recipe's own, else the simplest.
+    """The settings of the shortest typical step; of those that are as quick within five per cent the recipe's own, else the simplest.
 
-    Compared: the JSON that was asked for and those of ds_configs (without offload, which only saves memory), every kind of activation checkpointing, the largest
+    Compared: the JSON that was asked for and those of ds_configs (without offload, which only saves memory, and ZeRO-0, which only costs it), every kind of activation checkpointing, the largest
     micro-batches that divide and fit. The recipe's other settings stand.
 
     Raises: UserError if nothing fits.
     """
-    candidates = list(_candidates(stage, hardware, gpus, asked))
+    require_known(asked)
+    candidates = [made for made in _candidates(stage, hardware, gpus, asked) if made.host_bytes <= hardware.host_memory_bytes]
     if not candidates:
         raise UserError(does_not_fit(stage, hardware, gpus, asked))
     quickest = min(_typical_s(made) for made in candidates)
@@ -62,16 +63,22 @@ def _candidates(stage: Stage, hardware: Hardware, gpus: int, asked: DeepSpeedCho
                 yield Estimate(tried.with_run(micro_batch=size), hardware, gpus, choice, size, found)
 
 
+def _told(made: Estimate) -> str:
+    """A step, and what of it is communication that nothing hides where that matters: ZeRO-1 and 2 sum or gather when the passes are over."""
+    cost = made.costs["typical"]
+    return f"{cost.seconds:.3g} s" + (f" ({cost.exposed_s:.2g} s of communication not hidden)" if cost.exposed_s > 0.05 * cost.seconds else "")
+
+
 def _reason(best: Estimate, candidates: list[Estimate]) -> str:
     if not best.stage.trains:
         return "every GPU works by itself"
-    parts = [f"step {_typical_s(best):.3g} s"]
+    parts = [f"step {_told(best)}"]
 
     def rival(label, keep):
         others = [made for made in candidates if keep(made)]
         if others:
             other = min(others, key=_typical_s)
-            parts.append(f"{label} {_typical_s(other):.3g} s" + (f" at micro-batch {other.micro_batch}" if other.micro_batch != best.micro_batch else ""))
+            parts.append(f"{label} {_told(other)}" + (f" at micro-batch {other.micro_batch}" if other.micro_batch != best.micro_batch else ""))
 
     kind = best.stage.run.activation_checkpointing
     for stage in sorted({made.choice.stage for made in candidates} - {best.choice.stage}):

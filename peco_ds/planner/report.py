@@ -7,9 +7,9 @@ from peco_ds.errors import UserError
 from peco_ds.planner.bill import aligned, figure, ranged
 from peco_ds.planner.data_side import token_bytes
 from peco_ds.planner.estimate import estimate
-from peco_ds.planner.fitting import GIB, DeepSpeedChoice
+from peco_ds.planner.fitting import FRAGMENTATION, GIB, RESERVED_BYTES, DeepSpeedChoice, Room, room
 from peco_ds.planner.hardware import find_hardware
-from peco_ds.planner.memory import STAGES, GpuMemory, checkpoint_bytes, gpu_memory, zero_stage
+from peco_ds.planner.memory import STAGES, checkpoint_bytes, zero_stage
 from peco_ds.planner.shapes import FLOPS_PER_MAC, MimMacs, MimParameters, mim_macs, mim_parameters, skipped_by_subsets, tokenizer_cost
 from peco_ds.planner.stages import IMAGENET_1K_TRAIN, Stage
 
@@ -82,7 +82,7 @@ def finetune_report(recipe: FinetuneRecipe, *, num_samples: int, num_classes: in
         *_checkpoint_lines(recipe, parameters, durations, ds_config),
     ]
     if recipe.ema.decay:
-        lines.append(_line("moving average", f"decay {recipe.ema.decay}: 4 bytes a parameter, {4 * parameters / GIB:.2f} GiB over all ranks together (ZeRO-0: on each)"))
+        lines.append(_line("moving average", f"decay {recipe.ema.decay}: 4 bytes a parameter, {4 * parameters / GIB:.2f} GiB over all ranks together (ZeRO-0: on each), under \"other\" below"))
     return "\n".join([*lines, "", *_memory_lines(stage, ds_config), "", *_time_lines(stage, ds_config)])
 
 
@@ -172,7 +172,8 @@ def _schedule_lines(recipe: PretrainRecipe | TokenizerRecipe | FinetuneRecipe, d
 
 def _checkpoint_lines(recipe: PretrainRecipe | TokenizerRecipe | FinetuneRecipe, num_parameters: int, durations: Durations, ds_config: dict) -> list[str]:
     stage, keep = zero_stage(ds_config), recipe.checkpoint.keep_last
-    size = checkpoint_bytes(num_parameters, stage=stage, precision=recipe.run.precision)
+    average = isinstance(recipe, FinetuneRecipe) and bool(recipe.ema.decay)
+    size = checkpoint_bytes(num_parameters, stage=stage, precision=recipe.run.precision, average=average)
     every = f"every {durations.checkpoint_steps:,} steps" if durations.checkpoint_steps else "at the end"
     kept = f"the newest {keep} kept"
     if recipe.checkpoint.keep_every_steps:
@@ -181,31 +182,39 @@ def _checkpoint_lines(recipe: PretrainRecipe | TokenizerRecipe | FinetuneRecipe,
 
 
 def _memory_lines(planned: Stage, ds_config: dict) -> list[str]:
-    """One row a world size and stage; the stage of `ds_config` is marked."""
-    run, num_parameters = planned.run, planned.parameters
-    activations = planned.activation_bytes * run.micro_batch + planned.fixed_bytes
-    names = ("weights", "gradients", "optimiser", "buffers", "state", "activations", "total")
+    """One row a world size and stage; the stage of `ds_config` is marked. The same figures as plan.py has for the recipe's micro-batch."""
+    run, hardware = planned.run, find_hardware(HARDWARE)
+    names = ("weights", "gradients", "optimiser", "buffers", "other", "state", "activations", "total")
     rows, offloads, indivisible = [], False, []
     for world_size in WORLD_SIZES:
         accumulation = _accumulation(run, world_size)
         if accumulation == "-":
             indivisible.append(world_size)
         for stage in STAGES:
-            memory = gpu_memory(num_parameters, stage=stage, world_size=world_size, precision=run.precision, ds_config=ds_config, activations=activations)
-            offloads = offloads or memory.host > 0
-            rows.append((world_size, stage, accumulation, memory))
+            found = room(planned, hardware, world_size, DeepSpeedChoice("the DeepSpeed JSON", _with_stage(ds_config, stage, run)))
+            offloads = offloads or found.state.host > 0
+            rows.append((world_size, stage, accumulation, found))
     head = f"{'GPUs':>6} {'ZeRO':>5} {'accumulation':>12}" + "".join(f" {name:>11}" for name in names) + (f" {'host':>11}" if offloads else "")
     lines = [
-        f"memory a GPU in GiB, {run.precision}, micro-batch {run.micro_batch}, activation checkpointing {run.activation_checkpointing}; * is the DeepSpeed JSON's stage",
+        f"memory a GPU in GiB, {run.precision}, micro-batch {run.micro_batch}, activation checkpointing {run.activation_checkpointing}; * is the DeepSpeed JSON's stage; "
+        f"other: {RESERVED_BYTES / GIB:g} for context and communicators, and what ZeRO does not divide; activations with {FRAGMENTATION - 1:.0%} lost in the allocator",
         head,
     ]
-    for world_size, stage, accumulation, memory in rows:
+    for world_size, stage, accumulation, found in rows:
         mark = "*" if stage == zero_stage(ds_config) else " "
-        lines.append(f"{world_size:>6} {stage:>4}{mark} {accumulation:>12}" + "".join(f" {value / GIB:>11.2f}" for value in _columns(memory, offloads)))
+        lines.append(f"{world_size:>6} {stage:>4}{mark} {accumulation:>12}" + "".join(f" {value / GIB:>11.2f}" for value in _columns(found, run.micro_batch, offloads)))
     if indivisible:
         counts = " or ".join(str(count) for count in indivisible)
         lines.append(f"- : global_batch {run.global_batch} is not a multiple of micro_batch {run.micro_batch} x {counts} GPUs; such a run needs another run.micro_batch")
     return lines
+
+
+def _with_stage(ds_config: dict, stage: int, run: RunSettings) -> dict:
+    """The JSON with another ZeRO stage, as far as that stage goes with it: without ZeRO gradients are summed in the weights' type."""
+    changed = {**ds_config, "zero_optimization": {**ds_config.get("zero_optimization", {}), "stage": stage}}
+    if stage == 0:
+        changed["data_types"] = {**ds_config.get("data_types", {}), "grad_accum_dtype": run.precision}
+    return changed
 
 
 def _time_lines(planned: Stage, ds_config: dict) -> list[str]:
@@ -223,9 +232,10 @@ def _time_lines(planned: Stage, ds_config: dict) -> list[str]:
     return [f"predicted on {hardware.title}, hours with saves and failures, from a fast to a slow pace; plan.py tells more", *aligned(rows), *dict.fromkeys(refused)]
 
 
-def _columns(memory: GpuMemory, offloads: bool) -> list[float]:
-    columns = [memory.weights, memory.gradients, memory.optimizer, memory.buffers, memory.state, memory.activations, memory.total]
-    return columns + [memory.host] if offloads else columns
+def _columns(found: Room, micro_batch: int, offloads: bool) -> list[float]:
+    state, other, activations = found.state, RESERVED_BYTES + found.fixed_bytes, micro_batch * found.a_picture_bytes
+    columns = [state.weights, state.gradients, state.optimizer, state.buffers, other, state.state + other, activations, state.state + other + activations]
+    return columns + [state.host] if offloads else columns
 
 
 def _accumulation(run: RunSettings, world_size: int) -> str:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from peco_ds.config import Durations, FinetuneRecipe, PretrainRecipe, Recipe, RunSettings, TokenizerRecipe, TokenizerSettings, resolve_durations
+from peco_ds.errors import UserError
 from peco_ds.planner.memory import ema_bytes
 from peco_ds.planner.shapes import (
     ELEMENT_BYTES,
@@ -15,7 +16,6 @@ from peco_ds.planner.shapes import (
     mim_macs,
     mim_parameters,
     own_bias_bytes,
-    skipped_by_subsets,
     tokenizer_cost,
 )
 from peco_ds.planner.work import Segment, finetune_segments, frozen_net_bytes, pretrain_segments, tokenizer_segments, tokenizing_segments
@@ -47,7 +47,7 @@ class Stage:
 
     @property
     def name(self) -> str:
-        return f"{self.recipe.name}, tokens" if self.kind == "tokenizing" else self.recipe.name
+        return f"{self.recipe.name}, views" if self.kind == "tokenizing" else self.recipe.name
 
     @property
     def run(self) -> RunSettings:
@@ -68,7 +68,10 @@ class Stage:
         Raises: UserError as `resolve_durations`.
         """
         assert self.trains
-        return resolve_durations(self.recipe, self.num_samples)
+        try:
+            return resolve_durations(self.recipe, self.num_samples)
+        except UserError as error:
+            raise UserError(f"{self.recipe.name}: {error}") from None
 
     @cached_property
     def pictures(self) -> int:
@@ -102,8 +105,9 @@ class Stage:
             return mim_parameters(recipe.model, recipe.objective.num_codes, encoding=recipe.encoding, aggregation=recipe.aggregation).total
         if self.kind == "fine-tuning":
             return backbone_parameters(self.recipe.model, shared_bias=False, num_classes=self.num_classes)
-        cost = tokenizer_cost(self._tokenizer, self.recipe.views.tokenizer_px)
-        return cost.parameters if self.kind == "tokenizer" else cost.encoder.parameters
+        if self.kind == "tokenizer":  # with a critic where there is one
+            return sum(segment.parameters for segment in self.segments)
+        return tokenizer_cost(self._tokenizer, self.recipe.views.tokenizer_px).encoder.parameters
 
     @property
     def _tokenizer(self) -> TokenizerSettings:
@@ -114,14 +118,13 @@ class Stage:
         """FLOP of one picture, forward and backward: the numerator of MFU. Recomputation is not counted, nor what subsets of stochastic depth leave out; a judge or teacher
         is. Of tokenizing, forward alone."""
         recipe = self.recipe
+        if self.kind in ("tokenizer", "tokenizing") or recipe.model.drop_path_by == "subset":
+            return sum(segment.model_flops for segment in self.segments)
         if self.kind == "pre-training":
             macs = mim_macs(recipe.model, num_codes=recipe.objective.num_codes, masked=recipe.mask.count, encoding=recipe.encoding, aggregation=recipe.aggregation)
-        elif self.kind == "fine-tuning":
+        else:
             macs = mim_macs(recipe.model, num_codes=self.num_classes, masked=1)
-        else:  # recomputes nothing
-            return sum(segment.model_flops for segment in self.segments)
-        left_out = skipped_by_subsets(recipe.model, self.run.micro_batch) if recipe.model.drop_path_by == "subset" else 0.0
-        return (1 - left_out) * macs.training_flops
+        return macs.training_flops
 
     @cached_property
     def activation_bytes(self) -> float:
