@@ -24,13 +24,15 @@ class Recommendation:
 def recommend(stage: Stage, hardware: Hardware, gpus: int, asked: DeepSpeedChoice) -> Recommendation:
     """The settings of the shortest typical step; of those that are as quick within five per cent the recipe's own, else the simplest.
 
-    Compared: the JSON that was asked for and those of ds_configs (without offload, which only saves memory, and ZeRO-0, which only costs it), every kind of activation checkpointing, the largest
+    Compared: the JSON that was asked for and those of ds_configs (without ZeRO-0, which only costs memory, and with offload only where nothing fits without it), every kind of activation checkpointing, the largest
     micro-batches that divide and fit. The recipe's other settings stand.
 
     Raises: UserError if nothing fits.
     """
     require_known(asked)
-    candidates = [made for made in _candidates(stage, hardware, gpus, asked) if made.host_bytes <= hardware.host_memory_bytes]
+    candidates: list[Estimate] = []
+    for offload in (False, True):
+        candidates = candidates or [made for made in _candidates(stage, hardware, gpus, asked, offload) if made.host_bytes <= hardware.host_memory_bytes]
     if not candidates:
         raise UserError(does_not_fit(stage, hardware, gpus, asked))
     quickest = min(_typical_s(made) for made in candidates)
@@ -48,13 +50,13 @@ def _plainness(made: Estimate, stage: Stage, asked: DeepSpeedChoice) -> tuple:
     return sum(changes), CHECKPOINTING.index(made.stage.run.activation_checkpointing), made.choice.stage or 9, abs(made.micro_batch - stage.run.micro_batch)
 
 
-def _candidates(stage: Stage, hardware: Hardware, gpus: int, asked: DeepSpeedChoice) -> Iterable[Estimate]:
+def _candidates(stage: Stage, hardware: Hardware, gpus: int, asked: DeepSpeedChoice, offload: bool) -> Iterable[Estimate]:
     require_divides(stage, gpus, hardware)
     if not stage.trains:
         if fits(stage, hardware, gpus, asked):
             yield estimate(stage, hardware, gpus, asked)
         return
-    choices = [asked, *(other for other in shipped() if other.raw != asked.raw and not other.offloads and other.stage)]
+    choices = [asked, *(other for other in shipped() if other.raw != asked.raw and other.offloads == offload and other.stage)]
     for kind in checkpointing_of(stage):
         tried = stage.with_run(activation_checkpointing=kind)
         for choice in choices:
