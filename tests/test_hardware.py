@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 
 import pytest
@@ -156,3 +157,24 @@ def test_the_table_shows_every_machine_with_its_sources():
     for machine in HARDWARE.values():
         assert f"{machine.name}: {machine.title}" in table
         assert all(source in table for source in machine.sources.values())
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("network_bytes_s: 100", "too little to be bytes a second; an H100 node has 4e+11"),
+        ("memory_bytes: 24", "too little to be bytes"),
+        ("peak_flops: {bf16: 989}", "too little to be FLOP/s"),
+        ("network_bytes_s: 100 Gb/s", "a number above 0, in bytes a second"),
+    ],
+)
+def test_a_rate_in_other_units_is_told_from_one_in_bytes(tmp_path, line, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: h100\n{line}\n")
+    with pytest.raises(UserError, match=re.escape(said)):
+        find_hardware(path)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 5090 Laptop GPU"])
+def test_a_part_of_a_card_has_no_known_peak(name):
+    assert hardware_of_device(name) is None
