@@ -103,11 +103,11 @@ def own_choice(stage: Stage) -> DeepSpeedChoice:
 
 def counts_that_divide(stage: Stage, hardware: Hardware, asked: Sequence[int]) -> list[int]:
     """Raises: UserError where none of the counts divides the recipe's batch, or one is no number of whole nodes."""
-    for count in asked:
-        check_gpus(count, hardware)
-    found = sorted({count for count in asked if stage.run.global_batch % count == 0})
+    found = sorted({count for count in asked if count < 1 or stage.run.global_batch % count == 0})
     if not found:
         raise UserError(f"--gpus {' '.join(map(str, asked))}: none divides run.global_batch {stage.run.global_batch}; use divisors of it")
+    for count in found:
+        check_gpus(count, hardware, stage)
     return found
 
 
