@@ -85,7 +85,8 @@ def plan(args) -> int:
     asked = None
     if args.deepspeed_config:
         asked = DeepSpeedChoice(args.deepspeed_config, read_deepspeed_json(args.deepspeed_config))
-        merge_deepspeed(asked.raw, args.deepspeed_config, main.run, main.recipe.optim, world_size=1)  # what the stage itself would refuse
+        held = {key: value for key, value in asked.raw.items() if key != "gradient_accumulation_steps"}  # follows from the GPUs
+        merge_deepspeed(held, args.deepspeed_config, main.run, main.recipe.optim, world_size=1)  # refuses what the stage itself would
         asked = next((choice for choice in shipped() if choice.raw == asked.raw), asked)
     for machine in machines:
         for count in args.gpus:
