@@ -15,7 +15,7 @@ from peco_ds.planner.fitting import GIB, DeepSpeedChoice, gpus_that_divide, shar
 from peco_ds.planner.hardware import Hardware
 from peco_ds.planner.recommend import Recommendation, recommend
 from peco_ds.planner.simulation import simulate_run, simulate_step
-from peco_ds.planner.stages import Kind
+from peco_ds.planner.stages import Kind, Stage
 from peco_ds.planner.traffic import traffic_by_operation
 
 
@@ -90,21 +90,21 @@ def make_bill(chain: Chain, hardware: Hardware, gpus: int, asked: DeepSpeedChoic
             except UserError:
                 written.append(found.best)
                 unfit.append(f"  {stage.name}: does not fit as its recipe is written; the recommended settings stand there")
-        recommended.append(found if stage is chain.main else _on_fewer(found, choice))
+        recommended.append(found if stage is chain.main else _on_fewer(found, stage, choice))
     return Bill(chain, hardware, gpus, tuple(written), tuple(recommended), tuple(unfit))
 
 
-def _on_fewer(found: Recommendation, choice: DeepSpeedChoice) -> Recommendation:
+def _on_fewer(found: Recommendation, stage: Stage, choice: DeepSpeedChoice) -> Recommendation:
     """The same stage on half of the GPUs, and half of those, as long as a half takes less than `WORTH_HALF` times as long: short stages do not scale as the long one does."""
     made = found.best
     half = made.gpus // 2
-    if made.gpus < 2 or (made.stage.trains and not shares(made.stage, half)):
+    if made.gpus < 2 or (stage.trains and not shares(stage, half)) or (half > (node := made.hardware.gpus_per_node) and half % node):
         return found
     try:
-        fewer = recommend(made.stage, made.hardware, half, choice)
+        fewer = recommend(stage, made.hardware, half, choice)
     except UserError:  # they have not the memory
         return found
-    return _on_fewer(fewer, choice) if fewer.best.hours() < WORTH_HALF * made.hours() else found
+    return _on_fewer(fewer, stage, choice) if fewer.best.hours() < WORTH_HALF * made.hours() else found
 
 
 # ---------------------------------------------------------------------------------------------- text
