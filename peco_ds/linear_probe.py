@@ -27,7 +27,6 @@ from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 logger = logging.getLogger("peco_ds")
 
 
-
 def main(argv: list[str] | None = None) -> int:
     parser = stage_parser(__doc__.splitlines()[0], recipe="probe_vitb16", deepspeed_config=None)
     parser.add_argument("--out", type=Path, default=None, help="folder of the results (default: runs/RECIPE_NAME)")
@@ -39,8 +38,8 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
     """Check everything that needs no ranks, and say what the probe would cost."""
     from peco_ds.config import data_path
     from peco_ds.evaluation.features import feature_bytes, feature_width
-    from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, IMAGENET_1K_VAL
     from peco_ds.planner.shapes import FLOPS_PER_MAC, TRAINING_OVER_FORWARD, mim_macs
+    from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, IMAGENET_1K_VAL
 
     weights = read(cfg)
     settings, blocks = cfg.probe, blocks_of(cfg, weights)

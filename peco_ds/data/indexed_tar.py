@@ -288,7 +288,7 @@ class ShardSet:
 
     Args:
         folder: where the manifest lies.  manifest: as `schema.read_manifest` gives it.
-        max_open: shards kept open, least recently used first out; each holds a file descriptor and its index in memory.
+        max_open: shards kept open, least recently used first out; each holds a file descriptor and its index in memory, 270 bytes a sample of three members.
     """
 
     def __init__(self, folder: str | Path, manifest: ImageManifest | TokenManifest, *, max_open: int = 64) -> None:
