@@ -227,7 +227,7 @@ def test_opening_a_shard_parses_no_sample_that_is_not_read(tmp_path):
     assert cpu_seconds(vouched, times=5) < cpu_seconds(whole, times=5) / 4, "measured: a tenth"
 
 
-def test_a_token_set_in_the_making_is_looked_through_once_however_many_its_shards(tmp_path, monkeypatch):
+def test_a_token_set_in_the_making_is_looked_through_at_its_start_and_its_end_however_many_its_shards(tmp_path, monkeypatch):
     looked, real = [], token_parts.find_drafts
     monkeypatch.setattr(token_parts, "find_drafts", lambda folder, *names: looked.append(folder) or real(folder, *names))
     tmp_path.joinpath(".shard-000001.tar.99999-abc.tmp").touch()  # of a writer that is dead
@@ -235,4 +235,4 @@ def test_a_token_set_in_the_making_is_looked_through_once_however_many_its_shard
     for number in range(TOKEN_SHARDS):
         parts.write(number, records(number))
     parts.finish()
-    assert len(looked) == 2 and not list(tmp_path.rglob("*.tmp"))
+    assert len(looked) == 4 and not list(tmp_path.rglob("*.tmp")), "the set and the folder of its parts, twice each"
