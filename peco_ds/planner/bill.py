@@ -214,7 +214,7 @@ def _more_cores(made: Estimate) -> str:
 
 def detail_lines(made: Estimate) -> list[str]:
     """Memory by part, traffic by operation, the step by part, loaders, failures of one training stage."""
-    state, cost, loss = made.room.state, made.costs["typical"], made.goodput()
+    state, cost, loss = made.room.state, made.cost(), made.goodput()
     parts = {
         "weights": state.weights,
         "gradients": state.gradients,
@@ -273,7 +273,7 @@ def _simulated(made: Estimate, steps: int, seed: int) -> list[str]:
     settings = f"{made.choice.name}, activation checkpointing {made.stage.run.activation_checkpointing}, micro-batch {made.micro_batch} x {made.micro_steps}"
     lines = [f"Simulated, {made.stage.name} on {made.gpus} {made.hardware.name}, {settings}:"]
     if made.stage.trains:
-        step, cost = simulate_step(made.inputs(), steps=steps, seed=seed), made.costs["typical"]
+        step, cost = simulate_step(made.inputs(), steps=steps, seed=seed), made.cost()
         lines.append(_line("step, s", f"{step.mean_s:.4g} ({step.p5_s:.4g} to {step.p95_s:.4g} in nine of ten); closed form {cost.seconds:.4g}, {cost.seconds / step.mean_s - 1:+.1%}; links busy {step.busy_share:.0%}"))
     spread = f" ({run.p5_share:.2%} to {run.p95_share:.2%} in nine of ten runs)" if run.failures >= 3 else ""  # else most runs meet none, and all lie in one point
     lines.append(_line("goodput", f"{run.share:.2%}{spread}; closed form {made.goodput().share:.2%}; {run.failures:.2g} failures"))

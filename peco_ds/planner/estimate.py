@@ -90,9 +90,19 @@ class Estimate:
         return own + fetched / HOST_LINK_BYTES_S
 
     @cached_property
+    def _known_costs(self) -> dict[str, StepCost]:
+        return {}
+
+    def cost(self, pace: str = "typical") -> StepCost:
+        """Of an optimiser step without its loader. Reckoned when a pace is first asked for: a recommendation compares many settings by their typical pace alone."""
+        if pace not in self._known_costs:
+            self._known_costs[pace] = closed_form(self.inputs(pace))
+        return self._known_costs[pace]
+
+    @property
     def costs(self) -> dict[str, StepCost]:
-        """By pace, of an optimiser step without its loader; {} for tokenizing, which has none."""
-        return {pace: closed_form(self.inputs(pace)) for pace in PACES} if self.stage.trains else {}
+        """`cost` by pace; {} for tokenizing, which has no optimiser step."""
+        return {pace: self.cost(pace) for pace in PACES} if self.stage.trains else {}
 
     def loader_images_s(self, pace: str = "typical") -> float:
         """Pictures (of tokenizing: views) a second that all loader processes give."""
@@ -103,7 +113,7 @@ class Estimate:
     def computed_images_s(self, pace: str = "typical") -> float:
         """Pictures a second over all GPUs if data never ran short."""
         if self.stage.trains:
-            return self.stage.run.global_batch / self.costs[pace].seconds
+            return self.stage.run.global_batch / self.cost(pace).seconds
         passed = sum(segment_seconds(segment, self.micro_batch, self.hardware, self.precision, pace).forward for segment in self.stage.segments)
         return self.gpus * self.micro_batch / passed
 

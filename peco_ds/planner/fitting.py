@@ -9,11 +9,10 @@ from typing import Literal
 from peco_ds.config import DS_CONFIGS
 from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
 from peco_ds.errors import UserError
-from peco_ds.planner.hardware import Hardware
-from peco_ds.planner.memory import GpuMemory, gpu_memory, zero_stage
+from peco_ds.planner.hardware import GIB, Hardware
+from peco_ds.planner.memory import GpuMemory, gpu_memory, offload_device, zero_stage
 from peco_ds.planner.stages import Stage
 
-GIB = 2**30
 RESERVED_BYTES = 1.5 * GIB  # CUDA context, communicators, cuBLAS workspaces; assumed
 KEPT_FREE = 0.05  # of a GPU's memory, that no micro-batch is to fill; assumed
 FRAGMENTATION = 1.08  # of activations in the caching allocator; assumed
@@ -42,7 +41,7 @@ class DeepSpeedChoice:
 
     def offload_device(self, what: Literal["optimizer", "param"]) -> str:
         """Where optimiser or weights are kept: none (the GPU), cpu or nvme. Weights leave the GPU at stage 3 alone, the optimiser's state from stage 1 on."""
-        asked = (self.raw.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none")
+        asked = offload_device(self.raw.get("zero_optimization", {}), f"offload_{what}")
         return asked if self.stage >= (1 if what == "optimizer" else 3) else "none"
 
 

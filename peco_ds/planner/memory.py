@@ -53,7 +53,6 @@ class GpuMemory:
     activations: float
     host: float = 0.0  # what this rank keeps in host memory or on NVMe instead
     pinned: float = 0.0  # of it, in page-locked memory, as far as the JSON leaves `pin_memory` at its default
-    gathered: float = 0.0  # of the buffers, weights of other ranks at stage 3
 
     @property
     def state(self) -> float:
@@ -104,7 +103,7 @@ def gpu_memory(num_parameters: int, *, stage: int, world_size: int, precision: s
         host, pinned, weights = host + weights, pinned + weights, 0.0
     gathered = _gathered_elements(num_parameters, zero) * element if stage == 3 and world_size > 1 else 0.0
     bucket = 0.0 if stage == 0 or summed_apart else zero_number(zero, "reduce_bucket_size", REDUCE_BUCKET) * _bucket_element_bytes(ds_config, stage, element, summed)
-    return GpuMemory(weights, gradients, optimizer, bucket + gathered, activations, host, pinned, gathered)
+    return GpuMemory(weights, gradients, optimizer, bucket + gathered, activations, host, pinned)
 
 
 def optimizer_bytes(stage: int, precision: str) -> int:
@@ -126,10 +125,15 @@ def checkpoint_bytes(num_parameters: int, *, stage: int, precision: str, average
     return num_parameters * (weights + optimizer_bytes(stage, precision) + (MASTER_BYTES if average else 0))
 
 
+def offload_device(zero: dict, key: str) -> str:
+    """Where `offload_optimizer` or `offload_param` puts what it takes off the GPU: none, cpu or nvme."""
+    block = zero.get(key)
+    return block.get("device", "none") if isinstance(block, dict) else "none"
+
+
 def offloads(zero: dict, key: str) -> bool:
     """Whether `offload_optimizer` or `offload_param` moves anything."""
-    block = zero.get(key)
-    return isinstance(block, dict) and block.get("device", "none") != "none"
+    return offload_device(zero, key) != "none"
 
 
 def _bucket_element_bytes(ds_config: dict, stage: int, element: int, summed: int) -> int:

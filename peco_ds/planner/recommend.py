@@ -67,7 +67,7 @@ def _candidates(stage: Stage, hardware: Hardware, gpus: int, asked: DeepSpeedCho
 
 def _told(made: Estimate) -> str:
     """A step, and what of it is communication that nothing hides where that matters: ZeRO-1 and 2 sum or gather when the passes are over."""
-    cost = made.costs["typical"]
+    cost = made.cost()
     return f"{cost.seconds:.3g} s" + (f" ({cost.exposed_s:.2g} s of communication not hidden)" if cost.exposed_s > 0.05 * cost.seconds else "")
 
 
