@@ -1,11 +1,14 @@
-"""What does a checkpoint of about 1 GB cost a run? Ours against DeepSpeed's plain `save_checkpoint`, of the same engine in the same run, by turns.
+"""What does a checkpoint of about 1 GB cost a run? Ours against DeepSpeed's plain `save_checkpoint`, of the same engine
+in the same run, by turns.
 
-    python benchmarks/checkpoint_save.py [--folder SCRATCH] [--ranks 2] [--rounds 7] [--record benchmarks/checkpoint_save_HARDWARE_YYYYMM.md]
+    python benchmarks/checkpoint_save.py [--folder SCRATCH] [--ranks 2] [--rounds 7] [--record
+    benchmarks/checkpoint_save_HARDWARE_YYYYMM.md]
 
-The engine is masked pre-training of ViT-B/16 under ZeRO, on made-up pictures (values do not matter to a disk). Measured, as the slowest rank sees it:
-how long the training loop stands still for a save, how long until the checkpoint is complete (ours: hashed, fsynced and renamed; DeepSpeed's: handed to the
-system), how much longer the training steps beside the writing take, and how long it takes to resume (ours verifies every byte first). Before each
-measurement the system's dirty pages are written out. Each file is in the page cache when it is read back.
+The engine is masked pre-training of ViT-B/16 under ZeRO, on made-up pictures (values do not matter to a disk).
+Measured, as the slowest rank sees it: how long the training loop stands still for a save, how long until the checkpoint
+is complete (ours: hashed, fsynced and renamed; DeepSpeed's: handed to the system), how much longer the training steps
+beside the writing take, and how long it takes to resume (ours verifies every byte first). Before each measurement the
+system's dirty pages are written out. Each file is in the page cache when it is read back.
 """
 
 from __future__ import annotations
@@ -28,11 +31,22 @@ sys.path.insert(0, str(HERE.parent))
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where checkpoints lie while it runs: 4 times their size (default: the system's temporary folder)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where checkpoints lie while it runs: 4 times their size (default: the system's temporary folder)",
+    )
     parser.add_argument("--recipe", default="peco_vitb16", help="of the model (default: %(default)s)")
-    parser.add_argument("--deepspeed_config", type=Path, default=HERE.parent / "ds_configs" / "zero3.json", help="(default: ds_configs/zero3.json)")
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        default=HERE.parent / "ds_configs" / "zero3.json",
+        help="(default: ds_configs/zero3.json)",
+    )
     parser.add_argument("--ranks", type=int, default=2, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each kind, 2 or more (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="measurements of each kind, 2 or more (default: %(default)s)"
+    )
     parser.add_argument("--record", type=Path, help="also write the table to this file")
     parser.add_argument("--rank_work", type=Path, help=argparse.SUPPRESS)  # the ranks' own start
     args = parser.parse_args()
@@ -40,8 +54,29 @@ def main() -> int:
         measure(args.rank_work, args.recipe, args.deepspeed_config, args.rounds)
         return 0
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks), __file__, "--rank_work", folder]
-        subprocess.run([*launch, "--recipe", args.recipe, "--deepspeed_config", str(args.deepspeed_config), "--rounds", str(args.rounds)], check=True)
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(args.ranks),
+            __file__,
+            "--rank_work",
+            folder,
+        ]
+        subprocess.run(
+            [
+                *launch,
+                "--recipe",
+                args.recipe,
+                "--deepspeed_config",
+                str(args.deepspeed_config),
+                "--rounds",
+                str(args.rounds),
+            ],
+            check=True,
+        )
         found = json.loads((Path(folder) / "found.json").read_text())
     text = record(args, found)
     sys.stdout.write(text)
@@ -90,7 +125,13 @@ def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int)
     from peco_ds.runtime.run_folder import open_run_folder
 
     world = start_world()
-    overrides = [f"data.root={folder}", f"run.global_batch={world.size}", "run.micro_batch=1", "checkpoint.every_minutes=0", "checkpoint.keep_last=1"]
+    overrides = [
+        f"data.root={folder}",
+        f"run.global_batch={world.size}",
+        "run.micro_batch=1",
+        "checkpoint.every_minutes=0",
+        "checkpoint.keep_last=1",
+    ]
     resolved = load_recipe(PretrainRecipe, recipe_name, overrides)
     cfg, run = resolved.recipe, resolved.recipe.run
     ds_config = merge_deepspeed(read_deepspeed_json(deepspeed_config), deepspeed_config, run, cfg.optim, world.size)
@@ -98,11 +139,23 @@ def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int)
     open_run_folder(out, "pretrain", resolved, ds_config, {}, world)
     seed_all(run.seed)
     model = MaskedImageModel(cfg.model, cfg.objective.num_codes)
-    engine = start_engine(model, ds_config, source=deepspeed_config, run=run, optim=cfg.optim, leaf_modules=(TransformerBlock,))
+    engine = start_engine(
+        model, ds_config, source=deepspeed_config, run=run, optim=cfg.optim, leaf_modules=(TransformerBlock,)
+    )
     plain, plain_copy = engine.checkpoint_engine, engine._copy_recovery_script
     restored = restore(out, engine, cfg.checkpoint, world, fingerprint="0" * 64, seed=run.seed)
     due = EveryTime()
-    saver = Saver(out, engine, restored, settings=cfg.checkpoint, durations=due, global_batch=run.global_batch, world=world, parts={"meter": Unmetered()}, shared={})
+    saver = Saver(
+        out,
+        engine,
+        restored,
+        settings=cfg.checkpoint,
+        durations=due,
+        global_batch=run.global_batch,
+        world=world,
+        parts={"meter": Unmetered()},
+        shared={},
+    )
     ours, ours_copy = engine.checkpoint_engine, engine._copy_recovery_script
 
     images = torch.randn(1, 3, cfg.model.image_px, cfg.model.image_px, device=world.device)
@@ -157,7 +210,9 @@ def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int)
 
     def resume_ours(found: dict) -> None:
         engine.checkpoint_engine = ours
-        found["resumes_s"].append(timed(lambda: restore(out, engine, cfg.checkpoint, world, fingerprint="0" * 64, seed=run.seed)))
+        found["resumes_s"].append(
+            timed(lambda: restore(out, engine, cfg.checkpoint, world, fingerprint="0" * 64, seed=run.seed))
+        )
 
     def resume_plain(found: dict) -> None:
         engine.checkpoint_engine = plain
@@ -165,8 +220,10 @@ def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int)
 
     names = ("blocks_s", "complete_s", "step_beside_s", "step_alone_s", "resumes_s")
     found = {kind: {name: [] for name in names} for kind in ("ours", "plain")}
-    train_one()  # the optimiser's state exists after the first step
-    save_ours({name: [] for name in names}, train_beside=False)  # host memory for the copies is taken at the first save, once
+    # the optimiser's state exists after the first step
+    train_one()
+    # host memory for the copies is taken at the first save, once
+    save_ours({name: [] for name in names}, train_beside=False)
     save_plain({name: [] for name in names}, train_beside=False)
     kinds = [("ours", save_ours, resume_ours), ("plain", save_plain, resume_plain)]
     for round_ in range(rounds):
@@ -175,8 +232,17 @@ def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int)
         for kind, _, resume in kinds[:: 1 if round_ % 2 else -1]:
             resume(found[kind])
     if world.is_main:
-        size = {kind: sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) for kind, root in (("ours", out / "checkpoints"), ("plain", plain_out))}
-        versions = {"torch": torch.__version__, "deepspeed": sys.modules["deepspeed"].__version__, "zero_stage": engine.zero_optimization_stage(), "ranks": world.size, "device": str(world.device)}
+        size = {
+            kind: sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+            for kind, root in (("ours", out / "checkpoints"), ("plain", plain_out))
+        }
+        versions = {
+            "torch": torch.__version__,
+            "deepspeed": sys.modules["deepspeed"].__version__,
+            "zero_stage": engine.zero_optimization_stage(),
+            "ranks": world.size,
+            "device": str(world.device),
+        }
         (folder / "found.json").write_text(json.dumps({"seconds": found, "bytes": size, **versions}))
     world.barrier()
     leave(0)
@@ -184,28 +250,45 @@ def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int)
 
 def record(args: argparse.Namespace, found: dict) -> str:
     """The table, as markdown."""
-    ours, plain = ({name: statistics.median(values) for name, values in found["seconds"][kind].items() if values} for kind in ("ours", "plain"))
+    ours, plain = (
+        {name: statistics.median(values) for name, values in found["seconds"][kind].items() if values}
+        for kind in ("ours", "plain")
+    )
     rows = [
         ("the loop stands still", "blocks_s"),
         ("until the checkpoint is complete", "complete_s"),
         ("resume", "resumes_s"),
     ]
-    spread = lambda kind, name: f"{min(found['seconds'][kind][name]):.2f} to {max(found['seconds'][kind][name]):.2f}"  # noqa: E731
+
+    def spread(kind: str, name: str) -> str:
+        seconds = found["seconds"][kind][name]
+        return f"{min(seconds):.2f} to {max(seconds):.2f}"
+
     lines = [
         f"# Saving and resuming a checkpoint of {found['bytes']['ours'] / 1e9:.2f} GB",
         "",
-        f"`python benchmarks/checkpoint_save.py --recipe {args.recipe} --ranks {args.ranks} --rounds {args.rounds}`: masked pre-training under ZeRO-{found['zero_stage']}, "
-        f"{found['ranks']} ranks on {found['device']}, files of {found['bytes']['plain'] / 1e9:.2f} GB by DeepSpeed's `save_checkpoint`. Both save and resume the same engine by turns; "
+        f"`python benchmarks/checkpoint_save.py --recipe {args.recipe} --ranks {args.ranks} --rounds "
+        f"{args.rounds}`: masked pre-training under ZeRO-{found['zero_stage']}, "
+        f"{found['ranks']} ranks on {found['device']}, files of {found['bytes']['plain'] / 1e9:.2f} "
+        "GB by DeepSpeed's `save_checkpoint`. Both save and resume the same engine by turns; "
         "medians over the rounds, of the slowest rank, in seconds (smallest to largest).",
         "",
         "| | ours | DeepSpeed's plain `save_checkpoint` | ratio |",
         "|---|---|---|---|",
-        *(f"| {what} | {ours[name]:.2f} ({spread('ours', name)}) | {plain[name]:.2f} ({spread('plain', name)}) | {ours[name] / plain[name]:.2f} |" for what, name in rows),
+        *(
+            f"| {what} | {ours[name]:.2f} ({spread('ours', name)}) | {plain[name]:.2f} "
+            f"({spread('plain', name)}) | {ours[name] / plain[name]:.2f} |"
+            for what, name in rows
+        ),
         "",
         f"Complete means: ours hashed, fsynced, sealed and renamed; "
-        f"DeepSpeed's handed to the system, neither fsynced nor hashed. A training step beside our writing took {ours['step_beside_s']:.2f} s, one after DeepSpeed's save {plain['step_alone_s']:.2f} s. Ours verifies every file's sha256 before it resumes; DeepSpeed's load trusts what it finds.",
+        "DeepSpeed's handed to the system, neither fsynced nor hashed. A training step beside our "
+        f"writing took {ours['step_beside_s']:.2f} s, one after DeepSpeed's save "
+        f"{plain['step_alone_s']:.2f} s. Ours verifies every file's sha256 before it resumes; "
+        "DeepSpeed's load trusts what it finds.",
         "",
-        f"{os.cpu_count()} CPU cores; torch {found['torch']}, deepspeed {found['deepspeed']}; {time.strftime('%B %Y')}.",
+        f"{os.cpu_count()} CPU cores; torch {found['torch']}, deepspeed {found['deepspeed']}; "
+        f"{time.strftime('%B %Y')}.",
         "",
     ]
     return "\n".join(lines)

@@ -1,11 +1,15 @@
-"""How many collectives an optimiser step makes under each DeepSpeed JSON, how many bytes they carry, and what state a rank holds.
+"""How many collectives an optimiser step makes under each DeepSpeed JSON, how many bytes they carry, and what state a
+rank holds.
 
-    python benchmarks/collectives.py [--gpu] [--ranks 2] [--rounds 6] [--deepspeed_config FILE ...] [--record FILE.md] [key.sub=value ...]
+    python benchmarks/collectives.py [--gpu] [--ranks 2] [--rounds 6] [--deepspeed_config FILE ...] [--record FILE.md]
+    [key.sub=value ...]
 
-Two models: peco_vith14 at full width with 2 of its blocks, and peco_vittiny16 whole. Each JSON of ds_configs, and each of them with one value changed, drives the same
-step through DeepSpeed; what the process group is asked for is counted in the third step, when ZeRO-3 has learnt in which order it needs its weights. Counts and
-bytes are those of any machine. The small model's engines also take steps by turns: those times are gloo's on one host and say little of a GPU. --gpu: on every GPU of the machine,
-all 32 blocks, and times of both. Overrides go to both models; --deepspeed_config adds rows.
+Two models: peco_vith14 at full width with 2 of its blocks, and peco_vittiny16 whole. Each JSON of ds_configs, and each
+of them with one value changed, drives the same step through DeepSpeed; what the process group is asked for is counted
+in the third step, when ZeRO-3 has learnt in which order it needs its weights. Counts and bytes are those of any
+machine. The small model's engines also take steps by turns: those times are gloo's on one host and say little of a GPU.
+--gpu: on every GPU of the machine, all 32 blocks, and times of both. Overrides go to both models; --deepspeed_config
+adds rows.
 """
 
 from __future__ import annotations
@@ -49,7 +53,8 @@ CHANGES = {
 }
 MODELS = {"peco_vith14": ["run.micro_batch=1"], "peco_vittiny16": ["run.micro_batch=2"]}
 CPU_BLOCKS = {"peco_vith14": ["model.depth=2"]}
-WARM_UP = 2  # steps: in the first one ZeRO-3 records its order, in the second it first follows it
+# steps: in the first one ZeRO-3 records its order, in the second it first follows it
+WARM_UP = 2
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +62,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu", action="store_true", help="all blocks, on every GPU")
     parser.add_argument("--recipes", nargs="+", default=list(MODELS), help="(default: %(default)s)")
     parser.add_argument("--ranks", type=at_least(1), help="(default: the GPUs of the machine, 2 without one)")
-    parser.add_argument("--rounds", type=at_least(0), default=6, help="timed steps of each engine, by turns; 0: none (default: %(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=at_least(0),
+        default=6,
+        help="timed steps of each engine, by turns; 0: none (default: %(default)s)",
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows, by their names")
     parser.add_argument("--deepspeed_config", type=Path, nargs="+", default=[], metavar="FILE", help="further rows")
     parser.add_argument("--record", type=Path, help="also write the tables to this file")
@@ -74,13 +84,24 @@ def main(argv: list[str] | None = None) -> int:
     from peco_ds.config import PretrainRecipe, load_recipe
     from peco_ds.deepspeed_json import read_deepspeed_json
 
-    for name in args.recipes:  # before ranks are started, whose launcher would say much beside
+    # before ranks are started, whose launcher would say much beside
+    for name in args.recipes:
         load_recipe(PretrainRecipe, name, args.overrides)
     for file in args.deepspeed_config:
         read_deepspeed_json(file)
     with tempfile.TemporaryDirectory(prefix="peco_collectives_") as folder:
         rows = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks or _gpus() or 2), __file__, "--rows_to", str(rows)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(args.ranks or _gpus() or 2),
+            __file__,
+            "--rows_to",
+            str(rows),
+        ]
         code = subprocess.run([*command, *(sys.argv[1:] if argv is None else argv)]).returncode
         if code:
             raise UserError(f"the ranks ended with {code}; what they said stands above")
@@ -109,11 +130,21 @@ def count(args: argparse.Namespace) -> int:
     world = start_world()
     found: dict[str, dict] = {}
     for name in args.recipes:
-        own = [*MODELS.get(name, ["run.micro_batch=1"]), *([] if args.gpu else CPU_BLOCKS.get(name, [])), *args.overrides]
+        own = [
+            *MODELS.get(name, ["run.micro_batch=1"]),
+            *([] if args.gpu else CPU_BLOCKS.get(name, [])),
+            *args.overrides,
+        ]
         micro_batch = load_recipe(PretrainRecipe, name, own).recipe.run.micro_batch
         recipe = load_recipe(PretrainRecipe, name, [*own, f"run.global_batch={micro_batch * world.size}"]).recipe
         timed = args.rounds if args.gpu or name not in CPU_BLOCKS else 0
-        found[name] = {"depth": recipe.model.depth, "width": recipe.model.width, "precision": recipe.run.precision, "ranks": world.size, "rows": count_recipe(recipe, world, args, timed)}
+        found[name] = {
+            "depth": recipe.model.depth,
+            "width": recipe.model.width,
+            "precision": recipe.run.precision,
+            "ranks": world.size,
+            "rows": count_recipe(recipe, world, args, timed),
+        }
     if world.is_main:
         args.rows_to.write_text(json.dumps(found))
     return 0
@@ -133,7 +164,11 @@ def count_recipe(recipe, world, args: argparse.Namespace, rounds: int) -> dict[s
         trainee = _Trainee(copy.deepcopy(model), recipe, DS_CONFIGS / file, changed, world)
         for _ in range(WARM_UP):
             trainee.step()
-        rows[name] = {"held_bytes": max(0, _held_bytes(world) - before), "seconds": [], "collectives": collectives_of(trainee.step)}
+        rows[name] = {
+            "held_bytes": max(0, _held_bytes(world) - before),
+            "seconds": [],
+            "collectives": collectives_of(trainee.step),
+        }
         if rounds:
             trainees[name] = trainee
         else:
@@ -145,7 +180,9 @@ def count_recipe(recipe, world, args: argparse.Namespace, rounds: int) -> dict[s
 
 
 def collectives_of(step) -> dict[str, list[int]]:
-    """What a call asks the process group for: operation -> [calls, bytes, bytes of the largest call]; of a gather the whole result, of a reduction the whole input.
+    """What a call asks the process group for: operation -> [calls, bytes, bytes of the largest call].
+
+    Of a gather the whole result, of a reduction the whole input.
 
     Under READS: how often a value was read back to the host.
     """
@@ -180,7 +217,11 @@ def _held_bytes(world) -> int:
     gc.collect()
     if world.device.type == "cuda":
         return torch.cuda.memory_allocated()
-    storages = (thing.untyped_storage() for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu")
+    storages = (
+        thing.untyped_storage()
+        for thing in gc.get_objects()
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu"
+    )
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -190,10 +231,10 @@ class _Trainee:
     def __init__(self, model, recipe, config: Path, changed: dict, world) -> None:
         import torch
 
+        from peco_ds.data.loaders import Codes, masked_targets
         from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
         from peco_ds.models.vit import TransformerBlock
         from peco_ds.objectives import build_objective
-        from peco_ds.data.loaders import Codes, masked_targets
         from peco_ds.runtime.engine import start_engine
 
         merged = merge_deepspeed(read_deepspeed_json(config), config, recipe.run, recipe.optim, world.size)
@@ -204,11 +245,20 @@ class _Trainee:
             elif key != "leaves":
                 merged["zero_optimization"][key] = value
         self._world, self._objective = world, build_objective(recipe.objective)
-        self._engine = start_engine(model, merged, source=config, run=recipe.run, optim=recipe.optim, leaf_modules=(TransformerBlock,) if leaves else ())
+        self._engine = start_engine(
+            model,
+            merged,
+            source=config,
+            run=recipe.run,
+            optim=recipe.optim,
+            leaf_modules=(TransformerBlock,) if leaves else (),
+        )
         batch, size, patches = recipe.run.micro_batch, recipe.model.image_px, recipe.model.grid**2
         self._images = torch.randn(batch, 3, size, size, device=world.device)
         self._masked = torch.arange(recipe.mask.count, device=world.device).expand(batch, -1)
-        self._targets = masked_targets(Codes(torch.randint(recipe.objective.num_codes, (batch, patches), device=world.device)), self._masked)
+        self._targets = masked_targets(
+            Codes(torch.randint(recipe.objective.num_codes, (batch, patches), device=world.device)), self._masked
+        )
 
     def step(self) -> None:
         loss = self._objective(self._engine(self._images, self._masked), self._targets)[0]
@@ -239,8 +289,13 @@ def group_of(operation: str) -> str:
 
 
 def traffic_bytes(collectives: dict[str, list[int]]) -> int:
-    """What a rank sends a step on many ranks: once the whole of a gather or a reduce-scatter, twice that of an all-reduce."""
-    return sum(num_bytes * (2 if operation.startswith("allreduce") else 1) for operation, (_, num_bytes, _) in collectives.items())
+    """What a rank sends a step on many ranks: once the whole of a gather or a reduce-scatter, twice that of an
+    all-reduce.
+    """
+    return sum(
+        num_bytes * (2 if operation.startswith("allreduce") else 1)
+        for operation, (_, num_bytes, _) in collectives.items()
+    )
 
 
 def tables(found: dict[str, dict]) -> str:
@@ -251,20 +306,39 @@ def tables(found: dict[str, dict]) -> str:
         first = next(iter(rows.values()))
         timed = bool(first["seconds"])
         parts += [
-            f"{name}, width {model['width']}, {model['depth']} blocks, {model['precision']}, {model['ranks']} ranks. Of the third step; MiB with the largest call in brackets; `sent`: by a rank, on many ranks; `reads`: values read back to the host; "
-            "`held`: state of a rank between two steps" + (f"; time as a ratio to {next(iter(rows))}, medians of {len(first['seconds'])} steps by turns (smallest to largest)." if timed else "."),
+            f"{name}, width {model['width']}, {model['depth']} blocks, {model['precision']}, "
+            f"{model['ranks']} ranks. Of the third step; MiB with the largest call in brackets; `sent`: "
+            "by a rank, on many ranks; `reads`: values read back to the host; "
+            "`held`: state of a rank between two steps"
+            + (
+                f"; time as a ratio to {next(iter(rows))}, medians of {len(first['seconds'])} steps by turns "
+                "(smallest to largest)."
+                if timed
+                else "."
+            ),
             "",
-            "| | gathers | MiB | reductions | MiB | others | sent, MiB | reads | held, MiB |" + (" time |" if timed else ""),
+            "| | gathers | MiB | reductions | MiB | others | sent, MiB | reads | held, MiB |"
+            + (" time |" if timed else ""),
             "|---|---|---|---|---|---|---|---|---|" + ("---|" if timed else ""),
         ]
         for row_name, row in rows.items():
             cells = []
             for group in ("gathers", "reductions"):
                 entries = [entry for operation, entry in row["collectives"].items() if group_of(operation) == group]
-                calls, num_bytes, largest = sum(entry[0] for entry in entries), sum(entry[1] for entry in entries), max((entry[2] for entry in entries), default=0)
+                calls, num_bytes, largest = (
+                    sum(entry[0] for entry in entries),
+                    sum(entry[1] for entry in entries),
+                    max((entry[2] for entry in entries), default=0),
+                )
                 cells += [str(calls), f"{num_bytes / 2**20:.1f} ({largest / 2**20:.1f})"]
-            cells += [str(sum(entry[0] for operation, entry in row["collectives"].items() if group_of(operation) == "others"))]
-            cells += [f"{traffic_bytes(row['collectives']) / 2**20:.1f}", str(row["collectives"].get(READS, [0])[0]), f"{row['held_bytes'] / 2**20:.0f}"]
+            cells += [
+                str(sum(entry[0] for operation, entry in row["collectives"].items() if group_of(operation) == "others"))
+            ]
+            cells += [
+                f"{traffic_bytes(row['collectives']) / 2**20:.1f}",
+                str(row["collectives"].get(READS, [0])[0]),
+                f"{row['held_bytes'] / 2**20:.0f}",
+            ]
             if timed:
                 ratios = [ours / theirs for ours, theirs in zip(row["seconds"], first["seconds"])]
                 cells += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]

@@ -1,16 +1,20 @@
-"""Which target teaches most? A list of pre-training recipes on the same pictures, at equal compute, in one table and one plot.
+"""Which target teaches most? A list of pre-training recipes on the same pictures, at equal compute, in one table and
+one plot.
 
     python benchmarks/compare.py benchmarks/compare/imagenette.yaml --pictures imagenette112 --out compare_out
 
-PICTURES holds train/ and val/ with a folder a class. The file names tokenizers and arms (what it may hold: `Comparison` in this file). Every arm is pre-trained with the same
-number of FLOPs (forward and backward of its own model, as the planner counts them; a cheaper encoder makes more steps), then probed and fine-tuned alike, once a
-seed. Equal is the compute of the arm's own pre-training; its tokenizer, and the arm that taught
-that, come on top: the table's stage minutes show them. All seeds of an arm share tokenizer and codes. The probe's best block and rate are picked on the pictures that
-are reported, alike for all arms. Masked accuracy is not compared: it means another thing for every vocabulary. What is finished is not done again, so a stopped comparison continues.
-Ends in OUT/results.json, results.md and compare.png.
+PICTURES holds train/ and val/ with a folder a class. The file names tokenizers and arms (what it may hold: `Comparison`
+in this file). Every arm is pre-trained with the same number of FLOPs (forward and backward of its own model, as the
+planner counts them; a cheaper encoder makes more steps), then probed and fine-tuned alike, once a seed. Equal is the
+compute of the arm's own pre-training; its tokenizer, and the arm that taught
+that, come on top: the table's stage minutes show them. All seeds of an arm share tokenizer and codes. The probe's best
+block and rate are picked on the pictures that
+are reported, alike for all arms. Masked accuracy is not compared: it means another thing for every vocabulary. What is
+finished is not done again, so a stopped comparison continues. Ends in OUT/results.json, results.md and compare.png.
 With GPUs, raise it:
-    --ranks 8 --tokenizer run.global_batch=512 run.micro_batch=64 tokenizer.vit.target_width=384 --pretrain run.global_batch=2048 run.micro_batch=256 schedule.epochs=800
-    model.width=384 model.heads=6 --classifier run.global_batch=1024 run.micro_batch=128 schedule.epochs=100 model.width=384 model.heads=6
+    --ranks 8 --tokenizer run.global_batch=512 run.micro_batch=64 tokenizer.vit.target_width=384 --pretrain
+    run.global_batch=2048 run.micro_batch=256 schedule.epochs=800 model.width=384 model.heads=6 --classifier
+    run.global_batch=1024 run.micro_batch=128 schedule.epochs=100 model.width=384 model.heads=6
 """
 
 from __future__ import annotations
@@ -40,23 +44,27 @@ from peco_ds.errors import EXIT_DONE, UserError
 from peco_ds.schema import sha256_of_json, write_json
 
 _strict = ConfigDict(extra="forbid")
-RELEASE = re.compile(r"\{release:(\w+)\}")  # in a setting: the timm release of an arm that stands earlier, pre-trained with the first seed
+# in a setting: the timm release of an arm that stands earlier, pre-trained with the first seed
+RELEASE = re.compile(r"\{release:(\w+)\}")
 
 
-OF_TOKENS = ("views.", "data.", "model.image_px=", "model.patch_px=", "objective.num_codes=", "run.")  # settings that codes depend on, or that making them needs
+# settings that codes depend on, or that making them needs
+OF_TOKENS = ("views.", "data.", "model.image_px=", "model.patch_px=", "objective.num_codes=", "run.")
 
 
 @checked(frozen=True, config=_strict)
 class Tokenizer:
     recipe: str = ""  # of train_tokenizer.py
     settings: list[str] = field(default_factory=list)
-    release: str = ""  # instead of a recipe: a folder that train_tokenizer.py or import_tokenizer.py has written
+    # instead of a recipe: a folder that train_tokenizer.py or import_tokenizer.py has written
+    release: str = ""
 
 
 @checked(frozen=True, config=_strict)
 class Arm:
     label: str
-    tokenizer: str = ""  # one of `tokenizers`; empty: no pre-training
+    # one of `tokenizers`; empty: no pre-training
+    tokenizer: str = ""
     settings: list[str] = field(default_factory=list)  # over the shared pre-training recipe
 
 
@@ -69,21 +77,51 @@ class Comparison:
     probe: str
     tokenizers: dict[str, Tokenizer]
     arms: dict[str, Arm]
-    budget_of: str  # the arm whose schedule says how many FLOPs every arm gets
+    # the arm whose schedule says how many FLOPs every arm gets
+    budget_of: str
     probe_settings: list[str] = field(default_factory=list)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", type=Path, metavar="FILE", help="YAML: tokenizers and arms; benchmarks/compare/imagenette.yaml is one, class Comparison of this file says what it may hold")
-    parser.add_argument("--pictures", type=Path, required=True, metavar="FOLDER", help="train/ and val/, each with a folder a class")
-    parser.add_argument("--out", type=Path, default=Path("compare_out"), metavar="FOLDER", help="runs, records and results (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="pre-trainings and fine-tunings of each arm (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="stages at a time, each with its share of the cores; with GPUs: 1 (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=1, help="1: plain python; more: the deepspeed launcher (default: %(default)s)")
+    parser.add_argument(
+        "comparison",
+        type=Path,
+        metavar="FILE",
+        help="YAML: tokenizers and arms; benchmarks/compare/imagenette.yaml is one, class Comparison of "
+        "this file says what it may hold",
+    )
+    parser.add_argument(
+        "--pictures", type=Path, required=True, metavar="FOLDER", help="train/ and val/, each with a folder a class"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("compare_out"),
+        metavar="FOLDER",
+        help="runs, records and results (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=2, help="pre-trainings and fine-tunings of each arm (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="stages at a time, each with its share of the cores; with GPUs: 1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="1: plain python; more: the deepspeed launcher (default: %(default)s)"
+    )
     parser.add_argument("--deepspeed_config", default=str(HERE.parent / "ds_configs" / "zero1.json"))
     for name in ("tokenizer", "pretrain", "classifier"):
-        parser.add_argument(f"--{name}", nargs="*", default=[], metavar="key=value", help=f"settings over every {name} recipe of the file")
+        parser.add_argument(
+            f"--{name}",
+            nargs="*",
+            default=[],
+            metavar="key=value",
+            help=f"settings over every {name} recipe of the file",
+        )
     args = parser.parse_args(argv)
     comparison = Comparisons(args, read_comparison(args.comparison))
     comparison.run()
@@ -105,11 +143,20 @@ def read_comparison(path: Path) -> Comparison:
     names = list(found.arms)
     for number, (name, arm) in enumerate(found.arms.items()):
         if arm.tokenizer and arm.tokenizer not in found.tokenizers:
-            raise UserError(f"{path}: arm {name} has the tokenizer {arm.tokenizer}; known: {', '.join(found.tokenizers)}")
+            raise UserError(
+                f"{path}: arm {name} has the tokenizer {arm.tokenizer}; known: {', '.join(found.tokenizers)}"
+            )
         used = found.tokenizers[arm.tokenizer].settings if arm.tokenizer else []
-        late = [other for setting in [*used, *arm.settings] for other in RELEASE.findall(setting) if other not in names[:number] or not found.arms[other].tokenizer]
+        late = [
+            other
+            for setting in [*used, *arm.settings]
+            for other in RELEASE.findall(setting)
+            if other not in names[:number] or not found.arms[other].tokenizer
+        ]
         if late:
-            raise UserError(f"{path}: arm {name} needs a release of {late[0]}, which is no pre-trained arm that stands before it")
+            raise UserError(
+                f"{path}: arm {name} needs a release of {late[0]}, which is no pre-trained arm that stands before it"
+            )
     if not (found.budget_of in found.arms and found.arms[found.budget_of].tokenizer):
         raise UserError(f"{path}: budget_of {found.budget_of}: no pre-trained arm; name one")
     return found
@@ -130,14 +177,26 @@ class Comparisons:
     def __init__(self, args, comparison: Comparison) -> None:
         self.args, self.comparison, self.out = args, comparison, args.out.resolve()
         threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else 0
-        self.stages = Stages(self.out, ranks=args.ranks, deepspeed_config=args.deepspeed_config, threads=threads, jobs=args.jobs)
+        self.stages = Stages(
+            self.out, ranks=args.ranks, deepspeed_config=args.deepspeed_config, threads=threads, jobs=args.jobs
+        )
         self.trained = [name for name, arm in comparison.arms.items() if arm.tokenizer]
         for name in self.trained:
-            micro_steps(self.resolved(name).run, args.ranks)  # refused before hours of stages, not after
+            # refused before hours of stages, not after
+            micro_steps(self.resolved(name).run, args.ranks)
 
     def run(self) -> None:
         for split in ("train", "val"):
-            self.stages.python(f"pack_{split}", "pack_images.py", "--images", self.args.pictures / split, "--out", self.out / "images" / split, "--samples_per_shard", 500)
+            self.stages.python(
+                f"pack_{split}",
+                "pack_images.py",
+                "--images",
+                self.args.pictures / split,
+                "--out",
+                self.out / "images" / split,
+                "--samples_per_shard",
+                500,
+            )
         with ThreadPoolExecutor(len(self.comparison.arms)) as threads:
             for done in [threads.submit(self.arm, name) for name in self.comparison.arms]:
                 done.result()
@@ -148,31 +207,76 @@ class Comparisons:
         for seed in range(self.args.seeds):
             init = [f"init.weights={self.pretrained(name, seed)}"] if name in self.trained else []
             run = f"classifier_{name}_{seed}"
-            self.stages.train(run, "finetune.py", self.recipe(self.comparison.classifier), self.out / run, *init, f"run.seed={seed}", *self.args.classifier)
+            self.stages.train(
+                run,
+                "finetune.py",
+                self.recipe(self.comparison.classifier),
+                self.out / run,
+                *init,
+                f"run.seed={seed}",
+                *self.args.classifier,
+            )
 
     def probe(self, name: str) -> None:
-        settings = [f"data.root={self.out}", f"init.weights={self.pretrained(name, 0)}", *self.comparison.probe_settings]
-        self.stages.python(f"probe_{name}", "linear_probe.py", "--recipe", self.recipe(self.comparison.probe), *settings, "--out", self.out / f"probe_{name}")
+        settings = [
+            f"data.root={self.out}",
+            f"init.weights={self.pretrained(name, 0)}",
+            *self.comparison.probe_settings,
+        ]
+        self.stages.python(
+            f"probe_{name}",
+            "linear_probe.py",
+            "--recipe",
+            self.recipe(self.comparison.probe),
+            *settings,
+            "--out",
+            self.out / f"probe_{name}",
+        )
         arm = self.comparison.arms[name]
-        self.stages.python(f"codes_{arm.tokenizer}", "evaluate.py", self.tokenizer(arm.tokenizer), "--images", self.out / "images/val", "--out", self.out / f"codes_{arm.tokenizer}.json", "--image_px", self.views(name).tokenizer_px)
+        self.stages.python(
+            f"codes_{arm.tokenizer}",
+            "evaluate.py",
+            self.tokenizer(arm.tokenizer),
+            "--images",
+            self.out / "images/val",
+            "--out",
+            self.out / f"codes_{arm.tokenizer}.json",
+            "--image_px",
+            self.views(name).tokenizer_px,
+        )
 
     # -------------------------------------------------------------------------------- pieces that several arms ask for
 
     def pretrained(self, name: str, seed: int) -> Path:
         """The run folder of an arm's pre-training."""
-        arm, run = self.comparison.arms[name], f"pretrain_{name}_{seed}"
+        run = f"pretrain_{name}_{seed}"
         tokens = self.tokens(name)
-        settings = [*self.settings(name), f"data.tokens={tokens}", "schedule.epochs=null", f"schedule.steps={self.budget(name).steps}", f"run.seed={seed}"]
+        settings = [
+            *self.settings(name),
+            f"data.tokens={tokens}",
+            "schedule.epochs=null",
+            f"schedule.steps={self.budget(name).steps}",
+            f"run.seed={seed}",
+        ]
         self.stages.train(run, "pretrain.py", self.recipe(self.comparison.pretrain), self.out / run, *settings)
         return self.out / run
 
     def tokens(self, name: str) -> Path:
         """The codes of an arm; arms that record the same views of one tokenizer share them."""
         arm, views = self.comparison.arms[name], self.views(name)
-        tokenizer = self.tokenizer(arm.tokenizer)
-        settings = [setting for setting in self.settings(name) if setting.startswith(OF_TOKENS)]  # the command is the same for all arms that share the codes
+        self.tokenizer(arm.tokenizer)
+        # the command is the same for all arms that share the codes
+        settings = [setting for setting in self.settings(name) if setting.startswith(OF_TOKENS)]
         folder = self.out / f"tokens_{arm.tokenizer}_{sha256_of_json(asdict(views))[:8]}"
-        self.stages.ranks(folder.name, "tokenize_shards.py", "--recipe", self.recipe(self.comparison.pretrain), f"data.root={self.out}", *settings, f"data.tokens={folder}")
+        self.stages.ranks(
+            folder.name,
+            "tokenize_shards.py",
+            "--recipe",
+            self.recipe(self.comparison.pretrain),
+            f"data.root={self.out}",
+            *settings,
+            f"data.tokens={folder}",
+        )
         return folder
 
     def tokenizer(self, name: str) -> Path:
@@ -180,12 +284,16 @@ class Comparisons:
         wanted, release = self.comparison.tokenizers[name], self.tokenizer_folder(name)
         if not wanted.release:
             settings = [self.filled(setting) for setting in (*wanted.settings, *self.args.tokenizer)]
-            self.stages.train(f"tokenizer_{name}", "train_tokenizer.py", self.recipe(wanted.recipe), release.parent, *settings)
+            self.stages.train(
+                f"tokenizer_{name}", "train_tokenizer.py", self.recipe(wanted.recipe), release.parent, *settings
+            )
         return release
 
     def release(self, name: str) -> Path:
         run = self.pretrained(name, 0)
-        self.stages.python(f"release_{name}", "convert_checkpoint.py", run, "--to", "timm", "--out", self.out / f"release_{name}")
+        self.stages.python(
+            f"release_{name}", "convert_checkpoint.py", run, "--to", "timm", "--out", self.out / f"release_{name}"
+        )
         return self.out / f"release_{name}"
 
     def filled(self, setting: str) -> str:
@@ -226,16 +334,38 @@ class Comparisons:
     def write_results(self) -> None:
         """Everything that was measured as JSON, a table, and the plot."""
         costs = step_costs({name: self.resolved(name) for name in self.trained})
-        curves = {name: [rows(self.out / f"classifier_{name}_{seed}" / "evaluation.jsonl") for seed in range(self.args.seeds)] for name in self.comparison.arms}
+        curves = {
+            name: [rows(self.out / f"classifier_{name}_{seed}" / "evaluation.jsonl") for seed in range(self.args.seeds)]
+            for name in self.comparison.arms
+        }
         first = json.loads((self.out / f"classifier_{next(iter(curves))}_0" / "provenance.json").read_text())
         arms = {}
         for name, arm in self.comparison.arms.items():
-            arms[name] = {"label": arm.label, "top1": [curve[-1]["top1"] for curve in curves[name]], "curves": curves[name]}
+            arms[name] = {
+                "label": arm.label,
+                "top1": [curve[-1]["top1"] for curve in curves[name]],
+                "curves": curves[name],
+            }
             if name in self.trained:
                 probe = json.loads((self.out / f"probe_{name}" / "probe.json").read_text())
                 codes = json.loads((self.out / f"codes_{arm.tokenizer}.json").read_text())
-                arms[name] |= {"budget": vars(self.budget(name)), "step": {"images_per_s": costs[name].images_per_s, "saved_bytes_a_picture": costs[name].saved_bytes_a_picture}, "probe": probe["layers"], "codes": codes["quality"], "num_codes": codes["settings"]["num_codes"]}
-        results = {"command": shlex.join(sys.argv), "commit": first["commit"], "versions": first["versions"], "arms": arms, "runs": self.stages.records()}
+                arms[name] |= {
+                    "budget": vars(self.budget(name)),
+                    "step": {
+                        "images_per_s": costs[name].images_per_s,
+                        "saved_bytes_a_picture": costs[name].saved_bytes_a_picture,
+                    },
+                    "probe": probe["layers"],
+                    "codes": codes["quality"],
+                    "num_codes": codes["settings"]["num_codes"],
+                }
+        results = {
+            "command": shlex.join(sys.argv),
+            "commit": first["commit"],
+            "versions": first["versions"],
+            "arms": arms,
+            "runs": self.stages.records(),
+        }
         write_json(self.out / "results.json", results)
         text = table(results)
         (self.out / "results.md").write_text(text)
@@ -248,19 +378,48 @@ def rows(path: Path) -> list[dict]:
 
 
 def table(results: dict) -> str:
-    heads = ("arm", "fine-tuned top-1, each seed", "mean", "linear probe, best block", "k-NN, best block", "steps", "GFLOP a picture", "TFLOP in all", "images/s", "activations a picture", "codes used")
+    heads = (
+        "arm",
+        "fine-tuned top-1, each seed",
+        "mean",
+        "linear probe, best block",
+        "k-NN, best block",
+        "steps",
+        "GFLOP a picture",
+        "TFLOP in all",
+        "images/s",
+        "activations a picture",
+        "codes used",
+    )
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for arm in results["arms"].values():
-        cells = [arm["label"], ", ".join(f"{value:.1f}" for value in arm["top1"]), f"{statistics.mean(arm['top1']):.1f}"]
+        cells = [
+            arm["label"],
+            ", ".join(f"{value:.1f}" for value in arm["top1"]),
+            f"{statistics.mean(arm['top1']):.1f}",
+        ]
         if "probe" in arm:
             linear = max(row["top1"] for layer in arm["probe"] for row in layer["linear"])
             knn = max(value for layer in arm["probe"] for value in layer["knn"].values())
             budget, step = arm["budget"], arm["step"]
-            cells += [f"{linear:.1f}", f"{knn:.1f}", f"{budget['steps']}", f"{budget['flops_a_picture'] / 1e9:.2f}", f"{budget['flops_a_picture'] * budget['pictures'] / 1e12:.1f}", f"{step['images_per_s']:.0f}", f"{step['saved_bytes_a_picture'] / 1e6:.2f} MB", f"{arm['codes']['codes_used']} of {arm['num_codes']}"]
+            cells += [
+                f"{linear:.1f}",
+                f"{knn:.1f}",
+                f"{budget['steps']}",
+                f"{budget['flops_a_picture'] / 1e9:.2f}",
+                f"{budget['flops_a_picture'] * budget['pictures'] / 1e12:.1f}",
+                f"{step['images_per_s']:.0f}",
+                f"{step['saved_bytes_a_picture'] / 1e6:.2f} MB",
+                f"{arm['codes']['codes_used']} of {arm['num_codes']}",
+            ]
         lines.append(f"| {' | '.join(cells + ['-'] * (len(heads) - len(cells)))} |")
     minutes = sum(run["seconds"] for run in results["runs"].values()) / 60
     versions = results["versions"]
-    lines += ["", f"{minutes:.0f} minutes of stages; {versions['device']}, torch {versions['torch']}, deepspeed {versions['deepspeed']}, timm {versions['timm']}, commit {results['commit'][:12]}"]
+    lines += [
+        "",
+        f"{minutes:.0f} minutes of stages; {versions['device']}, torch {versions['torch']}, deepspeed "
+        f"{versions['deepspeed']}, timm {versions['timm']}, commit {results['commit'][:12]}",
+    ]
     return "\n".join([*lines, f"`{results['command']}`", ""])
 
 
@@ -275,9 +434,21 @@ def plot(path: Path, arms: dict[str, dict]) -> None:
     for number, arm in enumerate(arms.values()):
         colour = f"C{number}" if "probe" in arm else "0.5"
         for seed, curve in enumerate(arm["curves"]):
-            tuned.plot([row["step"] for row in curve], [row["top1"] for row in curve], marker=".", color=colour, label=arm["label"] if seed == 0 else None)
+            tuned.plot(
+                [row["step"] for row in curve],
+                [row["top1"] for row in curve],
+                marker=".",
+                color=colour,
+                label=arm["label"] if seed == 0 else None,
+            )
         if "probe" in arm:
-            probed.plot([layer["block"] for layer in arm["probe"]], [max(row["top1"] for row in layer["linear"]) for layer in arm["probe"]], marker=".", color=colour, label=arm["label"])
+            probed.plot(
+                [layer["block"] for layer in arm["probe"]],
+                [max(row["top1"] for row in layer["linear"]) for layer in arm["probe"]],
+                marker=".",
+                color=colour,
+                label=arm["label"],
+            )
     tuned.set(xlabel="step of fine-tuning", ylabel="top-1, %", title="fine-tuned, a line a seed")
     probed.set(xlabel="features after block", ylabel="top-1, %", title="linear probe of frozen features")
     for axes in (tuned, probed):

@@ -1,10 +1,13 @@
-"""How much memory does converting a full-size ViT-H/14 take? A ZeRO-3 checkpoint of four ranks, made without training, to timm, Hugging Face and unilm.
+"""How much memory does converting a full-size ViT-H/14 take? A ZeRO-3 checkpoint of four ranks, made without training,
+to timm, Hugging Face and unilm.
 
     python benchmarks/convert_memory.py [--folder SCRATCH] [--limit_gib 16]
 
-The checkpoint has the files and the sizes of a real one (fp32 weights and both Adam moments, 7.6 GB), with drawn values. Each conversion runs as a user
-starts it, with verification in a process of its own. Reported is the largest sum over all its processes at any time: of resident memory, where pages of
-mapped files count although the system can drop them, and of anonymous memory alone. Needs Linux, 12 GB of disk, and the memory it measures.
+The checkpoint has the files and the sizes of a real one (fp32 weights and both Adam moments, 7.6 GB), with drawn
+values. Each conversion runs as a user
+starts it, with verification in a process of its own. Reported is the largest sum over all its processes at any time: of
+resident memory, where pages of mapped files count although the system can drop them, and of anonymous memory alone.
+Needs Linux, 12 GB of disk, and the memory it measures.
 """
 
 from __future__ import annotations
@@ -26,10 +29,17 @@ GIB = 2**30
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where checkpoint and releases lie while it runs (default: the system's temporary folder)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where checkpoint and releases lie while it runs (default: the system's temporary folder)",
+    )
     parser.add_argument("--recipe", default="peco_vith14", help="of the model (default: %(default)s)")
-    parser.add_argument("--limit_gib", type=float, default=16.0, help="exit 1 if a conversion takes more (default: %(default)s)")
-    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)  # in a process of its own, so that its memory is given back
+    parser.add_argument(
+        "--limit_gib", type=float, default=16.0, help="exit 1 if a conversion takes more (default: %(default)s)"
+    )
+    # in a process of its own, so that its memory is given back
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make:
         make_run(args.make, args.recipe)
@@ -42,7 +52,22 @@ def main() -> int:
         sys.stdout.write(f"{args.recipe}: {size / 1e9:.2f} GB in the files of {RANKS} ranks\n")
         for to in ("timm", "hf", "unilm"):
             release = Path(folder) / to
-            rows.append({"to": to, **watch([sys.executable, str(HERE.parent / "peco_ds" / "convert_checkpoint.py"), str(run), "--to", to, "--out", str(release)])})
+            rows.append(
+                {
+                    "to": to,
+                    **watch(
+                        [
+                            sys.executable,
+                            str(HERE.parent / "peco_ds" / "convert_checkpoint.py"),
+                            str(run),
+                            "--to",
+                            to,
+                            "--out",
+                            str(release),
+                        ]
+                    ),
+                }
+            )
             subprocess.run(["rm", "-r", str(release)], check=True)
             sys.stdout.write(json.dumps(rows[-1]) + "\n")
             sys.stdout.flush()
@@ -69,20 +94,43 @@ def make_run(folder: Path, recipe_name: str) -> None:
     groups = [{name: shape for name, shape in parameters.items() if (len(shape) > 1) == many} for many in (True, False)]
     for rank in range(RANKS):
         name = f"zero_pp_rank_{rank}_mp_rank_00"
-        states = {"module": {}, "buffer_names": [], "param_shapes": groups, "shared_params": {}, "frozen_param_shapes": None, "frozen_param_fragments": None, "ds_version": "0.19.8"}
+        states = {
+            "module": {},
+            "buffer_names": [],
+            "param_shapes": groups,
+            "shared_params": {},
+            "frozen_param_shapes": None,
+            "frozen_param_fragments": None,
+            "ds_version": "0.19.8",
+        }
         torch.save(states, checkpoint / f"{name}_model_states.pt")
         flat = [torch.cat([_part(name, shape, rank) for name, shape in group.items()]) for group in groups]
-        moments = {number: {"step": torch.tensor(float(STEP)), "exp_avg": torch.randn_like(part), "exp_avg_sq": torch.rand_like(part)} for number, part in enumerate(flat)}
-        state = {"zero_stage": 3, "partition_count": RANKS, "fp32_flat_groups": flat, "optimizer_state_dict": {"state": moments, "param_groups": []}}
+        moments = {
+            number: {
+                "step": torch.tensor(float(STEP)),
+                "exp_avg": torch.randn_like(part),
+                "exp_avg_sq": torch.rand_like(part),
+            }
+            for number, part in enumerate(flat)
+        }
+        state = {
+            "zero_stage": 3,
+            "partition_count": RANKS,
+            "fp32_flat_groups": flat,
+            "optimizer_state_dict": {"state": moments, "param_groups": []},
+        }
         torch.save({"optimizer_state_dict": state}, checkpoint / f"{name}_optim_states.pt")
         torch.save({}, checkpoint / rank_name(rank))
     cursor = {"fingerprint": "0" * 64, "seed": 0, "samples": STEP * recipe.run.global_batch}
     write_json(checkpoint / PROGRESS, {"step": STEP, "cursor": cursor, "world_size": RANKS, "zero_stage": 3})
     for place in (folder, checkpoint):
-        write_json(place / SETTINGS, {"stage": "pretrain", "recipe": asdict(recipe), "sources": {}})  # JSON is YAML
+        # JSON is YAML
+        write_json(place / SETTINGS, {"stage": "pretrain", "recipe": asdict(recipe), "sources": {}})
         write_json(place / PROVENANCE, {"commit": "none", "num_samples": 0})
-    files = [path for path in checkpoint.iterdir()]
-    write_json(checkpoint / MANIFEST, {"files": {path.name: [path.stat().st_size, sha256_of_file(path)] for path in files}})
+    files = list(checkpoint.iterdir())
+    write_json(
+        checkpoint / MANIFEST, {"files": {path.name: [path.stat().st_size, sha256_of_file(path)] for path in files}}
+    )
 
 
 def _part(name: str, shape, rank: int):
@@ -91,7 +139,9 @@ def _part(name: str, shape, rank: int):
 
     length = -(-shape.numel() // RANKS)
     start = 1.0 if "norm" in name and name.endswith("weight") else 0.1 if "gamma" in name else 0.0
-    return start + 0.02 * torch.randn(length, generator=torch.Generator().manual_seed(hash((len(name), shape.numel(), rank)) % 2**31))
+    return start + 0.02 * torch.randn(
+        length, generator=torch.Generator().manual_seed(hash((len(name), shape.numel(), rank)) % 2**31)
+    )
 
 
 def watch(command: list[str]) -> dict:
@@ -106,7 +156,12 @@ def watch(command: list[str]) -> dict:
     out, err = process.communicate()
     if process.returncode:
         sys.exit(f"{command}: exit {process.returncode}\n{err[-2000:]}")
-    return {"resident_gib": round(resident / GIB, 2), "anonymous_gib": round(anonymous / GIB, 2), "wall_s": round(time.perf_counter() - began), "said": out.strip().split("; ")[-1]}
+    return {
+        "resident_gib": round(resident / GIB, 2),
+        "anonymous_gib": round(anonymous / GIB, 2),
+        "wall_s": round(time.perf_counter() - began),
+        "said": out.strip().split("; ")[-1],
+    }
 
 
 def tree(pid: int) -> list[int]:
@@ -126,7 +181,9 @@ def memory_of(pid: int) -> tuple[int, int]:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0, 0
-    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "RssAnon"))}
+    values = {
+        line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "RssAnon"))
+    }
     return values.get("VmRSS", 0), values.get("RssAnon", 0)
 
 

@@ -1,13 +1,17 @@
-"""How many pictures a second does one core make ready for masked pre-training, and how many cores feed a GPU? Our loader against the BEiT transform, on the same JPEGs.
+"""How many pictures a second does one core make ready for masked pre-training, and how many cores feed a GPU? Our
+loader against the BEiT transform, on the same JPEGs.
 
     python benchmarks/data.py [--images FOLDER] [--gpu] [--record FILE.md] [key.sub=value ...]
 
-Ours: what a loader process does for a picture of the recipe: tar read, decode, one crop-resize to uint8, mask, token record; with an online tokenizer a second crop,
-BEiT's, instead of the record. Jitter and normalisation run in batches on the device and are timed apart. The reference: the two-view transform of BEiT (arXiv 2106.08254) on
-Pillow and torchvision: decode, colour jitter of the whole picture, flip, one box resized to 224 (bicubic) and 112 (Lanczos), two tensors, normalisation, pixel map, mask.
+Ours: what a loader process does for a picture of the recipe: tar read, decode, one crop-resize to uint8, mask, token
+record; with an online tokenizer a second crop, BEiT's, instead of the record. Jitter and normalisation run in batches
+on the device and are timed apart. The reference: the two-view transform of BEiT (arXiv 2106.08254) on
+Pillow and torchvision: decode, colour jitter of the whole picture, flip, one box resized to 224 (bicubic) and 112
+(Lanczos), two tensors, normalisation, pixel map, mask.
 
-Both read the same bytes from the same tars, which are packed for this run and lie in the page cache, in one process on one thread; a chunk of pictures each by turns. Times
-are CPU seconds of this process, so they are per core, and other programs weigh less. Pictures are taken as they are, and packed with --short_side 320.
+Both read the same bytes from the same tars, which are packed for this run and lie in the page cache, in one process on
+one thread; a chunk of pictures each by turns. Times are CPU seconds of this process, so they are per core, and other
+programs weigh less. Pictures are taken as they are, and packed with --short_side 320.
 """
 
 from __future__ import annotations
@@ -39,14 +43,18 @@ STEP_PRODUCTS, STEP_ROUNDS = 100, 3  # of the made-up step
 SHARES = (0.4, 0.5)  # of it that a training step may reach
 MODELS = {"B/16": "peco_vitb16", "L/16": "peco_vitl16", "H/14": "peco_vith14"}
 SHORT_SIDE_PX = 320
-DRAWN = "drawn_"  # how the names of pictures begin that are no real ones
+# how the names of pictures begin that are no real ones
+DRAWN = "drawn_"
 STORED, ONLINE, BEIT = "ours, stored tokens", "ours, online tokens (two crops)", "BEiT transform"
 TOKENIZER_LOOK = dict(tokenizer_px=112, tokenizer_interpolation="lanczos")  # of BEiT's second crop
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a run: pictures packed; rounds of so many pictures a chunk; pictures of a batch on the device, and batches of it that are timed."""
+    """Of a run: pictures packed.
+
+    Rounds of so many pictures a chunk; pictures of a batch on the device, and batches of it that are timed.
+    """
 
     pictures: int
     rounds: int
@@ -82,23 +90,48 @@ class Timed:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="peco_vitb16", help="views, mask and picture size (default: %(default)s)")
-    parser.add_argument("--images", type=Path, help="folder of pictures at any depth, or of image shards (default: the pictures that the tests find)")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        help="folder of pictures at any depth, or of image shards (default: the pictures that the tests find)",
+    )
     parser.add_argument("--gpu", action="store_true", help="the device's share on the GPU, in larger batches")
-    parser.add_argument("--pictures", type=at_least(1), help=f"taken from --images, evenly spread (default: {CPU_SIZES.pictures}, with --gpu {GPU_SIZES.pictures})")
-    parser.add_argument("--rounds", type=at_least(1), help=f"of each way that are counted (default: {CPU_SIZES.rounds}, with --gpu {GPU_SIZES.rounds})")
-    parser.add_argument("--chunk", type=at_least(1), help=f"pictures of a way in a round (default: {CPU_SIZES.chunk}, with --gpu {GPU_SIZES.chunk})")
+    parser.add_argument(
+        "--pictures",
+        type=at_least(1),
+        help=f"taken from --images, evenly spread (default: {CPU_SIZES.pictures}, with --gpu {GPU_SIZES.pictures})",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=at_least(1),
+        help=f"of each way that are counted (default: {CPU_SIZES.rounds}, with --gpu {GPU_SIZES.rounds})",
+    )
+    parser.add_argument(
+        "--chunk",
+        type=at_least(1),
+        help=f"pictures of a way in a round (default: {CPU_SIZES.chunk}, with --gpu {GPU_SIZES.chunk})",
+    )
     parser.add_argument("--record", type=Path, help="also write the tables to this file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of the recipe")
     args = parser.parse_intermixed_args(argv)
     sizes = GPU_SIZES if args.gpu else CPU_SIZES
-    sizes = replace(sizes, **{name: getattr(args, name) for name in ("pictures", "rounds", "chunk") if getattr(args, name)})
+    sizes = replace(
+        sizes, **{name: getattr(args, name) for name in ("pictures", "rounds", "chunk") if getattr(args, name)}
+    )
     body = measure(args, sizes)
     title = "The data path: pictures a second of one core"
     if args.record:
         from record import write_record
 
         words = sys.argv[1:] if argv is None else argv
-        body = write_record(args.record, title, " ".join(["python benchmarks/data.py", *map(shlex.quote, words)]), body, "torchvision", "pillow")
+        body = write_record(
+            args.record,
+            title,
+            " ".join(["python benchmarks/data.py", *map(shlex.quote, words)]),
+            body,
+            "torchvision",
+            "pillow",
+        )
     sys.stdout.write(body + "\n")
     return 0
 
@@ -116,16 +149,35 @@ def measure(args: argparse.Namespace, sizes: Sizes) -> str:
     device = torch.device("cuda", 0) if args.gpu else torch.device("cpu")
     with tempfile.TemporaryDirectory(prefix="peco_data_") as folder:
         files = chosen_files(args.images, sizes.pictures, Path(folder) / "files")
-        sets = {name: Bench(recipe, pack(files, Path(folder) / name, short_side), Path(folder) / f"{name}_tokens") for name, short_side in (("as_they_are", 0), ("short_side", SHORT_SIDE_PX))}
+        sets = {
+            name: Bench(recipe, pack(files, Path(folder) / name, short_side), Path(folder) / f"{name}_tokens")
+            for name, short_side in (("as_they_are", 0), ("short_side", SHORT_SIDE_PX))
+        }
         as_they_are = sets["as_they_are"]
-        timed = {"as_they_are": as_they_are.rounds(as_they_are.ways() | as_they_are.parts(), sizes), "short_side": sets["short_side"].rounds(sets["short_side"].ways(), sizes)}
-        drawn = " They were drawn, as no real ones were found: give --images." if any(path.name.startswith(DRAWN) for path in files.iterdir()) else ""
+        timed = {
+            "as_they_are": as_they_are.rounds(as_they_are.ways() | as_they_are.parts(), sizes),
+            "short_side": sets["short_side"].rounds(sets["short_side"].ways(), sizes),
+        }
+        drawn = (
+            " They were drawn, as no real ones were found: give --images."
+            if any(path.name.startswith(DRAWN) for path in files.iterdir())
+            else ""
+        )
         on_device, steps = as_they_are.device_seconds(sizes, device), as_they_are.step_seconds(sizes, device)
     whole = timed["as_they_are"]
-    return "\n\n".join([f"One thread; pictures from {args.images or 'those that the tests find'}.{drawn}", rate_table(timed), part_table(whole), device_table(whole, on_device, sizes, device), step_table(steps, sizes), core_table(timed)])
+    return "\n\n".join(
+        [
+            f"One thread; pictures from {args.images or 'those that the tests find'}.{drawn}",
+            rate_table(timed),
+            part_table(whole),
+            device_table(whole, on_device, sizes, device),
+            step_table(steps, sizes),
+            core_table(timed),
+        ]
+    )
 
 
-# ---------------------------------------------------------------------------------------------- pictures and tokens
+# --------------------------------------------------------------------------------- pictures and tokens
 
 
 def chosen_files(images: Path | None, count: int, folder: Path) -> Path:
@@ -175,7 +227,9 @@ def draw_pictures(folder: Path, count: int) -> None:
 
     draw = np.random.default_rng(0)
     for number in range(count):
-        smooth = Image.fromarray(draw.integers(256, size=(12, 16, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+        smooth = Image.fromarray(draw.integers(256, size=(12, 16, 3), dtype=np.uint8)).resize(
+            (500, 375), Image.Resampling.BICUBIC
+        )
         noisy = np.asarray(smooth).astype(int) + draw.integers(-12, 13, size=(375, 500, 1))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{DRAWN}{number:08d}.jpg", quality=92)
 
@@ -187,8 +241,27 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def pack(files: Path, out: Path, short_side: int) -> Path:
-    command = [sys.executable, HERE.parent / "peco_ds" / "pack_images.py", "--images", files, "--out", out, "--short_side", short_side, "--samples_per_shard", 500, "--workers", 1]
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        HERE.parent / "peco_ds" / "pack_images.py",
+        "--images",
+        files,
+        "--out",
+        out,
+        "--short_side",
+        short_side,
+        "--samples_per_shard",
+        500,
+        "--workers",
+        1,
+    ]
+    subprocess.run(
+        list(map(str, command)),
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     return out
 
 
@@ -219,9 +292,13 @@ def write_tokens(pictures, recipe, folder: Path):
         key, image = pictures.decode(sample)
         rows = np.stack([draw_recorded_view(image, views, sample, view) for view in range(views.count)])
         shape, soft = (views.count, grid * grid), ()
-        if views.topk:  # neighbouring codes: no code twice for one patch
+        # neighbouring codes: no code twice for one patch
+        if views.topk:
             first = drawn.integers(codes - views.topk, size=(*shape, 1))
-            soft = (first + np.arange(views.topk)).astype(np.uint16), np.full((*shape, views.topk), 1 / views.topk, np.float16)
+            soft = (
+                (first + np.arange(views.topk)).astype(np.uint16),
+                np.full((*shape, views.topk), 1 / views.topk, np.float16),
+            )
         return TokenRecord(key, drawn.integers(codes, size=shape).astype(np.uint16), rows, *soft)
 
     ends = np.cumsum(pictures.shards.shard_sizes).tolist()
@@ -231,11 +308,14 @@ def write_tokens(pictures, recipe, folder: Path):
     return TokenSet(folder, pictures.manifest, num_codes=codes, grid=grid, views=views)
 
 
-# ---------------------------------------------------------------------------------------------- what is timed
+# --------------------------------------------------------------------------------------- what is timed
 
 
 class Bench:
-    """One packed set and everything that is timed on it; a way takes sample numbers and works through their pictures."""
+    """One packed set and everything that is timed on it.
+
+    A way takes sample numbers and works through their pictures.
+    """
 
     def __init__(self, recipe, images: Path, tokens: Path) -> None:
         from peco_ds.data.decode import decode_rgb
@@ -247,10 +327,25 @@ class Bench:
         self.tokens = write_tokens(self.pictures, recipe, tokens)
         sizes = self.pictures.shards.shard_sizes
         order = SampleOrder(sizes, recipe.run.seed, recipe.data.shuffle_window_shards)
-        make = dict(pictures=self.pictures, order=order, views=recipe.views, mask=recipe.mask, image_px=recipe.model.image_px, grid=recipe.model.grid, seed=recipe.run.seed)
-        self.stored, self.online = MaskedMaker(tokens=self.tokens, **make), MaskedMaker(tokens=None, **{**make, "views": replace(recipe.views, **TOKENIZER_LOOK)})
+        make = dict(
+            pictures=self.pictures,
+            order=order,
+            views=recipe.views,
+            mask=recipe.mask,
+            image_px=recipe.model.image_px,
+            grid=recipe.model.grid,
+            seed=recipe.run.seed,
+        )
+        self.stored, self.online = (
+            MaskedMaker(tokens=self.tokens, **make),
+            MaskedMaker(tokens=None, **{**make, "views": replace(recipe.views, **TOKENIZER_LOOK)}),
+        )
         self.sample_at = order.sample_at
-        self.files = [next(iter(self.pictures.shards.read(sample, IMAGE_EXTENSIONS)[1].values())) for sample in range(self.pictures.num_samples)]  # also brings the tars into the page cache
+        # also brings the tars into the page cache
+        self.files = [
+            next(iter(self.pictures.shards.read(sample, IMAGE_EXTENSIONS)[1].values()))
+            for sample in range(self.pictures.num_samples)
+        ]
         self.images = [decode_rgb(data) for data in self.files]
         self.rows = [self.tokens.read(sample, view=0).views[0] for sample in range(len(self.files))]
 
@@ -260,7 +355,9 @@ class Bench:
         return {
             STORED: self.stored,
             ONLINE: self.online,
-            BEIT: lambda positions: [reference(self._read(sample), sample) for sample in map(self.sample_at, positions.tolist())],
+            BEIT: lambda positions: [
+                reference(self._read(sample), sample) for sample in map(self.sample_at, positions.tolist())
+            ],
         }
 
     def parts(self) -> dict[str, Callable]:
@@ -301,7 +398,12 @@ class Bench:
         import numpy as np
 
         count = len(self.files)
-        timed = Timed(count, statistics.fmean(image.shape[1] * image.shape[2] for image in self.images), statistics.fmean(map(len, self.files)), {name: [] for name in ways})
+        timed = Timed(
+            count,
+            statistics.fmean(image.shape[1] * image.shape[2] for image in self.images),
+            statistics.fmean(map(len, self.files)),
+            {name: [] for name in ways},
+        )
         for number in range(-1, sizes.rounds):
             positions = np.arange(sizes.chunk) + max(number, 0) * sizes.chunk
             for name, way in list(ways.items())[:: 1 if number % 2 else -1]:
@@ -326,7 +428,11 @@ class Bench:
         images = raw.cuts[backbone_look(self.recipe.model.image_px)]
         there = images.to(device)
         jittered = jitter(there, raw.rows)
-        work = {"copy to the device": lambda: images.to(device, non_blocking=True), "jitter": lambda: jitter(there, raw.rows), "normalisation": lambda: to_backbone(jittered)}
+        work = {
+            "copy to the device": lambda: images.to(device, non_blocking=True),
+            "jitter": lambda: jitter(there, raw.rows),
+            "normalisation": lambda: to_backbone(jittered),
+        }
         seconds: dict[str, list[float]] = {name: [] for name in work}
         for number in range(-1, sizes.batches):
             for name, function in work.items():
@@ -336,7 +442,9 @@ class Bench:
         return seconds
 
     def step_seconds(self, sizes: Sizes, device) -> dict[str, list[float]]:
-        """Seconds of a made-up step (matrix products) without batches, with batches that come in their turn, and on a GPU with batches one ahead; wall time of a stretch, an entry a round."""
+        """Seconds of a made-up step (matrix products) without batches, with batches that come in their turn, and on a
+        GPU with batches one ahead; wall time of a stretch, an entry a round.
+        """
         import torch
 
         from peco_ds.data.device_feed import SideStream, handed_out
@@ -355,15 +463,23 @@ class Bench:
             return to_backbone(jitter(raw.cuts[look].to(device, non_blocking=True), raw.rows))
 
         def stretch(lane, *, with_batches: bool) -> float:
-            batches = handed_out((raw for _ in range(sizes.batches)), prepare, lambda images, _: images, lane=lane) if with_batches else iter([None] * sizes.batches)
+            batches = (
+                handed_out((raw for _ in range(sizes.batches)), prepare, lambda images, _: images, lane=lane)
+                if with_batches
+                else iter([None] * sizes.batches)
+            )
             began = time.perf_counter()
             for _ in batches:
                 step()
                 if on_gpu:
-                    torch.cuda.synchronize()  # as an optimiser step that looks at the norm of the gradients: the host is not ahead
+                    # as an optimiser step that looks at the norm of the gradients: the host is not ahead
+                    torch.cuda.synchronize()
             return (time.perf_counter() - began) / sizes.batches
 
-        ways = {"the step alone": lambda: stretch(None, with_batches=False), "batches in their turn": lambda: stretch(None, with_batches=True)}
+        ways = {
+            "the step alone": lambda: stretch(None, with_batches=False),
+            "batches in their turn": lambda: stretch(None, with_batches=True),
+        }
         if on_gpu:
             ways["batches one ahead"] = lambda: stretch(SideStream(device), with_batches=True)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -393,11 +509,22 @@ def seconds_of(function: Callable, device) -> float:
 def draw_mask(mask, grid: int, seed: int, sample: int):
     from peco_ds.data.masking import draw_masked
 
-    return draw_masked(seed=seed, epoch=0, sample=sample, grid=grid, kind=mask.kind, count=mask.count, min_block=mask.min_block, min_aspect=mask.min_aspect, exact=mask.exact)
+    return draw_masked(
+        seed=seed,
+        epoch=0,
+        sample=sample,
+        grid=grid,
+        kind=mask.kind,
+        count=mask.count,
+        min_block=mask.min_block,
+        min_aspect=mask.min_aspect,
+        exact=mask.exact,
+    )
 
 
 class Reference:
-    """BEiT's transform as its paper and its released settings describe it, on Pillow and torchvision: two tensors and a mask of one picture.
+    """BEiT's transform as its paper and its released settings describe it, on Pillow and torchvision: two tensors and a
+    mask of one picture.
 
     Its mask is drawn by our generator, so that the two differ in pictures alone.
     """
@@ -413,7 +540,10 @@ class Reference:
 
     def __call__(self, data: bytes, sample: int) -> tuple:
         recipe = self._recipe
-        return (*self.tensors(*self.crops(self.jitter(self.decode(data)))), draw_mask(recipe.mask, recipe.model.grid, recipe.run.seed, sample))
+        return (
+            *self.tensors(*self.crops(self.jitter(self.decode(data)))),
+            draw_mask(recipe.mask, recipe.model.grid, recipe.run.seed, sample),
+        )
 
     def decode(self, data: bytes):
         from PIL import Image
@@ -432,7 +562,9 @@ class Reference:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         box = self._box(picture, self._views.scale, self._views.ratio)
         backbone_px = self._recipe.model.image_px
-        return resized_crop(picture, *box, (backbone_px, backbone_px), InterpolationMode.BICUBIC), resized_crop(picture, *box, (112, 112), InterpolationMode.LANCZOS)
+        return resized_crop(picture, *box, (backbone_px, backbone_px), InterpolationMode.BICUBIC), resized_crop(
+            picture, *box, (112, 112), InterpolationMode.LANCZOS
+        )
 
     def tensors(self, backbone, tokenizer) -> tuple:
         from torchvision.transforms.functional import to_tensor
@@ -456,21 +588,41 @@ def rate_table(timed: dict[str, Timed]) -> str:
     rows = []
     for name, result in timed.items():
         what = {"as_they_are": "as they are", "short_side": f"packed with --short_side {SHORT_SIDE_PX}"}[name]
-        what += f": {result.pictures} pictures of {result.mean_pixels / 1e3:.0f} thousand pixels and {result.mean_bytes / 1e3:.0f} kB in the mean"
+        what += (
+            f": {result.pictures} pictures of {result.mean_pixels / 1e3:.0f} thousand pixels and "
+            f"{result.mean_bytes / 1e3:.0f} kB in the mean"
+        )
         for way in (STORED, ONLINE, BEIT):
             ratios = result.ratios(way, BEIT)
-            rows.append((what, way, f"{result.rate(way):.0f}", f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"))
-    return table(("pictures", "way", "pictures a second and core", "times the BEiT transform (smallest to largest round)"), rows)
+            rows.append(
+                (
+                    what,
+                    way,
+                    f"{result.rate(way):.0f}",
+                    f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                )
+            )
+    return table(
+        ("pictures", "way", "pictures a second and core", "times the BEiT transform (smallest to largest round)"), rows
+    )
 
 
 def part_table(timed: Timed) -> str:
     """Where the time goes, in microseconds a picture."""
     names = [name for name in timed.seconds if name not in (STORED, ONLINE, BEIT)]
     ours = [name for name in names if not name.startswith("BEiT: ")]
-    rest = {"the rest: order, view, batch, colder caches": timed.median(STORED) - sum(timed.median(name) for name in ours), f"**{STORED}**": timed.median(STORED)}
-    theirs = {name: timed.median(name) for name in names if name not in ours} | {f"**{BEIT}**, with its read and mask": timed.median(BEIT)}
+    rest = {
+        "the rest: order, view, batch, colder caches": timed.median(STORED) - sum(timed.median(name) for name in ours),
+        f"**{STORED}**": timed.median(STORED),
+    }
+    theirs = {name: timed.median(name) for name in names if name not in ours} | {
+        f"**{BEIT}**, with its read and mask": timed.median(BEIT)
+    }
     seconds = {name: timed.median(name) for name in ours} | rest | theirs
-    return table(("part, pictures as they are", "microseconds a picture"), [(name, f"{value * 1e6:.0f}") for name, value in seconds.items()])
+    return table(
+        ("part, pictures as they are", "microseconds a picture"),
+        [(name, f"{value * 1e6:.0f}") for name, value in seconds.items()],
+    )
 
 
 def device_table(timed: Timed, seconds: dict[str, list[float]], sizes: Sizes, device) -> str:
@@ -482,7 +634,10 @@ def device_table(timed: Timed, seconds: dict[str, list[float]], sizes: Sizes, de
     text += f"\n\nTogether {1 / whole:.0f} pictures a second."
     if device.type != "cuda":
         both = timed.median(STORED) + whole
-        text += f" Where the core that loads has to do this too: {1 / both:.0f} pictures a second, {timed.median(BEIT) / both:.2f} times the BEiT transform."
+        text += (
+            f" Where the core that loads has to do this too: {1 / both:.0f} pictures a second, "
+            f"{timed.median(BEIT) / both:.2f} times the BEiT transform."
+        )
     return text
 
 
@@ -498,18 +653,40 @@ def training_rates(recipe_name: str) -> tuple[float, ...]:
     from peco_ds.planner.shapes import mim_macs
 
     recipe = load_recipe(PretrainRecipe, recipe_name, []).recipe
-    flops = mim_macs(recipe.model, num_codes=recipe.objective.num_codes, masked=recipe.mask.count, encoding=recipe.encoding, aggregation=recipe.aggregation).training_flops
+    flops = mim_macs(
+        recipe.model,
+        num_codes=recipe.objective.num_codes,
+        masked=recipe.mask.count,
+        encoding=recipe.encoding,
+        aggregation=recipe.aggregation,
+    ).training_flops
     return tuple(share * H100_FLOPS / flops for share in SHARES)
 
 
 def core_table(timed: dict[str, Timed]) -> str:
     """Cores that feed one GPU: pictures a second of a step over those of a core."""
-    header = ("ViT at 224, one H100 or H200", "pictures a second", "cores, as they are", f"cores, --short_side {SHORT_SIDE_PX}", "cores, BEiT transform as they are")
+    header = (
+        "ViT at 224, one H100 or H200",
+        "pictures a second",
+        "cores, as they are",
+        f"cores, --short_side {SHORT_SIDE_PX}",
+        "cores, BEiT transform as they are",
+    )
     rows = []
     for name, recipe in MODELS.items():
         for share, rate in zip(SHARES, training_rates(recipe)):
-            cores = (rate / timed["as_they_are"].rate(STORED), rate / timed["short_side"].rate(STORED), rate / timed["as_they_are"].rate(BEIT))
-            rows.append((f"{name} at {share:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s", f"{rate:.0f}", *(f"{count:.1f}" for count in cores)))
+            cores = (
+                rate / timed["as_they_are"].rate(STORED),
+                rate / timed["short_side"].rate(STORED),
+                rate / timed["as_they_are"].rate(BEIT),
+            )
+            rows.append(
+                (
+                    f"{name} at {share:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s",
+                    f"{rate:.0f}",
+                    *(f"{count:.1f}" for count in cores),
+                )
+            )
     return table(header, rows)
 
 

@@ -1,11 +1,13 @@
-"""Time and memory of the data side against the number of samples and shards: manifests, order, position in a run, first batch after a resume.
+"""Time and memory of the data side against the number of samples and shards: manifests, order, position in a run, first
+batch after a resume.
 
     python benchmarks/data_scale.py [--largest 1e8] [--record FILE.md] [--plot FILE.png]
 
-Each case is a pair of manifests (pictures, tokens) of shards that are not there, and is measured in a fresh process: what a rank does between `import` and the first
-sample. A resume is asked for at places all over a run of 800 epochs; for one of them the shards of the first batch are put there, one small real tar under their names, and the
-batch's members are read. Peak memory is what comes on top of the imports. "copied" is what a forked loader worker has of its own after it has walked
-through the order and collected garbage, "sent" what it would be sent where workers are spawned.
+Each case is a pair of manifests (pictures, tokens) of shards that are not there, and is measured in a fresh process:
+what a rank does between `import` and the first sample. A resume is asked for at places all over a run of 800 epochs;
+for one of them the shards of the first batch are put there, one small real tar under their names, and the batch's
+members are read. Peak memory is what comes on top of the imports. "copied" is what a forked loader worker has of its
+own after it has walked through the order and collected garbage, "sent" what it would be sent where workers are spawned.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ from peco_ds.errors import UserError
 
 EPOCHS, VIEWS, BATCH = 800, 100, 256
 WALKED = 20_000  # positions, for the samples a second
-WORKERS = {8: "1 GPU", 512: "64 GPUs", 4096: "512 GPUs"}  # loader workers of all ranks together, 8 a GPU
+# loader workers of all ranks together, 8 a GPU
+WORKERS = {8: "1 GPU", 512: "64 GPUs", 4096: "512 GPUs"}
 MICRO_BATCH = 4
-TIMES = 3  # a resume is tried, each with an order of its own; the quickest counts
+# a resume is tried, each with an order of its own; the quickest counts
+TIMES = 3
 LONGEST_S = 600.0
 
 
@@ -56,7 +60,11 @@ class Case:
     @property
     def name(self) -> str:
         sizes = f"{self.shards} x {self.shard_size}" + (f" + {self.giant}" if self.giant else "")
-        return sizes + (f", window {self.window_shards}" if self.window_shards != 16 else "") + (f", repeats {self.repeats}" if self.repeats > 1 else "")
+        return (
+            sizes
+            + (f", window {self.window_shards}" if self.window_shards != 16 else "")
+            + (f", repeats {self.repeats}" if self.repeats > 1 else "")
+        )
 
 
 GROWTH = [Case(10 * 10**power, 1000) for power in range(5)]  # 1e4 to 1e8 samples
@@ -71,10 +79,13 @@ OTHERS = [
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--largest", type=float, default=1e8, help="leave out cases of more samples (default: %(default)g)")
+    parser.add_argument(
+        "--largest", type=float, default=1e8, help="leave out cases of more samples (default: %(default)g)"
+    )
     parser.add_argument("--record", type=Path, help="also write the table to this file")
     parser.add_argument("--plot", type=Path, help="also draw time and memory against samples")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # the fresh process: a case and its folder, as JSON
+    # the fresh process: a case and its folder, as JSON
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
         asked = json.loads(args.one)
@@ -82,7 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     cases = [case for case in GROWTH + OTHERS if case.samples <= args.largest]
     if not cases:
-        raise UserError(f"--largest {args.largest:g}: the smallest case has {GROWTH[0].samples} samples; give as many or more")
+        raise UserError(
+            f"--largest {args.largest:g}: the smallest case has {GROWTH[0].samples} samples; give as many or more"
+        )
     found = {}
     for case in cases:
         found[case] = in_fresh_process(case)
@@ -96,7 +109,9 @@ def main(argv: list[str] | None = None) -> int:
 
         command = shlex.join(["python", "benchmarks/data_scale.py", *(sys.argv[1:] if argv is None else argv)])
         drawing = f"\n\n![time and memory against samples]({args.plot.name})" if args.plot else ""
-        write_record(args.record, "The data side from 10^4 to 10^8 samples", command, text + drawing, "numpy", "pydantic")
+        write_record(
+            args.record, "The data side from 10^4 to 10^8 samples", command, text + drawing, "numpy", "pydantic"
+        )
     return 0
 
 
@@ -107,15 +122,20 @@ def in_fresh_process(case: Case) -> dict:
         command = [sys.executable, __file__, "--one", json.dumps({"case": asdict(case), "folder": folder})]
         done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S)
     if done.returncode:
-        raise UserError(f"{case.name}: exit code {done.returncode}; its output ends in: {' '.join((done.stdout + done.stderr).split())[-600:]}")
+        raise UserError(
+            f"{case.name}: exit code {done.returncode}; its output ends in: "
+            f"{' '.join((done.stdout + done.stderr).split())[-600:]}"
+        )
     return json.loads(done.stdout)
 
 
-# ---------------------------------------------------------------------------------------------- a set that is mostly not there
+# ---------------------------------------------------------------------- a set that is mostly not there
 
 
 def write_set(folder: Path, case: Case) -> None:
-    """`images/` and `tokens/` with a manifest each, and `real.tar` with its index: any shard of the usual size may be a link to it."""
+    """`images/` and `tokens/` with a manifest each, and `real.tar` with its index: any shard of the usual size may be a
+    link to it.
+    """
     from peco_ds.data.indexed_tar import write_index
     from peco_ds.schema import ImageManifest, Shard, TokenManifest, ViewRecipe, sha256_of_file, write_manifest
 
@@ -132,15 +152,24 @@ def write_set(folder: Path, case: Case) -> None:
     own = (tar.stat().st_size, sha256_of_file(tar), index_sha256)
     names = [f"train-{number:06d}.tar" for number in range(case.shards)]
     images = [Shard(name, case.shard_size, *own) for name in names]
-    tokens = [Shard(name, case.shard_size, 4096 * case.shard_size, _sha256(f"t{name}"), _sha256(f"i{name}")) for name in names]
+    tokens = [
+        Shard(name, case.shard_size, 4096 * case.shard_size, _sha256(f"t{name}"), _sha256(f"i{name}")) for name in names
+    ]
     if case.giant:
         images.insert(case.shards // 2, Shard("giant.tar", case.giant, 1, _sha256("a"), _sha256("b")))
         tokens.insert(case.shards // 2, Shard("giant.tar", case.giant, 1, _sha256("c"), _sha256("d")))
     manifest = ImageManifest(images, case.samples)
     write_manifest(folder / "images", manifest)
     views = ViewRecipe(256, (0.2, 1.0), (0.75, 1.33), 0.5, 0.4, 0)
-    ties = dict(images_fingerprint=manifest.fingerprint(), image_shards={shard.name: shard.sha256 for shard in images}, tokenizer_fingerprint="f" * 64)
-    write_manifest(folder / "tokens", TokenManifest(tokens, case.samples, **ties, num_codes=8192, grid=(16, 16), num_views=VIEWS, views=views))
+    ties = dict(
+        images_fingerprint=manifest.fingerprint(),
+        image_shards={shard.name: shard.sha256 for shard in images},
+        tokenizer_fingerprint="f" * 64,
+    )
+    write_manifest(
+        folder / "tokens",
+        TokenManifest(tokens, case.samples, **ties, num_codes=8192, grid=(16, 16), num_views=VIEWS, views=views),
+    )
 
 
 def _sha256(text: str) -> str:
@@ -156,7 +185,7 @@ def place(folder: Path, names: list[str]) -> None:
             (folder / "images" / link).symlink_to(folder / target)
 
 
-# ---------------------------------------------------------------------------------------------- one case
+# -------------------------------------------------------------------------------------------- one case
 
 
 def places_of(samples: int) -> dict[str, int]:
@@ -191,12 +220,23 @@ def measure(case: Case, folder: Path) -> dict:
     manifest = timed("read", lambda: read_manifest(folder / "images", ImageManifest))
     fingerprint = timed("fingerprint", manifest.fingerprint)
     shards = timed("shard set", lambda: ShardSet(folder / "images", manifest))
-    views = ViewSettings(tokenizer_px=256, scale=(0.2, 1.0), ratio=(0.75, 1.33), flip=0.5, color_jitter=0.4, seed=0, count=VIEWS, tokenizer_precision="fp32")
+    views = ViewSettings(
+        tokenizer_px=256,
+        scale=(0.2, 1.0),
+        ratio=(0.75, 1.33),
+        flip=0.5,
+        color_jitter=0.4,
+        seed=0,
+        count=VIEWS,
+        tokenizer_precision="fp32",
+    )
     tokens = timed("tokens", lambda: TokenSet(folder / "tokens", manifest, num_codes=8192, grid=16, views=views))
     start_mb = memory_mb("VmHWM") - before
 
     def first_batch(position: int) -> tuple[SampleOrder, list[int]]:
-        """What a rank has to know before it can read: of each position the sample, its view, its shard and its place there."""
+        """What a rank has to know before it can read: of each position the sample, its view, its shard and its place
+        there.
+        """
         Cursor(fingerprint, 0, position).check(fingerprint, 0)
         order = SampleOrder(shards.shard_sizes, 0, case.window_shards, case.repeats)
         samples = [order.sample_at(each) for each in range(position, position + BATCH)]
@@ -208,7 +248,11 @@ def measure(case: Case, folder: Path) -> dict:
     resumed = {}
     places = places_of(case.samples)
     if case.giant:
-        places["in the giant shard"] = next(p for p in range(0, case.samples, case.giant // 4) if shards.locate(first_batch(p)[1][0])[0] == case.shards // 2)
+        places["in the giant shard"] = next(
+            p
+            for p in range(0, case.samples, case.giant // 4)
+            if shards.locate(first_batch(p)[1][0])[0] == case.shards // 2
+        )
     for name, position in places.items():
         resumed[name] = least_of(TIMES, lambda: first_batch(position))
     peak_mb = memory_mb("VmHWM") - before
@@ -248,7 +292,9 @@ def measure(case: Case, folder: Path) -> dict:
 
 
 def opens_a_sample(order, shards, case: Case, workers: int) -> float:
-    """How many shards a loader worker opens for each sample it reads, where so many share a window in passes of MICRO_BATCH; all shards of a window stay open."""
+    """How many shards a loader worker opens for each sample it reads, where so many share a window in passes of
+    MICRO_BATCH; all shards of a window stay open.
+    """
     import numpy as np
 
     length = min(case.window_shards * case.shard_size, case.samples) // MICRO_BATCH * MICRO_BATCH
@@ -261,7 +307,8 @@ def least_of(times: int, call: Callable) -> float:
     """Seconds of the quickest of several calls: what others do on the machine only adds."""
     spent = []
     for _ in range(times):
-        gc.collect()  # an order is in a circle with its caches; a run makes one
+        # an order is in a circle with its caches; a run makes one
+        gc.collect()
         begun = time.perf_counter()
         call()
         spent.append(time.perf_counter() - begun)
@@ -275,16 +322,23 @@ def memory_mb(name: str) -> float:
 
 
 def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # else the peak of the imports would hide what comes after
+    # else the peak of the imports would hide what comes after
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def copied_by_a_worker(shards, tokens, order) -> float:
-    """MB of its own that a forked process has after it has looked at many shards: Python counts references inside the objects it reads."""
+    """MB of its own that a forked process has after it has looked at many shards: Python counts references inside the
+    objects it reads.
+    """
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         for position in range(2000):
-            shard, _ = shards.locate(order.sample_at(position * 4999 % order.num_samples) if position < 50 else position * 49999 % order.num_samples)
+            shard, _ = shards.locate(
+                order.sample_at(position * 4999 % order.num_samples)
+                if position < 50
+                else position * 49999 % order.num_samples
+            )
             _ = shards.manifest.shards[shard].name, tokens.manifest.shards[shard].name
         gc.collect()
         fields = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
@@ -298,41 +352,65 @@ def copied_by_a_worker(shards, tokens, order) -> float:
     return own_kb / 1024
 
 
-# ---------------------------------------------------------------------------------------------- what is shown
+# --------------------------------------------------------------------------------------- what is shown
 
 
 def table(found: dict[Case, dict]) -> str:
     """Markdown: what a start costs, then where a run may be continued."""
     places = list(dict.fromkeys(name for row in found.values() for name in row["resumed_s"]))
     start = [
-        f"| {case.name} | {case.samples:.0e} | {row['manifest_mb'][0]:.1f} + {row['manifest_mb'][1]:.1f} | {row['seconds']['read']:.3f} | {row['seconds']['fingerprint']:.3f} "
-        f"| {row['seconds']['tokens']:.3f} | {row['start_s']:.3f} | {row['open_ms']:.2f} | {row['parse_ms']:.1f} | {row['read_us']:.0f} | {row['start_mb']:.0f} | {row['sent_mb']:.1f} | {row['copied_mb']:.0f} |"
+        f"| {case.name} | {case.samples:.0e} | {row['manifest_mb'][0]:.1f} + "
+        f"{row['manifest_mb'][1]:.1f} | {row['seconds']['read']:.3f} | "
+        f"{row['seconds']['fingerprint']:.3f} "
+        f"| {row['seconds']['tokens']:.3f} | {row['start_s']:.3f} | {row['open_ms']:.2f} | "
+        f"{row['parse_ms']:.1f} | {row['read_us']:.0f} | {row['start_mb']:.0f} | {row['sent_mb']:.1f} "
+        f"| {row['copied_mb']:.0f} |"
         for case, row in found.items()
     ]
     resume = [
-        " | ".join([f"| {case.name}", f"{case.samples:.0e}", *(f"{row['resumed_s'][name]:.4f}" if name in row["resumed_s"] else "" for name in places), f"{row['samples_a_second']:.0f}", f"{row['peak_mb']:.0f} |"])
+        " | ".join(
+            [
+                f"| {case.name}",
+                f"{case.samples:.0e}",
+                *(f"{row['resumed_s'][name]:.4f}" if name in row["resumed_s"] else "" for name in places),
+                f"{row['samples_a_second']:.0f}",
+                f"{row['peak_mb']:.0f} |",
+            ]
+        )
         for case, row in found.items()
     ]
     workers = [
-        f"| {case.name} | {' | '.join('%.3f | %.2f' % (row['opens'][str(count)], row['opens'][str(count)] * row['open_ms']) for count in WORKERS)} |"
-        for case, row in {case.shard_size: (case, row) for case, row in found.items() if case in GROWTH + OTHERS[:1]}.values()
+        f"| {case.name} | "
+        + " | ".join(
+            f"{opens:.3f} | {opens * row['open_ms']:.2f}" for opens in (row["opens"][str(count)] for count in WORKERS)
+        )
+        + " |"
+        for case, row in {
+            case.shard_size: (case, row) for case, row in found.items() if case in GROWTH + OTHERS[:1]
+        }.values()
     ]
     return "\n".join(
         [
-            "A start, by parts: both manifests read and compared with each other, one shard opened, one sample's two members read by a process that has its shard open.",
+            "A start, by parts: both manifests read and compared with each other, one shard opened, one "
+            "sample's two members read by a process that has its shard open.",
             "",
-            "| shards x samples | samples | manifests MB | pictures s | fingerprint s | tokens and ties s | start s | open a shard ms | parse its index ms | read a sample us | memory MB | sent MB | copied MB |",
+            "| shards x samples | samples | manifests MB | pictures s | fingerprint s | tokens and ties "
+            "s | start s | open a shard ms | parse its index ms | read a sample us | memory MB | sent MB "
+            "| copied MB |",
             "|---|" + "---:|" * 12,
             *start,
             "",
-            f"A resume: seconds from a cursor to sample, view and shard of the first {BATCH} positions, and how many a process goes through in a second. A window is shuffled whole "
-            "when a batch first touches it, so a resume takes as long as its window is large, twice where a batch lies in two. Peak memory holds the start too.",
+            f"A resume: seconds from a cursor to sample, view and shard of the first {BATCH} positions, "
+            "and how many a process goes through in a second. A window is shuffled whole "
+            "when a batch first touches it, so a resume takes as long as its window is large, twice "
+            "where a batch lies in two. Peak memory holds the start too.",
             "",
             f"| shards x samples | samples | {' | '.join(places)} | samples/s | peak MB |",
             "|---|" + "---:|" * (len(places) + 3),
             *resume,
             "",
-            "What opening shards costs a worker, of pictures and again of tokens: shards it opens for each sample it reads, and the milliseconds a sample that come of it.",
+            "What opening shards costs a worker, of pictures and again of tokens: shards it opens for "
+            "each sample it reads, and the milliseconds a sample that come of it.",
             "",
             f"| shards x samples | {' | '.join(f'{name}: opens | ms' for name in WORKERS.values())} |",
             "|---|" + "---:|" * (2 * len(WORKERS)),
@@ -353,7 +431,10 @@ def draw(path: Path, found: dict[Case, dict]) -> None:
             "resume at the dearest place": [row["resume_s"] for row in found.values()],
             "open one shard": [row["open_ms"] / 1e3 for row in found.values()],
         },
-        "MB": {"peak beyond the imports": [row["peak_mb"] for row in found.values()], "manifest of the pictures": [row["manifest_mb"][0] for row in found.values()]},
+        "MB": {
+            "peak beyond the imports": [row["peak_mb"] for row in found.values()],
+            "manifest of the pictures": [row["manifest_mb"][0] for row in found.values()],
+        },
     }
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -361,7 +442,9 @@ def draw(path: Path, found: dict[Case, dict]) -> None:
         for name, values in lines.items():
             axes.loglog(samples, values, marker="o", markersize=4, label=name)
         first = max(values[-1] for values in lines.values())
-        axes.loglog(samples, [first * each / samples[-1] for each in samples], color="0.7", linestyle="--", label="linear")
+        axes.loglog(
+            samples, [first * each / samples[-1] for each in samples], color="0.7", linestyle="--", label="linear"
+        )
         axes.axhline(1.0 if unit == "seconds" else 1024.0, color="0.4", linewidth=0.8)
         axes.set_xlabel("samples, in shards of 1000")
         axes.set_ylabel(unit)

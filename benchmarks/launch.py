@@ -1,11 +1,14 @@
 """What a start of pre-training spends its time on, from the command to the first finished optimiser step.
 
-    python benchmarks/launch.py [--gpu] [--launchers python deepspeed torchrun] [--ranks 2] [--starts 3] [--record FILE.md] [key.sub=value ...]
+    python benchmarks/launch.py [--gpu] [--launchers python deepspeed torchrun] [--ranks 2] [--starts 3] [--record
+    FILE.md] [key.sub=value ...]
 
-Each start is the user's own command on a small packed set that is drawn and tokenized on the spot, ended once two steps stand in its metrics. What a phase took is what
-the run itself wrote into starts.jsonl. Beside every round stands a bare `python -c "import torch, deepspeed"`: totals are given as multiples of it. One start before the
-first round finds an empty compile cache, and builds what DeepSpeed builds once a machine; it has a column of its own and is in no median.
-CPU-sized by default (peco_vittiny16 on two ranks); --gpu starts peco_vith14 at full size on every GPU of the machine.
+Each start is the user's own command on a small packed set that is drawn and tokenized on the spot, ended once two steps
+stand in its metrics. What a phase took is what
+the run itself wrote into starts.jsonl. Beside every round stands a bare `python -c "import torch, deepspeed"`: totals
+are given as multiples of it. One start before the first round finds an empty compile cache, and builds what DeepSpeed
+builds once a machine; it has a column of its own and is in no median. CPU-sized by default (peco_vittiny16 on two
+ranks); --gpu starts peco_vith14 at full size on every GPU of the machine.
 """
 
 from __future__ import annotations
@@ -31,7 +34,18 @@ from record import at_least, require_gpu
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import UserError
 
-PHASES = ("launcher", "imports", "data", "ranks", "records", "model", "engine", "checkpoint", "first batch", "first step")
+PHASES = (
+    "launcher",
+    "imports",
+    "data",
+    "ranks",
+    "records",
+    "model",
+    "engine",
+    "checkpoint",
+    "first batch",
+    "first step",
+)
 BARE = [sys.executable, "-c", "import torch, deepspeed"]
 PICTURES_PX = (320, 256)
 LONGEST_START_S = 900.0
@@ -40,24 +54,44 @@ SMALL = "run.micro_batch=4 run.precision=fp32 data.num_workers=1".split()
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="peco_vith14 at full size; without it peco_vittiny16 with a small batch")
+    parser.add_argument(
+        "--gpu", action="store_true", help="peco_vith14 at full size; without it peco_vittiny16 with a small batch"
+    )
     parser.add_argument("--recipe", help="another one (default: by --gpu)")
     parser.add_argument("--deepspeed_config", type=Path, default=HERE.parent / "ds_configs" / "zero3.json")
-    parser.add_argument("--launchers", nargs="+", choices=("python", "deepspeed", "torchrun"), default=["python", "deepspeed", "torchrun"])
-    parser.add_argument("--ranks", type=at_least(1), help="of deepspeed and torchrun (default: the GPUs of the machine, 2 without one)")
-    parser.add_argument("--starts", type=at_least(1), default=3, help="of each launcher, by turns (default: %(default)s)")
+    parser.add_argument(
+        "--launchers",
+        nargs="+",
+        choices=("python", "deepspeed", "torchrun"),
+        default=["python", "deepspeed", "torchrun"],
+    )
+    parser.add_argument(
+        "--ranks", type=at_least(1), help="of deepspeed and torchrun (default: the GPUs of the machine, 2 without one)"
+    )
+    parser.add_argument(
+        "--starts", type=at_least(1), default=3, help="of each launcher, by turns (default: %(default)s)"
+    )
     parser.add_argument("--work", type=Path, help="folder for the set and the runs (default: a temporary one)")
     parser.add_argument("--record", type=Path, help="also write the table to this file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of the recipe")
     args = parser.parse_intermixed_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a time limit ends the start in hand too
+    # a time limit ends the start in hand too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     command = shlex.join(["python", "benchmarks/launch.py", *(sys.argv[1:] if argv is None else argv)])
 
     def keep(found: dict[str, list[dict[str, float]]]) -> None:
         from record import write_record
 
         if args.record:
-            write_record(args.record, "From the command to the first step", command, table(found), "deepspeed", "timm", "torchvision")
+            write_record(
+                args.record,
+                "From the command to the first step",
+                command,
+                table(found),
+                "deepspeed",
+                "timm",
+                "torchvision",
+            )
 
     with tempfile.TemporaryDirectory(prefix="peco_launch_") as temporary:
         found = measure(args, (args.work or Path(temporary)).resolve(), keep)
@@ -66,7 +100,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace, work: Path, keep: Callable[[dict], None]) -> dict[str, list[dict[str, float]]]:
-    """Starts by launcher, each as seconds by phase; "bare" has the bare imports, "first" the start that came before all. `keep` is given them after every round."""
+    """Starts by launcher, each as seconds by phase.
+
+    "bare" has the bare imports, "first" the start that came before all. `keep` is given them after every round.
+    """
     import torch
 
     if args.gpu:
@@ -83,10 +120,23 @@ def measure(args: argparse.Namespace, work: Path, keep: Callable[[dict], None]) 
     def start(launcher: str, name: str) -> dict[str, float]:
         of_launcher = 1 if launcher == "python" else ranks
         out = work / "runs" / name
-        command = [*_launcher(launcher, of_launcher), str(HERE.parent / "peco_ds" / "pretrain.py"), "--recipe", recipe, "--deepspeed_config", str(args.deepspeed_config), "--out", str(out)]
+        command = [
+            *_launcher(launcher, of_launcher),
+            str(HERE.parent / "peco_ds" / "pretrain.py"),
+            "--recipe",
+            recipe,
+            "--deepspeed_config",
+            str(args.deepspeed_config),
+            "--out",
+            str(out),
+        ]
         return phases_of(out, [*command, *settings, *data, f"run.global_batch={micro_batch * of_launcher}"], env)
 
-    found: dict[str, list[dict[str, float]]] = {"bare": [], "first": [start(args.launchers[0], "first")], **{launcher: [] for launcher in args.launchers}}
+    found: dict[str, list[dict[str, float]]] = {
+        "bare": [],
+        "first": [start(args.launchers[0], "first")],
+        **{launcher: [] for launcher in args.launchers},
+    }
     for number in range(args.starts):
         found["bare"].append({"total": _seconds_of(BARE, env)})
         for launcher in args.launchers[:: 1 if number % 2 else -1]:
@@ -99,8 +149,23 @@ def _launcher(name: str, ranks: int) -> list[str]:
     if name == "deepspeed":
         with socket.socket() as free:  # its own default port may be another run's
             free.bind(("127.0.0.1", 0))
-            return [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free.getsockname()[1]), "--num_gpus", str(ranks)]
-    return [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if name == "torchrun" else [])]
+            return [
+                sys.executable,
+                "-m",
+                "deepspeed.launcher.runner",
+                "--master_port",
+                str(free.getsockname()[1]),
+                "--num_gpus",
+                str(ranks),
+            ]
+    return [
+        sys.executable,
+        *(
+            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+            if name == "torchrun"
+            else []
+        ),
+    ]
 
 
 def _micro_batch(recipe: str, settings: list[str]) -> int:
@@ -110,7 +175,8 @@ def _micro_batch(recipe: str, settings: list[str]) -> int:
 
 
 def make_set(work: Path, recipe: str, settings: list[str], *, pictures: int) -> list[str]:
-    """Draw pictures, pack them, and tokenize them with a tokenizer of random weights: a start does not look at what they show.
+    """Draw pictures, pack them, and tokenize them with a tokenizer of random weights: a start does not look at what
+    they show.
 
     Returns: the settings that make the recipe read them, for steps without end and without a save.
     """
@@ -121,14 +187,40 @@ def make_set(work: Path, recipe: str, settings: list[str], *, pictures: int) -> 
 
     cfg = load_recipe(PretrainRecipe, recipe, settings).recipe
     levels = (cfg.views.tokenizer_px // cfg.model.grid).bit_length()  # stride 2 ** (levels - 1)
-    tokenizer = TokenizerSettings(channels=16, channel_mults=(1,) * levels, blocks_per_level=1, attention=False, z_channels=16, num_codes=cfg.objective.num_codes, code_dim=8, l2_normalized=True)
+    tokenizer = TokenizerSettings(
+        channels=16,
+        channel_mults=(1,) * levels,
+        blocks_per_level=1,
+        attention=False,
+        z_channels=16,
+        num_codes=cfg.objective.num_codes,
+        code_dim=8,
+        l2_normalized=True,
+    )
     torch.manual_seed(0)
     save_tokenizer(work / "tokenizer", build_tokenizer(tokenizer).state_dict(), tokenizer, {"judge": "none"})
     draw_pictures(work / "pictures", pictures)
     own = [f"data.root={work}", "data.tokens=tokens/train", "views.count=1", "run.log_every_steps=1"]
-    own += ["schedule.epochs=null", "schedule.steps=1000000", "schedule.warmup_epochs=null", "schedule.warmup_steps=10", "checkpoint.every_epochs=null"]
+    own += [
+        "schedule.epochs=null",
+        "schedule.steps=1000000",
+        "schedule.warmup_epochs=null",
+        "schedule.warmup_steps=10",
+        "checkpoint.every_epochs=null",
+    ]
     stages = HERE.parent / "peco_ds"
-    _call([sys.executable, str(stages / "pack_images.py"), "--images", str(work / "pictures"), "--out", str(work / "images" / "train"), "--workers", "2"])
+    _call(
+        [
+            sys.executable,
+            str(stages / "pack_images.py"),
+            "--images",
+            str(work / "pictures"),
+            "--out",
+            str(work / "images" / "train"),
+            "--workers",
+            "2",
+        ]
+    )
     _call([sys.executable, str(stages / "tokenize_shards.py"), "--recipe", recipe, *settings, *own, "run.compile=none"])
     return own
 
@@ -162,22 +254,36 @@ def phases_of(out: Path, command: list[str], env: dict[str, str]) -> dict[str, f
             while len(rows := read_rows(out / METRICS_FILE)[0]) < 2:
                 if process.poll() is not None or time.monotonic() > deadline:
                     tail = " ".join(log.read_text(errors="replace").split())[-600:]
-                    raise UserError(f"{shlex.join(command)}: no second step, exit code {process.poll()}; its output ends in: {tail}")
+                    raise UserError(
+                        f"{shlex.join(command)}: no second step, exit code {process.poll()}; its output ends in: {tail}"
+                    )
                 time.sleep(0.1)
         finally:
             end_tree(process)
     events = {row.get("event"): row for row in read_rows(out / STARTS_FILE)[0]}
-    return phases_from(events["start"], events["first_step"], rows[1]["step_s"], launcher_s=events["start"]["time"] - begun)
+    return phases_from(
+        events["start"], events["first_step"], rows[1]["step_s"], launcher_s=events["start"]["time"] - begun
+    )
 
 
 def phases_from(start: dict, first_step: dict, second_step_s: float, *, launcher_s: float) -> dict[str, float]:
-    """Rows of starts.jsonl -> seconds by phase. Args: launcher_s: from the command to the beginning of rank 0's process."""
-    spent = {"launcher": max(0.0, launcher_s), **start["phases_s"], "first batch": first_step["batch_s"], "first step": first_step["step_s"]}
+    """Rows of starts.jsonl -> seconds by phase.
+
+    Args: launcher_s: from the command to the beginning of rank 0's process.
+    """
+    spent = {
+        "launcher": max(0.0, launcher_s),
+        **start["phases_s"],
+        "first batch": first_step["batch_s"],
+        "first step": first_step["step_s"],
+    }
     return {**spent, "total": max(0.0, launcher_s) + first_step["up_s"], "second step": second_step_s}
 
 
 def end_tree(process: subprocess.Popen) -> None:
-    """End a command with all it started, and remove what these kept in shared memory: a run that is asked to stop would save first."""
+    """End a command with all it started, and remove what these kept in shared memory: a run that is asked to stop would
+    save first.
+    """
     import psutil
 
     try:
@@ -185,7 +291,8 @@ def end_tree(process: subprocess.Popen) -> None:
     except psutil.NoSuchProcess:
         tree = []
     shared: set[Path] = set()
-    for one in tree:  # launchers first: they would report, or restart, the ranks
+    # launchers first: they would report, or restart, the ranks
+    for one in tree:
         try:
             shared |= {Path(found.path) for found in one.memory_maps() if found.path.startswith("/dev/shm/")}
             one.kill()
@@ -206,7 +313,10 @@ def _seconds_of(command: list[str], env: dict[str, str]) -> float:
 def _call(command: list[str], env: dict[str, str] | None = None) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
-        raise UserError(f"{shlex.join(command)}: exit code {done.returncode}; its output ends in: {' '.join((done.stdout + done.stderr).split())[-600:]}")
+        raise UserError(
+            f"{shlex.join(command)}: exit code {done.returncode}; its output ends in: "
+            f"{' '.join((done.stdout + done.stderr).split())[-600:]}"
+        )
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
@@ -216,19 +326,22 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
 
     def row(name: str) -> str:
         cells = [_spread([one.get(name, 0.0) for one in found[launcher]]) for launcher in launchers]
-        return f"| {name} | {' | '.join([*cells, '%.2f' % found['first'][0].get(name, 0.0)])} |"
+        return f"| {name} | {' | '.join([*cells, format(found['first'][0].get(name, 0.0), '.2f')])} |"
 
     ratios = [_spread([one["total"] / alone for one, alone in zip(found[launcher], bare)]) for launcher in launchers]
     other = [name for one in found[launchers[0]] for name in one if name not in (*PHASES, "total", "second step")]
     names = [*PHASES, *dict.fromkeys(other), "total", "second step"]
     return "\n".join(
         [
-            f"Seconds by phase, medians of {len(bare)} starts (smallest to largest), by turns; `import torch, deepspeed` alone: {_spread(bare)} s. `first`: {launchers[0]}, with empty compile caches.",
+            f"Seconds by phase, medians of {len(bare)} starts (smallest to largest), by turns; `import "
+            f"torch, deepspeed` alone: {_spread(bare)} s. `first`: {launchers[0]}, with empty compile "
+            "caches.",
             "",
             f"| phase | {' | '.join(launchers)} | first |",
             f"|---|{'---|' * (len(launchers) + 1)}",
             *map(row, names),
-            f"| total, in bare imports | {' | '.join(ratios)} | {found['first'][0]['total'] / statistics.median(bare):.2f} |",
+            f"| total, in bare imports | {' | '.join(ratios)} | "
+            f"{found['first'][0]['total'] / statistics.median(bare):.2f} |",
         ]
     )
 

@@ -1,9 +1,12 @@
-"""What a start, a step and a save cost as the ranks of one machine grow: where time grows with ranks for no reason, it shows here before a cluster is paid for.
+"""What a start, a step and a save cost as the ranks of one machine grow: where time grows with ranks for no reason, it
+shows here before a cluster is paid for.
 
-    python benchmarks/many_ranks.py [--ranks 1 2 4 8 16] [--starts 1] [--gpu] [--record FILE.md] [--plot FILE.png] [key.sub=value ...]
+    python benchmarks/many_ranks.py [--ranks 1 2 4 8 16] [--starts 1] [--gpu] [--record FILE.md] [--plot FILE.png]
+    [key.sub=value ...]
 
-The same few steps of the same global batch by each number of ranks, a checkpoint after every one of them. Ranks share the machine's cores, so seconds grow with them whatever
-they do; processor time a rank does not, and a collective whose cost grows faster than its ranks would raise it. A small model by default; --gpu runs peco_vith14 at full size.
+The same few steps of the same global batch by each number of ranks, a checkpoint after every one of them. Ranks share
+the machine's cores, so seconds grow with them whatever they do; processor time a rank does not, and a collective whose
+cost grows faster than its ranks would raise it. A small model by default; --gpu runs peco_vith14 at full size.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ from peco_ds.errors import UserError
 STEPS = 4
 PHASES = ("imports", "data", "ranks", "records", "model", "engine", "checkpoint")
 SMALL = (
-    "views.tokenizer_px=64 model.image_px=64 model.patch_px=16 model.width=48 model.depth=2 model.heads=3 mask.count=6 mask.min_block=2 objective.num_codes=64 "
+    "views.tokenizer_px=64 model.image_px=64 model.patch_px=16 model.width=48 model.depth=2 "
+    "model.heads=3 mask.count=6 mask.min_block=2 objective.num_codes=64 "
     "data.num_workers=0 run.precision=fp32"
 ).split()
 LONGEST_S = 1800.0
@@ -40,7 +44,13 @@ LONGEST_S = 1800.0
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", nargs="+", type=at_least(1), default=[1, 2, 4, 8, 16], help="numbers of ranks (default: %(default)s; with --gpu as many of them as there are GPUs)")
+    parser.add_argument(
+        "--ranks",
+        nargs="+",
+        type=at_least(1),
+        default=[1, 2, 4, 8, 16],
+        help="numbers of ranks (default: %(default)s; with --gpu as many of them as there are GPUs)",
+    )
     parser.add_argument("--starts", type=at_least(1), default=1, help="of each number, by turns (default: %(default)s)")
     parser.add_argument("--launcher", choices=("deepspeed", "torchrun"), default="torchrun")
     parser.add_argument("--gpu", action="store_true", help="peco_vith14 at full size; without it a small model")
@@ -60,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
 
         command = shlex.join(["python", "benchmarks/many_ranks.py", *(sys.argv[1:] if argv is None else argv)])
         drawing = f"\n\n![against the number of ranks]({args.plot.name})" if args.plot else ""
-        write_record(args.record, "Start, step and save against the number of ranks", command, text + drawing, "deepspeed")
+        write_record(
+            args.record, "Start, step and save against the number of ranks", command, text + drawing, "deepspeed"
+        )
     return 0
 
 
@@ -79,15 +91,33 @@ def measure(args: argparse.Namespace, work: Path) -> dict[int, list[dict[str, fl
     batch = max(16 if args.gpu else 32, *numbers)
     uneven = [ranks for ranks in numbers if batch % ranks]
     if uneven:
-        raise UserError(f"--ranks {uneven[0]}: the global batch of {batch} pictures cannot be shared by so many; give divisors of the largest number")
+        raise UserError(
+            f"--ranks {uneven[0]}: the global batch of {batch} pictures cannot be shared by so many; give "
+            "divisors of the largest number"
+        )
     settings = [*settings, *args.overrides]
     own = make_set(work, recipe, settings, pictures=4 * batch)
-    settings += [*own, f"run.global_batch={batch}", f"schedule.steps={STEPS}", "schedule.warmup_steps=1", "checkpoint.every_steps=1", "checkpoint.keep_last=1"]
+    settings += [
+        *own,
+        f"run.global_batch={batch}",
+        f"schedule.steps={STEPS}",
+        "schedule.warmup_steps=1",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep_last=1",
+    ]
     found: dict[int, list[dict[str, float]]] = {ranks: [] for ranks in numbers}
     for number in range(args.starts):
         for ranks in numbers:
             out = work / "runs" / f"{ranks}_{number}"
-            script = [str(HERE.parent / "peco_ds" / "pretrain.py"), "--recipe", recipe, "--deepspeed_config", str(args.deepspeed_config), "--out", str(out)]
+            script = [
+                str(HERE.parent / "peco_ds" / "pretrain.py"),
+                "--recipe",
+                recipe,
+                "--deepspeed_config",
+                str(args.deepspeed_config),
+                "--out",
+                str(out),
+            ]
             command = [*_launcher(args.launcher, ranks), *script, *settings, f"run.micro_batch={batch // ranks}"]
             found[ranks].append(one_start(command, out, ranks, on_gpu=args.gpu))
             sys.stderr.write(f"{ranks} ranks: first step after {found[ranks][-1]['first step']:.1f} s\n")
@@ -97,7 +127,8 @@ def measure(args: argparse.Namespace, work: Path) -> dict[int, list[dict[str, fl
 def one_start(command: list[str], out: Path, ranks: int, *, on_gpu: bool) -> dict[str, float]:
     """Run a start to its end.
 
-    Returns: seconds of rank 0's phases, from the command to the first step, a step, a save; processor seconds a rank of all that was started; files of a checkpoint.
+    Returns: seconds of rank 0's phases, from the command to the first step, a step, a save; processor seconds a rank of
+        all that was started; files of a checkpoint.
     Raises: UserError with the end of its output if it fails.
     """
     from peco_ds.runtime.timeline import METRICS_FILE, STARTS_FILE, read_rows
@@ -106,7 +137,10 @@ def one_start(command: list[str], out: Path, ranks: int, *, on_gpu: bool) -> dic
     before, begun = _children_s(), time.time()
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=LONGEST_S)
     if done.returncode:
-        raise UserError(f"{shlex.join(command)}: exit code {done.returncode}; its output ends in: {' '.join((done.stdout + done.stderr).split())[-600:]}")
+        raise UserError(
+            f"{shlex.join(command)}: exit code {done.returncode}; its output ends in: "
+            f"{' '.join((done.stdout + done.stderr).split())[-600:]}"
+        )
     events = {row["event"]: row for row in read_rows(out / STARTS_FILE)[0]}
     start, end = events["start"], events["end"]
     newest = out / "checkpoints" / (out / "checkpoints" / "latest").read_text().strip()
@@ -129,19 +163,37 @@ def _children_s() -> float:
 
 def table(found: dict[int, list[dict[str, float]]]) -> str:
     """Markdown: medians; processor time and saves also as multiples of the smallest number of ranks."""
-    rows = {ranks: {name: statistics.median(one[name] for one in starts) for name in starts[0]} for ranks, starts in found.items()}
+    rows = {
+        ranks: {name: statistics.median(one[name] for one in starts) for name in starts[0]}
+        for ranks, starts in found.items()
+    }
     first = next(iter(rows.values()))
     names = [*PHASES, "first step", "step", "save"]
     lines = [
-        f"| {ranks} | {' | '.join('%.2f' % row[name] for name in names)} | {row['cpu']:.1f} | {row['cpu'] / first['cpu']:.2f} | {row['save'] / ranks / (first['save'] / next(iter(rows))):.2f} "
+        f"| {ranks} | {' | '.join(format(row[name], '.2f') for name in names)} | {row['cpu']:.1f} | "
+        f"{row['cpu'] / first['cpu']:.2f} | "
+        f"{row['save'] / ranks / (first['save'] / next(iter(rows))):.2f} "
         f"| {row['files']:.0f} | {row['mb']:.1f} |"
         for ranks, row in rows.items()
     ]
-    head = ["ranks", *(f"{name} s" for name in PHASES), "to the first step s", "step s", "save s", "processor s a rank", "of the fewest", "save a rank, of the fewest", "files", "MB"]
+    head = [
+        "ranks",
+        *(f"{name} s" for name in PHASES),
+        "to the first step s",
+        "step s",
+        "save s",
+        "processor s a rank",
+        "of the fewest",
+        "save a rank, of the fewest",
+        "files",
+        "MB",
+    ]
     starts = len(next(iter(found.values())))
     return "\n".join(
         [
-            f"Seconds of rank 0, medians of {starts} starts of {STEPS} steps on {len(os.sched_getaffinity(0))} cores; a save is what the loop waits for it, from the copy to the rename.",
+            f"Seconds of rank 0, medians of {starts} starts of {STEPS} steps on "
+            f"{len(os.sched_getaffinity(0))} cores; a save is what the loop waits for it, from the copy "
+            "to the rename.",
             "",
             f"| {' | '.join(head)} |",
             "|" + "---:|" * len(head),
@@ -158,8 +210,20 @@ def draw(path: Path, found: dict[int, list[dict[str, float]]]) -> None:
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, label in (("first step", "to the first step"), ("engine", "engine"), ("step", "a step"), ("save", "a save"), ("cpu", "processor time a rank")):
-        axes.loglog(list(found), [statistics.median(one[name] for one in starts) for starts in found.values()], marker="o", markersize=4, label=label)
+    for name, label in (
+        ("first step", "to the first step"),
+        ("engine", "engine"),
+        ("step", "a step"),
+        ("save", "a save"),
+        ("cpu", "processor time a rank"),
+    ):
+        axes.loglog(
+            list(found),
+            [statistics.median(one[name] for one in starts) for starts in found.values()],
+            marker="o",
+            markersize=4,
+            label=label,
+        )
     axes.set_xlabel("ranks on one machine")
     axes.set_ylabel("seconds")
     axes.set_xticks(list(found), [str(ranks) for ranks in found])

@@ -1,4 +1,6 @@
-"""How fast this device multiplies large matrices: what a training step is measured against, beside the number on the data sheet."""
+"""How fast this device multiplies large matrices: what a training step is measured against, beside the number on the
+data sheet.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,20 @@ SIDES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}
 STRETCHES, STRETCH_S = 5, {"cuda": 0.05, "cpu": 0.1}
 
 
-def matmul_ceiling(dtype: torch.dtype, device: torch.device, sides: tuple[int, ...] = (), clock: Callable[[], float] = time.perf_counter) -> float:
-    """FLOP a second of the best of several stretches of products of two square matrices, of the best of several sizes. Values are drawn: a card that
+def matmul_ceiling(
+    dtype: torch.dtype,
+    device: torch.device,
+    sides: tuple[int, ...] = (),
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """FLOP a second of the best of several stretches of products of two square matrices, of the best of several sizes.
+
+    Values are drawn: a card that
     multiplies zeros runs cooler, and faster, than one that trains.
 
     Args:
-        sides: of the matrices; () for the device's own.  clock: seconds; on a CPU with one thread its own time tells more where others use the cores too.
+        sides: of the matrices; () for the device's own.
+        clock: seconds; on a CPU with one thread its own time tells more where others use the cores too.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best = 0.0
@@ -46,6 +56,9 @@ def matmul_ceiling(dtype: torch.dtype, device: torch.device, sides: tuple[int, .
 
 
 def data_sheet_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """FLOP a second that the maker states for 16-bit products; None for another dtype or a device that the planner's catalogue does not know."""
+    """FLOP a second that the maker states for 16-bit products.
+
+    None for another dtype or a device that the planner's catalogue does not know.
+    """
     hardware = hardware_of_device(device_name)
     return hardware.peak_flops[PRECISIONS[dtype]] if hardware and dtype in PRECISIONS else None

@@ -1,11 +1,13 @@
-"""The planner's figures beside what torch and DeepSpeed count: FLOPs, bytes of state a rank, traffic of an optimiser step.
+"""The planner's figures beside what torch and DeepSpeed count: FLOPs, bytes of state a rank, traffic of an optimiser
+step.
 
     python benchmarks/plan_engine.py [--ranks 1 2 4] [--only flops state traffic] [--gpu] [--record FILE.md]
 
-FLOPs: torch's counter on the pre-training model, at a toy size and at full width with few blocks. State and traffic: one launch for each number of ranks, in which real
-models of a small width train three optimiser steps through DeepSpeed under the files of ds_configs and changes of them, buckets scaled down so that
-there are many. Traffic is what DeepSpeed's own comms logger says of the third step; state is every storage that Python knows of (--gpu: what the device's allocator
-holds) at the end of a forward and of a backward pass. Counts and bytes are those of any machine.
+FLOPs: torch's counter on the pre-training model, at a toy size and at full width with few blocks. State and traffic:
+one launch for each number of ranks, in which real models of a small width train three optimiser steps through DeepSpeed
+under the files of ds_configs and changes of them, buckets scaled down so that there are many. Traffic is what
+DeepSpeed's own comms logger says of the third step; state is every storage that Python knows of (--gpu: what the
+device's allocator holds) at the end of a forward and of a backward pass. Counts and bytes are those of any machine.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ from peco_ds.planner.traffic import Collective, TrainedTensor, step_collectives
 from peco_ds.planner.work import Segment, finetune_segments, pretrain_segments
 
 PARTS = ("flops", "state", "traffic")
-WARM_UP = 2  # optimiser steps: in the first one ZeRO-3 records its order, in the second it first follows it
+# optimiser steps: in the first one ZeRO-3 records its order, in the second it first follows it
+WARM_UP = 2
 
 
-# ---------------------------------------------------------------------------------------------- cases
+# ----------------------------------------------------------------------------------------------- cases
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,21 @@ class Case:
 
 
 MODELS = {
-    "mim": ("peco_vittiny16", "model.depth=6 model.width=64 model.heads=4 model.image_px=64 views.tokenizer_px=64 mask.count=6 mask.min_block=2 objective.num_codes=256"),
-    "classifier": ("finetune_vittiny16", "model.depth=4 model.width=64 model.heads=4 model.image_px=64 augment.mixup=0"),
+    "mim": (
+        "peco_vittiny16",
+        "model.depth=6 model.width=64 model.heads=4 model.image_px=64 views.tokenizer_px=64 "
+        "mask.count=6 mask.min_block=2 objective.num_codes=256",
+    ),
+    "classifier": (
+        "finetune_vittiny16",
+        "model.depth=4 model.width=64 model.heads=4 model.image_px=64 augment.mixup=0",
+    ),
     # For bytes of state: wider, so that paddings and scalars are as small beside the rest as in a real model.
-    "wide mim": ("peco_vittiny16", "model.depth=12 model.width=192 model.heads=3 model.image_px=64 views.tokenizer_px=64 mask.count=6 mask.min_block=2 objective.num_codes=256"),
+    "wide mim": (
+        "peco_vittiny16",
+        "model.depth=12 model.width=192 model.heads=3 model.image_px=64 views.tokenizer_px=64 "
+        "mask.count=6 mask.min_block=2 objective.num_codes=256",
+    ),
 }
 NUM_CLASSES = 10
 
@@ -90,9 +104,17 @@ TRAFFIC = (
     Case("zero3, no prefetch", "zero3.json", SCATTERED | {"stage3_prefetch_bucket_size": 0}),
     Case("zero3, short prefetch", "zero3.json", SCATTERED | {"stage3_prefetch_bucket_size": 10_000}),
     Case("zero3, reuse distance 0", "zero3.json", SCATTERED | {"stage3_max_reuse_distance": 0}),
-    Case("zero3, reuse distance of three blocks", "zero3.json", SCATTERED | {"stage3_prefetch_bucket_size": 10_000, "stage3_max_reuse_distance": 150_000}),
+    Case(
+        "zero3, reuse distance of three blocks",
+        "zero3.json",
+        SCATTERED | {"stage3_prefetch_bucket_size": 10_000, "stage3_max_reuse_distance": 150_000},
+    ),
     Case("zero3, live parameters of three blocks", "zero3.json", SCATTERED | {"stage3_max_live_parameters": 150_000}),
-    Case("zero3, neither live nor reused", "zero3.json", SCATTERED | {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}),
+    Case(
+        "zero3, neither live nor reused",
+        "zero3.json",
+        SCATTERED | {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0},
+    ),
     Case("zero3, persistence 1000", "zero3.json", SCATTERED | {"stage3_param_persistence_threshold": 1000}),
     Case("zero3, reduce bucket of a third block", "zero3.json", SCATTERED | {"reduce_bucket_size": 17_000}),
     Case("zero3, reduce_scatter false", "zero3.json", SCATTERED | {"reduce_scatter": False}),
@@ -104,9 +126,21 @@ TRAFFIC = (
 )
 
 
-def _weighed(name: str, stage: int, changed: dict, *, precision: str = "bf16", summed: str = "fp32", micro_steps: int = 2) -> Case:
-    buckets = {0: {}, 3: {"reduce_bucket_size": 300_000, "stage3_prefetch_bucket_size": 300_000}}.get(stage, {"reduce_bucket_size": 300_000})
-    return Case(name, f"zero{stage}.json", {"data_types.grad_accum_dtype": summed} | buckets | changed, micro_steps, precision, "wide mim", weighed=True)
+def _weighed(
+    name: str, stage: int, changed: dict, *, precision: str = "bf16", summed: str = "fp32", micro_steps: int = 2
+) -> Case:
+    buckets = {0: {}, 3: {"reduce_bucket_size": 300_000, "stage3_prefetch_bucket_size": 300_000}}.get(
+        stage, {"reduce_bucket_size": 300_000}
+    )
+    return Case(
+        name,
+        f"zero{stage}.json",
+        {"data_types.grad_accum_dtype": summed} | buckets | changed,
+        micro_steps,
+        precision,
+        "wide mim",
+        weighed=True,
+    )
 
 
 STATE = (
@@ -130,14 +164,16 @@ OFFLOADED = (
     _weighed("ZeRO-1, optimiser offloaded, summed in bf16", 1, _OPTIMIZER, summed="bf16"),
     _weighed("ZeRO-2, optimiser offloaded", 2, _OPTIMIZER),
     _weighed("ZeRO-2, optimiser offloaded, summed in bf16", 2, _OPTIMIZER, summed="bf16"),
-    _weighed("ZeRO-2, optimiser offloaded, summed in bf16, one micro-step", 2, _OPTIMIZER, summed="bf16", micro_steps=1),
+    _weighed(
+        "ZeRO-2, optimiser offloaded, summed in bf16, one micro-step", 2, _OPTIMIZER, summed="bf16", micro_steps=1
+    ),
     _weighed("ZeRO-3, optimiser offloaded", 3, _OPTIMIZER),
     _weighed("ZeRO-3, optimiser offloaded, summed in bf16", 3, _OPTIMIZER, summed="bf16"),
     _weighed("ZeRO-3, optimiser and weights offloaded", 3, _OPTIMIZER | _WEIGHTS),
 )
 
 
-# ---------------------------------------------------------------------------------------------- what the engine does
+# -------------------------------------------------------------------------------- what the engine does
 
 
 def measure(cases, ranks: int, folder: Path, *, gpu: bool = False) -> list[dict]:
@@ -149,11 +185,30 @@ def measure(cases, ranks: int, folder: Path, *, gpu: bool = False) -> list[dict]
     """
     asked, rows = folder / f"cases_{ranks}.json", folder / f"rows_{ranks}.json"
     asked.write_text(json.dumps([asdict(case) for case in cases]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__, "--cases", str(asked), "--rows_to", str(rows)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ({} if gpu else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+        __file__,
+        "--cases",
+        str(asked),
+        "--rows_to",
+        str(rows),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | ({} if gpu else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}),
+    )
     if done.returncode:
         said = done.stderr.split("torch/distributed/run.py")[0]  # then the launcher's own words
-        raise UserError(f"{ranks} ranks ended with {done.returncode}; the last they said: {' '.join(said[-1000:].split())}")
+        raise UserError(
+            f"{ranks} ranks ended with {done.returncode}; the last they said: {' '.join(said[-1000:].split())}"
+        )
     return json.loads(rows.read_text())
 
 
@@ -167,7 +222,8 @@ def count(cases: list[Case], rows_to: Path) -> int:
 
     world = start_world()
     gc.collect()
-    gc.freeze()  # the libraries' own objects: going through them is most of the time of a weighing, and of DeepSpeed's own reports
+    # the libraries' own objects: going through them is most of the time of a weighing, and of DeepSpeed's own reports
+    gc.freeze()
     if world.device.type == "cpu":
         torch.set_num_threads(1)
     found = [count_case(case, world) for case in cases]
@@ -179,14 +235,15 @@ def count(cases: list[Case], rows_to: Path) -> int:
 def count_case(case: Case, world) -> dict:
     """An engine's third optimiser step.
 
-    Returns: device, modules (elements and decay of each trained tensor, by segment and module in running order), ds_config, groups; calls (phase, micro-step, operation,
-        bytes of the whole result or input, in order), logged (operation -> [calls, bytes] of DeepSpeed's logger); of a case that is weighed also held (moment -> bytes of
-        state), saved (bytes of the copies that each rank saves from), averaged (bytes of a moving average of the weights).
+    Returns: device, modules (elements and decay of each trained tensor, by segment and module in running order),
+        ds_config, groups; calls (phase, micro-step, operation, bytes of the whole result or input, in order), logged
+        (operation -> [calls, bytes] of DeepSpeed's logger); of a case that is weighed also held (moment -> bytes of
+        state), saved (bytes of the copies that each rank saves from), averaged (bytes of a moving average of the
+        weights).
     """
     import torch
-    from deepspeed.comm import comms_logger
-
     from collectives import _held_bytes
+    from deepspeed.comm import comms_logger
 
     weigh = (lambda: _held_bytes(world)) if case.weighed else lambda: 0
     trainee = _Trainee(case, _recipe(case, world.size), world)
@@ -197,9 +254,24 @@ def count_case(case: Case, world) -> dict:
         trainee.step()
     comms_logger.comms_dict.clear()
     calls, held = trainee.watched_step(lambda: weigh() - before)
-    held = {moment: num_bytes - (activations if moment != "end of backward" else 0) for moment, num_bytes in held.items()} if case.weighed else {}
-    logged = {operation: [sum(entry[0] for entry in sizes.values()), sum(size * entry[0] for size, entry in sizes.items())] for operation, sizes in comms_logger.comms_dict.items()}
-    row = {"device": world.device.type, "modules": trainee.modules, "ds_config": trainee.ds_config, "groups": trainee.groups, "calls": calls, "logged": logged, "held": held}
+    held = (
+        {moment: num_bytes - (activations if moment != "end of backward" else 0) for moment, num_bytes in held.items()}
+        if case.weighed
+        else {}
+    )
+    logged = {
+        operation: [sum(entry[0] for entry in sizes.values()), sum(size * entry[0] for size, entry in sizes.items())]
+        for operation, sizes in comms_logger.comms_dict.items()
+    }
+    row = {
+        "device": world.device.type,
+        "modules": trainee.modules,
+        "ds_config": trainee.ds_config,
+        "groups": trainee.groups,
+        "calls": calls,
+        "logged": logged,
+        "held": held,
+    }
     if case.weighed:
         row |= {"saved": world.gather_objects(trainee.saved_bytes()), "averaged": trainee.averaged_bytes()}
     trainee.destroy()
@@ -211,7 +283,12 @@ def count_case(case: Case, world) -> dict:
 def _recipe(case: Case, ranks: int):
     name, sizes = MODELS[case.model]
     kind = FinetuneRecipe if case.model == "classifier" else PretrainRecipe
-    run_settings = ["run.micro_batch=1", f"run.global_batch={ranks * case.micro_steps}", f"run.precision={case.precision}", "run.compile=none"]
+    run_settings = [
+        "run.micro_batch=1",
+        f"run.global_batch={ranks * case.micro_steps}",
+        f"run.precision={case.precision}",
+        "run.compile=none",
+    ]
     return load_recipe(kind, name, [*sizes.split(), *run_settings], environ={}).recipe
 
 
@@ -249,7 +326,11 @@ class _Trainee:
             optim = replace(optim, clip_norm=case.changed["gradient_clipping"])
         self.ds_config = merge_deepspeed(raw, source, recipe.run, optim, world.size)
         self._start = dict(source=source, run=recipe.run, optim=optim, lr_scales=scales)
-        self._micro_steps, size, self._dtype = case.micro_steps, recipe.model.image_px, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.precision]
+        self._micro_steps, size, self._dtype = (
+            case.micro_steps,
+            recipe.model.image_px,
+            {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.precision],
+        )
         self._inputs = (torch.randn(1, 3, size, size, device=world.device),)
         if case.model != "classifier":
             self._inputs += (torch.arange(recipe.mask.count, device=world.device).expand(1, -1),)
@@ -268,7 +349,9 @@ class _Trainee:
     @property
     def model_bytes(self) -> int:
         """On the device where the engine will be, before it is."""
-        return sum(parameter.nbytes for parameter in self._model.parameters() if parameter.device == self._inputs[0].device)
+        return sum(
+            parameter.nbytes for parameter in self._model.parameters() if parameter.device == self._inputs[0].device
+        )
 
     def start(self) -> None:
         logger = {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False}}
@@ -286,9 +369,11 @@ class _Trainee:
             self._engine.step()
 
     def watched_step(self, held) -> tuple[list, dict[str, int]]:
-        """A step's collectives in order, and the bytes held at the end of its last forward pass, at the first reduction behind it, and at the end of its last backward pass.
+        """A step's collectives in order, and the bytes held at the end of its last forward pass, at the first reduction
+        behind it, and at the end of its last backward pass.
 
-        At the first reduction the buckets stand whole: they are added to what was held before, since activations and single gradients come and go beside them.
+        At the first reduction the buckets stand whole: they are added to what was held before, since activations and
+        single gradients come and go beside them.
         """
         from torch.utils._python_dispatch import TorchDispatchMode
         from torch.utils._pytree import tree_leaves
@@ -298,7 +383,9 @@ class _Trainee:
         class Listing(TorchDispatchMode):
             def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
                 if operation.namespace == "c10d":
-                    sides = [sum(leaf.nbytes for leaf in tree_leaves(side) if hasattr(leaf, "nbytes")) for side in args[:2]]
+                    sides = [
+                        sum(leaf.nbytes for leaf in tree_leaves(side) if hasattr(leaf, "nbytes")) for side in args[:2]
+                    ]
                     calls.append([*now, plain_name(operation._schema.name.split("::")[1]), max(sides)])
                     if now == ["backward", last] and "all_gather" not in calls[-1]:
                         moments.setdefault("first reduction", moments["end of forward"] + bucket_bytes() - buckets[0])
@@ -316,7 +403,12 @@ class _Trainee:
 
     def _bucket_bytes(self) -> int:
         found = [bucket.buffer for bucket in getattr(self._engine.optimizer, "ipg_buckets", {}).values()]
-        return sum(part.nbytes for buffer in found for part in (buffer if isinstance(buffer, list) else [buffer]) if part is not None)
+        return sum(
+            part.nbytes
+            for buffer in found
+            for part in (buffer if isinstance(buffer, list) else [buffer])
+            if part is not None
+        )
 
     def saved_bytes(self) -> int:
         """Of the copies in host memory that this rank's part of a checkpoint is written from."""
@@ -347,12 +439,17 @@ def _loss(output):
 
 
 def _engine(model, ds_config: dict, *, source: Path, run, optim, lr_scales):
-    """The engine that a run would have; where it offloads, with torch's AdamW in the place of DeepSpeed's for the host, which is compiled for minutes."""
+    """The engine that a run would have.
+
+    Where it offloads, with torch's AdamW in the place of DeepSpeed's for the host, which is compiled for minutes.
+    """
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.runtime.engine import start_engine
 
     if (ds_config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") == "none":
-        return start_engine(model, ds_config, source=source, run=run, optim=optim, leaf_modules=(TransformerBlock,), lr_scales=lr_scales)
+        return start_engine(
+            model, ds_config, source=source, run=run, optim=optim, leaf_modules=(TransformerBlock,), lr_scales=lr_scales
+        )
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -360,7 +457,12 @@ def _engine(model, ds_config: dict, *, source: Path, run, optim, lr_scales):
 
     set_z3_leaf_modules(model, [TransformerBlock])
     optimizer = build_optimizer(decay_groups(model, optim.weight_decay, lr_scales), optim, offloaded=False)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config | {"zero_force_ds_cpu_optimizer": False}, dist_init_required=False)[0]
+    return deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=ds_config | {"zero_force_ds_cpu_optimizer": False},
+        dist_init_required=False,
+    )[0]
 
 
 def plain_name(operation: str) -> str:
@@ -369,15 +471,26 @@ def plain_name(operation: str) -> str:
     return next((plain for start, plain in _NAMES.items() if name.startswith(start)), name)
 
 
-_NAMES = {"allgather": "all_gather", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce", "all_reduce": "all_reduce", "reduce": "reduce"}
+_NAMES = {
+    "allgather": "all_gather",
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "allreduce": "all_reduce",
+    "all_reduce": "all_reduce",
+    "reduce": "reduce",
+}
 
 
 def modules_of(model) -> list[list[list[tuple[int, bool]]]]:
-    """Segments (embedding, each block, head) of modules in running order, of [elements, whether they decay] of the tensors they hold."""
+    """Segments (embedding, each block, head) of modules in running order, of [elements, whether they decay] of the
+    tensors they hold.
+    """
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.runtime.optim import decay_groups
 
-    decaying = {id(parameter) for group in decay_groups(model, 0.05) if group["weight_decay"] for parameter in group["params"]}
+    decaying = {
+        id(parameter) for group in decay_groups(model, 0.05) if group["weight_decay"] for parameter in group["params"]
+    }
 
     def own(module, recurse: bool) -> list:
         return [(parameter.numel(), id(parameter) in decaying) for parameter in module.parameters(recurse=recurse)]
@@ -388,12 +501,21 @@ def modules_of(model) -> list[list[list[tuple[int, bool]]]]:
     if backbone.rel_pos_bias is not None:
         embedding.append(own(backbone.rel_pos_bias, False))
     blocks = [[own(block, True)] for block in backbone.blocks]
-    ends = [part for part in (backbone.norm, getattr(backbone, "fc_norm", None), getattr(model, "lm_head", None), getattr(backbone, "head", None)) if part is not None]
+    ends = [
+        part
+        for part in (
+            backbone.norm,
+            getattr(backbone, "fc_norm", None),
+            getattr(model, "lm_head", None),
+            getattr(backbone, "head", None),
+        )
+        if part is not None
+    ]
     assert all(isinstance(block, TransformerBlock) for block in backbone.blocks)
     return [embedding, *blocks, [own(part, False) for part in ends]]
 
 
-# ---------------------------------------------------------------------------------------------- what the planner says
+# ------------------------------------------------------------------------------- what the planner says
 
 
 def segments_of(case: Case) -> tuple[Segment, ...]:
@@ -404,8 +526,20 @@ def segments_of(case: Case) -> tuple[Segment, ...]:
 
 def predicted_calls(case: Case, row: dict, ranks: int, *, by_module: bool) -> tuple[Collective, ...]:
     """`by_module`: told which tensors the modules of the real model hold, or with a plan's own segments."""
-    modules = [[[TrainedTensor(*tensor) for tensor in module] for module in segment] for segment in row["modules"]] if by_module else None
-    return step_collectives(segments_of(case), ds_config=row["ds_config"], precision=case.precision, micro_steps=case.micro_steps, ranks=ranks, groups=row["groups"], modules=modules)
+    modules = (
+        [[[TrainedTensor(*tensor) for tensor in module] for module in segment] for segment in row["modules"]]
+        if by_module
+        else None
+    )
+    return step_collectives(
+        segments_of(case),
+        ds_config=row["ds_config"],
+        precision=case.precision,
+        micro_steps=case.micro_steps,
+        ranks=ranks,
+        groups=row["groups"],
+        modules=modules,
+    )
 
 
 def sums(collectives) -> dict[str, list[float]]:
@@ -431,7 +565,9 @@ def logged_sums(row: dict, ranks: int) -> dict[str, list[float]]:
 def sizes_of(case: Case, row: dict, ranks: int) -> tuple[int, dict]:
     """Trained parameters, and what else the planner's formulas of memory take."""
     elements = sum(elements for segment in row["modules"] for module in segment for elements, _ in module)
-    return elements, dict(stage=row["ds_config"]["zero_optimization"]["stage"], world_size=ranks, precision=case.precision)
+    return elements, dict(
+        stage=row["ds_config"]["zero_optimization"]["stage"], world_size=ranks, precision=case.precision
+    )
 
 
 def predicted_memory(case: Case, row: dict, ranks: int) -> GpuMemory:
@@ -444,7 +580,7 @@ def saved(case: Case, row: dict, ranks: int) -> float:
     return saved_bytes(elements, first_rank=True, **sizes)
 
 
-# ---------------------------------------------------------------------------------------------- FLOPs
+# ----------------------------------------------------------------------------------------------- FLOPs
 
 
 FULL_WIDTH = {
@@ -464,7 +600,10 @@ class Flops:
 
 
 def counted_flops(recipe: PretrainRecipe) -> Flops:
-    """What torch's counter sees in the kernels; the plain attention kernel, because the counter does not know a CPU's fused one."""
+    """What torch's counter sees in the kernels.
+
+    The plain attention kernel, because the counter does not know a CPU's fused one.
+    """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -472,7 +611,10 @@ def counted_flops(recipe: PretrainRecipe) -> Flops:
     from peco_ds.models.mim import build_mim
 
     model = build_mim(recipe.model, recipe.encoding, recipe.aggregation, recipe.objective.num_codes)
-    images, masked = torch.randn(1, 3, recipe.model.image_px, recipe.model.image_px), torch.arange(recipe.mask.count).expand(1, -1)
+    images, masked = (
+        torch.randn(1, 3, recipe.model.image_px, recipe.model.image_px),
+        torch.arange(recipe.mask.count).expand(1, -1),
+    )
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         output = model(images, masked)
         loss = sum(logits.sum() for logits in (output.logits, output.aggregated_logits) if logits is not None)
@@ -482,23 +624,40 @@ def counted_flops(recipe: PretrainRecipe) -> Flops:
 
 
 def predicted_flops(recipe: PretrainRecipe) -> Flops:
-    macs = mim_macs(recipe.model, num_codes=recipe.objective.num_codes, masked=recipe.mask.count, encoding=recipe.encoding, aggregation=recipe.aggregation)
+    macs = mim_macs(
+        recipe.model,
+        num_codes=recipe.objective.num_codes,
+        masked=recipe.mask.count,
+        encoding=recipe.encoding,
+        aggregation=recipe.aggregation,
+    )
     return Flops(FLOPS_PER_MAC * macs.total, macs.training_flops)
 
 
 def flops_recipes() -> dict[str, PretrainRecipe]:
     asked = {"toy": MODELS["wide mim"]} | {name: (name, changes) for name, changes in FULL_WIDTH.items()}
-    return {name: load_recipe(PretrainRecipe, source, [*changes.split(), "run.compile=none"], environ={}).recipe for name, (source, changes) in asked.items()}
+    return {
+        name: load_recipe(PretrainRecipe, source, [*changes.split(), "run.compile=none"], environ={}).recipe
+        for name, (source, changes) in asked.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------- tables
 
 
 def flops_table() -> list[str]:
-    lines = ["FLOP of one picture, in millions.", "", "| | blocks x width | forward | counted | error | forward and backward | counted | error |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "FLOP of one picture, in millions.",
+        "",
+        "| | blocks x width | forward | counted | error | forward and backward | counted | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, recipe in flops_recipes().items():
         said, seen = predicted_flops(recipe), counted_flops(recipe)
-        cells = [f"{a / 1e6:,.1f} | {b / 1e6:,.1f} | {a / b - 1:+.2%}" for a, b in ((said.forward, seen.forward), (said.training, seen.training))]
+        cells = [
+            f"{a / 1e6:,.1f} | {b / 1e6:,.1f} | {a / b - 1:+.2%}"
+            for a, b in ((said.forward, seen.forward), (said.training, seen.training))
+        ]
         lines.append(f"| {name} | {recipe.model.depth} x {recipe.model.width} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -510,7 +669,8 @@ def worst_moment(row: dict) -> tuple[str, int]:
 
 def state_table(found: dict[int, list[tuple[Case, dict]]]) -> list[str]:
     lines = [
-        "State of a rank at its worst moment, kB; on CPUs what is offloaded counts too. Beside it the copies that rank 0 saves from.",
+        "State of a rank at its worst moment, kB; on CPUs what is offloaded counts too. Beside it "
+        "the copies that rank 0 saves from.",
         "",
         "| | ranks | state | counted | error | when | copies | counted |",
         "|---|---|---|---|---|---|---|---|",
@@ -520,13 +680,17 @@ def state_table(found: dict[int, list[tuple[Case, dict]]]) -> list[str]:
             memory, (moment, held) = predicted_memory(case, row, ranks), worst_moment(row)
             total = memory.state + (memory.host if row["device"] == "cpu" else 0)
             copies = f"{saved(case, row, ranks) / 1e3:,.1f} | {row['saved'][0] / 1e3:,.1f}"
-            lines.append(f"| {case.name} | {ranks} | {total / 1e3:,.1f} | {held / 1e3:,.1f} | {total / held - 1:+.2%} | {moment} | {copies} |")
+            lines.append(
+                f"| {case.name} | {ranks} | {total / 1e3:,.1f} | {held / 1e3:,.1f} | {total / held - 1:+.2%} "
+                f"| {moment} | {copies} |"
+            )
     return [*lines, ""]
 
 
 def traffic_table(found: dict[int, list[tuple[Case, dict]]]) -> list[str]:
     lines = [
-        "Collectives of one optimiser step: calls and kB (of a gather the whole result, of a reduction the whole input), as the planner has them from the recipe, "
+        "Collectives of one optimiser step: calls and kB (of a gather the whole result, of a "
+        "reduction the whole input), as the planner has them from the recipe, "
         "and in DeepSpeed's comms logger.",
         "",
         "| | ranks | operation | calls | counted | kB | counted | error |",
@@ -539,13 +703,18 @@ def traffic_table(found: dict[int, list[tuple[Case, dict]]]) -> list[str]:
             for operation in sorted(said.keys() | seen.keys()):
                 (calls, num_bytes), (seen_calls, seen_bytes) = said.get(operation, (0, 0)), seen.get(operation, (0, 0))
                 error = f"{num_bytes / seen_bytes - 1:+.2%}" if seen_bytes else "none counted"
-                lines.append(f"| {case.name} | {ranks} | {operation} | {calls} | {seen_calls} | {num_bytes / 1e3:,.2f} | {seen_bytes / 1e3:,.2f} | {error} |")
+                lines.append(
+                    f"| {case.name} | {ranks} | {operation} | {calls} | {seen_calls} | {num_bytes / 1e3:,.2f} | "
+                    f"{seen_bytes / 1e3:,.2f} | {error} |"
+                )
     return [*lines, ""]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=at_least(1), nargs="+", default=[1, 2, 4], help="a launch each (default: %(default)s)")
+    parser.add_argument(
+        "--ranks", type=at_least(1), nargs="+", default=[1, 2, 4], help="a launch each (default: %(default)s)"
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
     parser.add_argument("--gpu", action="store_true", help="the ranks on the GPUs of this machine")
     parser.add_argument("--record", type=Path, help="also write the tables to this file")
@@ -559,7 +728,10 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         if max(args.ranks) > torch.cuda.device_count():
-            raise UserError(f"--ranks {max(args.ranks)} with --gpu: this machine has {torch.cuda.device_count()} GPUs, a rank takes one; give fewer")
+            raise UserError(
+                f"--ranks {max(args.ranks)} with --gpu: this machine has {torch.cuda.device_count()} GPUs, a "
+                "rank takes one; give fewer"
+            )
     lines = flops_table() if "flops" in args.only else []
     asked = {"state": (*STATE, *OFFLOADED), "traffic": TRAFFIC}
     parts = [part for part in ("state", "traffic") if part in args.only]

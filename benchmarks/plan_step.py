@@ -1,10 +1,13 @@
-"""Predict, then run: step time and activation memory of recipes as the planner expects them of this device, beside what they are.
+"""Predict, then run: step time and activation memory of recipes as the planner expects them of this device, beside what
+they are.
 
     python benchmarks/plan_step.py [--gpu] [--rows "ROW; ROW"] [--rounds 5] [--record FILE.md] [key.sub=value ...]
 
-First the device is measured: what large matrix products of the run's precision reach, and how fast a long copy moves. From these two, and shares of them that are
-the planner's own, every row is predicted; then it is trained as benchmarks/step_time.py trains: forward pass, objective, backward pass, AdamW, no data, no ZeRO. A card
-of the planner's catalogue is also predicted from its data sheet alone, as plan.py would. On a CPU small models in float32 on one thread, timed by its own clock so that
+First the device is measured: what large matrix products of the run's precision reach, and how fast a long copy moves.
+From these two, and shares of them that are the planner's own, every row is predicted; then it is trained as
+benchmarks/step_time.py trains: forward pass, objective, backward pass, AdamW, no data, no ZeRO. A card of the planner's
+catalogue is also predicted from its data sheet alone, as plan.py would. On a CPU small models in float32 on one thread,
+timed by its own clock so that
 others on the machine disturb less: they test the form of the model. --gpu takes the recipes' own sizes in bf16.
 """
 
@@ -54,17 +57,24 @@ CPU_ROWS = {
     "width 384, 2 pictures": ("peco_vitb16", f"{_SMALL} run.micro_batch=2"),
     "width 768": ("peco_vitb16", f"{_SMALL} model.width=768 model.heads=12 run.micro_batch=4"),
     "width 384, 6 blocks": ("peco_vitb16", f"{_SMALL} model.depth=6 run.micro_batch=4"),
-    "width 384 at 384 px": ("peco_vitb16", f"{_SMALL} model.image_px=384 views.tokenizer_px=384 mask.count=230 run.micro_batch=2"),
+    "width 384 at 384 px": (
+        "peco_vitb16",
+        f"{_SMALL} model.image_px=384 views.tokenizer_px=384 mask.count=230 run.micro_batch=2",
+    ),
     "width 384, full": ("peco_vitb16", f"{_SMALL} run.activation_checkpointing=full"),
     "width 384, second branch": ("beitv2_vitb16", f"{_SMALL} aggregation.early_block=2 aggregation.blocks=1"),
-    "width 384, visible": ("peco_vith14_visible", f"{_SMALL} encoding.decoder_width=192 encoding.decoder_depth=2 encoding.decoder_heads=6"),
+    "width 384, visible": (
+        "peco_vith14_visible",
+        f"{_SMALL} encoding.decoder_width=192 encoding.decoder_depth=2 encoding.decoder_heads=6",
+    ),
 }
-# Of what large products and long copies reach here. Assumed: on a GPU the catalogue's shares of data sheets stand so to its best products; one thread of a CPU fills up with
-# smaller ones.
+# Of what large products and long copies reach here. Assumed: on a GPU the catalogue's shares of data sheets stand so to
+# its best products; one thread of a CPU fills up with smaller ones.
 PRODUCT_SHARE = {"cuda": (0.55, 0.72, 0.90), "cpu": (0.75, 0.90, 1.0)}
 COPY_SHARE = 0.92
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
-ADAMW_VALUES = 7  # of the parameters' type: gradient read, parameter and both moments read and written
+# of the parameters' type: gradient read, parameter and both moments read and written
+ADAMW_VALUES = 7
 
 
 @dataclass(frozen=True)
@@ -73,22 +83,35 @@ class Row:
 
     name: str
     batch: int
-    machine: Hardware  # the device as it was measured before the row: others may use it too
+    # the device as it was measured before the row: others may use it too
+    machine: Hardware
     precision: str
     predicted: dict[str, float]  # by pace
-    catalogue: float  # typical, from the data sheet; 0: not a card of the catalogue
-    measured: float  # the fastest step, as the device's rates are those of its fastest products and copies
+    # typical, from the data sheet; 0: not a card of the catalogue
+    catalogue: float
+    # the fastest step, as the device's rates are those of its fastest products and copies
+    measured: float
     saved_predicted: float
     saved: float
-    peak_predicted: float = 0.0  # of the whole step beyond weights, gradients and moments
+    # of the whole step beyond weights, gradients and moments
+    peak_predicted: float = 0.0
     peak: float = 0.0  # 0: not a GPU
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="the recipes' own sizes, bf16; without it small models in fp32")
-    parser.add_argument("--rows", metavar="ROW; ROW", help=f"of {'; '.join(GPU_ROWS)}; without --gpu of {'; '.join(CPU_ROWS)}; separated by semicolons (default: all)")
-    parser.add_argument("--rounds", type=at_least(1), default=5, help="steps of each row that are timed (default: %(default)s)")
+    parser.add_argument(
+        "--gpu", action="store_true", help="the recipes' own sizes, bf16; without it small models in fp32"
+    )
+    parser.add_argument(
+        "--rows",
+        metavar="ROW; ROW",
+        help=f"of {'; '.join(GPU_ROWS)}; without --gpu of {'; '.join(CPU_ROWS)}; separated by semicolons "
+        "(default: all)",
+    )
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=5, help="steps of each row that are timed (default: %(default)s)"
+    )
     parser.add_argument("--record", type=Path, help="also write the table to this file, anew after every row")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over every row's recipe")
     args = parser.parse_intermixed_args(argv)
@@ -118,11 +141,17 @@ def chosen_recipes(args: argparse.Namespace) -> dict[str, PretrainRecipe]:
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
         raise UserError(f"--rows {unknown}: not one of {'; '.join(known)}; rows are separated by semicolons")
-    return {name: load_recipe(PretrainRecipe, known[name][0], [*known[name][1].split(), *args.overrides]).recipe for name in names}
+    return {
+        name: load_recipe(PretrainRecipe, known[name][0], [*known[name][1].split(), *args.overrides]).recipe
+        for name in names
+    }
 
 
 def measured_machine(precision: str) -> Hardware:
-    """This device as the planner's hardware: peak and memory as measured, shares as assumed above; attention's share of a known card is its catalogue's, over what products reach."""
+    """This device as the planner's hardware: peak and memory as measured, shares as assumed above.
+
+    Attention's share of a known card is its catalogue's, over what products reach.
+    """
     from matmul_ceiling import matmul_ceiling
     from step_time import DTYPES, this_device
 
@@ -130,7 +159,11 @@ def measured_machine(precision: str) -> Hardware:
     ceiling = matmul_ceiling(DTYPES[precision], device, clock=_clock(device))
     known = _catalogued()
     start = known or HARDWARE["h100"]
-    shares = tuple(min(1.0, share * known.peak_flops[precision] / ceiling) for share in known.attention_share) if known else start.attention_share
+    shares = (
+        tuple(min(1.0, share * known.peak_flops[precision] / ceiling) for share in known.attention_share)
+        if known
+        else start.attention_share
+    )
     return replace(
         start,
         name="this device",
@@ -174,9 +207,16 @@ def _catalogued() -> Hardware | None:
 def predicted_seconds(recipe: PretrainRecipe, machine: Hardware, pace: str) -> float:
     """Of one optimiser step of one micro-batch, as step_time.py runs it: parameters and moments in the run's type."""
     segments = pretrain_segments(recipe)
-    passes = [segment_seconds(segment, recipe.run.micro_batch, machine, recipe.run.precision, pace) for segment in segments]
+    passes = [
+        segment_seconds(segment, recipe.run.micro_batch, machine, recipe.run.precision, pace) for segment in segments
+    ]
     parameters = sum(segment.parameters for segment in segments)
-    optimizer = ADAMW_VALUES * ELEMENT_BYTES[recipe.run.precision] * parameters / (machine.memory_bytes_s * machine.memory_share)
+    optimizer = (
+        ADAMW_VALUES
+        * ELEMENT_BYTES[recipe.run.precision]
+        * parameters
+        / (machine.memory_bytes_s * machine.memory_share)
+    )
     return sum(one.forward + one.backward for one in passes) + optimizer
 
 
@@ -213,12 +253,24 @@ def predict_then_run(name: str, recipe: PretrainRecipe, *, rounds: int) -> Row:
 
 def report(rows: list[Row]) -> str:
     """Markdown: the device, the table, and how far off it is."""
-    machines = {row.precision: row.machine for row in sorted(rows, key=lambda row: row.machine.peak_flops[row.precision])}
+    machines = {
+        row.precision: row.machine for row in sorted(rows, key=lambda row: row.machine.peak_flops[row.precision])
+    }
     device = "; ".join(
-        f"{precision} products reach {machine.peak_flops[precision] / 1e12:.3g} TFLOP/s here, copies {machine.memory_bytes_s / 1e9:.3g} GB/s" for precision, machine in machines.items()
+        f"{precision} products reach {machine.peak_flops[precision] / 1e12:.3g} TFLOP/s here, copies "
+        f"{machine.memory_bytes_s / 1e9:.3g} GB/s"
+        for precision, machine in machines.items()
     )
     sheet = any(row.catalogue for row in rows)
-    header = ["row", "pictures", "predicted, ms (fast to slow)", *(["from the data sheet, ms"] if sheet else []), "fastest step, ms", "error", "inside"]
+    header = [
+        "row",
+        "pictures",
+        "predicted, ms (fast to slow)",
+        *(["from the data sheet, ms"] if sheet else []),
+        "fastest step, ms",
+        "error",
+        "inside",
+    ]
     header += ["saved a picture, MB: predicted", "measured"]
     header += ["peak, GiB: predicted", "measured"] if any(row.peak for row in rows) else []
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
@@ -226,18 +278,32 @@ def report(rows: list[Row]) -> str:
         slow, typical, fast = (row.predicted[pace] * 1e3 for pace in PACES)
         measured = row.measured * 1e3
         cells = [row.name, str(row.batch), f"{typical:.4g} ({fast:.4g} to {slow:.4g})"]
-        cells += [f"{row.catalogue * 1e3:.4g} ({row.catalogue / row.measured - 1:+.0%})" if row.catalogue else ""] if sheet else []
-        cells += [f"{measured:.4g}", f"{typical / measured - 1:+.0%}", "yes" if fast <= measured <= slow else "no", f"{row.saved_predicted / 1e6:.3g}", f"{row.saved / 1e6:.3g}"]
+        cells += (
+            [f"{row.catalogue * 1e3:.4g} ({row.catalogue / row.measured - 1:+.0%})" if row.catalogue else ""]
+            if sheet
+            else []
+        )
+        cells += [
+            f"{measured:.4g}",
+            f"{typical / measured - 1:+.0%}",
+            "yes" if fast <= measured <= slow else "no",
+            f"{row.saved_predicted / 1e6:.3g}",
+            f"{row.saved / 1e6:.3g}",
+        ]
         cells += [f"{row.peak_predicted / 2**30:.1f}", f"{row.peak / 2**30:.1f}"] if row.peak else []
         lines.append(f"| {' | '.join(cells)} |")
     errors = [row.predicted["typical"] / row.measured - 1 for row in rows]
     inside = sum(row.predicted["fast"] <= row.measured <= row.predicted["slow"] for row in rows)
     notes = [
         f"{device}, at best; both are measured anew before every row.",
-        f"Typical pace off by {statistics.median(errors):+.0%} in the median, at worst {max(errors, key=abs):+.0%}; {inside} of {len(rows)} lie between fast and slow.",
+        f"Typical pace off by {statistics.median(errors):+.0%} in the median, at worst "
+        f"{max(errors, key=abs):+.0%}; {inside} of {len(rows)} lie between fast and slow.",
     ]
     if not any(row.peak for row in rows):
-        notes.append("Saved: a CPU's attention keeps its T x T weights, which a GPU's kernel does not and the planner does not count; what full recomputation keeps hides from the counter.")
+        notes.append(
+            "Saved: a CPU's attention keeps its T x T weights, which a GPU's kernel does not and the "
+            "planner does not count; what full recomputation keeps hides from the counter."
+        )
     return "\n\n".join([" ".join(notes), "\n".join(lines)])
 
 

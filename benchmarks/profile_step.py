@@ -1,4 +1,6 @@
-"""Where the time of a training step goes: device kernels by kind on a GPU, operators by kind on a CPU, and which attention kernels ran."""
+"""Where the time of a training step goes: device kernels by kind on a GPU, operators by kind on a CPU, and which
+attention kernels ran.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-# A name belongs to the first kind whose pattern it holds. Products of the token head are products like the others: no name tells them apart.
+# A name belongs to the first kind whose pattern it holds. Products of the token head are products like the others: no
+# name tells them apart.
 _ATTENTION = r"attention|fmha|flash|sdpa"
 KINDS = (
     ("attention, backward", rf"^(?=.*({_ATTENTION}))(?=.*(backward|bwd|cutlassB|dgrad|dq_dk))"),
@@ -19,7 +22,11 @@ KINDS = (
     ("matrix products", r"gemm|gemv|nvjet|xmma|cutlass|cublas|splitk|aten::(add|b|badd)?mm\b|mkldnn|onednn|conv"),
     ("softmax and loss over the codes", r"softmax|nll|cross_entropy|argmax"),
     ("copies and fills", r"memcpy|memset|copy_|aten::(fill_|zero_|empty|resize_|new_)|FillFunctor"),
-    ("norms, elementwise, sums, gathers", r"triton_|cpp_fused|elementwise|layer_?norm|reduce|gelu|index|gather|scatter|embedding|aten::|CatArray|vectorized|Compiled"),
+    (
+        "norms, elementwise, sums, gathers",
+        r"triton_|cpp_fused|elementwise|layer_?norm|reduce|gelu|index|gather|scatter|embedding|aten::|CatArray"
+        r"|vectorized|Compiled",
+    ),
     ("other", ""),
 )
 _ATTENTION_NAMES = re.compile(r"attention|fmha|flash_|sdpa", re.IGNORECASE)
@@ -45,20 +52,40 @@ def profile_step(step: Callable[[], object], *, steps: int) -> str:
             torch.cuda.synchronize()
     events = profile.events()
     operators = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-    ran_there = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)]
+    ran_there = [
+        event
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
     kernels = [Stretch(event.name, event.time_range.start, event.time_range.end) for event in ran_there]
     if on_gpu:
         shares, total = shares_of_kernels(kernels)
     else:
         shares, total = shares_of_operators([(event.name, event.self_cpu_time_total) for event in operators])
-    ran = Counter(event.name for event in [*operators, *kernels] if _ATTENTION_NAMES.search(event.name) and not event.name.startswith("autograd::"))
+    ran = Counter(
+        event.name
+        for event in [*operators, *kernels]
+        if _ATTENTION_NAMES.search(event.name) and not event.name.startswith("autograd::")
+    )
     lines = ["| part | share | ms a step |", "|---|---|---|"]
     lines += [f"| {kind} | {time / total:.1%} | {time / 1000 / steps:.2f} |" for kind, time in shares.items() if time]
     of = "of the time from the first kernel to the last, on the device"
     if not on_gpu:
-        of = "of operators' own time, on all threads that start them; attention that is made of products and softmax counts as those"
+        of = (
+            "of operators' own time, on all threads that start them; attention that is made of products "
+            "and softmax counts as those"
+        )
     named = "\n".join(f"- `{shortened(name)}` x {count / steps:g}" for name, count in sorted(ran.items()))
-    return "\n".join([*lines, "", f"Shares {of}; {steps} steps under torch.profiler, which slows them. Attention that ran, and how often a step:", "", named or "- none by name"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Shares {of}; {steps} steps under torch.profiler, which slows them. Attention that ran, and "
+            "how often a step:",
+            "",
+            named or "- none by name",
+        ]
+    )
 
 
 def kind_of(name: str) -> str:
@@ -66,7 +93,10 @@ def kind_of(name: str) -> str:
 
 
 def shares_of_kernels(kernels: list[Stretch]) -> tuple[dict[str, float], float]:
-    """Microseconds by kind, with `idle` where no kernel ran, and from the first kernel's start to the last one's end. Kernels side by side count each."""
+    """Microseconds by kind, with `idle` where no kernel ran, and from the first kernel's start to the last one's end.
+
+    Kernels side by side count each.
+    """
     times: dict[str, float] = defaultdict(float, {kind: 0.0 for kind, _ in KINDS})
     for kernel in kernels:
         times[kind_of(kernel.name)] += kernel.end - kernel.start

@@ -35,7 +35,10 @@ def require_gpu() -> None:
 
 
 def hardware() -> str:
-    """The GPU by name, memory and driver's CUDA; on a machine without one the processor, its cores, and how many of them torch uses."""
+    """The GPU by name, memory and driver's CUDA.
+
+    On a machine without one the processor, its cores, and how many of them torch uses.
+    """
     import torch
 
     cores = os.cpu_count() or 1
@@ -46,7 +49,10 @@ def hardware() -> str:
 
 
 def versions(*packages: str) -> str:
-    """Installed versions of Python, torch and what else a benchmark names; one that is not installed is said to be absent."""
+    """Installed versions of Python, torch and what else a benchmark names.
+
+    One that is not installed is said to be absent.
+    """
     found = [f"python {platform.python_version()}"]
     for package in ("torch", *packages):
         try:
@@ -63,7 +69,10 @@ def write_record(path: Path, title: str, command: str, body: str, *packages: str
         body: markdown: what was done, tables.  packages: whose versions matter beside torch's.
     Returns: the text.
     """
-    text = f"# {title}\n\n`{command}`\n\n{body.strip()}\n\n{hardware()}; {versions(*packages)}; {time.strftime('%d %B %Y')}.\n"
+    text = (
+        f"# {title}\n\n`{command}`\n\n{body.strip()}\n\n{hardware()}; {versions(*packages)}; "
+        f"{time.strftime('%d %B %Y')}.\n"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_text(text)

@@ -1,4 +1,5 @@
-"""The package's stages as commands of a benchmark: each runs once, leaves its log, command and seconds, and is not run again when the benchmark continues.
+"""The package's stages as commands of a benchmark: each runs once, leaves its log, command and seconds, and is not run
+again when the benchmark continues.
 
 A stage that was run with another command before is refused: results of two settings would stand in one table.
 """
@@ -21,8 +22,10 @@ class Stages:
     """Commands and their records in OUT/log.
 
     Args:
-        out: an absolute folder.  ranks: of the stages that train or tokenize; 1: plain python, more: the deepspeed launcher.
-        threads: of each process; 0: torch's own choice.  jobs: commands at a time; the caller's threads wait for each other.
+        out: an absolute folder.
+        ranks: of the stages that train or tokenize; 1: plain python, more: the deepspeed launcher.
+        threads: of each process; 0: torch's own choice.
+        jobs: commands at a time; the caller's threads wait for each other.
     """
 
     def __init__(self, out: Path, *, ranks: int, deepspeed_config: str, threads: int = 0, jobs: int = 1) -> None:
@@ -32,7 +35,8 @@ class Stages:
         self._environ = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         self._room = threading.Semaphore(jobs)
         self._of_names, self._lock = {}, threading.Lock()
-        self._failed = threading.Event()  # nothing is started after a stage that failed, or that Ctrl-C ended
+        # nothing is started after a stage that failed, or that Ctrl-C ended
+        self._failed = threading.Event()
         (out / "log").mkdir(parents=True, exist_ok=True)
 
     def train(self, name: str, stage: str, recipe: str | Path, out: Path, *settings: str) -> None:
@@ -56,7 +60,10 @@ class Stages:
         if record.exists():
             before = json.loads(record.read_text())["command"]
             if before != text:
-                sys.stderr.write(f"error: {record}: {name} was run with another command; give another --out, or remove that record and what it made\nthen: {before}\nnow:  {text}\n")
+                sys.stderr.write(
+                    f"error: {record}: {name} was run with another command; give another --out, or remove that "
+                    f"record and what it made\nthen: {before}\nnow:  {text}\n"
+                )
                 sys.exit(2)
             return
         if self._failed.is_set():

@@ -1,13 +1,16 @@
-"""How fast is the pre-training step through DeepSpeed, and what memory does it take? Recipes x ZeRO stage x activation checkpointing x torch.compile.
+"""How fast is the pre-training step through DeepSpeed, and what memory does it take? Recipes x ZeRO stage x activation
+checkpointing x torch.compile.
 
     python benchmarks/step.py [--gpu] [--record FILE.md] [--profile] [--budget_s 300] [key.sub=value ...]
 
-One rank, in this process, with the engine that pretrain.py trains with; drawn pictures and codes, masks by the recipe, no data loading. The first value of
-each list (--zero, --checkpointing, --compile, --drop_by) makes the base; every other value is measured alone against it, or with --all every combination.
-On a CPU small models show that everything runs; --gpu takes the recipes' own sizes. The record is written anew after every row, so a time limit loses nothing.
+One rank, in this process, with the engine that pretrain.py trains with; drawn pictures and codes, masks by the recipe,
+no data loading. The first value of each list (--zero, --checkpointing, --compile, --drop_by) makes the base; every
+other value is measured alone against it, or with --all every combination. On a CPU small models show that everything
+runs; --gpu takes the recipes' own sizes. The record is written anew after every row, so a time limit loses nothing.
 
-MFU: FLOPs of the model's forward and backward pass (the planner's count, recomputation not in it) x pictures a second, over what this device reaches in
-large matrix products of the same dtype, measured here, and over what its data sheet says. One process measures all rows in turn, each alone in memory.
+MFU: FLOPs of the model's forward and backward pass (the planner's count, recomputation not in it) x pictures a second,
+over what this device reaches in large matrix products of the same dtype, measured here, and over what its data sheet
+says. One process measures all rows in turn, each alone in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from record import at_least, require_gpu
 
 from peco_ds.command_line import Parser, run
 
-# Recipe and settings of each size, most telling first. On a GPU: micro-batches that fit 80 GB without recomputation. On a CPU: a few blocks.
+# Recipe and settings of each size, most telling first. On a GPU: micro-batches that fit 80 GB without recomputation. On
+# a CPU: a few blocks.
 GPU_SIZES = {
     "H/14 at 224": ("peco_vith14", "run.micro_batch=128"),
     "L/16 at 224": ("peco_vitl16", "run.micro_batch=256"),
@@ -41,12 +45,21 @@ GPU_SIZES = {
 CPU_SIZES = {
     # Subsets are of whole pictures: of 4 the recipes' rate would leave out none.
     "B/16 of 3 blocks": ("peco_vitb16", "run.micro_batch=4 run.precision=fp32 model.depth=3 model.drop_path=0.5"),
-    "H/14 of 3 narrow blocks": ("peco_vith14", "run.micro_batch=4 run.precision=fp32 model.depth=3 model.width=320 model.heads=4 model.drop_path=0.5"),
+    "H/14 of 3 narrow blocks": (
+        "peco_vith14",
+        "run.micro_batch=4 run.precision=fp32 model.depth=3 model.width=320 model.heads=4 model.drop_path=0.5",
+    ),
 }
 # The first value of each is the base; most telling changes first.
-AXES = {"compile": ["blocks", "none"], "checkpointing": ["none", "selective", "full"], "drop_by": ["picture", "subset"], "zero": ["3", "1", "2", "0"]}
+AXES = {
+    "compile": ["blocks", "none"],
+    "checkpointing": ["none", "selective", "full"],
+    "drop_by": ["picture", "subset"],
+    "zero": ["3", "1", "2", "0"],
+}
 PACKAGES = ("deepspeed", "timm")
-NOTHING_COMPILED = "torch.compile was asked for and compiled nothing"  # TORCHDYNAMO_DISABLE switches it off without a word
+# TORCHDYNAMO_DISABLE switches it off without a word
+NOTHING_COMPILED = "torch.compile was asked for and compiled nothing"
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,11 @@ class Setting:
     drop_by: str
 
     def overrides(self) -> list[str]:
-        return [f"run.activation_checkpointing={self.checkpointing}", f"run.compile={self.compile}", f"model.drop_path_by={self.drop_by}"]
+        return [
+            f"run.activation_checkpointing={self.checkpointing}",
+            f"run.compile={self.compile}",
+            f"model.drop_path_by={self.drop_by}",
+        ]
 
 
 @dataclass
@@ -73,8 +90,10 @@ class Row:
     skips: bool = False  # some of those FLOPs are never done
     seconds: list[float] = field(default_factory=list)
     kept_bytes: int = 0  # by the forward pass for the backward pass
-    peak_bytes: int = 0  # of all that is allocated on a GPU; 0 on a CPU
-    start_s: float = 0.0  # what the first steps took beyond the time of later ones: compilation, first allocations
+    # of all that is allocated on a GPU; 0 on a CPU
+    peak_bytes: int = 0
+    # what the first steps took beyond the time of later ones: compilation, first allocations
+    start_s: float = 0.0
     graphs: int = 0
     breaks: int = 0
     recompiled: int = 0
@@ -87,15 +106,27 @@ class Row:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="the recipes' own sizes, bf16; without it small models in fp32")
-    parser.add_argument("--sizes", metavar="SIZE,SIZE", help=f"of {', '.join(GPU_SIZES)}; without --gpu of {', '.join(CPU_SIZES)} (default: all)")
+    parser.add_argument(
+        "--gpu", action="store_true", help="the recipes' own sizes, bf16; without it small models in fp32"
+    )
+    parser.add_argument(
+        "--sizes",
+        metavar="SIZE,SIZE",
+        help=f"of {', '.join(GPU_SIZES)}; without --gpu of {', '.join(CPU_SIZES)} (default: all)",
+    )
     for axis, values in AXES.items():
         parser.add_argument(f"--{axis}", metavar="BASE,OTHER", default=",".join(values), help="(default: %(default)s)")
     parser.add_argument("--all", action="store_true", help="every combination, not one change at a time")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="stretches that are timed (default: %(default)s)")
     parser.add_argument("--steps", type=at_least(1), help="of a stretch (default: 5 with --gpu, else 1)")
-    parser.add_argument("--budget_s", type=float, default=float("inf"), help="no row is begun later than this (default: no limit)")
-    parser.add_argument("--profile", action="store_true", help="also say where the time of each size's base goes, and which attention kernels ran")
+    parser.add_argument(
+        "--budget_s", type=float, default=float("inf"), help="no row is begun later than this (default: no limit)"
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also say where the time of each size's base goes, and which attention kernels ran",
+    )
     parser.add_argument("--record", type=Path, help="also write the tables to this file, anew after every row")
     parser.add_argument("--plot", type=Path, help="also draw pictures a second against each size's base into this PNG")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over every size's recipe")
@@ -117,9 +148,16 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     sizes = chosen("sizes", args.sizes, sizes) if args.sizes else list(sizes)
     axes = [chosen(axis, getattr(args, axis), known) for axis, known in AXES.items()]
     base = tuple(values[0] for values in axes)
-    changed = [tuple(other if n == number else value for n, value in enumerate(base)) for number, values in enumerate(axes) for other in values[1:]]
+    changed = [
+        tuple(other if n == number else value for n, value in enumerate(base))
+        for number, values in enumerate(axes)
+        for other in values[1:]
+    ]
     rest = [combination for combination in itertools.product(*axes) if combination != base] if args.all else changed
-    return [Setting(size, **dict(zip(AXES, values))) for size, values in [*((size, base) for size in sizes), *((size, other) for size in sizes for other in rest)]]
+    return [
+        Setting(size, **dict(zip(AXES, values)))
+        for size, values in [*((size, base) for size in sizes), *((size, other) for size in sizes for other in rest)]
+    ]
 
 
 class Measurement:
@@ -134,12 +172,14 @@ class Measurement:
         self.ceilings: dict = {}  # dtype -> FLOP a second
 
     def measure(self) -> Measurement:
-        from peco_ds.runtime.distributed import start_world
         from step_time import free_memory, reason
+
+        from peco_ds.runtime.distributed import start_world
 
         if self.args.gpu:
             require_gpu()
-        recipes = [self.recipe(setting) for setting in self.settings]  # a misspelt override is refused before anything is measured
+        # a misspelt override is refused before anything is measured
+        recipes = [self.recipe(setting) for setting in self.settings]
         begun = time.monotonic()
         own_signals(start_world)
         for number, (setting, recipe) in enumerate(zip(self.settings, recipes)):
@@ -149,7 +189,8 @@ class Measurement:
             self.rows.append(row)
             try:
                 self.measure_row(row, recipe, profiled=self.args.profile and setting.size not in self.profiles)
-            except Exception as error:  # one setting that this machine cannot do must not cost the others
+            except Exception as error:
+                # one setting that this machine cannot do must not cost the others
                 row.failure = reason(error)
                 del error
             free_memory()
@@ -162,7 +203,8 @@ class Measurement:
 
         name, own = (GPU_SIZES if self.args.gpu else CPU_SIZES)[setting.size]
         recipe = load_recipe(PretrainRecipe, name, [*own.split(), *setting.overrides(), *self.args.overrides]).recipe
-        return replace(recipe, run=replace(recipe.run, global_batch=recipe.run.micro_batch))  # one forward pass an optimiser step
+        # one forward pass an optimiser step
+        return replace(recipe, run=replace(recipe.run, global_batch=recipe.run.micro_batch))
 
     def measure_row(self, row: Row, recipe, *, profiled: bool) -> None:
         import torch
@@ -170,8 +212,13 @@ class Measurement:
         from step_time import DTYPES, Turns, step_memory, this_device, training_flops
 
         device, dtype = this_device(), DTYPES[recipe.run.precision]
-        self.ceilings[dtype] = max(self.ceilings.get(dtype, 0.0), matmul_ceiling(dtype, device))  # anew for every row: others may have used the machine
-        row.batch, row.flops_a_picture, row.skips = recipe.run.micro_batch, training_flops(recipe), recipe.model.drop_path_by == "subset" and recipe.model.drop_path > 0
+        # anew for every row: others may have used the machine
+        self.ceilings[dtype] = max(self.ceilings.get(dtype, 0.0), matmul_ceiling(dtype, device))
+        row.batch, row.flops_a_picture, row.skips = (
+            recipe.run.micro_batch,
+            training_flops(recipe),
+            recipe.model.drop_path_by == "subset" and recipe.model.drop_path > 0,
+        )
         fresh_compiler()
         trainer = EngineTrainer(recipe, row.setting.zero, device)
         try:
@@ -203,7 +250,9 @@ class Measurement:
         if self.args.record:
             from record import write_record
 
-            write_record(self.args.record, "The pre-training step through DeepSpeed", self.command, self.body(), *PACKAGES)
+            write_record(
+                self.args.record, "The pre-training step through DeepSpeed", self.command, self.body(), *PACKAGES
+            )
         if self.args.plot:
             from plots import ratio_bars
 
@@ -221,19 +270,29 @@ class Measurement:
         for dtype, flops in self.ceilings.items():
             sheet = data_sheet_flops(name, dtype)
             stated = f" ({sheet / 1e12:.0f} on the data sheet)" if sheet else ""
-            ceilings.append(f"{str(dtype).removeprefix('torch.')} matrix products reach {flops / 1e12:.3g} TFLOP/s here{stated}")
+            ceilings.append(
+                f"{str(dtype).removeprefix('torch.')} matrix products reach {flops / 1e12:.3g} TFLOP/s here{stated}"
+            )
         left = len(self.settings) - len(self.rows)
         notes = [
-            f"Medians of {self.args.rounds} stretches of {self.steps} steps; one rank; {'; '.join(ceilings)}. The base of a size is its first row; `ratio` is pictures a second "
+            f"Medians of {self.args.rounds} stretches of {self.steps} steps; one rank; "
+            f"{'; '.join(ceilings)}. The base of a size is its first row; `ratio` is pictures a second "
             "against it, measured one after the other.",
-            "Activations: what a forward pass leaves for the backward pass. `start` is what the first step took beyond later ones (compilation; a warm cache on disk makes it "
+            "Activations: what a forward pass leaves for the backward pass. `start` is what the first "
+            "step took beyond later ones (compilation; a warm cache on disk makes it "
             "shorter). graphs, breaks, recompiled: torch.compile's own counts.",
         ]
         if any(row.skips for row in self.rows):
             notes.append("No MFU where stochastic depth leaves branches undone: the planner counts them.")
         if left:
             notes.append(f"{left} rows were not begun within {self.args.budget_s:g} s.")
-        return "\n\n".join([*notes, table(self.rows, self.ceilings), *(f"## Where the time goes: {size}, base\n\n{profile}" for size, profile in self.profiles.items())])
+        return "\n\n".join(
+            [
+                *notes,
+                table(self.rows, self.ceilings),
+                *(f"## Where the time goes: {size}, base\n\n{profile}" for size, profile in self.profiles.items()),
+            ]
+        )
 
 
 class MeasuredError(Exception):
@@ -266,8 +325,11 @@ class EngineTrainer:
         if weights is not None:
             model.load_state_dict(weights)
         linear = torch.nn.functional.linear
-        self.engine = start_engine(model, ds_config, source=source, run=recipe.run, optim=recipe.optim, leaf_modules=(TransformerBlock,))
-        # ZeRO-3 puts a function of its own in the place of torch's for the rest of the process: what else is measured there must not run it.
+        self.engine = start_engine(
+            model, ds_config, source=source, run=recipe.run, optim=recipe.optim, leaf_modules=(TransformerBlock,)
+        )
+        # ZeRO-3 puts a function of its own in the place of torch's for the rest of the process: what else is measured
+        # there must not run it.
         self._linear, torch.nn.functional.linear = torch.nn.functional.linear, linear
         self.objective, self.batch = build_objective(recipe.objective), drawn_batch(recipe, device)
 
@@ -330,10 +392,16 @@ def fresh_compiler() -> None:
 
 
 def compiler_facts() -> tuple[int, int, int]:
-    """Since `fresh_compiler`: graphs, graph breaks, and how often something was compiled again for other shapes or values."""
+    """Since `fresh_compiler`: graphs, graph breaks, and how often something was compiled again for other shapes or
+    values.
+    """
     from torch._dynamo.utils import counters, get_compilation_metrics
 
-    again = {str(metrics.compile_id) for metrics in get_compilation_metrics() if metrics.compile_id and recompilation(str(metrics.compile_id))}
+    again = {
+        str(metrics.compile_id)
+        for metrics in get_compilation_metrics()
+        if metrics.compile_id and recompilation(str(metrics.compile_id))
+    }
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), len(again)
 
 
@@ -342,14 +410,27 @@ def recompilation(compile_id: str) -> bool:
     return compile_id.split("/")[-1].split("_")[0] != "0"
 
 
-HEADS = ("size", "ZeRO", "checkpointing", "compile", "stochastic depth by", "batch", "pictures/s (slowest to fastest)", "ratio", "MFU, measured ceiling", "MFU, data sheet")
+HEADS = (
+    "size",
+    "ZeRO",
+    "checkpointing",
+    "compile",
+    "stochastic depth by",
+    "batch",
+    "pictures/s (slowest to fastest)",
+    "ratio",
+    "MFU, measured ceiling",
+    "MFU, data sheet",
+)
 HEADS += ("activations a picture, MB", "peak, GiB", "start, s", "graphs, breaks, recompiled")
 
 
 def table(rows: list[Row], ceilings: dict) -> str:
     bases = base_rows(rows)
     lines = [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
-    return "\n".join([*lines, *(f"| {' | '.join(cells(row, ceilings, bases.get(row.setting.size)))} |" for row in rows)])
+    return "\n".join(
+        [*lines, *(f"| {' | '.join(cells(row, ceilings, bases.get(row.setting.size)))} |" for row in rows)]
+    )
 
 
 def base_rows(rows: list[Row]) -> dict[str, Row]:
@@ -402,7 +483,9 @@ def plotted(rows: list[Row]) -> dict[str, list[tuple[str, float, float, float]]]
                 setting, ratio = row.setting, row.images_per_s / base.images_per_s
                 middle = statistics.median(row.seconds)
                 label = f"ZeRO-{setting.zero}, {setting.checkpointing}, compile {setting.compile}, {setting.drop_by}"
-                found.setdefault(size, []).append((label, ratio, ratio * middle / max(row.seconds), ratio * middle / min(row.seconds)))
+                found.setdefault(size, []).append(
+                    (label, ratio, ratio * middle / max(row.seconds), ratio * middle / min(row.seconds))
+                )
     return found
 
 

@@ -1,4 +1,5 @@
-"""What a training step of a recipe's model costs on this device, compiled as run.compile says: forward pass, objective, backward pass, AdamW; no data, no ZeRO.
+"""What a training step of a recipe's model costs on this device, compiled as run.compile says: forward pass, objective,
+backward pass, AdamW; no data, no ZeRO.
 
 `step.py` and `peers.py` share its batches and its turns.
 """
@@ -40,7 +41,8 @@ class StepCost:
     parameters: int
     flops_a_picture: int
     saved_bytes_a_picture: float = 0.0  # kept from the forward to the backward pass
-    peak_bytes: int = 0  # of a step on the device, beyond weights, gradients and moments; 0 on a CPU
+    # of a step on the device, beyond weights, gradients and moments; 0 on a CPU
+    peak_bytes: int = 0
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
 
@@ -63,28 +65,64 @@ def this_device() -> torch.device:
 
 def training_flops(recipe: PretrainRecipe) -> int:
     """Of a picture's forward and backward pass, as the planner counts them."""
-    return mim_macs(recipe.model, num_codes=recipe.objective.num_codes, masked=recipe.mask.count, encoding=recipe.encoding, aggregation=recipe.aggregation).training_flops
+    return mim_macs(
+        recipe.model,
+        num_codes=recipe.objective.num_codes,
+        masked=recipe.mask.count,
+        encoding=recipe.encoding,
+        aggregation=recipe.aggregation,
+    ).training_flops
 
 
 def build_model(recipe: PretrainRecipe, device: torch.device) -> torch.nn.Module:
-    """The recipe's model in training mode, float32; made on the device, where drawing the weights of a large one takes no time."""
+    """The recipe's model in training mode, float32.
+
+    Made on the device, where drawing the weights of a large one takes no time.
+    """
     torch.manual_seed(0)
     with torch.device(device):
-        model = build_mim(recipe.model, recipe.encoding, recipe.aggregation, recipe.objective.num_codes, recompute=recipe.run.activation_checkpointing)
+        model = build_mim(
+            recipe.model,
+            recipe.encoding,
+            recipe.aggregation,
+            recipe.objective.num_codes,
+            recompute=recipe.run.activation_checkpointing,
+        )
     return model.train()
 
 
 def drawn_batch(recipe: PretrainRecipe, device: torch.device) -> DrawnBatch:
     """run.micro_batch pictures."""
     generator = torch.Generator().manual_seed(0)
-    model, mask, batch, codes, topk = recipe.model, recipe.mask, recipe.run.micro_batch, recipe.objective.num_codes, recipe.views.topk
+    model, mask, batch, codes, topk = (
+        recipe.model,
+        recipe.mask,
+        recipe.run.micro_batch,
+        recipe.objective.num_codes,
+        recipe.views.topk,
+    )
     images = torch.randn(batch, 3, model.image_px, model.image_px, generator=generator)
-    drawn = [draw_masked(seed=0, epoch=0, sample=i, grid=model.grid, kind=mask.kind, count=mask.count, min_block=mask.min_block, min_aspect=mask.min_aspect) for i in range(batch)]
+    drawn = [
+        draw_masked(
+            seed=0,
+            epoch=0,
+            sample=i,
+            grid=model.grid,
+            kind=mask.kind,
+            count=mask.count,
+            min_block=mask.min_block,
+            min_aspect=mask.min_aspect,
+        )
+        for i in range(batch)
+    ]
     masked = torch.stack([torch.from_numpy(places) for places in drawn]).to(device)
     patches, soft = model.grid**2, ()
     if topk:
         probs = torch.rand(batch, patches, topk, generator=generator)
-        soft = torch.rand(batch, patches, codes, generator=generator).topk(topk).indices.to(device), (probs / probs.sum(-1, keepdim=True)).to(device)
+        soft = (
+            torch.rand(batch, patches, codes, generator=generator).topk(topk).indices.to(device),
+            (probs / probs.sum(-1, keepdim=True)).to(device),
+        )
     hard = torch.randint(codes, (batch, patches), generator=generator).to(device)
     return DrawnBatch(images.to(device), masked, masked_targets(Codes(hard, *soft), masked))
 
@@ -95,15 +133,25 @@ class Turns:
     A trainer that fails is dropped with the reason; the others go on.
 
     Args:
-        steps: a training step of each, by name.  steps_a_turn: between two looks at the clock; the host waits for the device only there.
+        steps: a training step of each, by name.
+        steps_a_turn: between two looks at the clock; the host waits for the device only there.
         give_up: is told the name of one that failed, to let go of its memory.
     """
 
-    def __init__(self, steps: dict[str, Callable[[], object]], *, steps_a_turn: int = 1, give_up: Callable[[str], object] = lambda name: None) -> None:
+    def __init__(
+        self,
+        steps: dict[str, Callable[[], object]],
+        *,
+        steps_a_turn: int = 1,
+        give_up: Callable[[str], object] = lambda name: None,
+    ) -> None:
         self.steps, self.steps_a_turn, self.give_up = dict(steps), steps_a_turn, give_up
-        self.seconds: dict[str, list[float]] = {name: [] for name in steps}  # of a step, an entry a counted turn
-        self.cpu_seconds: dict[str, list[float]] = {name: [] for name in steps}  # of all threads; tells more than the clock where others use the cores too
-        self.first_s: dict[str, float] = {}  # of the first step, with what it compiles and allocates
+        # of a step, an entry a counted turn
+        self.seconds: dict[str, list[float]] = {name: [] for name in steps}
+        # of all threads; tells more than the clock where others use the cores too
+        self.cpu_seconds: dict[str, list[float]] = {name: [] for name in steps}
+        # of the first step, with what it compiles and allocates
+        self.first_s: dict[str, float] = {}
         self.failed: dict[str, str] = {}
 
     def run(self, rounds: int, warm_up: int = WARM_UP) -> Turns:
@@ -125,7 +173,8 @@ class Turns:
                 self.steps[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-        except Exception as error:  # of the libraries that are measured: one of them must not end the measurement of the others
+        except Exception as error:
+            # of the libraries that are measured: one of them must not end the measurement of the others
             self.failed[name] = reason(error)
             del self.steps[name], error
             self.give_up(name)
@@ -167,8 +216,8 @@ def step_memory(forward: Callable[[], torch.Tensor], learn: Callable[[torch.Tens
 
     Args:
         forward: gives the loss.  learn: takes it, backward pass and optimiser.
-    Returns: what stands after the forward pass, outputs and what the backward pass needs, on a CPU of tensors alone; and the worst moment of the step,
-        on a GPU alone, else 0.
+    Returns: what stands after the forward pass, outputs and what the backward pass needs, on a CPU of tensors alone;
+        and the worst moment of the step, on a GPU alone, else 0.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -204,14 +253,22 @@ class _Trainee:
     """A model of a recipe, and one batch."""
 
     def __init__(self, recipe: PretrainRecipe, device: torch.device) -> None:
-        from peco_ds.runtime.engine import compile_each, compiles  # brings DeepSpeed along, which others of this file's users do without
+        # brings DeepSpeed along, which others of this file's users do without
+        from peco_ds.runtime.engine import compile_each, compiles
 
         self.device = device
         self.model = build_model(recipe, device).to(DTYPES[recipe.run.precision])
         if compiles(recipe.run):
             compile_each(self.model, (TransformerBlock,))
-        self.objective, self.optimizer = build_objective(recipe.objective), build_optimizer(decay_groups(self.model, recipe.optim.weight_decay), recipe.optim, offloaded=False)
-        self.cost = StepCost(recipe.run.micro_batch, sum(parameter.numel() for parameter in self.model.parameters()), training_flops(recipe))
+        self.objective, self.optimizer = (
+            build_objective(recipe.objective),
+            build_optimizer(decay_groups(self.model, recipe.optim.weight_decay), recipe.optim, offloaded=False),
+        )
+        self.cost = StepCost(
+            recipe.run.micro_batch,
+            sum(parameter.numel() for parameter in self.model.parameters()),
+            training_flops(recipe),
+        )
         self.batch = drawn_batch(recipe, device)
 
     def forward(self) -> torch.Tensor:
@@ -225,7 +282,8 @@ class _Trainee:
         began, began_cpu = time.perf_counter(), time.process_time()
         self.forward().backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # the gradients' memory is part of the state, not of a step
+        # the gradients' memory is part of the state, not of a step
+        self.optimizer.zero_grad(set_to_none=False)
         if on_gpu:
             torch.cuda.synchronize()
             self.cost.peak_bytes = torch.cuda.max_memory_allocated() - before
@@ -236,7 +294,8 @@ class _Trainee:
     def saved_bytes(self) -> int:
         """Of storages that autograd keeps, each once, weights left out."""
         own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        kept: dict[int, tuple[int, torch.Tensor]] = {}  # the tensors too: a freed storage would give its address to another
+        # the tensors too: a freed storage would give its address to another
+        kept: dict[int, tuple[int, torch.Tensor]] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()

@@ -1,14 +1,21 @@
-"""How fast do pictures become tokens? The way tokenize_shards.py takes, against one view at a time; and the parts of the work, each alone.
+"""How fast do pictures become tokens? The way tokenize_shards.py takes, against one view at a time.
 
-    python benchmarks/tokenizing.py [--gpu] [--images DIR] [--rounds 3] [--both_compiled] [--record FILE.md] [key.sub=value ...]
+And the parts of the work, each alone.
 
-Ours: every picture decoded once, its K views cut, many views a pass, the network in views.tokenizer_precision and compiled as run.compile says, results fetched
-while the next batch runs. Against it, as a plain loop would do it: for each view the picture is decoded again and the network sees that view alone, eager, in
-float32. Both end with codes in host memory and start from JPEG bytes in image shards. The parts: the network alone (eager or compiled, fp32 or bf16), the search
-for the code alone, decoding and cutting alone on one core. All take turns in every round; what is reported are medians over rounds and, of the two ways, their ratio.
+    python benchmarks/tokenizing.py [--gpu] [--images DIR] [--rounds 3] [--both_compiled] [--record FILE.md]
+    [key.sub=value ...]
 
-Tokenizers have random weights, which does not matter to the time. On a CPU they are small ones; --gpu takes the recipes' own sizes, views and batches.
-Overrides are of the pre-training recipe (views, run, data); those of tokenizer. are of the tokenizer's. The record is written anew after every tokenizer.
+Ours: every picture decoded once, its K views cut, many views a pass, the network in views.tokenizer_precision and
+compiled as run.compile says, results fetched
+while the next batch runs. Against it, as a plain loop would do it: for each view the picture is decoded again and the
+network sees that view alone, eager, in
+float32. Both end with codes in host memory and start from JPEG bytes in image shards. The parts: the network alone
+(eager or compiled, fp32 or bf16), the search for the code alone, decoding and cutting alone on one core. All take turns
+in every round; what is reported are medians over rounds and, of the two ways, their ratio.
+
+Tokenizers have random weights, which does not matter to the time. On a CPU they are small ones; --gpu takes the
+recipes' own sizes, views and batches. Overrides are of the pre-training recipe (views, run, data); those of tokenizer.
+are of the tokenizer's. The record is written anew after every tokenizer.
 """
 
 from __future__ import annotations
@@ -39,7 +46,8 @@ class Case:
     name: str
     recipe: str
     tokenizer: str  # recipe
-    untrained: str  # setting without which that recipe asks for a file that only training needs
+    # setting without which that recipe asks for a file that only training needs
+    untrained: str
     small: str  # settings of both for a CPU
 
 
@@ -56,7 +64,8 @@ CASES = (
         "beitv2_vitb16",
         "beitv2_tokenizer",
         "teacher.weights=none",
-        "tokenizer.vit.width=192 tokenizer.vit.depth=4 tokenizer.vit.heads=3 views.count=8 run.micro_batch=8 data.num_workers=0",
+        "tokenizer.vit.width=192 tokenizer.vit.depth=4 tokenizer.vit.heads=3 views.count=8 "
+        "run.micro_batch=8 data.num_workers=0",
     ),
 )
 
@@ -80,21 +89,39 @@ class Found:
 
 
 OURS, ONE_BY_ONE = "tokenize_shards.py's way", "one view at a time"
-DECODE_ONCE, DECODE_EACH, SEARCH = "decode once and cut K views, one core", "decode for each view and cut, one core", "search alone"
+DECODE_ONCE, DECODE_EACH, SEARCH = (
+    "decode once and cut K views, one core",
+    "decode for each view and cut, one core",
+    "search alone",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="the recipes' own sizes; without it small ones for a CPU")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of pictures at any depth, or of image shards (default: the pictures that the tests find)")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder of pictures at any depth, or of image shards (default: the pictures that the tests find)",
+    )
     parser.add_argument("--pictures", type=at_least(1), help="through our way in a round (default: 4; with --gpu 64)")
-    parser.add_argument("--single_views", type=at_least(1), help="through the other way in a round (default: 8; with --gpu 64)")
-    parser.add_argument("--both_compiled", action="store_true", help="compile the network alone in the other precision as well, which takes as long again")
+    parser.add_argument(
+        "--single_views", type=at_least(1), help="through the other way in a round (default: 8; with --gpu 64)"
+    )
+    parser.add_argument(
+        "--both_compiled",
+        action="store_true",
+        help="compile the network alone in the other precision as well, which takes as long again",
+    )
     parser.add_argument("--rounds", type=at_least(1), default=3, help="default: %(default)s")
     parser.add_argument("--record", type=Path, help="also write the tables to this file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_args(argv)
-    args.pictures, args.single_views = args.pictures or (64 if args.gpu else 4), args.single_views or (64 if args.gpu else 8)
+    args.pictures, args.single_views = (
+        args.pictures or (64 if args.gpu else 4),
+        args.single_views or (64 if args.gpu else 8),
+    )
     if args.gpu:
         require_gpu()
     tables = []
@@ -114,8 +141,18 @@ def record(args: argparse.Namespace, tables: list[str]) -> None:
     from record import write_record
 
     flags = [name for name, given in (("--gpu", args.gpu), ("--both_compiled", args.both_compiled)) if given]
-    command = " ".join(["python benchmarks/tokenizing.py", *flags, f"--pictures {args.pictures} --single_views {args.single_views} --rounds {args.rounds}", *map(shlex.quote, args.overrides)])
-    about = f"Random weights; ways and parts by turns; medians of {args.rounds} rounds, of ratios with smallest and largest. Results end in host memory as token records, which are not written."
+    command = " ".join(
+        [
+            "python benchmarks/tokenizing.py",
+            *flags,
+            f"--pictures {args.pictures} --single_views {args.single_views} --rounds {args.rounds}",
+            *map(shlex.quote, args.overrides),
+        ]
+    )
+    about = (
+        f"Random weights; ways and parts by turns; medians of {args.rounds} rounds, of ratios with "
+        "smallest and largest. Results end in host memory as token records, which are not written."
+    )
     write_record(args.record, "Tokenizing", command, "\n\n".join([about, *tables]), "torchvision", "timm")
 
 
@@ -137,18 +174,35 @@ def measure(case: Case, args: argparse.Namespace, images: Path) -> Found:
     from peco_ds.runtime.token_source import codes_function
 
     settings = [*([] if args.gpu else case.small.split()), *args.overrides]
-    recipe = load_recipe(PretrainRecipe, case.recipe, [text for text in settings if not text.startswith("tokenizer.")]).recipe
-    network = load_recipe(TokenizerRecipe, case.tokenizer, [case.untrained, f"views.tokenizer_px={recipe.views.tokenizer_px}", *(text for text in settings if text.startswith("tokenizer."))]).recipe.tokenizer
+    recipe = load_recipe(
+        PretrainRecipe, case.recipe, [text for text in settings if not text.startswith("tokenizer.")]
+    ).recipe
+    network = load_recipe(
+        TokenizerRecipe,
+        case.tokenizer,
+        [
+            case.untrained,
+            f"views.tokenizer_px={recipe.views.tokenizer_px}",
+            *(text for text in settings if text.startswith("tokenizer.")),
+        ],
+    ).recipe.tokenizer
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     eager = build_tokenizer(network).eval().to(device)
-    compiled = copy.deepcopy(eager) if compiles(recipe.run) else None  # each keeps the memory order of its own weights
+    # each keeps the memory order of its own weights
+    compiled = copy.deepcopy(eager) if compiles(recipe.run) else None
     pictures, views = Pictures(images), recipe.views
     together = max(1, recipe.run.micro_batch // views.count)
-    codes, a_pass = codes_function(compiled or eager, recipe, together * views.count), even_pass(together * views.count, recipe.run.micro_batch)
+    codes, a_pass = (
+        codes_function(compiled or eager, recipe, together * views.count),
+        even_pass(together * views.count, recipe.run.micro_batch),
+    )
     about = (
-        f"{sum(p.numel() for p in eager.parameters()) / 1e6:.1f} M parameters with decoder, {network.num_codes} codes of {network.code_dim}; {views.count} views of {views.tokenizer_px} px a picture; "
-        f"ours: {views.tokenizer_precision}, {'compiled' if compiled else 'not compiled'}, {a_pass} views a pass, {recipe.data.num_workers} loader processes."
+        f"{sum(p.numel() for p in eager.parameters()) / 1e6:.1f} M parameters with decoder, "
+        f"{network.num_codes} codes of {network.code_dim}; {views.count} views of "
+        f"{views.tokenizer_px} px a picture; "
+        f"ours: {views.tokenizer_precision}, {'compiled' if compiled else 'not compiled'}, {a_pass} "
+        f"views a pass, {recipe.data.num_workers} loader processes."
     )
     networks = {f"network alone, {precision}, eager": (eager, precision, False) for precision in ("fp32", "bf16")}
     if compiled:
@@ -174,7 +228,9 @@ def measure(case: Case, args: argparse.Namespace, images: Path) -> Found:
 
 
 def our_way(codes, pictures, recipe, together: int, device, number: int) -> float:
-    """Views a second from image shards to records; the loader processes' start, and the batches they make ahead, are left out.
+    """Views a second from image shards to records.
+
+    The loader processes' start, and the batches they make ahead, are left out.
 
     Args:
         together: pictures a batch.  number: of pictures that are counted, filled up to whole batches.
@@ -186,7 +242,8 @@ def our_way(codes, pictures, recipe, together: int, device, number: int) -> floa
 
     views = recipe.views
     ahead, counted = 1 + 2 * recipe.data.num_workers, -(-number // together)
-    samples = np.arange((ahead + counted + 1) * together) % pictures.num_samples  # when a batch's records come, the next one is under way: the last one is not asked for
+    # when a batch's records come, the next one is under way: the last one is not asked for
+    samples = np.arange((ahead + counted + 1) * together) % pictures.num_samples
     cut = [samples[first : first + together] for first in range(0, len(samples), together)]
     made = record_batches(view_batches(pictures, cut, data=recipe.data, views=views, device=device), codes)
     for _ in range(ahead):
@@ -280,7 +337,9 @@ def parts(networks: dict[str, tuple], recipe, a_pass: int, device) -> dict[str, 
 
     def search() -> None:
         with torch.no_grad():
-            tokenizer.choose_soft(outputs, views.topk, temperature=views.topk_temperature) if views.topk else tokenizer.choose(outputs)
+            tokenizer.choose_soft(
+                outputs, views.topk, temperature=views.topk_temperature
+            ) if views.topk else tokenizer.choose(outputs)
 
     work = {}
     for name, (network, precision, compiled) in networks.items():
@@ -290,12 +349,22 @@ def parts(networks: dict[str, tuple], recipe, a_pass: int, device) -> dict[str, 
 
 
 def table(case: Case, found: Found) -> str:
-    lines = [f"## {case.name}", "", f"{found.about} The first batches took {found.start_s:.0f} s, with what was compiled.", "", "| | views/s | pictures/s | to the first of its kind |", "|---|---|---|---|"]
+    lines = [
+        f"## {case.name}",
+        "",
+        f"{found.about} The first batches took {found.start_s:.0f} s, with what was compiled.",
+        "",
+        "| | views/s | pictures/s | to the first of its kind |",
+        "|---|---|---|---|",
+    ]
     networks = [name for name in found.rates if name.startswith("network")]
     for group in ([ONE_BY_ONE, OURS], networks, [SEARCH], [DECODE_EACH, DECODE_ONCE]):
         for name in group:
             rate = found.median(name)
-            lines.append(f"| {name} | {rate:.4g} | {rate / found.views_a_picture:.3g} | {found.ratio(name, group[0]) if name != group[0] else ''} |")
+            lines.append(
+                f"| {name} | {rate:.4g} | {rate / found.views_a_picture:.3g} | "
+                f"{found.ratio(name, group[0]) if name != group[0] else ''} |"
+            )
     return "\n".join(lines)
 
 

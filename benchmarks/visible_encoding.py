@@ -1,10 +1,14 @@
-"""What does an encoder that sees the shown patches alone save? FLOPs and training steps of visible against full encoding, at the same size, by turns.
+"""What does an encoder that sees the shown patches alone save? FLOPs and training steps of visible against full
+encoding, at the same size, by turns.
 
-    python benchmarks/visible_encoding.py [--rounds 10] [--record benchmarks/visible_encoding_HARDWARE_YYYYMM.md] [key.sub=value ...]
+    python benchmarks/visible_encoding.py [--rounds 10] [--record benchmarks/visible_encoding_HARDWARE_YYYYMM.md]
+    [key.sub=value ...]
 
-Both models are the recipe's (ViT-H/14 with 75 % of the patches hidden), apart from `encoding.kind`; they predict the codes of the same patches. A step is forward
-pass, cross-entropy, backward pass and AdamW on one device, without DeepSpeed, on drawn pictures: values do not matter to the time. Both models take a step in
-each round, in turning order; two rounds before the first are not counted. A machine without the memory or the patience for the whole model takes fewer
+Both models are the recipe's (ViT-H/14 with 75 % of the patches hidden), apart from `encoding.kind`; they predict the
+codes of the same patches. A step is forward
+pass, cross-entropy, backward pass and AdamW on one device, without DeepSpeed, on drawn pictures: values do not matter
+to the time. Both models take a step in each round, in turning order; two rounds before the first are not counted. A
+machine without the memory or the patience for the whole model takes fewer
 blocks of it, in encoder and decoder alike: model.depth=4 encoding.decoder_depth=1 run.micro_batch=2 run.precision=fp32.
 """
 
@@ -27,10 +31,19 @@ from peco_ds.command_line import Parser, run
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="peco_vith14_visible", help="with encoding.kind visible (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="steps of each model that are counted (default: %(default)s)")
+    parser.add_argument(
+        "--recipe", default="peco_vith14_visible", help="with encoding.kind visible (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=10, help="steps of each model that are counted (default: %(default)s)"
+    )
     parser.add_argument("--record", type=Path, help="also write the table to this file")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of the recipe; run.micro_batch pictures a step, in run.precision")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings of the recipe; run.micro_batch pictures a step, in run.precision",
+    )
     args = parser.parse_args(argv)
     text = record(args, *measure(args))
     sys.stdout.write(text)
@@ -48,7 +61,10 @@ def measure(args: argparse.Namespace):
 
     recipe = load_recipe(PretrainRecipe, args.recipe, args.overrides).recipe
     if recipe.encoding.kind != "visible":
-        raise UserError(f"recipe {args.recipe}: encoding.kind is {recipe.encoding.kind}, there is nothing to compare; set encoding.kind=visible")
+        raise UserError(
+            f"recipe {args.recipe}: encoding.kind is {recipe.encoding.kind}, there is nothing to compare; "
+            "set encoding.kind=visible"
+        )
     whole = replace(recipe, encoding=replace(recipe.encoding, kind="full"))
     return recipe, step_costs({"full": whole, "visible": recipe}, rounds=args.rounds)
 
@@ -60,26 +76,61 @@ def record(args: argparse.Namespace, recipe, models: dict) -> str:
     batch, full, visible = recipe.run.micro_batch, models["full"], models["visible"]
     cuda = torch.cuda.is_available()
     rows = [
-        ("parameters, M", *(f"{model.parameters / 1e6:.1f}" for model in (full, visible)), f"{visible.parameters / full.parameters:.3f}"),
-        ("GFLOP a picture, forward and backward (planner)", *(f"{model.flops_a_picture / 1e9:.1f}" for model in (full, visible)), f"{visible.flops_a_picture / full.flops_a_picture:.3f}"),
+        (
+            "parameters, M",
+            *(f"{model.parameters / 1e6:.1f}" for model in (full, visible)),
+            f"{visible.parameters / full.parameters:.3f}",
+        ),
+        (
+            "GFLOP a picture, forward and backward (planner)",
+            *(f"{model.flops_a_picture / 1e9:.1f}" for model in (full, visible)),
+            f"{visible.flops_a_picture / full.flops_a_picture:.3f}",
+        ),
         timed(f"step of {batch} pictures, s", full.seconds, visible.seconds),
-        ("pictures a second", *(f"{model.images_per_s:.2f}" for model in (full, visible)), f"{visible.images_per_s / full.images_per_s:.2f}"),
-        ("TFLOP a second", *(f"{model.flops_a_picture * model.images_per_s / 1e12:.3g}" for model in (full, visible)), ""),
+        (
+            "pictures a second",
+            *(f"{model.images_per_s:.2f}" for model in (full, visible)),
+            f"{visible.images_per_s / full.images_per_s:.2f}",
+        ),
+        (
+            "TFLOP a second",
+            *(f"{model.flops_a_picture * model.images_per_s / 1e12:.3g}" for model in (full, visible)),
+            "",
+        ),
     ]
     if cuda:
-        rows.append(("memory of a step beyond the state, GiB", *(f"{model.peak_bytes / 2**30:.2f}" for model in (full, visible)), f"{visible.peak_bytes / full.peak_bytes:.3f}"))
+        rows.append(
+            (
+                "memory of a step beyond the state, GiB",
+                *(f"{model.peak_bytes / 2**30:.2f}" for model in (full, visible)),
+                f"{visible.peak_bytes / full.peak_bytes:.3f}",
+            )
+        )
     else:
         rows.insert(3, timed("the same in CPU seconds", full.cpu_seconds, visible.cpu_seconds))
     model, encoding = recipe.model, recipe.encoding
-    command = " ".join(["python benchmarks/visible_encoding.py", f"--recipe {args.recipe}", f"--rounds {args.rounds}", *map(shlex.quote, args.overrides)])
-    hardware = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} of them used"
+    command = " ".join(
+        [
+            "python benchmarks/visible_encoding.py",
+            f"--recipe {args.recipe}",
+            f"--rounds {args.rounds}",
+            *map(shlex.quote, args.overrides),
+        ]
+    )
+    hardware = (
+        torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} of them used"
+    )
     return "\n".join(
         [
             "# Visible against full encoding",
             "",
-            f"`{command}`: ViT of width {model.width}, depth {model.depth}, patch {model.patch_px} at {model.image_px} px; {recipe.mask.count} of {model.grid**2} patches hidden; decoder of "
-            f"width {encoding.decoder_width}, depth {encoding.decoder_depth}; {recipe.run.precision}, activation checkpointing {recipe.run.activation_checkpointing}. Forward pass, cross-entropy, "
-            f"backward pass and AdamW; one step of each by turns, medians of {args.rounds} (smallest to largest; of the ratio, over rounds).",
+            f"`{command}`: ViT of width {model.width}, depth {model.depth}, patch {model.patch_px} at "
+            f"{model.image_px} px; {recipe.mask.count} of {model.grid**2} patches hidden; decoder of "
+            f"width {encoding.decoder_width}, depth {encoding.decoder_depth}; {recipe.run.precision}, "
+            f"activation checkpointing {recipe.run.activation_checkpointing}. Forward pass, "
+            "cross-entropy, "
+            f"backward pass and AdamW; one step of each by turns, medians of {args.rounds} (smallest to "
+            "largest; of the ratio, over rounds).",
             "",
             "| | full | visible | visible / full |",
             "|---|---|---|---|",
@@ -96,7 +147,13 @@ def timed(what: str, full: list[float], visible: list[float]) -> tuple[str, ...]
     ratios = [ours / theirs for ours, theirs in zip(visible, full)]
     medians = (statistics.median(full), statistics.median(visible))
     values = (*medians, medians[1] / medians[0])
-    return (what, *(f"{value:.3f} ({min(spread):.2f} to {max(spread):.2f})" for value, spread in zip(values, (full, visible, ratios))))
+    return (
+        what,
+        *(
+            f"{value:.3f} ({min(spread):.2f} to {max(spread):.2f})"
+            for value, spread in zip(values, (full, visible, ratios))
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import skimage
 
 # Photographs only; the wheel's drawings, plots and pages of text are left out.
 NAMES = (
-    "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png hubble_deep_field.jpg ihc.png moon.png "
+    "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
+    "hubble_deep_field.jpg ihc.png moon.png "
     "motorcycle_left.png motorcycle_right.png retina.jpg rocket.jpg clock_motion.png"
 ).split()
 
@@ -16,6 +17,7 @@ folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
 source = Path(skimage.__file__).parent / "data"
 for name in NAMES:
-    if (source / name).is_file():  # which pictures the wheel holds changes between its versions
+    # which pictures the wheel holds changes between its versions
+    if (source / name).is_file():
         shutil.copyfile(source / name, folder / name)
 sys.stdout.write(f"{len(list(folder.iterdir()))} photographs of scikit-image {skimage.__version__}\n")

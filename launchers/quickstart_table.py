@@ -27,16 +27,35 @@ tokenizer, card = load_tokenizer(data_path(recipe.data, recipe.data.tokenizer))
 model = MaskedImageModel(recipe.model, recipe.objective.num_codes)
 model.load_state_dict(fp32_weights(newest_whole(out / "pretrain")))
 pictures = Pictures(data_path(recipe.data, recipe.data.images))
-tokens = TokenSet(data_path(recipe.data, recipe.data.tokens), pictures.manifest, num_codes=card.num_codes, grid=recipe.model.grid, views=recipe.views)
+tokens = TokenSet(
+    data_path(recipe.data, recipe.data.tokens),
+    pictures.manifest,
+    num_codes=card.num_codes,
+    grid=recipe.model.grid,
+    views=recipe.views,
+)
 
 # One batch of the order's first epoch, every picture once, and the true codes of all its patches.
 shown = np.arange(min(8, pictures.num_samples))
-arguments = dict(data=recipe.data, views=recipe.views, mask=recipe.mask, image_px=recipe.model.image_px, grid=recipe.model.grid, seed=recipe.run.seed)
+arguments = dict(
+    data=recipe.data,
+    views=recipe.views,
+    mask=recipe.mask,
+    image_px=recipe.model.image_px,
+    grid=recipe.model.grid,
+    seed=recipe.run.seed,
+)
 batch = next(masked_batches(pictures, tokens, [shown], device=torch.device("cpu"), **arguments))
 order = SampleOrder(pictures.shards.shard_sizes, recipe.run.seed, recipe.data.shuffle_window_shards)
 samples = [order.sample_at(int(position)) for position in shown]
-codes = torch.tensor(np.stack([tokens.read(s).codes[view_at(recipe.run.seed, 0, s, recipe.views.count)] for s in samples]).astype(np.int64))
-save_png(out / "masked_prediction.png", comparison_grid(masked_prediction_columns(model.eval(), tokenizer, batch, codes)))
+codes = torch.tensor(
+    np.stack([tokens.read(s).codes[view_at(recipe.run.seed, 0, s, recipe.views.count)] for s in samples]).astype(
+        np.int64
+    )
+)
+save_png(
+    out / "masked_prediction.png", comparison_grid(masked_prediction_columns(model.eval(), tokenizer, batch, codes))
+)
 (out / "reconstructions.png").write_bytes((out / "tokenizer_run" / "reconstructions.png").read_bytes())
 
 counts = np.zeros(card.num_codes)
@@ -44,7 +63,8 @@ for sample in range(tokens.num_samples):
     counts += np.bincount(tokens.read(sample).codes.ravel(), minlength=card.num_codes)
 evaluations = [json.loads(line) for line in (out / "tokenizer_run" / "evaluation.jsonl").read_text().splitlines()]
 first, last = evaluations[0], evaluations[-1]
-rows = [row for row in read_metrics(out / "pretrain") if row["loss"] is not None]  # none where every step since the last row was skipped
+# none where every step since the last row was skipped
+rows = [row for row in read_metrics(out / "pretrain") if row["loss"] is not None]
 accuracy = np.mean([row["accuracy"] for row in rows[-3:]])
 judge = card.extra["judge"] if perceptual else f"bootstrapped: {card.extra['judge']}"
 table = [
@@ -54,7 +74,11 @@ table = [
     ("PSNR, held-out pictures", f"{first['psnr']:.2f} -> {last['psnr']:.2f} dB"),
     ("SSIM, held-out pictures", f"{first['ssim']:.3f} -> {last['ssim']:.3f}"),
     ("pre-training loss", f"{rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}"),
-    ("masked-token accuracy", f"{accuracy:.1%}; always the commonest code: {counts.max() / counts.sum():.1%}; blind guess: {1 / card.num_codes:.1%}"),
+    (
+        "masked-token accuracy",
+        f"{accuracy:.1%}; always the commonest code: {counts.max() / counts.sum():.1%}; blind guess: "
+        f"{1 / card.num_codes:.1%}",
+    ),
     ("original | round trip", out / "reconstructions.png"),
     ("picture | masked | prediction | true tokens", out / "masked_prediction.png"),
     ("release for timm", out / "release"),

@@ -15,7 +15,15 @@ import traceback
 from pathlib import Path
 
 from peco_ds.config import DS_CONFIGS, Resolved, load_recipe
-from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_KEYBOARD, EXIT_REQUEUE, UserError
+from peco_ds.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_KEYBOARD,
+    EXIT_REQUEUE,
+    UserError,
+)
 
 logger = logging.getLogger("peco_ds")
 
@@ -26,10 +34,16 @@ OTHER_RANKS_WAIT_S = 6.0
 TEARDOWN_S = 60.0
 
 # gloo has no exception type of its own: what it raises is told by its source path or its words.
-_GLOO_WORDS = re.compile(r"gloo/transport|Connection closed by peer|Connection reset by peer|Timed out waiting \d+ ?ms|Application timeout caused pair closure|Socket closed")
+_GLOO_WORDS = re.compile(
+    r"gloo/transport|Connection closed by peer|Connection reset by peer|Timed out waiting \d+ "
+    r"?ms|Application timeout caused pair closure|Socket closed"
+)
 
 # What CUDA says of a broken GPU, bus or link, in words that a fault of ours does not cause.
-_BROKEN_DEVICE = re.compile(r"CUDA error: (uncorrectable ECC|unspecified launch failure|uncorrectable NVLink|hardware stack error|GPU is lost|.*device.* (is|are) busy or unavailable)")
+_BROKEN_DEVICE = re.compile(
+    r"CUDA error: (uncorrectable ECC|unspecified launch failure|uncorrectable NVLink|hardware "
+    r"stack error|GPU is lost|.*device.* (is|are) busy or unavailable)"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,24 +55,41 @@ def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None)
     """Parser of a stage that is driven by a recipe.
 
     Args:
-        recipe: name of the default recipe.  deepspeed_config: default file in ds_configs/, None for a stage without training.
+        recipe: name of the default recipe.
+        deepspeed_config: default file in ds_configs/, None for a stage without training.
     """
     parser = Parser(
         description=description,
-        epilog="exit codes: 0 done, 2 bad input (one line says what), 75 stopped in good order, start again to continue, "
-        "76 lost the other ranks or hung, start again to continue from the newest checkpoint; 1 is a fault of this program",
+        epilog="exit codes: 0 done, 2 bad input (one line says what), 75 stopped in good order, start again "
+        "to continue, "
+        "76 lost the other ranks or hung, start again to continue from the newest checkpoint; 1 is a "
+        "fault of this program",
     )
-    parser.add_argument("--recipe", default=recipe, help="YAML file, or the name of one in peco_ds/recipes (default: %(default)s)")
+    parser.add_argument(
+        "--recipe", default=recipe, help="YAML file, or the name of one in peco_ds/recipes (default: %(default)s)"
+    )
     if deepspeed_config is not None:
-        parser.add_argument("--deepspeed_config", default=str(DS_CONFIGS / deepspeed_config), help=f"DeepSpeed JSON (default: ds_configs/{deepspeed_config})")
+        parser.add_argument(
+            "--deepspeed_config",
+            default=str(DS_CONFIGS / deepspeed_config),
+            help=f"DeepSpeed JSON (default: ds_configs/{deepspeed_config})",
+        )
         parser.add_argument("--out", type=Path, default=None, help="run folder (default: runs/RECIPE_NAME)")
     parser.add_argument("--dry_run", action="store_true", help="resolve and check everything, print it, do nothing")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over the recipe's; all of them stand, with comments, in peco_ds/config.py")
+    # the deepspeed launcher appends it
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings over the recipe's; all of them stand, with comments, in peco_ds/config.py",
+    )
     return parser
 
 
-def parse_stage(parser: argparse.ArgumentParser, recipe_type: type, argv: list[str] | None) -> tuple[argparse.Namespace, Resolved]:
+def parse_stage(
+    parser: argparse.ArgumentParser, recipe_type: type, argv: list[str] | None
+) -> tuple[argparse.Namespace, Resolved]:
     """Arguments and the resolved recipe; runs before torch is imported, so a misspelt key answers at once."""
     args = parser.parse_intermixed_args(argv)
     resolved = load_recipe(recipe_type, args.recipe, args.overrides)
@@ -73,14 +104,18 @@ def env_rank() -> int:
 
 
 def run(main, argv: list[str] | None = None) -> None:
-    """Call `main(argv)`, exit with its code; a UserError becomes one line on stderr and exit code 2, the loss of other ranks one and 76."""
+    """Call `main(argv)`, exit with its code.
+
+    A UserError becomes one line on stderr and exit code 2, the loss of other ranks one and 76.
+    """
     try:
         code = main(argv)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the newest checkpoint stands, start the same command again to go on\n")
         code = EXIT_KEYBOARD
     except Exception as error:
-        logger.debug("ends with", exc_info=True)  # for the rank's log; stderr has the line below
+        # for the rank's log; stderr has the line below
+        logger.debug("ends with", exc_info=True)
         line = _bad_input(error)
         if line:
             code = EXIT_BAD_INPUT
@@ -103,34 +138,54 @@ def _bad_input(error: Exception) -> str:
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    compiler = sys.modules.get("torch._dynamo.exc")  # not imported here: a stage that compiles nothing stays quick
+    # not imported here: a stage that compiles nothing stays quick
+    compiler = sys.modules.get("torch._dynamo.exc")
     if compiler is not None and isinstance(error, compiler.TorchDynamoException):
-        return f"torch.compile failed ({' '.join(str(error).split())[:300]}); set run.compile=none to train without it (PECO_TRACEBACK=1 shows where)"
+        return (
+            f"torch.compile failed ({' '.join(str(error).split())[:300]}); set run.compile=none to train "
+            "without it (PECO_TRACEBACK=1 shows where)"
+        )
     return ""
 
 
 def _interruption(error: Exception) -> str:
-    """The line for what no user and no code of ours caused, and what a new start may be rid of; "" for any other exception."""
+    """The line for what no user and no code of ours caused, and what a new start may be rid of.
+
+    "" for any other exception.
+    """
     if reason := lost_ranks(error):
         if not sys.modules["torch.distributed"].is_initialized():
             place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-            return f"rank {env_rank()}: the ranks did not find one another at {place} ({reason}); start again; if another run holds the port, end that one or choose another (MASTER_PORT, deepspeed --master_port)"
+            return (
+                f"rank {env_rank()}: the ranks did not find one another at {place} ({reason}); start again; "
+                "if another run holds the port, end that one or choose another (MASTER_PORT, deepspeed "
+                "--master_port)"
+            )
         return f"rank {env_rank()}: lost the other ranks ({reason}); the newest checkpoint stands, start again to go on"
     if isinstance(error, RuntimeError) and _BROKEN_DEVICE.search(str(error)):
         words = " ".join(str(error).split())[:200]
-        return f"rank {env_rank()}: its device failed ({words}); the newest checkpoint stands, start again to go on, on another node if it comes back"
+        return (
+            f"rank {env_rank()}: its device failed ({words}); the newest checkpoint stands, start again "
+            "to go on, on another node if it comes back"
+        )
     return ""
 
 
 def lost_ranks(error: BaseException) -> str:
-    """What communication between ranks broke on, in a few words; "" if the exception (or one that it came from) tells of no such thing."""
-    distributed = sys.modules.get("torch.distributed")  # not imported here: a stage that needs no torch stays quick
+    """What communication between ranks broke on, in a few words.
+
+    "" if the exception (or one that it came from) tells of no such thing.
+    """
+    # not imported here: a stage that needs no torch stays quick
+    distributed = sys.modules.get("torch.distributed")
     own_type = getattr(distributed, "DistError", ())
     seen: set[int] = set()
     found: BaseException | None = error
     while found is not None and id(found) not in seen:
         seen.add(id(found))
-        if isinstance(found, own_type) or (distributed is not None and isinstance(found, RuntimeError) and _GLOO_WORDS.search(str(found))):
+        if isinstance(found, own_type) or (
+            distributed is not None and isinstance(found, RuntimeError) and _GLOO_WORDS.search(str(found))
+        ):
             words = re.sub(r"\[[^\]]*\.(cc|cpp|h):\d+\]", "", str(found)).strip()
             return " ".join(re.split(r"\.\s|\n", words)[0].split())[:200] or type(found).__name__
         found = found.__cause__ or found.__context__
@@ -140,13 +195,15 @@ def lost_ranks(error: BaseException) -> str:
 def leave(code: int) -> None:
     """End the process with its exit code.
 
-    Where a process group was joined, Python's own exit handlers run and the process ends there: about one rank in twenty, done and saved, was
-    seen to abort while C++ destructors tore down communication threads, which turns a finished job into a failed one.
+    Where a process group was joined, Python's own exit handlers run and the process ends there: about one rank in
+    twenty, done and saved, was seen to abort while C++ destructors tore down communication threads, which turns a
+    finished job into a failed one.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         sys.exit(code)
-    if code in (EXIT_DONE, EXIT_REQUEUE):  # else the other ranks are in a collective, and leaving the group would wait for them
+    # else the other ranks are in a collective, and leaving the group would wait for them
+    if code in (EXIT_DONE, EXIT_REQUEUE):
         last_resort = threading.Timer(TEARDOWN_S, os._exit, (code,))
         last_resort.daemon = True
         last_resort.start()

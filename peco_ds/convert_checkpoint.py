@@ -1,9 +1,10 @@
-"""Convert a run, a release or a weights file into a release that timm, Hugging Face transformers or unilm loads with its own loader.
+"""Convert a run, a release or a weights file into a release that timm, Hugging Face transformers or unilm loads with
+its own loader.
 
     python -m peco_ds.convert_checkpoint SRC --to timm|hf|unilm --out RELEASE_DIR
 
-SRC is a run folder of pretrain.py or finetune.py (its newest whole checkpoint is taken; any ZeRO stage, any number of ranks), one of its checkpoints/step_N
-folders, a release folder of one of the three libraries, or a weights file.
+SRC is a run folder of pretrain.py or finetune.py (its newest whole checkpoint is taken; any ZeRO stage, any number of
+ranks), one of its checkpoints/step_N folders, a release folder of one of the three libraries, or a weights file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+    # started by path: the package's parent, not its inside
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import EXIT_DONE, UserError
@@ -22,18 +24,47 @@ from peco_ds.errors import EXIT_DONE, UserError
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0], epilog="exit codes: 0 done, 2 bad input (one line says what)")
-    parser.add_argument("source", type=Path, metavar="SRC", help="run folder, one checkpoint of it, release folder or weights file")
-    parser.add_argument("--to", choices=["timm", "hf", "unilm"], required=True, help="library that shall load the release")
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="run folder, one checkpoint of it, release folder or weights file"
+    )
+    parser.add_argument(
+        "--to", choices=["timm", "hf", "unilm"], required=True, help="library that shall load the release"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="RELEASE_DIR", help="folder to write")
-    parser.add_argument("--from", dest="layout", choices=["auto", "run", "timm", "hf", "unilm"], default="auto", help="what SRC must be (default: what it is)")
-    parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="moving average of the weights, or the last ones (default: the average where there is one)")
-    parser.add_argument("--statistics", choices=["auto", "imagenet", "half"], default="auto", help="mean and standard deviation of the pictures, where SRC does not tell them or wrongly; half is 0.5 (default: what SRC tells, else imagenet)")
-    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="load the release by its library in a fresh process and compare outputs (default: on)")
+    parser.add_argument(
+        "--from",
+        dest="layout",
+        choices=["auto", "run", "timm", "hf", "unilm"],
+        default="auto",
+        help="what SRC must be (default: what it is)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=["auto", "ema", "raw"],
+        default="auto",
+        help="moving average of the weights, or the last ones (default: the average where there is one)",
+    )
+    parser.add_argument(
+        "--statistics",
+        choices=["auto", "imagenet", "half"],
+        default="auto",
+        help="mean and standard deviation of the pictures, where SRC does not tell them or wrongly; half "
+        "is 0.5 (default: what SRC tells, else imagenet)",
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load the release by its library in a fresh process and compare outputs (default: on)",
+    )
     args = parser.parse_args(argv)
     if args.out.resolve() == args.source.resolve():
         raise UserError(f"--out {args.out}: is SRC itself; give another folder")
     if args.verify and args.to == "hf" and importlib.util.find_spec("transformers") is None:
-        raise UserError("transformers is not installed, so the release cannot be verified in it; pip install transformers, or give --no-verify")
+        raise UserError(
+            "transformers is not installed, so the release cannot be verified in it; pip install "
+            "transformers, or give --no-verify"
+        )
     return convert(args)
 
 
@@ -46,16 +77,22 @@ def convert(args: argparse.Namespace) -> int:
     from peco_ds.convert.verify import COMPARED, LOADERS, answers_of, compare
     from peco_ds.runtime.run_weights import read_run
 
-    weights = read_weights(args.source, layout=args.layout, average=args.weights, statistics=args.statistics, read_run=read_run)
+    weights = read_weights(
+        args.source, layout=args.layout, average=args.weights, statistics=args.statistics, read_run=read_run
+    )
     release = {"timm": to_timm, "hf": to_hf, "unilm": to_unilm}[args.to](weights)
     expected = answers_of(weights) if args.verify else None
     write_release(args.out, release, weights)
     parameters = sum(tensor.numel() for tensor in weights.tensors.values())
     line, library = f"{args.out}: {weights.source}, {parameters / 1e6:.1f} M parameters", release.library
-    del weights, release  # a large model shall not be in memory here while its library loads it
+    # a large model shall not be in memory here while its library loads it
+    del weights, release
     compared = "not verified"
     if expected is not None:
-        compared = f"{COMPARED[expected.kind]} in {LOADERS[library]} equal our own model's to {compare(args.out, library, expected):.1e}"
+        compared = (
+            f"{COMPARED[expected.kind]} in {LOADERS[library]} equal our own model's to "
+            f"{compare(args.out, library, expected):.1e}"
+        )
     sys.stdout.write(f"{line}; {compared}\n")
     return EXIT_DONE
 

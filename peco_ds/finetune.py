@@ -1,6 +1,6 @@
 """Fine-tune a classifier on labelled pictures, from a run, a release or a weights file, and measure its top-1.
 
-    deepspeed peco_ds/finetune.py --recipe finetune_vith14 init.weights=runs/peco_vith14
+deepspeed peco_ds/finetune.py --recipe finetune_vith14 init.weights=runs/peco_vith14
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+    # started by path: the package's parent, not its inside
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import parse_stage, run, stage_parser
 from peco_ds.config import FinetuneRecipe
@@ -47,13 +48,17 @@ def dry_run(args, resolved) -> int:
         num_samples, num_classes = pictures.num_samples, len(classes)
     start = "scratch: init.weights is empty"
     if cfg.init.weights:
-        weights = read_weights(cfg.init.weights, average=cfg.init.average, statistics=cfg.init.statistics, read_run=read_run)
+        weights = read_weights(
+            cfg.init.weights, average=cfg.init.average, statistics=cfg.init.statistics, read_run=read_run
+        )
         check_sizes(weights, cfg.model)
         if classes and weights.kind == "classifier" and cfg.init.head == "auto":
             check_head(weights, classes)
         start = f"{weights.source} ({weights.kind})"
     durations = resolve_durations(cfg, num_samples)
-    report = finetune_report(cfg, num_samples=num_samples, num_classes=num_classes, durations=durations, ds_config=ds_config, assumed=assumed)
+    report = finetune_report(
+        cfg, num_samples=num_samples, num_classes=num_classes, durations=durations, ds_config=ds_config, assumed=assumed
+    )
     missing = [f"{name} {path}: no such folder yet" for name, path in sets.items() if not path.exists()]
     sys.stdout.write("\n".join([report, "", f"starts from         {start}", *missing]) + "\n")
     return EXIT_DONE
@@ -88,14 +93,21 @@ def train(args, resolved) -> int:
 
     START_UP.ends("imports")
     cfg, run = resolved.recipe, resolved.recipe.run
-    ds_config = read_deepspeed_json(args.deepspeed_config)  # bad input is refused before any rank joins another
+    # bad input is refused before any rank joins another
+    ds_config = read_deepspeed_json(args.deepspeed_config)
     use_layer_norm(run)
-    pictures, held_out, classes = labelled_sets(data_path(cfg.data, cfg.data.images), data_path(cfg.data, cfg.data.val_images))
+    pictures, held_out, classes = labelled_sets(
+        data_path(cfg.data, cfg.data.images), data_path(cfg.data, cfg.data.val_images)
+    )
     TrainCrop(cfg.augment, cfg.model.image_px)  # a misspelt augment.auto_augment shows here
     durations = resolve_durations(cfg, pictures.num_samples)
     fingerprint = pictures.manifest.fingerprint()
     resumed = continues(cfg.checkpoint) and bool(list_checkpoints(args.out))
-    weights = read_weights(cfg.init.weights, average=cfg.init.average, statistics=cfg.init.statistics, read_run=read_run) if cfg.init.weights and not resumed else None
+    weights = (
+        read_weights(cfg.init.weights, average=cfg.init.average, statistics=cfg.init.statistics, read_run=read_run)
+        if cfg.init.weights and not resumed
+        else None
+    )
     seed_all(run.seed)  # initial weights follow from the seed alone
     model = build_classifier(cfg.model, cfg.classifier, len(classes), recompute=run.activation_checkpointing)
     fresh = start_classifier(model, weights, cfg.model, classes=classes, head=cfg.init.head) if weights else []
@@ -103,15 +115,25 @@ def train(args, resolved) -> int:
     START_UP.ends("data")
     world = start_world()
     START_UP.ends("ranks")
-    first_sees = world.gather_objects(resumed)[0]  # one rank's view of a shared file system may lag behind another's
-    world.agree("" if resumed == first_sees else f"{args.out}: rank {world.rank} does not see the checkpoints that rank 0 sees; start again in a minute")
+    # one rank's view of a shared file system may lag behind another's
+    first_sees = world.gather_objects(resumed)[0]
+    world.agree(
+        ""
+        if resumed == first_sees
+        else f"{args.out}: rank {world.rank} does not see the checkpoints that rank 0 sees; start again in a minute"
+    )
     ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
     provenance = {"images_fingerprint": fingerprint, "num_samples": pictures.num_samples, "classes": list(classes)}
     origin = origin_of(args.out) if resumed else origin_from(weights, fresh)
     if world.is_main:
         afresh = f"; afresh: {', '.join(origin['fresh'])}" if origin["fresh"] else ""
-        sys.stdout.write(f"starts from {origin['init']}{afresh}\n" if not resumed else f"continues a run that started from {origin['init']}\n")
-    del weights  # else every rank of a node keeps a copy on the host for the whole run
+        sys.stdout.write(
+            f"starts from {origin['init']}{afresh}\n"
+            if not resumed
+            else f"continues a run that started from {origin['init']}\n"
+        )
+    # else every rank of a node keeps a copy on the host for the whole run
+    del weights
     statistics = {name: tuple(origin[name]) for name in ("mean", "std")}
     provenance |= origin
     open_run_folder(args.out, "finetune", resolved, ds_config, provenance, world)
@@ -129,7 +151,8 @@ def train(args, resolved) -> int:
     )
     START_UP.ends("engine")
     ema = WeightEma(engine, cfg.ema.decay) if cfg.ema.decay else None
-    seed_all(run.seed + 1 + world.rank)  # stochastic depth differs between ranks; weights did not
+    # stochastic depth differs between ranks; weights did not
+    seed_all(run.seed + 1 + world.rank)
     restored = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed, ema=ema)
     START_UP.ends("checkpoint")
     first_step = restored.progress.step
@@ -199,7 +222,8 @@ def train(args, resolved) -> int:
                 batch = meter.next(batches)
                 loss, stats = soft_label_cross_entropy(engine(batch.images_norm), batch.targets)
                 meter.add(loss, stats)
-                engine.backward(guard.watch(loss, batch.keys))  # accumulation, loss scale, clipping: the engine's
+                # accumulation, loss scale, clipping: the engine's
+                engine.backward(guard.watch(loss, batch.keys))
                 engine.step()
             applied = guard.close_step(step + 1)
             if ema and applied:
@@ -207,7 +231,8 @@ def train(args, resolved) -> int:
             meter.close_step(step + 1, engine, rate, applied=applied, skipped=guard.total_skipped)
             with watchdog.during("saving", LONG_S):
                 stopping = saver.close_step(step + 1)
-            if durations.evaluate_after(step + 1) and not stopping:  # a stop has seconds, an evaluation may take minutes
+            # a stop has seconds, an evaluation may take minutes
+            if durations.evaluate_after(step + 1) and not stopping:
                 quality = evaluate(step + 1)
             watchdog.beat(step + 1)
             if stopping:
@@ -217,7 +242,9 @@ def train(args, resolved) -> int:
             saver.finish()
         meter.close()
     if world.is_main:
-        sys.stdout.write(f"{durations.stop_step} of {durations.total_steps} steps done, checkpoints in {args.out / 'checkpoints'}\n")
+        sys.stdout.write(
+            f"{durations.stop_step} of {durations.total_steps} steps done, checkpoints in {args.out / 'checkpoints'}\n"
+        )
         if quality:
             average = f", moving average {quality['ema_top1']:.2f}" if ema else ""
             sys.stdout.write(f"top-1 {quality['top1']:.2f}{average} on {quality['pictures']} pictures\n")
@@ -230,8 +257,15 @@ def origin_from(weights, fresh: list[str]) -> dict:
 
     if weights is None:
         return {"init": "scratch", "init_facts": {}, "fresh": [], "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    # Pictures go on as the weights know them: the BEiT files that timm and Hugging Face host have seen 0.5, 0.5, not ImageNet's statistics.
-    return {"init": weights.source, "init_facts": weights.facts, "fresh": fresh, "mean": weights.mean, "std": weights.std}
+    # Pictures go on as the weights know them: the BEiT files that timm and Hugging Face host have seen 0.5, 0.5, not
+    # ImageNet's statistics.
+    return {
+        "init": weights.source,
+        "init_facts": weights.facts,
+        "fresh": fresh,
+        "mean": weights.mean,
+        "std": weights.std,
+    }
 
 
 def origin_of(run_folder: Path) -> dict:
@@ -240,7 +274,8 @@ def origin_of(run_folder: Path) -> dict:
 
     recorded = read_provenance(run_folder)
     fresh = origin_from(None, [])
-    return {name: recorded.get(name, fresh[name]) for name in fresh}  # the folder may be another stage's, which open_run_folder refuses
+    # the folder may be another stage's, which open_run_folder refuses
+    return {name: recorded.get(name, fresh[name]) for name in fresh}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Import a tokenizer that others released: its official files -> a tokenizer release that tokenize_shards.py, pretrain.py and evaluate.py read.
+"""Import a tokenizer that others released: its official files -> a tokenizer release that tokenize_shards.py,
+pretrain.py and evaluate.py read.
 
     python -m peco_ds.import_tokenizer encoder.pkl decoder.pkl --out data/dalle_tokenizer
 
-FILE is DALL-E's encoder.pkl, with its decoder.pkl where reconstructions are wanted (BEiT's tokenizer), a last.ckpt of taming-transformers (VQGAN f16; VQGAN f8 with
-Gumbel-softmax, mc-BEiT's tokenizer), or a VQ-KD file of unilm (BEiT v2's). Pickles are read without running anything in them.
+FILE is DALL-E's encoder.pkl, with its decoder.pkl where reconstructions are wanted (BEiT's tokenizer), a last.ckpt of
+taming-transformers (VQGAN f16; VQGAN f8 with Gumbel-softmax, mc-BEiT's tokenizer), or a VQ-KD file of unilm (BEiT
+v2's). Pickles are read without running anything in them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+    # started by path: the package's parent, not its inside
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import EXIT_DONE, UserError
@@ -21,9 +24,22 @@ from peco_ds.errors import EXIT_DONE, UserError
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0], epilog="exit codes: 0 done, 2 bad input (one line says what)")
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="released file; DALL-E's tokenizer has two, of which encoder.pkl is enough for codes")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write; a recipe names it as data.tokenizer")
-    parser.add_argument("--kind", choices=["auto", "dvae", "gumbel", "vqgan", "vqkd"], default="auto", help="what FILE must be (default: what it is)")
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="released file; DALL-E's tokenizer has two, of which encoder.pkl is enough for codes",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="folder to write; a recipe names it as data.tokenizer"
+    )
+    parser.add_argument(
+        "--kind",
+        choices=["auto", "dvae", "gumbel", "vqgan", "vqkd"],
+        default="auto",
+        help="what FILE must be (default: what it is)",
+    )
     return import_tokenizer(parser.parse_args(argv))
 
 
@@ -36,7 +52,10 @@ def import_tokenizer(args: argparse.Namespace) -> int:
     refuse_occupied(args.out, found.facts)
     fingerprint = save_tokenizer(args.out, found.state_dict, settings, found.facts)
     parameters = sum(tensor.numel() for tensor in found.state_dict.values())
-    line = f"{args.out}: {settings.kind} tokenizer, {settings.num_codes} codes, stride {settings.stride_px} px, {parameters / 1e6:.1f} M numbers, fingerprint {fingerprint[:12]}"
+    line = (
+        f"{args.out}: {settings.kind} tokenizer, {settings.num_codes} codes, stride "
+        f"{settings.stride_px} px, {parameters / 1e6:.1f} M numbers, fingerprint {fingerprint[:12]}"
+    )
     notes = [f"licence: {found.facts['licence']} ({found.facts['origin']})"]
     if "judge_licence" in found.facts:
         notes.append(f"trained with {found.facts['judge']}, licence: {found.facts['judge_licence']}")
@@ -55,9 +74,13 @@ def refuse_occupied(out: Path, facts: dict) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a folder")
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    foreign = [name for name in names if name not in (CARD_NAME, TENSORS_NAME) and not name.startswith(f".{TENSORS_NAME}")]
+    foreign = [
+        name for name in names if name not in (CARD_NAME, TENSORS_NAME) and not name.startswith(f".{TENSORS_NAME}")
+    ]
     if foreign:
-        raise UserError(f"--out {out}: holds {foreign[0]}, which is no part of a tokenizer release; give an empty folder")
+        raise UserError(
+            f"--out {out}: holds {foreign[0]}, which is no part of a tokenizer release; give an empty folder"
+        )
     if CARD_NAME in names and read_card(out).extra.get("files") != facts["files"]:
         raise UserError(f"--out {out}: holds the release of another tokenizer; give an empty folder")
 

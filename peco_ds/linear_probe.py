@@ -1,10 +1,11 @@
 """Probe frozen weights: a linear classifier and nearest neighbours on the features after every block.
 
     python peco_ds/linear_probe.py --recipe probe_vitb16 init.weights=runs/peco_vitb16
-    torchrun --nproc_per_node 8 peco_ds/linear_probe.py --recipe probe_vith14 init.weights=vith14_release "probe.lrs=[1e-3,4e-3]"
+    torchrun --nproc_per_node 8 peco_ds/linear_probe.py --recipe probe_vith14 init.weights=vith14_release
+    "probe.lrs=[1e-3,4e-3]"
 
-Features are taken once and kept in OUT/features; started again with other learning rates it reads them. OUT/features may be deleted afterwards. A probe that
-was stopped starts its features over, and keeps the layers that were done.
+Features are taken once and kept in OUT/features; started again with other learning rates it reads them. OUT/features
+may be deleted afterwards. A probe that was stopped starts its features over, and keeps the layers that were done.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+    # started by path: the package's parent, not its inside
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import parse_stage, run, stage_parser
 from peco_ds.config import ProbeRecipe
@@ -51,14 +53,30 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
         sizes, num_classes = (train.num_samples, val.num_samples), len(classes)
     width = feature_width(weights.model.width, settings.pooling)
     size = feature_bytes(weights.model.width, settings.pooling, num_blocks=len(blocks), num_pictures=sum(sizes))
-    backbone = FLOPS_PER_MAC * mim_macs(replace(weights.model, image_px=image_px_of(cfg, weights)), num_codes=0, masked=0).backbone * sum(sizes)
+    backbone = (
+        FLOPS_PER_MAC
+        * mim_macs(replace(weights.model, image_px=image_px_of(cfg, weights)), num_codes=0, masked=0).backbone
+        * sum(sizes)
+    )
     # No gradient goes back to the features, so a training step is two products and not three.
-    classifiers = FLOPS_PER_MAC * (TRAINING_OVER_FORWARD - 1) * width * num_classes * len(settings.lrs) * len(blocks) * settings.epochs * sizes[0]
+    classifiers = (
+        FLOPS_PER_MAC
+        * (TRAINING_OVER_FORWARD - 1)
+        * width
+        * num_classes
+        * len(settings.lrs)
+        * len(blocks)
+        * settings.epochs
+        * sizes[0]
+    )
     lines = [
         f"{cfg.name}: linear probe of {weights.source} ({weights.kind})",
-        f"pictures            {sizes[0]:,} to train, {sizes[1]:,} to measure, {num_classes} classes" + (" (assumed: ImageNet-1K; no set was read)" if assumed else ""),
-        f"features            {len(blocks)} blocks x {width} numbers a picture ({settings.pooling}), {size / 1e9:.4g} GB in {args.out / 'features'}",
-        f"compute             backbone {backbone:.3g} FLOP, once; {len(blocks) * len(settings.lrs)} classifiers x {settings.epochs} epochs {classifiers:.3g} FLOP",
+        f"pictures            {sizes[0]:,} to train, {sizes[1]:,} to measure, {num_classes} classes"
+        + (" (assumed: ImageNet-1K; no set was read)" if assumed else ""),
+        f"features            {len(blocks)} blocks x {width} numbers a picture ({settings.pooling}), "
+        f"{size / 1e9:.4g} GB in {args.out / 'features'}",
+        f"compute             backbone {backbone:.3g} FLOP, once; {len(blocks) * len(settings.lrs)} "
+        f"classifiers x {settings.epochs} epochs {classifiers:.3g} FLOP",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
     return EXIT_DONE
@@ -72,26 +90,37 @@ def take_and_probe(args, resolved) -> int:
 
     cfg: ProbeRecipe = resolved.recipe
     settings = cfg.probe
-    train, val, classes = labelled_pictures(cfg)  # bad input is refused before any rank joins another
+    # bad input is refused before any rank joins another
+    train, val, classes = labelled_pictures(cfg)
     weights = read(cfg)
     blocks = blocks_of(cfg, weights)
 
     world = start_world()
     made_from = features_made_from(cfg, weights, blocks, train, val)
     sizes = {TRAIN: train.num_samples, VAL: val.num_samples}
-    files = FeatureFiles(args.out / "features", made_from, blocks=blocks, sizes=sizes, width=feature_width(weights.model.width, settings.pooling))
+    files = FeatureFiles(
+        args.out / "features",
+        made_from,
+        blocks=blocks,
+        sizes=sizes,
+        width=feature_width(weights.model.width, settings.pooling),
+    )
     try:
         make_features(cfg, files, weights, blocks, {TRAIN: train, VAL: val}, world)
     except Stopped:
         return EXIT_REQUEUE
-    results = LayerResults(args.out / "layers", sha256_of_json([files.fingerprint, len(classes), asdict(settings)]), blocks)
-    missing = world.gather_objects(results.missing())[0]  # one list for all: a rank that is late would miss what another has finished meanwhile
+    results = LayerResults(
+        args.out / "layers", sha256_of_json([files.fingerprint, len(classes), asdict(settings)]), blocks
+    )
+    # one list for all: a rank that is late would miss what another has finished meanwhile
+    missing = world.gather_objects(results.missing())[0]
     try:
         for block in missing[world.rank :: world.size]:
             results.write(block, probe_layer(files, block, settings, len(classes), world))
     except Stopped:
         return EXIT_REQUEUE
-    # No collective from here on: layers end hours apart where they are many, and a process group gives up after minutes.
+    # No collective from here on: layers end hours apart where they are many, and a process group gives up after
+    # minutes.
     while world.is_main and results.missing():
         if world.stop_seen:
             return EXIT_REQUEUE
@@ -101,16 +130,21 @@ def take_and_probe(args, resolved) -> int:
     return EXIT_DONE
 
 
-# ---------------------------------------------------------------------------------------------- what is probed
+# -------------------------------------------------------------------------------------- what is probed
 
 
 def read(cfg: ProbeRecipe):
     from peco_ds.convert.read import read_weights
     from peco_ds.runtime.run_weights import read_run
 
-    weights = read_weights(cfg.init.weights, average=cfg.init.average, statistics=cfg.init.statistics, read_run=read_run)
+    weights = read_weights(
+        cfg.init.weights, average=cfg.init.average, statistics=cfg.init.statistics, read_run=read_run
+    )
     if image_px_of(cfg, weights) % weights.model.patch_px:
-        raise UserError(f"probe.image_px {cfg.probe.image_px}: not a multiple of the patch size {weights.model.patch_px} of {weights.source}")
+        raise UserError(
+            f"probe.image_px {cfg.probe.image_px}: not a multiple of the patch size "
+            f"{weights.model.patch_px} of {weights.source}"
+        )
     return weights
 
 
@@ -126,7 +160,9 @@ def blocks_of(cfg: ProbeRecipe, weights) -> tuple[int, ...]:
     depth = weights.model.depth
     wrong = [number for number in cfg.probe.blocks if not 1 <= number <= depth]
     if wrong:
-        raise UserError(f"probe.blocks {list(cfg.probe.blocks)}: {weights.source} has blocks 1 to {depth}, not {wrong[0]}")
+        raise UserError(
+            f"probe.blocks {list(cfg.probe.blocks)}: {weights.source} has blocks 1 to {depth}, not {wrong[0]}"
+        )
     return tuple(sorted(set(cfg.probe.blocks))) or tuple(range(1, depth + 1))
 
 
@@ -157,7 +193,7 @@ def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train
     }
 
 
-# ---------------------------------------------------------------------------------------------- the two halves
+# -------------------------------------------------------------------------------------- the two halves
 
 
 def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], pictures: dict, world) -> None:
@@ -174,7 +210,11 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], pic
     if state == "whole":
         logger.info("features of these pictures and weights lie in %s and are read", files.folder)
         return
-    logger.info("taking features into %s%s", files.folder, "; those that lie there are of other pictures, weights or settings" if state == "other" else "")
+    logger.info(
+        "taking features into %s%s",
+        files.folder,
+        "; those that lie there are of other pictures, weights or settings" if state == "other" else "",
+    )
     fault = ""
     if world.is_main:
         try:
@@ -196,7 +236,15 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], pic
             num_workers=cfg.data.num_workers,
             device=world.device,
         )
-        rows = take_features(backbone, batches, blocks=blocks, pooling=settings.pooling, precision=settings.precision, device=world.device, stop_requested=world.stop_requested)
+        rows = take_features(
+            backbone,
+            batches,
+            blocks=blocks,
+            pooling=settings.pooling,
+            precision=settings.precision,
+            device=world.device,
+            stop_requested=world.stop_requested,
+        )
         files.write(split, rows)
     world.barrier()
     if world.is_main:
@@ -220,7 +268,7 @@ def probe_layer(files, block: int, settings, num_classes: int, world) -> dict:
     return {"block": block, **probe(train, val, settings, num_classes=num_classes, device=world.device, stop=stop)}
 
 
-# ---------------------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------- what is written
 
 
 def report(out: Path, resolved, layers: list[dict], made_from: dict, weights, num_classes: int) -> None:
@@ -234,7 +282,13 @@ def report(out: Path, resolved, layers: list[dict], made_from: dict, weights, nu
 
     best = max(layers, key=lambda layer: best_linear(layer)["top1"])
     found = best_linear(best)
-    summary = {"block": best["block"], "lr": found["lr"], "top1": found["top1"], "top5": found["top5"], "knn": best["knn"]}
+    summary = {
+        "block": best["block"],
+        "lr": found["lr"],
+        "top1": found["top1"],
+        "top5": found["top5"],
+        "knn": best["knn"],
+    }
     record = {
         "best": summary,
         "layers": layers,
@@ -250,7 +304,11 @@ def report(out: Path, resolved, layers: list[dict], made_from: dict, weights, nu
     (out / "probe.md").write_text(table(resolved.recipe, layers, weights.source, made_from["image_px"]))
     plot(out / "layers.png", layers, weights.source)
     neighbours = "".join(f", {k}-NN {top1:.2f}" for k, top1 in best["knn"].items())
-    sys.stdout.write(f"best block {summary['block']} of {weights.model.depth}: linear top-1 {summary['top1']:.2f} (lr {summary['lr']:g}), top-5 {summary['top5']:.2f}{neighbours}; all blocks in {out / 'probe.md'}\n")
+    sys.stdout.write(
+        f"best block {summary['block']} of {weights.model.depth}: linear top-1 {summary['top1']:.2f} "
+        f"(lr {summary['lr']:g}), top-5 {summary['top5']:.2f}{neighbours}; all blocks in "
+        f"{out / 'probe.md'}\n"
+    )
 
 
 if __name__ == "__main__":

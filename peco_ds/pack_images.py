@@ -1,9 +1,10 @@
 """Pack an image folder into indexed shards, or index WebDataset tars where they lie; either way one manifest.
 
-Pictures are spread over the shards by a hash of seed and path, so that a shard of class-folder data holds all classes and reading a
-few shards at a time still mixes them. Ordinary pictures are stored byte for byte; odd ones (CMYK, 16 bit, EXIF-rotated, transparent,
-animated, other formats) are re-encoded as upright RGB, so that any WebDataset reader sees the right picture. A picture that cannot be
-decoded is named in the manifest and left out. An interrupted run is continued by the same command.
+Pictures are spread over the shards by a hash of seed and path, so that a shard of class-folder data holds all classes
+and reading a few shards at a time still mixes them. Ordinary pictures are stored byte for byte; odd ones (CMYK, 16 bit,
+EXIF-rotated, transparent, animated, other formats) are re-encoded as upright RGB, so that any WebDataset reader sees
+the right picture. A picture that cannot be decoded is named in the manifest and left out. An interrupted run is
+continued by the same command.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+    # started by path: the package's parent, not its inside
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 import glob
@@ -26,7 +28,15 @@ from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, T
 from concurrent.futures.process import BrokenProcessPool
 
 from peco_ds.command_line import Parser, run
-from peco_ds.data.image_shards import IndexJob, PackJob, ShardRecord, classes_of_tars, make_shard, prepare_folder, sole_writer
+from peco_ds.data.image_shards import (
+    IndexJob,
+    PackJob,
+    ShardRecord,
+    classes_of_tars,
+    make_shard,
+    prepare_folder,
+    sole_writer,
+)
 from peco_ds.data.indexed_tar import index_name
 from peco_ds.data.picture_folders import Picture, list_pictures, printable
 from peco_ds.errors import EXIT_INTERRUPTED, UserError
@@ -55,7 +65,9 @@ def main(argv: list[str] | None = None) -> None:
         _pack(args, jobs, classes, options, total, units)
 
 
-def _pack(args: argparse.Namespace, jobs: list, classes: list[str] | None, options: dict[str, str], total: int, units: str) -> None:
+def _pack(
+    args: argparse.Namespace, jobs: list, classes: list[str] | None, options: dict[str, str], total: int, units: str
+) -> None:
     done, todo = prepare_folder(args.out, jobs, options)
     done += make_shards(args.out, todo, args.workers, Progress(total, sum(record.units for record in done), units))
     records = sorted(done, key=lambda record: record.shard.name)
@@ -64,7 +76,8 @@ def _pack(args: argparse.Namespace, jobs: list, classes: list[str] | None, optio
         classes = classes_of_tars(records, args.classes)
     elif len(rejected) > args.max_bad_share * total:
         raise UserError(
-            f"{len(rejected)} of {total} pictures cannot be decoded, more than --max_bad_share {args.max_bad_share}: {'; '.join(rejected[:3])}"
+            f"{len(rejected)} of {total} pictures cannot be decoded, more than --max_bad_share "
+            f"{args.max_bad_share}: {'; '.join(rejected[:3])}"
             f"{'; ...' if len(rejected) > 3 else ''}; repair or remove them, or raise --max_bad_share"
         )
     samples = sum(record.shard.samples for record in records)
@@ -75,7 +88,8 @@ def _pack(args: argparse.Namespace, jobs: list, classes: list[str] | None, optio
     size_bytes = sum(record.shard.bytes for record in records)
     reencoded = sum(record.reencoded for record in records)
     sys.stdout.write(
-        f"{samples} samples, {labels}, {len(records)} shards, {size_bytes} bytes, {reencoded} re-encoded, {len(rejected)} rejected: {args.out}\n"
+        f"{samples} samples, {labels}, {len(records)} shards, {size_bytes} bytes, {reencoded} "
+        f"re-encoded, {len(rejected)} rejected: {args.out}\n"
     )
 
 
@@ -85,50 +99,91 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="exit codes: 0 done, 2 bad input (one line says what); the same command continues an interrupted run",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", type=Path, metavar="DIR", help="class-folder tree, or pictures at any depth; dot files are passed over")
-    source.add_argument("--index_tars", metavar="GLOB|DIR", help="WebDataset tars, indexed in place, not rewritten; their pictures are not decoded")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards and their manifest")
+    source.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="class-folder tree, or pictures at any depth; dot files are passed over",
+    )
+    source.add_argument(
+        "--index_tars",
+        metavar="GLOB|DIR",
+        help="WebDataset tars, indexed in place, not rewritten; their pictures are not decoded",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the shards and their manifest"
+    )
     parser.add_argument(
         "--labels",
         choices=("auto", "folders", "none"),
         default="auto",
-        help="folders: one class a sub-folder; auto: that, where pictures lie in sub-folders and none beside them (default: %(default)s)",
+        help="folders: one class a sub-folder; auto: that, where pictures lie in sub-folders and none "
+        "beside them (default: %(default)s)",
     )
     parser.add_argument(
         "--synsets",
         type=Path,
         metavar="FILE",
-        help="labels of a flat folder (ILSVRC val): LOC_val_solution.csv; 'name label' lines; one synset a line in picture-name order; "
+        help="labels of a flat folder (ILSVRC val): LOC_val_solution.csv; 'name label' lines; one synset "
+        "a line in picture-name order; "
         "or ILSVRC2012_validation_ground_truth.txt with --classes",
     )
     parser.add_argument(
         "--classes",
         type=Path,
         metavar="FILE",
-        help="one class a line, its first word the name; with --synsets: all synsets, for numbers in the numbers' order; with tars: in label order",
+        help="one class a line, its first word the name; with --synsets: all synsets, for numbers in the "
+        "numbers' order; with tars: in label order",
     )
     parser.add_argument(
-        "--short_side", type=int, default=0, metavar="PX", help="shrink pictures whose short side is longer (bicubic, antialiased); 0: keep (default)"
+        "--short_side",
+        type=int,
+        default=0,
+        metavar="PX",
+        help="shrink pictures whose short side is longer (bicubic, antialiased); 0: keep (default)",
     )
-    parser.add_argument("--quality", type=int, default=92, help="JPEG quality where a picture must be re-encoded (default: %(default)s)")
+    parser.add_argument(
+        "--quality", type=int, default=92, help="JPEG quality where a picture must be re-encoded (default: %(default)s)"
+    )
     parser.add_argument(
         "--samples_per_shard",
         type=int,
         default=5000,
-        help="5000 ImageNet pictures are about 0.5 GB: few files for the filesystem, yet a lost shard is soon rebuilt (default: %(default)s)",
+        help="5000 ImageNet pictures are about 0.5 GB: few files for the filesystem, yet a lost shard is "
+        "soon rebuilt (default: %(default)s)",
     )
-    parser.add_argument("--shuffle_seed", type=int, default=0, help="seed of the spreading over shards (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=min(16, _num_cores()), help="processes, one shard each at a time (default here: %(default)s)")
-    parser.add_argument("--max_bad_share", type=float, default=0.01, help="more undecodable pictures than this share are an error (default: %(default)s)")
+    parser.add_argument(
+        "--shuffle_seed", type=int, default=0, help="seed of the spreading over shards (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(16, _num_cores()),
+        help="processes, one shard each at a time (default here: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_bad_share",
+        type=float,
+        default=0.01,
+        help="more undecodable pictures than this share are an error (default: %(default)s)",
+    )
     parser.add_argument("--dry_run", action="store_true", help="list and check the source, write nothing")
     args = parser.parse_args(argv)
-    for name, low, high in (("short_side", 0, 65535), ("quality", 1, 100), ("samples_per_shard", 1, 10**9), ("workers", 1, 4096), ("max_bad_share", 0, 1)):
+    for name, low, high in (
+        ("short_side", 0, 65535),
+        ("quality", 1, 100),
+        ("samples_per_shard", 1, 10**9),
+        ("workers", 1, 4096),
+        ("max_bad_share", 0, 1),
+    ):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} {getattr(args, name)}: must lie between {low} and {high}")
     if args.index_tars is not None:
         for name in _FOLDER_ONLY:
             if getattr(args, name) != parser.get_default(name):
-                raise UserError(f"--{name} has no effect on tars indexed in place; drop it, or unpack the tars and use --images")
+                raise UserError(
+                    f"--{name} has no effect on tars indexed in place; drop it, or unpack the tars and use --images"
+                )
     elif args.out.resolve().is_relative_to(args.images.resolve()):
         raise UserError(f"--out {args.out} lies inside --images {args.images}; give a folder outside it")
     if args.classes is not None and args.images is not None and args.synsets is None:
@@ -140,11 +195,13 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ---------------------------------------------------------------------------------------------- the plan
+# -------------------------------------------------------------------------------------------- the plan
 
 
 def plan_shards(pictures: list[Picture], args: argparse.Namespace) -> list[PackJob]:
-    """Spread the pictures over shards, in an order that holds for every version of Python and of its random generators."""
+    """Spread the pictures over shards, in an order that holds for every version of Python and of its random
+    generators.
+    """
 
     def place(picture: Picture) -> bytes:
         return hashlib.blake2b(os.fsencode(f"{args.shuffle_seed}:{picture.path}"), digest_size=16).digest()
@@ -152,7 +209,13 @@ def plan_shards(pictures: list[Picture], args: argparse.Namespace) -> list[PackJ
     shuffled = sorted(pictures, key=place)
     size = args.samples_per_shard
     return [
-        PackJob(f"shard-{number:06d}.tar", str(args.images.resolve()), shuffled[start : start + size], args.short_side, args.quality)
+        PackJob(
+            f"shard-{number:06d}.tar",
+            str(args.images.resolve()),
+            shuffled[start : start + size],
+            args.short_side,
+            args.quality,
+        )
         for number, start in enumerate(range(0, len(shuffled), size))
     ]
 
@@ -164,19 +227,24 @@ def plan_indexes(source: str) -> list[IndexJob]:
     """
     folder = Path(source)
     found = folder.glob("*.tar") if folder.is_dir() else glob.glob(source, recursive=True)
-    paths = sorted(Path(os.path.abspath(path)) for path in found)  # links are kept: in a hub's cache only they carry the name
+    # links are kept: in a hub's cache only they carry the name
+    paths = sorted(Path(os.path.abspath(path)) for path in found)
     if not paths:
         raise UserError(f"--index_tars {source}: no tar there; give a folder of .tar files or a quoted glob")
-    # Where two folders have tars of one name, as in train/0.tar and val/0.tar, the folder becomes part of the shard's name.
+    # Where two folders have tars of one name, as in train/0.tar and val/0.tar, the folder becomes part of the shard's
+    # name.
     count = Counter(path.name for path in paths)
-    jobs = [IndexJob(printable(path.name if count[path.name] == 1 else "_".join(path.parts[1:])), str(path)) for path in paths]
+    jobs = [
+        IndexJob(printable(path.name if count[path.name] == 1 else "_".join(path.parts[1:])), str(path))
+        for path in paths
+    ]
     same = [name for name, number in Counter(index_name(job.name) for job in jobs).items() if number > 1]
     if same:
         raise UserError(f"--index_tars {source}: two tars would share the index {same[0]!r}; rename one")
     return jobs
 
 
-# ---------------------------------------------------------------------------------------------- making shards
+# --------------------------------------------------------------------------------------- making shards
 
 
 class Progress:
@@ -199,14 +267,17 @@ class Progress:
             self._last_line = now
             rate = done_now / (now - self._start)
             left_s = (self._total - self._before - done_now) / rate
-            sys.stderr.write(f"{self._before + done_now} of {self._total} {self._units}, {rate:.1f}/s, {left_s:.0f} s left\n")
+            sys.stderr.write(
+                f"{self._before + done_now} of {self._total} {self._units}, {rate:.1f}/s, {left_s:.0f} s left\n"
+            )
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
 
-_counter = None  # units done by all workers; set in each of them before its first job
+# units done by all workers; set in each of them before its first job
+_counter = None
 
 
 def _start_worker(counter) -> None:
@@ -218,7 +289,9 @@ def _start_worker(counter) -> None:
 
 
 def _end_with(parent) -> None:
-    """A worker whose parent was killed would finish its shard beside those of the next start, and then wait for work for ever."""
+    """A worker whose parent was killed would finish its shard beside those of the next start, and then wait for work
+    for ever.
+    """
     parent.join()
     os._exit(EXIT_INTERRUPTED)
 
@@ -239,7 +312,8 @@ def make_shards(out: Path, jobs: list, workers: int, progress: Progress) -> list
     workers = min(workers, len(jobs))
     executor: Executor
     if workers > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited: each worker is one busy core already
+        # inherited: each worker is one busy core already
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counter,))
     else:
         executor = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(counter,))
@@ -251,7 +325,10 @@ def make_shards(out: Path, jobs: list, workers: int, progress: Progress) -> list
             records += [future.result() for future in finished]
             progress.show(counter.value)
     except BrokenProcessPool:
-        raise UserError(f"a worker process was killed, most often for want of memory; use fewer than --workers {workers} and start again to continue") from None
+        raise UserError(
+            "a worker process was killed, most often for want of memory; use fewer than --workers "
+            f"{workers} and start again to continue"
+        ) from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
         progress.close()

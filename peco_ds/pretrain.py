@@ -1,6 +1,6 @@
 """Masked pre-training: token shards -> checkpoints, under ZeRO 0..3 as the DeepSpeed JSON says.
 
-    deepspeed peco_ds/pretrain.py --deepspeed_config ds_configs/zero3.json
+deepspeed peco_ds/pretrain.py --deepspeed_config ds_configs/zero3.json
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+    # started by path: the package's parent, not its inside
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import parse_stage, run, stage_parser
 from peco_ds.config import ONLINE, PretrainRecipe
@@ -49,10 +50,24 @@ def dry_run(args, resolved) -> int:
     if not assumed and cfg.data.tokens != ONLINE and tokens.exists():
         from peco_ds.data.token_shards import TokenSet
 
-        TokenSet(tokens, read_manifest(images, ImageManifest), num_codes=cfg.objective.num_codes, grid=cfg.model.grid, views=cfg.views, tokenizer_fingerprint=fingerprint)
+        TokenSet(
+            tokens,
+            read_manifest(images, ImageManifest),
+            num_codes=cfg.objective.num_codes,
+            grid=cfg.model.grid,
+            views=cfg.views,
+            tokenizer_fingerprint=fingerprint,
+        )
         found = "fit pictures and recipe" + ("" if fingerprint else "; the tokenizer is not at hand to compare")
     durations = resolve_durations(cfg, num_samples)
-    report = pretrain_report(cfg, num_samples=num_samples, num_views=cfg.views.count, durations=durations, ds_config=ds_config, assumed=assumed)
+    report = pretrain_report(
+        cfg,
+        num_samples=num_samples,
+        num_views=cfg.views.count,
+        durations=durations,
+        ds_config=ds_config,
+        assumed=assumed,
+    )
     sys.stdout.write(f"{report}\n\ntokens              {found} ({cfg.data.tokens})\n")
     return EXIT_DONE
 
@@ -80,7 +95,8 @@ def train(args, resolved) -> int:
     START_UP.ends("imports")
     cfg, run = resolved.recipe, resolved.recipe.run
     objective = build_objective(cfg.objective)
-    ds_config = read_deepspeed_json(args.deepspeed_config)  # bad input is refused before any rank joins another
+    # bad input is refused before any rank joins another
+    ds_config = read_deepspeed_json(args.deepspeed_config)
     use_layer_norm(run)
     pictures = Pictures(data_path(cfg.data, cfg.data.images))
     fingerprint = pictures.manifest.fingerprint()
@@ -92,18 +108,28 @@ def train(args, resolved) -> int:
     ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
     tokens = open_tokens(cfg, pictures, world, tokenizer_named="data.tokenizer" in resolved.sources)
     START_UP.ends("data")
-    provenance = {"images_fingerprint": fingerprint, "num_samples": pictures.num_samples, **token_provenance(cfg, tokens)}
+    provenance = {
+        "images_fingerprint": fingerprint,
+        "num_samples": pictures.num_samples,
+        **token_provenance(cfg, tokens),
+    }
     open_run_folder(args.out, "pretrain", resolved, ds_config, provenance, world)
     log_to(args.out, world.rank)
     watchdog = Watchdog(run.hang_timeout_s, stacks_path(args.out, world.rank), rank=world.rank)
     START_UP.ends("records")
 
-    seed_all(run.seed)  # initial weights follow from the seed alone, whatever was drawn while the data were opened
-    model = build_mim(cfg.model, cfg.encoding, cfg.aggregation, cfg.objective.num_codes, recompute=run.activation_checkpointing)
+    # initial weights follow from the seed alone, whatever was drawn while the data were opened
+    seed_all(run.seed)
+    model = build_mim(
+        cfg.model, cfg.encoding, cfg.aggregation, cfg.objective.num_codes, recompute=run.activation_checkpointing
+    )
     START_UP.ends("model")
-    engine = start_engine(model, ds_config, source=args.deepspeed_config, run=run, optim=cfg.optim, leaf_modules=(TransformerBlock,))
+    engine = start_engine(
+        model, ds_config, source=args.deepspeed_config, run=run, optim=cfg.optim, leaf_modules=(TransformerBlock,)
+    )
     START_UP.ends("engine")
-    seed_all(run.seed + 1 + world.rank)  # stochastic depth differs between ranks; weights did not
+    # stochastic depth differs between ranks; weights did not
+    seed_all(run.seed + 1 + world.rank)
     restored = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed)
     START_UP.ends("checkpoint")
     first_step = restored.progress.step
@@ -111,7 +137,17 @@ def train(args, resolved) -> int:
     positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=durations.stop_step)
     bad = BadPictures(cfg.data.max_bad_share)
     batches = masked_batches(
-        pictures, tokens, positions, data=cfg.data, views=cfg.views, mask=cfg.mask, image_px=cfg.model.image_px, grid=cfg.model.grid, seed=run.seed, device=world.device, bad=bad
+        pictures,
+        tokens,
+        positions,
+        data=cfg.data,
+        views=cfg.views,
+        mask=cfg.mask,
+        image_px=cfg.model.image_px,
+        grid=cfg.model.grid,
+        seed=run.seed,
+        device=world.device,
+        bad=bad,
     )
     guard, meter, saver = around_steps(
         args.out,
@@ -133,7 +169,8 @@ def train(args, resolved) -> int:
                 outputs = engine(batch.images_norm, batch.masked)
                 loss, stats = objective(outputs, batch.targets)
                 meter.add(loss, stats)
-                engine.backward(guard.watch(loss, batch.keys))  # accumulation, loss scale, clipping: the engine's
+                # accumulation, loss scale, clipping: the engine's
+                engine.backward(guard.watch(loss, batch.keys))
                 engine.step()
             applied = guard.close_step(step + 1)
             meter.close_step(step + 1, engine, rate, applied=applied, skipped=guard.total_skipped)
@@ -147,7 +184,9 @@ def train(args, resolved) -> int:
             saver.finish()
         meter.close()
     if world.is_main:
-        sys.stdout.write(f"{durations.stop_step} of {durations.total_steps} steps done, checkpoints in {args.out / 'checkpoints'}\n")
+        sys.stdout.write(
+            f"{durations.stop_step} of {durations.total_steps} steps done, checkpoints in {args.out / 'checkpoints'}\n"
+        )
     return EXIT_DONE
 
 

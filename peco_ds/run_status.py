@@ -1,6 +1,6 @@
 """Where runs stand, read off their folders alone: no Slurm, no GPU, while the run writes or on a copy.
 
-    bash launchers/status.sh runs/peco_vith14 data/tokens/train
+bash launchers/status.sh runs/peco_vith14 data/tokens/train
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+    # started by path: the package's parent, not its inside
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run
 from peco_ds.config import NOT_YAML, read_yaml
@@ -27,17 +28,30 @@ SETTINGS = "settings.yaml"
 CHECKPOINTS = "checkpoints"
 PARTS = ".parts"  # of a token set in the making
 SHOWN = 3  # newest checkpoints
-QUIET_ROWS = 10  # a run is called stale when it was quiet for so many times the usual gap between rows
-QUIET_LONGEST = 3  # and so many times the longest one: it may evaluate, or save
-QUIET_S = (600.0, 120.0)  # and so long, before and after the second row: the first steps may compile
+# a run is called stale when it was quiet for so many times the usual gap between rows
+QUIET_ROWS = 10
+# and so many times the longest one: it may evaluate, or save
+QUIET_LONGEST = 3
+# and so long, before and after the second row: the first steps may compile
+QUIET_S = (600.0, 120.0)
 ENDS = {EXIT_DONE: "done", EXIT_REQUEUE: "stopped in good order"}
 MEASURES = ("loss", "accuracy", "train_top1", "psnr")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__.splitlines()[0], epilog="exit codes: 0 done, 2 a folder is neither a run nor a token set")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="--out folder of a training, or a folder of token shards, finished or not")
-    parser.add_argument("--verify", action="store_true", help="read the checkpoints and compare their hashes, not only their sizes")
+    parser = Parser(
+        description=__doc__.splitlines()[0], epilog="exit codes: 0 done, 2 a folder is neither a run nor a token set"
+    )
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="--out folder of a training, or a folder of token shards, finished or not",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read the checkpoints and compare their hashes, not only their sizes"
+    )
     args = parser.parse_args(argv)
     kinds = [_kind(folder) for folder in args.folders]
     for folder, kind in zip(args.folders, kinds):
@@ -57,7 +71,10 @@ def _kind(folder: Path) -> str:
         return "run"
     if (folder / PARTS).is_dir() or _object(folder / MANIFEST_NAME)[0].get("kind") == "tokens":
         return "tokens"
-    raise UserError(f"{folder}: neither a run folder (no {SETTINGS}) nor a token set (no {MANIFEST_NAME} of one); give the --out folder of a training")
+    raise UserError(
+        f"{folder}: neither a run folder (no {SETTINGS}) nor a token set (no {MANIFEST_NAME} of one); "
+        "give the --out folder of a training"
+    )
 
 
 def run_lines(folder: Path, *, verify: bool = False, now: float | None = None) -> list[str]:
@@ -84,7 +101,11 @@ def run_lines(folder: Path, *, verify: bool = False, now: float | None = None) -
     lines += _state(rows, events, starts, now)
     lines += _start_up(events, starts)
     lines += _checkpoints(folder / CHECKPOINTS, verify)
-    troubles = [f"{rows[-1][name]} {text}" for name, text in (("skipped_steps", "steps skipped"), ("bad_pictures", "bad pictures")) if rows and rows[-1].get(name)]
+    troubles = [
+        f"{rows[-1][name]} {text}"
+        for name, text in (("skipped_steps", "steps skipped"), ("bad_pictures", "bad pictures"))
+        if rows and rows[-1].get(name)
+    ]
     lines += [", ".join(troubles)] if troubles else []
     found = account.goodput()
     lines += [found.line()] if found.wall_s else []
@@ -112,11 +133,16 @@ def _object(path: Path) -> tuple[dict, str]:
 
 def _number(row: dict, name: str) -> float | None:
     value = row.get(name)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15 else None
+    return (
+        float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15 else None
+    )
 
 
 def _machine(start: dict) -> str:
-    return f", {start.get('ranks', '?')} ranks, ZeRO-{start.get('zero_stage', '?')}, on {start.get('host', '?')}, commit {str(start.get('commit', '?'))[:12]}"
+    return (
+        f", {start.get('ranks', '?')} ranks, ZeRO-{start.get('zero_stage', '?')}, on "
+        f"{start.get('host', '?')}, commit {str(start.get('commit', '?'))[:12]}"
+    )
 
 
 def _progress(rows: list[dict], starts: list[dict], evaluations: list[dict]) -> list[str]:
@@ -133,7 +159,11 @@ def _progress(rows: list[dict], starts: list[dict], evaluations: list[dict]) -> 
         parts.append(f"{clock((stop - step) * step_s)} to go" + (f" to step {stop:.0f}" if stop != total else ""))
     lines = [", ".join(parts)]
     if evaluations:
-        measured = [f"{name} {value:.4g}" for name in evaluations[-1] if name != "step" and (value := _number(evaluations[-1], name)) is not None]
+        measured = [
+            f"{name} {value:.4g}"
+            for name in evaluations[-1]
+            if name != "step" and (value := _number(evaluations[-1], name)) is not None
+        ]
         lines.append(f"held-out at step {evaluations[-1].get('step', '?')}: {', '.join(measured)}")
     return lines
 
@@ -152,12 +182,23 @@ def _state(rows: list[dict], events: list[dict], starts: list[dict], now: float)
         return [f"{counted}; the last {_ending(ends[number])}{job}"]
     times = [value for row in rows if _number(row, "start") == number and (value := _number(row, "time")) is not None]
     ready = (_number(starts[-1], "time") or 0.0) + (_number(starts[-1], "startup_s") or 0.0)
-    quiet = max(0.0, now - (times or [ready])[-1])  # a copy may be read where the clock is behind
+    # a copy may be read where the clock is behind
+    quiet = max(0.0, now - (times or [ready])[-1])
     gaps = [after - earlier for earlier, after in zip(times, times[1:]) if after > earlier]
     usual = statistics.median(gaps) if gaps else 0.0
     patience = max(QUIET_S[1], QUIET_ROWS * usual, QUIET_LONGEST * max(gaps)) if gaps else QUIET_S[0]
-    word = "killed: its process is gone" if _is_gone(starts[-1]) else "STALE, killed or hung" if quiet > patience else "running"
-    return [f"{word}: last heard of {clock(quiet)} ago" + (f" (a row every {usual:.1f} s)" if gaps else "") + f"; {counted}{job}{history}"]
+    word = (
+        "killed: its process is gone"
+        if _is_gone(starts[-1])
+        else "STALE, killed or hung"
+        if quiet > patience
+        else "running"
+    )
+    return [
+        f"{word}: last heard of {clock(quiet)} ago"
+        + (f" (a row every {usual:.1f} s)" if gaps else "")
+        + f"; {counted}{job}{history}"
+    ]
 
 
 def _start_up(events: list[dict], starts: list[dict]) -> list[str]:
@@ -166,17 +207,34 @@ def _start_up(events: list[dict], starts: list[dict]) -> list[str]:
     if startup_s is None:
         return []
     phases = starts[-1].get("phases_s")
-    parts = [f"{name} {spent:.1f} s" for name in (phases if isinstance(phases, dict) else {}) if (spent := _number(phases, name)) is not None and spent >= 0.05]
+    parts = [
+        f"{name} {spent:.1f} s"
+        for name in (phases if isinstance(phases, dict) else {})
+        if (spent := _number(phases, name)) is not None and spent >= 0.05
+    ]
     line = f"start-up {startup_s:.1f} s" + (f" ({', '.join(parts)})" if parts else "")
-    first = [event for event in events if event.get("event") == "first_step" and event.get("start") == starts[-1].get("start")]
-    known = [f"{words} {spent:.1f} s" for words, name in (("first batch", "batch_s"), ("first step", "step_s")) if first and (spent := _number(first[-1], name)) is not None]
+    first = [
+        event
+        for event in events
+        if event.get("event") == "first_step" and event.get("start") == starts[-1].get("start")
+    ]
+    known = [
+        f"{words} {spent:.1f} s"
+        for words, name in (("first batch", "batch_s"), ("first step", "step_s"))
+        if first and (spent := _number(first[-1], name)) is not None
+    ]
     return ["; ".join([line, ", ".join(known)]) if known else line]
 
 
 def _is_gone(start: dict) -> bool:
     """Whether this is the host of the start, and its process is no more."""
     pid = _number(start, "pid")
-    return start.get("host") == socket.gethostname() and pid is not None and os.path.isdir("/proc/self") and not os.path.isdir(f"/proc/{pid:.0f}")
+    return (
+        start.get("host") == socket.gethostname()
+        and pid is not None
+        and os.path.isdir("/proc/self")
+        and not os.path.isdir(f"/proc/{pid:.0f}")
+    )
 
 
 def _ending(end: dict) -> str:
@@ -188,9 +246,17 @@ def _ending(end: dict) -> str:
 def _checkpoints(root: Path, verify: bool) -> list[str]:
     found = sorted((path for path in _entries(root) if re.fullmatch(r"step_\d{8}", path.name)), reverse=True)
     names = [path.name for path in _entries(root)]
-    lines = [f"checkpoint {path.name}: {_size(path)}, {_fault(path, verify) or ('whole, hashes compared' if verify else 'whole by its sizes')}" for path in found[:SHOWN]]
+    lines = [
+        f"checkpoint {path.name}: {_size(path)}, "
+        f"{_fault(path, verify) or ('whole, hashes compared' if verify else 'whole by its sizes')}"
+        for path in found[:SHOWN]
+    ]
     more = [f"{len(found) - SHOWN} older"] if len(found) > SHOWN else []
-    more += [f"{name.removeprefix('.tmp-')} being written, or left over" for name in sorted(names) if name.startswith(".tmp-")]
+    more += [
+        f"{name.removeprefix('.tmp-')} being written, or left over"
+        for name in sorted(names)
+        if name.startswith(".tmp-")
+    ]
     aside = sum(name.startswith("set_aside_") for name in names)
     more += [f"{aside} set aside"] if aside else []
     return (lines or ["no checkpoint yet"]) + ([f"further checkpoints: {', '.join(more)}"] if more else [])
@@ -241,7 +307,10 @@ def token_lines(folder: Path) -> list[str]:
     if manifest.get("kind") == "tokens":
         shards = manifest.get("shards")
         count = len(shards) if isinstance(shards, list) else "?"
-        return [f"token set, finished: {count} shards, {manifest.get('samples', '?')} pictures, {manifest.get('num_views', '?')} views each"]
+        return [
+            f"token set, finished: {count} shards, {manifest.get('samples', '?')} pictures, "
+            f"{manifest.get('num_views', '?')} views each"
+        ]
     done, pictures, unreadable, totals, damaged = 0, 0, 0, set(), 0
     for path in _entries(folder / PARTS):
         if path.suffix == ".json":
@@ -255,9 +324,14 @@ def token_lines(folder: Path) -> list[str]:
             else:
                 damaged += 1
     total = f" of {max(totals)}" if totals else ""
-    lines = [f"token set in the making: {done}{total} shards done, {pictures} pictures" + (f", {unreadable} of them unreadable" if unreadable else "")]
+    lines = [
+        f"token set in the making: {done}{total} shards done, {pictures} pictures"
+        + (f", {unreadable} of them unreadable" if unreadable else "")
+    ]
     lines += [f"note: {damaged} shards are damaged or gone; they are made again"] if damaged else []
-    return lines + ([] if fault.endswith("missing") else [f"note: {fault or f'{MANIFEST_NAME} is not one of a token set'}"])
+    return lines + (
+        [] if fault.endswith("missing") else [f"note: {fault or f'{MANIFEST_NAME} is not one of a token set'}"]
+    )
 
 
 def _has_size(path: Path, num_bytes) -> bool:

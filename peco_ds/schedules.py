@@ -10,8 +10,8 @@ def cosine_with_warmup(step: int, *, peak: float, floor: float, warmup_steps: in
 
     Args:
         step: optimiser step about to be taken, from 0.
-    Returns: the rate for that step. The warm-up starts at 0 as the released BEiT code does (its `warmup_lr` is parsed but
-        never used), so step 0 of a warmed-up run moves nothing but the optimiser's moments.
+    Returns: the rate for that step. The warm-up starts at 0 as the released BEiT code does (its `warmup_lr` is parsed
+        but never used), so step 0 of a warmed-up run moves nothing but the optimiser's moments.
     Source: BEiT (arXiv 2106.08254), appendix; released code `utils.cosine_scheduler`.
     """
     if step < warmup_steps:

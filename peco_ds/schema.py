@@ -3,8 +3,10 @@
 Letters: B images, N patches an image, M masked patches an image, K views, V codes, T soft codes a patch.
 
 Image shard   `<shard>.tar`: `<key>.jpg|jpeg|png|webp` and, where labelled, `<key>.cls` (ASCII integer).
-Token shard   same shard name, same keys, same order: `<key>.codes.npy` uint16 [K, N] row-major, `<key>.views.npy` float32
-              [K, len(VIEW_COLUMNS)], and optionally `<key>.topk_codes.npy` uint16 [K, N, T], `<key>.topk_probs.npy` float16 [K, N, T].
+Token shard   same shard name, same keys, same order: `<key>.codes.npy` uint16 [K, N] row-major, `<key>.views.npy`
+float32
+              [K, len(VIEW_COLUMNS)], and optionally `<key>.topk_codes.npy` uint16 [K, N, T], `<key>.topk_probs.npy`
+              float16 [K, N, T].
 Index         `<shard>.index.json` beside each tar: byte offset, size and CRC-32 of every member.
 Manifest      `manifest.json`, one a folder: what the folder holds and what it was made from.
 """
@@ -21,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -38,15 +40,20 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # jitter_order is the index of the order in which the three adjustments are applied, in itertools.permutations order.
 VIEW_COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "jitter_order")
 
-TOKENIZER_FACTS = ("recipe", "origin", "licence", "judge", "judge_licence")  # of a tokenizer's card, what the cards of models trained on its codes need
+# of a tokenizer's card, what the cards of models trained on its codes need
+TOKENIZER_FACTS = ("recipe", "origin", "licence", "judge", "judge_licence")
 
-IGNORED = -100  # target of a place that only fills a row up: the masks of a batch may differ in size
+# target of a place that only fills a row up: the masks of a batch may differ in size
+IGNORED = -100
 
 _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def _file_name(name: str) -> str:
-    """A name from a manifest becomes a file to read, to write or to remove; with a folder in it that file could be any."""
+    """A name from a manifest becomes a file to read, to write or to remove.
+
+    With a folder in it that file could be any.
+    """
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise ValueError(f"{name[:80]!r} is no plain file name")
     return name
@@ -66,26 +73,33 @@ _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Shard:
     """One tar of a set and what is needed to trust it."""
 
-    name: Annotated[str, AfterValidator(_file_name)]  # relative to the manifest unless `path` is given
+    # relative to the manifest unless `path` is given
+    name: Annotated[str, AfterValidator(_file_name)]
     samples: _Count
     bytes: _Count
     sha256: _Sha256
     index_sha256: _Sha256
-    path: Annotated[str, AfterValidator(_place)] = ""  # set when the tar lies elsewhere and was indexed in place; its index lies beside the manifest
+    # set when the tar lies elsewhere and was indexed in place; its index lies beside the manifest
+    path: Annotated[str, AfterValidator(_place)] = ""
 
 
 @dataclass(frozen=True, config=_strict)
 class ImageManifest:
     shards: list[Shard]
     samples: _Count
-    classes: Optional[list[str]] = None  # names in label order; None for an unlabelled set
-    rejected: list[str] = field(default_factory=list)  # "path: reason" for each picture that could not be packed
-    packed_as: dict[str, str] = field(default_factory=dict)  # source and options of the packing, for people
+    # names in label order; None for an unlabelled set
+    classes: list[str] | None = None
+    # "path: reason" for each picture that could not be packed
+    rejected: list[str] = field(default_factory=list)
+    # source and options of the packing, for people
+    packed_as: dict[str, str] = field(default_factory=dict)
     kind: Literal["images"] = "images"
     format_version: int = FORMAT_VERSION
 
     def fingerprint(self) -> str:
-        """sha256 over shard names, sizes and contents: two sets with one fingerprint hold the same samples in one order."""
+        """sha256 over shard names, sizes and contents: two sets with one fingerprint hold the same samples in one
+        order.
+        """
         return self._fingerprint
 
     @cached_property  # asked for several times at a start
@@ -114,7 +128,8 @@ class TokenManifest:
     shards: list[Shard]
     samples: _Count
     images_fingerprint: str
-    image_shards: dict[str, str]  # shard name -> sha256 of the image tar it was made from
+    # shard name -> sha256 of the image tar it was made from
+    image_shards: dict[str, str]
     tokenizer_fingerprint: str
     num_codes: Annotated[int, Field(ge=1, le=65536)]  # uint16
     grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
@@ -122,14 +137,17 @@ class TokenManifest:
     views: ViewRecipe
     topk: _Count = 0
     topk_temperature: float = 1.0
-    tokenizer_facts: dict[str, str] = field(default_factory=dict)  # TOKENIZER_FACTS, as far as they were known when the set was made
+    # TOKENIZER_FACTS, as far as they were known when the set was made
+    tokenizer_facts: dict[str, str] = field(default_factory=dict)
     kind: Literal["tokens"] = "tokens"
     format_version: int = FORMAT_VERSION
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """While a manifest of a hundred thousand shards is made, Python's collector would go through all objects of the process again and again and free nothing: half of the time."""
+    """While a manifest of a hundred thousand shards is made, Python's collector would go through all objects of the
+    process again and again and free nothing: half of the time.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -143,8 +161,8 @@ def uncollected() -> Iterator[None]:
 def read_manifest(folder: str | Path, manifest_type: type):
     """Read and check `folder/manifest.json`.
 
-    Raises: UserError if the folder or the manifest is missing, is not JSON, is of another kind or version, misses a field, has one of another type or
-        range or a shard name that leads out of the folder, or contradicts itself.
+    Raises: UserError if the folder or the manifest is missing, is not JSON, is of another kind or version, misses a
+        field, has one of another type or range or a shard name that leads out of the folder, or contradicts itself.
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
@@ -154,8 +172,15 @@ def read_manifest(folder: str | Path, manifest_type: type):
         raise UserError(f"{folder}: no such folder of {kind} shards; make it with {maker} or correct the path")
     if not path.is_file():
         tars = len(list(folder.glob("*.tar")))
-        held = f"{tars} tar files but no {MANIFEST_NAME}, so they cannot be trusted" if tars else f"no shards and no {MANIFEST_NAME}"
-        raise UserError(f"{folder}: holds {held}; make it with {maker}" + ("" if tars or kind != "images" else f" --images {folder} --out ANOTHER_FOLDER"))
+        held = (
+            f"{tars} tar files but no {MANIFEST_NAME}, so they cannot be trusted"
+            if tars
+            else f"no shards and no {MANIFEST_NAME}"
+        )
+        raise UserError(
+            f"{folder}: holds {held}; make it with {maker}"
+            + ("" if tars or kind != "images" else f" --images {folder} --out ANOTHER_FOLDER")
+        )
     try:
         text = path.read_text(encoding="utf-8")
         raw = parse_json(text)
@@ -163,9 +188,14 @@ def read_manifest(folder: str | Path, manifest_type: type):
         raise UserError(f"{path}: not readable as JSON ({error}); make it again with {maker}") from None
     found = raw.get("kind") if isinstance(raw, dict) else None
     if found != kind:
-        raise UserError(f"{path}: describes {short(found)}, but {kind!r} are needed here; give a folder made by {maker}")
+        raise UserError(
+            f"{path}: describes {short(found)}, but {kind!r} are needed here; give a folder made by {maker}"
+        )
     if type(raw.get("format_version")) is not int or raw["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {short(raw.get('format_version'))}, this release reads {FORMAT_VERSION}; make it again with {maker}")
+        raise UserError(
+            f"{path}: format version {short(raw.get('format_version'))}, this release reads "
+            f"{FORMAT_VERSION}; make it again with {maker}"
+        )
     del raw  # as large as what is made next
     try:
         # As JSON and strictly: a number in quotes is no number, while a list stands for a tuple.
@@ -182,7 +212,8 @@ def read_manifest(folder: str | Path, manifest_type: type):
 
 def _contradiction(manifest) -> str:
     """What no single field shows; "" if there is nothing."""
-    stems = sorted(map(stem_of, (shard.name for shard in manifest.shards)))  # an index is named by it
+    # an index is named by it
+    stems = sorted(map(stem_of, (shard.name for shard in manifest.shards)))
     twice = next((stem for stem, later in zip(stems, stems[1:]) if stem == later), None)
     if twice is not None:
         return f"shards: {twice!r} stands twice"
@@ -192,7 +223,11 @@ def _contradiction(manifest) -> str:
     if manifest.samples == 0:
         return "samples: the set holds none"
     elsewhere = next((shard.name for shard in manifest.shards if shard.path), None)
-    return f"shards: {elsewhere!r} has a path, but token shards lie beside their manifest" if manifest.kind == "tokens" and elsewhere else ""
+    return (
+        f"shards: {elsewhere!r} has a path, but token shards lie beside their manifest"
+        if manifest.kind == "tokens" and elsewhere
+        else ""
+    )
 
 
 def stem_of(tar_name: str) -> str:
@@ -203,8 +238,8 @@ def stem_of(tar_name: str) -> str:
 def read_json(path: str | Path):
     """The value of a JSON file, read strictly.
 
-    Raises: ValueError saying why it is none: not UTF-8, not JSON, nested too deep, a key twice in one object, a number that is not finite.
-        OSError if it cannot be read.
+    Raises: ValueError saying why it is none: not UTF-8, not JSON, nested too deep, a key twice in one object, a number
+        that is not finite. OSError if it cannot be read.
     """
     return parse_json(Path(path).read_text(encoding="utf-8"))
 
@@ -219,7 +254,8 @@ def parse_json(text: str):
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
-    if len(found) != len(pairs):  # Python would keep the last, another reader the first
+    # Python would keep the last, another reader the first
+    if len(found) != len(pairs):
         keys = sorted(key for key, _ in pairs)
         raise ValueError(f"key {short(next(key for key, later in zip(keys, keys[1:]) if key == later))} stands twice")
     return found
@@ -235,7 +271,8 @@ def _finite(text: str) -> float:
 def short(value) -> str:
     """A value for a one-line message."""
     if isinstance(value, (dict, list)):
-        return f"a {type(value).__name__} of {len(value)}"  # its text may be longer than memory, or nested without end
+        # its text may be longer than memory, or nested without end
+        return f"a {type(value).__name__} of {len(value)}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -1,7 +1,7 @@
 """Run a tokenizer once over image shards: K recorded views a picture -> token shards and their manifest.
 
-    deepspeed peco_ds/tokenize_shards.py --recipe peco_vith14 data.tokenizer=runs/tokenizer/tokenizer
-    srun ... python peco_ds/tokenize_shards.py --part $SLURM_ARRAY_TASK_ID --parts 8        # then once: --finish --parts 8
+deepspeed peco_ds/tokenize_shards.py --recipe peco_vith14 data.tokenizer=runs/tokenizer/tokenizer
+srun ... python peco_ds/tokenize_shards.py --part $SLURM_ARRAY_TASK_ID --parts 8        # then once: --finish --parts 8
 """
 
 from __future__ import annotations
@@ -12,21 +12,27 @@ import time
 from pathlib import Path
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+    # started by path: the package's parent, not its inside
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import parse_stage, run, stage_parser
 from peco_ds.config import PretrainRecipe, data_path
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
-
 
 logger = logging.getLogger("peco_ds")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = stage_parser(__doc__.splitlines()[0], recipe="peco_vith14", deepspeed_config=None)
-    parser.add_argument("--part", type=int, default=0, help="this job's part of the shards, from 0 (SLURM_ARRAY_TASK_ID)")
-    parser.add_argument("--parts", type=int, default=1, help="number of parts; with more than one the manifest is written by --finish")
-    parser.add_argument("--finish", action="store_true", help="write the manifest once all parts are there; tokenizes nothing")
+    parser.add_argument(
+        "--part", type=int, default=0, help="this job's part of the shards, from 0 (SLURM_ARRAY_TASK_ID)"
+    )
+    parser.add_argument(
+        "--parts", type=int, default=1, help="number of parts; with more than one the manifest is written by --finish"
+    )
+    parser.add_argument(
+        "--finish", action="store_true", help="write the manifest once all parts are there; tokenizes nothing"
+    )
     args, resolved = parse_stage(parser, PretrainRecipe, argv)
     if not 0 <= args.part < args.parts:
         raise UserError(f"--part {args.part} of --parts {args.parts}: parts count from 0")
@@ -51,7 +57,16 @@ def main(argv: list[str] | None = None) -> int:
         num_views=views.count,
         topk=views.topk,
         topk_temperature=views.topk_temperature,
-        views=ViewRecipe(views.tokenizer_px, views.scale, views.ratio, views.flip, views.color_jitter, views.seed, views.tokenizer_interpolation, views.tokenizer_precision),
+        views=ViewRecipe(
+            views.tokenizer_px,
+            views.scale,
+            views.ratio,
+            views.flip,
+            views.color_jitter,
+            views.seed,
+            views.tokenizer_interpolation,
+            views.tokenizer_precision,
+        ),
         tokenizer_facts=card.extra,
     )
     num_shards = len(pictures.manifest.shards)
@@ -60,7 +75,11 @@ def main(argv: list[str] | None = None) -> int:
         from peco_ds.planner.report import tokenizing_report
 
         missing = [number for number in own if not parts.is_done(number)]
-        sys.stdout.write(f"{len(missing)} of {num_shards} shards to tokenize into {parts.folder}, {views.count} views of {views.tokenizer_px} px a picture, the tokenizer's network in {views.tokenizer_precision}\n")
+        sys.stdout.write(
+            f"{len(missing)} of {num_shards} shards to tokenize into {parts.folder}, {views.count} views "
+            f"of {views.tokenizer_px} px a picture, the tokenizer's network in "
+            f"{views.tokenizer_precision}\n"
+        )
         left = sum(pictures.manifest.shards[number].samples for number in missing)
         sys.stdout.write(tokenizing_report(cfg, card.settings, num_samples=left) + "\n" if left else "")
         return EXIT_DONE
@@ -76,9 +95,24 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer.to(world.device)
     with Watchdog(cfg.run.hang_timeout_s, stacks_path(parts.folder, world.rank), rank=world.rank) as watchdog:
         # Each rank looks at some: a shard counts as done after its index was read, and there may be 100,000 of them.
-        missing = sorted(number for found in world.gather_objects([number for number in own[world.rank :: world.size] if not parts.is_done(number)]) for number in found)
+        missing = sorted(
+            number
+            for found in world.gather_objects(
+                [number for number in own[world.rank :: world.size] if not parts.is_done(number)]
+            )
+            for number in found
+        )
         done = sorted(set(own) - set(missing))
-        tokenize_missing(cfg, pictures, tokenizer, parts, missing[world.rank :: world.size], done[world.rank :: world.size], world, watchdog)
+        tokenize_missing(
+            cfg,
+            pictures,
+            tokenizer,
+            parts,
+            missing[world.rank :: world.size],
+            done[world.rank :: world.size],
+            world,
+            watchdog,
+        )
     # No collective from here on: ranks end hours apart, and a process group gives up after minutes.
     waited_for = range(num_shards)
     while args.parts == 1 and world.is_main and not world.stop_seen:
@@ -93,8 +127,12 @@ class Stopped(Exception):
     """This rank was asked to stop in the middle of a shard."""
 
 
-def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], done: list[int], world, watchdog) -> None:
-    """One shard after the other; a shard is written when its last picture is tokenized, so an interruption costs one shard.
+def tokenize_missing(
+    cfg, pictures, tokenizer, parts, shard_numbers: list[int], done: list[int], world, watchdog
+) -> None:
+    """One shard after the other.
+
+    A shard is written when its last picture is tokenized, so an interruption costs one shard.
 
     Args:
         done: shards of earlier starts, whose unreadable pictures count on.
@@ -111,15 +149,31 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
     batches_of = {}
     for number in shard_numbers:
         samples = np.arange(starts[number], starts[number + 1])
-        batches_of[number] = np.split(samples, range(pictures_a_batch, len(samples), pictures_a_batch)) if len(samples) else []
+        batches_of[number] = (
+            np.split(samples, range(pictures_a_batch, len(samples), pictures_a_batch)) if len(samples) else []
+        )
     bad = BadPictures(cfg.data.max_bad_share)
     bad.load_state([parts.reading(number) for number in done])
-    loaded = view_batches(pictures, [batch for number in shard_numbers for batch in batches_of[number]], data=cfg.data, views=cfg.views, device=world.device, bad=bad)
+    loaded = view_batches(
+        pictures,
+        [batch for number in shard_numbers for batch in batches_of[number]],
+        data=cfg.data,
+        views=cfg.views,
+        device=world.device,
+        bad=bad,
+    )
     # Pictures may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
     batches = record_batches(loaded, codes_function(tokenizer, cfg, pictures_a_batch * cfg.views.count))
-    bar = tqdm(total=int(sum(pictures.shards.shard_sizes[n] for n in shard_numbers)), unit="picture", desc="tokenize", disable=not world.is_main, mininterval=5.0)
+    bar = tqdm(
+        total=int(sum(pictures.shards.shard_sizes[n] for n in shard_numbers)),
+        unit="picture",
+        desc="tokenize",
+        disable=not world.is_main,
+        mininterval=5.0,
+    )
 
-    kept = []  # share of each picture's softmax that the stored soft codes hold
+    # share of each picture's softmax that the stored soft codes hold
+    kept = []
     try:
         with ShardWriter(parts) as writer:
             for number in shard_numbers:
@@ -128,7 +182,11 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
                         raise Stopped
                     records = next(batches)
                     writer.put(number, records)
-                    kept.extend(float(record.topk_probs.sum(axis=-1, dtype=np.float32).mean()) for record in records if record.topk_probs is not None)
+                    kept.extend(
+                        float(record.topk_probs.sum(axis=-1, dtype=np.float32).mean())
+                        for record in records
+                        if record.topk_probs is not None
+                    )
                     bar.update(len(records))
                     watchdog.beat(number)
                 writer.end(number)
@@ -137,13 +195,26 @@ def tokenize_missing(cfg, pictures, tokenizer, parts, shard_numbers: list[int], 
     bar.close()
     if kept:
         share = sum(kept) / len(kept)
-        advice = "; a lower views.topk_temperature or more views.topk keeps more (benchmarks/soft_target_mass.py tells how much): the temperature is the tokenizer's own matter"
-        logger.log(logging.INFO if share >= 0.5 else logging.WARNING, "the %d soft codes a patch hold %.2f of the softmax%s", cfg.views.topk, share, "" if share >= 0.5 else advice)
+        advice = (
+            "; a lower views.topk_temperature or more views.topk keeps more "
+            "(benchmarks/soft_target_mass.py tells how much): the temperature is the tokenizer's own "
+            "matter"
+        )
+        logger.log(
+            logging.INFO if share >= 0.5 else logging.WARNING,
+            "the %d soft codes a patch hold %.2f of the softmax%s",
+            cfg.views.topk,
+            share,
+            "" if share >= 0.5 else advice,
+        )
 
 
 def report(manifest) -> int:
     total_bytes = sum(shard.bytes for shard in manifest.shards)
-    sys.stdout.write(f"{manifest.samples} pictures, {manifest.num_views} views each, in {len(manifest.shards)} token shards, {total_bytes} bytes; tokenizer {manifest.tokenizer_fingerprint[:12]}\n")
+    sys.stdout.write(
+        f"{manifest.samples} pictures, {manifest.num_views} views each, in {len(manifest.shards)} "
+        f"token shards, {total_bytes} bytes; tokenizer {manifest.tokenizer_fingerprint[:12]}\n"
+    )
     return EXIT_DONE
 
 

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path: the package's parent, not its inside
+    # started by path: the package's parent, not its inside
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import parse_stage, run, stage_parser
 from peco_ds.config import TokenizerRecipe
@@ -40,7 +41,13 @@ def dry_run(args, resolved) -> int:
     assumed = not images.exists()
     num_samples = IMAGENET_1K_TRAIN if assumed else read_manifest(images, ImageManifest).samples
     frozen = frozen_net_at_hand(cfg)
-    report = tokenizer_report(cfg, num_samples=num_samples, durations=resolve_durations(cfg, num_samples), ds_config=ds_config, assumed=assumed)
+    report = tokenizer_report(
+        cfg,
+        num_samples=num_samples,
+        durations=resolve_durations(cfg, num_samples),
+        ds_config=ds_config,
+        assumed=assumed,
+    )
     sys.stdout.write(f"{report}\n\njudge or teacher    {frozen}\n")
     return EXIT_DONE
 
@@ -71,7 +78,8 @@ def train(args, resolved) -> int:
 
     START_UP.ends("imports")
     cfg, run = resolved.recipe, resolved.recipe.run
-    ds_config = read_deepspeed_json(args.deepspeed_config)  # bad input is refused before any rank joins another
+    # bad input is refused before any rank joins another
+    ds_config = read_deepspeed_json(args.deepspeed_config)
     use_layer_norm(run)
     pictures = Pictures(data_path(cfg.data, cfg.data.images))
     fingerprint = pictures.manifest.fingerprint()
@@ -95,14 +103,22 @@ def train(args, resolved) -> int:
         return crop_batches(pictures, order, positions, data=cfg.data, views=cfg.views, device=world.device, bad=bad)
 
     START_UP.ends("records")
-    seed_all(run.seed)  # initial weights follow from the seed alone, whatever was drawn while the data were opened
+    # initial weights follow from the seed alone, whatever was drawn while the data were opened
+    seed_all(run.seed)
     tokenizer = build_tokenizer(cfg.tokenizer, seed=run.seed).to(world.device)
     resumed = continues(cfg.checkpoint) and any(world.gather_objects(bool(list_checkpoints(args.out))))
     if cfg.tokenizer.kmeans_iters and not resumed:
         init_codebook(tokenizer, (batch.images_11 for batch in crops(0, sys.maxsize)), cfg.tokenizer, run.seed, world)
     model = with_critic(tokenizer, cfg.adversarial).to(world.device)
     START_UP.ends("model")
-    engine = start_engine(model, ds_config, source=args.deepspeed_config, run=run, optim=cfg.optim, lr_scales={"critic.": cfg.adversarial.lr / cfg.optim.lr})
+    engine = start_engine(
+        model,
+        ds_config,
+        source=args.deepspeed_config,
+        run=run,
+        optim=cfg.optim,
+        lr_scales={"critic.": cfg.adversarial.lr / cfg.optim.lr},
+    )
     START_UP.ends("engine")
     seed_all(run.seed + 1 + world.rank)
     restored = restore(args.out, engine, cfg.checkpoint, world, fingerprint=fingerprint, seed=run.seed)
@@ -124,7 +140,16 @@ def train(args, resolved) -> int:
         bad=bad,
         world=world,
     )
-    evaluation = HeldOut(held_out, cfg.evaluation, tokenizer=tokenizer, frozen=frozen, batch=run.micro_batch, out=args.out, world=world, meter=meter)
+    evaluation = HeldOut(
+        held_out,
+        cfg.evaluation,
+        tokenizer=tokenizer,
+        frozen=frozen,
+        batch=run.micro_batch,
+        out=args.out,
+        world=world,
+        meter=meter,
+    )
 
     def evaluate(step: int) -> None:
         with meter.paused("evaluation"), watchdog.during("evaluation", LONG_S):
@@ -140,15 +165,24 @@ def train(args, resolved) -> int:
                 outputs = engine(batch.images_11)
                 loss, stats = objective(outputs, batch.images_11, step)
                 meter.add(loss, stats)
-                engine.backward(guard.watch(loss, batch.keys))  # accumulation, loss scale, clipping: the engine's
+                # accumulation, loss scale, clipping: the engine's
+                engine.backward(guard.watch(loss, batch.keys))
                 engine.step()
             applied = guard.close_step(step + 1)
             counts = tokenizer.codebook.update(world.all_reduce, applied=applied)
-            meter.close_step(step + 1, engine, rate, lambda: usage(counts) if applied else {}, applied=applied, skipped=guard.total_skipped)
+            meter.close_step(
+                step + 1,
+                engine,
+                rate,
+                lambda counts=counts, applied=applied: usage(counts) if applied else {},
+                applied=applied,
+                skipped=guard.total_skipped,
+            )
             with watchdog.during("saving", LONG_S):
                 stopping = saver.close_step(step + 1)
             last = step + 1 == durations.stop_step
-            if last or (evaluation.due(step + 1) and not stopping):  # a stop has seconds; the next start makes up for it
+            # a stop has seconds; the next start makes up for it
+            if last or (evaluation.due(step + 1) and not stopping):
                 evaluate(step + 1)
             watchdog.beat(step + 1)
             if stopping and not last:
@@ -172,10 +206,16 @@ def release(out: Path, cfg: TokenizerRecipe, quality: dict[str, float], judged: 
 
     checkpoint = newest_whole(out)
     progress = read_progress(checkpoint)
-    weights = {name.removeprefix("tokenizer."): tensor for name, tensor in fp32_weights(checkpoint).items() if not name.startswith("critic.")}
+    weights = {
+        name.removeprefix("tokenizer."): tensor
+        for name, tensor in fp32_weights(checkpoint).items()
+        if not name.startswith("critic.")
+    }
     facts = {"recipe": cfg.name, "steps": progress.step, "images_seen": progress.cursor.samples, **judged, **quality}
     fingerprint = save_tokenizer(out / "tokenizer", weights, cfg.tokenizer, facts)
-    sys.stdout.write(f"tokenizer {fingerprint[:12]}: {quality_line(quality, cfg.tokenizer.num_codes)}, in {out / 'tokenizer'}\n")
+    sys.stdout.write(
+        f"tokenizer {fingerprint[:12]}: {quality_line(quality, cfg.tokenizer.num_codes)}, in {out / 'tokenizer'}\n"
+    )
 
 
 if __name__ == "__main__":

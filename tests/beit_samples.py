@@ -1,4 +1,7 @@
-"""Weights in the layouts that others wrote, small and with random values; names and shapes are spelt out here, independently of the package."""
+"""Weights in the layouts that others wrote, small and with random values.
+
+Names and shapes are spelt out here, independently of the package.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,35 @@ CODES, CLASSES = 50, 7
 
 def block_shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
     return {
-        "norm1.weight": (width,), "norm1.bias": (width,), "norm2.weight": (width,), "norm2.bias": (width,), "gamma_1": (width,), "gamma_2": (width,),
-        "attn.q_bias": (width,), "attn.v_bias": (width,), "attn.qkv.weight": (3 * width, width), "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
-        "mlp.fc1.weight": (hidden, width), "mlp.fc1.bias": (hidden,), "mlp.fc2.weight": (width, hidden), "mlp.fc2.bias": (width,),
-    }  # fmt: skip
+        "norm1.weight": (width,),
+        "norm1.bias": (width,),
+        "norm2.weight": (width,),
+        "norm2.bias": (width,),
+        "gamma_1": (width,),
+        "gamma_2": (width,),
+        "attn.q_bias": (width,),
+        "attn.v_bias": (width,),
+        "attn.qkv.weight": (3 * width, width),
+        "attn.proj.weight": (width, width),
+        "attn.proj.bias": (width,),
+        "mlp.fc1.weight": (hidden, width),
+        "mlp.fc1.bias": (hidden,),
+        "mlp.fc2.weight": (width, hidden),
+        "mlp.fc2.bias": (width,),
+    }
 
 
 def trunk_shapes(model: ModelSettings) -> dict[str, tuple[int, ...]]:
-    shapes = {"cls_token": (1, 1, model.width), "patch_embed.proj.weight": (model.width, 3, model.patch_px, model.patch_px), "patch_embed.proj.bias": (model.width,)}
+    shapes = {
+        "cls_token": (1, 1, model.width),
+        "patch_embed.proj.weight": (model.width, 3, model.patch_px, model.patch_px),
+        "patch_embed.proj.bias": (model.width,),
+    }
     for block in range(model.depth):
-        shapes |= {f"blocks.{block}.{name}": shape for name, shape in block_shapes(model.width, int(model.width * model.mlp_ratio)).items()}
+        shapes |= {
+            f"blocks.{block}.{name}": shape
+            for name, shape in block_shapes(model.width, int(model.width * model.mlp_ratio)).items()
+        }
     return shapes
 
 
@@ -31,20 +53,35 @@ def rows(model: ModelSettings) -> int:
 
 
 def mim_shapes(model: ModelSettings, codes: int = CODES) -> dict[str, tuple[int, ...]]:
-    head = {"mask_token": (1, 1, model.width), "norm.weight": (model.width,), "norm.bias": (model.width,), "lm_head.weight": (codes, model.width), "lm_head.bias": (codes,)}
+    head = {
+        "mask_token": (1, 1, model.width),
+        "norm.weight": (model.width,),
+        "norm.bias": (model.width,),
+        "lm_head.weight": (codes, model.width),
+        "lm_head.bias": (codes,),
+    }
     return trunk_shapes(model) | head | {"rel_pos_bias.relative_position_bias_table": (rows(model), model.heads)}
 
 
 def block_tables(model: ModelSettings) -> dict[str, tuple[int, ...]]:
-    return {f"blocks.{block}.attn.relative_position_bias_table": (rows(model), model.heads) for block in range(model.depth)}
+    return {
+        f"blocks.{block}.attn.relative_position_bias_table": (rows(model), model.heads) for block in range(model.depth)
+    }
 
 
 def feature_shapes(model: ModelSettings) -> dict[str, tuple[int, ...]]:
     return trunk_shapes(model) | block_tables(model) | {"norm.weight": (model.width,), "norm.bias": (model.width,)}
 
 
-def classifier_shapes(model: ModelSettings, classes: int = CLASSES, norm: str = "fc_norm") -> dict[str, tuple[int, ...]]:
-    head = {f"{norm}.weight": (model.width,), f"{norm}.bias": (model.width,), "head.weight": (classes, model.width), "head.bias": (classes,)}
+def classifier_shapes(
+    model: ModelSettings, classes: int = CLASSES, norm: str = "fc_norm"
+) -> dict[str, tuple[int, ...]]:
+    head = {
+        f"{norm}.weight": (model.width,),
+        f"{norm}.bias": (model.width,),
+        "head.weight": (classes, model.width),
+        "head.bias": (classes,),
+    }
     return trunk_shapes(model) | block_tables(model) | head
 
 
@@ -58,13 +95,20 @@ def index_buffers(names, model: ModelSettings) -> dict[str, torch.Tensor]:
             index[1 + query, 1 + key] = (down + side - 1) * (2 * side - 1) + right + side - 1
     last = rows(model)
     index[0, :], index[:, 0], index[0, 0] = last - 3, last - 2, last - 1
-    return {name.replace("bias_table", "index"): index.clone() for name in names if name.endswith("relative_position_bias_table")}
+    return {
+        name.replace("bias_table", "index"): index.clone()
+        for name in names
+        if name.endswith("relative_position_bias_table")
+    }
 
 
 def drawn(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:
     """Values with a trained look: norms and layer scale about 1 and 0.1, so that a tensor in the wrong place shows."""
     generator = torch.Generator().manual_seed(seed)
-    start = lambda name: 1.0 if "norm" in name and name.endswith("weight") else 0.1 if "gamma" in name else 0.0  # noqa: E731
+
+    def start(name: str) -> float:
+        return 1.0 if "norm" in name and name.endswith("weight") else 0.1 if "gamma" in name else 0.0
+
     return {name: start(name) + 0.05 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -74,4 +118,6 @@ def sample(kind: str, model: ModelSettings = SMALL, **fields) -> BeitWeights:
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )

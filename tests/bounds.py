@@ -10,7 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def bounded(seconds: float = 30.0, gib: float = 3.0):
-    """Whatever runs inside fails with an AssertionError when it takes longer, with a MemoryError when it asks for more."""
+    """Whatever runs inside fails with an AssertionError when it takes longer, with a MemoryError when it asks for
+    more.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = signal.signal(signal.SIGALRM, _too_late)

@@ -10,7 +10,8 @@ import hypothesis
 import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-hypothesis.settings.register_profile("any_machine", deadline=None)  # a busy machine is slow, not wrong
+# a busy machine is slow, not wrong
+hypothesis.settings.register_profile("any_machine", deadline=None)
 hypothesis.settings.load_profile("any_machine")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -43,7 +44,9 @@ def find_real_data() -> RealData:
 
 
 def wheel_photographs(folder: Path) -> RealData:
-    """128 overlapping JPEG tiles of the photographs in scikit-image's wheel, in 8 class folders, and the photographs as PNG."""
+    """128 overlapping JPEG tiles of the photographs in scikit-image's wheel, in 8 class folders, and the photographs as
+    PNG.
+    """
     import numpy as np
     import skimage
     from PIL import Image
@@ -66,7 +69,9 @@ def wheel_photographs(folder: Path) -> RealData:
     return RealData(imagenet=jpegs, kodak=pngs, imagenette_tar=None)
 
 
-def run_stage(stage: str, *arguments, ranks: int = 1, check: bool = True, timeout_s: float = 600, environment: dict | None = None):
+def run_stage(
+    stage: str, *arguments, ranks: int = 1, check: bool = True, timeout_s: float = 600, environment: dict | None = None
+):
     """Start an entry point by path as a user does: plainly on one process, by torchrun on several.
 
     Returns: subprocess.CompletedProcess with text output.
@@ -74,20 +79,42 @@ def run_stage(stage: str, *arguments, ranks: int = 1, check: bool = True, timeou
     import subprocess
     import sys
 
-    command = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = (
+        [sys.executable]
+        if ranks == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    )
     script = stage if stage.endswith(".py") else f"peco_ds/{stage}.py"
-    env = {**{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}, "DS_ACCELERATOR": "cpu", **(environment or {})}
-    done = subprocess.run([*command, str(REPOSITORY / script), *map(str, arguments)], capture_output=True, text=True, timeout=timeout_s, env=env, cwd=REPOSITORY)
+    env = {
+        **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")},
+        "DS_ACCELERATOR": "cpu",
+        **(environment or {}),
+    }
+    done = subprocess.run(
+        [*command, str(REPOSITORY / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=env,
+        cwd=REPOSITORY,
+    )
     if check:
-        assert done.returncode == 0, f"{stage} {arguments} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        assert done.returncode == 0, (
+            f"{stage} {arguments} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        )
     return done
 
 
-# One small chain for all tests that need records: 96 real pictures in 4 shards, a stride-8 tokenizer of 64 codes, 3 views a picture.
+# One small chain for all tests that need records: 96 real pictures in 4 shards, a stride-8 tokenizer of 64 codes, 3
+# views a picture.
 SMALL_VIT = (
-    "views.tokenizer_px=32 views.tokenizer_precision=fp32 views.count=3 views.scale=[0.2,1.0] model.image_px=64 model.patch_px=16 model.width=48 model.depth=2 model.heads=3 model.drop_path=0 "
-    "mask.count=6 mask.min_block=2 objective.num_codes=64 data.num_workers=0 data.shuffle_window_shards=2 optim.lr=3e-3 schedule.epochs=null schedule.steps=10 "
-    "schedule.warmup_epochs=null schedule.warmup_steps=2 run.precision=fp32 run.global_batch=8 run.micro_batch=4 run.log_every_steps=1 checkpoint.every_epochs=null"
+    "views.tokenizer_px=32 views.tokenizer_precision=fp32 views.count=3 views.scale=[0.2,1.0] "
+    "model.image_px=64 model.patch_px=16 model.width=48 model.depth=2 model.heads=3 "
+    "model.drop_path=0 "
+    "mask.count=6 mask.min_block=2 objective.num_codes=64 data.num_workers=0 "
+    "data.shuffle_window_shards=2 optim.lr=3e-3 schedule.epochs=null schedule.steps=10 "
+    "schedule.warmup_epochs=null schedule.warmup_steps=2 run.precision=fp32 run.global_batch=8 "
+    "run.micro_batch=4 run.log_every_steps=1 checkpoint.every_epochs=null"
 ).split()
 
 
@@ -115,9 +142,27 @@ def make_small_sets(real_data: RealData, root: Path) -> SmallSets:
     for path in real_data.imagenet[:96]:
         (pictures / path.parent.name).mkdir(parents=True, exist_ok=True)
         (pictures / path.parent.name / path.name).symlink_to(path)
-    run_stage("pack_images", "--images", pictures, "--out", root / "images" / "train", "--samples_per_shard", 24, "--workers", 2)
+    run_stage(
+        "pack_images",
+        "--images",
+        pictures,
+        "--out",
+        root / "images" / "train",
+        "--samples_per_shard",
+        24,
+        "--workers",
+        2,
+    )
     torch.manual_seed(0)
-    settings = TokenizerSettings(channels=16, channel_mults=(1, 1, 2, 2), blocks_per_level=1, z_channels=16, num_codes=64, code_dim=8, l2_normalized=True)
+    settings = TokenizerSettings(
+        channels=16,
+        channel_mults=(1, 1, 2, 2),
+        blocks_per_level=1,
+        z_channels=16,
+        num_codes=64,
+        code_dim=8,
+        l2_normalized=True,
+    )
     tokenizer = build_tokenizer(settings)
     save_tokenizer(root / "tokenizer", tokenizer.state_dict(), settings, {"judge": "none"})
     overrides = [f"data.root={root}", "data.tokens=tokens/train", *SMALL_VIT]
@@ -136,9 +181,13 @@ class LabelledSets:
 
 
 SMALL_CLASSIFIER = (
-    "model.image_px=32 model.patch_px=8 model.width=48 model.depth=2 model.heads=3 model.drop_path=0 model.init_std=0.1 model.layer_scale=1 data.num_workers=0 "
-    "data.shuffle_window_shards=2 augment.scale=[0.3,1.0] classifier.layer_decay=0.7 ema.decay=0.9 evaluation.every_epochs=0 optim.lr=5e-3 schedule.epochs=null schedule.steps=10 "
-    "schedule.warmup_epochs=null schedule.warmup_steps=2 run.precision=fp32 run.global_batch=8 run.micro_batch=4 run.log_every_steps=1 checkpoint.every_epochs=null"
+    "model.image_px=32 model.patch_px=8 model.width=48 model.depth=2 model.heads=3 "
+    "model.drop_path=0 model.init_std=0.1 model.layer_scale=1 data.num_workers=0 "
+    "data.shuffle_window_shards=2 augment.scale=[0.3,1.0] classifier.layer_decay=0.7 "
+    "ema.decay=0.9 evaluation.every_epochs=0 optim.lr=5e-3 schedule.epochs=null "
+    "schedule.steps=10 "
+    "schedule.warmup_epochs=null schedule.warmup_steps=2 run.precision=fp32 run.global_batch=8 "
+    "run.micro_batch=4 run.log_every_steps=1 checkpoint.every_epochs=null"
 ).split()
 
 
@@ -148,7 +197,10 @@ def labelled_sets(real_data, tmp_path_factory) -> LabelledSets:
 
 
 def make_labelled_sets(real_data: RealData, root: Path) -> LabelledSets:
-    """Four classes of real pictures in an empty folder; 25 to measure on, a number that neither 2 nor 3 ranks divide."""
+    """Four classes of real pictures in an empty folder.
+
+    25 to measure on, a number that neither 2 nor 3 ranks divide.
+    """
     import tarfile
 
     chosen: dict[str, list[Path]] = {}
@@ -173,5 +225,15 @@ def make_labelled_sets(real_data: RealData, root: Path) -> LabelledSets:
             for path in part:
                 (root / split / name / path.name).symlink_to(path)
     for split in ("train", "val"):
-        run_stage("pack_images", "--images", root / split, "--out", root / "images" / split, "--samples_per_shard", 20, "--workers", 2)
+        run_stage(
+            "pack_images",
+            "--images",
+            root / split,
+            "--out",
+            root / "images" / split,
+            "--samples_per_shard",
+            20,
+            "--workers",
+            2,
+        )
     return LabelledSets(root, 4, 25, [f"data.root={root}", *SMALL_CLASSIFIER])

@@ -1,4 +1,6 @@
-"""What DeepSpeed's engines really send and hold, counted once for the tests of traffic and of state: one launch for each number of ranks."""
+"""What DeepSpeed's engines really send and hold, counted once for the tests of traffic and of state: one launch for
+each number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ LEFT_OUT = (
     "ZeRO-2, bf16, one bucket",
     "ZeRO-3, bf16, summed in bf16",
 )
-TRAFFIC = {2: [case.name for case in plan_engine.TRAFFIC if case.name not in LEFT_OUT], 4: ["zero1, classifier", "zero2, reduced to owners", "zero3, 3 micro-steps"]}
+TRAFFIC = {
+    2: [case.name for case in plan_engine.TRAFFIC if case.name not in LEFT_OUT],
+    4: ["zero1, classifier", "zero2, reduced to owners", "zero3, 3 micro-steps"],
+}
 STATE = {
     1: ["ZeRO-1, bf16", "ZeRO-2, bf16", "ZeRO-3, bf16"],
     2: [case.name for case in plan_engine.STATE if case.name not in LEFT_OUT],

@@ -1,4 +1,5 @@
-"""Who reads tensors back to the host in a step: pre-training steps of a tiny model in one process, under every ZeRO stage.
+"""Who reads tensors back to the host in a step: pre-training steps of a tiny model in one process, under every ZeRO
+stage.
 
     python host_reads.py JSON
 
@@ -17,7 +18,8 @@ sys.path[0] = str(REPOSITORY)
 
 STEPS, LOG_EVERY = 6, 3
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-# Read back by a copy to the host where the tensor lies on a device; on a CPU there is no such copy to be seen, so the asking is.
+# Read back by a copy to the host where the tensor lies on a device; on a CPU there is no such copy to be seen, so the
+# asking is.
 READERS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
 
 
@@ -37,8 +39,18 @@ def main(out: Path) -> None:
     from peco_ds.runtime.engine import set_rate, start_engine
     from peco_ds.runtime.watchdog import Watchdog
 
-    small = "model.image_px=32 model.patch_px=16 model.width=24 model.depth=2 model.heads=3 views.tokenizer_px=32 mask.count=2 mask.min_block=1 objective.num_codes=16".split()
-    small += ["model.drop_path=0.2", "run.global_batch=4", "run.micro_batch=2", f"run.log_every_steps={LOG_EVERY}", "schedule.epochs=null", f"schedule.steps={STEPS + 2}"]
+    small = (
+        "model.image_px=32 model.patch_px=16 model.width=24 model.depth=2 model.heads=3 "
+        "views.tokenizer_px=32 mask.count=2 mask.min_block=1 objective.num_codes=16"
+    ).split()
+    small += [
+        "model.drop_path=0.2",
+        "run.global_batch=4",
+        "run.micro_batch=2",
+        f"run.log_every_steps={LOG_EVERY}",
+        "schedule.epochs=null",
+        f"schedule.steps={STEPS + 2}",
+    ]
     small += ["schedule.warmup_epochs=null", "schedule.warmup_steps=1", "checkpoint.every_epochs=null"]
     cfg = load_recipe(PretrainRecipe, "peco_vitb16", small).recipe
     world, durations = start_world(), resolve_durations(cfg, 100)
@@ -47,9 +59,16 @@ def main(out: Path) -> None:
     step_now = [0]
 
     def note(operation: str) -> None:
-        for frame in reversed(traceback.extract_stack()):  # the nearest of the two is the one that asked
+        # the nearest of the two is the one that asked
+        for frame in reversed(traceback.extract_stack()):
             if "/deepspeed/" in frame.filename or "/peco_ds/" in frame.filename:
-                reads.append([step_now[0], f"{Path(frame.filename).name}:{frame.name}" if "/peco_ds/" in frame.filename else "deepspeed", operation])
+                reads.append(
+                    [
+                        step_now[0],
+                        f"{Path(frame.filename).name}:{frame.name}" if "/peco_ds/" in frame.filename else "deepspeed",
+                        operation,
+                    ]
+                )
                 return
 
     class Watching(TorchDispatchMode):
@@ -71,15 +90,33 @@ def main(out: Path) -> None:
     for stage in STAGES:
         config = REPOSITORY / "ds_configs" / f"{stage}.json"
         model = build_mim(cfg.model, cfg.encoding, cfg.aggregation, cfg.objective.num_codes)
-        engine = start_engine(model, merge_deepspeed(read_deepspeed_json(config), config, cfg.run, cfg.optim, 1), source=config, run=cfg.run, optim=cfg.optim, leaf_modules=(TransformerBlock,))
+        engine = start_engine(
+            model,
+            merge_deepspeed(read_deepspeed_json(config), config, cfg.run, cfg.optim, 1),
+            source=config,
+            run=cfg.run,
+            optim=cfg.optim,
+            leaf_modules=(TransformerBlock,),
+        )
         run_folder = out.parent / stage
         run_folder.mkdir()
         restored = restore(run_folder, engine, cfg.checkpoint, world, fingerprint="f", seed=0)
         guard, meter, saver = around_steps(
-            run_folder, engine, restored, run=cfg.run, checkpoint=cfg.checkpoint, durations=durations, num_samples=100, training_flops=1.0, bad=BadPictures(0.1), world=world
+            run_folder,
+            engine,
+            restored,
+            run=cfg.run,
+            checkpoint=cfg.checkpoint,
+            durations=durations,
+            num_samples=100,
+            training_flops=1.0,
+            bad=BadPictures(0.1),
+            world=world,
         )
         masked = torch.tensor([[0, 3], [1, 2]])
-        batch = MaskedBatch(torch.randn(2, 3, 32, 32), masked, masked_targets(Codes(torch.randint(16, (2, 4))), masked), ["a", "b"])
+        batch = MaskedBatch(
+            torch.randn(2, 3, 32, 32), masked, masked_targets(Codes(torch.randint(16, (2, 4))), masked), ["a", "b"]
+        )
         batches, objective = iter([batch] * 2 * STEPS), build_objective(cfg.objective)
         watchdog = Watchdog(60.0, run_folder / "stacks.txt")
         saved = {name: getattr(torch.Tensor, name) for name in READERS}

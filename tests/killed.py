@@ -9,7 +9,10 @@ FILE_OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", 
 
 
 def forked(work: Callable[[], object], kill_at: int = 0) -> int:
-    """Run `work()` in a child that is killed right before its n-th operation on files (0: never). Returns: its wait status."""
+    """Run `work()` in a child that is killed right before its n-th operation on files (0: never).
+
+    Returns: its wait status.
+    """
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]

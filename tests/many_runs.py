@@ -1,11 +1,14 @@
 """Several runs of one entry point inside one launch, because a launch costs more than a small run.
 
-    python many_runs.py JSON    with [{"stage": "pretrain", "arguments": [...], "statistics": FILE or absent, "rates": FILE or absent}, ...]
+    python many_runs.py JSON    with [{"stage": "pretrain", "arguments": [...], "statistics": FILE or absent, "rates":
+    FILE or absent}, ...]
 
-Exit codes of the runs are written to JSON + ".codes" by rank 0, a refusal as its text. With "spoilt", {"rank": R, "passes": [first, last], "factor": F}, rank R's
-losses of these forward passes (from 0) are multiplied by F, as a bad batch would do it; with "unmended", elastic resume leaves DeepSpeed's parameter groups as they
-come. With "statistics", the standard deviation of every parameter as the engine holds it before
-the first step is saved there; with "keys", the pictures of each pass, to FILE.RANK; with "rates", the groups of the engine's optimiser after the last step's rate was set.
+Exit codes of the runs are written to JSON + ".codes" by rank 0, a refusal as its text. With "spoilt", {"rank": R,
+"passes": [first, last], "factor": F}, rank R's losses of these forward passes (from 0) are multiplied by F, as a bad
+batch would do it; with "unmended", elastic resume leaves DeepSpeed's parameter groups as they come. With "statistics",
+the standard deviation of every parameter as the engine holds it before the first step is saved there; with "keys", the
+pictures of each pass, to FILE.RANK; with "rates", the groups of the engine's optimiser after the last step's rate was
+set.
 """
 
 import importlib
@@ -27,7 +30,9 @@ def record_statistics(path: str):
         engine = original(model, *positional, **arguments)
         partitioned = [p for p in engine.module.parameters() if hasattr(p, "ds_id")]
         with module.deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None, enabled=bool(partitioned)):
-            found = {name: float(p.detach().float().std()) for name, p in engine.module.named_parameters() if p.numel() > 1}
+            found = {
+                name: float(p.detach().float().std()) for name, p in engine.module.named_parameters() if p.numel() > 1
+            }
         if os.environ.get("RANK", "0") == "0":
             Path(path).write_text(json.dumps(found))
         return engine
@@ -45,7 +50,10 @@ def record_rates(path: str):
     def wrapped(engine, *positional):
         rate = original(engine, *positional)
         if os.environ.get("RANK", "0") == "0":
-            groups = [{name: group[name] for name in ("name", "lr", "lr_scale", "weight_decay")} for group in engine.optimizer.param_groups]
+            groups = [
+                {name: group[name] for name in ("name", "lr", "lr_scale", "weight_decay")}
+                for group in engine.optimizer.param_groups
+            ]
             Path(path).write_text(json.dumps({"rate": rate, "groups": groups}))
         return rate
 
@@ -109,7 +117,13 @@ def main():
     cases = json.loads(Path(sys.argv[1]).read_text())
     codes = []
     for case in cases:
-        wrappers = {"statistics": record_statistics, "rates": record_rates, "keys": record_keys, "spoilt": spoil, "unmended": leave_unmended}
+        wrappers = {
+            "statistics": record_statistics,
+            "rates": record_rates,
+            "keys": record_keys,
+            "spoilt": spoil,
+            "unmended": leave_unmended,
+        }
         undo = [wrap(case[name]) for name, wrap in wrappers.items() if case.get(name)]
         stage = importlib.import_module(f"peco_ds.{case['stage']}")
         codes.append(outcome(stage.main, case["arguments"]))

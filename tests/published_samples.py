@@ -1,4 +1,6 @@
-"""Tokenizer files as others released them, at any size, with random weights: DALL-E's pickled modules, taming-transformers' Lightning checkpoints."""
+"""Tokenizer files as others released them, at any size, with random weights: DALL-E's pickled modules,
+taming-transformers' Lightning checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,12 @@ from torch import nn
 Tensors = dict[str, torch.Tensor]
 
 
-def _convolution(tensors: Tensors, name: str, out: int, into: int, size: int, generator, kinds=("weight", "bias")) -> None:
-    tensors[f"{name}.{kinds[0]}"] = torch.randn(out, into, size, size, generator=generator) / (into * size * size) ** 0.5
+def _convolution(
+    tensors: Tensors, name: str, out: int, into: int, size: int, generator, kinds=("weight", "bias")
+) -> None:
+    tensors[f"{name}.{kinds[0]}"] = (
+        torch.randn(out, into, size, size, generator=generator) / (into * size * size) ** 0.5
+    )
     tensors[f"{name}.{kinds[1]}"] = torch.randn(out, generator=generator) / 10
 
 
@@ -38,18 +44,27 @@ def dalle_tensors(side: str, *, channels: int = 8, codes: int = 32, init: int = 
                 _convolution(made, f"{name}.id_path", width, previous, 1, generator, "wb")
             steps = [previous, hidden, hidden, hidden, width]
             for number, size in enumerate((3, 3, 3, 1) if encoding else (1, 3, 3, 3)):
-                _convolution(made, f"{name}.res_path.conv_{number + 1}", steps[number + 1], steps[number], size, generator, "wb")
-                made[f"{name}.res_path.conv_{number + 1}.w"] *= 3  # so that the branch, which counts for 1/64, can be seen
+                _convolution(
+                    made, f"{name}.res_path.conv_{number + 1}", steps[number + 1], steps[number], size, generator, "wb"
+                )
+                # so that the branch, which counts for 1/64, can be seen
+                made[f"{name}.res_path.conv_{number + 1}.w"] *= 3
             previous = width
     _convolution(made, "blocks.output.conv", codes if encoding else 6, previous, 1, generator, "wb")
     return made
 
 
 def save_dalle(path: Path, side: str, tensors: Tensors, **options) -> None:
-    """torch.save of the whole module, its classes named as in the released package, which is not there when this returns."""
+    """torch.save of the whole module, its classes named as in the released package, which is not there when this
+    returns.
+    """
     modules = {name: types.ModuleType(name) for name in ("dall_e", "dall_e.encoder", "dall_e.decoder", "dall_e.utils")}
     kinds = {}
-    for module, name in ((f"dall_e.{side}", side.title()), (f"dall_e.{side}", f"{side.title()}Block"), ("dall_e.utils", "Conv2d")):
+    for module, name in (
+        (f"dall_e.{side}", side.title()),
+        (f"dall_e.{side}", f"{side.title()}Block"),
+        ("dall_e.utils", "Conv2d"),
+    ):
         kinds[name.removeprefix(side.title()) or "Whole"] = kind = type(name, (nn.Module,), {"__module__": module})
         setattr(modules[module], name, kind)
     channels = tensors["blocks.input.w" if side == "encoder" else "blocks.group_4.block_1.res_path.conv_4.w"].shape[0]
@@ -61,7 +76,9 @@ def save_dalle(path: Path, side: str, tensors: Tensors, **options) -> None:
 
     def convolution(name: str, **fields) -> nn.Module:
         weight = tensors[f"{name}.w"]
-        module = filled(kinds["Conv2d"], n_in=weight.shape[1], n_out=weight.shape[0], kw=weight.shape[2], use_float16=True, **fields)
+        module = filled(
+            kinds["Conv2d"], n_in=weight.shape[1], n_out=weight.shape[0], kw=weight.shape[2], use_float16=True, **fields
+        )
         module.w, module.b = (nn.Parameter(tensors[f"{name}.{kind}"], requires_grad=False) for kind in "wb")
         return module
 
@@ -69,7 +86,11 @@ def save_dalle(path: Path, side: str, tensors: Tensors, **options) -> None:
         weight = tensors[f"{name}.res_path.conv_1.w"]
         module = filled(kinds["Block"], n_in=weight.shape[1], n_hid=weight.shape[0], n_layers=8, post_gain=1 / 64)
         module.id_path = convolution(f"{name}.id_path") if f"{name}.id_path.w" in tensors else nn.Identity()
-        layers = [(f"{what}_{number}", nn.ReLU() if what == "relu" else convolution(f"{name}.res_path.conv_{number}")) for number in (1, 2, 3, 4) for what in ("relu", "conv")]
+        layers = [
+            (f"{what}_{number}", nn.ReLU() if what == "relu" else convolution(f"{name}.res_path.conv_{number}"))
+            for number in (1, 2, 3, 4)
+            for what in ("relu", "conv")
+        ]
         module.res_path = nn.Sequential(OrderedDict(layers))
         return module
 
@@ -77,7 +98,11 @@ def save_dalle(path: Path, side: str, tensors: Tensors, **options) -> None:
     for level in (1, 2, 3, 4):
         layers = [(f"block_{number}", block(f"blocks.group_{level}.block_{number}")) for number in (1, 2)]
         if level < 4:
-            layers.append(("pool", nn.MaxPool2d(kernel_size=2)) if side == "encoder" else ("upsample", nn.Upsample(scale_factor=2, mode="nearest")))
+            layers.append(
+                ("pool", nn.MaxPool2d(kernel_size=2))
+                if side == "encoder"
+                else ("upsample", nn.Upsample(scale_factor=2, mode="nearest"))
+            )
         groups.append((f"group_{level}", nn.Sequential(OrderedDict(layers))))
     output = nn.Sequential(OrderedDict([("relu", nn.ReLU()), ("conv", convolution("blocks.output.conv"))]))
     whole = filled(kinds["Whole"], n_hid=channels, n_blk_per_group=2, vocab_size=32, use_mixed_precision=True)
@@ -86,14 +111,26 @@ def save_dalle(path: Path, side: str, tensors: Tensors, **options) -> None:
         torch.save(whole, path, **options)
 
 
-# ---------------------------------------------------------------------------------------------- taming-transformers
+# --------------------------------------------------------------------------------- taming-transformers
 
 
-def taming_tensors(kind: str, *, channels: int = 32, mults=(1, 2), blocks: int = 1, z: int = 8, codes: int = 16, dim: int = 8, attention=None, seed: int = 0) -> Tensors:
+def taming_tensors(
+    kind: str,
+    *,
+    channels: int = 32,
+    mults=(1, 2),
+    blocks: int = 1,
+    z: int = 8,
+    codes: int = 16,
+    dim: int = 8,
+    attention=None,
+    seed: int = 0,
+) -> Tensors:
     """What state_dict() of a VQModel ("vqgan") or GumbelVQ ("gumbel") gives.
 
     Args:
-        attention: levels that have it, the coarsest where none are named. Full size is channels 128, blocks 2, z and dim 256; mults (1, 1, 2, 2, 4) for f16, (1, 1, 2, 4) for f8.
+        attention: levels that have it, the coarsest where none are named. Full size is channels 128, blocks 2, z and
+            dim 256; mults (1, 1, 2, 2, 4) for f16, (1, 1, 2, 4) for f8.
     """
     made, generator = {}, torch.Generator().manual_seed(seed)
     last = len(mults) - 1
@@ -103,7 +140,10 @@ def taming_tensors(kind: str, *, channels: int = 32, mults=(1, 2), blocks: int =
         _convolution(made, name, out, into, size, generator)
 
     def norm(name: str, width: int) -> None:
-        made[f"{name}.weight"], made[f"{name}.bias"] = 1 + torch.randn(width, generator=generator) / 10, torch.randn(width, generator=generator) / 10
+        made[f"{name}.weight"], made[f"{name}.bias"] = (
+            1 + torch.randn(width, generator=generator) / 10,
+            torch.randn(width, generator=generator) / 10,
+        )
 
     def residual(name: str, into: int, out: int) -> None:
         norm(f"{name}.norm1", into)
@@ -118,7 +158,8 @@ def taming_tensors(kind: str, *, channels: int = 32, mults=(1, 2), blocks: int =
         for part in ("q", "k", "v", "proj_out"):
             convolution(f"{name}.{part}", width, width, 1)
         for part in ("q", "k"):
-            made[f"{name}.{part}.weight"] *= 3  # else attention is nearly even, and its scale could not be seen
+            # else attention is nearly even, and its scale could not be seen
+            made[f"{name}.{part}.weight"] *= 3
 
     def middle(side: str, width: int) -> None:
         residual(f"{side}.mid.block_1", width, width)
@@ -152,16 +193,30 @@ def taming_tensors(kind: str, *, channels: int = 32, mults=(1, 2), blocks: int =
     convolution("post_quant_conv", z, dim, 1)
     if kind == "gumbel":
         convolution("quantize.proj", codes, dim, 1)
-    made[f"quantize.{'embed' if kind == 'gumbel' else 'embedding'}.weight"] = torch.randn(codes, dim, generator=generator)
+    made[f"quantize.{'embed' if kind == 'gumbel' else 'embedding'}.weight"] = torch.randn(
+        codes, dim, generator=generator
+    )
     return made
 
 
 def save_lightning(path: Path, tensors: Tensors, **options) -> None:
-    """As Lightning wrote it: the network under state_dict, the loss's own networks with it, and a callback's class as a key."""
+    """As Lightning wrote it: the network under state_dict, the loss's own networks with it, and a callback's class as a
+    key.
+    """
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
-    loss = {"loss.discriminator.main.0.weight": torch.ones(2, 2), "loss.perceptual_loss.lin0.model.1.weight": torch.ones(2)}
-    content = {"epoch": 3, "global_step": 7, "state_dict": OrderedDict(tensors | loss), "callbacks": {module.ModelCheckpoint: {"best_model_score": np.float64(0.5), "current_score": torch.tensor(0.5)}}}
+    loss = {
+        "loss.discriminator.main.0.weight": torch.ones(2, 2),
+        "loss.perceptual_loss.lin0.model.1.weight": torch.ones(2),
+    }
+    content = {
+        "epoch": 3,
+        "global_step": 7,
+        "state_dict": OrderedDict(tensors | loss),
+        "callbacks": {
+            module.ModelCheckpoint: {"best_model_score": np.float64(0.5), "current_score": torch.tensor(0.5)}
+        },
+    }
     parents = {name: types.ModuleType(name) for name in ("pytorch_lightning", "pytorch_lightning.callbacks")}
     with mock.patch.dict(sys.modules, parents | {module.__name__: module}):
         torch.save(content, path, **options)

@@ -1,7 +1,8 @@
 """A real Slurm of several virtual nodes on one host, private to one test session, gone when the session ends.
 
-Needs the packages slurm-wlm and munge (slurmctld, slurmd, sbatch, munged on the PATH); no root, no system service, no file
-outside one temporary folder. Every virtual node is a `slurmd` with its own port; its GPUs are empty files. Node names do not
+Needs the packages slurm-wlm and munge (slurmctld, slurmd, sbatch, munged on the PATH); no root, no system service, no
+file outside one temporary folder. Every virtual node is a `slurmd` with its own port; its GPUs are empty files. Node
+names do not
 resolve: whoever needs an address has to ask Slurm for it.
 """
 
@@ -25,7 +26,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinf
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 START_TIMEOUT_S = 60.0
 POLL_S = 0.2
-NODE = "TEST_NODE"  # in the environment of a node's daemon and its job steps
+# in the environment of a node's daemon and its job steps
+NODE = "TEST_NODE"
 
 
 def search_path() -> str:
@@ -41,8 +43,10 @@ def missing_programs() -> list[str]:
 class SlurmCluster:
     folder: Path
     num_nodes: int
-    env: dict[str, str]  # for every command that is to speak with this cluster
-    daemons: dict[str, subprocess.Popen] = field(default_factory=dict)  # by name: munged, slurmctld, n1, n2, ...
+    # for every command that is to speak with this cluster
+    env: dict[str, str]
+    # by name: munged, slurmctld, n1, n2, ...
+    daemons: dict[str, subprocess.Popen] = field(default_factory=dict)
 
     def start_node(self, name: str) -> None:
         _daemon(self, name, "slurmd", "-D", "-f", self.env["SLURM_CONF"], "-N", name)
@@ -50,7 +54,8 @@ class SlurmCluster:
     def kill_node(self, name: str) -> None:
         """End everything on a virtual node at once, as if its power failed: daemon, job steps, batch scripts, tasks."""
         daemon = self.daemons.pop(name)
-        for _ in range(10):  # what was being started may come after the first look
+        # what was being started may come after the first look
+        for _ in range(10):
             pids = [pid for pid in _processes_of(self.folder) if _node_of(pid) == name]
             if not pids and daemon.poll() is not None:
                 return
@@ -59,9 +64,16 @@ class SlurmCluster:
             time.sleep(POLL_S / 4)
         raise AssertionError(f"{name} does not die: {pids}")
 
-    def command(self, *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    def command(
+        self, *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [str(argument) for argument in arguments], cwd=cwd, env=self.env | (env or {}), text=True, capture_output=True, timeout=120
+            [str(argument) for argument in arguments],
+            cwd=cwd,
+            env=self.env | (env or {}),
+            text=True,
+            capture_output=True,
+            timeout=120,
         )
 
     def sbatch(self, *arguments: str | Path, cwd: Path, env: dict[str, str] | None = None) -> int:
@@ -74,13 +86,20 @@ class SlurmCluster:
         """Fields of `scontrol show job`, one dict a job; an array has several."""
         done = self.command("scontrol", "--oneliner", "show", "job", str(job_id))
         assert done.returncode == 0, done.stderr
-        return [dict(part.split("=", 1) for part in line.split() if "=" in part) for line in done.stdout.splitlines() if line]
+        return [
+            dict(part.split("=", 1) for part in line.split() if "=" in part)
+            for line in done.stdout.splitlines()
+            if line
+        ]
 
     def states(self, job_id: int) -> list[str]:
         return [job["JobState"] for job in self.jobs(job_id)]
 
     def wait(self, *job_ids: int, timeout_s: float) -> dict[int, str]:
-        """Wait until all are over; returns a state for each, for an array the one state all its tasks share or a comma list."""
+        """Wait until all are over.
+
+        Returns a state for each, for an array the one state all its tasks share or a comma list.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             states = {job_id: self.states(job_id) for job_id in job_ids}
@@ -91,15 +110,20 @@ class SlurmCluster:
 
 
 @contextlib.contextmanager
-def slurm_cluster(num_nodes: int = 2, *, cpus: int = 8, gpus: int = 8, node_timeout_s: int = 300) -> Iterator[SlurmCluster]:
-    """Start a cluster of `num_nodes` nodes n1, n2, ... that claim so many CPUs and GPUs each; end all its processes on leaving.
+def slurm_cluster(
+    num_nodes: int = 2, *, cpus: int = 8, gpus: int = 8, node_timeout_s: int = 300
+) -> Iterator[SlurmCluster]:
+    """Start a cluster of `num_nodes` nodes n1, n2, ...
+
+    that claim so many CPUs and GPUs each; end all its processes on leaving.
 
     Args:
         node_timeout_s: a node that is silent for so long is down, and its jobs go back into the queue.
 
     Raises: RuntimeError with the daemons' last words if the nodes are not idle in time.
     """
-    folder = Path(tempfile.mkdtemp(prefix="slurm_", dir="/tmp"))  # short: a socket's path may have 107 characters
+    # short: a socket's path may have 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="slurm_", dir="/tmp"))
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "PECO_"))}
     env |= {"PATH": search_path(), "SLURM_CONF": str(folder / "slurm.conf")}
     cluster = SlurmCluster(folder, num_nodes, env)
@@ -140,22 +164,29 @@ def _configure(folder: Path, num_nodes: int, cpus: int, gpus: int, node_timeout_
         "SelectTypeParameters=CR_CPU",
         "MpiDefault=none",
         "ReturnToService=2",
-        "SlurmdParameters=config_overrides",  # a node may claim more CPUs than the host has
+        # a node may claim more CPUs than the host has
+        "SlurmdParameters=config_overrides",
         "SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sched_delay=1",
         "KillWait=10",
         f"SlurmdTimeout={node_timeout_s}",
-        "MinJobAge=3600",  # finished jobs stay visible to `scontrol show job`
+        # finished jobs stay visible to `scontrol show job`
+        "MinJobAge=3600",
         "GresTypes=gpu",
     ]
     for number, port in enumerate(ports[1:], start=1):
         gres = f" Gres=gpu:{gpus}" if gpus else ""
-        lines.append(f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=65536{gres}")
+        lines.append(
+            f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=65536{gres}"
+        )
     lines.append(f"PartitionName=test Nodes=n[1-{num_nodes}] Default=YES MaxTime=INFINITE State=UP")
     (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
     devices = f"NodeName=n[1-{num_nodes}] Name=gpu File={folder}/gpu[0-{gpus - 1}]\n" if gpus else ""
     (folder / "gres.conf").write_text(devices)
-    version = subprocess.run(["sinfo", "--version"], env=env, text=True, capture_output=True).stdout.split()[-1].split(".")
-    if (int(version[0]), int(version[1])) >= (24, 5):  # unknown to older ones; newer ones look for cgroups without being asked
+    version = (
+        subprocess.run(["sinfo", "--version"], env=env, text=True, capture_output=True).stdout.split()[-1].split(".")
+    )
+    # unknown to older ones; newer ones look for cgroups without being asked
+    if (int(version[0]), int(version[1])) >= (24, 5):
         (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
 
 
@@ -172,7 +203,8 @@ def _start(cluster: SlurmCluster) -> None:
             time.sleep(POLL_S)
 
     sockets = [f"--{name}={folder}/munge.{name}" for name in ("socket", "pid-file", "seed-file")]
-    # The folder may be writable for its owner alone or lie below one that munge finds too open; the key is for this test only.
+    # The folder may be writable for its owner alone or lie below one that munge finds too open; the key is for this
+    # test only.
     _daemon(cluster, "munged", "munged", "--foreground", "--force", f"--key-file={folder}/munge.key", *sockets)
     wait_for("munge socket", (folder / "munge.socket").exists)
     _daemon(cluster, "slurmctld", "slurmctld", "-D", "-c", "-f", conf)
@@ -190,7 +222,12 @@ def _start(cluster: SlurmCluster) -> None:
 def _daemon(cluster: SlurmCluster, name: str, *arguments: str) -> None:
     with open(cluster.folder / f"{name}.log", "a") as log:
         cluster.daemons[name] = subprocess.Popen(
-            arguments, env=cluster.env | {NODE: name}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            arguments,
+            env=cluster.env | {NODE: name},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
 
@@ -211,7 +248,8 @@ def _stop(cluster: SlurmCluster) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    for _ in range(10):  # a job step may be starting a process while it is being ended
+    # a job step may be starting a process while it is being ended
+    for _ in range(10):
         left = _processes_of(cluster.folder)
         if not left:
             break

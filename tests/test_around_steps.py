@@ -1,11 +1,12 @@
-"""What every training loop does around its steps must not make the host wait for the device, except where a step logs."""
+"""What every training loop does around its steps must not make the host wait for the device, except where a step
+logs.
+"""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-
 from conftest import run_stage
 from host_reads import LOG_EVERY, STAGES, STEPS
 
@@ -25,8 +26,10 @@ def test_a_step_that_does_not_log_reads_back_only_what_deepspeed_has_read_and_th
     for step, readers in of_step.items():
         ours = {who for who in readers if who != "deepspeed"}
         if step % LOG_EVERY:
-            assert ours <= {GUARD, AGREE}  # on a GPU the answers are those of the step before, already on the host
+            # on a GPU the answers are those of the step before, already on the host
+            assert ours <= {GUARD, AGREE}
         else:
             assert "metrics.py:_means" in ours
-        if GUARD in readers:  # the norm: DeepSpeed has waited for it a moment before
+        # the norm: DeepSpeed has waited for it a moment before
+        if GUARD in readers:
             assert "deepspeed" in readers[: readers.index(GUARD)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peco_ds.models.attention import ALIGNMENT, attend, biased_attention, biased_attention_backward, bias_of_positions
+from peco_ds.models.attention import ALIGNMENT, attend, bias_of_positions, biased_attention, biased_attention_backward
 
 B, T, H, D = 3, 17, 4, 8
 
@@ -17,7 +17,10 @@ def written_out(qkv, bias):
 
 def drawn(dtype, *bias_shape):
     generator = torch.Generator().manual_seed(0)
-    qkv, bias, grad = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((B, T, 3, H, D), bias_shape, (B, T, H * D)))
+    qkv, bias, grad = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((B, T, 3, H, D), bias_shape, (B, T, H * D))
+    )
     return qkv.to(dtype), bias.to(dtype), grad.to(dtype)
 
 
@@ -29,7 +32,9 @@ def test_values_and_gradients_are_those_of_the_formula(shape, dtype, tolerance):
     exact = [qkv.double().requires_grad_(), bias.double().requires_grad_()]
     ours, reference = attend(*inputs), written_out(*exact)
     ours.backward(grad), reference.backward(grad.double())
-    for found, expected in zip((ours, *(tensor.grad for tensor in inputs)), (reference, *(tensor.grad for tensor in exact))):
+    for found, expected in zip(
+        (ours, *(tensor.grad for tensor in inputs)), (reference, *(tensor.grad for tensor in exact))
+    ):
         assert found.dtype == dtype
         assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
@@ -62,7 +67,10 @@ def test_the_operators_are_what_they_say_to_a_compiler():
 
 
 def test_the_position_bias_and_its_gradient_are_those_of_an_indexed_table():
-    table, index = torch.randn(60, H, dtype=torch.bfloat16), torch.randint(60, (T, T), generator=torch.Generator().manual_seed(0))
+    table, index = (
+        torch.randn(60, H, dtype=torch.bfloat16),
+        torch.randint(60, (T, T), generator=torch.Generator().manual_seed(0)),
+    )
     ours, theirs = table.clone().requires_grad_(), table.float().requires_grad_()
     grad = torch.randn(H, T, T)
     bias, expected = bias_of_positions(ours, index), theirs[index].permute(2, 0, 1)
@@ -71,7 +79,9 @@ def test_the_position_bias_and_its_gradient_are_those_of_an_indexed_table():
     torch.testing.assert_close(ours.grad, theirs.grad.bfloat16())
 
 
-@pytest.mark.parametrize("tokens, heads, dim", [(197, 12, 64), (257, 16, 80), (1025, 16, 80)], ids=["B/16", "H/14", "H/14 at 448"])
+@pytest.mark.parametrize(
+    "tokens, heads, dim", [(197, 12, 64), (257, 16, 80), (1025, 16, 80)], ids=["B/16", "H/14", "H/14 at 448"]
+)
 def test_the_gpu_path_asks_for_the_fused_kernels_with_shapes_and_alignment_they_take(monkeypatch, tokens, heads, dim):
     """On tensors without memory: what a GPU would be asked to do, for the sizes of the recipes."""
     from peco_ds.models import attention
@@ -96,8 +106,14 @@ def test_the_gpu_path_asks_for_the_fused_kernels_with_shapes_and_alignment_they_
         out, kept = biased_attention._init_fn(qkv, bias)
         declared = biased_attention._abstract_fn(qkv, bias)
         grad_qkv, grad_bias = biased_attention_backward._init_fn(torch.empty_like(out), qkv, bias, out, kept)
-    assert [tuple(tensor.shape) for tensor in declared] == [tuple(out.shape), tuple(kept.shape)] and declared[1].dtype == kept.dtype
+    assert [tuple(tensor.shape) for tensor in declared] == [tuple(out.shape), tuple(kept.shape)] and declared[
+        1
+    ].dtype == kept.dtype
     assert grad_qkv.shape == qkv.shape and grad_bias.shape == bias.shape and grad_bias.dtype == torch.float32
     for seen_bias in biases:
-        assert seen_bias.stride(0) == 0 and seen_bias.stride(-1) == 1 and all(stride % ALIGNMENT == 0 for stride in seen_bias.stride()[:-1])
+        assert (
+            seen_bias.stride(0) == 0
+            and seen_bias.stride(-1) == 1
+            and all(stride % ALIGNMENT == 0 for stride in seen_bias.stride()[:-1])
+        )
     assert sum(batches) == pictures and max(batches) * heads * tokens * tokens * 2 <= attention.GPU_BYTES

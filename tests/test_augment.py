@@ -24,7 +24,11 @@ def global_draws():
 
 def global_states():
     numpy_state = np.random.get_state()
-    return random.getstate(), [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state], torch.get_rng_state().tolist()
+    return (
+        random.getstate(),
+        [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state],
+        torch.get_rng_state().tolist(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,9 @@ def picture(real_data):
 
 def random_batch(size=8, px=32, classes=10):
     draw = torch.Generator().manual_seed(0)
-    return torch.randint(256, (size, 3, px, px), dtype=torch.uint8, generator=draw), torch.randint(classes, (size,), generator=draw)
+    return torch.randint(256, (size, 3, px, px), dtype=torch.uint8, generator=draw), torch.randint(
+        classes, (size,), generator=draw
+    )
 
 
 def test_the_same_words_give_the_same_draws_and_other_words_others():
@@ -61,10 +67,18 @@ def test_the_global_generators_go_on_as_if_nothing_was_drawn_even_after_an_error
 
 
 def test_a_training_crop_is_the_one_that_beit_fine_tunes_with(picture):
-    """Normalised in the worker as BEiT's `build_transform(is_train=True)` does it, with the same draws, against uint8 normalised here."""
+    """Normalised in the worker as BEiT's `build_transform(is_train=True)` does it, with the same draws, against uint8
+    normalised here.
+    """
     image, image_u8 = picture
     reference = create_transform(
-        64, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD
+        64,
+        is_training=True,
+        color_jitter=0.4,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
     )
     crop, seen = TrainCrop(AugmentSettings(), 64), []
     for number in range(20):
@@ -117,19 +131,40 @@ def test_timms_other_augmentations_serve_as_well(picture, text):
 @pytest.mark.parametrize("image_px, crop", [(64, 0.875), (64, 0.9), (96, 1.0)])
 def test_a_central_crop_keeps_the_aspect_as_beit_and_timm_do(picture, image_px, crop):
     image, image_u8 = picture
-    beit = transforms.Compose([transforms.Resize(int(image_px / crop), interpolation=transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(image_px)])
-    timm_crop = create_transform(image_px, is_training=False, crop_pct=crop, interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    beit = transforms.Compose(
+        [
+            transforms.Resize(int(image_px / crop), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(image_px),
+        ]
+    )
+    timm_crop = create_transform(
+        image_px,
+        is_training=False,
+        crop_pct=crop,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+    )
     found = CenterCrop(image_px, crop)(image_u8)
     assert torch.equal(found, torch.from_numpy(np.array(beit(image))).permute(2, 0, 1))
     assert torch.allclose(to_backbone(found[None])[0], timm_crop(image), atol=1e-5)
 
 
-@pytest.mark.parametrize("mixing", [dict(), dict(cutmix=0.0), dict(mixup=0.0), dict(mix_probability=0.5, switch_probability=0.2)])
+@pytest.mark.parametrize(
+    "mixing", [dict(), dict(cutmix=0.0), dict(mixup=0.0), dict(mix_probability=0.5, switch_probability=0.2)]
+)
 def test_mixtures_equal_timms_mixup_with_the_same_draws(mixing):
     images_u8, labels = random_batch()
     augment = AugmentSettings(erasing=0.0, **mixing)
     mix = BatchMix(augment, smoothing=0.1, num_classes=10, seed=4)
-    reference = Mixup(augment.mixup, augment.cutmix, prob=augment.mix_probability, switch_prob=augment.switch_probability, label_smoothing=0.1, num_classes=10)
+    reference = Mixup(
+        augment.mixup,
+        augment.cutmix,
+        prob=augment.mix_probability,
+        switch_prob=augment.switch_probability,
+        label_smoothing=0.1,
+        num_classes=10,
+    )
     mixed = 0
     for slice_number in range(12):
         images_norm, targets = mix(images_u8, labels, slice_number=slice_number)
@@ -147,14 +182,18 @@ def test_every_batch_of_a_run_is_mixed_in_its_own_way():
     mix = BatchMix(AugmentSettings(), smoothing=0.1, num_classes=10, seed=0)
     first, second, again = (mix(images_u8, labels, slice_number=number)[0] for number in (0, 1, 0))
     assert torch.equal(first, again) and not torch.equal(first, second)
-    assert not torch.equal(first, BatchMix(AugmentSettings(), smoothing=0.1, num_classes=10, seed=1)(images_u8, labels, slice_number=0)[0])
+    assert not torch.equal(
+        first, BatchMix(AugmentSettings(), smoothing=0.1, num_classes=10, seed=1)(images_u8, labels, slice_number=0)[0]
+    )
 
 
 @pytest.mark.parametrize("off", [NOT_MIXED, dict(mix_probability=0.0)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_without_mixing_a_target_is_the_smoothed_label_also_of_an_odd_batch(off, smoothing):
     images_u8, labels = random_batch(size=5)
-    images_norm, targets = BatchMix(AugmentSettings(erasing=0.0, **off), smoothing=smoothing, num_classes=10, seed=0)(images_u8, labels, slice_number=3)
+    images_norm, targets = BatchMix(AugmentSettings(erasing=0.0, **off), smoothing=smoothing, num_classes=10, seed=0)(
+        images_u8, labels, slice_number=3
+    )
     expected = torch.full((5, 10), smoothing / 10)
     expected[torch.arange(5), labels] += 1 - smoothing
     assert torch.allclose(targets, expected)
@@ -165,11 +204,15 @@ def test_without_mixing_a_target_is_the_smoothed_label_also_of_an_odd_batch(off,
 def test_pictures_are_erased_at_the_stated_rate_with_noise_in_each_pixel(rate):
     images_u8 = torch.full((2000, 3, 16, 16), 128, dtype=torch.uint8)
     augment = AugmentSettings(erasing=rate, **NOT_MIXED)
-    images_norm, _ = BatchMix(augment, smoothing=0.0, num_classes=2, seed=0)(images_u8, torch.zeros(2000, dtype=torch.int64), slice_number=0)
+    images_norm, _ = BatchMix(augment, smoothing=0.0, num_classes=2, seed=0)(
+        images_u8, torch.zeros(2000, dtype=torch.int64), slice_number=0
+    )
     changed = images_norm != to_backbone(images_u8)
     share = changed.flatten(1).any(dim=1).float().mean()
-    assert abs(share - rate) <= 4 * (rate * (1 - rate) / 2000) ** 0.5 + 2e-3  # 4 standard deviations; and rarely no rectangle fits
+    # 4 standard deviations; and rarely no rectangle fits
+    assert abs(share - rate) <= 4 * (rate * (1 - rate) / 2000) ** 0.5 + 2e-3
     if rate:
         noise = images_norm[changed]
         assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
-        assert changed.flatten(1).float().mean(dim=1).max() < 0.4  # one rectangle of a third at most
+        # one rectangle of a third at most
+        assert changed.flatten(1).float().mean(dim=1).max() < 0.4

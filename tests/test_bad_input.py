@@ -1,4 +1,7 @@
-"""What a user gets wrong: one line on stderr that names value, reason and remedy, exit code 2, no traceback; nothing half-made left."""
+"""What a user gets wrong: one line on stderr that names value, reason and remedy, exit code 2, no traceback.
+
+Nothing half-made left.
+"""
 
 import json
 import shutil
@@ -16,7 +19,9 @@ def refused(small_sets, tmp_path):
     def start(stage, *arguments, ranks=1):
         done = run_stage(stage, *arguments, ranks=ranks, check=False)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert done.returncode != 0 and len(errors) == 1 and "Traceback" not in done.stderr.split("error: ")[0], done.stderr[-3000:]
+        assert done.returncode != 0 and len(errors) == 1 and "Traceback" not in done.stderr.split("error: ")[0], (
+            done.stderr[-3000:]
+        )
         if ranks == 1:
             assert done.returncode == 2
         return errors[0]
@@ -48,14 +53,21 @@ def test_a_json_value_that_contradicts_the_recipe_names_both(refused, small_sets
 
 
 def test_a_batch_that_does_not_divide_names_batches_that_do(refused, small_sets, tmp_path):
-    assert "global_batch 10 is not a multiple of micro_batch 4 x 1 ranks = 4; use 8 or 12" in refused(*pretrain(small_sets, tmp_path, "run.global_batch=10"))
+    assert "global_batch 10 is not a multiple of micro_batch 4 x 1 ranks = 4; use 8 or 12" in refused(
+        *pretrain(small_sets, tmp_path, "run.global_batch=10")
+    )
 
 
 def test_two_ranks_that_find_the_same_fault_say_it_once(refused, small_sets, tmp_path):
-    assert "global_batch 12 is not a multiple of micro_batch 4 x 2 ranks" in refused(*pretrain(small_sets, tmp_path, "run.global_batch=12"), ranks=2)
+    assert "global_batch 12 is not a multiple of micro_batch 4 x 2 ranks" in refused(
+        *pretrain(small_sets, tmp_path, "run.global_batch=12"), ranks=2
+    )
 
 
-@pytest.mark.parametrize("key, words", [("data.images", "no such folder of images shards"), ("data.tokens", "no such folder of tokens shards")])
+@pytest.mark.parametrize(
+    "key, words",
+    [("data.images", "no such folder of images shards"), ("data.tokens", "no such folder of tokens shards")],
+)
 def test_a_missing_folder_is_named(refused, small_sets, tmp_path, key, words):
     line = refused(*pretrain(small_sets, tmp_path, f"{key}=nowhere"))
     assert str(small_sets.root / "nowhere") in line and words in line
@@ -65,13 +77,17 @@ def test_an_empty_class_folder_is_named(refused, real_data, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "pictures" / name).mkdir(parents=True)
     shutil.copy(real_data.imagenet[0], tmp_path / "pictures" / "cat")
-    assert "dog" in refused("pack_images", "--images", tmp_path / "pictures", "--labels", "folders", "--out", tmp_path / "out")
+    assert "dog" in refused(
+        "pack_images", "--images", tmp_path / "pictures", "--labels", "folders", "--out", tmp_path / "out"
+    )
 
 
 def test_shards_without_a_manifest_are_not_trusted(refused, small_sets, tmp_path):
     shutil.copytree(small_sets.root / "images", tmp_path / "images")
     (tmp_path / "images" / "train" / "manifest.json").unlink()
-    assert "4 tar files but no manifest.json" in refused(*pretrain(small_sets, tmp_path, f"data.images={tmp_path / 'images' / 'train'}"))
+    assert "4 tar files but no manifest.json" in refused(
+        *pretrain(small_sets, tmp_path, f"data.images={tmp_path / 'images' / 'train'}")
+    )
 
 
 def test_a_truncated_tar_is_named(refused, small_sets, tmp_path):
@@ -97,25 +113,47 @@ def test_a_json_that_is_no_deepspeed_config_is_refused(refused, small_sets, tmp_
 
 
 def test_more_views_than_stored_are_refused(refused, small_sets, tmp_path):
-    assert "3 views are stored for each picture, views.count asks for 5" in refused(*pretrain(small_sets, tmp_path, "views.count=5"))
+    assert "3 views are stored for each picture, views.count asks for 5" in refused(
+        *pretrain(small_sets, tmp_path, "views.count=5")
+    )
 
 
 def test_a_moco_file_of_another_width_names_both_widths(refused, small_sets, tmp_path):
     net = timm.create_model("vit_small_patch16_224", num_classes=0, depth=2)
-    torch.save({"state_dict": {f"module.base_encoder.{name}": value for name, value in net.state_dict().items()}}, tmp_path / "vit-s-300ep.pth.tar")
+    torch.save(
+        {"state_dict": {f"module.base_encoder.{name}": value for name, value in net.state_dict().items()}},
+        tmp_path / "vit-s-300ep.pth.tar",
+    )
     line = refused(
-        "train_tokenizer", "--recipe", "peco_tokenizer", "--out", tmp_path / "run", f"data.root={small_sets.root}", f"perceptual.weights={tmp_path / 'vit-s-300ep.pth.tar'}", "perceptual.architecture=vit_base_patch16_224"
+        "train_tokenizer",
+        "--recipe",
+        "peco_tokenizer",
+        "--out",
+        tmp_path / "run",
+        f"data.root={small_sets.root}",
+        f"perceptual.weights={tmp_path / 'vit-s-300ep.pth.tar'}",
+        "perceptual.architecture=vit_base_patch16_224",
     )
     assert "384" in line and "768" in line
 
 
 def test_a_tokenizer_without_a_judge_must_be_asked_for(refused, small_sets, tmp_path):
-    line = refused("train_tokenizer", "--recipe", "peco_tokenizer", "--out", tmp_path / "run", f"data.root={small_sets.root}")
+    line = refused(
+        "train_tokenizer", "--recipe", "peco_tokenizer", "--out", tmp_path / "run", f"data.root={small_sets.root}"
+    )
     assert "vit-b-300ep.pth.tar" in line and "perceptual.weight=0" in line
 
 
 def test_a_missing_judge_says_what_to_fetch(refused, small_sets, tmp_path):
-    line = refused("train_tokenizer", "--recipe", "peco_tokenizer", "--out", tmp_path / "run", f"data.root={small_sets.root}", "perceptual.weights=/nowhere/vit-b-300ep.pth.tar")
+    line = refused(
+        "train_tokenizer",
+        "--recipe",
+        "peco_tokenizer",
+        "--out",
+        tmp_path / "run",
+        f"data.root={small_sets.root}",
+        "perceptual.weights=/nowhere/vit-b-300ep.pth.tar",
+    )
     assert "/nowhere/vit-b-300ep.pth.tar" in line and "MoCo v3" in line
 
 
@@ -124,7 +162,15 @@ def test_tokens_of_another_tokenizer_stop_the_run_before_it_starts(refused, smal
     from peco_ds.models.tokenizers import build_tokenizer, save_tokenizer
 
     torch.manual_seed(7)
-    settings = TokenizerSettings(channels=16, channel_mults=(1, 1, 2, 2), blocks_per_level=1, z_channels=16, num_codes=64, code_dim=8, l2_normalized=True)
+    settings = TokenizerSettings(
+        channels=16,
+        channel_mults=(1, 1, 2, 2),
+        blocks_per_level=1,
+        z_channels=16,
+        num_codes=64,
+        code_dim=8,
+        l2_normalized=True,
+    )
     save_tokenizer(tmp_path / "other", build_tokenizer(settings).state_dict(), settings, {})
     assert "made by tokenizer" in refused(*pretrain(small_sets, tmp_path, f"data.tokenizer={tmp_path / 'other'}"))
     assert not (tmp_path / "run").exists()
@@ -146,7 +192,9 @@ def test_a_tokenizer_whose_grid_is_not_the_backbones_is_refused(refused, small_s
 
 def test_another_run_in_the_same_folder_is_not_overwritten(refused, small_sets, tmp_path):
     run_stage(*pretrain(small_sets, tmp_path, "schedule.steps=2"))
-    assert "optim.lr = 0.003, this one has 0.001" in refused(*pretrain(small_sets, tmp_path, "schedule.steps=2", "optim.lr=1e-3"))
+    assert "optim.lr = 0.003, this one has 0.001" in refused(
+        *pretrain(small_sets, tmp_path, "schedule.steps=2", "optim.lr=1e-3")
+    )
 
 
 def test_a_folder_that_is_no_run_cannot_be_converted(refused, tmp_path):

@@ -8,17 +8,24 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import collectives
 
-SMALL = "model.depth=2 model.width=48 model.heads=3 model.image_px=64 views.tokenizer_px=64 mask.count=6 mask.min_block=2 objective.num_codes=64".split()
+SMALL = (
+    "model.depth=2 model.width=48 model.heads=3 model.image_px=64 views.tokenizer_px=64 "
+    "mask.count=6 mask.min_block=2 objective.num_codes=64"
+).split()
 
 
 def test_an_all_reduce_is_sent_twice_and_a_read_is_no_traffic():
-    counted = {"allreduce": [2, 100, 60], "reduce_scatter_base": [1, 30, 30], "allgather_into_tensor_coalesced": [3, 7, 5], "reads": [9, 0, 0]}
+    counted = {
+        "allreduce": [2, 100, 60],
+        "reduce_scatter_base": [1, 30, 30],
+        "allgather_into_tensor_coalesced": [3, 7, 5],
+        "reads": [9, 0, 0],
+    }
     assert collectives.traffic_bytes(counted) == 237
     assert [collectives.group_of(name) for name in counted] == ["reductions", "reductions", "gathers", "reads"]
 
@@ -28,7 +35,19 @@ def rows(tmp_path_factory) -> dict[str, list[str]]:
     """Cells by row of the table that the command writes."""
     record = tmp_path_factory.mktemp("collectives") / "record.md"
     only = ["zero0", "zero1", "zero3, persistence 0", "zero3, persistence 1e6", "zero3, reduced in bf16"]
-    command = [sys.executable, "benchmarks/collectives.py", "--recipes", "peco_vittiny16", "--rounds", "0", "--only", *only, "--record", str(record), *SMALL]
+    command = [
+        sys.executable,
+        "benchmarks/collectives.py",
+        "--recipes",
+        "peco_vittiny16",
+        "--rounds",
+        "0",
+        "--only",
+        *only,
+        "--record",
+        str(record),
+        *SMALL,
+    ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.strip("|").split("|") for line in record.read_text().splitlines() if line.startswith("| zero")]
@@ -53,5 +72,7 @@ def test_weights_that_stay_gathered_are_gathered_tensor_by_tensor(rows):
 
 
 def test_a_row_that_does_not_exist_is_refused_before_any_rank_starts():
-    done = subprocess.run([sys.executable, "benchmarks/collectives.py", "--only", "zero9"], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "benchmarks/collectives.py", "--only", "zero9"], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "no such row" in done.stderr and json.dumps("zero9").strip('"') in done.stderr

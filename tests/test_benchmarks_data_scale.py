@@ -16,7 +16,10 @@ import data_scale
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict]:
-    return {name: data_scale.in_fresh_process(case) for name, case in (("few", data_scale.Case(10, 1000)), ("many", data_scale.Case(100_000, 1000)))}
+    return {
+        name: data_scale.in_fresh_process(case)
+        for name, case in (("few", data_scale.Case(10, 1000)), ("many", data_scale.Case(100_000, 1000)))
+    }
 
 
 def test_a_hundred_million_samples_are_continued_anywhere_in_little_memory(rows):
@@ -42,14 +45,31 @@ def test_a_giant_shard_and_repeats_are_measured_too():
 
 
 def test_table_record_and_plot_are_written(tmp_path):
-    command = [sys.executable, "benchmarks/data_scale.py", "--largest", "1e5", "--record", str(tmp_path / "r.md"), "--plot", str(tmp_path / "r.png")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    command = [
+        sys.executable,
+        "benchmarks/data_scale.py",
+        "--largest",
+        "1e5",
+        "--record",
+        str(tmp_path / "r.md"),
+        "--plot",
+        str(tmp_path / "r.png"),
+    ]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     text = (tmp_path / "r.md").read_text()
     assert "![time and memory against samples](r.png)" in text and (tmp_path / "r.png").stat().st_size > 10_000
-    assert [len(re.findall(rf"^\| {shards} x 1000 \|", text, flags=re.MULTILINE)) for shards in (10, 100, 1000)] == [2, 3, 0], "of each case a start and a resume, of the largest what workers open"
+    assert [len(re.findall(rf"^\| {shards} x 1000 \|", text, flags=re.MULTILINE)) for shards in (10, 100, 1000)] == [
+        2,
+        3,
+        0,
+    ], "of each case a start and a resume, of the largest what workers open"
 
 
 def test_a_size_that_leaves_no_case_is_refused():
-    done = subprocess.run([sys.executable, "benchmarks/data_scale.py", "--largest", "100"], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "benchmarks/data_scale.py", "--largest", "100"], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "--largest 100" in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -14,28 +14,49 @@ import many_ranks
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "benchmarks/many_ranks.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [sys.executable, "benchmarks/many_ranks.py", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
 
 
 def row_of(text: str, ranks: int) -> dict[str, float]:
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    head, values = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], next(line for line in lines if line.startswith(f"| {ranks} "))))
+    head, values = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (lines[0], next(line for line in lines if line.startswith(f"| {ranks} ")))
+    )
     return {name: float(value) for name, value in zip(head, values, strict=True)}
 
 
 def test_time_that_grows_as_the_ranks_do_shows_as_one_a_rank():
-    start = {name: 1.0 for name in many_ranks.PHASES}
-    found = {2: [start | {"first step": 9.0, "step": 0.5, "save": 0.2, "cpu": 6.0, "files": 10, "mb": 1.0}], 8: [start | {"first step": 36.0, "step": 2.0, "save": 1.6, "cpu": 6.0, "files": 28, "mb": 1.5}]}
+    start = dict.fromkeys(many_ranks.PHASES, 1.0)
+    found = {
+        2: [start | {"first step": 9.0, "step": 0.5, "save": 0.2, "cpu": 6.0, "files": 10, "mb": 1.0}],
+        8: [start | {"first step": 36.0, "step": 2.0, "save": 1.6, "cpu": 6.0, "files": 28, "mb": 1.5}],
+    }
     row = row_of(many_ranks.table(found), 8)
-    assert (row["to the first step s"], row["of the fewest"], row["save a rank, of the fewest"], row["files"]) == (36.0, 1.0, 2.0, 28)
+    assert (row["to the first step s"], row["of the fewest"], row["save a rank, of the fewest"], row["files"]) == (
+        36.0,
+        1.0,
+        2.0,
+        28,
+    )
 
 
 def test_a_start_of_two_ranks_is_measured_to_its_last_save(tmp_path):
     done = command("--ranks", "2", "--record", str(tmp_path / "r.md"), "--plot", str(tmp_path / "r.png"))
     assert done.returncode == 0, done.stderr[-3000:]
     row = row_of((tmp_path / "r.md").read_text(), 2)
-    assert min(row[name] for name in ("imports s", "engine s", "to the first step s", "step s", "processor s a rank")) > 0
-    assert row["files"] == 2 * 3 + 4, "weights, optimiser and counters of each rank; progress, settings, provenance and the script that reads them"
+    assert (
+        min(row[name] for name in ("imports s", "engine s", "to the first step s", "step s", "processor s a rank")) > 0
+    )
+    assert row["files"] == 2 * 3 + 4, (
+        "weights, optimiser and counters of each rank; progress, settings, provenance and the script that reads them"
+    )
     assert (tmp_path / "r.png").stat().st_size > 5000
 
 

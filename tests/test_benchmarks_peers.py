@@ -1,4 +1,7 @@
-"""benchmarks/peers.py: that it compares equal computations only, and that its arithmetic is right; never how fast anything is."""
+"""benchmarks/peers.py: that it compares equal computations only, and that its arithmetic is right.
+
+Never how fast anything is.
+"""
 
 import re
 import sys
@@ -9,11 +12,30 @@ from conftest import REPOSITORY, run_stage
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import peers
-from peers import GPU_CONTENDERS, GPU_SIZES, HF, LIBRARIES, OURS, TIMM, Contender, LossesDiffer, Result, check_libraries, compare, other_losses, resolved, table, verdicts
+from peers import (
+    GPU_CONTENDERS,
+    GPU_SIZES,
+    HF,
+    LIBRARIES,
+    OURS,
+    TIMM,
+    Contender,
+    LossesDiffer,
+    Result,
+    check_libraries,
+    compare,
+    other_losses,
+    resolved,
+    table,
+    verdicts,
+)
 
 from peco_ds.errors import UserError
 
-TOY = "model.depth=2 model.width=48 model.heads=3 model.image_px=64 mask.count=6 mask.min_block=2 objective.num_codes=64 run.micro_batch=2".split()
+TOY = (
+    "model.depth=2 model.width=48 model.heads=3 model.image_px=64 mask.count=6 mask.min_block=2 "
+    "objective.num_codes=64 run.micro_batch=2"
+).split()
 THREE = [Contender(library, "fp32") for library in (OURS, HF, TIMM)]
 
 
@@ -23,12 +45,35 @@ def toy():
 
 def test_ours_hugging_face_timm_and_the_engine_take_turns_from_the_same_first_loss(tmp_path):
     record = tmp_path / "peers.md"
-    run_stage("benchmarks/peers.py", "--rounds", 2, "--at_once", 4, "--without", "compiled", "--without", "eager attention", "--record", record, "--plot", tmp_path / "peers.png", *TOY)
+    run_stage(
+        "benchmarks/peers.py",
+        "--rounds",
+        2,
+        "--at_once",
+        4,
+        "--without",
+        "compiled",
+        "--without",
+        "eager attention",
+        "--record",
+        record,
+        "--plot",
+        tmp_path / "peers.png",
+        *TOY,
+    )
     text = record.read_text()
-    rows = {cells[0]: cells[1:] for cells in (re.split(r" *\| *", line.strip("|").strip()) for line in text.splitlines()) if len(cells) == 7}
+    rows = {
+        cells[0]: cells[1:]
+        for cells in (re.split(r" *\| *", line.strip("|").strip()) for line in text.splitlines())
+        if len(cells) == 7
+    }
     assert list(rows)[-4:] == ["ours, eager", "Hugging Face, eager", "timm, eager", "ours, DeepSpeed ZeRO-1, eager"]
     assert rows["ours, eager"][0].startswith("1.000") and all(float(rows[name][2]) > 0 for name in list(rows)[-4:])
-    assert "The same function, float32, loss" in text and "times the fastest of the 2 measured peers" in text and "transformers" in text
+    assert (
+        "The same function, float32, loss" in text
+        and "times the fastest of the 2 measured peers" in text
+        and "transformers" in text
+    )
     assert (tmp_path / "peers.png").stat().st_size > 1000
 
 
@@ -37,10 +82,17 @@ def test_all_libraries_compute_the_same_from_converted_weights():
     assert "gradient norm of the bias table" in text
 
 
-@pytest.mark.parametrize("spoilt", ["rel_pos_bias.relative_position_bias_table", "backbone.cls_token", "blocks.1.gamma_2", "lm_head.bias"])
+@pytest.mark.parametrize(
+    "spoilt", ["rel_pos_bias.relative_position_bias_table", "backbone.cls_token", "blocks.1.gamma_2", "lm_head.bias"]
+)
 def test_no_comparison_where_one_library_computes_something_else(monkeypatch, spoilt):
     def other(recipe, weights, batch, contender):
-        return timm(recipe, {name: value * 0 if name.endswith(spoilt) else value for name, value in weights.items()}, batch, contender)
+        return timm(
+            recipe,
+            {name: value * 0 if name.endswith(spoilt) else value for name, value in weights.items()},
+            batch,
+            contender,
+        )
 
     timm = LIBRARIES[TIMM]
     monkeypatch.setitem(peers.LIBRARIES, TIMM, other)
@@ -59,8 +111,12 @@ def test_a_loss_that_is_no_number_is_a_difference():
 def test_full_sizes_are_the_recipes_own_in_16_bits_and_every_bare_precision_of_a_peer_has_one_of_ours():
     for size, (name, own) in GPU_SIZES.items():
         recipe = resolved(name, own, [])
-        assert recipe.run.precision == "bf16" and size.endswith(str(recipe.model.image_px)) and recipe.model.drop_path == 0
-    assert {contender.precision for contender in GPU_CONTENDERS if contender.library != OURS} <= {contender.precision for contender in GPU_CONTENDERS if contender.library == OURS}
+        assert (
+            recipe.run.precision == "bf16" and size.endswith(str(recipe.model.image_px)) and recipe.model.drop_path == 0
+        )
+    assert {contender.precision for contender in GPU_CONTENDERS if contender.library != OURS} <= {
+        contender.precision for contender in GPU_CONTENDERS if contender.library == OURS
+    }
     assert len({contender.label for contender in GPU_CONTENDERS}) == len(GPU_CONTENDERS)
 
 
@@ -68,7 +124,11 @@ def test_a_row_whose_first_loss_is_not_the_references_has_no_figures():
     said = other_losses({"ours": 9.0, "near": 9.01, "far": 9.5, "none": float("nan")}, 3e-2)
     assert list(said) == ["far", "none"] and "9.5" in said["far"] and "9" in said["none"]
     failed = Result(THREE[1], seconds=[1.0], ratios=[1.0], failure=said["far"])
-    assert said["far"] in table([Result(THREE[0], seconds=[1.0], ratios=[1.0], cpu_ratios=[1.0]), failed], 8).splitlines()[3] and verdicts([failed]) == []
+    assert (
+        said["far"]
+        in table([Result(THREE[0], seconds=[1.0], ratios=[1.0], cpu_ratios=[1.0]), failed], 8).splitlines()[3]
+        and verdicts([failed]) == []
+    )
 
 
 @pytest.mark.parametrize("setting", ["encoding.kind=visible", "aggregation.early_block=1", "run.precision=fp16"])
@@ -82,11 +142,25 @@ def test_ours_is_held_against_the_fastest_peer_of_its_precision():
         return Result(contender, seconds=[1.0], ratios=[ratio])
 
     results = [
-        result(Contender(OURS, "bf16"), 1.0), result(Contender(HF, "bf16"), 0.5), result(Contender(TIMM, "bf16"), 0.8), result(Contender(TIMM, "bf16", compiled=True), 1.25),
-        result(Contender(OURS, "bf16", compiled=True), 1.5), result(Contender(TIMM, "autocast"), 0.25), result(Contender(OURS, "master", compiled=True, zero="1"), 1.25),
+        result(Contender(OURS, "bf16"), 1.0),
+        result(Contender(HF, "bf16"), 0.5),
+        result(Contender(TIMM, "bf16"), 0.8),
+        result(Contender(TIMM, "bf16", compiled=True), 1.25),
+        result(Contender(OURS, "bf16", compiled=True), 1.5),
+        result(Contender(TIMM, "autocast"), 0.25),
+        result(Contender(OURS, "master", compiled=True, zero="1"), 1.25),
         Result(Contender(HF, "autocast"), failure="out of memory"),
-    ]  # fmt: skip
+    ]
     said = verdicts(results)
-    assert "1.25 times the fastest of the 2 measured peers that are not compiled (timm, eager, bf16 weights; 1.25 to 1.25 over its turns)" in said[0]
-    assert "1.20 times the fastest of the 3 measured peers (timm, compiled, bf16 weights; 1.20 to 1.20 over its turns)" in said[1]
-    assert "5.00 times the fastest of the 1 measured peers (timm, eager, fp32 weights, bf16 autocast; 5.00 to 5.00 over its turns)" in said[2]
+    assert (
+        "1.25 times the fastest of the 2 measured peers that are not compiled (timm, eager, bf16 "
+        "weights; 1.25 to 1.25 over its turns)" in said[0]
+    )
+    assert (
+        "1.20 times the fastest of the 3 measured peers (timm, compiled, bf16 weights; 1.20 to 1.20 over its turns)"
+        in said[1]
+    )
+    assert (
+        "5.00 times the fastest of the 1 measured peers (timm, eager, fp32 weights, bf16 autocast; "
+        "5.00 to 5.00 over its turns)" in said[2]
+    )

@@ -1,4 +1,7 @@
-"""The command that holds the planner against torch and DeepSpeed. What it counts: test_traffic.py and test_engine_state.py, which share its launches."""
+"""The command that holds the planner against torch and DeepSpeed.
+
+What it counts: test_traffic.py and test_engine_state.py, which share its launches.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,23 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import REPOSITORY
+
 from peco_ds.errors import UserError
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import plan_engine
-from plan_engine import Case, counted_flops, flops_recipes, measure, plain_name, predicted_flops, predicted_memory, state_table, traffic_table
+from plan_engine import (
+    Case,
+    counted_flops,
+    flops_recipes,
+    measure,
+    plain_name,
+    predicted_flops,
+    predicted_memory,
+    state_table,
+    traffic_table,
+)
 
 
 @pytest.mark.parametrize("name", ["toy", "peco_vitb16"])
@@ -20,13 +33,19 @@ def test_flops_at_a_toy_size_and_at_full_width_are_those_of_torchs_counter(name)
     recipe = flops_recipes()[name]
     said, seen = predicted_flops(recipe), counted_flops(recipe)
     assert said.forward == pytest.approx(seen.forward, rel=0.01)
-    # Three times the forward pass counts a gradient for the picture that nobody asks for: 0.8 percent of three blocks, less of more.
+    # Three times the forward pass counts a gradient for the picture that nobody asks for: 0.8 percent of three blocks,
+    # less of more.
     assert said.training == pytest.approx(seen.training, rel=0.01)
 
 
 def row_of(case: Case, **counted) -> dict:
     modules = [[[(64, True), (64, False)]], [[(4096, True), (64, False)]], [[(1000, True)]]]
-    return {"device": "cpu", "modules": modules, "ds_config": {"zero_optimization": {"stage": 1}}, "groups": "whole"} | counted
+    return {
+        "device": "cpu",
+        "modules": modules,
+        "ds_config": {"zero_optimization": {"stage": 1}},
+        "groups": "whole",
+    } | counted
 
 
 def cells(line: str) -> list[str]:
@@ -37,7 +56,10 @@ def test_the_table_of_states_shows_the_worst_moment_and_how_far_off_the_predicti
     case = Case("ZeRO-1", "zero1.json", weighed=True)
     row = row_of(case)
     predicted = predicted_memory(case, row, 2).state
-    row |= {"held": {"end of forward": round(predicted / 2), "end of backward": round(predicted / 1.25)}, "saved": [1000, 500]}
+    row |= {
+        "held": {"end of forward": round(predicted / 2), "end of backward": round(predicted / 1.25)},
+        "saved": [1000, 500],
+    }
     line = cells(state_table({2: [(case, row)]})[-2])
     assert line[0] == "ZeRO-1" and line[1] == "2"
     assert line[4] == "+25.00%" and line[5] == "end of backward"
@@ -48,7 +70,9 @@ def test_the_table_of_traffic_names_what_only_one_side_has():
     case = plan_engine.TRAFFIC[0]  # without ZeRO: one all-reduce
     row = row_of(case, logged={"all_gather_into_tensor": [3, 500]}) | {"ds_config": {"zero_optimization": {"stage": 0}}}
     rows = {line[2]: line for line in map(cells, traffic_table({2: [(case, row)]})[4:-1])}
-    assert rows["all_gather"][3:5] == ["0", "3"] and rows["all_gather"][6] == "1.00", "a rank's own part of a gather, twice"
+    assert rows["all_gather"][3:5] == ["0", "3"] and rows["all_gather"][6] == "1.00", (
+        "a rank's own part of a gather, twice"
+    )
     assert rows["all_reduce"][3:5] == ["1", "0"] and rows["all_reduce"][7] == "none counted"
 
 
@@ -69,5 +93,7 @@ def test_ranks_that_fail_are_an_error_with_what_they_said(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "told"), [(["--only", "speed"], "speed"), (["--ranks", "0"], "1 or more")])
 def test_what_cannot_be_counted_is_refused_before_any_rank_starts(arguments, told):
-    done = subprocess.run([sys.executable, "benchmarks/plan_engine.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "benchmarks/plan_engine.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.returncode == 2 and told in done.stderr

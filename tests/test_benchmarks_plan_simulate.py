@@ -15,7 +15,9 @@ SMALL = "model.depth=3 model.width=192 model.heads=3 run.global_batch=256 run.mi
 @pytest.fixture(scope="module")
 def record(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("plan_simulate") / "record.md"
-    done = start("--gpus", "1", "8", "16", "--steps", "8", "--record", str(path), "--plot", str(path.with_suffix(".png")), *SMALL)
+    done = start(
+        "--gpus", "1", "8", "16", "--steps", "8", "--record", str(path), "--plot", str(path.with_suffix(".png")), *SMALL
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert path.with_suffix(".png").stat().st_size > 1000
     assert all(line in path.read_text() for line in done.stdout.splitlines())
@@ -48,7 +50,12 @@ def test_bad_nodes_and_a_month_of_failures_are_in_it(record):
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [(["--gpus", "0"], "give 1 or more"), (["--gpus", "13"], "divides run.global_batch"), (["--gpus", "7"], "divides run.global_batch"), (["--hardware", "h1000"], "h100")],
+    [
+        (["--gpus", "0"], "give 1 or more"),
+        (["--gpus", "13"], "divides run.global_batch"),
+        (["--gpus", "7"], "divides run.global_batch"),
+        (["--hardware", "h1000"], "h100"),
+    ],
 )
 def test_what_cannot_be_played_is_refused(arguments, words):
     done = start(*arguments, *SMALL)
@@ -56,7 +63,9 @@ def test_what_cannot_be_played_is_refused(arguments, words):
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "benchmarks/plan_simulate.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "benchmarks/plan_simulate.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True
+    )
 
 
 def cells(line: str) -> list[str]:

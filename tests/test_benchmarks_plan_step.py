@@ -18,7 +18,10 @@ from peco_ds.errors import UserError
 from peco_ds.planner.compute import PACES
 from peco_ds.planner.hardware import HARDWARE
 
-TOY = "model.depth=2 model.width=48 model.heads=3 model.image_px=64 views.tokenizer_px=64 mask.count=6 mask.min_block=2 objective.num_codes=64 run.micro_batch=2".split()
+TOY = (
+    "model.depth=2 model.width=48 model.heads=3 model.image_px=64 views.tokenizer_px=64 "
+    "mask.count=6 mask.min_block=2 objective.num_codes=64 run.micro_batch=2"
+).split()
 
 
 def arguments(rows: str = "", *, gpu: bool = False, overrides: list[str] | None = None) -> argparse.Namespace:
@@ -27,7 +30,9 @@ def arguments(rows: str = "", *, gpu: bool = False, overrides: list[str] | None 
 
 def test_rows_are_predicted_run_and_recorded(tmp_path):
     record = tmp_path / "step.md"
-    answer = run_stage("benchmarks/plan_step.py", "--rows", "width 384; width 384, full", "--rounds", 1, "--record", record, *TOY).stdout
+    answer = run_stage(
+        "benchmarks/plan_step.py", "--rows", "width 384; width 384, full", "--rounds", 1, "--record", record, *TOY
+    ).stdout
     rows = [re.split(r" *\| *", line.strip("| ")) for line in answer.splitlines() if line.startswith("| width")]
     assert [row[0] for row in rows] == ["width 384", "width 384, full"]
     assert all(float(row[2].split()[0]) > 0 and float(row[3]) > 0 and row[5] in ("yes", "no") for row in rows)
@@ -50,7 +55,19 @@ def test_a_row_that_is_not_known_is_refused_by_name():
 
 
 def test_the_error_is_the_predictions_against_the_measured_step():
-    row = Row("one", 8, replace(HARDWARE["h100"], name="this device"), "bf16", {"slow": 0.3, "typical": 0.2, "fast": 0.1}, 0.5, 0.25, 2e6, 1e6, 2**31, 2**30)
+    row = Row(
+        "one",
+        8,
+        replace(HARDWARE["h100"], name="this device"),
+        "bf16",
+        {"slow": 0.3, "typical": 0.2, "fast": 0.1},
+        0.5,
+        0.25,
+        2e6,
+        1e6,
+        2**31,
+        2**30,
+    )
     text = report([row])
     assert "-20%" in text and "+100%" in text and "1 of 1 lie between" in text
     assert "| one | 8 | 200 (100 to 300) | 500 (+100%) | 250 | -20% | yes | 2 | 1 | 2.0 | 1.0 |" in text

@@ -10,7 +10,21 @@ from conftest import REPOSITORY, run_stage
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from plan_world import BASE, GIANT, HUGE, LARGE, Passes, Published, Vit, mae, published, report, run_hours, sized, vit_passes
+from plan_world import (
+    BASE,
+    GIANT,
+    HUGE,
+    LARGE,
+    Passes,
+    Published,
+    Vit,
+    mae,
+    published,
+    report,
+    run_hours,
+    sized,
+    vit_passes,
+)
 
 from peco_ds.planner.compute import PACES
 from peco_ds.planner.shapes import FLOPS_PER_MAC
@@ -21,7 +35,10 @@ def flops(networks) -> float:
     return sum(vit_passes(vit, how)[0].flops for vit, how in networks)
 
 
-@pytest.mark.parametrize("size, patch, mlp_ratio, gmac", [(BASE, 16, 4.0, 17.6), (LARGE, 16, 4.0, 61.6), (HUGE, 14, 4.0, 167.4), (GIANT, 14, 48 / 11, 267.2)])
+@pytest.mark.parametrize(
+    "size, patch, mlp_ratio, gmac",
+    [(BASE, 16, 4.0, 17.6), (LARGE, 16, 4.0, 61.6), (HUGE, 14, 4.0, 167.4), (GIANT, 14, 48 / 11, 267.2)],
+)
 def test_transformers_have_the_macs_that_timm_publishes(size, patch, mlp_ratio, gmac):
     network = (Vit(sized(*size, patch=patch, mlp_ratio=mlp_ratio)), Passes("eager"))
     assert flops([network]) == pytest.approx(FLOPS_PER_MAC * gmac * 1e9, rel=0.01)
@@ -35,7 +52,10 @@ def test_mae_sees_a_quarter_of_the_patches_so_that_it_costs_a_third():
 def test_inference_has_no_backward_pass_and_stored_attention_moves_more():
     vit = Vit(sized(*BASE))
     assert len(vit_passes(vit, Passes("compiled", trained=False))) == 1
-    fused, stored = (sum(work.moved_bytes for work in vit_passes(vit, Passes("autocast", stored_attention=kept))) for kept in (False, True))
+    fused, stored = (
+        sum(work.moved_bytes for work in vit_passes(vit, Passes("autocast", stored_attention=kept)))
+        for kept in (False, True)
+    )
     assert stored > 1.3 * fused
 
 
@@ -55,15 +75,32 @@ def test_every_row_is_predicted_in_order_of_pace_and_names_its_source():
 
 def test_more_gpus_never_give_more_pictures_a_gpu():
     row = next(row for row in published() if row.what == "ViT-g/14, training, 8 GPUs" and row.hardware == "h100")
-    assert replace(row, gpus=128).predicted("typical") <= row.predicted("typical") <= replace(row, gpus=1).predicted("typical")
+    assert (
+        replace(row, gpus=128).predicted("typical")
+        <= row.predicted("typical")
+        <= replace(row, gpus=1).predicted("typical")
+    )
 
 
 def test_the_report_says_error_range_and_role_of_every_row():
-    row = Published("one", "h100", 100.0, ((Vit(sized(*BASE)), Passes("compiled")),), 64, "somewhere", precision="bf16", group="group")
+    row = Published(
+        "one",
+        "h100",
+        100.0,
+        ((Vit(sized(*BASE)), Passes("compiled")),),
+        64,
+        "somewhere",
+        precision="bf16",
+        group="group",
+    )
     typical = row.predicted("typical")
     exact, half = replace(row, images_s=typical), replace(row, what="two", images_s=2 * typical)
     text = report([exact, half, replace(exact, what="three", calibration=True)])
-    assert "| +0% | yes | held out |" in text and "| -50% | no | held out |" in text and "| +0% | yes | calibration |" in text
+    assert (
+        "| +0% | yes | held out |" in text
+        and "| -50% | no | held out |" in text
+        and "| +0% | yes | calibration |" in text
+    )
     assert "| group | 2 | -25% | -50% | 1 |" in text and "- somewhere" in text
 
 

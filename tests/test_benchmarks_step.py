@@ -1,4 +1,7 @@
-"""benchmarks/step.py and what it shares: that it runs at toy size, and that its arithmetic is right; never how fast anything is."""
+"""benchmarks/step.py and what it shares: that it runs at toy size, and that its arithmetic is right.
+
+Never how fast anything is.
+"""
 
 import argparse
 import os
@@ -22,16 +25,24 @@ from step_time import Turns, step_costs, step_memory
 from peco_ds.config import PretrainRecipe, load_recipe
 from peco_ds.errors import UserError
 
-TOY = "model.depth=2 model.width=48 model.heads=3 model.image_px=64 mask.count=6 mask.min_block=2 objective.num_codes=64 run.micro_batch=2".split()
+TOY = (
+    "model.depth=2 model.width=48 model.heads=3 model.image_px=64 mask.count=6 mask.min_block=2 "
+    "objective.num_codes=64 run.micro_batch=2"
+).split()
 CEILINGS = {torch.float32: 1e13}
 
 
 def row(seconds, *, batch=10, compile="none", drop_by="picture", **fields):
-    return Row(Setting("B/16", "3", "none", compile, drop_by), batch=batch, flops_a_picture=10**11, seconds=seconds, **fields)
+    return Row(
+        Setting("B/16", "3", "none", compile, drop_by), batch=batch, flops_a_picture=10**11, seconds=seconds, **fields
+    )
 
 
 def arguments(**chosen):
-    return argparse.Namespace(**{"gpu": False, "sizes": None, "all": False, **{axis: ",".join(values) for axis, values in AXES.items()}} | chosen)
+    return argparse.Namespace(
+        **{"gpu": False, "sizes": None, "all": False, **{axis: ",".join(values) for axis, values in AXES.items()}}
+        | chosen
+    )
 
 
 def table_rows(text):
@@ -42,9 +53,26 @@ def table_rows(text):
 def test_every_row_is_trained_and_recorded_with_ratio_ceiling_activations_and_profile(tmp_path):
     record = tmp_path / "step.md"
     run_stage(
-        "benchmarks/step.py", "--sizes", "B/16 of 3 blocks", "--zero", "3,1", "--checkpointing", "none,full", "--compile", "none", "--drop_by", "picture",
-        "--rounds", 2, "--profile", "--record", record, "--plot", tmp_path / "step.png", *TOY,
-    )  # fmt: skip
+        "benchmarks/step.py",
+        "--sizes",
+        "B/16 of 3 blocks",
+        "--zero",
+        "3,1",
+        "--checkpointing",
+        "none,full",
+        "--compile",
+        "none",
+        "--drop_by",
+        "picture",
+        "--rounds",
+        2,
+        "--profile",
+        "--record",
+        record,
+        "--plot",
+        tmp_path / "step.png",
+        *TOY,
+    )
     text = record.read_text()
     found = [re.split(r" *\| *", line.strip("|").strip()) for line in text.splitlines() if line.startswith("| B/16")]
     assert [(cell[1], cell[2]) for cell in found] == [("3", "none"), ("3", "full"), ("1", "none")]
@@ -57,11 +85,21 @@ def test_every_row_is_trained_and_recorded_with_ratio_ceiling_activations_and_pr
 def test_the_base_of_every_size_comes_first_and_then_one_change_at_a_time():
     found = settings_of(arguments(zero="1,3", compile="none,blocks"))
     sizes = list(CPU_SIZES)
-    assert found[:2] == [Setting(size, zero="1", checkpointing="none", compile="none", drop_by="picture") for size in sizes]
+    assert found[:2] == [
+        Setting(size, zero="1", checkpointing="none", compile="none", drop_by="picture") for size in sizes
+    ]
     base = found[0]
-    changed = [[name for name in AXES if getattr(other, name) != getattr(base, name)] for other in found[2:] if other.size == sizes[0]]
+    changed = [
+        [name for name in AXES if getattr(other, name) != getattr(base, name)]
+        for other in found[2:]
+        if other.size == sizes[0]
+    ]
     assert changed == [["compile"], ["checkpointing"], ["checkpointing"], ["drop_by"], ["zero"]]
-    assert len(settings_of(arguments(all=True, sizes=sizes[0]))) == 4 * 3 * 2 * 2 == len(set(settings_of(arguments(all=True, sizes=sizes[0]))))
+    assert (
+        len(settings_of(arguments(all=True, sizes=sizes[0])))
+        == 4 * 3 * 2 * 2
+        == len(set(settings_of(arguments(all=True, sizes=sizes[0]))))
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"sizes": "G/14"}, {"zero": "4"}, {"compile": "blocks,never"}])
@@ -75,8 +113,14 @@ def test_full_sizes_are_those_of_the_recipes_with_one_forward_pass_a_step():
     assert len(measurement.settings) == 4 + 4 * 7
     for setting in measurement.settings:
         recipe = measurement.recipe(setting)
-        assert recipe.run.precision == "bf16" and recipe.run.micro_batch == recipe.run.global_batch and recipe.run.compile == setting.compile
-        assert recipe.model.depth == {"H": 32, "L": 24, "B": 12}[setting.size[0]] and setting.size.endswith(str(recipe.model.image_px))
+        assert (
+            recipe.run.precision == "bf16"
+            and recipe.run.micro_batch == recipe.run.global_batch
+            and recipe.run.compile == setting.compile
+        )
+        assert recipe.model.depth == {"H": 32, "L": 24, "B": 12}[setting.size[0]] and setting.size.endswith(
+            str(recipe.model.image_px)
+        )
 
 
 FORGOTTEN = """
@@ -124,7 +168,13 @@ def test_only_a_later_compilation_of_the_same_frame_counts_as_recompilation():
 
 
 def test_the_data_sheet_is_known_by_the_cards_name_and_for_16_bits_alone():
-    names = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "CPU": None}
+    names = {
+        "NVIDIA H100 80GB HBM3": 989.4e12,
+        "NVIDIA H200": 989.4e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "CPU": None,
+    }
     assert {name: data_sheet_flops(name, torch.bfloat16) for name in names} == names
     assert data_sheet_flops("NVIDIA H200", torch.float32) is None
 
@@ -142,11 +192,17 @@ def test_a_trainer_that_fails_is_dropped_with_its_reason_and_the_others_take_all
         if taken.count("bad") == 3:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    turns = Turns({"bad": failing, "good": lambda: taken.append("good"), "best": lambda: taken.append("best")}, steps_a_turn=2).run(3, warm_up=1)
+    turns = Turns(
+        {"bad": failing, "good": lambda: taken.append("good"), "best": lambda: taken.append("best")}, steps_a_turn=2
+    ).run(3, warm_up=1)
     assert turns.failed == {"bad": "out of memory"} and len(turns.seconds["good"]) == len(turns.seconds["best"]) == 3
     assert taken.count("good") == taken.count("best") == 1 + 2 * 3 and taken.count("bad") == 3
     kept = [name for name in taken[-12:] if name != "bad"]
-    assert kept[0::2] == kept[1::2] and len(set(kept)) == 2 and (kept[0] != kept[2] != kept[4] or kept[0] == kept[2] != kept[4]), "the order turns from round to round"
+    assert (
+        kept[0::2] == kept[1::2]
+        and len(set(kept)) == 2
+        and (kept[0] != kept[2] != kept[4] or kept[0] == kept[2] != kept[4])
+    ), "the order turns from round to round"
 
 
 def test_activations_are_what_stands_after_the_forward_pass():
@@ -156,9 +212,17 @@ def test_activations_are_what_stands_after_the_forward_pass():
 
 
 def test_two_recipes_step_by_turns_and_the_one_that_recomputes_keeps_less():
-    recipes = {kind: load_recipe(PretrainRecipe, "peco_vitb16", [*TOY, "run.precision=fp32", f"run.activation_checkpointing={kind}"]).recipe for kind in ("none", "full")}
+    recipes = {
+        kind: load_recipe(
+            PretrainRecipe, "peco_vitb16", [*TOY, "run.precision=fp32", f"run.activation_checkpointing={kind}"]
+        ).recipe
+        for kind in ("none", "full")
+    }
     costs = step_costs(recipes, rounds=2)
-    assert all(cost.batch == 2 and len(cost.seconds) == len(cost.cpu_seconds) == 2 and cost.images_per_s > 0 for cost in costs.values())
+    assert all(
+        cost.batch == 2 and len(cost.seconds) == len(cost.cpu_seconds) == 2 and cost.images_per_s > 0
+        for cost in costs.values()
+    )
     assert 0 < costs["full"].saved_bytes_a_picture < costs["none"].saved_bytes_a_picture
     assert costs["full"].flops_a_picture == costs["none"].flops_a_picture, "recomputation is no work of the model"
 
@@ -182,14 +246,18 @@ def test_kernels_are_sorted_by_what_they_do():
 
 
 def test_idle_time_is_what_no_kernel_covers_though_two_ran_side_by_side():
-    shares, total = shares_of_kernels([Stretch("gemm", 0, 10), Stretch("ncclAllReduce", 5, 12), Stretch("gemm", 20, 30)])
+    shares, total = shares_of_kernels(
+        [Stretch("gemm", 0, 10), Stretch("ncclAllReduce", 5, 12), Stretch("gemm", 20, 30)]
+    )
     assert total == 30 and shares["idle"] == 8 and shares["matrix products"] == 20 and shares["communication"] == 7
 
 
 def test_a_profile_names_the_attention_operator_that_ran():
     q = torch.randn(1, 2, 8, 16, requires_grad=True)
     text = profile_step(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward(), steps=2)
-    assert "_scaled_dot_product_flash_attention_for_cpu` x 1" in text and "_flash_attention_for_cpu_backward` x 1" in text
+    assert (
+        "_scaled_dot_product_flash_attention_for_cpu` x 1" in text and "_flash_attention_for_cpu_backward` x 1" in text
+    )
 
 
 def test_a_record_says_command_versions_and_hardware_and_is_written_anew(tmp_path):
@@ -207,7 +275,7 @@ def test_a_plot_without_bars_is_no_file(tmp_path):
     assert os.listdir(tmp_path) == ["bars.png"]
 
 
-# ---------------------------------------------------------------------------------------------- run_gpu.sh
+# ------------------------------------------------------------------------------------------ run_gpu.sh
 
 
 STAND_IN = """#!/bin/sh
@@ -221,15 +289,30 @@ def run_all(tmp_path, *, failing="nothing", **environment):
     python = tmp_path / "python"
     python.write_text(STAND_IN.format(failing=failing))
     python.chmod(0o755)
-    done = subprocess.run(["bash", REPOSITORY / "benchmarks/run_gpu.sh"], env={**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), **environment}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", REPOSITORY / "benchmarks/run_gpu.sh"],
+        env={**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), **environment},
+        capture_output=True,
+        text=True,
+    )
     calls = tmp_path / "calls"
     return calls.read_text().splitlines() if calls.exists() else [], done.stdout, done.returncode
 
 
 def test_all_parts_run_at_full_size_on_a_gpu_and_at_small_size_where_a_cpu_is_asked_for(tmp_path):
     calls, said, code = run_all(tmp_path)
-    assert code == 0 and [call.split()[0].removeprefix("benchmarks/") for call in calls] == ["peers.py", "step.py", "plan_step.py", "peers.py", "data.py", "tokenizing.py", "launch.py"]
-    assert all("--gpu" in call and f"--record {tmp_path / 'out'}" in call for call in calls) and said.count("done in") == 7
+    assert code == 0 and [call.split()[0].removeprefix("benchmarks/") for call in calls] == [
+        "peers.py",
+        "step.py",
+        "plan_step.py",
+        "peers.py",
+        "data.py",
+        "tokenizing.py",
+        "launch.py",
+    ]
+    assert (
+        all("--gpu" in call and f"--record {tmp_path / 'out'}" in call for call in calls) and said.count("done in") == 7
+    )
     (tmp_path / "calls").unlink()
     calls, _, code = run_all(tmp_path, PECO_BENCH_DEVICE="cpu")
     assert code == 0 and len(calls) == 6 and not any("--gpu" in call for call in calls)

@@ -15,15 +15,29 @@ sys.modules["tokenizing"] = tokenizing  # dataclasses look their module up
 spec.loader.exec_module(tokenizing)
 
 TOY = (
-    "tokenizer.channels=8 tokenizer.channel_mults=[1,1,2] tokenizer.blocks_per_level=1 tokenizer.num_codes=64 tokenizer.vit.width=24 tokenizer.vit.heads=3 tokenizer.vit.depth=1 "
-    "tokenizer.vit.decoder_width=24 tokenizer.vit.decoder_heads=3 tokenizer.vit.image_px=32 tokenizer.vit.patch_px=8 views.tokenizer_px=32 views.count=3 run.micro_batch=2"
+    "tokenizer.channels=8 tokenizer.channel_mults=[1,1,2] tokenizer.blocks_per_level=1 "
+    "tokenizer.num_codes=64 tokenizer.vit.width=24 tokenizer.vit.heads=3 tokenizer.vit.depth=1 "
+    "tokenizer.vit.decoder_width=24 tokenizer.vit.decoder_heads=3 tokenizer.vit.image_px=32 "
+    "tokenizer.vit.patch_px=8 views.tokenizer_px=32 views.count=3 run.micro_batch=2"
 ).split()
 
 
 def test_it_runs_and_records_both_ways_and_every_part(tmp_path):
     """Three views in passes of at most two: two passes of two a picture, the last filled up where it is compiled."""
     record = tmp_path / "record.md"
-    command = [sys.executable, "benchmarks/tokenizing.py", "--rounds", "1", "--pictures", "2", "--single_views", "2", "--record", str(record), *TOY]
+    command = [
+        sys.executable,
+        "benchmarks/tokenizing.py",
+        "--rounds",
+        "1",
+        "--pictures",
+        "2",
+        "--single_views",
+        "2",
+        "--record",
+        str(record),
+        *TOY,
+    ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     text = record.read_text()
@@ -36,12 +50,28 @@ def test_it_runs_and_records_both_ways_and_every_part(tmp_path):
 
 def test_ratios_are_taken_round_by_round():
     found = tokenizing.Found("", 4, rates={tokenizing.OURS: [8.0, 30.0, 10.0], tokenizing.ONE_BY_ONE: [4.0, 10.0, 1.0]})
-    assert found.ratio(tokenizing.OURS, tokenizing.ONE_BY_ONE) == "3.00 (2.00 to 10.00)" and found.median(tokenizing.OURS) == 10.0
+    assert (
+        found.ratio(tokenizing.OURS, tokenizing.ONE_BY_ONE) == "3.00 (2.00 to 10.00)"
+        and found.median(tokenizing.OURS) == 10.0
+    )
 
 
-@pytest.mark.parametrize("words, told", [(["--gpu"], "--gpu: torch finds no GPU"), (["views.count=0"], "views.count 0: must be at least 1"), (["--images", "/nowhere"], "no picture")])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--gpu"], "--gpu: torch finds no GPU"),
+        (["views.count=0"], "views.count 0: must be at least 1"),
+        (["--images", "/nowhere"], "no picture"),
+    ],
+)
 def test_what_cannot_be_measured_is_told_in_one_line(words, told):
     import os
 
-    done = subprocess.run([sys.executable, "benchmarks/tokenizing.py", *words], cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run(
+        [sys.executable, "benchmarks/tokenizing.py", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr[-2000:]

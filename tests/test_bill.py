@@ -26,7 +26,9 @@ def bill():
 def test_the_totals_are_the_sums_of_the_stages(bill):
     for pace in ("slow", "typical", "fast"):
         assert bill.hours(pace) == pytest.approx(sum(found.best.hours(pace) for found in bill.recommended))
-        assert bill.gpu_hours(pace) == pytest.approx(sum(found.best.gpus * found.best.hours(pace) for found in bill.recommended))
+        assert bill.gpu_hours(pace) == pytest.approx(
+            sum(found.best.gpus * found.best.hours(pace) for found in bill.recommended)
+        )
 
 
 def test_the_recommended_settings_cost_no_more_than_the_written_ones(bill):
@@ -45,14 +47,33 @@ def test_short_stages_take_fewer_gpus_than_a_long_one_where_they_do_not_scale():
 
 def test_a_stage_whose_batch_the_gpus_do_not_divide_takes_as_many_as_do():
     counts = {made.stage.name: made.gpus for made in make_bill(CHAIN, H100, 1024).written}
-    assert counts == {"peco_tokenizer": 512, "peco_vith14, views": 1024, "peco_vith14": 1024, "finetune_vith14": 512, "finetune_vith14_448": 512}
+    assert counts == {
+        "peco_tokenizer": 512,
+        "peco_vith14, views": 1024,
+        "peco_vith14": 1024,
+        "finetune_vith14": 512,
+        "finetune_vith14_448": 512,
+    }
 
 
 def test_the_text_has_every_stage_in_both_tables_and_the_parts_of_the_main_one(bill):
     text = bill_text(bill, assumed=True)
     for stage in CHAIN.stages:
         assert len(re.findall(rf"^{re.escape(stage.name)}  ", text, re.MULTILINE)) == 2
-    for word in ("weights", "gradients", "optimiser", "buffers", "activations of 64", "all_gather", "reduce_scatter", "not hidden", "cores a node", "goodput", "token shards", "assumed: ImageNet-1K"):
+    for word in (
+        "weights",
+        "gradients",
+        "optimiser",
+        "buffers",
+        "activations of 64",
+        "all_gather",
+        "reduce_scatter",
+        "not hidden",
+        "cores a node",
+        "goodput",
+        "token shards",
+        "assumed: ImageNet-1K",
+    ):
         assert word in text, word
     assert "run.micro_batch=64 run.activation_checkpointing=none" in text, "what to type"
 
@@ -62,8 +83,12 @@ def test_the_plain_values_are_json_and_those_of_the_text(bill):
     assert [row["recipe"] for row in facts["recommended"]] == [stage.recipe.name for stage in CHAIN.stages]
     main = facts["written"][2]
     assert main["by_pace"]["typical"]["hours"] == pytest.approx(bill.written[2].hours())
-    assert main["memory_bytes"]["total"] == pytest.approx(sum(size for name, size in main["memory_bytes"].items() if name != "total") + 1.5 * 2**30)
-    assert main["traffic"]["all_gather"]["num_bytes"] == pytest.approx(2 * main["parameters"], rel=0.02), "every weight once, in 16 bits"
+    assert main["memory_bytes"]["total"] == pytest.approx(
+        sum(size for name, size in main["memory_bytes"].items() if name != "total") + 1.5 * 2**30
+    )
+    assert main["traffic"]["all_gather"]["num_bytes"] == pytest.approx(2 * main["parameters"], rel=0.02), (
+        "every weight once, in 16 bits"
+    )
     assert set(facts["storage_bytes"]) >= {"image shards", "token shards"}
     said = next(line for line in bill_text(bill, assumed=True).splitlines() if "storage, GB" in line)
     assert said.endswith(f"; {sum(facts['storage_bytes'].values()) / 1e9:,.0f} in all")
@@ -90,12 +115,19 @@ def test_every_assumption_has_a_source_and_machines_that_share_it_share_the_line
     assert any(line.startswith("  h100, h200 ") for line in lines)
     for name in ("peak_flops", "product_share", "memory_bytes_s", "network_bytes_s", "storage_bytes_s"):
         assert [line for line in lines if f" {name}: " in line and len(line.split(": ", 2)[2]) > 20], name
-    assert all(any(word in line for line in lines) for word in ("failures", "loaders", "stragglers", "reserved", "not in the hours"))
+    assert all(
+        any(word in line for line in lines)
+        for word in ("failures", "loaders", "stragglers", "reserved", "not in the hours")
+    )
 
 
 def test_a_neighbour_that_does_not_fit_as_written_does_not_hide_the_rest():
     tight = make_bill(CHAIN, replace(H100, memory_bytes=16e9), 1)
-    assert tight.unfit and all("does not fit as its recipe is written" in line for line in tight.unfit) and tight.unfit[0] in bill_text(tight, assumed=True)
+    assert (
+        tight.unfit
+        and all("does not fit as its recipe is written" in line for line in tight.unfit)
+        and tight.unfit[0] in bill_text(tight, assumed=True)
+    )
 
 
 def test_a_lone_pretraining_says_that_its_neighbours_are_not_known():

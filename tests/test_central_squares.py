@@ -9,12 +9,20 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("world_size, batch, num_workers", [(1, 10, 0), (2, 7, 0), (3, 64, 1)])
-def test_every_square_comes_once_over_all_ranks_as_the_training_of_a_tokenizer_cuts_it(small_sets, world_size, batch, num_workers):
+def test_every_square_comes_once_over_all_ranks_as_the_training_of_a_tokenizer_cuts_it(
+    small_sets, world_size, batch, num_workers
+):
     pictures = Pictures(small_sets.root / "images" / "train")
-    expected = held_out_pictures(pictures, DataSettings(root=str(small_sets.root), val_images="images/train"), 10**6, 32)
+    expected = held_out_pictures(
+        pictures, DataSettings(root=str(small_sets.root), val_images="images/train"), 10**6, 32
+    )
     seen, lengths = {}, set()
     for rank in range(world_size):
-        batches = list(square_batches(pictures, rank=rank, world_size=world_size, batch=batch, size_px=32, num_workers=num_workers, device=CPU))
+        batches = list(
+            square_batches(
+                pictures, rank=rank, world_size=world_size, batch=batch, size_px=32, num_workers=num_workers, device=CPU
+            )
+        )
         lengths.add(tuple(len(each.samples) for each in batches))
         for each in batches:
             for image, label, sample in zip(each.images_01, each.labels.tolist(), each.samples.tolist()):

@@ -15,12 +15,22 @@ def names(chain) -> list[str]:
 
 def test_a_pretraining_recipe_brings_tokenizer_tokens_and_both_fine_tunings():
     chain = read_chain("peco_vith14", [])
-    assert names(chain) == ["tokenizer: peco_tokenizer", "tokenizing: peco_vith14", "pre-training: peco_vith14", "fine-tuning: finetune_vith14", "fine-tuning: finetune_vith14_448"]
+    assert names(chain) == [
+        "tokenizer: peco_tokenizer",
+        "tokenizing: peco_vith14",
+        "pre-training: peco_vith14",
+        "fine-tuning: finetune_vith14",
+        "fine-tuning: finetune_vith14_448",
+    ]
     assert chain.main.kind == "pre-training"
 
 
 def test_a_published_tokenizer_is_not_trained_but_used():
-    assert [stage.kind for stage in read_chain("beit_vitb16", []).stages] == ["tokenizing", "pre-training", "fine-tuning"]
+    assert [stage.kind for stage in read_chain("beit_vitb16", []).stages] == [
+        "tokenizing",
+        "pre-training",
+        "fine-tuning",
+    ]
 
 
 def test_another_stages_recipe_is_planned_alone():
@@ -32,7 +42,9 @@ def test_neighbours_can_be_named_or_left_out():
     chain = read_chain("peco_vitb16", [], finetune=[])
     assert [stage.kind for stage in chain.stages] == ["tokenizer", "tokenizing", "pre-training"]
     chain = read_chain("peco_vitb16", [], tokenizer="beitv2_tokenizer", finetune=["finetune_beitv2_vitb16"])
-    assert chain.stages[0].recipe.name == "beitv2_tokenizer" and chain.stages[-1].recipe.name == "finetune_beitv2_vitb16"
+    assert (
+        chain.stages[0].recipe.name == "beitv2_tokenizer" and chain.stages[-1].recipe.name == "finetune_beitv2_vitb16"
+    )
 
 
 def test_a_copy_of_a_recipe_keeps_its_neighbours(tmp_path):
@@ -41,11 +53,18 @@ def test_a_copy_of_a_recipe_keeps_its_neighbours(tmp_path):
 
 
 def test_a_model_of_another_size_is_fine_tuned_in_that_size():
-    assert {stage.recipe.model.depth for stage in read_chain("peco_vith14", ["model.depth=4"]).stages if stage.kind in ("pre-training", "fine-tuning")} == {4}
+    assert {
+        stage.recipe.model.depth
+        for stage in read_chain("peco_vith14", ["model.depth=4"]).stages
+        if stage.kind in ("pre-training", "fine-tuning")
+    } == {4}
 
 
 def test_settings_go_to_the_recipe_they_name():
-    chain = read_chain("peco_vith14", ["schedule.epochs=1600", "finetune_vith14:schedule.epochs=30", "peco_tokenizer:perceptual.weight=0"])
+    chain = read_chain(
+        "peco_vith14",
+        ["schedule.epochs=1600", "finetune_vith14:schedule.epochs=30", "peco_tokenizer:perceptual.weight=0"],
+    )
     assert read_chain("peco_vith14", ["peco_tokenizer:perceptual.weight=0.5"]).stages[0].recipe.perceptual.weight == 0.5
     epochs = {stage.recipe.name: stage.recipe.schedule.epochs for stage in chain.stages}
     assert epochs == {"peco_tokenizer": 100, "peco_vith14": 1600, "finetune_vith14": 30, "finetune_vith14_448": 10}
@@ -75,7 +94,19 @@ def test_what_makes_no_chain_is_refused_in_a_line(recipe, overrides, options, sa
 
 
 def test_the_stage_of_a_recipe_is_read_off_its_sections():
-    found = {name: recipe_type(name) for name in ("peco_vith14", "finetune_vitb16", "peco_tokenizer", "quickstart_tokenizer", "beitv2_tokenizer_dino", "probe_vitb16", "quickstart_vit", "beitv2_vitl16")}
+    found = {
+        name: recipe_type(name)
+        for name in (
+            "peco_vith14",
+            "finetune_vitb16",
+            "peco_tokenizer",
+            "quickstart_tokenizer",
+            "beitv2_tokenizer_dino",
+            "probe_vitb16",
+            "quickstart_vit",
+            "beitv2_vitl16",
+        )
+    }
     assert found == {
         "peco_vith14": PretrainRecipe,
         "finetune_vitb16": FinetuneRecipe,

@@ -10,14 +10,32 @@ import torch
 from peco_ds.config import CheckpointSettings, PretrainRecipe, ScheduleSettings, resolve_durations
 from peco_ds.runtime import background_writer
 from peco_ds.runtime.background_writer import BackgroundWriter, HostCopies, write_hashed
-from peco_ds.runtime.checkpoint_files import FOLDER, LATEST, MANIFEST, PROGRESS, UNIVERSAL, commit, list_checkpoints, newest_whole, rank_name, remove_leftovers, retain, tag_of, verify
+from peco_ds.runtime.checkpoint_files import (
+    FOLDER,
+    LATEST,
+    MANIFEST,
+    PROGRESS,
+    UNIVERSAL,
+    commit,
+    list_checkpoints,
+    newest_whole,
+    rank_name,
+    remove_leftovers,
+    retain,
+    tag_of,
+    verify,
+)
 from peco_ds.schema import sha256_of_file
 
 
 def make(run_folder, step, content=b"weights"):
     temporary = run_folder / FOLDER / f".tmp-{tag_of(step)}"
     temporary.mkdir(parents=True)
-    for name, data in ((PROGRESS, b'{"world_size": 1, "zero_stage": 0}'), ("mp_rank_00_model_states.pt", content), (rank_name(0), b"random states")):
+    for name, data in (
+        (PROGRESS, b'{"world_size": 1, "zero_stage": 0}'),
+        ("mp_rank_00_model_states.pt", content),
+        (rank_name(0), b"random states"),
+    ):
         (temporary / name).write_bytes(data)
     files = {path.name: [path.stat().st_size, sha256_of_file(path)] for path in temporary.iterdir()}
     commit(temporary, run_folder / FOLDER / tag_of(step), files)
@@ -46,7 +64,13 @@ def test_damage_to_any_file_is_seen_and_the_older_one_taken(tmp_path, name, dama
     if damage == "remove":
         path.unlink()
     else:
-        path.write_bytes(bytes([data[0] ^ 1]) + data[1:] if damage == "flip" else data[:-1] if name != MANIFEST else data[: len(data) // 2])
+        path.write_bytes(
+            bytes([data[0] ^ 1]) + data[1:]
+            if damage == "flip"
+            else data[:-1]
+            if name != MANIFEST
+            else data[: len(data) // 2]
+        )
     assert newest_whole(tmp_path) == older
     assert name in verify(newer) and list_checkpoints(tmp_path) == [newer, older]
 
@@ -78,7 +102,9 @@ def test_the_newest_few_and_the_permanent_ones_are_kept(tmp_path):
         retain(tmp_path / FOLDER, CheckpointSettings(keep_last=2, keep_every_steps=4))
     settle()
     assert [folder.name for folder in list_checkpoints(tmp_path)] == [tag_of(step) for step in (10, 9, 8, 4)]
-    assert {folder.name for folder in (tmp_path / FOLDER / UNIVERSAL).iterdir()} == {tag_of(step) for step in (10, 9, 8, 4)}
+    assert {folder.name for folder in (tmp_path / FOLDER / UNIVERSAL).iterdir()} == {
+        tag_of(step) for step in (10, 9, 8, 4)
+    }
     assert not list((tmp_path / FOLDER).glob(".old*"))
 
 
@@ -93,13 +119,18 @@ def test_what_a_kill_left_behind_goes_at_the_next_start_and_nothing_else(tmp_pat
 
 
 def test_permanent_checkpoints_are_saved_at_their_own_cadence_beside_the_frequent_ones():
-    recipe = PretrainRecipe(schedule=ScheduleSettings(steps=20), checkpoint=CheckpointSettings(every_steps=6, keep_every_steps=8))
+    recipe = PretrainRecipe(
+        schedule=ScheduleSettings(steps=20), checkpoint=CheckpointSettings(every_steps=6, keep_every_steps=8)
+    )
     durations = resolve_durations(recipe, 10_000)
     assert [step for step in range(1, 21) if durations.save_after(step)] == [6, 8, 12, 16, 18, 20]
 
 
 def test_what_changes_after_the_copy_does_not_reach_the_file(tmp_path):
-    """The loop trains on while the thread writes; a second save takes the same memory and must not disturb what it holds."""
+    """The loop trains on while the thread writes.
+
+    A second save takes the same memory and must not disturb what it holds.
+    """
     copies, weights = HostCopies(), torch.arange(100_000.0)
     state = {"groups": [weights[:50_000], weights[50_000:]], "step": 3, "nested": ({"moment": weights.view(10, -1)},)}
     for value in (1.0, 2.0):
@@ -111,7 +142,9 @@ def test_what_changes_after_the_copy_does_not_reach_the_file(tmp_path):
         writer.wait()
         assert not writer.fault
         read = torch.load(tmp_path / f"part_{value:.0f}.pt", weights_only=True)
-        assert read["step"] == 3 and all(bool((part == value).all()) for part in (*read["groups"], read["nested"][0]["moment"]))
+        assert read["step"] == 3 and all(
+            bool((part == value).all()) for part in (*read["groups"], read["nested"][0]["moment"])
+        )
         # a slice is written as what it is, not with the whole storage behind it
         assert (tmp_path / f"part_{value:.0f}.pt").stat().st_size < 2.2 * weights.numel() * 4
 

@@ -21,8 +21,12 @@ def test_top1_and_top5_are_counted_over_all_batches_and_padding_is_not(num_class
     draw = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(23, num_classes, generator=draw), torch.randint(num_classes, (23,), generator=draw)
     filled = [torch.cat([logits, 100 * torch.ones(1, num_classes)]), torch.cat([labels, torch.tensor([-1])])]
-    batches = [Batch(*(part[i : i + 6] for part in filled)) for i in range(0, 24, 6)] + [Batch(torch.zeros(6, num_classes), torch.full((6,), -1))]
-    quality = classification_quality(lambda images: images, batches, num_classes=num_classes, device=torch.device("cpu"))
+    batches = [Batch(*(part[i : i + 6] for part in filled)) for i in range(0, 24, 6)] + [
+        Batch(torch.zeros(6, num_classes), torch.full((6,), -1))
+    ]
+    quality = classification_quality(
+        lambda images: images, batches, num_classes=num_classes, device=torch.device("cpu")
+    )
     assert quality["pictures"] == 23
     expected = (naive(logits, labels, 1), naive(logits, labels, min(5, num_classes)))
     assert (quality["top1"], quality["top5"]) == pytest.approx(expected, abs=1e-4)

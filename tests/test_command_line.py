@@ -1,4 +1,6 @@
-"""What a rank's end tells the launcher: the loss of other ranks is no fault of this one, and nothing waits for those that are gone."""
+"""What a rank's end tells the launcher: the loss of other ranks is no fault of this one, and nothing waits for those
+that are gone.
+"""
 
 import os
 import signal
@@ -59,9 +61,25 @@ class Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "1",
+        }
         command = [sys.executable, "-c", RANK, str(folder), ending]
-        self.processes = [subprocess.Popen(command, cwd=REPOSITORY, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+        self.processes = [
+            subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env={**environment, "RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
 
     def wait_until_joined(self) -> None:
         deadline = time.monotonic() + 120
@@ -105,7 +123,9 @@ def test_a_rank_whose_peer_is_killed_says_so_in_one_line_and_asks_to_be_started_
     assert "Traceback" in log and "all_reduce" in log
 
 
-def test_a_rank_whose_peer_hangs_in_a_collective_is_ended_by_the_watchdog_and_its_stack_names_the_collective(ranks, tmp_path):
+def test_a_rank_whose_peer_hangs_in_a_collective_is_ended_by_the_watchdog_and_its_stack_names_the_collective(
+    ranks, tmp_path
+):
     pair = ranks("stall")
     code, error = pair.end(0)
     assert code == EXIT_INTERRUPTED and "nothing has moved" in error
@@ -129,9 +149,19 @@ def test_ranks_that_are_done_leave_with_0(ranks):
 @pytest.mark.parametrize(
     "words, reason",
     [
-        ("[/x/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.1]:268: Connection reset by peer. This is typically caused by a remote worker", "Read error [10.0.0.1]:268: Connection reset by peer"),
-        ("[enforce fail at /x/gloo/transport/tcp/pair.cc:598] Connection closed by peer [10.0.0.1]:268", "Connection closed by peer [10.0.0.1]:268"),
-        ("[/x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete", "Timed out waiting 4000ms for recv operation to complete"),
+        (
+            "[/x/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.1]:268: Connection reset by peer. "
+            "This is typically caused by a remote worker",
+            "Read error [10.0.0.1]:268: Connection reset by peer",
+        ),
+        (
+            "[enforce fail at /x/gloo/transport/tcp/pair.cc:598] Connection closed by peer [10.0.0.1]:268",
+            "Connection closed by peer [10.0.0.1]:268",
+        ),
+        (
+            "[/x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete",
+            "Timed out waiting 4000ms for recv operation to complete",
+        ),
     ],
 )
 def test_what_gloo_says_is_told_by_its_words_also_behind_another_exception(words, reason):
@@ -146,7 +176,11 @@ def test_what_gloo_says_is_told_by_its_words_also_behind_another_exception(words
 def test_types_of_torch_distributed_are_known_and_other_faults_are_not_taken_for_them():
     import torch.distributed as dist
 
-    assert "NCCL" in lost_ranks(dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:2000, remote process exited or there was a network error"))
+    assert "NCCL" in lost_ranks(
+        dist.DistBackendError(
+            "NCCL error in: ProcessGroupNCCL.cpp:2000, remote process exited or there was a network error"
+        )
+    )
     assert lost_ranks(dist.DistNetworkError("")) == "DistNetworkError"
     assert lost_ranks(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
     assert lost_ranks(ValueError("Connection closed by peer")) == ""
@@ -170,6 +204,15 @@ run(main)
 
 def test_a_compiler_that_fails_is_one_line_with_the_way_round_it(tmp_path):
     (tmp_path / "compiles.py").write_text(COMPILES)
-    done = subprocess.run([sys.executable, tmp_path / "compiles.py"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
+    done = subprocess.run(
+        [sys.executable, tmp_path / "compiles.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
     assert done.returncode == EXIT_BAD_INPUT
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: torch.compile failed (") and "run.compile=none" in done.stderr
+    assert (
+        done.stderr.count("\n") == 1
+        and done.stderr.startswith("error: torch.compile failed (")
+        and "run.compile=none" in done.stderr
+    )

@@ -46,11 +46,15 @@ def test_products_take_their_share_of_the_peak_and_attention_its_own():
 def test_moved_bytes_take_the_memorys_share_and_what_is_moved_once_a_pass_does_not_grow_with_the_pictures():
     work = Work(moved_bytes=1e6, pass_bytes=5e6)
     assert work_seconds(work, 10, MACHINE, "bf16") == pytest.approx(1.5e7 / (0.5 * 1e10))
-    assert work_seconds(work, 20, MACHINE, "bf16") - work_seconds(work, 10, MACHINE, "bf16") == pytest.approx(1e7 / (0.5 * 1e10))
+    assert work_seconds(work, 20, MACHINE, "bf16") - work_seconds(work, 10, MACHINE, "bf16") == pytest.approx(
+        1e7 / (0.5 * 1e10)
+    )
 
 
 def test_convolutions_reach_less_than_products():
-    assert work_seconds(Work(convolutions=1e9), 1, MACHINE, "bf16") > work_seconds(Work(products=1e9), 1, MACHINE, "bf16")
+    assert work_seconds(Work(convolutions=1e9), 1, MACHINE, "bf16") > work_seconds(
+        Work(products=1e9), 1, MACHINE, "bf16"
+    )
 
 
 def test_a_pass_too_short_for_its_kernels_takes_what_the_host_needs_to_launch_them():
@@ -62,7 +66,11 @@ def test_a_pass_too_short_for_its_kernels_takes_what_the_host_needs_to_launch_th
 def test_a_segment_computes_in_its_own_precision_where_it_has_one():
     segment = Segment("judge", 0, 0, Work(products=1e12), Work(), precision="fp32")
     plain = replace(segment, precision="")
-    assert segment_seconds(segment, 1, MACHINE, "bf16").forward == segment_seconds(plain, 1, MACHINE, "fp32").forward > segment_seconds(plain, 1, MACHINE, "bf16").forward
+    assert (
+        segment_seconds(segment, 1, MACHINE, "bf16").forward
+        == segment_seconds(plain, 1, MACHINE, "fp32").forward
+        > segment_seconds(plain, 1, MACHINE, "bf16").forward
+    )
 
 
 def test_a_precision_without_a_peak_is_refused_by_name():
@@ -90,7 +98,10 @@ def test_more_memory_bandwidth_is_faster_and_a_higher_peak_too():
 
 
 def test_recomputation_costs_about_a_third_more_and_selective_little():
-    none, selective, full = (seconds("peco_vith14", HARDWARE["h100"], "typical", f"run.activation_checkpointing={kind}")[0] for kind in ("none", "selective", "full"))
+    none, selective, full = (
+        seconds("peco_vith14", HARDWARE["h100"], "typical", f"run.activation_checkpointing={kind}")[0]
+        for kind in ("none", "selective", "full")
+    )
     assert 1 < selective / none < 1.15
     assert 1.25 < full / none < 1.4
 
@@ -98,8 +109,19 @@ def test_recomputation_costs_about_a_third_more_and_selective_little():
 def test_compiling_saves_time_and_subsets_save_what_they_skip():
     base = seconds("peco_vith14", HARDWARE["h100"])[0]
     assert seconds("peco_vith14", HARDWARE["h100"], "typical", "run.compile=none")[0] > base
-    subset = seconds("peco_vith14", HARDWARE["h100"], "typical", "model.drop_path=0.4", "model.drop_path_by=subset", "run.micro_batch=64")[0]
-    assert 0.75 < subset / seconds("peco_vith14", HARDWARE["h100"], "typical", "model.drop_path=0.4", "run.micro_batch=64")[0] < 0.95
+    subset = seconds(
+        "peco_vith14",
+        HARDWARE["h100"],
+        "typical",
+        "model.drop_path=0.4",
+        "model.drop_path_by=subset",
+        "run.micro_batch=64",
+    )[0]
+    assert (
+        0.75
+        < subset / seconds("peco_vith14", HARDWARE["h100"], "typical", "model.drop_path=0.4", "run.micro_batch=64")[0]
+        < 0.95
+    )
 
 
 def test_the_optimisers_step_is_the_time_of_its_bytes_and_falls_with_the_partition():

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from beit_samples import sample, same
+from beit_samples import same, sample
 from conftest import run_stage
 from safetensors.torch import load_file, save_file
 from test_parsers import finished_run
@@ -39,8 +39,13 @@ def convert(source, to, out, *options):
 
 
 @pytest.mark.parametrize("to", ["timm", "hf", "unilm"])
-@pytest.mark.parametrize("kind, words", [("mim", "token logits and features in "), ("classifier", "class logits in "), ("features", "features in ")])
-def test_a_release_is_loaded_in_a_fresh_process_and_its_outputs_are_compared(sources, tmp_path, capsys, kind, words, to):
+@pytest.mark.parametrize(
+    "kind, words",
+    [("mim", "token logits and features in "), ("classifier", "class logits in "), ("features", "features in ")],
+)
+def test_a_release_is_loaded_in_a_fresh_process_and_its_outputs_are_compared(
+    sources, tmp_path, capsys, kind, words, to
+):
     if (kind, to) == ("features", "unilm"):
         with pytest.raises(UserError, match="convert it to timm or hf"):
             convert(sources / f"{kind}.pth", to, tmp_path / "release")
@@ -61,12 +66,24 @@ def test_a_way_through_all_three_libraries_comes_back_bit_for_bit(sources, tmp_p
     assert same(load_file(tmp_path / "0" / "model.safetensors"), load_file(start / "model.safetensors"))
 
 
-@pytest.mark.parametrize("to, name", [("timm", "blocks.1.mlp.fc2.weight"), ("timm", "lm_head.bias"), ("hf", "beit.encoder.layer.1.output.dense.weight"), ("hf", "beit.embeddings.mask_token")])
+@pytest.mark.parametrize(
+    "to, name",
+    [
+        ("timm", "blocks.1.mlp.fc2.weight"),
+        ("timm", "lm_head.bias"),
+        ("hf", "beit.encoder.layer.1.output.dense.weight"),
+        ("hf", "beit.embeddings.mask_token"),
+    ],
+)
 def test_one_changed_tensor_is_noticed(tmp_path, to, name):
     weights = sample("mim")
     write_release(tmp_path, TO[to](weights), weights)
     file = next(path for path in tmp_path.glob("*.safetensors") if name in load_file(path))
-    save_file({key: tensor * (1.1 if key == name else 1.0) for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {key: tensor * (1.1 if key == name else 1.0) for key, tensor in load_file(file).items()},
+        file,
+        metadata={"format": "pt"},
+    )
     with pytest.raises(UserError, match="differ from the trained model's by .*do not publish it"):
         compare(tmp_path, LIBRARY[to], answers_of(weights))
 
@@ -89,7 +106,10 @@ def test_a_release_for_another_library_is_not_written_over(tmp_path):
     write_release(tmp_path, TO["timm"](weights), weights)
 
 
-@pytest.mark.parametrize("change, words", [("tensor", "differ from"), ("index", "is not the port's"), ("missing", "Missing key|without its index")])
+@pytest.mark.parametrize(
+    "change, words",
+    [("tensor", "differ from"), ("index", "is not the port's"), ("missing", "Missing key|without its index")],
+)
 def test_one_changed_entry_of_a_unilm_file_is_noticed(tmp_path, change, words):
     weights = sample("classifier")
     write_release(tmp_path, to_unilm(weights), weights)
@@ -119,7 +139,10 @@ def test_an_eps_that_is_not_beits_shows_in_the_comparison(tmp_path):
 
 @pytest.mark.parametrize("origin", ["", " of what it started from"], ids=["of its own run", "of the run before"])
 def test_the_card_names_every_licence_that_binds_and_the_general_text_where_none_is_known(origin):
-    weights = sample("classifier", facts={f"judge's licence{origin}": "CC BY-NC 4.0 (MoCo v3's release)", f"tokenizer's licence{origin}": "MIT"})
+    weights = sample(
+        "classifier",
+        facts={f"judge's licence{origin}": "CC BY-NC 4.0 (MoCo v3's release)", f"tokenizer's licence{origin}": "MIT"},
+    )
     text = model_card(to_timm(weights), weights)
     assert "\n- the tokenizer: MIT\n- the tokenizer's judge: CC BY-NC 4.0 (MoCo v3's release)\n" in text
     assert f"| judge's licence{origin} | CC BY-NC 4.0" in text
@@ -134,7 +157,10 @@ def test_a_fine_tuning_of_a_fine_tuning_is_still_bound_by_the_first_runs_judge(t
     provenance = json.loads((checkpoint / "provenance.json").read_text())
     write_json(checkpoint / "provenance.json", provenance | {"init_facts": {told: "CC BY-NC 4.0 (MoCo v3's release)"}})
     (checkpoint / "manifest.json").unlink()
-    write_json(checkpoint / "manifest.json", {"files": {path.name: [path.stat().st_size, sha256_of_file(path)] for path in sorted(checkpoint.iterdir())}})
+    write_json(
+        checkpoint / "manifest.json",
+        {"files": {path.name: [path.stat().st_size, sha256_of_file(path)] for path in sorted(checkpoint.iterdir())}},
+    )
     weights = read_run(tmp_path)
     assert weights.facts["judge's licence of what it started from"] == "CC BY-NC 4.0 (MoCo v3's release)"
     assert "- the tokenizer's judge: CC BY-NC 4.0 (MoCo v3's release)" in model_card(to_timm(weights), weights)
@@ -142,9 +168,23 @@ def test_a_fine_tuning_of_a_fine_tuning_is_still_bound_by_the_first_runs_judge(t
 
 def test_a_run_converts_to_hugging_face_and_unilm_by_the_command_a_user_types(small_sets, tmp_path):
     tokenizer, card = load_tokenizer(small_sets.root / "tokenizer")
-    save_tokenizer(tmp_path / "tokenizer", tokenizer.state_dict(), card.settings, {"judge": "a judge", "judge_licence": "Apache-2.0 (DINO's release)", "licence": "MIT"})
+    save_tokenizer(
+        tmp_path / "tokenizer",
+        tokenizer.state_dict(),
+        card.settings,
+        {"judge": "a judge", "judge_licence": "Apache-2.0 (DINO's release)", "licence": "MIT"},
+    )
     overrides = [*small_sets.overrides, "schedule.steps=2", f"data.tokenizer={tmp_path / 'tokenizer'}"]
-    run_stage("pretrain", "--recipe", "peco_vitb16", "--deepspeed_config", "ds_configs/zero3.json", "--out", tmp_path / "run", *overrides)
+    run_stage(
+        "pretrain",
+        "--recipe",
+        "peco_vitb16",
+        "--deepspeed_config",
+        "ds_configs/zero3.json",
+        "--out",
+        tmp_path / "run",
+        *overrides,
+    )
     provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
     found = []
     for to in ("hf", "unilm"):
@@ -152,11 +192,17 @@ def test_a_run_converts_to_hugging_face_and_unilm_by_the_command_a_user_types(sm
         assert "step_00000002" in done.stdout and "token logits and features in" in done.stdout
         card = (tmp_path / to / "README.md").read_text()
         assert provenance["tokenizer_fingerprint"] in card
-        assert "| judge's licence | Apache-2.0 (DINO's release) |" in card and "- the tokenizer: MIT\n- the tokenizer's judge: Apache-2.0 (DINO's release)\n" in card
+        assert (
+            "| judge's licence | Apache-2.0 (DINO's release) |" in card
+            and "- the tokenizer: MIT\n- the tokenizer's judge: Apache-2.0 (DINO's release)\n" in card
+        )
         found.append(read_weights(tmp_path / to))
     assert found[0].kind == "mim" and found[0].num_codes == 64 and same(found[0].tensors, found[1].tensors)
     assert main([str(tmp_path / "hf"), "--to", "timm", "--out", str(tmp_path / "again")]) == 0
-    assert "- the tokenizer: MIT\n- the tokenizer's judge: Apache-2.0 (DINO's release)\n" in (tmp_path / "again" / "README.md").read_text(), "a release of a release is bound as that was"
+    assert (
+        "- the tokenizer: MIT\n- the tokenizer's judge: Apache-2.0 (DINO's release)\n"
+        in (tmp_path / "again" / "README.md").read_text()
+    ), "a release of a release is bound as that was"
 
 
 def refused(*arguments) -> str:
@@ -176,17 +222,37 @@ def test_a_missing_transformers_is_reported_before_anything_is_done(sources, tmp
 def test_what_would_overwrite_or_mix_releases_is_refused(sources, tmp_path):
     convert(sources / "mim.pth", "timm", tmp_path / "release", "--no-verify")
     assert "is SRC itself" in refused(tmp_path / "release", "--to", "hf", "--out", tmp_path / "release")
-    assert "mim_head.safetensors of another release" in refused(sources / "classifier.pth", "--to", "timm", "--out", tmp_path / "release", "--no-verify")
+    assert "mim_head.safetensors of another release" in refused(
+        sources / "classifier.pth", "--to", "timm", "--out", tmp_path / "release", "--no-verify"
+    )
     convert(sources / "mim.pth", "timm", tmp_path / "release", "--no-verify")
 
 
 def test_the_statistics_of_a_bare_file_can_be_told(sources, tmp_path):
-    assert read_weights(convert(sources / "classifier.pth", "timm", tmp_path / "half", "--no-verify", "--statistics", "half")).mean == (0.5, 0.5, 0.5)
-    assert read_weights(convert(sources / "classifier.pth", "hf", tmp_path / "plain", "--no-verify")).mean == (0.485, 0.456, 0.406)
+    assert read_weights(
+        convert(sources / "classifier.pth", "timm", tmp_path / "half", "--no-verify", "--statistics", "half")
+    ).mean == (0.5, 0.5, 0.5)
+    assert read_weights(convert(sources / "classifier.pth", "hf", tmp_path / "plain", "--no-verify")).mean == (
+        0.485,
+        0.456,
+        0.406,
+    )
 
 
 def test_started_by_path_a_bad_source_is_one_line_and_exit_code_2(sources, tmp_path):
-    done = run_stage("convert_checkpoint", tmp_path / "none.pth", "--to", "hf", "--out", tmp_path / "release", check=False)
+    done = run_stage(
+        "convert_checkpoint", tmp_path / "none.pth", "--to", "hf", "--out", tmp_path / "release", check=False
+    )
     assert done.returncode == 2 and done.stderr.strip().endswith("none.pth: no such file or folder; correct the path")
-    done = run_stage("convert_checkpoint", sources / "mim.pth", "--from", "run", "--to", "hf", "--out", tmp_path / "release", check=False)
+    done = run_stage(
+        "convert_checkpoint",
+        sources / "mim.pth",
+        "--from",
+        "run",
+        "--to",
+        "hf",
+        "--out",
+        tmp_path / "release",
+        check=False,
+    )
     assert done.returncode == 2 and "a file, not a run folder" in done.stderr and not (tmp_path / "release").exists()

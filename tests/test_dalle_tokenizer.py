@@ -16,7 +16,11 @@ from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, save_toke
 
 
 def both(**sizes) -> dict[str, torch.Tensor]:
-    return {f"{side}.{name}": tensor for side in ("encoder", "decoder") for name, tensor in dalle_tensors(side, **sizes).items()}
+    return {
+        f"{side}.{name}": tensor
+        for side in ("encoder", "decoder")
+        for name, tensor in dalle_tensors(side, **sizes).items()
+    }
 
 
 def built(tensors):
@@ -43,7 +47,8 @@ def pictures_01(paths, px: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("channels", "codes"), [(8, 32), (256, 8192)])  # the second is the released size
+# the second is the released size
+@pytest.mark.parametrize(("channels", "codes"), [(8, 32), (256, 8192)])
 def test_logits_and_codes_of_real_pictures_are_those_of_transformers_implementation(real_data, channels, codes):
     tensors = dalle_tensors("encoder", channels=channels, codes=codes)
     images_01 = pictures_01(real_data.imagenet[:1], 112)
@@ -59,7 +64,9 @@ def test_logits_and_codes_of_real_pictures_are_those_of_transformers_implementat
 def test_the_residual_branch_counts_in_the_comparison_with_transformers():
     tensors = {f"encoder.{name}": tensor for name, tensor in dalle_tensors("encoder").items()}
     images_11 = torch.rand(1, 3, 16, 16) * 2 - 1
-    without = {name: torch.zeros_like(tensor) if "res_path.conv_4" in name else tensor for name, tensor in tensors.items()}
+    without = {
+        name: torch.zeros_like(tensor) if "res_path.conv_4" in name else tensor for name, tensor in tensors.items()
+    }
     assert (built(tensors).logits(images_11) - built(without).logits(images_11)).abs().max() > 1e-2
 
 
@@ -97,7 +104,9 @@ def test_decoded_codes_are_the_released_decoders_pictures():
 def test_soft_tokens_hold_the_largest_probabilities_of_the_whole_softmax():
     tokenizer, images_11 = built(both()), torch.rand(2, 3, 16, 24) * 2 - 1
     soft = tokenizer.tokenize_soft(images_11, 5, temperature=0.5)
-    probs, codes = (tokenizer.logits(images_11) / 0.5).softmax(dim=1).flatten(2).transpose(1, 2).sort(dim=-1, descending=True)
+    probs, codes = (
+        (tokenizer.logits(images_11) / 0.5).softmax(dim=1).flatten(2).transpose(1, 2).sort(dim=-1, descending=True)
+    )
     assert torch.equal(soft.codes, tokenizer.tokenize(images_11)) and torch.equal(soft.topk_codes, codes[..., :5])
     torch.testing.assert_close(soft.topk_probs, probs[..., :5])
 
@@ -108,7 +117,8 @@ def test_codes_stand_for_what_the_decoder_makes_of_them_or_for_the_rows_of_the_l
     alone = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
     assert torch.equal(built(alone).code_vectors, tensors["encoder.blocks.output.conv.w"][:, :, 0, 0])
     assert built(alone).code_vectors.shape[1] == built(alone).settings.code_dim
-    assert not built(tensors).code_vectors.requires_grad and not built(alone).code_vectors.requires_grad  # probes of the codes train nothing here
+    # probes of the codes train nothing here
+    assert not built(tensors).code_vectors.requires_grad and not built(alone).code_vectors.requires_grad
 
 
 def test_a_release_without_decoder_has_the_same_codes_and_says_that_it_makes_no_pictures(tmp_path):
@@ -135,15 +145,33 @@ def test_under_autocast_the_logits_are_read_off_in_float32():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop("encoder.blocks.group_3.block_2.res_path.conv_2.b"), "group_3.block_2.res_path.conv_2.b is missing"),
+        (
+            lambda t: t.pop("encoder.blocks.group_3.block_2.res_path.conv_2.b"),
+            "group_3.block_2.res_path.conv_2.b is missing",
+        ),
         (lambda t: t.pop("encoder.blocks.output.conv.w"), "output.conv.w is missing"),
-        (lambda t: t.update({"encoder.blocks.group_1.block_9.id_path.w": torch.ones(1)}), "group_1.block_9.id_path.w' has no place"),
-        (lambda t: t.update({"decoder.blocks.input.w": torch.ones(12, 33, 1, 1)}), r"decoder.blocks.input.w has shape \(12, 33, 1, 1\)"),
+        (
+            lambda t: t.update({"encoder.blocks.group_1.block_9.id_path.w": torch.ones(1)}),
+            "group_1.block_9.id_path.w' has no place",
+        ),
+        (
+            lambda t: t.update({"decoder.blocks.input.w": torch.ones(12, 33, 1, 1)}),
+            r"decoder.blocks.input.w has shape \(12, 33, 1, 1\)",
+        ),
         (lambda t: t.update({"encoder.blocks.input.w": torch.ones(3)}), "no multiples"),
         (lambda t: t.update({"encoder.blocks.input.b": torch.full((8,), float("nan"))}), "not finite"),
-        (lambda t: t.update({"encoder.blocks.input.b": torch.ones(8, dtype=torch.int64)}), "int64, no tensor of floats"),
-        (lambda t: t.update({"encoder.blocks.input.b": torch.ones(8).to(torch.float8_e4m3fn)}), "float8_e4m3fn, no tensor of floats"),
-        (lambda t: t.update({"encoder.blocks.group_2.block_1.res_path.conv_4.w": torch.ones(18, 4, 1, 1)}), "no multiples"),
+        (
+            lambda t: t.update({"encoder.blocks.input.b": torch.ones(8, dtype=torch.int64)}),
+            "int64, no tensor of floats",
+        ),
+        (
+            lambda t: t.update({"encoder.blocks.input.b": torch.ones(8).to(torch.float8_e4m3fn)}),
+            "float8_e4m3fn, no tensor of floats",
+        ),
+        (
+            lambda t: t.update({"encoder.blocks.group_2.block_1.res_path.conv_4.w": torch.ones(18, 4, 1, 1)}),
+            "no multiples",
+        ),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named_in_one_line(change, words):

@@ -1,7 +1,8 @@
-"""What is damaged outside of the program, and what must come of it: an error that names file or key and the reason, or a counted skip.
+"""What is damaged outside of the program, and what must come of it: an error that names file or key and the reason, or
+a counted skip.
 
-Each table has one row a kind of damage. A row is met by the reader that a stage meets it with; nothing may hang, take memory without end, run code,
-leave its folder, end in any other exception, or be trained on.
+Each table has one row a kind of damage. A row is met by the reader that a stage meets it with; nothing may hang, take
+memory without end, run code, leave its folder, end in any other exception, or be trained on.
 """
 
 from __future__ import annotations
@@ -48,7 +49,16 @@ from peco_ds.models.weight_files import foreign_classes, read_tensor_file
 from peco_ds.runtime.checkpoint_files import list_checkpoints, newest_whole, verify
 from peco_ds.runtime.run_folder import read_provenance, read_settings
 from peco_ds.runtime.run_weights import read_run
-from peco_ds.schema import ImageManifest, Shard, TokenManifest, ViewRecipe, read_manifest, sha256_of_file, write_json, write_manifest
+from peco_ds.schema import (
+    ImageManifest,
+    Shard,
+    TokenManifest,
+    ViewRecipe,
+    read_manifest,
+    sha256_of_file,
+    write_json,
+    write_manifest,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +84,7 @@ def flipped(data: bytes, place: float = 0.5, bit: int = 1) -> bytes:
     return bytes(changed)
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------- pictures
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -115,7 +125,12 @@ def png_of_size(width: int, height: int) -> bytes:
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def jpeg_of_size(data: bytes, width: int, height: int) -> bytes:
@@ -131,17 +146,41 @@ def jpeg_of_many_scans(image: Image.Image) -> bytes:
 
 BAD_PICTURES = {
     "a JPEG cut in the middle": (lambda p: saved(p, "JPEG")[: len(saved(p, "JPEG")) // 2], "jpg", "end mark"),
-    "a JPEG whose end is a hole of zeros": (lambda p: saved(p, "JPEG")[:900] + bytes(len(saved(p, "JPEG")) - 900), "jpg", "end mark"),
+    "a JPEG whose end is a hole of zeros": (
+        lambda p: saved(p, "JPEG")[:900] + bytes(len(saved(p, "JPEG")) - 900),
+        "jpg",
+        "end mark",
+    ),
     "a JPEG header and nothing behind it": (lambda p: saved(p, "JPEG")[:30], "jpg", ""),
     "a JPEG that says it has no rows": (lambda p: jpeg_of_size(saved(p, "JPEG"), 96, 0), "jpg", ""),
-    "a JPEG that says it has 65500 x 65500 pixels": (lambda p: jpeg_of_size(saved(p, "JPEG"), 65500, 65500), "jpg", "pixels"),
+    "a JPEG that says it has 65500 x 65500 pixels": (
+        lambda p: jpeg_of_size(saved(p, "JPEG"), 65500, 65500),
+        "jpg",
+        "pixels",
+    ),
     "a progressive JPEG of five hundred scans": (jpeg_of_many_scans, "jpg", "scans"),
     "a file of zero bytes": (lambda p: b"", "jpg", "empty file"),
     "zeros": (lambda p: bytes(4000), "jpg", "none of the formats"),
-    "an HTML page": (lambda p: b"<!doctype html><html><title>403 Forbidden</title></html>", "jpg", "none of the formats"),
-    "a git-LFS pointer": (lambda p: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 368\n", "png", "none of the formats"),
-    "an SVG": (lambda p: b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "png", "none of the formats"),
-    "an EPS, which Pillow would give to Ghostscript": (lambda p: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "jpg", "none of the formats"),
+    "an HTML page": (
+        lambda p: b"<!doctype html><html><title>403 Forbidden</title></html>",
+        "jpg",
+        "none of the formats",
+    ),
+    "a git-LFS pointer": (
+        lambda p: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 368\n",
+        "png",
+        "none of the formats",
+    ),
+    "an SVG": (
+        lambda p: b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+        "png",
+        "none of the formats",
+    ),
+    "an EPS, which Pillow would give to Ghostscript": (
+        lambda p: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "jpg",
+        "none of the formats",
+    ),
     "a PNG cut short": (lambda p: saved(p, "PNG")[:-200], "png", ""),
     "a PNG with a flipped byte": (lambda p: flipped(saved(p, "PNG")), "png", ""),
     "a PNG that promises 100000 x 100000 pixels": (lambda p: png_of_size(100_000, 100_000), "png", "pixels"),
@@ -150,7 +189,11 @@ BAD_PICTURES = {
     "a WebP cut short": (lambda p: saved(p, "WEBP")[:-100], "webp", ""),
     "a GIF cut short": (lambda p: saved(p, "GIF")[:300], "png", ""),
     "a TIFF cut short": (lambda p: saved(p, "TIFF")[:-3000], "png", ""),
-    "a TIFF of floats without a range": (lambda p: saved(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "png", "mode F"),
+    "a TIFF of floats without a range": (
+        lambda p: saved(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"),
+        "png",
+        "mode F",
+    ),
 }
 
 
@@ -158,10 +201,14 @@ BAD_PICTURES = {
 def test_a_bad_picture_is_named_and_counted_and_the_next_one_takes_its_place(photograph, tmp_path, how):
     make, extension, words = BAD_PICTURES[how]
     good, other = saved(photograph, "PNG"), saved(photograph.rotate(90, expand=True), "PNG")
-    pictures = image_set(tmp_path / "set", [("first.png", good), (f"damaged.{extension}", make(photograph)), ("last.png", other)])
+    pictures = image_set(
+        tmp_path / "set", [("first.png", good), (f"damaged.{extension}", make(photograph)), ("last.png", other)]
+    )
     used, key, image, bad = pictures.decode_or_next(1)
     assert (used, key) == (2, "last") and len(bad) == 1 and bad[0].startswith("damaged: ") and words in bad[0], bad
-    assert torch.equal(image, pictures.decode(2)[1]) and np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(photograph.rotate(90, expand=True)))
+    assert torch.equal(image, pictures.decode(2)[1]) and np.array_equal(
+        image.permute(1, 2, 0).numpy(), np.asarray(photograph.rotate(90, expand=True))
+    )
 
 
 ODD_PICTURES = {
@@ -170,9 +217,15 @@ ODD_PICTURES = {
     "16 bits": (lambda p: saved(Image.fromarray(np.asarray(p.convert("L")).astype(np.uint16) * 257), "PNG"), "png"),
     "a palette": (lambda p: saved(p.quantize(255), "PNG"), "png"),
     "an alpha channel that hides nothing": (lambda p: saved(p.convert("RGBA"), "PNG"), "png"),
-    "an animation": (lambda p: saved(p.quantize(255), "GIF", save_all=True, append_images=[p.rotate(180).quantize(255)]), "png"),
+    "an animation": (
+        lambda p: saved(p.quantize(255), "GIF", save_all=True, append_images=[p.rotate(180).quantize(255)]),
+        "png",
+    ),
     "a PNG that is called a JPEG": (lambda p: saved(p, "PNG"), "jpg"),
-    "EXIF that is no TIFF": (lambda p: saved(p, "JPEG", quality=98, exif=b"Exif\0\0" + b"II*\0\xff\xff\xff\xff" + bytes(9)), "jpg"),
+    "EXIF that is no TIFF": (
+        lambda p: saved(p, "JPEG", quality=98, exif=b"Exif\0\0" + b"II*\0\xff\xff\xff\xff" + bytes(9)),
+        "jpg",
+    ),
     "bytes behind its end": (lambda p: saved(p, "JPEG", quality=98) + b"appended by a camera", "jpg"),
 }
 
@@ -181,7 +234,9 @@ ODD_PICTURES = {
 def test_an_odd_picture_is_read_as_what_it_shows(photograph, tmp_path, how):
     make, extension = ODD_PICTURES[how]
     _, image = image_set(tmp_path / "set", [(f"odd.{extension}", make(photograph))]).decode(0)
-    shown = np.asarray(photograph.convert("L").convert("RGB") if how in ("grey", "16 bits") else photograph).astype(float)
+    shown = np.asarray(photograph.convert("L").convert("RGB") if how in ("grey", "16 bits") else photograph).astype(
+        float
+    )
     assert image.shape == (3, 64, 96) and np.abs(image.permute(1, 2, 0).numpy() - shown).mean() < 8
 
 
@@ -191,7 +246,9 @@ def test_a_picture_of_one_pixel_is_read(tmp_path):
 
 
 def test_a_byte_flipped_on_disk_is_a_bad_picture_and_never_another_one(photograph, tmp_path):
-    pictures = image_set(tmp_path / "set", [("a.png", saved(photograph, "PNG")), ("b.png", saved(photograph.rotate(180), "PNG"))])
+    pictures = image_set(
+        tmp_path / "set", [("a.png", saved(photograph, "PNG")), ("b.png", saved(photograph.rotate(180), "PNG"))]
+    )
     tar = tmp_path / "set" / "a.tar"
     data = bytearray(tar.read_bytes())
     data[tarfile.BLOCKSIZE + 3000] ^= 4
@@ -200,12 +257,24 @@ def test_a_byte_flipped_on_disk_is_a_bad_picture_and_never_another_one(photograp
     assert key == "b" and "'a'" in bad[0] and "CRC-32" in bad[0]
 
 
-LABELS = {b"cat": "a word", b"-1": "negative", b"2": "as many as there are classes", b"99999999": "too large", b"": "empty", b"1.0": "a fraction", "\u0663".encode(): "another script's digit", b"0 1": "two", b"7" * 5000: "thousands of digits"}
+LABELS = {
+    b"cat": "a word",
+    b"-1": "negative",
+    b"2": "as many as there are classes",
+    b"99999999": "too large",
+    b"": "empty",
+    b"1.0": "a fraction",
+    "\u0663".encode(): "another script's digit",
+    b"0 1": "two",
+    b"7" * 5000: "thousands of digits",
+}
 
 
 @pytest.mark.parametrize("label", LABELS, ids=LABELS.get)
 def test_a_label_that_is_none_stops_the_run_and_names_the_key(photograph, tmp_path, label):
-    pictures = image_set(tmp_path / "set", [("a.png", saved(photograph, "PNG")), ("a.cls", label)], classes=["cat", "dog"])
+    pictures = image_set(
+        tmp_path / "set", [("a.png", saved(photograph, "PNG")), ("a.cls", label)], classes=["cat", "dog"]
+    )
     refused(lambda: pictures.label(0), "a.tar", "a", ".cls holds", "classes 0 to 1")
 
 
@@ -214,11 +283,17 @@ def test_a_label_that_is_missing_stops_the_run_and_names_the_key(photograph, tmp
     refused(lambda: pictures.label(0), "a.tar: a: has no .cls")
 
 
-@pytest.mark.parametrize("label", [b"cat", b"-1", b"", b"9" * 9, b"7" * 5000], ids=["a word", "negative", "empty", "a class for every person", "more digits than Python reads"])
+@pytest.mark.parametrize(
+    "label",
+    [b"cat", b"-1", b"", b"9" * 9, b"7" * 5000],
+    ids=["a word", "negative", "empty", "a class for every person", "more digits than Python reads"],
+)
 def test_tars_with_a_label_that_is_none_are_not_indexed(photograph, tmp_path, label):
     tar = tar_of(tmp_path / "a.tar", [("x/a.png", saved(photograph, "PNG")), ("x/a.cls", label)])
     (tmp_path / "out" / ".pack").mkdir(parents=True)
-    refused(lambda: make_shard(tmp_path / "out", IndexJob("a.tar", str(tar)), lambda: None), "a.tar", "'x/a'", ".cls holds")
+    refused(
+        lambda: make_shard(tmp_path / "out", IndexJob("a.tar", str(tar)), lambda: None), "a.tar", "'x/a'", ".cls holds"
+    )
 
 
 def test_a_sample_without_a_picture_is_not_indexed(tmp_path):
@@ -231,10 +306,26 @@ LISTS = {
     "a list that is no text": (lambda f: read_classes(f), b"\xff\xfe\x00cat", "cannot be read as text"),
     "a list with a name twice": (lambda f: read_classes(f), b"cat\ndog\ncat\n", "'cat' stands twice"),
     "a list that is empty": (lambda f: read_classes(f), b"\n\n", "is empty"),
-    "labels in a CSV with a field of a megabyte": (lambda f: labels_from_list(["a.jpg"], f, None), b"ImageId,P\na," + b"n" * 1_000_000, "not CSV"),
-    "a number of five thousand digits": (lambda f: labels_from_list(["a.jpg"], f, f.with_name("classes")), b"a.jpg " + b"9" * 5000, "is outside 0..1"),
-    "a negative number": (lambda f: labels_from_list(["a.jpg"], f, f.with_name("classes")), b"a.jpg -1", "'-1' is not in"),
-    "one line for two pictures": (lambda f: labels_from_list(["a.jpg", "b.jpg"], f, None), b"cat\n", "1 lines for 2 pictures"),
+    "labels in a CSV with a field of a megabyte": (
+        lambda f: labels_from_list(["a.jpg"], f, None),
+        b"ImageId,P\na," + b"n" * 1_000_000,
+        "not CSV",
+    ),
+    "a number of five thousand digits": (
+        lambda f: labels_from_list(["a.jpg"], f, f.with_name("classes")),
+        b"a.jpg " + b"9" * 5000,
+        "is outside 0..1",
+    ),
+    "a negative number": (
+        lambda f: labels_from_list(["a.jpg"], f, f.with_name("classes")),
+        b"a.jpg -1",
+        "'-1' is not in",
+    ),
+    "one line for two pictures": (
+        lambda f: labels_from_list(["a.jpg", "b.jpg"], f, None),
+        b"cat\n",
+        "1 lines for 2 pictures",
+    ),
 }
 
 
@@ -246,7 +337,7 @@ def test_a_damaged_list_of_labels_is_refused_by_name(tmp_path, how):
     refused(lambda: read(tmp_path / "list"), str(tmp_path / "list"), words)
 
 
-# ---------------------------------------------------------------------------------------------- tars
+# ------------------------------------------------------------------------------------------------ tars
 
 MEMBERS = [("a.jpg", b"A" * 700), ("a.cls", b"1"), ("b.jpg", b"B" * 900)]
 
@@ -305,25 +396,46 @@ TARS = {
     "with a wrong checksum": (lambda t: changed_bytes(t, lambda d: d[:1600] + b"X" + d[1601:]), "damaged header"),
     "of zero bytes": (lambda t: t.write_bytes(b""), "not a whole, uncompressed tar at its start"),
     "compressed": (lambda t: changed_bytes(t, gzip.compress), "not a whole, uncompressed tar at its start"),
-    "really a picture": (lambda t: t.write_bytes(b"\xff\xd8\xff\xe0" + bytes(range(256)) * 20), "not a whole, uncompressed tar at its start"),
+    "really a picture": (
+        lambda t: t.write_bytes(b"\xff\xd8\xff\xe0" + bytes(range(256)) * 20),
+        "not a whole, uncompressed tar at its start",
+    ),
     "missing": (lambda t: None, "no such tar"),
     "really a folder": (lambda t: t.mkdir(), "a folder, pipe or device"),
     "really a pipe": (lambda t: os.mkfifo(t), "a folder, pipe or device"),
     "with a hard link": (lambda t: member_of(t, type=tarfile.LNKTYPE, linkname="good.jpg"), "'odd.jpg' is a link"),
-    "with a symbolic link": (lambda t: member_of(t, type=tarfile.SYMTYPE, linkname="/etc/passwd"), "'odd.jpg' is a link"),
-    "with a character device": (lambda t: member_of(t, type=tarfile.CHRTYPE, devmajor=1, devminor=5), "'odd.jpg' is a link, device"),
+    "with a symbolic link": (
+        lambda t: member_of(t, type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        "'odd.jpg' is a link",
+    ),
+    "with a character device": (
+        lambda t: member_of(t, type=tarfile.CHRTYPE, devmajor=1, devminor=5),
+        "'odd.jpg' is a link, device",
+    ),
     "with a block device": (lambda t: member_of(t, type=tarfile.BLKTYPE), "'odd.jpg' is a link, device"),
     "with a pipe": (lambda t: member_of(t, type=tarfile.FIFOTYPE), "'odd.jpg' is a link, device"),
-    "with a sparse file": (lambda t: pax_of(t, b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n26 GNU.sparse.name=a.jpg\n31 GNU.sparse.realsize=999999\n"), ""),
+    "with a sparse file": (
+        lambda t: pax_of(
+            t,
+            b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n26 GNU.sparse.name=a.jpg\n31 GNU.sparse.realsize=999999\n",
+        ),
+        "",
+    ),
     "with a member above its folder": (lambda t: tar_of(t, [("../../a.jpg", b"x")]), "'../../a.jpg' points outside"),
     "with an absolute member": (lambda t: tar_of(t, [("/etc/a.jpg", b"x")]), "'/etc/a.jpg' points outside"),
     "with .. inside a name": (lambda t: tar_of(t, [("a/../../b.jpg", b"x")]), "points outside"),
     "with .. in an extended header": (lambda t: pax_of(t, b"20 path=../../a.jpg\n"), "'../../a.jpg' points outside"),
     "with a member twice": (lambda t: tar_of(t, [("a.jpg", b"x"), ("a.JPG", b"y")]), "key 'a' has two members .jpg"),
-    "with a key that comes back": (lambda t: tar_of(t, [("a.jpg", b"x"), ("b.jpg", b"y"), ("a.cls", b"1")]), "key 'a' comes back"),
+    "with a key that comes back": (
+        lambda t: tar_of(t, [("a.jpg", b"x"), ("b.jpg", b"y"), ("a.cls", b"1")]),
+        "key 'a' comes back",
+    ),
     "with a member of a negative size": (lambda t: header_of(t, size_field(-4096)), ""),
     "with a member of eight exabytes": (lambda t: header_of(t, size_field(1 << 62)), ""),
-    "with a size that is no number": (lambda t: header_of(t, lambda h: h.__setitem__(slice(124, 136), b"0000000x000\0")), "damaged header"),
+    "with a size that is no number": (
+        lambda t: header_of(t, lambda h: h.__setitem__(slice(124, 136), b"0000000x000\0")),
+        "damaged header",
+    ),
     "with an extended header of wrong lengths": (lambda t: pax_of(t, b"999999999 path=a.jpg\n"), ""),
     "with an extended header that gives a size of words": (lambda t: pax_of(t, b"13 size=many\n"), ""),
     "with an extended header of a size below zero": (lambda t: pax_of(t, b"14 size=-5120\n"), ""),
@@ -348,7 +460,7 @@ def test_an_empty_tar_is_a_shard_of_no_samples_and_a_set_of_none_is_refused(tmp_
     refused(lambda: read_manifest(tmp_path, ImageManifest), "manifest.json", "holds none")
 
 
-# ---------------------------------------------------------------------------------------------- indexes
+# --------------------------------------------------------------------------------------------- indexes
 
 
 def spans(change):
@@ -383,7 +495,10 @@ INDEXES = {
     "with an offset in words": (spans(lambda s: ["first", s[1], s[2]]), "'b', member .jpg"),
     "with two numbers for three": (spans(lambda s: s[:2]), "'b', member .jpg"),
     "with a number that is none": (lambda text: text.replace(b"900", b"NaN"), "no finite number"),
-    "with a key twice in an object": (lambda text: text.replace(b'"tar_bytes"', b'"tar_bytes": 5, "tar_bytes"'), "stands twice"),
+    "with a key twice in an object": (
+        lambda text: text.replace(b'"tar_bytes"', b'"tar_bytes": 5, "tar_bytes"'),
+        "stands twice",
+    ),
 }
 
 
@@ -417,10 +532,11 @@ def test_an_index_that_is_missing_changed_or_of_another_tar_is_refused(tmp_path)
     refused(lambda: IndexedTar(tar, index, sha256), "is not the index its manifest names")
     other = tar_of(tmp_path / "b.tar", [("a.jpg", b"Z" * 700), ("a.cls", b"1"), ("b.jpg", b"Y" * 900)])
     write_index(other, index)
-    refused(lambda: IndexedTar(tar, index).read(0), "a.tar", "'a'", "CRC-32 differs")  # of the same size, as only its bytes tell
+    # of the same size, as only its bytes tell
+    refused(lambda: IndexedTar(tar, index).read(0), "a.tar", "'a'", "CRC-32 differs")
 
 
-# ---------------------------------------------------------------------------------------------- manifests
+# ------------------------------------------------------------------------------------------- manifests
 
 
 def first_shard(**fields):
@@ -439,10 +555,22 @@ ANY_MANIFEST = {
     "cut short": (lambda text: text[: len(text) // 2], "not readable as JSON"),
     "empty": (b"", "not readable as JSON"),
     "nested without end": (b'{"kind":' + b"[" * 100_000, "nested too deep"),
-    "nested without end in a field": (lambda text: text.replace(b'"samples"', b'"more": ' + b"[" * 500 + b"]" * 500 + b', "samples"', 1), ""),
-    "with a key twice": (lambda text: text.replace(b'"format_version"', b'"kind": "images", "format_version"', 1), "'kind' stands twice"),
-    "with a number that is none": (lambda text: text.replace(b'"format_version"', b'"x": NaN, "format_version"', 1), "NaN is no finite number"),
-    "with an infinite number": (lambda text: text.replace(b'"format_version"', b'"x": 1e999, "format_version"', 1), "1e999 is no finite number"),
+    "nested without end in a field": (
+        lambda text: text.replace(b'"samples"', b'"more": ' + b"[" * 500 + b"]" * 500 + b', "samples"', 1),
+        "",
+    ),
+    "with a key twice": (
+        lambda text: text.replace(b'"format_version"', b'"kind": "images", "format_version"', 1),
+        "'kind' stands twice",
+    ),
+    "with a number that is none": (
+        lambda text: text.replace(b'"format_version"', b'"x": NaN, "format_version"', 1),
+        "NaN is no finite number",
+    ),
+    "with an infinite number": (
+        lambda text: text.replace(b'"format_version"', b'"x": 1e999, "format_version"', 1),
+        "1e999 is no finite number",
+    ),
     "not UTF-8": (lambda text: text.replace(b"a.tar", b"\xff.tar"), "not readable as JSON"),
     "a list": (b"[1, 2]", "describes None"),
     "of another version": (with_fields(format_version=2), "format version 2"),
@@ -477,7 +605,10 @@ OF_TOKENS = {
     "of no views": (with_fields(num_views=0), "num_views"),
     "of negative soft codes": (with_fields(topk=-1), "topk"),
     "of views that are a list": (with_fields(views=[1, 2]), "views"),
-    "of views with a scale of words": (lambda raw: {**raw, "views": {**raw["views"], "scale": ["low", "high"]}}, "views.scale"),
+    "of views with a scale of words": (
+        lambda raw: {**raw, "views": {**raw["views"], "scale": ["low", "high"]}},
+        "views.scale",
+    ),
     "of shards that lie elsewhere": (first_shard(path="/elsewhere/a.tar"), "token shards lie beside their manifest"),
 }
 
@@ -487,7 +618,17 @@ def manifests(tmp_path):
     """The manifests of a set of pictures and of its tokens, without the tars."""
     shard = Shard("a.tar", 3, 4096, "a" * 64, "b" * 64)
     images = ImageManifest([shard], 3, ["cat", "dog"])
-    tokens = TokenManifest([shard], 3, images.fingerprint(), {"a.tar": "a" * 64}, "c" * 64, 64, (4, 4), 2, ViewRecipe(32, (0.2, 1.0), (0.75, 1.3), 0.5, 0.4, 0))
+    tokens = TokenManifest(
+        [shard],
+        3,
+        images.fingerprint(),
+        {"a.tar": "a" * 64},
+        "c" * 64,
+        64,
+        (4, 4),
+        2,
+        ViewRecipe(32, (0.2, 1.0), (0.75, 1.3), 0.5, 0.4, 0),
+    )
     for name, manifest in (("images", images), ("tokens", tokens)):
         (tmp_path / name).mkdir()
         write_manifest(tmp_path / name, manifest)
@@ -507,23 +648,35 @@ def test_a_damaged_manifest_of_tokens_is_refused(manifests, how):
     images = Pictures(manifests / "images").manifest
     written(manifests / "tokens" / "manifest.json", change)
     views = ViewSettings(tokenizer_px=32, tokenizer_precision="fp32", scale=(0.2, 1.0), ratio=(0.75, 1.3), count=2)
-    refused(lambda: TokenSet(manifests / "tokens", images, num_codes=64, grid=4, views=views), str(manifests / "tokens" / "manifest.json"), words)
+    refused(
+        lambda: TokenSet(manifests / "tokens", images, num_codes=64, grid=4, views=views),
+        str(manifests / "tokens" / "manifest.json"),
+        words,
+    )
 
 
 @pytest.mark.parametrize("kind, manifest_type", [("images", ImageManifest), ("tokens", TokenManifest)])
 def test_each_field_of_a_manifest_that_is_missing_or_of_another_type_is_named(manifests, kind, manifest_type):
     path = manifests / kind / "manifest.json"
     whole = json.loads(path.read_text())
-    optional = {field.name for field in dataclasses.fields(manifest_type) if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING}
+    optional = {
+        field.name
+        for field in dataclasses.fields(manifest_type)
+        if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    }
     for name in whole:
-        for changed in ([] if name in optional else [{k: v for k, v in whole.items() if k != name}]) + [{**whole, name: {"x": [1.5]}}]:
+        for changed in ([] if name in optional else [{k: v for k, v in whole.items() if k != name}]) + [
+            {**whole, name: {"x": [1.5]}}
+        ]:
             path.write_text(json.dumps(changed))
             words = "describes" if name == "kind" else "format version" if name == "format_version" else f"{name}"
             refused(lambda: read_manifest(manifests / kind, manifest_type), str(path), words)
 
 
 def test_no_manifest_or_record_makes_a_writer_leave_its_folder(tmp_path):
-    """Shard names become files that are written, replaced and removed: by tokenizing, and by a packing that is started again."""
+    """Shard names become files that are written, replaced and removed: by tokenizing, and by a packing that is started
+    again.
+    """
     for name in ("../outside.tar", "/tmp/outside.tar", "..", "a/../../outside.tar"):
         with pytest.raises(ValueError, match="no plain file name"):
             Shard(name, 1, 1, "a" * 64, "b" * 64)
@@ -531,14 +684,23 @@ def test_no_manifest_or_record_makes_a_writer_leave_its_folder(tmp_path):
     victim.write_bytes(b"not ours")
     out = tmp_path / "out"
     (out / ".pack").mkdir(parents=True)
-    shard = {"name": "../victim.tar", "samples": 1, "bytes": 8, "sha256": "a" * 64, "index_sha256": "b" * 64, "path": ""}
-    (out / ".pack" / "x.record.json").write_text(json.dumps({"job_digest": "d", "units": 1, "shard": shard, "rejected": []}))
+    shard = {
+        "name": "../victim.tar",
+        "samples": 1,
+        "bytes": 8,
+        "sha256": "a" * 64,
+        "index_sha256": "b" * 64,
+        "path": "",
+    }
+    (out / ".pack" / "x.record.json").write_text(
+        json.dumps({"job_digest": "d", "units": 1, "shard": shard, "rejected": []})
+    )
     write_json(out / ".pack" / "plan.json", {"quality": "92"})
     assert prepare_folder(out, [], {"quality": "92"}) == ([], [])
     assert victim.read_bytes() == b"not ours" and not (out / ".pack" / "x.record.json").exists()
 
 
-# ---------------------------------------------------------------------------------------------- token records
+# --------------------------------------------------------------------------------------- token records
 
 ROW = [0, 0, 20, 30, 0, 1, 1, 1, 0]  # as schema.VIEW_COLUMNS
 
@@ -581,16 +743,28 @@ def pickled_npy(marker: Path) -> bytes:
 
 CODES, ROWS = npy(np.arange(32, dtype=np.uint16).reshape(2, 16)), npy(np.array([ROW, ROW], np.float32))
 RECORDS = {
-    "a code out of the vocabulary": ([("codes.npy", npy(np.full((2, 16), 64, np.uint16))), ("views.npy", ROWS)], "code 64 in a vocabulary of 64"),
+    "a code out of the vocabulary": (
+        [("codes.npy", npy(np.full((2, 16), 64, np.uint16))), ("views.npy", ROWS)],
+        "code 64 in a vocabulary of 64",
+    ),
     "codes of another type": ([("codes.npy", npy(np.zeros((2, 16), np.int64))), ("views.npy", ROWS)], "int64"),
     "codes of the other byte order": ([("codes.npy", npy(np.zeros((2, 16), ">u2"))), ("views.npy", ROWS)], ">u2"),
     "codes of another shape": ([("codes.npy", npy(np.zeros((2, 9), np.uint16))), ("views.npy", ROWS)], "(2, 9)"),
-    "codes, columns first": ([("codes.npy", npy(np.asfortranarray(np.zeros((2, 16), np.uint16)))), ("views.npy", ROWS)], "columns first"),
+    "codes, columns first": (
+        [("codes.npy", npy(np.asfortranarray(np.zeros((2, 16), np.uint16)))), ("views.npy", ROWS)],
+        "columns first",
+    ),
     "codes of one view": ([("codes.npy", npy(np.zeros((1, 16), np.uint16))), ("views.npy", ROWS)], "(1, 16)"),
     "codes cut short": ([("codes.npy", CODES[:-7]), ("views.npy", ROWS)], "57 bytes for 64"),
     "bytes behind the codes": ([("codes.npy", CODES + b"more"), ("views.npy", ROWS)], "68 bytes for 64"),
-    "a header that promises a petabyte": ([("codes.npy", CODES.replace(b"(2, 16)", b"(9**15,)")), ("views.npy", ROWS)], "codes.npy"),
-    "a shape beyond memory": ([("codes.npy", CODES.replace(b"(2, 16), }        ", b"(2, 99999999999), }")), ("views.npy", ROWS)], "codes.npy"),
+    "a header that promises a petabyte": (
+        [("codes.npy", CODES.replace(b"(2, 16)", b"(9**15,)")), ("views.npy", ROWS)],
+        "codes.npy",
+    ),
+    "a shape beyond memory": (
+        [("codes.npy", CODES.replace(b"(2, 16), }        ", b"(2, 99999999999), }")), ("views.npy", ROWS)],
+        "codes.npy",
+    ),
     "an archive for an array": ([("codes.npy", archive()), ("views.npy", ROWS)], "not an .npy array"),
     "text for an array": ([("codes.npy", b"0 1 2 3"), ("views.npy", ROWS)], "not an .npy array"),
     "an empty array file": ([("codes.npy", b""), ("views.npy", ROWS)], "not an .npy array"),
@@ -602,37 +776,73 @@ RECORDS = {
     "a view without a height": ([("codes.npy", CODES), ("views.npy", rows_with(height=0))], "view 1 has the box"),
     "a view above the picture": ([("codes.npy", CODES), ("views.npy", rows_with(top=-4))], "view 1 has the box"),
     "a view between two pixels": ([("codes.npy", CODES), ("views.npy", rows_with(left=0.5))], "view 1 has the box"),
-    "a view in no order of jitter": ([("codes.npy", CODES), ("views.npy", rows_with(jitter_order=77))], "jitter order 77"),
+    "a view in no order of jitter": (
+        [("codes.npy", CODES), ("views.npy", rows_with(jitter_order=77))],
+        "jitter order 77",
+    ),
     "half a flip": ([("codes.npy", CODES), ("views.npy", rows_with(flip=0.5))], "flip 0.5"),
 }
-SOFT = [("topk_codes.npy", npy(np.zeros((2, 16, 2), np.uint16))), ("topk_probs.npy", npy(np.full((2, 16, 2), 0.5, np.float16)))]
+SOFT = [
+    ("topk_codes.npy", npy(np.zeros((2, 16, 2), np.uint16))),
+    ("topk_probs.npy", npy(np.full((2, 16, 2), 0.5, np.float16))),
+]
 SOFT_RECORDS = {
-    "soft codes out of the vocabulary": ([("topk_codes.npy", npy(np.full((2, 16, 2), 99, np.uint16))), SOFT[1]], "code 99"),
-    "a soft code that is likelier than 1": ([SOFT[0], ("topk_probs.npy", npy(np.full((2, 16, 2), 1.5, np.float16)))], "no probability"),
-    "a soft code of no likelihood": ([SOFT[0], ("topk_probs.npy", npy(np.full((2, 16, 2), np.nan, np.float16)))], "no probability"),
-    "a patch whose soft codes have no likelihood at all": ([SOFT[0], ("topk_probs.npy", npy(np.zeros((2, 16, 2), np.float16)))], "no probability"),
+    "soft codes out of the vocabulary": (
+        [("topk_codes.npy", npy(np.full((2, 16, 2), 99, np.uint16))), SOFT[1]],
+        "code 99",
+    ),
+    "a soft code that is likelier than 1": (
+        [SOFT[0], ("topk_probs.npy", npy(np.full((2, 16, 2), 1.5, np.float16)))],
+        "no probability",
+    ),
+    "a soft code of no likelihood": (
+        [SOFT[0], ("topk_probs.npy", npy(np.full((2, 16, 2), np.nan, np.float16)))],
+        "no probability",
+    ),
+    "a patch whose soft codes have no likelihood at all": (
+        [SOFT[0], ("topk_probs.npy", npy(np.zeros((2, 16, 2), np.float16)))],
+        "no probability",
+    ),
     "a soft code named twice": (SOFT, "names a code twice"),
     "no soft codes": ([], "topk_codes.npy"),
 }
 
 
-def token_set(folder: Path, members: list[tuple[str, bytes]], *, key: str = "a", topk: int = 0, picture: bytes = b"", tokenizer: str = "c" * 64) -> tuple[Pictures, TokenSet]:
+def token_set(
+    folder: Path,
+    members: list[tuple[str, bytes]],
+    *,
+    key: str = "a",
+    topk: int = 0,
+    picture: bytes = b"",
+    tokenizer: str = "c" * 64,
+) -> tuple[Pictures, TokenSet]:
     """One picture and its record, made by hand."""
     pictures = image_set(folder / "images", [("a.png", picture)])
     (folder / "tokens").mkdir()
     shard = shard_of(tar_of(folder / "tokens" / "a.tar", [(f"{key}.{name}", data) for name, data in members]))
     images = pictures.manifest
     views = ViewRecipe(32, (0.2, 1.0), (0.75, 4 / 3), 0.5, 0.4, 0)
-    manifest = TokenManifest([shard], 1, images.fingerprint(), {"a.tar": images.shards[0].sha256}, tokenizer, 64, (4, 4), 2, views, topk)
+    manifest = TokenManifest(
+        [shard], 1, images.fingerprint(), {"a.tar": images.shards[0].sha256}, tokenizer, 64, (4, 4), 2, views, topk
+    )
     write_manifest(folder / "tokens", manifest)
-    return pictures, TokenSet(folder / "tokens", images, num_codes=64, grid=4, views=ViewSettings(tokenizer_px=32, tokenizer_precision="fp32", scale=(0.2, 1.0), count=2, topk=topk))
+    return pictures, TokenSet(
+        folder / "tokens",
+        images,
+        num_codes=64,
+        grid=4,
+        views=ViewSettings(tokenizer_px=32, tokenizer_precision="fp32", scale=(0.2, 1.0), count=2, topk=topk),
+    )
 
 
 @pytest.mark.parametrize("how", [*RECORDS, *SOFT_RECORDS])
 def test_a_damaged_token_record_stops_the_run_and_names_shard_and_key(tmp_path, how):
     soft = how in SOFT_RECORDS
     members, words = (RECORDS | SOFT_RECORDS)[how]
-    _, tokens = token_set(tmp_path, [("codes.npy", CODES), ("views.npy", ROWS), *members] if soft else members, topk=2 * soft)
+    _, tokens = token_set(
+        tmp_path, [("codes.npy", CODES), ("views.npy", ROWS), *members] if soft else members, topk=2 * soft
+    )
     refused(lambda: tokens.read(0, "a"), "a.tar: a", words)
 
 
@@ -657,7 +867,9 @@ def test_a_flipped_byte_of_a_token_record_is_refused_when_it_is_read(tmp_path):
 
 
 def test_a_view_that_is_not_in_its_picture_stops_the_run(photograph, tmp_path):
-    pictures, tokens = token_set(tmp_path, [("codes.npy", CODES), ("views.npy", rows_with(height=65))], picture=saved(photograph, "PNG"))
+    pictures, tokens = token_set(
+        tmp_path, [("codes.npy", CODES), ("views.npy", rows_with(height=65))], picture=saved(photograph, "PNG")
+    )
     record, (_, image) = tokens.read(0, "a"), pictures.decode(0)
     assert cut(image, record.views[0], 32).shape == (3, 32, 32)
     refused(lambda: cut(image, record.views[1], 32), "is not in a picture of 64 x 96", "tokenize")
@@ -665,7 +877,18 @@ def test_a_view_that_is_not_in_its_picture_stops_the_run(photograph, tmp_path):
     data = dataclasses.replace(recipe.data, num_workers=0)
     mask = dataclasses.replace(recipe.mask, count=4, min_block=2)
     places = [np.arange(epoch, epoch + 1) for epoch in range(2)]  # both views of the one picture
-    batches = masked_batches(pictures, tokens, places, data=data, views=tokens_views(), mask=mask, image_px=32, grid=4, seed=0, device=torch.device("cpu"))
+    batches = masked_batches(
+        pictures,
+        tokens,
+        places,
+        data=data,
+        views=tokens_views(),
+        mask=mask,
+        image_px=32,
+        grid=4,
+        seed=0,
+        device=torch.device("cpu"),
+    )
     refused(lambda: list(batches), "is not in a picture of 64 x 96")
 
 
@@ -673,7 +896,7 @@ def tokens_views() -> ViewSettings:
     return ViewSettings(tokenizer_px=32, tokenizer_precision="fp32", scale=(0.2, 1.0), count=2)
 
 
-# ---------------------------------------------------------------------------------------------- recipes and DeepSpeed's JSON
+# ------------------------------------------------------------------------ recipes and DeepSpeed's JSON
 
 RECIPES = {
     "a Python object": ("optim: !!python/object/apply:os.system ['touch MARKER']\n", "not YAML"),
@@ -682,7 +905,13 @@ RECIPES = {
     "a key twice": ("optim: {lr: 1.0e-3}\noptim: {lr: 2.0e-3}\n", "'optim' stands twice"),
     "a setting twice in a section": ("optim:\n  lr: 1.0e-3\n  lr: 2.0e-3\n", "'lr' stands twice"),
     "a setting in two spellings": ("optim: {lr: 1.0e-3}\noptim.lr: 2.0e-3\n", "'optim.lr' is set twice"),
-    "aliases that grow without end": ("a: &a {x: 1}\n" + "".join(f"{n}: &{n} {{" + ", ".join(f"{k}: *{m}" for k in range(9)) + "}\n" for m, n in zip("abcdefgh", "bcdefghi")), "aliases are not read"),
+    "aliases that grow without end": (
+        "a: &a {x: 1}\n"
+        + "".join(
+            f"{n}: &{n} {{" + ", ".join(f"{k}: *{m}" for k in range(9)) + "}\n" for m, n in zip("abcdefgh", "bcdefghi")
+        ),
+        "aliases are not read",
+    ),
     "an alias of itself": ("optim: &a {lr: *a}\n", "aliases are not read"),
     "a merge of an alias": ("optim: &a {lr: 1.0}\nrun: {<<: *a}\n", "aliases are not read"),
     "a list": ("- optim\n- run\n", "holds list"),
@@ -714,7 +943,17 @@ def test_a_damaged_recipe_is_refused(tmp_path, how, monkeypatch):
     assert not (tmp_path / "MARKER").exists()
 
 
-@pytest.mark.parametrize("text", ["optim.lr=!!python/object/apply:os.system ['touch MARKER']", "optim.lr=[", "optim.lr=.nan", "optim.lr={a: 1}", "optim.lr", "optim.lr=&a [*a]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optim.lr=!!python/object/apply:os.system ['touch MARKER']",
+        "optim.lr=[",
+        "optim.lr=.nan",
+        "optim.lr={a: 1}",
+        "optim.lr",
+        "optim.lr=&a [*a]",
+    ],
+)
 def test_a_damaged_override_is_refused(tmp_path, text, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(lambda: load_recipe(PretrainRecipe, "peco_vitb16", [text]), "optim.lr")
@@ -722,12 +961,39 @@ def test_a_damaged_override_is_refused(tmp_path, text, monkeypatch):
 
 
 BLOCKS = {
-    "zero_optimization": 3, "bf16": True, "fp16": "on", "optimizer": [], "scheduler": "cosine", "activation_checkpointing": 5, "data_types": "fp32", "checkpoint": [1],
-    "flops_profiler": True, "comms_logger": "yes", "aio": 1, "tensorboard": "runs", "wandb": True, "csv_monitor": 1, "autotuning": True, "compile": True, "torch_autocast": True,
-    "data_efficiency": 0, "pipeline": 2, "weight_quantization": True, "timers": 3, "train_batch_size": "many", "train_micro_batch_size_per_gpu": [4],
-    "gradient_accumulation_steps": True, "gradient_clipping": {"norm": 1}, "steps_per_print": "often", "wall_clock_breakdown": "no", "communication_data_type": 32,
-    "prescale_gradients": 1, "gradient_predivide_factor": "half", "dump_state": "yes", "zero_allow_untested_optimizer": "yes",
-}  # fmt: skip
+    "zero_optimization": 3,
+    "bf16": True,
+    "fp16": "on",
+    "optimizer": [],
+    "scheduler": "cosine",
+    "activation_checkpointing": 5,
+    "data_types": "fp32",
+    "checkpoint": [1],
+    "flops_profiler": True,
+    "comms_logger": "yes",
+    "aio": 1,
+    "tensorboard": "runs",
+    "wandb": True,
+    "csv_monitor": 1,
+    "autotuning": True,
+    "compile": True,
+    "torch_autocast": True,
+    "data_efficiency": 0,
+    "pipeline": 2,
+    "weight_quantization": True,
+    "timers": 3,
+    "train_batch_size": "many",
+    "train_micro_batch_size_per_gpu": [4],
+    "gradient_accumulation_steps": True,
+    "gradient_clipping": {"norm": 1},
+    "steps_per_print": "often",
+    "wall_clock_breakdown": "no",
+    "communication_data_type": 32,
+    "prescale_gradients": 1,
+    "gradient_predivide_factor": "half",
+    "dump_state": "yes",
+    "zero_allow_untested_optimizer": "yes",
+}
 
 
 @pytest.mark.parametrize("key", BLOCKS)
@@ -737,14 +1003,20 @@ def test_a_block_of_a_deepspeed_json_of_another_type_is_named(tmp_path, key):
 
 
 JSONS = {
-    "a key twice": (b'{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 3}}', "'zero_optimization' stands twice"),
+    "a key twice": (
+        b'{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 3}}',
+        "'zero_optimization' stands twice",
+    ),
     "a key twice in a block": (b'{"zero_optimization": {"stage": 1, "stage": 3}}', "'stage' stands twice"),
     "brackets without end": (b'{"zero_optimization": ' + b"[" * 100_000, "nested too deep"),
     "a number that is none": (b'{"zero_optimization": {"stage": NaN}}', "no finite number"),
     "an infinite number": (b'{"zero_optimization": {"stage": 3, "reduce_bucket_size": Infinity}}', "no finite number"),
     "a stage of true": (b'{"zero_optimization": {"stage": true}}', "zero_optimization.stage"),
     "a stage of words": (b'{"zero_optimization": {"stage": [3]}}', "zero_optimization.stage"),
-    "an offload that is a word": (b'{"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}', "offload_optimizer"),
+    "an offload that is a word": (
+        b'{"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}',
+        "offload_optimizer",
+    ),
     "a number of five thousand digits": (b'{"zero_optimization": {"stage": ' + b"9" * 5000 + b"}}", "not JSON"),
     "a web page": (b"<!doctype html><html></html>", "not JSON"),
     "bytes that are no text": (b"\xff\xfe{}", "not JSON"),
@@ -758,7 +1030,15 @@ def test_a_damaged_deepspeed_json_is_refused(tmp_path, how):
     refused(lambda: read_deepspeed_json(tmp_path / "mine.json"), str(tmp_path / "mine.json"), words)
 
 
-@pytest.mark.parametrize("optimizer", [{"params": 3}, {"type": ["AdamW"]}, {"type": "AdamW", "params": {"lr": "fast"}}, {"type": "AdamW", "params": {"betas": 0.9}}])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"params": 3},
+        {"type": ["AdamW"]},
+        {"type": "AdamW", "params": {"lr": "fast"}},
+        {"type": "AdamW", "params": {"betas": 0.9}},
+    ],
+)
 def test_an_optimizer_block_of_another_type_is_named_when_it_is_compared(tmp_path, optimizer):
     recipe = load_recipe(PretrainRecipe, "peco_vitb16", []).recipe
     (tmp_path / "mine.json").write_text(json.dumps({"optimizer": optimizer}))
@@ -766,7 +1046,7 @@ def test_an_optimizer_block_of_another_type_is_named_when_it_is_compared(tmp_pat
     refused(lambda: merge_deepspeed(raw, tmp_path / "mine.json", recipe.run, recipe.optim, 1), "mine.json", "optimizer")
 
 
-# ---------------------------------------------------------------------------------------------- weights
+# --------------------------------------------------------------------------------------------- weights
 
 
 def pickled(content, path: Path, **options) -> Path:
@@ -777,7 +1057,10 @@ def pickled(content, path: Path, **options) -> Path:
 def compressed(path: Path) -> Path:
     """A file of torch.save whose tensor is packed: 64 MiB of zeros in some kilobytes."""
     pickled({"a": torch.zeros(1 << 24)}, path.with_suffix(".whole"))
-    with zipfile.ZipFile(path.with_suffix(".whole")) as whole, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(path.with_suffix(".whole")) as whole,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for name in whole.namelist():
             packed.writestr(name, whole.read(name))
     return path
@@ -794,24 +1077,54 @@ class Calls:
 
 
 WEIGHTS = {
-    "a pickle that opens a file": (lambda f, m: pickled({"a": torch.ones(2), "x": Payload(m)}, f / "w.pth"), "was not run"),
-    "an old pickle that opens a file": (lambda f, m: pickled({"a": torch.ones(2), "x": Payload(m)}, f / "w.pth", _use_new_zipfile_serialization=False), "was not run"),
-    "a pickle that runs a command": (lambda f, m: pickled({"x": Calls(os.system, f"touch {m}")}, f / "w.pth"), "was not run"),
-    "a pickle that evaluates a text": (lambda f, m: pickled({"x": Calls(eval, f"open({str(m)!r}, 'w')")}, f / "w.pth"), "was not run"),
-    "a bare pickle": (lambda f, m: (f / "w.pth").write_bytes(pickle.dumps({"x": Payload(m)})) and f / "w.pth", "not a readable weights file"),
-    "a pickle called safetensors": (lambda f, m: pickled({"x": Payload(m)}, f / "w.safetensors"), "not a readable weights file"),
+    "a pickle that opens a file": (
+        lambda f, m: pickled({"a": torch.ones(2), "x": Payload(m)}, f / "w.pth"),
+        "was not run",
+    ),
+    "an old pickle that opens a file": (
+        lambda f, m: pickled({"a": torch.ones(2), "x": Payload(m)}, f / "w.pth", _use_new_zipfile_serialization=False),
+        "was not run",
+    ),
+    "a pickle that runs a command": (
+        lambda f, m: pickled({"x": Calls(os.system, f"touch {m}")}, f / "w.pth"),
+        "was not run",
+    ),
+    "a pickle that evaluates a text": (
+        lambda f, m: pickled({"x": Calls(eval, f"open({str(m)!r}, 'w')")}, f / "w.pth"),
+        "was not run",
+    ),
+    "a bare pickle": (
+        lambda f, m: (f / "w.pth").write_bytes(pickle.dumps({"x": Payload(m)})) and f / "w.pth",
+        "not a readable weights file",
+    ),
+    "a pickle called safetensors": (
+        lambda f, m: pickled({"x": Payload(m)}, f / "w.safetensors"),
+        "not a readable weights file",
+    ),
     "a pickle cut short": (lambda f, m: cut_file(pickled({"a": torch.randn(50, 50)}, f / "w.pth"), 0.6), "cut short"),
     "a safetensors cut short": (lambda f, m: cut_file(tensors_file(f / "w.safetensors"), 0.6), "cut short"),
-    "a safetensors with a header of an exabyte": (lambda f, m: put_bytes(f / "w.safetensors", struct.pack("<Q", 1 << 60) + b"{}"), "not a readable weights file"),
-    "a safetensors with a header of garbage": (lambda f, m: put_bytes(f / "w.safetensors", struct.pack("<Q", 8) + b"\xff" * 8), "not a readable weights file"),
+    "a safetensors with a header of an exabyte": (
+        lambda f, m: put_bytes(f / "w.safetensors", struct.pack("<Q", 1 << 60) + b"{}"),
+        "not a readable weights file",
+    ),
+    "a safetensors with a header of garbage": (
+        lambda f, m: put_bytes(f / "w.safetensors", struct.pack("<Q", 8) + b"\xff" * 8),
+        "not a readable weights file",
+    ),
     "a list of tensors": (lambda f, m: pickled([torch.ones(2)], f / "w.pth"), "holds a list"),
     "a packed archive": (lambda f, m: compressed(f / "w.pth"), "compressed"),
-    "a tensor of a million times its bytes": (lambda f, m: pickled({"a": torch.ones(1).expand(1 << 20, 1 << 20)}, f / "w.pth"), "expanded"),
+    "a tensor of a million times its bytes": (
+        lambda f, m: pickled({"a": torch.ones(1).expand(1 << 20, 1 << 20)}, f / "w.pth"),
+        "expanded",
+    ),
     "a sparse tensor": (lambda f, m: pickled({"a": torch.eye(4).to_sparse()}, f / "w.pth"), "sparse"),
     "a tensor without data": (lambda f, m: pickled({"a": torch.ones(3, device="meta")}, f / "w.pth"), ""),
     "a web page": (lambda f, m: put_bytes(f / "w.pth", b"<!doctype html><html>log in</html>"), "web page"),
     "an empty file": (lambda f, m: put_bytes(f / "w.pth", b""), "it is empty"),
-    "a git-LFS pointer": (lambda f, m: put_bytes(f / "w.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "a git-LFS pointer": (
+        lambda f, m: put_bytes(f / "w.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
+        "git lfs pull",
+    ),
 }
 
 
@@ -847,17 +1160,35 @@ def test_a_dictionary_that_holds_itself_is_read_to_its_end(tmp_path):
 
 SMALL = ModelSettings(image_px=32, patch_px=8, width=24, depth=2, heads=3, drop_path=0.0)
 TENSORS = {
-    "of whole numbers": (lambda t: t | {"blocks.0.attn.proj.weight": torch.ones(24, 24, dtype=torch.long)}, "blocks.0.attn.proj.weight is torch.int64"),
-    "of complex numbers": (lambda t: t | {"norm.bias": torch.ones(24, dtype=torch.complex64)}, "norm.bias is torch.complex64"),
+    "of whole numbers": (
+        lambda t: t | {"blocks.0.attn.proj.weight": torch.ones(24, 24, dtype=torch.long)},
+        "blocks.0.attn.proj.weight is torch.int64",
+    ),
+    "of complex numbers": (
+        lambda t: t | {"norm.bias": torch.ones(24, dtype=torch.complex64)},
+        "norm.bias is torch.complex64",
+    ),
     "of another shape": (lambda t: t | {"norm.bias": torch.ones(25)}, "norm.bias has shape (25,)"),
     "without a number": (lambda t: t | {"patch_embed.proj.weight": torch.ones(24, 3, 0, 0)}, "patch_embed.proj.weight"),
     "of no dimensions": (lambda t: t | {"lm_head.weight": torch.tensor(1.0)}, "lm_head.weight has shape ()"),
-    "of a layer without dimensions": (lambda t: t | {"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}, "blocks.0.mlp.fc1.weight has shape ()"),
+    "of a layer without dimensions": (
+        lambda t: t | {"blocks.0.mlp.fc1.weight": torch.tensor(1.0)},
+        "blocks.0.mlp.fc1.weight has shape ()",
+    ),
     "of block 999999": (lambda t: t | {"blocks.999999.gamma_1": torch.ones(24)}, "block 999999"),
     "of a block that is no number": (lambda t: t | {"blocks.\u00b2.gamma_1": torch.ones(24)}, "has no place"),
-    "of a layer scale that is no number": (lambda t: t | {"blocks.1.gamma_1": torch.full((24,), float("nan"))}, "not finite"),
-    "of a bias table without heads": (lambda t: t | {"rel_pos_bias.relative_position_bias_table": torch.ones(52, 0)}, "relative_position_bias_table"),
-    "that is missing": (lambda t: {name: tensor for name, tensor in t.items() if name != "norm.bias"}, "norm.bias is missing"),
+    "of a layer scale that is no number": (
+        lambda t: t | {"blocks.1.gamma_1": torch.full((24,), float("nan"))},
+        "not finite",
+    ),
+    "of a bias table without heads": (
+        lambda t: t | {"rel_pos_bias.relative_position_bias_table": torch.ones(52, 0)},
+        "relative_position_bias_table",
+    ),
+    "that is missing": (
+        lambda t: {name: tensor for name, tensor in t.items() if name != "norm.bias"},
+        "norm.bias is missing",
+    ),
     "that has no place": (lambda t: t | {"surprise": torch.ones(2)}, "surprise has no place"),
 }
 
@@ -869,9 +1200,15 @@ def test_weights_with_a_tensor_that_is_none_of_the_models_are_refused(tmp_path, 
 
 
 CONFIGS = {
-    ("timm", "mean of words"): (lambda c: {**c, "pretrained_cfg": {**c["pretrained_cfg"], "mean": ["a", "b", "c"]}}, "mean"),
+    ("timm", "mean of words"): (
+        lambda c: {**c, "pretrained_cfg": {**c["pretrained_cfg"], "mean": ["a", "b", "c"]}},
+        "mean",
+    ),
     ("timm", "mean of two"): (lambda c: {**c, "pretrained_cfg": {**c["pretrained_cfg"], "mean": [0.5, 0.5]}}, "mean"),
-    ("timm", "deviation of zero"): (lambda c: {**c, "pretrained_cfg": {**c["pretrained_cfg"], "std": [0.0, 1.0, 1.0]}}, "std"),
+    ("timm", "deviation of zero"): (
+        lambda c: {**c, "pretrained_cfg": {**c["pretrained_cfg"], "std": [0.0, 1.0, 1.0]}},
+        "std",
+    ),
     ("timm", "crop in words"): (lambda c: {**c, "pretrained_cfg": {**c["pretrained_cfg"], "crop_pct": "all"}}, "crop"),
     ("timm", "pretrained_cfg a list"): (lambda c: {**c, "pretrained_cfg": [1]}, "config.json"),
     ("timm", "names that are numbers"): (lambda c: {**c, "label_names": [1, 2]}, "classes"),
@@ -895,9 +1232,17 @@ def test_a_release_with_a_damaged_config_is_refused(tmp_path, library, how):
     refused(lambda: read_weights(tmp_path / "release"), "release", words)
 
 
-# ---------------------------------------------------------------------------------------------- tokenizer releases
+# ---------------------------------------------------------------------------------- tokenizer releases
 
-TOKENIZER = TokenizerSettings(channels=16, channel_mults=(1, 1, 1, 1), blocks_per_level=1, z_channels=16, num_codes=64, code_dim=8, l2_normalized=True)
+TOKENIZER = TokenizerSettings(
+    channels=16,
+    channel_mults=(1, 1, 1, 1),
+    blocks_per_level=1,
+    z_channels=16,
+    num_codes=64,
+    code_dim=8,
+    l2_normalized=True,
+)
 
 
 def settings_with(**fields):
@@ -944,7 +1289,10 @@ def test_a_tokenizer_with_a_damaged_card_is_refused(tokenizer_release, tmp_path,
 
 
 def cast_file(path: Path, dtype: torch.dtype) -> None:
-    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in read_tensor_file(path).items()}
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in read_tensor_file(path).items()
+    }
     save_file(tensors, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
 
@@ -968,7 +1316,7 @@ def test_a_tokenizer_with_a_damaged_file_is_refused(tokenizer_release, tmp_path,
     refused(lambda: load_tokenizer(folder), str(folder), words)
 
 
-# ---------------------------------------------------------------------------------------------- run folders and checkpoints
+# ------------------------------------------------------------------------- run folders and checkpoints
 
 STEPS = (3, 6)
 
@@ -980,14 +1328,27 @@ def finished_run(tmp_path_factory) -> Path:
     recipe = json.loads(json.dumps(dataclasses.asdict(load_recipe(FinetuneRecipe, "finetune_vitb16", []).recipe)))
     recipe["model"] = dataclasses.asdict(SMALL)
     (folder / "settings.yaml").write_text(yaml.safe_dump({"stage": "finetune", "recipe": recipe, "sources": {}}))
-    provenance = {"commit": "c", "images_fingerprint": "f" * 64, "num_samples": 9, "classes": ["cat", "dog"], "mean": [0.5] * 3, "std": [0.5] * 3, "init": "scratch", "init_facts": {}, "fresh": []}
+    provenance = {
+        "commit": "c",
+        "images_fingerprint": "f" * 64,
+        "num_samples": 9,
+        "classes": ["cat", "dog"],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "init": "scratch",
+        "init_facts": {},
+        "fresh": [],
+    }
     write_json(folder / "provenance.json", provenance)
     weights = sample("classifier", SMALL)
     tensors = weights.tensors | {"head.weight": torch.ones(2, 24), "head.bias": torch.zeros(2)}
     for step in STEPS:
         checkpoint = folder / "checkpoints" / f"step_{step:08d}"
         checkpoint.mkdir(parents=True)
-        torch.save({"module": {name: tensor + step for name, tensor in tensors.items()}}, checkpoint / "mp_rank_00_model_states.pt")
+        torch.save(
+            {"module": {name: tensor + step for name, tensor in tensors.items()}},
+            checkpoint / "mp_rank_00_model_states.pt",
+        )
         torch.save({"python": [3, list(range(5)), None], "step": step}, checkpoint / "rank_00000.pt")
         cursor = {"fingerprint": "f" * 64, "seed": 0, "samples": 8 * step}
         write_json(checkpoint / "progress.json", {"step": step, "cursor": cursor, "world_size": 1, "zero_stage": 0})
@@ -1018,14 +1379,18 @@ FILE_DAMAGE = {
 
 
 @pytest.mark.parametrize("how", FILE_DAMAGE)
-@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "rank_00000.pt", "progress.json", "settings.yaml", "provenance.json"])
+@pytest.mark.parametrize(
+    "name", ["mp_rank_00_model_states.pt", "rank_00000.pt", "progress.json", "settings.yaml", "provenance.json"]
+)
 def test_a_checkpoint_with_a_damaged_file_is_passed_over_and_an_only_one_refused(run_folder, caplog, name, how):
     older, newest = (run_folder / "checkpoints" / f"step_{step:08d}" for step in STEPS)
     FILE_DAMAGE[how](newest / name)
     assert name in verify(newest)
     assert newest_whole(run_folder) == older
     assert "step_00000006 is damaged" in caplog.text and name in caplog.text
-    assert read_run(run_folder).tensors["head.bias"].tolist() == [3, 3], "weights of the older one, never of the damaged one"
+    assert read_run(run_folder).tensors["head.bias"].tolist() == [3, 3], (
+        "weights of the older one, never of the damaged one"
+    )
     shutil.rmtree(older)
     assert newest_whole(run_folder) is None
     refused(lambda: read_run(run_folder), str(run_folder), "none of them whole")
@@ -1040,7 +1405,7 @@ MANIFESTS = {
     "of no files": b'{"files": {}}',
     "of files in a list": b'{"files": [1, 2]}',
     "of files without a hash": lambda m: {"files": {name: entry[:1] for name, entry in m["files"].items()}},
-    "of files that are numbers": lambda m: {"files": {name: 5 for name in m["files"]}},
+    "of files that are numbers": lambda m: {"files": dict.fromkeys(m["files"], 5)},
     "of another hash": lambda m: {"files": {name: [entry[0], "0" * 64] for name, entry in m["files"].items()}},
     "of another size": lambda m: {"files": {name: [entry[0] + 1, entry[1]] for name, entry in m["files"].items()}},
     "nested without end": b'{"files": ' + b"[" * 100_000,
@@ -1062,7 +1427,13 @@ def test_a_checkpoint_with_a_damaged_manifest_is_passed_over(run_folder, how):
 def test_a_checkpoints_manifest_cannot_name_a_file_outside_of_it(run_folder, name):
     newest = run_folder / "checkpoints" / "step_00000006"
     (run_folder / "x").write_bytes(b"outside")
-    there = run_folder / "x" if name == "../../x" else Path("/etc/passwd") if name == "/etc/passwd" else newest / "progress.json"
+    there = (
+        run_folder / "x"
+        if name == "../../x"
+        else Path("/etc/passwd")
+        if name == "/etc/passwd"
+        else newest / "progress.json"
+    )
     entry = [there.stat().st_size, sha256_of_file(there)]
     written(newest / "manifest.json", lambda m: {"files": m["files"] | {name: entry}})
     assert verify(newest) and newest_whole(run_folder).name == "step_00000003"
@@ -1116,9 +1487,21 @@ def test_a_run_with_a_damaged_record_of_its_origin_is_refused(run_folder, how):
 
 
 RESEALED = {
-    "settings of another stage": ("settings.yaml", lambda text: text.replace(b"stage: finetune", b"stage: dreaming"), "dreaming"),
-    "a recipe with an unknown setting": ("settings.yaml", lambda text: text.replace(b"  model:\n", b"  model:\n    colour: red\n"), "recipe.model.colour"),
-    "a recipe with a width in words": ("settings.yaml", lambda text: text.replace(b"    width: 24\n", b"    width: wide\n"), "recipe.model.width"),
+    "settings of another stage": (
+        "settings.yaml",
+        lambda text: text.replace(b"stage: finetune", b"stage: dreaming"),
+        "dreaming",
+    ),
+    "a recipe with an unknown setting": (
+        "settings.yaml",
+        lambda text: text.replace(b"  model:\n", b"  model:\n    colour: red\n"),
+        "recipe.model.colour",
+    ),
+    "a recipe with a width in words": (
+        "settings.yaml",
+        lambda text: text.replace(b"    width: 24\n", b"    width: wide\n"),
+        "recipe.model.width",
+    ),
     "no classes": ("provenance.json", lambda text: text.replace(b'"classes"', b'"clases"'), "does not tell classes"),
 }
 
@@ -1136,14 +1519,19 @@ def test_a_checkpoint_whose_records_were_exchanged_with_their_hashes_is_refused(
 def test_what_a_checkpoints_pickle_names_is_told_without_running_it(tmp_path):
     """DeepSpeed's files hold classes of its own beside the tensors; any other name in them is not read."""
     assert foreign_classes(pickled({"a": torch.ones(2), "n": [1, "x"]}, tmp_path / "plain.pt")) == []
-    path = pickled({"a": torch.ones(2), "settings": ViewSettings(), "x": Payload(tmp_path / "ran")}, tmp_path / "objects.pt")
+    path = pickled(
+        {"a": torch.ones(2), "settings": ViewSettings(), "x": Payload(tmp_path / "ran")}, tmp_path / "objects.pt"
+    )
     assert foreign_classes(path, frozenset({"peco_ds.config.ViewSettings"})) == ["io.open"]
-    for damaged in (cut_file(path, 0.5), put_bytes(tmp_path / "bare.pt", pickle.dumps({"x": Payload(tmp_path / "ran")}))):
+    for damaged in (
+        cut_file(path, 0.5),
+        put_bytes(tmp_path / "bare.pt", pickle.dumps({"x": Payload(tmp_path / "ran")})),
+    ):
         refused(lambda: foreign_classes(damaged), str(damaged), "not a readable weights file")
     assert not (tmp_path / "ran").exists()
 
 
-# ---------------------------------------------------------------------------------------------- the whole
+# ------------------------------------------------------------------------------------------- the whole
 
 
 def test_the_entries_of_the_stages_answer_damaged_sets_in_one_line(photograph, tokenizer_release, tmp_path):
@@ -1151,10 +1539,29 @@ def test_the_entries_of_the_stages_answer_damaged_sets_in_one_line(photograph, t
     from peco_ds import pretrain, tokenize_shards
 
     shutil.copytree(tokenizer_release, tmp_path / "tokenizer")
-    token_set(tmp_path, [("codes.npy", CODES), ("views.npy", ROWS)], picture=saved(photograph, "PNG"), tokenizer=load_tokenizer(tokenizer_release)[1].fingerprint)
-    sizes = "model.image_px=32 model.patch_px=8 model.width=24 model.heads=3 mask.count=4 mask.min_block=2 objective.num_codes=64 views.tokenizer_px=32 views.tokenizer_precision=fp32 views.scale=[0.2,1.0] views.count=2"
-    length = "schedule.epochs=null schedule.steps=4 schedule.warmup_epochs=null checkpoint.every_epochs=null run.global_batch=4 run.micro_batch=4"
-    overrides = [f"data.root={tmp_path}", "data.images=images", "data.tokens=tokens", *sizes.split(), *length.split(), "--dry_run"]
+    token_set(
+        tmp_path,
+        [("codes.npy", CODES), ("views.npy", ROWS)],
+        picture=saved(photograph, "PNG"),
+        tokenizer=load_tokenizer(tokenizer_release)[1].fingerprint,
+    )
+    sizes = (
+        "model.image_px=32 model.patch_px=8 model.width=24 model.heads=3 mask.count=4 "
+        "mask.min_block=2 objective.num_codes=64 views.tokenizer_px=32 "
+        "views.tokenizer_precision=fp32 views.scale=[0.2,1.0] views.count=2"
+    )
+    length = (
+        "schedule.epochs=null schedule.steps=4 schedule.warmup_epochs=null "
+        "checkpoint.every_epochs=null run.global_batch=4 run.micro_batch=4"
+    )
+    overrides = [
+        f"data.root={tmp_path}",
+        "data.images=images",
+        "data.tokens=tokens",
+        *sizes.split(),
+        *length.split(),
+        "--dry_run",
+    ]
     assert pretrain.main(["--recipe", "peco_vitb16", *overrides]) == 0
     for stage, name, change, words in (
         (pretrain, "images/manifest.json", first_shard(name="../x.tar"), "'../x.tar' is no plain file name"),
@@ -1169,13 +1576,39 @@ def test_the_entries_of_the_stages_answer_damaged_sets_in_one_line(photograph, t
         refused(lambda: stage.main(["--recipe", "peco_vitb16", *overrides]), name.rpartition("/")[0], words)
         (tmp_path / name).write_bytes(before)
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3, "stage": 1}}')
-    refused(lambda: pretrain.main(["--recipe", "peco_vitb16", "--deepspeed_config", str(tmp_path / "zero.json"), *overrides]), "zero.json", "stands twice")
+    refused(
+        lambda: pretrain.main(
+            ["--recipe", "peco_vitb16", "--deepspeed_config", str(tmp_path / "zero.json"), *overrides]
+        ),
+        "zero.json",
+        "stands twice",
+    )
 
 
 TABLES = (
-    BAD_PICTURES, LABELS, LISTS, TARS, INDEXES, ANY_MANIFEST, OF_TOKENS, RECORDS, SOFT_RECORDS, RECIPES, BLOCKS, JSONS, WEIGHTS, TENSORS, CONFIGS, CARDS, TOKENIZER_FILES,
-    FILE_DAMAGE, MANIFESTS, SETTINGS, PROVENANCES, RESEALED,
-)  # fmt: skip
+    BAD_PICTURES,
+    LABELS,
+    LISTS,
+    TARS,
+    INDEXES,
+    ANY_MANIFEST,
+    OF_TOKENS,
+    RECORDS,
+    SOFT_RECORDS,
+    RECIPES,
+    BLOCKS,
+    JSONS,
+    WEIGHTS,
+    TENSORS,
+    CONFIGS,
+    CARDS,
+    TOKENIZER_FILES,
+    FILE_DAMAGE,
+    MANIFESTS,
+    SETTINGS,
+    PROVENANCES,
+    RESEALED,
+)
 
 
 def test_the_tables_hold_at_least_sixty_kinds_of_damage():

@@ -1,4 +1,6 @@
-"""The data side at sizes that no disk here holds: what grows with samples and shards, by how much, and that numbers beyond 32 bits stay whole."""
+"""The data side at sizes that no disk here holds: what grows with samples and shards, by how much, and that numbers
+beyond 32 bits stay whole.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,25 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
+from test_token_parts import SHARDS as TOKEN_SHARDS
+from test_token_parts import parts_of, records
 
 from peco_ds.config import RunSettings
 from peco_ds.data import indexed_tar, token_parts
 from peco_ds.data.indexed_tar import IndexedTar, ShardSet, write_index
 from peco_ds.data.labelled import PADDING, rank_samples
-from peco_ds.data.order import WINDOW, SHARDS, SampleOrder, generator, rank_positions
+from peco_ds.data.order import SHARDS, WINDOW, SampleOrder, generator, rank_positions
 from peco_ds.errors import UserError
 from peco_ds.schema import ImageManifest, Shard, read_manifest, sha256_of_file, write_manifest
-from test_token_parts import SHARDS as TOKEN_SHARDS
-from test_token_parts import parts_of, records
 
 EPOCHS, BATCH = 800, 256
 
 
 def shards_of(count: int, size: int) -> ImageManifest:
-    return ImageManifest([Shard(f"train-{number:06d}.tar", size, 4096, f"{number:064x}", f"{number:064x}") for number in range(count)], count * size)
+    return ImageManifest(
+        [Shard(f"train-{number:06d}.tar", size, 4096, f"{number:064x}", f"{number:064x}") for number in range(count)],
+        count * size,
+    )
 
 
 def cpu_seconds(call, times: int = 3) -> float:
@@ -47,7 +52,7 @@ def peak_mb(call) -> float:
     return peak
 
 
-# ---------------------------------------------------------------------------------------------- order and position
+# ---------------------------------------------------------------------------------- order and position
 
 
 def plain_order(sizes: list[int], seed: int, window_shards: int, epoch: int) -> list[int]:
@@ -55,12 +60,19 @@ def plain_order(sizes: list[int], seed: int, window_shards: int, epoch: int) -> 
     starts = np.concatenate([[0], np.cumsum(sizes)])
     shards, samples = generator(SHARDS, seed, epoch).permutation(len(sizes)), []
     for window, first in enumerate(range(0, len(sizes), window_shards)):
-        mixed = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards[first : first + window_shards]])
+        mixed = np.concatenate(
+            [np.arange(starts[shard], starts[shard + 1]) for shard in shards[first : first + window_shards]]
+        )
         samples += generator(WINDOW, seed, epoch, window).permutation(mixed).tolist()
     return samples
 
 
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any), st.integers(0, 9), st.integers(1, 14), st.integers(0, EPOCHS))
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any),
+    st.integers(0, 9),
+    st.integers(1, 14),
+    st.integers(0, EPOCHS),
+)
 @example([70_000, 3, 1], 1, 2, 799)  # more than 16 bits in a window
 @settings(max_examples=60)
 def test_the_order_is_that_of_its_definition(sizes, seed, window_shards, epoch):
@@ -73,7 +85,7 @@ def test_a_window_late_in_a_run_of_eighty_milliard_positions_is_each_of_its_samp
     for first in (0, EPOCHS // 2 * n + 20_000 * 1234, EPOCHS * n - 20_000):
         samples = [order.sample_at(position) for position in range(first, first + 20_000)]
         assert len(set(samples)) == 20_000 and len({sample // 10_000 for sample in samples}) == 2
-        assert 0 <= min(samples) and max(samples) < n
+        assert min(samples) >= 0 and max(samples) < n
     assert order.epoch_of(EPOCHS * n - 1) == EPOCHS - 1
 
 
@@ -81,7 +93,9 @@ def test_the_positions_of_the_last_step_are_whole_numbers_beyond_32_bits():
     run = RunSettings(global_batch=2048, micro_batch=4)
     steps = EPOCHS * 10**8 // 2048
     ranks = [list(rank_positions(run, rank, 512, first_step=steps - 1, last_step=steps)) for rank in range(512)]
-    assert np.concatenate([positions for passes in ranks for positions in passes]).tolist() == list(range((steps - 1) * 2048, steps * 2048))
+    assert np.concatenate([positions for passes in ranks for positions in passes]).tolist() == list(
+        range((steps - 1) * 2048, steps * 2048)
+    )
 
 
 def first_batch(sizes: np.ndarray, position: int, window_shards: int = 16) -> None:
@@ -93,7 +107,9 @@ def first_batch(sizes: np.ndarray, position: int, window_shards: int = 16) -> No
 @pytest.mark.parametrize("place", (0.0, 0.5, 0.999_999_99, 799.5))
 def test_a_resume_among_ten_thousand_times_the_samples_costs_little_more(place):
     few, many = np.full(10, 1000), np.full(100_000, 1000)
-    ratio = cpu_seconds(lambda: first_batch(many, int(place * many.sum()))) / cpu_seconds(lambda: first_batch(few, int(place * few.sum())))
+    ratio = cpu_seconds(lambda: first_batch(many, int(place * many.sum()))) / cpu_seconds(
+        lambda: first_batch(few, int(place * few.sum()))
+    )
     assert ratio < 100, "a hundred times as much for ten thousand times the shards; measured: 3 to 6"
     assert peak_mb(lambda: first_batch(many, int(place * many.sum()))) < 16
 
@@ -116,7 +132,7 @@ def test_a_ranks_share_of_an_evaluation_takes_no_memory_for_the_whole_set():
     assert found[found != PADDING].tolist() == list(range(1003))
 
 
-# ---------------------------------------------------------------------------------------------- manifests
+# ------------------------------------------------------------------------------------------- manifests
 
 
 def test_a_manifest_takes_time_in_proportion_to_its_shards(tmp_path):
@@ -192,7 +208,8 @@ def test_an_index_that_the_manifest_vouches_for_reads_as_one_looked_at_from_end_
     vouched = everything(IndexedTar(tar, index, sha256))
     assert vouched == everything(IndexedTar(tar, index)) and len(vouched) == 50
     assert vouched[7] == ("folder é/00007", ["jpg", "cls"], {"jpg": b"7 jpg", "cls": b"7 cls"})
-    index.write_text(json.dumps(json.loads(index.read_text()), indent=2))  # another layout, as another program may write it
+    # another layout, as another program may write it
+    index.write_text(json.dumps(json.loads(index.read_text()), indent=2))
     assert everything(IndexedTar(tar, index, sha256_of_file(index))) == vouched
 
 
@@ -204,7 +221,24 @@ def test_an_index_damaged_before_it_was_vouched_for_is_refused_or_says_the_same(
         folder.mkdir()
         packed(folder, 4)
     tar, good = folder / "a.tar", (folder / "a.index.json").read_bytes()
-    place, pieces = data.draw(st.integers(0, len(good) - 1)), [b"", b"\n", b'"', b"{", b"}", b",", b"7", b"-1", b"[]", b'"key": "x",', b"\n  },\n  {\n   \"key\":", b"NaN", b"\xff"]
+    place, pieces = (
+        data.draw(st.integers(0, len(good) - 1)),
+        [
+            b"",
+            b"\n",
+            b'"',
+            b"{",
+            b"}",
+            b",",
+            b"7",
+            b"-1",
+            b"[]",
+            b'"key": "x",',
+            b'\n  },\n  {\n   "key":',
+            b"NaN",
+            b"\xff",
+        ],
+    )
     bad = good[:place] + data.draw(st.sampled_from(pieces)) + good[place + data.draw(st.integers(0, 3)) :]
     index = folder / "b.index.json"
     index.write_bytes(bad)
@@ -216,7 +250,8 @@ def test_an_index_damaged_before_it_was_vouched_for_is_refused_or_says_the_same(
             assert "\n" not in str(error)
             return None
 
-    assert outcome(sha256_of_file(index)) in (None, outcome(""))  # a layout that is ours in part is refused, valid as its JSON may be
+    # a layout that is ours in part is refused, valid as its JSON may be
+    assert outcome(sha256_of_file(index)) in (None, outcome(""))
 
 
 def test_opening_a_shard_parses_no_sample_that_is_not_read(tmp_path):
@@ -227,9 +262,13 @@ def test_opening_a_shard_parses_no_sample_that_is_not_read(tmp_path):
     assert cpu_seconds(vouched, times=5) < cpu_seconds(whole, times=5) / 4, "measured: a tenth"
 
 
-def test_a_token_set_in_the_making_is_looked_through_at_its_start_and_its_end_however_many_its_shards(tmp_path, monkeypatch):
+def test_a_token_set_in_the_making_is_looked_through_at_its_start_and_its_end_however_many_its_shards(
+    tmp_path, monkeypatch
+):
     looked, real = [], token_parts.find_drafts
-    monkeypatch.setattr(token_parts, "find_drafts", lambda folder, *names: looked.append(folder) or real(folder, *names))
+    monkeypatch.setattr(
+        token_parts, "find_drafts", lambda folder, *names: looked.append(folder) or real(folder, *names)
+    )
     tmp_path.joinpath(".shard-000001.tar.99999-abc.tmp").touch()  # of a writer that is dead
     parts = parts_of(tmp_path)
     for number in range(TOKEN_SHARDS):

@@ -33,6 +33,11 @@ def test_checkpoints_on_disk_are_the_newest_one_being_written_and_those_kept_for
     ds_config = {"zero_optimization": {"stage": 3}}
     assert checkpoints_bytes(PRETRAINING, ds_config) == 3 * one
     averaged = checkpoints_bytes(FINETUNING, {"zero_optimization": {"stage": 3}}) / 3
-    assert averaged - checkpoint_bytes(FINETUNING.parameters, stage=3, precision="bf16") == 4 * FINETUNING.parameters, "the moving average"
-    kept = replace(PRETRAINING, recipe=replace(PRETRAINING.recipe, checkpoint=replace(PRETRAINING.recipe.checkpoint, keep_every_steps=50_000)))
+    assert averaged - checkpoint_bytes(FINETUNING.parameters, stage=3, precision="bf16") == 4 * FINETUNING.parameters, (
+        "the moving average"
+    )
+    kept = replace(
+        PRETRAINING,
+        recipe=replace(PRETRAINING.recipe, checkpoint=replace(PRETRAINING.recipe.checkpoint, keep_every_steps=50_000)),
+    )
     assert checkpoints_bytes(kept, ds_config) == (3 + kept.durations.total_steps // 50_000) * one

@@ -62,7 +62,8 @@ def test_ordinary_jpegs_decode_natively_to_what_pillow_gives(real_data):
         assert picture_kind(data) == decode.PictureKind("jpg", plain=True, lossless=False)
         reference = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         differences.append(worst(pixels_of(data), reference))
-    assert max(differences) <= 2  # 0 where both link the same libjpeg; another one may round the colour transform otherwise
+    # 0 where both link the same libjpeg; another one may round the colour transform otherwise
+    assert max(differences) <= 2
 
 
 def test_the_native_path_is_the_one_ordinary_jpegs_take(real_data, monkeypatch):
@@ -137,7 +138,10 @@ def test_exif_that_says_upright_keeps_a_jpeg_ordinary(photograph):
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(photograph):
     grey = np.asarray(photograph.convert("L"))
-    for data in (encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"), encoded(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF")):
+    for data in (
+        encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"),
+        encoded(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF"),
+    ):
         assert worst(pixels_of(data), np.repeat(grey[..., None], 3, axis=2)) == 0
         assert not picture_kind(data).plain
 
@@ -194,7 +198,9 @@ def test_plain_png_and_webp_may_be_passed_on_as_they_are(real_data, photograph):
     webp = encoded(photograph, "WEBP", lossless=True)
     assert picture_kind(webp) == decode.PictureKind("webp", plain=True, lossless=True)
     assert worst(pixels_of(webp), photograph) == 0
-    assert picture_kind(encoded(photograph, "WEBP", quality=80)) == decode.PictureKind("webp", plain=True, lossless=False)
+    assert picture_kind(encoded(photograph, "WEBP", quality=80)) == decode.PictureKind(
+        "webp", plain=True, lossless=False
+    )
 
 
 def test_other_formats_decode_but_are_not_for_shards(photograph):
@@ -212,7 +218,8 @@ def test_a_jpeg_cut_anywhere_is_refused_not_filled_with_grey(photograph, progres
         with pytest.raises(DecodeError):
             decode_rgb(data[:length])
     with pytest.raises(DecodeError):
-        decode_rgb(data[: len(data) // 2] + bytes(len(data) // 2))  # a hole, as an interrupted download leaves it
+        # a hole, as an interrupted download leaves it
+        decode_rgb(data[: len(data) // 2] + bytes(len(data) // 2))
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])

@@ -140,7 +140,14 @@ def make_numbers(places: np.ndarray) -> RawBatch:
 
 
 def test_stopping_in_the_middle_leaves_no_process():
-    batches = device_batches(make_numbers, [np.array([n]) for n in range(100)], lambda raw: raw.samples, lambda samples, _: int(samples[0]), num_workers=2, device=CPU)
+    batches = device_batches(
+        make_numbers,
+        [np.array([n]) for n in range(100)],
+        lambda raw: raw.samples,
+        lambda samples, _: int(samples[0]),
+        num_workers=2,
+        device=CPU,
+    )
     assert [next(batches), next(batches)] == [0, 1]
     assert len(multiprocessing.active_children()) == 2
     batches.close()
@@ -202,4 +209,10 @@ def test_the_side_stream_prepares_the_step_waits_for_it_and_every_tensor_is_kept
 
     ready = lane.hand_over(lane.begin(prepare, RawBatch()))
     assert len(ready) == 2 and cuda.current == "step"
-    assert notes == ["prepared on side", "event recorded on side", "step waits for event", "kept for the step", "kept for the step"]
+    assert notes == [
+        "prepared on side",
+        "event recorded on side",
+        "step waits for event",
+        "kept for the step",
+        "kept for the step",
+    ]

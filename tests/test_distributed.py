@@ -6,7 +6,13 @@ import pytest
 
 from peco_ds.runtime.distributed import _local_size, _translate_environment
 
-SLURM = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+}
 
 
 @pytest.fixture
@@ -21,12 +27,21 @@ def environment(monkeypatch):
 
 def test_a_task_of_srun_is_a_rank(environment):
     env = environment(**SLURM, SLURM_STEP_ID="0", MASTER_ADDR="node1", MASTER_PORT="12345")
-    assert (env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"], env["MASTER_ADDR"], env["MASTER_PORT"]) == ("5", "1", "8", "node1", "12345")
+    assert (env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"], env["MASTER_ADDR"], env["MASTER_PORT"]) == (
+        "5",
+        "1",
+        "8",
+        "node1",
+        "12345",
+    )
     assert _local_size() == 4
 
 
 def test_all_tasks_of_a_job_agree_on_a_port_where_the_launcher_gave_none(environment):
-    assert environment(**SLURM, SLURM_STEP_ID="0")["MASTER_PORT"] == environment(**{**SLURM, "SLURM_PROCID": "2"}, SLURM_STEP_ID="0")["MASTER_PORT"]
+    assert (
+        environment(**SLURM, SLURM_STEP_ID="0")["MASTER_PORT"]
+        == environment(**{**SLURM, "SLURM_PROCID": "2"}, SLURM_STEP_ID="0")["MASTER_PORT"]
+    )
 
 
 def test_a_plain_start_inside_a_batch_script_is_one_process(environment):
@@ -36,7 +51,9 @@ def test_a_plain_start_inside_a_batch_script_is_one_process(environment):
 
 
 def test_what_torchrun_or_deepspeed_wrote_is_left_alone(environment):
-    env = environment(**SLURM, SLURM_STEP_ID="0", RANK="3", LOCAL_RANK="3", WORLD_SIZE="4", MASTER_ADDR="a", MASTER_PORT="1")
+    env = environment(
+        **SLURM, SLURM_STEP_ID="0", RANK="3", LOCAL_RANK="3", WORLD_SIZE="4", MASTER_ADDR="a", MASTER_PORT="1"
+    )
     assert (env["RANK"], env["WORLD_SIZE"], env["MASTER_PORT"]) == ("3", "4", "1")
 
 

@@ -1,4 +1,6 @@
-"""Other numbers of ranks and other ZeRO stages go on with a run: same batches, same losses, same average, same codebook. Four launches run all cases."""
+"""Other numbers of ranks and other ZeRO stages go on with a run: same batches, same losses, same average, same
+codebook. Four launches run all cases.
+"""
 
 import json
 
@@ -14,9 +16,11 @@ from peco_ds.runtime.run_weights import read_run
 HALF = ["schedule.stop_at_step=5"]
 VARIANTS = {
     "aggregated": ["aggregation.early_block=1"],
-    "visible": "encoding.kind=visible encoding.decoder_width=24 encoding.decoder_depth=1 encoding.decoder_heads=3 objective.name=multi_choice data.tokens=online views.topk=4".split(),
+    "visible": "encoding.kind=visible encoding.decoder_width=24 encoding.decoder_depth=1 "
+    "encoding.decoder_heads=3 objective.name=multi_choice data.tokens=online views.topk=4".split(),
 }
-MORE_DECAY = ["optim.weight_decay=0.5"]  # what is wrong with one group's decay then shows within five steps
+# what is wrong with one group's decay then shows within five steps
+MORE_DECAY = ["optim.weight_decay=0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +35,20 @@ def runs(small_sets, labelled_sets, tmp_path_factory):
 
     def case(stage, name, zero, *extra, **more):
         config = str(REPOSITORY / "ds_configs" / f"zero{zero}.json")
-        return {"stage": stage, "arguments": [*recipes[stage], "--deepspeed_config", config, "--out", str(folder / name), *extra], "name": name, **more}
+        return {
+            "stage": stage,
+            "arguments": [*recipes[stage], "--deepspeed_config", config, "--out", str(folder / name), *extra],
+            "name": name,
+            **more,
+        }
 
     def launch(ranks, *cases):
         listing = folder / f"cases_{len(outcomes)}.json"
         listing.write_text(json.dumps(cases))
         run_stage(str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=ranks, timeout_s=900)
-        outcomes.update(zip((case["name"] for case in cases), json.loads(listing.with_name(listing.name + ".codes").read_text())))
+        outcomes.update(
+            zip((case["name"] for case in cases), json.loads(listing.with_name(listing.name + ".codes").read_text()))
+        )
 
     launch(
         2,
@@ -92,7 +103,9 @@ def largest_difference(ours, whole):
 
 @pytest.mark.parametrize("change", ("2z3_1z3", "2z3_1z1", "2z1_1z3", "1z3_2z1", "2z3_4z2", "2z0_1z0"))
 def test_another_number_of_ranks_or_zero_stage_goes_on_with_the_losses_of_the_run_that_never_stopped(runs, change):
-    """Weights, moments, Adam's step, group settings and batches at once: any of them wrong shows in the loss of the next step. Worst seen: 1.2e-7."""
+    """Weights, moments, Adam's step, group settings and batches at once: any of them wrong shows in the loss of the
+    next step. Worst seen: 1.2e-7.
+    """
     assert largest_difference(losses(runs[0] / f"pretrain_{change}"), losses(runs[0] / "pretrain_whole")) < 2e-6
 
 
@@ -109,7 +122,9 @@ def test_a_classifier_with_layer_decay_keeps_every_groups_rate_and_decay_and_its
     folder = runs[0]
     assert largest_difference(losses(folder / "finetune_2z3_1z3"), losses(folder / "finetune_whole")) < 2e-6
     groups = json.loads((folder / "rates.json").read_text())["groups"]
-    assert {group["weight_decay"] for group in groups} == {0.0, 0.5} and len({group["lr_scale"] for group in groups}) == 4
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5} and len(
+        {group["lr_scale"] for group in groups}
+    ) == 4
     for average in ("raw", "ema"):
         ours, whole = (read_run(folder / name, average).tensors for name in ("finetune_2z3_1z3", "finetune_whole"))
         assert max(float((ours[name] - whole[name]).abs().max()) for name in whole) < 1e-5
@@ -127,7 +142,9 @@ def test_without_its_mending_the_universal_path_gives_every_group_the_first_ones
 
 
 def test_mixed_batches_do_not_depend_on_ranks_where_the_pass_is_the_same(runs):
-    """Four ranks, passes of two pictures: mixup pairs others than in passes of four, so only the step at hand is compared, in its size."""
+    """Four ranks, passes of two pictures: mixup pairs others than in passes of four, so only the step at hand is
+    compared, in its size.
+    """
     assert [row["step"] for row in read_metrics(runs[0] / "finetune_2z3_4z1")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -135,10 +152,16 @@ def test_a_codebook_and_its_averages_come_along(runs):
     folder = runs[0]
     ours, whole = (losses(folder / name) for name in ("train_tokenizer_2z3_1z1", "train_tokenizer_whole"))
     assert ours[5] == pytest.approx(whole[5], rel=1e-5), "the first step after the change"
-    # later, a sum taken in another order now and then tips a patch to its second nearest code; measured worst case 1.2e-3
+    # later, a sum taken in another order now and then tips a patch to its second nearest code; measured worst case
+    # 1.2e-3
     assert largest_difference(ours, whole) < 4e-3
-    ours, whole = (fp32_weights(list_checkpoints(folder / name)[0]) for name in ("train_tokenizer_2z3_1z1", "train_tokenizer_whole"))
-    counts = [name for name in whole if name.startswith("codebook.") and whole[name].ndim == 1 and whole[name].numel() > 1]
+    ours, whole = (
+        fp32_weights(list_checkpoints(folder / name)[0])
+        for name in ("train_tokenizer_2z3_1z1", "train_tokenizer_whole")
+    )
+    counts = [
+        name for name in whole if name.startswith("codebook.") and whole[name].ndim == 1 and whole[name].numel() > 1
+    ]
     assert counts and all(ours[name].sum() == pytest.approx(float(whole[name].sum()), rel=1e-3) for name in counts)
 
 

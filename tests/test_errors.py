@@ -7,4 +7,8 @@ def test_a_line_with_a_value_of_any_length_keeps_its_place_and_its_remedy_and_st
     short = "list.txt: 'n01' is not in classes.txt; give the matching list"
     assert str(UserError(short)) == short
     line = str(UserError(f"list.txt: {'[' * 100_000} is not in classes.txt; give the matching list"))
-    assert line.startswith("list.txt: [[[") and line.endswith("[[[ is not in classes.txt; give the matching list") and len(line) < 2000
+    assert (
+        line.startswith("list.txt: [[[")
+        and line.endswith("[[[ is not in classes.txt; give the matching list")
+        and len(line) < 2000
+    )

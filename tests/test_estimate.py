@@ -60,7 +60,9 @@ def test_few_cores_hold_the_gpus_up():
 
 def test_evaluations_add_forward_passes():
     with_average = estimate(FINETUNING, H100, 8, JSON["zero1.json"])
-    assert 0 < with_average.evaluation_hours() < 0.02 * with_average.training_hours(), "a million of sixty-four million pictures, forward alone"
+    assert 0 < with_average.evaluation_hours() < 0.02 * with_average.training_hours(), (
+        "a million of sixty-four million pictures, forward alone"
+    )
 
 
 def test_tokenizing_scales_with_the_gpus_and_sends_nothing():
@@ -78,23 +80,40 @@ def test_the_recipes_micro_batch_is_made_smaller_where_it_does_not_divide_or_fit
 
 def test_what_does_not_fit_is_refused_with_what_would():
     tiny = replace(H100, memory_bytes=9e9)
-    with pytest.raises(UserError, match=r"zero0.json .* needs .* GiB a GPU, which has 8.4 and keeps 5% free; what fits there: --deepspeed_config ds_configs/zero\d.json") as refused:
+    with pytest.raises(
+        UserError,
+        match=r"zero0.json .* needs .* GiB a GPU, which has 8.4 and keeps 5% free; what fits there: "
+        r"--deepspeed_config ds_configs/zero\d.json",
+    ) as refused:
         estimate(PRETRAINING, tiny, 64, JSON["zero0.json"])
     named = str(refused.value).split("--deepspeed_config ")[1].split()
     stage = PRETRAINING.with_run(activation_checkpointing=named[2].split("=")[1])
     assert fits(stage, tiny, 64, JSON[named[0].removeprefix("ds_configs/")]), "what it names does fit"
     with pytest.raises(UserError, match=r"no setting fits there; \d+ h100 do with"):
-        estimate(read_chain("peco_vith14", ["model.width=4096", "model.heads=64", "model.depth=64"]).main, replace(H100, host_memory_bytes=5e9), 1, JSON["zero3.json"])
+        estimate(
+            read_chain("peco_vith14", ["model.width=4096", "model.heads=64", "model.depth=64"]).main,
+            replace(H100, host_memory_bytes=5e9),
+            1,
+            JSON["zero3.json"],
+        )
 
 
 def test_an_offloaded_optimiser_takes_longer():
-    on_host, on_gpu = (estimate(PRETRAINING, H100, 8, JSON[name]).costs["typical"] for name in ("zero3_offload.json", "zero3.json"))
+    on_host, on_gpu = (
+        estimate(PRETRAINING, H100, 8, JSON[name]).costs["typical"] for name in ("zero3_offload.json", "zero3.json")
+    )
     assert on_host.optimizer_s > 5 * on_gpu.optimizer_s and on_host.compute_s == pytest.approx(on_gpu.compute_s)
 
 
 def test_offloaded_weights_cost_their_way_up_and_leave_the_optimiser_where_it_is():
-    only_weights = {**JSON["zero3.json"].raw, "zero_optimization": {**JSON["zero3.json"].raw["zero_optimization"], "offload_param": {"device": "cpu"}}}
-    plain, moved = (estimate(PRETRAINING, H100, 8, choice).costs["typical"] for choice in (JSON["zero3.json"], DeepSpeedChoice("own.json", only_weights)))
+    only_weights = {
+        **JSON["zero3.json"].raw,
+        "zero_optimization": {**JSON["zero3.json"].raw["zero_optimization"], "offload_param": {"device": "cpu"}},
+    }
+    plain, moved = (
+        estimate(PRETRAINING, H100, 8, choice).costs["typical"]
+        for choice in (JSON["zero3.json"], DeepSpeedChoice("own.json", only_weights))
+    )
     up = PRETRAINING.parameters / 8 * 2 * 8 / 25e9  # bf16, eight passes
     assert moved.optimizer_s - plain.optimizer_s == pytest.approx(up, rel=0.01)
 
@@ -102,5 +121,7 @@ def test_offloaded_weights_cost_their_way_up_and_leave_the_optimiser_where_it_is
 def test_offload_needs_the_hosts_memory():
     offload = JSON["zero3_offload.json"]
     assert estimate(PRETRAINING, H100, 8, offload).host_bytes > 12 * 0.6e9, "masters and moments"
-    with pytest.raises(UserError, match="keeps .* GiB on the host of each node, h100 has 12 GiB there; what fits there"):
+    with pytest.raises(
+        UserError, match="keeps .* GiB on the host of each node, h100 has 12 GiB there; what fits there"
+    ):
         estimate(PRETRAINING, replace(H100, host_memory_bytes=12 * 2**30), 8, offload)

@@ -1,4 +1,6 @@
-"""Finished models measured by path, on one rank and on two, on 27 pictures: a number that no batch and no two ranks divide."""
+"""Finished models measured by path, on one rank and on two, on 27 pictures: a number that no batch and no two ranks
+divide.
+"""
 
 import json
 
@@ -8,6 +10,7 @@ import torch
 import torchvision
 from conftest import REPOSITORY, run_stage
 from PIL import Image
+from test_train_tokenizer import SMALL, SMALL_VQKD
 from timm.data import create_transform
 
 from peco_ds.config import ClassifierSettings, ModelSettings
@@ -17,7 +20,6 @@ from peco_ds.evaluate import main
 from peco_ds.models.classifier import build_classifier
 from peco_ds.models.mim import MaskedImageModel
 from peco_ds.pack_images import main as pack
-from test_train_tokenizer import SMALL, SMALL_VQKD
 
 CLASSES, PICTURES = 3, 27
 MODEL = ModelSettings(image_px=32, patch_px=8, width=24, depth=2, heads=2, layer_scale=1.0, drop_path=0)
@@ -32,16 +34,33 @@ def root(real_data, tmp_path_factory):
             folder = root / split / f"class{number % CLASSES}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{number:02d}.JPEG").symlink_to(path)
-        pack(["--images", str(root / split), "--out", str(root / "images" / split), "--samples_per_shard", "16", "--workers", "1"])
+        pack(
+            [
+                "--images",
+                str(root / split),
+                "--out",
+                str(root / "images" / split),
+                "--samples_per_shard",
+                "16",
+                "--workers",
+                "1",
+            ]
+        )
     pack(["--images", str(root / "val" / "class0"), "--out", str(root / "images" / "unlabelled"), "--workers", "1"])
     torch.manual_seed(0)
-    torch.save({"model": build_classifier(MODEL, ClassifierSettings(head_scale=1.0), CLASSES).state_dict()}, root / "classifier.pth")
+    torch.save(
+        {"model": build_classifier(MODEL, ClassifierSettings(head_scale=1.0), CLASSES).state_dict()},
+        root / "classifier.pth",
+    )
     torch.save({"model": build_classifier(MODEL, ClassifierSettings(), 5).state_dict()}, root / "five.pth")
     mim = MaskedImageModel(MODEL, 16).state_dict()
     torch.save({"model": {name.removeprefix("backbone."): tensor for name, tensor in mim.items()}}, root / "mim.pth")
     torch.save(timm.create_model("test_vit", pretrained=False, num_classes=CLASSES).state_dict(), root / "test_vit.pth")
     torch.save(torchvision.models.alexnet(weights=None).state_dict(), root / "alexnet.pth")
-    torch.save(timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=0).state_dict(), root / "teacher.pth")
+    torch.save(
+        timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=0).state_dict(),
+        root / "teacher.pth",
+    )
     return root
 
 
@@ -53,24 +72,53 @@ def results(root):
         "classifier": [str(root / "classifier.pth"), *common, "--batch", "5"],
         "larger": [str(root / "classifier.pth"), *common, "--image_px", "48", "--crop", "1", "--precision", "bf16"],
         "named": ["test_vit", *common, "--checkpoint", str(root / "test_vit.pth"), "--batch", "9"],
-        "run": [str(root / "run"), *common, "--batch", "4", "--train_images", str(root / "images" / "train"), "--lpips", str(root / "alexnet.pth")],
+        "run": [
+            str(root / "run"),
+            *common,
+            "--batch",
+            "4",
+            "--train_images",
+            str(root / "images" / "train"),
+            "--lpips",
+            str(root / "alexnet.pth"),
+        ],
         "release": [str(root / "run" / "tokenizer"), *common, "--image_px", "32"],
-        "vqkd": [str(root / "vqkd" / "tokenizer"), *common, "--train_images", str(root / "images" / "train"), "--precision", "bf16"],
+        "vqkd": [
+            str(root / "vqkd" / "tokenizer"),
+            *common,
+            "--train_images",
+            str(root / "images" / "train"),
+            "--precision",
+            "bf16",
+        ],
     }
     short = [f"data.root={root}", "data.val_images=images/val", "schedule.steps=3", "evaluation.every_steps=3"]
     tokenizers = [
         ["--recipe", "peco_tokenizer", "--out", str(root / "run"), *SMALL, *short],
-        ["--recipe", "beitv2_tokenizer", "--out", str(root / "vqkd"), f"teacher.weights={root / 'teacher.pth'}", *SMALL_VQKD, *short],
+        [
+            "--recipe",
+            "beitv2_tokenizer",
+            "--out",
+            str(root / "vqkd"),
+            f"teacher.weights={root / 'teacher.pth'}",
+            *SMALL_VQKD,
+            *short,
+        ],
     ]
     found = {}
     for ranks in (1, 2):
         chosen = cases if ranks == 1 else {name: cases[name] for name in ("classifier", "run")}
-        starts = [{"stage": "evaluate", "arguments": [*arguments, "--out", str(root / f"{name}_{ranks}.json")]} for name, arguments in chosen.items()]
+        starts = [
+            {"stage": "evaluate", "arguments": [*arguments, "--out", str(root / f"{name}_{ranks}.json")]}
+            for name, arguments in chosen.items()
+        ]
         if ranks == 1:
             starts = [*({"stage": "train_tokenizer", "arguments": arguments} for arguments in tokenizers), *starts]
         listing = root / f"cases_{ranks}.json"
         listing.write_text(json.dumps(starts))
-        done = run_stage(str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=ranks, environment={"OMP_NUM_THREADS": "1"})
+        done = run_stage(
+            str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=ranks, environment={"OMP_NUM_THREADS": "1"}
+        )
         assert json.loads((root / f"cases_{ranks}.json.codes").read_text()) == [0] * len(starts)
         found |= {(name, ranks): json.loads((root / f"{name}_{ranks}.json").read_text()) for name in chosen}
         found["lines", ranks] = done.stdout
@@ -80,7 +128,9 @@ def results(root):
 @torch.no_grad()
 def right_answers(model, root, image_px, crop, mean, std):
     """Of timm's own model on timm's own evaluation transform, one picture after the other."""
-    transform = create_transform(image_px, is_training=False, crop_pct=crop, interpolation="bicubic", mean=mean, std=std)
+    transform = create_transform(
+        image_px, is_training=False, crop_pct=crop, interpolation="bicubic", mean=mean, std=std
+    )
     right = 0
     for label in range(CLASSES):
         for path in sorted((root / "val" / f"class{label}").iterdir()):
@@ -109,7 +159,11 @@ def test_settings_come_from_the_weights_unless_they_are_given(results):
     assert (own["image_px"], own["crop"], own["precision"]) == (32, 0.875, "fp32")
     assert (larger["image_px"], larger["crop"], larger["precision"]) == (48, 1, "bf16")
     cfg = timm.get_pretrained_cfg("test_vit")
-    assert named["image_px"] == cfg.input_size[-1] and tuple(named["mean"]) == cfg.mean and results["named", 1]["quality"]["pictures"] == PICTURES
+    assert (
+        named["image_px"] == cfg.input_size[-1]
+        and tuple(named["mean"]) == cfg.mean
+        and results["named", 1]["quality"]["pictures"] == PICTURES
+    )
 
 
 def test_throughput_and_provenance_stand_beside_the_accuracy(results):
@@ -119,7 +173,9 @@ def test_throughput_and_provenance_stand_beside_the_accuracy(results):
         assert len(found["images"]["fingerprint"]) == 64 and {"command", "commit", "versions"} <= found.keys()
     lines = [line for line in results["lines", 1].splitlines() if line.endswith(".json")]
     assert len(lines) == 6 and "on 27 pictures at 32 px" in lines[0]
-    assert sum("PSNR" in line or "top-1" in line for line in results["lines", 2].splitlines()) == 2, "one line a start, not one a rank"
+    assert sum("PSNR" in line or "top-1" in line for line in results["lines", 2].splitlines()) == 2, (
+        "one line a start, not one a rank"
+    )
 
 
 def test_a_tokenizers_numbers_are_those_its_training_reported_on_the_same_pictures(root, results):
@@ -150,9 +206,17 @@ def test_a_tokenizer_without_pictures_is_measured_by_its_codes_and_their_probes(
     assert found["quality"].keys() == {"codes_used", "perplexity"} and 1 < found["quality"]["codes_used"] <= 32
     assert found["settings"]["image_px"] == 32, "the one size that it looks at"
     assert list(found["code_probes"]["pictures_as"]) == ["bag of codes", "mean code vector"]
-    trained, measured = (next(line for line in results["lines", 1].splitlines() if line.endswith(str(root / end))) for end in ("vqkd/tokenizer", "vqkd_1.json"))
+    trained, measured = (
+        next(line for line in results["lines", 1].splitlines() if line.endswith(str(root / end)))
+        for end in ("vqkd/tokenizer", "vqkd_1.json")
+    )
     assert "cosine to the teacher 0." in trained and "of 32 codes, perplexity" in trained and "PSNR" not in trained
-    assert "cosine" not in measured and "PSNR" not in measured and "of 32 codes, perplexity" in measured and "mean code vector: linear" in measured
+    assert (
+        "cosine" not in measured
+        and "PSNR" not in measured
+        and "of 32 codes, perplexity" in measured
+        and "mean code vector: linear" in measured
+    )
 
 
 BAD = [

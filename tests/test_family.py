@@ -13,16 +13,37 @@ from peco_ds.objectives import OBJECTIVES, build_objective
 from peco_ds.runtime.token_source import online_tokenizer
 
 CPU = torch.device("cpu")
-VIT = TokenizerVitSettings(image_px=64, patch_px=16, width=32, depth=1, heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2, target_width=24)
+VIT = TokenizerVitSettings(
+    image_px=64,
+    patch_px=16,
+    width=32,
+    depth=1,
+    heads=2,
+    decoder_width=32,
+    decoder_depth=1,
+    decoder_heads=2,
+    target_width=24,
+)
 CONVOLUTIONS = dict(channels=8, channel_mults=(1, 1, 2, 2), blocks_per_level=1, z_channels=8)
 SETTINGS = {
     "vqgan": TokenizerSettings(num_codes=64, code_dim=8, **CONVOLUTIONS),
     "gumbel": TokenizerSettings(kind="gumbel", num_codes=64, code_dim=8, **CONVOLUTIONS),
-    "dvae": TokenizerSettings(kind="dvae", num_codes=64, code_dim=8, channels=16, channel_mults=(1, 1, 2, 2), blocks_per_level=1),
+    "dvae": TokenizerSettings(
+        kind="dvae", num_codes=64, code_dim=8, channels=16, channel_mults=(1, 1, 2, 2), blocks_per_level=1
+    ),
     "vqkd": TokenizerSettings(kind="vqkd", num_codes=64, code_dim=8, l2_normalized=True, vit=VIT),
 }
 VIEW_PX = {kind: 4 * settings.stride_px for kind, settings in SETTINGS.items()}
-VARIANTS = {"full": [], "visible": ["encoding.kind=visible", "encoding.decoder_width=24", "encoding.decoder_depth=1", "encoding.decoder_heads=3"], "aggregated": ["aggregation.early_block=1"]}
+VARIANTS = {
+    "full": [],
+    "visible": [
+        "encoding.kind=visible",
+        "encoding.decoder_width=24",
+        "encoding.decoder_depth=1",
+        "encoding.decoder_heads=3",
+    ],
+    "aggregated": ["aggregation.early_block=1"],
+}
 
 
 def test_every_kind_of_tokenizer_is_among_these():
@@ -39,7 +60,12 @@ def releases(tmp_path_factory):
 
 
 def recipe_of(small_sets, releases, kind, *overrides):
-    settings = [f"data.tokenizer={releases / kind}", "data.tokens=online", f"views.tokenizer_px={VIEW_PX[kind]}", *overrides]
+    settings = [
+        f"data.tokenizer={releases / kind}",
+        "data.tokens=online",
+        f"views.tokenizer_px={VIEW_PX[kind]}",
+        *overrides,
+    ]
     return load_recipe(PretrainRecipe, "peco_vitb16", [*small_sets.overrides, *settings]).recipe
 
 
@@ -47,15 +73,41 @@ def recipe_of(small_sets, releases, kind, *overrides):
 def batch(request, small_sets, releases):
     """Real pictures with hard and soft codes of one kind of tokenizer."""
     recipe = recipe_of(small_sets, releases, request.param, "views.topk=4")
-    pictures, tokens = Pictures(data_path(recipe.data, recipe.data.images)), online_tokenizer(releases / request.param, recipe, CPU)
+    pictures, tokens = (
+        Pictures(data_path(recipe.data, recipe.data.images)),
+        online_tokenizer(releases / request.param, recipe, CPU),
+    )
     positions = rank_positions(recipe.run, 0, 1, first_step=0, last_step=1)
-    return next(masked_batches(pictures, tokens, positions, data=recipe.data, views=recipe.views, mask=recipe.mask, image_px=64, grid=4, seed=0, device=CPU))
+    return next(
+        masked_batches(
+            pictures,
+            tokens,
+            positions,
+            data=recipe.data,
+            views=recipe.views,
+            mask=recipe.mask,
+            image_px=64,
+            grid=4,
+            seed=0,
+            device=CPU,
+        )
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_any_tokenizer_teaches_any_model_with_any_objective(small_sets, batch, objective, variant):
-    recipe = load_recipe(PretrainRecipe, "peco_vitb16", [*small_sets.overrides, f"objective.name={objective}", "objective.rest=renormalize", "views.topk=4", *VARIANTS[variant]]).recipe
+    recipe = load_recipe(
+        PretrainRecipe,
+        "peco_vitb16",
+        [
+            *small_sets.overrides,
+            f"objective.name={objective}",
+            "objective.rest=renormalize",
+            "views.topk=4",
+            *VARIANTS[variant],
+        ],
+    ).recipe
     torch.manual_seed(0)
     model = build_mim(recipe.model, recipe.encoding, recipe.aggregation, recipe.objective.num_codes)
     learn = build_objective(recipe.objective)
@@ -74,8 +126,13 @@ def test_any_tokenizer_teaches_any_model_with_any_objective(small_sets, batch, o
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_tokenizer_whose_codes_are_not_the_models_is_refused_with_the_remedy(small_sets, releases, kind):
     right = VIEW_PX[kind]
-    wrong = {"objective.num_codes=128": "64 codes, the recipe has objective.num_codes 128; set it to 64", "views.topk=65": "views.topk 65, but the tokenizer has 64 codes"}
-    wrong[f"views.tokenizer_px={2 * right}"] = f"gives a 8x8 grid, the backbone has 4x4 patches; set views.tokenizer_px={right}"
+    wrong = {
+        "objective.num_codes=128": "64 codes, the recipe has objective.num_codes 128; set it to 64",
+        "views.topk=65": "views.topk 65, but the tokenizer has 64 codes",
+    }
+    wrong[f"views.tokenizer_px={2 * right}"] = (
+        f"gives a 8x8 grid, the backbone has 4x4 patches; set views.tokenizer_px={right}"
+    )
     for override, words in wrong.items():
         recipe = recipe_of(small_sets, releases, kind, override)
         with pytest.raises(UserError, match=words):
@@ -91,9 +148,15 @@ def test_a_tokenizer_of_one_size_is_refused_for_a_model_with_another_grid(small_
 REFUSED = {
     "soft targets without soft codes": (["objective.name=multi_choice"], "views.topk is 0"),
     "an early block past the depth": (["aggregation.early_block=12"], "the backbone has 12 blocks"),
-    "a second branch without tokens at every place": (["encoding.kind=visible", "aggregation.early_block=9"], "drop one"),
+    "a second branch without tokens at every place": (
+        ["encoding.kind=visible", "aggregation.early_block=9"],
+        "drop one",
+    ),
     "shown patches that differ in number": (["encoding.kind=visible", "mask.exact=false"], "set mask.exact=true"),
-    "a decoder that its heads do not divide": (["encoding.decoder_width=500"], "not a multiple of encoding.decoder_heads 16"),
+    "a decoder that its heads do not divide": (
+        ["encoding.decoder_width=500"],
+        "not a multiple of encoding.decoder_heads 16",
+    ),
     "a share above one": (["objective.omega=1.5"], r"objective.omega 1.5: a share"),
     "an unknown objective": (["objective.name=soft"], "objective.name"),
 }

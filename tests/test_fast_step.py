@@ -1,4 +1,6 @@
-"""The faster step computes the same function: 50 optimiser steps on real pictures, two ranks, ZeRO-3, against the plain one."""
+"""The faster step computes the same function: 50 optimiser steps on real pictures, two ranks, ZeRO-3, against the plain
+one.
+"""
 
 import json
 
@@ -31,10 +33,22 @@ def curves(small_sets, tmp_path_factory):
     (folder / "zero3.json").write_text(json.dumps(config))
 
     def case(name, extra):
-        arguments = ["--recipe", "peco_vitb16", "--deepspeed_config", str(folder / "zero3.json"), "--out", str(folder / name), *small_sets.overrides, f"schedule.steps={STEPS}", *extra]
+        arguments = [
+            "--recipe",
+            "peco_vitb16",
+            "--deepspeed_config",
+            str(folder / "zero3.json"),
+            "--out",
+            str(folder / name),
+            *small_sets.overrides,
+            f"schedule.steps={STEPS}",
+            *extra,
+        ]
         return {"stage": "pretrain", "arguments": arguments}
 
-    cases = {name: case(name, extra) for name, extra in CASES.items()} | {"rest": case("subset stopped", [*STOCHASTIC, "run.compile=blocks"])}
+    cases = {name: case(name, extra) for name, extra in CASES.items()} | {
+        "rest": case("subset stopped", [*STOCHASTIC, "run.compile=blocks"])
+    }
     (folder / "cases.json").write_text(json.dumps(list(cases.values())))
     run_stage(str(REPOSITORY / "tests" / "many_runs.py"), folder / "cases.json", ranks=2, timeout_s=900)
     assert json.loads((folder / "cases.json.codes").read_text()) == [0] * len(cases)
@@ -47,7 +61,10 @@ def largest_difference(a, b):
     return max(abs(x - y) / abs(y) for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize("name, reference", [("compiled", "plain"), ("compiled selective", "plain"), ("compiled full", "plain"), ("subset compiled", "subset")])
+@pytest.mark.parametrize(
+    "name, reference",
+    [("compiled", "plain"), ("compiled selective", "plain"), ("compiled full", "plain"), ("subset compiled", "subset")],
+)
 def test_compiled_blocks_follow_the_plain_curve(curves, name, reference):
     # float32; a compiled norm and GELU round otherwise, and 50 steps carry it on: measured worst case 1.8e-7
     assert largest_difference(curves[name], curves[reference]) < 5e-6

@@ -19,7 +19,8 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.2
 def vit(name: str, seed: int, **options) -> torch.nn.Module:
     torch.manual_seed(seed)
     net = timm.create_model(name, pretrained=False, num_classes=0, **options)
-    with torch.no_grad():  # fresh biases and norms are 0 and 1, which would hide one that was not loaded
+    # fresh biases and norms are 0 and 1, which would hide one that was not loaded
+    with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     return net.eval()
@@ -33,7 +34,16 @@ def moco_v3_file(path, net: torch.nn.Module) -> None:
         state[f"module.{encoder}.head.0.weight"] = torch.zeros(8, net.embed_dim)
         state[f"module.{encoder}.head.1.running_mean"] = torch.zeros(8)
     state["module.predictor.0.weight"] = torch.zeros(8, 8)
-    torch.save({"epoch": 300, "arch": "vit", "args": argparse.Namespace(lr=1.0), "state_dict": state, "optimizer": {"param_groups": []}}, path)
+    torch.save(
+        {
+            "epoch": 300,
+            "arch": "vit",
+            "args": argparse.Namespace(lr=1.0),
+            "state_dict": state,
+            "optimizer": {"param_groups": []},
+        },
+        path,
+    )
 
 
 def tokens_by_hand(net, images_01: torch.Tensor, blocks) -> list[torch.Tensor]:
@@ -54,12 +64,16 @@ def picture_01(path, px: int) -> torch.Tensor:
 
 def assert_same_features(judge, net, images_01, blocks=(3, 12)):
     with torch.no_grad():
-        for found, expected in zip(judge.features(images_01, blocks), tokens_by_hand(net, images_01, blocks), strict=True):
+        for found, expected in zip(
+            judge.features(images_01, blocks), tokens_by_hand(net, images_01, blocks), strict=True
+        ):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["auto", "vit_small_patch16_224"])
-def test_a_moco_v3_small_file_gives_the_features_of_its_base_encoder_with_twelve_heads(tmp_path, real_data, architecture):
+def test_a_moco_v3_small_file_gives_the_features_of_its_base_encoder_with_twelve_heads(
+    tmp_path, real_data, architecture
+):
     net = vit("vit_small_patch16_224", 0, num_heads=12)
     moco_v3_file(tmp_path / "vit-s-300ep.pth.tar", net)
     judge = load_feature_net(str(tmp_path / "vit-s-300ep.pth.tar"), architecture)
@@ -214,7 +228,9 @@ def test_a_download_that_fails_says_which_file_to_fetch(monkeypatch):
         load_feature_net("vit_base_patch16_224.augreg_in1k")
 
 
-BEIT = dict(img_size=64, depth=2, embed_dim=192, num_heads=3, use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1)
+BEIT = dict(
+    img_size=64, depth=2, embed_dim=192, num_heads=3, use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1
+)
 
 
 @pytest.fixture
@@ -229,7 +245,13 @@ def release(tmp_path):
         "num_classes": 0,
         "num_features": 192,
         "model_args": BEIT,
-        "pretrained_cfg": {"input_size": [3, 64, 64], "mean": MEAN.flatten().tolist(), "std": STD.flatten().tolist(), "num_classes": 0, "classifier": "head"},
+        "pretrained_cfg": {
+            "input_size": [3, 64, 64],
+            "mean": MEAN.flatten().tolist(),
+            "std": STD.flatten().tolist(),
+            "num_classes": 0,
+            "classifier": "head",
+        },
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder, net
@@ -263,14 +285,19 @@ def test_a_release_folder_with_a_missing_tensor_is_refused(release):
         load_feature_net(str(folder))
 
 
-# ---------------------------------------------------------------------------------------------- teachers: final features of other layouts
+# ----------------------------------------------------------- teachers: final features of other layouts
 
-CLIP_MEAN, CLIP_STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1), torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+CLIP_MEAN, CLIP_STD = (
+    torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1),
+    torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1),
+)
 WIDTH, HEADS, DEPTH, OUT = 128, 2, 3, 48
 
 
 def shaken(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """With a trained look: fresh biases, norms and layer scales are all alike, which would hide one in the wrong place."""
+    """With a trained look: fresh biases, norms and layer scales are all alike, which would hide one in the wrong
+    place.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -285,7 +312,11 @@ def images_of(px: int, number: int = 2) -> torch.Tensor:
 def assert_targets(net, images_01: torch.Tensor, expected: torch.Tensor) -> None:
     with torch.no_grad():
         found = net.targets(images_01)
-    assert found.dtype == torch.float32 and found.shape == expected.shape == (len(images_01), net.grid**2, net.target_width)
+    assert found.dtype == torch.float32 and found.shape == expected.shape == (
+        len(images_01),
+        net.grid**2,
+        net.target_width,
+    )
     assert expected.std() > 0.05  # else the tolerance would forgive anything
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -300,7 +331,9 @@ class PlainClipBlock(torch.nn.Module):
         super().__init__()
         self.attn = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
         self.ln_1, self.ln_2 = torch.nn.LayerNorm(WIDTH), torch.nn.LayerNorm(WIDTH)
-        self.mlp = torch.nn.ModuleDict({"c_fc": torch.nn.Linear(WIDTH, 4 * WIDTH), "gelu": activation, "c_proj": torch.nn.Linear(4 * WIDTH, WIDTH)})
+        self.mlp = torch.nn.ModuleDict(
+            {"c_fc": torch.nn.Linear(WIDTH, 4 * WIDTH), "gelu": activation, "c_proj": torch.nn.Linear(4 * WIDTH, WIDTH)}
+        )
 
     def forward(self, x):
         y = self.ln_1(x)
@@ -309,7 +342,10 @@ class PlainClipBlock(torch.nn.Module):
 
 
 class PlainClip(torch.nn.Module):
-    """CLIP's picture tower from torch's own parts, under the names of OpenAI's files; every patch normed and projected, the class token left out."""
+    """CLIP's picture tower from torch's own parts, under the names of OpenAI's files.
+
+    Every patch normed and projected, the class token left out.
+    """
 
     def __init__(self, activation: torch.nn.Module) -> None:
         super().__init__()
@@ -317,7 +353,9 @@ class PlainClip(torch.nn.Module):
         self.class_embedding = torch.nn.Parameter(torch.randn(WIDTH))
         self.positional_embedding = torch.nn.Parameter(torch.randn(17, WIDTH))
         self.ln_pre, self.ln_post = torch.nn.LayerNorm(WIDTH), torch.nn.LayerNorm(WIDTH)
-        self.transformer = torch.nn.ModuleDict({"resblocks": torch.nn.ModuleList(PlainClipBlock(activation) for _ in range(DEPTH))})
+        self.transformer = torch.nn.ModuleDict(
+            {"resblocks": torch.nn.ModuleList(PlainClipBlock(activation) for _ in range(DEPTH))}
+        )
         self.proj = torch.nn.Parameter(WIDTH**-0.5 * torch.randn(WIDTH, OUT))
 
     def forward(self, images_norm):
@@ -352,7 +390,11 @@ def plain_clip(activation: torch.nn.Module) -> PlainClip:
 
 def clip_tensors(tower: PlainClip) -> dict[str, torch.Tensor]:
     """As open_clip saves a model: no numbers beside the weights."""
-    return {name: tensor.clone() for name, tensor in WholeClip(tower).state_dict().items() if name not in ("input_resolution", "context_length", "vocab_size")}
+    return {
+        name: tensor.clone()
+        for name, tensor in WholeClip(tower).state_dict().items()
+        if name not in ("input_resolution", "context_length", "vocab_size")
+    }
 
 
 def clip_answer(tower: PlainClip, images_01: torch.Tensor) -> torch.Tensor:
@@ -365,7 +407,8 @@ def save_torchscript(module: torch.nn.Module, path) -> None:
         torch.jit.trace(module, images_of(32, 1)).save(str(path))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit")  # deprecated; OpenAI's files stay what they are
+# deprecated; OpenAI's files stay what they are
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_openais_archive_gives_its_projected_patch_tokens_with_quickgelu(tmp_path, real_data):
     tower = plain_clip(QuickGelu())
     save_torchscript(WholeClip(tower).eval(), tmp_path / "ViT-B-16.pt")
@@ -378,7 +421,10 @@ def test_openais_archive_gives_its_projected_patch_tokens_with_quickgelu(tmp_pat
 
 def test_openais_half_precision_state_dict_is_read_as_its_archive(tmp_path):
     tower = plain_clip(QuickGelu())
-    halved = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in WholeClip(tower).state_dict().items()}
+    halved = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in WholeClip(tower).state_dict().items()
+    }
     torch.save(halved, tmp_path / "clip.pt")
     tower.load_state_dict({name: tensor.half().float() for name, tensor in tower.state_dict().items()})
     assert_targets(load_feature_net(str(tmp_path / "clip.pt")), images_of(32), clip_answer(tower, images_of(32)))
@@ -387,14 +433,21 @@ def test_openais_half_precision_state_dict_is_read_as_its_archive(tmp_path):
 def open_clip_folder(folder, tower: PlainClip, **model_cfg):
     folder.mkdir()
     save_file(clip_tensors(tower), folder / "open_clip_model.safetensors")
-    config = {"model_cfg": {"embed_dim": OUT, **model_cfg}, "preprocess_cfg": {"mean": CLIP_MEAN.flatten().tolist(), "std": CLIP_STD.flatten().tolist()}}
+    config = {
+        "model_cfg": {"embed_dim": OUT, **model_cfg},
+        "preprocess_cfg": {"mean": CLIP_MEAN.flatten().tolist(), "std": CLIP_STD.flatten().tolist()},
+    }
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     (folder / "README.md").write_text("---\nlibrary_name: open_clip\nlicense: mit\n---\n# a model\n")
     return folder
 
 
-@pytest.mark.parametrize("activation, model_cfg", [(torch.nn.GELU(), {}), (QuickGelu(), {"quick_gelu": True})], ids=["gelu", "quickgelu"])
-def test_an_open_clip_folder_has_the_activation_of_its_config_and_the_licence_of_its_card(tmp_path, activation, model_cfg):
+@pytest.mark.parametrize(
+    "activation, model_cfg", [(torch.nn.GELU(), {}), (QuickGelu(), {"quick_gelu": True})], ids=["gelu", "quickgelu"]
+)
+def test_an_open_clip_folder_has_the_activation_of_its_config_and_the_licence_of_its_card(
+    tmp_path, activation, model_cfg
+):
     tower = plain_clip(activation)
     folder = open_clip_folder(tmp_path / "clip", tower, **model_cfg)
     for given in (folder, folder / "open_clip_model.safetensors"):
@@ -422,7 +475,12 @@ def test_a_named_architecture_with_another_activation_than_the_weights_were_trai
     tensors = timm.create_model("vit_xsmall_patch16_clip_224", num_classes=0).state_dict()
     official = {"input_resolution": torch.tensor(224)}
     for name, tensor in tensors.items():
-        for new, old in (("cls_token", "class_embedding"), ("pos_embed", "positional_embedding"), ("patch_embed.proj", "conv1"), ("norm_pre", "ln_pre")):
+        for new, old in (
+            ("cls_token", "class_embedding"),
+            ("pos_embed", "positional_embedding"),
+            ("patch_embed.proj", "conv1"),
+            ("norm_pre", "ln_pre"),
+        ):
             name = f"visual.{old}{name.removeprefix(new)}" if name.startswith(new) else name
         official[name] = tensor.squeeze() if "embedding" in name else tensor
     torch.save(official, tmp_path / "clip.pt")
@@ -432,7 +490,9 @@ def test_a_named_architecture_with_another_activation_than_the_weights_were_trai
 
 def clip_in_timm(activation: str) -> torch.nn.Module:
     torch.manual_seed(2)
-    net = shaken(timm.create_model("vit_base_patch16_clip_224", **CLIP_ARGUMENTS, act_layer=activation, num_classes=OUT))
+    net = shaken(
+        timm.create_model("vit_base_patch16_clip_224", **CLIP_ARGUMENTS, act_layer=activation, num_classes=OUT)
+    )
     with torch.no_grad():
         net.head.bias.zero_()
     return net
@@ -442,7 +502,9 @@ CLIP_ARGUMENTS = dict(img_size=32, patch_size=8, embed_dim=WIDTH, depth=DEPTH, n
 
 
 @pytest.mark.parametrize("tag, activation", [("openai", "quick_gelu"), ("laion2b", "gelu")])
-def test_timms_release_of_clip_has_its_head_as_projection_and_the_activation_it_was_trained_with(tmp_path, tag, activation):
+def test_timms_release_of_clip_has_its_head_as_projection_and_the_activation_it_was_trained_with(
+    tmp_path, tag, activation
+):
     net = clip_in_timm(activation)
     save_file(net.state_dict(), tmp_path / "model.safetensors")
     config = {
@@ -450,10 +512,16 @@ def test_timms_release_of_clip_has_its_head_as_projection_and_the_activation_it_
         "num_classes": OUT,
         "model_args": CLIP_ARGUMENTS,
         "pretrained_cfg": {
-            "tag": tag, "input_size": [3, 32, 32], "num_classes": OUT, "license": "apache-2.0", "first_conv": "patch_embed.proj", "classifier": "head",
-            "mean": CLIP_MEAN.flatten().tolist(), "std": CLIP_STD.flatten().tolist(),
+            "tag": tag,
+            "input_size": [3, 32, 32],
+            "num_classes": OUT,
+            "license": "apache-2.0",
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "mean": CLIP_MEAN.flatten().tolist(),
+            "std": CLIP_STD.flatten().tolist(),
         },
-    }  # fmt: skip
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     teacher = load_feature_net(str(tmp_path))
     with torch.no_grad():
@@ -466,10 +534,27 @@ def hf_clip(kind: str, activation: str):
     from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(3)
-    vision = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, image_size=32, patch_size=8, hidden_act=activation)
+    vision = dict(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        image_size=32,
+        patch_size=8,
+        hidden_act=activation,
+    )
     if kind == "vision":
         return shaken(CLIPVisionModelWithProjection(CLIPVisionConfig(projection_dim=OUT, **vision)))
-    text = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    text = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     return shaken(CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=OUT)))
 
 
@@ -491,7 +576,14 @@ def hf_dinov2(registers: int, gated: bool = False):
     from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
     torch.manual_seed(4)
-    sizes = dict(hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, image_size=42, patch_size=14, use_swiglu_ffn=gated)
+    sizes = dict(
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        image_size=42,
+        patch_size=14,
+        use_swiglu_ffn=gated,
+    )
     if registers:
         return shaken(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=registers, **sizes)))
     return shaken(Dinov2Model(Dinov2Config(**sizes)))
@@ -501,16 +593,22 @@ def official_dinov2(saved: dict[str, torch.Tensor], gated: bool) -> dict[str, to
     """The names of dinov2_vit*14_pretrain.pth, spelt out from those of transformers' files."""
     first, second = ("w12", "w3") if gated else ("fc1", "fc2")
     tensors = {
-        "cls_token": saved["embeddings.cls_token"], "pos_embed": saved["embeddings.position_embeddings"], "mask_token": saved["embeddings.mask_token"],
-        "patch_embed.proj.weight": saved["embeddings.patch_embeddings.projection.weight"], "patch_embed.proj.bias": saved["embeddings.patch_embeddings.projection.bias"],
-        "norm.weight": saved["layernorm.weight"], "norm.bias": saved["layernorm.bias"],
-    }  # fmt: skip
+        "cls_token": saved["embeddings.cls_token"],
+        "pos_embed": saved["embeddings.position_embeddings"],
+        "mask_token": saved["embeddings.mask_token"],
+        "patch_embed.proj.weight": saved["embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": saved["embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": saved["layernorm.weight"],
+        "norm.bias": saved["layernorm.bias"],
+    }
     if "embeddings.register_tokens" in saved:
         tensors["register_tokens"] = saved["embeddings.register_tokens"]
     for number in range(DEPTH):
         old, new = f"encoder.layer.{number}.", f"blocks.{number}."
         for kind in ("weight", "bias"):
-            tensors[f"{new}attn.qkv.{kind}"] = torch.cat([saved[f"{old}attention.attention.{part}.{kind}"] for part in ("query", "key", "value")])
+            tensors[f"{new}attn.qkv.{kind}"] = torch.cat(
+                [saved[f"{old}attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
+            )
             tensors[f"{new}attn.proj.{kind}"] = saved[f"{old}attention.output.dense.{kind}"]
             for norm in ("norm1", "norm2"):
                 tensors[f"{new}{norm}.{kind}"] = saved[f"{old}{norm}.{kind}"]
@@ -521,11 +619,16 @@ def official_dinov2(saved: dict[str, torch.Tensor], gated: bool) -> dict[str, to
     return tensors
 
 
-@pytest.mark.parametrize("registers, gated", [(0, False), (4, False), (0, True)], ids=["plain", "registers", "giant's gated layers"])
+@pytest.mark.parametrize(
+    "registers, gated", [(0, False), (4, False), (0, True)], ids=["plain", "registers", "giant's gated layers"]
+)
 def test_dinov2_of_facebook_and_of_hugging_face_gives_what_transformers_gives(tmp_path, registers, gated):
     model = hf_dinov2(registers, gated)
     model.save_pretrained(tmp_path / "hf")
-    torch.save(official_dinov2(load_file(tmp_path / "hf" / "model.safetensors"), gated), tmp_path / "dinov2_vitb14_pretrain.pth")
+    torch.save(
+        official_dinov2(load_file(tmp_path / "hf" / "model.safetensors"), gated),
+        tmp_path / "dinov2_vitb14_pretrain.pth",
+    )
     with torch.no_grad():
         expected = model(pixel_values=(images_of(42) - MEAN) / STD).last_hidden_state[:, 1 + registers :]
     for given in ("hf", "dinov2_vitb14_pretrain.pth"):
@@ -539,9 +642,22 @@ def test_a_vit_of_hugging_face_has_the_heads_and_statistics_of_its_configs(tmp_p
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(5)
-    model = shaken(ViTModel(ViTConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)))
+    model = shaken(
+        ViTModel(
+            ViTConfig(
+                hidden_size=96,
+                intermediate_size=192,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=32,
+                patch_size=8,
+            )
+        )
+    )
     model.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]})
+    )
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- dino\n---\n")
     with torch.no_grad():
         expected = model(pixel_values=images_of(32) * 2 - 1).last_hidden_state[:, 1:]
@@ -565,7 +681,11 @@ def test_targets_pass_the_final_norm_wherever_timm_keeps_it(tmp_path, global_poo
     torch.save(net.state_dict(), tmp_path / "vit.pth")
     with torch.no_grad():
         norm = net.fc_norm if global_pool == "avg" else net.norm
-        assert_targets(load_feature_net(str(tmp_path / "vit.pth")), images_of(64), norm(net.blocks(final_tokens(net, images_of(64))))[:, 1:])
+        assert_targets(
+            load_feature_net(str(tmp_path / "vit.pth")),
+            images_of(64),
+            norm(net.blocks(final_tokens(net, images_of(64))))[:, 1:],
+        )
 
 
 def test_a_release_of_ours_can_teach(release):
@@ -574,7 +694,11 @@ def test_a_release_of_ours_can_teach(release):
     with torch.no_grad():
         for block in net.blocks:
             x = block(x)
-        assert_targets(load_feature_net(str(folder)), images_of(64), (net.norm if not isinstance(net.norm, torch.nn.Identity) else net.fc_norm)(x)[:, 1:])
+        assert_targets(
+            load_feature_net(str(folder)),
+            images_of(64),
+            (net.norm if not isinstance(net.norm, torch.nn.Identity) else net.fc_norm)(x)[:, 1:],
+        )
 
 
 def test_a_licence_is_told_by_the_layout_or_the_card_and_never_made_up(tmp_path, release):
@@ -585,20 +709,31 @@ def test_a_licence_is_told_by_the_layout_or_the_card_and_never_made_up(tmp_path,
     torch.save(state, tmp_path / "mine.pth")
     assert load_feature_net(str(tmp_path / "mine.pth")).licence == ""
     torch.save(state, tmp_path / "dino_vitbase16_pretrain.pth")
-    torch.save({"teacher": {f"backbone.{k}": v for k, v in state.items()}, "student": {}, "dino_loss": {}, "epoch": 3}, tmp_path / "checkpoint.pth")
-    assert all(load_feature_net(str(tmp_path / name)).licence.startswith("Apache-2.0") for name in ("dino_vitbase16_pretrain.pth", "checkpoint.pth"))
+    torch.save(
+        {"teacher": {f"backbone.{k}": v for k, v in state.items()}, "student": {}, "dino_loss": {}, "epoch": 3},
+        tmp_path / "checkpoint.pth",
+    )
+    assert all(
+        load_feature_net(str(tmp_path / name)).licence.startswith("Apache-2.0")
+        for name in ("dino_vitbase16_pretrain.pth", "checkpoint.pth")
+    )
     torch.save({"model": state}, tmp_path / "mae_pretrain_vit_base.pth")
     assert load_feature_net(str(tmp_path / "mae_pretrain_vit_base.pth")).licence.startswith("CC BY-NC 4.0")
     folder, _ = release
     assert load_feature_net(str(folder)).licence == ""
-    (folder / "README.md").write_text("---\nlibrary_name: timm\nlicense: other\n---\n| judge's licence | CC BY-NC 4.0 (MoCo v3's release) |\n")
+    (folder / "README.md").write_text(
+        "---\nlibrary_name: timm\nlicense: other\n---\n| judge's licence | CC BY-NC 4.0 (MoCo v3's release) |\n"
+    )
     licence = load_feature_net(str(folder)).licence
     assert "README.md of release" in licence and "CC BY-NC 4.0 (MoCo v3's release)" in licence
 
 
 @pytest.mark.parametrize(
     "spoil, words",
-    [(lambda tensor: tensor.index_fill(0, torch.tensor([1]), float("inf")), "blocks.0.norm1.weight .* not finite"), (lambda tensor: tensor.long(), "blocks.0.norm1.weight .* is torch.int64")],
+    [
+        (lambda tensor: tensor.index_fill(0, torch.tensor([1]), float("inf")), "blocks.0.norm1.weight .* not finite"),
+        (lambda tensor: tensor.long(), "blocks.0.norm1.weight .* is torch.int64"),
+    ],
     ids=["not finite", "whole numbers"],
 )
 def test_a_tensor_that_is_not_of_finite_floats_is_named(tmp_path, spoil, words):
@@ -608,16 +743,28 @@ def test_a_tensor_that_is_not_of_finite_floats_is_named(tmp_path, spoil, words):
         load_feature_net(str(tmp_path / "vit.pth"))
 
 
-@pytest.mark.parametrize("change, words", [("conv1.weight", "conv1.weight is missing"), ("resblocks.1.attn.in_proj_weight", r"blocks.1.attn.qkv.weight"), ("ln_post.bias", "norm.bias")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("conv1.weight", "conv1.weight is missing"),
+        ("resblocks.1.attn.in_proj_weight", r"blocks.1.attn.qkv.weight"),
+        ("ln_post.bias", "norm.bias"),
+    ],
+)
 def test_a_missing_tensor_of_clip_is_named(tmp_path, change, words):
     folder = open_clip_folder(tmp_path / "clip", plain_clip(QuickGelu()))
     tensors = load_file(folder / "open_clip_model.safetensors")
-    save_file({name: tensor for name, tensor in tensors.items() if not name.endswith(change)}, folder / "open_clip_model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if not name.endswith(change)},
+        folder / "open_clip_model.safetensors",
+    )
     with pytest.raises(UserError, match=words):
         load_feature_net(str(folder))
 
 
-@pytest.mark.parametrize("broken", [torch.tensor(1.0), torch.ones(4), torch.empty(WIDTH, 0)], ids=["a number", "a row", "empty"])
+@pytest.mark.parametrize(
+    "broken", [torch.tensor(1.0), torch.ones(4), torch.empty(WIDTH, 0)], ids=["a number", "a row", "empty"]
+)
 def test_a_projection_of_another_form_is_refused_and_not_left_out(tmp_path, broken):
     folder = open_clip_folder(tmp_path / "clip", plain_clip(QuickGelu()))
     path = folder / "open_clip_model.safetensors"
@@ -630,7 +777,10 @@ def test_a_projection_of_another_form_is_refused_and_not_left_out(tmp_path, brok
 
 def test_a_foreign_tensor_of_clip_is_named(tmp_path):
     folder = open_clip_folder(tmp_path / "clip", plain_clip(QuickGelu()))
-    save_file(load_file(folder / "open_clip_model.safetensors") | {"visual.attn_pool.query": torch.zeros(2, 2)}, folder / "open_clip_model.safetensors")
+    save_file(
+        load_file(folder / "open_clip_model.safetensors") | {"visual.attn_pool.query": torch.zeros(2, 2)},
+        folder / "open_clip_model.safetensors",
+    )
     with pytest.raises(UserError, match="attn_pool.query has no place"):
         load_feature_net(str(folder))
 

@@ -17,7 +17,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def backbone() -> Beit:
     torch.manual_seed(0)
-    return build_backbone(ModelSettings(image_px=32, patch_px=8, width=24, depth=3, heads=2, layer_scale=1.0, drop_path=0)).eval()
+    return build_backbone(
+        ModelSettings(image_px=32, patch_px=8, width=24, depth=3, heads=2, layer_scale=1.0, drop_path=0)
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,9 @@ def images():
 def streams_of(backbone, images):
     """The residual stream after every block, caught by hooks while timm runs the whole model."""
     caught = []
-    hooks = [block.register_forward_hook(lambda _module, _inputs, output: caught.append(output)) for block in backbone.blocks]
+    hooks = [
+        block.register_forward_hook(lambda _module, _inputs, output: caught.append(output)) for block in backbone.blocks
+    ]
     backbone.forward_features(images)
     for hook in hooks:
         hook.remove()
@@ -50,7 +54,10 @@ def padded_batches(images, samples):
     """Two batches of 3 in which -1 fills up."""
     labels = torch.tensor([sample % 2 if sample >= 0 else -1 for sample in samples])
     samples = torch.tensor(samples)
-    return [SimpleNamespace(images_norm=images[at.clamp(max=4)].clone(), labels=labels[at], samples=samples[at]) for at in torch.arange(6).split(3)]
+    return [
+        SimpleNamespace(images_norm=images[at.clamp(max=4)].clone(), labels=labels[at], samples=samples[at])
+        for at in torch.arange(6).split(3)
+    ]
 
 
 def taken(backbone, batches, **changes):
@@ -58,9 +65,17 @@ def taken(backbone, batches, **changes):
     return take_features(backbone, batches, **{**arguments, **changes})
 
 
-def test_features_written_in_any_order_are_read_in_the_order_of_the_samples_and_padding_is_nowhere(backbone, images, tmp_path):
-    batches = [SimpleNamespace(images_norm=images[[4, 0, 2]], labels=torch.tensor([14, 10, 12]), samples=torch.tensor([4, 0, 2])),
-               SimpleNamespace(images_norm=images[[3, 0, 1]], labels=torch.tensor([13, -1, 11]), samples=torch.tensor([3, -1, 1]))]  # fmt: skip
+def test_features_written_in_any_order_are_read_in_the_order_of_the_samples_and_padding_is_nowhere(
+    backbone, images, tmp_path
+):
+    batches = [
+        SimpleNamespace(
+            images_norm=images[[4, 0, 2]], labels=torch.tensor([14, 10, 12]), samples=torch.tensor([4, 0, 2])
+        ),
+        SimpleNamespace(
+            images_norm=images[[3, 0, 1]], labels=torch.tensor([13, -1, 11]), samples=torch.tensor([3, -1, 1])
+        ),
+    ]
     files = FeatureFiles(tmp_path / "features", {"weights": "a"}, blocks=(1, 3), sizes={"train": 5}, width=48)
     assert files.state() == "absent"
     files.create()

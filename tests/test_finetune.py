@@ -1,4 +1,6 @@
-"""Fine-tuning through DeepSpeed on CPU: ZeRO x ranks x precision, layer-wise rates, moving average, exact counts, resume, start from pre-training."""
+"""Fine-tuning through DeepSpeed on CPU: ZeRO x ranks x precision, layer-wise rates, moving average, exact counts,
+resume, start from pre-training.
+"""
 
 import json
 
@@ -24,7 +26,16 @@ HALF = ["model.drop_path=0.3", "checkpoint.every_steps=3", "evaluation.every_epo
 
 
 def case(sets, folder, name, *, zero=3, extra=(), rates=False):
-    arguments = ["--recipe", "finetune_vitb16", "--deepspeed_config", str(REPOSITORY / "ds_configs" / f"zero{zero}.json"), "--out", str(folder / name), *sets.overrides, *extra]
+    arguments = [
+        "--recipe",
+        "finetune_vitb16",
+        "--deepspeed_config",
+        str(REPOSITORY / "ds_configs" / f"zero{zero}.json"),
+        "--out",
+        str(folder / name),
+        *sets.overrides,
+        *extra,
+    ]
     return {"stage": "finetune", "arguments": arguments, "rates": str(folder / f"{name}.rates.json") if rates else None}
 
 
@@ -37,12 +48,27 @@ def runs(labelled_sets, tmp_path_factory):
         cases[1][f"zero{zero}_1"] = case(labelled_sets, folder, f"zero{zero}_1", zero=zero)
         cases[2][f"zero{zero}_2"] = case(labelled_sets, folder, f"zero{zero}_2", zero=zero, rates=True)
     for zero in STAGES:
-        cases[2][f"bf16_zero{zero}_2"] = case(labelled_sets, folder, f"bf16_zero{zero}_2", zero=zero, extra=["run.precision=bf16"])
+        cases[2][f"bf16_zero{zero}_2"] = case(
+            labelled_sets, folder, f"bf16_zero{zero}_2", zero=zero, extra=["run.precision=bf16"]
+        )
     cases[2]["whole"] = case(labelled_sets, folder, "whole", extra=HALF)
-    cases[2]["half"] = case(labelled_sets, folder, "half", extra=[*HALF, "schedule.stop_at_step=6"])  # a step that is evaluated
+    # a step that is evaluated
+    cases[2]["half"] = case(labelled_sets, folder, "half", extra=[*HALF, "schedule.stop_at_step=6"])
     cases[2]["rest"] = case(labelled_sets, folder, "half", extra=HALF)
     cases[2]["started_again_when_done"] = case(labelled_sets, folder, "half", extra=HALF)
-    cases[2]["long"] = case(labelled_sets, folder, "long", extra=["schedule.steps=60", "augment.auto_augment=", "augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "run.log_every_steps=10"])
+    cases[2]["long"] = case(
+        labelled_sets,
+        folder,
+        "long",
+        extra=[
+            "schedule.steps=60",
+            "augment.auto_augment=",
+            "augment.mixup=0",
+            "augment.cutmix=0",
+            "augment.erasing=0",
+            "run.log_every_steps=10",
+        ],
+    )
     cases[3]["three"] = case(labelled_sets, folder, "three", extra=["run.global_batch=12", "schedule.steps=2"])
     codes = {}
     for ranks, of_ranks in cases.items():
@@ -66,7 +92,9 @@ def test_the_loss_falls_on_real_pictures(runs):
 @pytest.mark.parametrize("ranks", (1, 2))
 @pytest.mark.parametrize("zero", STAGES)
 def test_every_zero_stage_at_one_and_two_ranks_gives_the_same_losses_and_the_same_average(runs, zero, ranks):
-    """Mixing, erasing and RandAugment included: their draws belong to the picture and the slice of the batch, not to the rank."""
+    """Mixing, erasing and RandAugment included: their draws belong to the picture and the slice of the batch, not to
+    the rank.
+    """
     ours, reference = losses(runs / f"zero{zero}_{ranks}"), losses(runs / "zero0_1")
     assert len(ours) == 10 and max(abs(a - b) / b for a, b in zip(ours, reference)) < 1e-5
     ours, reference = (read_run(runs / name, "ema").tensors for name in (f"zero{zero}_{ranks}", "zero0_1"))
@@ -77,8 +105,13 @@ def test_every_zero_stage_at_one_and_two_ranks_gives_the_same_losses_and_the_sam
 @pytest.mark.parametrize("zero", STAGES)
 def test_the_rates_in_the_optimiser_are_the_layer_decay_table(runs, zero):
     written = json.loads((runs / f"zero{zero}_2.rates.json").read_text())
-    assert {round(group["lr_scale"], 6) for group in written["groups"]} == {round(0.7**power, 6) for power in (3, 2, 1, 0)}
-    assert all(group["lr"] == pytest.approx(written["rate"] * group["lr_scale"]) and group["lr"] > 0 for group in written["groups"])
+    assert {round(group["lr_scale"], 6) for group in written["groups"]} == {
+        round(0.7**power, 6) for power in (3, 2, 1, 0)
+    }
+    assert all(
+        group["lr"] == pytest.approx(written["rate"] * group["lr_scale"]) and group["lr"] > 0
+        for group in written["groups"]
+    )
     assert {group["weight_decay"] for group in written["groups"]} == {0.0, 0.05}
 
 
@@ -91,10 +124,21 @@ def test_the_average_is_its_own_and_a_fresh_model_scores_with_it_what_the_engine
         if name.startswith("bf16"):
             model = model.bfloat16()
         batches = evaluation_batches(
-            Pictures(labelled_sets.root / "images" / "val"), rank=0, world_size=1, batch=4, image_px=32, crop=0.875, mean=IMAGENET_MEAN, std=IMAGENET_STD, num_workers=0, device=torch.device("cpu")
+            Pictures(labelled_sets.root / "images" / "val"),
+            rank=0,
+            world_size=1,
+            batch=4,
+            image_px=32,
+            crop=0.875,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            num_workers=0,
+            device=torch.device("cpu"),
         )
         quality = classification_quality(model, batches, num_classes=4, device=torch.device("cpu"))
-        assert quality["loss"] == pytest.approx(measured[f"{prefix}loss"], rel=1e-5 if not name.startswith("bf16") else 5e-3)
+        assert quality["loss"] == pytest.approx(
+            measured[f"{prefix}loss"], rel=1e-5 if not name.startswith("bf16") else 5e-3
+        )
         assert name.startswith("bf16") or quality["top1"] == pytest.approx(measured[f"{prefix}top1"])
     raw, averaged = (read_run(runs / name, average).tensors["head.weight"] for average in ("raw", "ema"))
     assert not torch.equal(raw, averaged)
@@ -111,7 +155,10 @@ def test_the_share_of_right_answers_does_not_depend_on_the_ranks(runs):
 
 
 def test_a_run_stopped_and_continued_is_the_run_that_never_stopped_bit_for_bit(runs):
-    """Weights, average, mixing draws, stochastic depth, evaluations; a third start, with nothing left to do, loses none of it."""
+    """Weights, average, mixing draws, stochastic depth, evaluations.
+
+    A third start, with nothing left to do, loses none of it.
+    """
 
     def rows(folder):
         return [(row["step"], row["loss"], row["train_top1"], row["grad_norm"]) for row in read_metrics(folder)]
@@ -126,42 +173,97 @@ def test_a_run_stopped_and_continued_is_the_run_that_never_stopped_bit_for_bit(r
         assert half.keys() == whole.keys() and all(torch.equal(half[name], whole[name]) for name in whole)
 
 
-# ---------------------------------------------------------------------------------------------- where it starts
+# ------------------------------------------------------------------------------------- where it starts
 
 
 @pytest.fixture(scope="module")
 def pretrained(small_sets, tmp_path_factory):
     """A run folder of pretrain.py: 32 px, patch 16 is the sets'; two steps."""
     out = tmp_path_factory.mktemp("pretrained") / "run"
-    run_stage("pretrain", "--recipe", "peco_vitb16", "--deepspeed_config", REPOSITORY / "ds_configs" / "zero0.json", "--out", out, *small_sets.overrides, "schedule.steps=2", "schedule.warmup_steps=0")
+    run_stage(
+        "pretrain",
+        "--recipe",
+        "peco_vitb16",
+        "--deepspeed_config",
+        REPOSITORY / "ds_configs" / "zero0.json",
+        "--out",
+        out,
+        *small_sets.overrides,
+        "schedule.steps=2",
+        "schedule.warmup_steps=0",
+    )
     return out
 
 
 def start(labelled_sets, out, *extra):
     """The command line of one step on 64 px, patch 16: the model that `pretrained` has."""
-    sizes = ["model.image_px=64", "model.patch_px=16", "schedule.steps=1", "schedule.warmup_steps=0", "evaluation.batch=25"]
-    return ["--recipe", "finetune_vitb16", "--deepspeed_config", str(REPOSITORY / "ds_configs" / "zero0.json"), "--out", str(out), *labelled_sets.overrides, *sizes, *map(str, extra)]
+    sizes = [
+        "model.image_px=64",
+        "model.patch_px=16",
+        "schedule.steps=1",
+        "schedule.warmup_steps=0",
+        "evaluation.batch=25",
+    ]
+    return [
+        "--recipe",
+        "finetune_vitb16",
+        "--deepspeed_config",
+        str(REPOSITORY / "ds_configs" / "zero0.json"),
+        "--out",
+        str(out),
+        *labelled_sets.overrides,
+        *sizes,
+        *map(str, extra),
+    ]
 
 
-def test_224_then_448_in_small_from_a_pretraining_run_to_a_classifier_of_twice_the_size(labelled_sets, pretrained, tmp_path):
+def test_224_then_448_in_small_from_a_pretraining_run_to_a_classifier_of_twice_the_size(
+    labelled_sets, pretrained, tmp_path
+):
     run_stage("finetune", *start(labelled_sets, tmp_path / "small", f"init.weights={pretrained}", "optim.lr=1e-9"))
     provenance = json.loads((tmp_path / "small" / "provenance.json").read_text())
-    assert "peco_vitb16, step_00000002" in provenance["init"] and set(provenance["fresh"]) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert "peco_vitb16, step_00000002" in provenance["init"] and set(provenance["fresh"]) == {
+        "fc_norm.weight",
+        "fc_norm.bias",
+        "head.weight",
+        "head.bias",
+    }
     small, started_from = read_run(tmp_path / "small", "raw"), read_run(pretrained)
     table = "rel_pos_bias.relative_position_bias_table"
     for block in range(2):
-        torch.testing.assert_close(small.tensors[f"blocks.{block}.attn.relative_position_bias_table"], started_from.tensors[table], atol=1e-6, rtol=0)
-    torch.testing.assert_close(small.tensors["blocks.1.mlp.fc1.weight"], started_from.tensors["blocks.1.mlp.fc1.weight"], atol=1e-6, rtol=0)
-    run_stage("finetune", *start(labelled_sets, tmp_path / "large", f"init.weights={tmp_path / 'small'}", "model.image_px=128", "optim.lr=1e-9", "evaluation.crop=1.0"))
+        torch.testing.assert_close(
+            small.tensors[f"blocks.{block}.attn.relative_position_bias_table"],
+            started_from.tensors[table],
+            atol=1e-6,
+            rtol=0,
+        )
+    torch.testing.assert_close(
+        small.tensors["blocks.1.mlp.fc1.weight"], started_from.tensors["blocks.1.mlp.fc1.weight"], atol=1e-6, rtol=0
+    )
+    run_stage(
+        "finetune",
+        *start(
+            labelled_sets,
+            tmp_path / "large",
+            f"init.weights={tmp_path / 'small'}",
+            "model.image_px=128",
+            "optim.lr=1e-9",
+            "evaluation.crop=1.0",
+        ),
+    )
     large = read_run(tmp_path / "large", "raw")
     assert large.tensors["blocks.0.attn.relative_position_bias_table"].shape == (15**2 + 3, 3)
     assert json.loads((tmp_path / "large" / "provenance.json").read_text())["fresh"] == []
-    torch.testing.assert_close(large.tensors["head.weight"], read_run(tmp_path / "small", "ema").tensors["head.weight"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        large.tensors["head.weight"], read_run(tmp_path / "small", "ema").tensors["head.weight"], atol=1e-6, rtol=0
+    )
 
 
 @pytest.fixture(scope="module")
 def from_official(labelled_sets, tmp_path_factory):
-    """One step each from files in others' layouts: unilm's base model at full size, a BEiT v2 file, folders that transformers wrote; what they held, by name."""
+    """One step each from files in others' layouts: unilm's base model at full size, a BEiT v2 file, folders that
+    transformers wrote; what they held, by name.
+    """
     from transformers import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 
     folder, held = tmp_path_factory.mktemp("official"), {}
@@ -170,26 +272,63 @@ def from_official(labelled_sets, tmp_path_factory):
     held["pt22k"] = beit_samples.drawn(beit_samples.mim_shapes(base, 8192))
     torch.save({"model": held["pt22k"] | beit_samples.index_buffers(tables, base)}, folder / "pt22k.pth")
     held["v2"] = beit_samples.drawn(beit_samples.mim_shapes(beit_samples.SMALL), seed=1)
-    branch = beit_samples.drawn({f"cls_pt_layers.0.{name}": shape for name, shape in beit_samples.block_shapes(96, 384).items()})
+    branch = beit_samples.drawn(
+        {f"cls_pt_layers.0.{name}": shape for name, shape in beit_samples.block_shapes(96, 384).items()}
+    )
     torch.save({"model": held["v2"] | branch}, folder / "v2.pth")
-    sizes = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, intermediate_size=384, image_size=64, patch_size=16, layer_norm_eps=1e-6, vocab_size=50)
+    sizes = dict(
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=384,
+        image_size=64,
+        patch_size=16,
+        layer_norm_eps=1e-6,
+        vocab_size=50,
+    )
     shared = dict(use_mask_token=True, use_shared_relative_position_bias=True, use_mean_pooling=True)
     BeitForMaskedImageModeling(BeitConfig(**sizes, **shared)).save_pretrained(folder / "hf_mim")
-    BeitForImageClassification(BeitConfig(**sizes, use_relative_position_bias=True, use_mean_pooling=True, num_labels=4)).save_pretrained(folder / "hf_classifier")
-    (folder / "hf_classifier" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 64, "do_center_crop": False}))
+    BeitForImageClassification(
+        BeitConfig(**sizes, use_relative_position_bias=True, use_mean_pooling=True, num_labels=4)
+    ).save_pretrained(folder / "hf_classifier")
+    (folder / "hf_classifier" / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 64, "do_center_crop": False})
+    )
     held |= {name: read_weights(folder / name).tensors for name in ("hf_mim", "hf_classifier")}
     small = ["model.image_px=64", "model.patch_px=16", "model.width=96", "model.depth=3"]
-    large = ["model.image_px=224", "model.patch_px=16", "model.width=768", "model.depth=12", "model.heads=12", "evaluation.batch=4", "ema.decay=0"]
+    large = [
+        "model.image_px=224",
+        "model.patch_px=16",
+        "model.width=768",
+        "model.depth=12",
+        "model.heads=12",
+        "evaluation.batch=4",
+        "ema.decay=0",
+    ]
     cases = []
-    for name, source in (("pt22k", "pt22k.pth"), ("v2", "v2.pth"), ("hf_mim", "hf_mim"), ("hf_classifier", "hf_classifier")):
-        extra = [*(large if name == "pt22k" else small), f"init.weights={folder / source}", "schedule.steps=1", "schedule.warmup_steps=0", "optim.lr=1e-4", "run.global_batch=4"]
+    for name, source in (
+        ("pt22k", "pt22k.pth"),
+        ("v2", "v2.pth"),
+        ("hf_mim", "hf_mim"),
+        ("hf_classifier", "hf_classifier"),
+    ):
+        extra = [
+            *(large if name == "pt22k" else small),
+            f"init.weights={folder / source}",
+            "schedule.steps=1",
+            "schedule.warmup_steps=0",
+            "optim.lr=1e-4",
+            "run.global_batch=4",
+        ]
         cases.append(case(labelled_sets, folder, f"run_{name}", zero=0, extra=extra))
     (folder / "cases.json").write_text(json.dumps(cases))
     run_stage(str(REPOSITORY / "tests" / "many_runs.py"), folder / "cases.json", timeout_s=900)
     return folder, held
 
 
-@pytest.mark.parametrize("name, head_is_kept", [("pt22k", False), ("v2", False), ("hf_mim", False), ("hf_classifier", True)])
+@pytest.mark.parametrize(
+    "name, head_is_kept", [("pt22k", False), ("v2", False), ("hf_mim", False), ("hf_classifier", True)]
+)
 def test_one_step_from_an_official_layout_moves_every_weight_a_little(from_official, name, head_is_kept):
     folder, held = from_official
     after, before = read_run(folder / f"run_{name}", "raw").tensors, dict(held[name])
@@ -204,7 +343,10 @@ def test_one_step_from_an_official_layout_moves_every_weight_a_little(from_offic
 
 
 def test_pictures_go_on_in_the_statistics_that_the_weights_know(from_official):
-    recorded = [json.loads((from_official[0] / f"run_{name}" / "provenance.json").read_text())["mean"] for name in ("hf_classifier", "v2")]
+    recorded = [
+        json.loads((from_official[0] / f"run_{name}" / "provenance.json").read_text())["mean"]
+        for name in ("hf_classifier", "v2")
+    ]
     assert recorded == [[0.5] * 3, [0.485, 0.456, 0.406]]
     assert read_run(from_official[0] / "run_hf_classifier").mean == (0.5, 0.5, 0.5)
 
@@ -216,13 +358,23 @@ def refusal(arguments):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("setting, words", [("model.patch_px=8", "patch_px 16"), ("model.width=96", "width 48"), ("model.depth=3", "depth 2"), ("model.heads=4", "heads 3")])
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("model.patch_px=8", "patch_px 16"),
+        ("model.width=96", "width 48"),
+        ("model.depth=3", "depth 2"),
+        ("model.heads=4", "heads 3"),
+    ],
+)
 def test_weights_of_another_size_are_refused_by_name(labelled_sets, pretrained, tmp_path, setting, words):
     message = refusal(start(labelled_sets, tmp_path / "out", f"init.weights={pretrained}", setting))
     assert words in message and setting.partition("=")[0] in message
 
 
-def test_a_classifier_of_other_classes_is_refused_unless_a_new_head_is_asked_for(labelled_sets, runs, small_sets, tmp_path):
+def test_a_classifier_of_other_classes_is_refused_unless_a_new_head_is_asked_for(
+    labelled_sets, runs, small_sets, tmp_path
+):
     others = ["model.image_px=32", "model.patch_px=8", f"data.root={small_sets.root}", "data.val_images=images/train"]
     message = refusal(start(labelled_sets, tmp_path / "out", f"init.weights={runs / 'zero3_2'}", *others))
     assert "4 classes" in message and "init.head=new" in message
@@ -235,10 +387,18 @@ def test_pictures_without_labels_are_refused(labelled_sets, real_data, tmp_path)
         (pictures / path.name).symlink_to(path)
     run_stage("pack_images", "--images", pictures, "--labels", "none", "--out", tmp_path / "unlabelled", "--workers", 1)
     assert "without labels" in refusal(start(labelled_sets, tmp_path / "out", f"data.images={tmp_path / 'unlabelled'}"))
-    assert "data.val_images" in refusal(start(labelled_sets, tmp_path / "out", f"data.val_images={tmp_path / 'unlabelled'}"))
+    assert "data.val_images" in refusal(
+        start(labelled_sets, tmp_path / "out", f"data.val_images={tmp_path / 'unlabelled'}")
+    )
 
 
-@pytest.mark.parametrize("content, words", [(b"<!DOCTYPE html><html>sign in</html>", "web page"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "LFS")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"<!DOCTYPE html><html>sign in</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "LFS"),
+    ],
+)
 def test_what_is_no_weights_file_is_refused(labelled_sets, tmp_path, content, words):
     path = tmp_path / "beit.pth"
     path.write_bytes(content)
@@ -250,9 +410,19 @@ def test_an_augmentation_that_timm_does_not_know_is_refused_before_anything_star
 
 
 def test_a_dry_run_refuses_what_the_start_would_refuse(labelled_sets, runs, small_sets, tmp_path):
-    assert "augment.auto_augment" in refusal([*start(labelled_sets, tmp_path / "out", "augment.auto_augment=ranf-m9"), "--dry_run"])
-    assert "images/nowhere" in refusal([*start(labelled_sets, tmp_path / "out", "data.val_images=images/nowhere"), "--dry_run"])
-    others = ["model.image_px=32", "model.patch_px=8", f"init.weights={runs / 'zero3_2'}", f"data.root={small_sets.root}", "data.val_images=images/train"]
+    assert "augment.auto_augment" in refusal(
+        [*start(labelled_sets, tmp_path / "out", "augment.auto_augment=ranf-m9"), "--dry_run"]
+    )
+    assert "images/nowhere" in refusal(
+        [*start(labelled_sets, tmp_path / "out", "data.val_images=images/nowhere"), "--dry_run"]
+    )
+    others = [
+        "model.image_px=32",
+        "model.patch_px=8",
+        f"init.weights={runs / 'zero3_2'}",
+        f"data.root={small_sets.root}",
+        "data.val_images=images/train",
+    ]
     assert "init.head=new" in refusal([*start(labelled_sets, tmp_path / "out", *others), "--dry_run"])
 
 

@@ -8,7 +8,17 @@ import pytest
 
 from peco_ds.errors import UserError
 from peco_ds.planner.chain import read_chain
-from peco_ds.planner.fitting import KEPT_FREE, DeepSpeedChoice, check_gpus, gpus_that_divide, require_divides, require_known, room, shares, shipped
+from peco_ds.planner.fitting import (
+    KEPT_FREE,
+    DeepSpeedChoice,
+    check_gpus,
+    gpus_that_divide,
+    require_divides,
+    require_known,
+    room,
+    shares,
+    shipped,
+)
 from peco_ds.planner.hardware import find_hardware
 
 H100 = find_hardware("h100")
@@ -17,7 +27,17 @@ PRETRAINING = read_chain("peco_vith14", []).main
 FINETUNING = read_chain("finetune_vith14", []).main
 
 
-@pytest.mark.parametrize("gpus, said", [(0, "at least 1"), (-8, "at least 1"), (2048, "up to 1024"), (12, "use 8 or 16"), (100, "use 64 or 128"), (104, "use 64 or 128")])
+@pytest.mark.parametrize(
+    "gpus, said",
+    [
+        (0, "at least 1"),
+        (-8, "at least 1"),
+        (2048, "up to 1024"),
+        (12, "use 8 or 16"),
+        (100, "use 64 or 128"),
+        (104, "use 64 or 128"),
+    ],
+)
 def test_gpus_that_are_no_machine_are_refused(gpus, said):
     with pytest.raises(UserError, match=said):
         check_gpus(gpus, H100, PRETRAINING)
@@ -31,7 +51,9 @@ def test_part_of_a_node_and_whole_nodes_are_machines(gpus):
 def test_offload_to_a_disk_is_refused_for_want_of_rates():
     require_known(JSON["zero3_offload.json"])
     with pytest.raises(UserError, match="offload_optimizer.device 'nvme'.*set it to cpu"):
-        require_known(DeepSpeedChoice("own.json", {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}))
+        require_known(
+            DeepSpeedChoice("own.json", {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}})
+        )
 
 
 def test_micro_batches_divide_each_gpus_part_of_the_batch():
@@ -68,5 +90,7 @@ def test_the_files_of_ds_configs_are_offered_and_offload_last():
 
 
 def test_a_json_with_a_batch_of_its_own_can_be_planned_with_others():
-    written = DeepSpeedChoice("own.json", {**JSON["zero1.json"].raw, "train_batch_size": 4096, "train_micro_batch_size_per_gpu": 64})
+    written = DeepSpeedChoice(
+        "own.json", {**JSON["zero1.json"].raw, "train_batch_size": 4096, "train_micro_batch_size_per_gpu": 64}
+    )
     assert room(PRETRAINING, H100, 64, written).state == room(PRETRAINING, H100, 64, JSON["zero1.json"]).state

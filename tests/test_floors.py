@@ -37,7 +37,10 @@ def floor_and_folder(module: str) -> tuple[int, str]:
 
 
 def imported_modules(tree: ast.AST, module: str, is_package: bool) -> list[str]:
-    """Every module that a file imports at any depth; `from a import b` gives a.b where b is a module of ours, else a."""
+    """Every module that a file imports at any depth.
+
+    `from a import b` gives a.b where b is a module of ours, else a.
+    """
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -50,7 +53,9 @@ def imported_modules(tree: ast.AST, module: str, is_package: bool) -> list[str]:
             for alias in node.names:
                 whole = f"{base}.{alias.name}"
                 inside = PACKAGE.parent.joinpath(*whole.split("."))
-                found.append(whole if base == "torch" or inside.is_dir() or inside.with_suffix(".py").is_file() else base)
+                found.append(
+                    whole if base == "torch" or inside.is_dir() or inside.with_suffix(".py").is_file() else base
+                )
     return found
 
 
@@ -70,9 +75,18 @@ ENTRY_POINTS = [path for path in sorted(PACKAGE.glob("*.py")) if defines_main(pa
 
 
 def test_the_reader_of_imports_sees_every_spelling():
-    source = "import torch.distributed as d\nfrom torch import distributed\nfrom . import config\nfrom .data import views\ndef f():\n    from peco_ds import runtime\n"
+    source = (
+        "import torch.distributed as d\nfrom torch import distributed\nfrom . import config\nfrom "
+        ".data import views\ndef f():\n    from peco_ds import runtime\n"
+    )
     found = imported_modules(ast.parse(source), "peco_ds.sample", is_package=False)
-    assert found == ["torch.distributed", "torch.distributed", "peco_ds.config", "peco_ds.data.views", "peco_ds.runtime"]
+    assert found == [
+        "torch.distributed",
+        "torch.distributed",
+        "peco_ds.config",
+        "peco_ds.data.views",
+        "peco_ds.runtime",
+    ]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path))
@@ -82,7 +96,9 @@ def test_a_file_imports_only_from_a_lower_floor_or_its_own_folder(path):
         if within(imported, ("peco_ds",)):
             other_floor, other_folder = floor_and_folder(imported)
             own = floor == other_floor and folder == other_folder and floor != 3
-            assert own or other_floor < floor, f"{module_name(path)} (floor {floor}) imports {imported} (floor {other_floor})"
+            assert own or other_floor < floor, (
+                f"{module_name(path)} (floor {floor}) imports {imported} (floor {other_floor})"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path))
@@ -92,26 +108,43 @@ def test_deepspeed_apex_and_torch_distributed_stay_in_runtime(path):
     assert not [imported for imported in imports_of(path) if within(imported, ONLY_IN_RUNTIME)]
 
 
-PLAIN = [path for path in FILES if floor_and_folder(module_name(path))[0] == 0 or floor_and_folder(module_name(path))[1] == "planner"]
+PLAIN = [
+    path
+    for path in FILES
+    if floor_and_folder(module_name(path))[0] == 0 or floor_and_folder(module_name(path))[1] == "planner"
+]
 
 
 @pytest.mark.parametrize("path", PLAIN, ids=lambda path: module_name(path))
 def test_the_planner_and_floor_0_import_no_torch(path):
-    assert not [imported for imported in imports_of(path) if within(imported, ("torch", "torchvision", "timm", "transformers", "deepspeed"))]
+    assert not [
+        imported
+        for imported in imports_of(path)
+        if within(imported, ("torch", "torchvision", "timm", "transformers", "deepspeed"))
+    ]
 
 
 def test_nothing_directly_in_the_package_hides_a_standard_or_installed_module():
     installed = {
-        name.split(".")[0] for name in importlib.metadata.packages_distributions() if not name.startswith("_") and name not in ("peco_ds", "__pycache__")
+        name.split(".")[0]
+        for name in importlib.metadata.packages_distributions()
+        if not name.startswith("_") and name not in ("peco_ds", "__pycache__")
     }
-    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__init__", "__pycache__"}
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()} - {
+        "__init__",
+        "__pycache__",
+    }
     assert not names & (set(sys.stdlib_module_names) | installed)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path))
 def test_nothing_prints(path):
     tree = ast.parse(path.read_text())
-    calls = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"]
+    calls = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
     assert not calls, f"print at lines {calls}; entry points write to sys.stdout, the rest logs"
 
 
@@ -144,6 +177,13 @@ def test_an_entry_point_started_by_path_or_as_a_module_helps_without_importing_t
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if how == "module":
         environment["PYTHONPATH"] = str(PACKAGE.parent)
-    result = subprocess.run([sys.executable, "-c", HELP, how, target], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", HELP, how, target],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=60,
+    )
     assert result.stderr.endswith("code=0 heavy=[]"), result.stderr
     assert "usage:" in result.stdout and "--help" in result.stdout

@@ -6,7 +6,12 @@ from peco_ds.config import TokenizerRecipe, load_recipe
 from peco_ds.errors import UserError
 from peco_ds.models.frozen_net import load_frozen_net
 
-SMALL = ["tokenizer.vit.image_px=32", "tokenizer.vit.patch_px=8", "tokenizer.vit.target_width=192", "views.tokenizer_px=32"]
+SMALL = [
+    "tokenizer.vit.image_px=32",
+    "tokenizer.vit.patch_px=8",
+    "tokenizer.vit.target_width=192",
+    "views.tokenizer_px=32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +41,18 @@ def test_a_judge_is_asked_for_its_blocks_and_may_be_left_out(vit_file):
 
 
 BAD = [
-    (["tokenizer.vit.target_width=512"], "tokenizer.vit.target_width 512: the teacher ViT 192 .* gives features of width 192; set it to 192"),
-    (["tokenizer.vit.patch_px=16"], "a grid of 4 x 4 features, the tokenizer one of 2 x 2 codes; set teacher.image_px=16$"),
-    (["teacher.image_px=64"], "teacher.image_px 64: .* a grid of 8 x 8 features, .* 4 x 4 codes; set teacher.image_px=32$"),
+    (
+        ["tokenizer.vit.target_width=512"],
+        "tokenizer.vit.target_width 512: the teacher ViT 192 .* gives features of width 192; set it to 192",
+    ),
+    (
+        ["tokenizer.vit.patch_px=16"],
+        "a grid of 4 x 4 features, the tokenizer one of 2 x 2 codes; set teacher.image_px=16$",
+    ),
+    (
+        ["teacher.image_px=64"],
+        "teacher.image_px 64: .* a grid of 8 x 8 features, .* 4 x 4 codes; set teacher.image_px=32$",
+    ),
     (["teacher.image_px=33"], "teacher.image_px 33 is not a multiple"),
     (["teacher.weights=nowhere.pth"], "nowhere.pth: no such file"),
 ]
@@ -52,7 +66,16 @@ def test_a_teacher_that_does_not_fit_is_refused_in_one_line(vit_file, overrides,
 
 
 def test_the_remedy_for_a_grid_that_does_not_fit_works(vit_file):
-    assert frozen("beitv2_tokenizer", f"teacher.weights={vit_file}", *SMALL, "tokenizer.vit.patch_px=16", "teacher.image_px=16").grid == 2
+    assert (
+        frozen(
+            "beitv2_tokenizer",
+            f"teacher.weights={vit_file}",
+            *SMALL,
+            "tokenizer.vit.patch_px=16",
+            "teacher.image_px=16",
+        ).grid
+        == 2
+    )
 
 
 def test_a_dry_run_refuses_a_teacher_that_does_not_fit_and_fetches_none(vit_file, capsys):

@@ -8,7 +8,15 @@ from dataclasses import fields
 import pytest
 
 from peco_ds.errors import UserError
-from peco_ds.planner.hardware import ALIASES, HARDWARE, PRECISIONS, Hardware, find_hardware, hardware_of_device, hardware_table
+from peco_ds.planner.hardware import (
+    ALIASES,
+    HARDWARE,
+    PRECISIONS,
+    Hardware,
+    find_hardware,
+    hardware_of_device,
+    hardware_table,
+)
 
 FULL = """
 memory_bytes: 24e9
@@ -35,7 +43,17 @@ def written(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("text, name", [("h100", "h100"), ("H200", "h200"), ("A100_40", "a100-40"), ("h100-SXM", "h100"), (" a100 ", "a100-80"), ("rtx PRO 6000", "rtx-pro-6000")])
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("h100", "h100"),
+        ("H200", "h200"),
+        ("A100_40", "a100-40"),
+        ("h100-SXM", "h100"),
+        (" a100 ", "a100-80"),
+        ("rtx PRO 6000", "rtx-pro-6000"),
+    ],
+)
 def test_a_machine_is_found_by_its_name_in_any_spelling(text, name):
     assert find_hardware(text) is HARDWARE[name]
 
@@ -70,19 +88,28 @@ def test_ranges_rise_from_slow_to_fast_and_stay_below_the_peak(machine):
 
 
 def test_a_file_starts_from_a_machine_and_changes_what_it_says(written):
-    path = written("base: h100\nname: rented\ngpus_per_node: 4\nproduct_share: [0.3, 0.4, 0.5]\npeak_flops: {bf16: 800e12}\n")
+    path = written(
+        "base: h100\nname: rented\ngpus_per_node: 4\nproduct_share: [0.3, 0.4, 0.5]\npeak_flops: {bf16: 800e12}\n"
+    )
     machine, base = find_hardware(str(path)), HARDWARE["h100"]
     assert (machine.name, machine.gpus_per_node, machine.product_share) == ("rented", 4, (0.3, 0.4, 0.5))
     assert machine.peak_flops == {**base.peak_flops, "bf16": 800e12}
     assert machine.memory_bytes == base.memory_bytes
-    assert machine.sources["gpus_per_node"] == str(path) and machine.sources["memory_bytes"] == base.sources["memory_bytes"]
+    assert (
+        machine.sources["gpus_per_node"] == str(path)
+        and machine.sources["memory_bytes"] == base.sources["memory_bytes"]
+    )
 
 
 def test_a_whole_machine_of_ones_own_needs_no_base(written):
     machine = find_hardware(written(FULL, "lab.yml"))
     assert machine.name == "lab"
     assert (machine.memory_bytes, machine.peak_flops["fp32"], machine.cores_per_node) == (24e9, 3e13, 32)
-    assert all(item.name in machine.sources for item in fields(Hardware) if item.name not in ("name", "title", "device_name", "sources"))
+    assert all(
+        item.name in machine.sources
+        for item in fields(Hardware)
+        if item.name not in ("name", "title", "device_name", "sources")
+    )
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def pixels_of(data: bytes) -> np.ndarray:
 def save_odd_kinds(folder: Path, photograph: Image.Image) -> dict[str, tuple[np.ndarray, int]]:
     """One file of each odd kind: name -> (pixels a person should see, tolerance of the mean difference).
 
-    The two JPEGs are coded a second time, at quality 95; measured 1.8 for the inverted CMYK one and 0.9 for the rotated one.
+    The two JPEGs are coded a second time, at quality 95; measured 1.8 for the inverted CMYK one and 0.9 for the rotated
+    one.
     """
     upright = np.asarray(photograph, dtype=int)
     grey = np.asarray(photograph.convert("L"))
@@ -61,7 +62,11 @@ def save_odd_kinds(folder: Path, photograph: Image.Image) -> dict[str, tuple[np.
     palette.save(folder / "moving.gif", save_all=True, append_images=[ImageOps.invert(photograph).quantize(64)])
     expected["palette"] = expected["moving"] = np.asarray(palette.convert("RGB")), 0
     layered = photograph.copy()
-    layered.putalpha(Image.fromarray(np.where(np.arange(grey.shape[1]) < 20, 0, 255).astype(np.uint8)[None].repeat(grey.shape[0], axis=0)))
+    layered.putalpha(
+        Image.fromarray(
+            np.where(np.arange(grey.shape[1]) < 20, 0, 255).astype(np.uint8)[None].repeat(grey.shape[0], axis=0)
+        )
+    )
     layered.save(folder / "layered.png")
     over_white = upright.copy()
     over_white[:, :20] = 255
@@ -94,7 +99,10 @@ def test_plain_png_and_webp_are_kept_and_named_by_content_not_by_file_name(real_
     png = real_data.kodak[0].read_bytes()
     (source / "disguised.JPEG").write_bytes(png)  # as one picture of ILSVRC is
     Image.open(real_data.kodak[1]).convert("RGB").resize((60, 40)).save(source / "small.webp", quality=80)
-    assert packed(source, tmp_path / "out") == {"disguised": {"png": png}, "small": {"webp": (source / "small.webp").read_bytes()}}
+    assert packed(source, tmp_path / "out") == {
+        "disguised": {"png": png},
+        "small": {"webp": (source / "small.webp").read_bytes()},
+    }
 
 
 def test_short_side_shrinks_and_never_enlarges(real_data, tmp_path):
@@ -107,13 +115,15 @@ def test_short_side_shrinks_and_never_enlarges(real_data, tmp_path):
     samples = packed(source, tmp_path / "out", short_side_px=128)
     assert samples["small"]["jpg"] == (source / "small.jpg").read_bytes()
     short, long = sorted(photograph.size)
-    reference = np.asarray(photograph.resize([round(side * 128 / short) for side in photograph.size], Image.Resampling.BICUBIC), dtype=int)
+    reference = np.asarray(
+        photograph.resize([round(side * 128 / short) for side in photograph.size], Image.Resampling.BICUBIC), dtype=int
+    )
     assert sorted(pixels_of(samples["large"]["jpg"]).shape[:2]) == [128, round(long * 128 / short)]
     assert np.abs(pixels_of(samples["lossless"]["png"]) - reference).max() == 0
     assert np.abs(pixels_of(samples["large"]["jpg"]) - reference).mean() < 5
 
 
-# ---------------------------------------------------------------------------------------------- whole or absent
+# ------------------------------------------------------------------------------------- whole or absent
 
 
 @pytest.fixture

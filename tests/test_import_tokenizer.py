@@ -29,10 +29,21 @@ def test_dalles_full_size_encoder_becomes_a_release_whose_codes_are_its_own(tmp_
     assert encoder.stat().st_size == pytest.approx(215e6, rel=0.01)
     assert main([str(encoder), "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and all(words in said for words in ("dvae tokenizer, 8192 codes, stride 8 px", "licence: MIT, modified", "makes no pictures")) and "trained with" not in said
+    assert (
+        said.count("\n") == 1
+        and all(
+            words in said
+            for words in ("dvae tokenizer, 8192 codes, stride 8 px", "licence: MIT, modified", "makes no pictures")
+        )
+        and "trained with" not in said
+    )
     loaded, card = load_tokenizer(out)
     assert (card.num_codes, card.stride_px, card.settings.only_px) == (8192, 8, None)
-    assert card.extra["files"] == [["encoder.pkl", sha256(encoder)]] and card.extra["judge"] == "none" and "DALL-E" in card.extra["origin"]
+    assert (
+        card.extra["files"] == [["encoder.pkl", sha256(encoder)]]
+        and card.extra["judge"] == "none"
+        and "DALL-E" in card.extra["origin"]
+    )
     found = read_published([encoder])
     direct = build_tokenizer(found.settings)
     direct.load_state_dict(found.state_dict)
@@ -45,7 +56,10 @@ def test_started_by_path_a_gumbel_checkpoint_becomes_a_release_that_decodes(tmp_
     ckpt, out = tmp_path / "last.ckpt", tmp_path / "new" / "tokenizer"
     save_lightning(ckpt, taming_tensors("gumbel", mults=(1, 1, 2, 4)))
     done = run_stage("import_tokenizer", ckpt, "--out", out, "--kind", "gumbel")
-    assert "2 tensors left out that only its training needs" in done.stdout and "licence: MIT (github.com/CompVis/taming-transformers)" in done.stdout
+    assert (
+        "2 tensors left out that only its training needs" in done.stdout
+        and "licence: MIT (github.com/CompVis/taming-transformers)" in done.stdout
+    )
     assert "trained with LPIPS on VGG16, licence: BSD-2-Clause" in done.stdout
     loaded, card = load_tokenizer(out)
     assert "LPIPS" in card.extra["judge"] and "BSD-2-Clause" in card.extra["judge_licence"]

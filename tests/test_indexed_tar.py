@@ -48,7 +48,10 @@ def shard_set(tmp_path, real_data) -> tuple[Path, ImageManifest, list[tuple[str,
     pictures = [(path.stem, path.read_bytes()) for path in real_data.imagenet[: sum(PICTURES_A_SHARD)]]
     shards, remaining = [], iter(pictures)
     for number, count in enumerate(PICTURES_A_SHARD):
-        path = make_tar(tmp_path / f"shard-{number:06d}.tar", [(f"{key}.jpg", data) for key, data in (next(remaining) for _ in range(count))])
+        path = make_tar(
+            tmp_path / f"shard-{number:06d}.tar",
+            [(f"{key}.jpg", data) for key, data in (next(remaining) for _ in range(count))],
+        )
         samples, index_sha256 = write_index(path, tmp_path / index_name(path.name))
         shards.append(Shard(path.name, samples, path.stat().st_size, sha256_of_file(path), index_sha256))
     return tmp_path, ImageManifest(shards, len(pictures)), pictures
@@ -82,7 +85,9 @@ def test_keys_and_extensions_are_those_webdataset_gives(tmp_path):
         ours = [(tar.key(i), tar.read(i)) for i in range(len(tar))]
         theirs = []
         for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
-            theirs.append((sample["__key__"], {name: data for name, data in sample.items() if not name.startswith("__")}))
+            theirs.append(
+                (sample["__key__"], {name: data for name, data in sample.items() if not name.startswith("__")})
+            )
         assert ours == theirs
 
 

@@ -14,7 +14,10 @@ def naive_top1(train, train_labels, val, val_labels, k, temperature, num_classes
     for picture, truth in zip(val.double(), val_labels):
         similarity = torch.nn.functional.cosine_similarity(picture[None], train.double())
         nearest = similarity.argsort(descending=True)[:k]
-        votes = [sum(float((similarity[i] / temperature).exp()) for i in nearest if train_labels[i] == label) for label in range(num_classes)]
+        votes = [
+            sum(float((similarity[i] / temperature).exp()) for i in nearest if train_labels[i] == label)
+            for label in range(num_classes)
+        ]
         hits += int(max(range(num_classes), key=votes.__getitem__) == truth)
     return 100 * hits / len(val)
 
@@ -37,7 +40,17 @@ def clouds():
 @pytest.mark.parametrize("chunk", [7, 50, 4096])
 def test_neighbours_vote_as_in_a_plain_loop_whatever_the_chunks(clouds, chunk, temperature):
     train, train_labels, val, val_labels = clouds
-    found = knn_top1(rows(train), train_labels, rows(val), val_labels, ks=(1, 5, 20), temperature=temperature, num_classes=5, device=torch.device("cpu"), chunk=chunk)
+    found = knn_top1(
+        rows(train),
+        train_labels,
+        rows(val),
+        val_labels,
+        ks=(1, 5, 20),
+        temperature=temperature,
+        num_classes=5,
+        device=torch.device("cpu"),
+        chunk=chunk,
+    )
     expected = {k: naive_top1(train, train_labels, val, val_labels, k, temperature, 5) for k in (1, 5, 20)}
     assert found == pytest.approx(expected)
     assert 30 < found[20] < 100, "the clouds overlap, so neither chance nor perfection"
@@ -45,11 +58,30 @@ def test_neighbours_vote_as_in_a_plain_loop_whatever_the_chunks(clouds, chunk, t
 
 def test_more_neighbours_than_pictures_are_all_pictures(clouds):
     train, train_labels, val, val_labels = clouds
-    found = knn_top1(rows(train[:9]), train_labels[:9], rows(val), val_labels, ks=(9, 500), temperature=0.07, num_classes=5, device=torch.device("cpu"))
+    found = knn_top1(
+        rows(train[:9]),
+        train_labels[:9],
+        rows(val),
+        val_labels,
+        ks=(9, 500),
+        temperature=0.07,
+        num_classes=5,
+        device=torch.device("cpu"),
+    )
     assert found[500] == found[9]
 
 
 def test_a_tiny_temperature_is_the_nearest_neighbour_and_does_not_overflow(clouds):
     train, train_labels, val, val_labels = clouds
-    found = knn_top1(rows(train), train_labels, rows(val), val_labels, ks=(1, 20), temperature=1e-4, num_classes=5, device=torch.device("cpu"))
-    assert found[20] == pytest.approx(found[1], abs=2.1)  # two almost equally near ones may still share a vote
+    found = knn_top1(
+        rows(train),
+        train_labels,
+        rows(val),
+        val_labels,
+        ks=(1, 20),
+        temperature=1e-4,
+        num_classes=5,
+        device=torch.device("cpu"),
+    )
+    # two almost equally near ones may still share a vote
+    assert found[20] == pytest.approx(found[1], abs=2.1)

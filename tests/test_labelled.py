@@ -31,16 +31,32 @@ def pictures(small_sets) -> Pictures:
     return Pictures(small_sets.root / "images" / "train")
 
 
-def train(pictures, positions, *, num_workers=0, seed=0, augment=AugmentSettings(), max_bad_share=0.0):
+def train(pictures, positions, *, num_workers=0, seed=0, augment=None, max_bad_share=0.0):
+    augment = augment or AugmentSettings()
     data = DataSettings(num_workers=num_workers, shuffle_window_shards=2, max_bad_share=max_bad_share)
     num_classes = len(pictures.manifest.classes)
-    return training_batches(pictures, positions, data=data, augment=augment, smoothing=0.1, num_classes=num_classes, image_px=32, seed=seed, device=CPU)
+    return training_batches(
+        pictures,
+        positions,
+        data=data,
+        augment=augment,
+        smoothing=0.1,
+        num_classes=num_classes,
+        image_px=32,
+        seed=seed,
+        device=CPU,
+    )
 
 
 def of_run(pictures, *, world_size=1, first_step=0, last_step=3, **options):
     """What all ranks together train on, pass by pass, in the order of the passes."""
     ranks = [
-        list(train(pictures, rank_positions(RUN, rank, world_size, first_step=first_step, last_step=last_step), **options)) for rank in range(world_size)
+        list(
+            train(
+                pictures, rank_positions(RUN, rank, world_size, first_step=first_step, last_step=last_step), **options
+            )
+        )
+        for rank in range(world_size)
     ]
     return [batch for passes in zip(*ranks) for batch in passes]
 
@@ -87,7 +103,8 @@ def test_global_batches_are_bit_identical_for_any_ranks_and_workers(pictures, wo
 
 
 def test_a_run_that_starts_in_the_middle_reads_what_the_uninterrupted_one_reads(pictures):
-    augment = AugmentSettings(repeats=3)  # step 11 starts inside the repeats of a picture, step 12 in the next epoch of 96
+    # step 11 starts inside the repeats of a picture, step 12 in the next epoch of 96
+    augment = AugmentSettings(repeats=3)
     whole = of_run(pictures, last_step=14, augment=augment)
     assert_equal_batches(of_run(pictures, first_step=11, last_step=14, augment=augment), whole[22:])
 
@@ -131,7 +148,10 @@ def test_an_epoch_of_repeated_augmentation_has_the_counts_of_timms_sampler(repea
         shown = [order.sample_at(place) for place in places]
         assert shown == np.repeat([plain.sample_at(place) for place in places], repeats)[:100].tolist()
         for num_replicas in (1, 2):
-            ranks = [list(RepeatAugSampler(range(100), num_replicas, rank, num_repeats=repeats)) for rank in range(num_replicas)]
+            ranks = [
+                list(RepeatAugSampler(range(100), num_replicas, rank, num_repeats=repeats))
+                for rank in range(num_replicas)
+            ]
             timms = Counter(Counter(sum(ranks, [])).values())
             assert Counter(Counter(shown).values()) == timms
         assert len(set(shown)) == -(-100 // repeats)
@@ -178,17 +198,28 @@ def test_a_label_that_is_no_class_of_the_set_is_refused_with_its_key(real_data, 
     samples, index_sha256 = write_index(tmp_path / "a.tar", tmp_path / index_name("a.tar"))
     shard = Shard("a.tar", samples, (tmp_path / "a.tar").stat().st_size, "0" * 64, index_sha256)
     write_manifest(tmp_path, ImageManifest([shard], samples, classes=["first", "second"]))
-    for read in (lambda: evaluate(Pictures(tmp_path)), lambda: list(train(Pictures(tmp_path), [np.zeros(2, dtype=np.int64)], num_workers=1))):
+    for read in (
+        lambda: evaluate(Pictures(tmp_path)),
+        lambda: list(train(Pictures(tmp_path), [np.zeros(2, dtype=np.int64)], num_workers=1)),
+    ):
         with pytest.raises(UserError, match=f"a.tar: one: .*{complaint}"):
             read()
 
 
 @pytest.mark.parametrize("world_size, batch, num_workers", [(1, 8, 0), (1, 7, 2), (2, 5, 0), (3, 7, 1), (5, 96, 0)])
-def test_evaluation_sees_every_picture_exactly_once_in_equally_many_equal_batches(pictures, world_size, batch, num_workers):
-    ranks = [evaluate(pictures, rank=rank, world_size=world_size, batch=batch, num_workers=num_workers) for rank in range(world_size)]
+def test_evaluation_sees_every_picture_exactly_once_in_equally_many_equal_batches(
+    pictures, world_size, batch, num_workers
+):
+    ranks = [
+        evaluate(pictures, rank=rank, world_size=world_size, batch=batch, num_workers=num_workers)
+        for rank in range(world_size)
+    ]
     assert len({tuple(found.images_norm.shape for found in found_batches) for found_batches in ranks}) == 1
     assert all(len(found.labels) <= batch for found in ranks[0])
-    samples, labels = (torch.cat([getattr(found, name) for found_batches in ranks for found in found_batches]) for name in ("samples", "labels"))
+    samples, labels = (
+        torch.cat([getattr(found, name) for found_batches in ranks for found in found_batches])
+        for name in ("samples", "labels")
+    )
     assert torch.equal(samples < 0, labels < 0)
     real = samples[samples >= 0]
     assert real.tolist() == list(range(96))
@@ -212,4 +243,8 @@ def test_an_unreadable_picture_stops_evaluation_with_its_name(pictures, tmp_path
     key = damage(spoilt, 40)
     with pytest.raises(UserError) as caught:
         evaluate(spoilt, num_workers=num_workers)
-    assert key in str(caught.value) and "accuracy needs every picture" in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        key in str(caught.value)
+        and "accuracy needs every picture" in str(caught.value)
+        and "\n" not in str(caught.value)
+    )

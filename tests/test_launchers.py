@@ -11,12 +11,28 @@ from pathlib import Path
 import pytest
 
 from peco_ds.command_line import parse_stage, stage_parser
-from peco_ds.config import RECIPES, FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe, load_recipe, micro_steps
+from peco_ds.config import (
+    RECIPES,
+    FinetuneRecipe,
+    PretrainRecipe,
+    ProbeRecipe,
+    TokenizerRecipe,
+    load_recipe,
+    micro_steps,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCHERS = REPOSITORY / "launchers"
 BATCH_FILES = sorted(LAUNCHERS.glob("*.sbatch"))
-SHELL_FILES = sorted([*BATCH_FILES, *LAUNCHERS.glob("*.sh"), LAUNCHERS / "cluster.env", REPOSITORY / "tests" / "run.sh", REPOSITORY / ".ci" / "run"])
+SHELL_FILES = sorted(
+    [
+        *BATCH_FILES,
+        *LAUNCHERS.glob("*.sh"),
+        LAUNCHERS / "cluster.env",
+        REPOSITORY / "tests" / "run.sh",
+        REPOSITORY / ".ci" / "run",
+    ]
+)
 
 
 def directives(path: Path) -> dict[str, str]:
@@ -26,8 +42,12 @@ def directives(path: Path) -> dict[str, str]:
 
 
 def shell(*arguments: str | Path, cwd: Path = REPOSITORY, **env: str) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "PECO_"))}
-    return subprocess.run([str(a) for a in arguments], cwd=cwd, env=environment | env, text=True, capture_output=True, timeout=60)
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "PECO_"))
+    }
+    return subprocess.run(
+        [str(a) for a in arguments], cwd=cwd, env=environment | env, text=True, capture_output=True, timeout=60
+    )
 
 
 def test_there_is_a_launcher_for_every_stage_of_the_way_from_pictures_to_top_1():
@@ -50,7 +70,9 @@ def test_every_job_can_be_requeued_is_warned_and_goes_on_in_one_log(path):
     assert "--requeue" in found
     assert found["--open-mode"] == "append", "a restart would wipe out what the job said before"
     assert found["--signal"] == "USR2@120", "with a B: the batch script would get the signal and the stage none"
-    assert found["--output"].endswith(".log") and "/" not in found["--output"], "sbatch makes no folders: the log would be lost"
+    assert found["--output"].endswith(".log") and "/" not in found["--output"], (
+        "sbatch makes no folders: the log would be lost"
+    )
     assert {"--nodes", "--time", "--job-name"} <= found.keys()
 
 
@@ -69,7 +91,12 @@ def test_every_launcher_passes_its_arguments_on_and_starts_a_stage_and_recipe_th
     assert all((RECIPES / f"{recipe}.yaml").is_file() for recipe in recipes), recipes
 
 
-RECIPE_TYPES = {"train_tokenizer": TokenizerRecipe, "pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "linear_probe": ProbeRecipe}
+RECIPE_TYPES = {
+    "train_tokenizer": TokenizerRecipe,
+    "pretrain": PretrainRecipe,
+    "finetune": FinetuneRecipe,
+    "linear_probe": ProbeRecipe,
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +105,9 @@ def echoing_home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("echoing") / "my repository"
     shutil.copytree(LAUNCHERS, home / "launchers")
     (home / "peco_ds").mkdir()
-    (home / "launchers" / "common.sh").write_text("PECO_RUNS_ROOT=/runs\nPECO_DATA_ROOT=/data\nrun_ranks() { printf '%s\\n' \"$@\"; }\n")
+    (home / "launchers" / "common.sh").write_text(
+        "PECO_RUNS_ROOT=/runs\nPECO_DATA_ROOT=/data\nrun_ranks() { printf '%s\\n' \"$@\"; }\n"
+    )
     return home
 
 
@@ -87,7 +116,9 @@ def resolved(home: Path, launcher: str, *given: str):
     done = shell("bash", home / "launchers" / f"{launcher}.sbatch", *given, PECO_HOME=str(home))
     script, *words = done.stdout.splitlines()
     stage = Path(script).stem
-    args, settings = parse_stage(stage_parser("", recipe="none", deepspeed_config="zero1.json"), RECIPE_TYPES[stage], words)
+    args, settings = parse_stage(
+        stage_parser("", recipe="none", deepspeed_config="zero1.json"), RECIPE_TYPES[stage], words
+    )
     return stage, settings.recipe, str(args.out)
 
 
@@ -104,7 +135,9 @@ def test_fine_tuning_starts_where_the_pretraining_launcher_of_its_size_ends(echo
 
 @pytest.mark.parametrize("launcher", ["finetune_vitb", "finetune_vitl", "finetune_vith", "finetune_vith_448", "probe"])
 def test_what_the_user_gives_wins_over_the_launchers_own_words(echoing_home, launcher):
-    _, recipe, out = resolved(echoing_home, launcher, "init.weights=/else where/run", "--out", "/mine", "data.num_workers=3")
+    _, recipe, out = resolved(
+        echoing_home, launcher, "init.weights=/else where/run", "--out", "/mine", "data.num_workers=3"
+    )
     assert (recipe.init.weights, out, recipe.data.num_workers) == ("/else where/run", "/mine", 3)
 
 
@@ -112,7 +145,11 @@ def test_the_probe_launcher_takes_another_sizes_recipe(echoing_home):
     assert resolved(echoing_home, "probe", "--recipe", "probe_vitb16")[1].name == "probe_vitb16"
 
 
-@pytest.mark.parametrize("path", [path for path in BATCH_FILES if path.stem.startswith(("train_", "pretrain_", "finetune_"))], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in BATCH_FILES if path.stem.startswith(("train_", "pretrain_", "finetune_"))],
+    ids=lambda path: path.name,
+)
 def test_the_batch_of_a_training_launchers_recipe_divides_by_its_gpus(path):
     stage, recipe = re.search(r"peco_ds/(\w+)\.py\" --recipe (\w+)", path.read_text()).groups()
     found = directives(path)
@@ -128,12 +165,15 @@ def test_an_array_launcher_writes_a_log_for_each_task():
 
 @pytest.fixture
 def recording_sbatch(tmp_path):
-    """A PATH whose sbatch and scancel write down their command lines; sbatch fails from the job named in `fail_at` on."""
+    """A PATH whose sbatch and scancel write down their command lines.
+
+    Sbatch fails from the job named in `fail_at` on.
+    """
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "sbatch").write_text(
         f'#!/bin/bash\nid=$(($(wc -l < {tools}/sbatch.log) + 1))\n[ "$id" != "${{FAIL_AT:-}}" ] || exit 1\n'
-        f"printf '%s|' \"$SBATCH_PARTITION\" \"$@\" >> {tools}/sbatch.log\necho >> {tools}/sbatch.log\necho $id\n"
+        f'printf \'%s|\' "$SBATCH_PARTITION" "$@" >> {tools}/sbatch.log\necho >> {tools}/sbatch.log\necho $id\n'
     )
     (tools / "scancel").write_text(f'#!/bin/bash\necho "$*" >> {tools}/scancel.log\n')
     (tools / "sbatch.log").touch()
@@ -143,7 +183,9 @@ def recording_sbatch(tmp_path):
 
 
 def pipeline(tools: Path, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess:
-    return shell("bash", LAUNCHERS / "pipeline.sh", *arguments, cwd=tools.parent, PATH=f"{tools}:{os.environ['PATH']}", **env)
+    return shell(
+        "bash", LAUNCHERS / "pipeline.sh", *arguments, cwd=tools.parent, PATH=f"{tools}:{os.environ['PATH']}", **env
+    )
 
 
 def test_pipeline_chains_every_job_to_the_one_before_and_cancels_what_cannot_run(recording_sbatch, tmp_path):
@@ -174,12 +216,27 @@ FINE_TUNING = {
 @pytest.mark.parametrize("size", FINE_TUNING)
 def test_pipeline_with_validation_pictures_goes_on_from_the_release_to_the_top_1(recording_sbatch, tmp_path, size):
     labelled_folders(tmp_path)
-    stages = {"PREPARE_ARGS": "--workers 2", "PREPARE_VAL_ARGS": "--max_bad_share 0", "CONVERT_ARGS": "--to hf", "FINETUNE_ARGS": "ema.decay=0.9", "EVALUATE_ARGS": "--batch 8"}
+    stages = {
+        "PREPARE_ARGS": "--workers 2",
+        "PREPARE_VAL_ARGS": "--max_bad_share 0",
+        "CONVERT_ARGS": "--to hf",
+        "FINETUNE_ARGS": "ema.decay=0.9",
+        "EVALUATE_ARGS": "--batch 8",
+    }
     stages |= {"FINETUNE_448_ARGS": "ema.decay=0.8"} if size == "vith" else {}
     done = pipeline(recording_sbatch, "my pictures", "out", size, VAL_DIR="my validation", **stages)
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()]
-    assert names == ["prepare_data", "prepare_val", "train_tokenizer", "tokenize", "tokenize_finish", f"pretrain_{size}", "convert", *FINE_TUNING[size]]
+    assert names == [
+        "prepare_data",
+        "prepare_val",
+        "train_tokenizer",
+        "tokenize",
+        "tokenize_finish",
+        f"pretrain_{size}",
+        "convert",
+        *FINE_TUNING[size],
+    ]
     submitted = dict(zip(names, (recording_sbatch / "sbatch.log").read_text().splitlines()))
     for before, line in enumerate(list(submitted.values())[1:], start=1):
         assert f"|--dependency=afterok:{before}|" in line
@@ -188,20 +245,37 @@ def test_pipeline_with_validation_pictures_goes_on_from_the_release_to_the_top_1
     out = tmp_path / "out"
     labelled = f"data.images={out}/images|data.val_images={out}/val_images"
     last = "finetune" if size == "vitb" else "finetune_448"
-    assert f"/prepare_data.sbatch|--images|{tmp_path}/my validation|--out|{out}/val_images|--workers|2|--max_bad_share|0|" in submitted["prepare_val"]
-    assert f"|--images|{tmp_path}/my pictures|--out|{out}/images|--workers|2|" in submitted["prepare_data"] and "max_bad_share" not in submitted["prepare_data"]
-    assert f"/finetune_{size}.sbatch|--out|{out}/finetune|{labelled}|init.weights={out}/pretrain|ema.decay=0.9|" in submitted[f"finetune_{size}"]
+    assert (
+        f"/prepare_data.sbatch|--images|{tmp_path}/my validation|--out|{out}/val_images|--workers|2|--max_bad_share|0|"
+        in submitted["prepare_val"]
+    )
+    assert (
+        f"|--images|{tmp_path}/my pictures|--out|{out}/images|--workers|2|" in submitted["prepare_data"]
+        and "max_bad_share" not in submitted["prepare_data"]
+    )
+    assert (
+        f"/finetune_{size}.sbatch|--out|{out}/finetune|{labelled}|init.weights={out}/pretrain|ema.decay=0.9|"
+        in submitted[f"finetune_{size}"]
+    )
     if size == "vith":
-        assert f"/finetune_vith_448.sbatch|--out|{out}/finetune_448|{labelled}|init.weights={out}/finetune|ema.decay=0.8|" in submitted["finetune_vith_448"]
+        assert (
+            f"/finetune_vith_448.sbatch|--out|{out}/finetune_448|{labelled}|init.weights={out}/finetune|ema.decay=0.8|"
+            in submitted["finetune_vith_448"]
+        )
     assert f"/convert.sbatch|{out}/pretrain|--out|{out}/release|--to|hf|" in submitted["convert"]
     assert f"/convert.sbatch|{out}/{last}|--out|{out}/classifier|--to|hf|" in submitted["convert_classifier"]
-    assert f"/evaluate.sbatch|{out}/classifier|--images|{out}/val_images|--out|{out}/top1.json|--batch|8|" in submitted["evaluate"]
+    assert (
+        f"/evaluate.sbatch|{out}/classifier|--images|{out}/val_images|--out|{out}/top1.json|--batch|8|"
+        in submitted["evaluate"]
+    )
 
 
 def test_pipeline_takes_a_flat_validation_folder_whose_labels_are_listed(recording_sbatch, tmp_path):
     labelled_folders(tmp_path)
     (tmp_path / "flat").mkdir()
-    done = pipeline(recording_sbatch, "my pictures", "out", VAL_DIR="flat", PREPARE_VAL_ARGS="--synsets LOC_val_solution.csv")
+    done = pipeline(
+        recording_sbatch, "my pictures", "out", VAL_DIR="flat", PREPARE_VAL_ARGS="--synsets LOC_val_solution.csv"
+    )
     assert done.returncode == 0, done.stderr
     assert "|--synsets|LOC_val_solution.csv|" in (recording_sbatch / "sbatch.log").read_text().splitlines()[1]
 
@@ -273,7 +347,12 @@ def test_cluster_settings_reach_sbatch_and_a_variable_of_the_environment_wins_in
     settings = home / "launchers" / "cluster.env"
     settings.write_text(settings.read_text().replace("# export SBATCH_PARTITION=gpu", "export SBATCH_PARTITION=gpu"))
     done = shell(
-        "bash", home / "launchers" / "pipeline.sh", tmp_path, tmp_path / "out", cwd=tmp_path, PATH=f"{recording_sbatch}:{os.environ['PATH']}"
+        "bash",
+        home / "launchers" / "pipeline.sh",
+        tmp_path,
+        tmp_path / "out",
+        cwd=tmp_path,
+        PATH=f"{recording_sbatch}:{os.environ['PATH']}",
     )
     assert done.returncode == 0, done.stderr
     assert all(line.startswith("gpu|") for line in (recording_sbatch / "sbatch.log").read_text().splitlines())
@@ -311,22 +390,34 @@ def test_a_rank_that_refused_its_input_outweighs_one_that_lost_it_for_that_but_a
 
 
 class Job:
-    """One job over its restarts: common.sh between a srun that ends as it is told and a scontrol that writes down what is asked of it."""
+    """One job over its restarts: common.sh between a srun that ends as it is told and a scontrol that writes down what
+    is asked of it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, tools = folder, folder / "tools"
         tools.mkdir()
         (tools / "srun").write_text('#!/bin/bash\n[ -z "$FIRST" ] || echo "$FIRST" > "$PECO_EXIT_FILE"\nexit "$CODE"\n')
         (tools / "scontrol").write_text(
-            f'#!/bin/bash\ncase "$1 $2" in "show hostnames") echo n1 ;; "show node") echo NodeAddr=127.0.0.1 ;; *) echo "$*" >> {folder}/asked; exit "${{REFUSED:-0}}" ;; esac\n'
+            '#!/bin/bash\ncase "$1 $2" in "show hostnames") echo n1 ;; "show node") echo '
+            f'NodeAddr=127.0.0.1 ;; *) echo "$*" >> {folder}/asked; exit "${{REFUSED:-0}}" ;; esac\n'
         )
         for tool in tools.iterdir():
             tool.chmod(0o755)
-        self.env = dict(PATH=f"{tools}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n1", SLURM_JOB_NUM_NODES="1", SLURM_CPUS_ON_NODE="2")
+        self.env = dict(
+            PATH=f"{tools}:{os.environ['PATH']}",
+            SLURM_JOB_ID="7",
+            SLURM_JOB_NODELIST="n1",
+            SLURM_JOB_NUM_NODES="1",
+            SLURM_CPUS_ON_NODE="2",
+        )
         self.env |= {"SLURM_SUBMIT_DIR": str(folder), "PECO_VENV": "/nowhere"}
 
     def end(self, code: int, first: str = "", **env: str) -> tuple[int, bool]:
-        """Exit code of the batch script whose srun ends with `code` after a task left `first`; whether the job goes back into the queue."""
+        """Exit code of the batch script whose srun ends with `code` after a task left `first`.
+
+        Whether the job goes back into the queue.
+        """
         asked = self.folder / "asked"
         asked.unlink(missing_ok=True)
         script = f"source {LAUNCHERS}/common.sh && run_ranks stage.py"
@@ -344,8 +435,10 @@ class Job:
         (0, "", (0, False)),
         (0, "75", (75, True)),  # stopped in good order
         (137, "137", (137, True)),  # a rank was killed
-        (137, "76", (76, True)),  # a rank lost the others, which srun then killed
-        (139, "", (139, True)),  # so suddenly that no task could write its code
+        # a rank lost the others, which srun then killed
+        (137, "76", (76, True)),
+        # so suddenly that no task could write its code
+        (139, "", (139, True)),
         (137, "75", (137, True)),  # a rank was killed while the others saved
         (1, "75", (1, False)),
         (1, "1", (1, False)),
@@ -356,12 +449,16 @@ class Job:
 def test_how_a_stage_ends_decides_whether_the_job_runs_again(tmp_path, code, first, ends):
     job = Job(tmp_path)
     assert job.end(code, first) == ends
-    assert len(job.left_behind()) == (ends[1] and ends[0] != 75), "only a count of faults outlives the job, and only where it runs again"
+    assert len(job.left_behind()) == (ends[1] and ends[0] != 75), (
+        "only a count of faults outlives the job, and only where it runs again"
+    )
 
 
 def test_faults_in_a_row_are_counted_and_a_stop_in_good_order_begins_the_count_anew(tmp_path):
     job = Job(tmp_path)
-    ends = [job.end(137, first, PECO_FAULT_RESTARTS="2") for first in ("76", "137")] + [job.end(0, "75", PECO_FAULT_RESTARTS="2")]
+    ends = [job.end(137, first, PECO_FAULT_RESTARTS="2") for first in ("76", "137")] + [
+        job.end(0, "75", PECO_FAULT_RESTARTS="2")
+    ]
     ends += [job.end(137, "76", PECO_FAULT_RESTARTS="2") for _ in range(3)]
     assert ends == [(76, True), (137, True), (75, True), (76, True), (76, True), (76, False)]
     assert job.left_behind() == []
@@ -375,6 +472,8 @@ def test_a_cluster_that_refuses_to_requeue_gets_the_stages_own_code(tmp_path):
 
 @pytest.mark.parametrize("value", ["many", "-1", ""])
 def test_a_number_of_fault_restarts_that_is_none_is_refused(tmp_path, value):
-    done = shell("bash", "-c", f"source {LAUNCHERS}/common.sh", cwd=tmp_path, **Job(tmp_path).env, PECO_FAULT_RESTARTS=value)
+    done = shell(
+        "bash", "-c", f"source {LAUNCHERS}/common.sh", cwd=tmp_path, **Job(tmp_path).env, PECO_FAULT_RESTARTS=value
+    )
     refused = done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "PECO_FAULT_RESTARTS" in done.stderr
     assert refused == (value != "")  # empty stands for the default

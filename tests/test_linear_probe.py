@@ -1,4 +1,7 @@
-"""Linear probing by path on one rank and on two. Photographs are the classes, crops of them the pictures, so that features of any network carry the label."""
+"""Linear probing by path on one rank and on two.
+
+Photographs are the classes, crops of them the pictures, so that features of any network carry the label.
+"""
 
 import json
 import random
@@ -16,8 +19,12 @@ from peco_ds.models.mim import MaskedImageModel
 from peco_ds.pack_images import main as pack_images
 
 DEPTH, CLASSES = 3, 4
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # more would fight the other processes for the same cores
-SMALL = "probe.image_px=32 probe.epochs=10 probe.global_batch=16 probe.feature_batch=7 probe.precision=fp32 probe.knn_k=[3,5] data.num_workers=0".split()
+# more would fight the other processes for the same cores
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+SMALL = (
+    "probe.image_px=32 probe.epochs=10 probe.global_batch=16 probe.feature_batch=7 "
+    "probe.precision=fp32 probe.knn_k=[3,5] data.num_workers=0"
+).split()
 
 
 def pack(root, name, labels_of):
@@ -28,7 +35,9 @@ def pack(root, name, labels_of):
             (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
             (folder / f"class{label}" / f"{picture:02d}.jpg").symlink_to(root / "crops" / split / f"{picture:02d}.jpg")
         assert len(labels_of[split]) == number
-        pack_images(["--images", str(folder), "--out", str(root / name / split), "--samples_per_shard", "16", "--workers", "1"])
+        pack_images(
+            ["--images", str(folder), "--out", str(root / name / split), "--samples_per_shard", "16", "--workers", "1"]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +51,9 @@ def root(real_data, tmp_path_factory):
         labels[split] = [picture % CLASSES for picture in range(number)]
         for picture, label in enumerate(labels[split]):
             left, top = draw.randrange(64), draw.randrange(64)
-            photographs[label].crop((left, top, left + 64, top + 64)).save(root / "crops" / split / f"{picture:02d}.jpg", quality=95)
+            photographs[label].crop((left, top, left + 64, top + 64)).save(
+                root / "crops" / split / f"{picture:02d}.jpg", quality=95
+            )
     pack(root, "true", labels)
     pack(root, "shuffled", {split: draw.sample(values, len(values)) for split, values in labels.items()})
     for label in range(2):
@@ -51,21 +62,38 @@ def root(real_data, tmp_path_factory):
     pack_images(["--images", str(root / "pictures" / "two"), "--out", str(root / "two_classes"), "--workers", "1"])
     pack_images(["--images", str(root / "crops" / "val"), "--out", str(root / "unlabelled"), "--workers", "1"])
     torch.manual_seed(0)
-    model = MaskedImageModel(ModelSettings(image_px=32, patch_px=8, width=64, depth=DEPTH, heads=1, layer_scale=0.5, drop_path=0), 16)
-    torch.save({"model": {name.removeprefix("backbone."): tensor for name, tensor in model.state_dict().items()}}, root / "mim.pth")
+    model = MaskedImageModel(
+        ModelSettings(image_px=32, patch_px=8, width=64, depth=DEPTH, heads=1, layer_scale=0.5, drop_path=0), 16
+    )
+    torch.save(
+        {"model": {name.removeprefix("backbone."): tensor for name, tensor in model.state_dict().items()}},
+        root / "mim.pth",
+    )
     return root
 
 
 def case(root, out, images, *extra):
-    sets = [f"data.root={root}", f"data.images={images}/train", f"data.val_images={images}/val", f"init.weights={root / 'mim.pth'}"]
-    return {"stage": "linear_probe", "arguments": ["--recipe", "probe_vitb16", "--out", str(root / out), *sets, *SMALL, *extra]}
+    sets = [
+        f"data.root={root}",
+        f"data.images={images}/train",
+        f"data.val_images={images}/val",
+        f"init.weights={root / 'mim.pth'}",
+    ]
+    return {
+        "stage": "linear_probe",
+        "arguments": ["--recipe", "probe_vitb16", "--out", str(root / out), *sets, *SMALL, *extra],
+    }
 
 
 @pytest.fixture(scope="module")
 def runs(root):
     """Standard error of the starts on one rank, in the order of the cases."""
     listings = {
-        1: [case(root, "true_1", "true"), case(root, "shuffled_1", "shuffled"), case(root, "one_block", "true", "probe.blocks=[2]", "probe.pooling=mean")],
+        1: [
+            case(root, "true_1", "true"),
+            case(root, "shuffled_1", "shuffled"),
+            case(root, "one_block", "true", "probe.blocks=[2]", "probe.pooling=mean"),
+        ],
         2: [case(root, "true_2", "true"), case(root, "shuffled_2", "shuffled")],
     }
     for ranks, cases in listings.items():
@@ -96,7 +124,7 @@ def test_two_ranks_give_the_table_of_one(runs, name):
 
 def test_the_record_names_weights_pictures_settings_and_the_best_layer(runs):
     found = record(runs, "true_1")
-    best = max((row["top1"] for layer in found["layers"] for row in layer["linear"]))
+    best = max(row["top1"] for layer in found["layers"] for row in layer["linear"])
     assert found["best"]["top1"] == best and found["num_classes"] == CLASSES
     assert "mim.pth" in found["weights"]["source"] and found["settings"]["recipe"]["probe"]["epochs"] == 10
     assert {"commit", "versions", "command"} <= found.keys()
@@ -108,13 +136,20 @@ def test_the_record_names_weights_pictures_settings_and_the_best_layer(runs):
 def test_chosen_blocks_and_pooling_decide_what_is_kept(runs):
     assert [layer["block"] for layer in record(runs, "one_block")["layers"]] == [2]
     kept = {path.name: np.load(path).shape for path in (runs / "one_block" / "features").glob("*.npy")}
-    assert kept == {"train_block_02.npy": (40, 64), "val_block_02.npy": (21, 64), "train_labels.npy": (40,), "val_labels.npy": (21,)}
+    assert kept == {
+        "train_block_02.npy": (40, 64),
+        "val_block_02.npy": (21, 64),
+        "train_labels.npy": (40,),
+        "val_labels.npy": (21,),
+    }
 
 
 def test_a_second_start_reads_the_features_and_other_pictures_make_them_anew(runs):
     file = runs / "true_2" / "features" / "train_block_01.npy"
     before = file.stat().st_mtime_ns
-    again = run_stage("linear_probe", *case(runs, "true_2", "true", "probe.lrs=[2e-3]")["arguments"], environment=ONE_THREAD)
+    again = run_stage(
+        "linear_probe", *case(runs, "true_2", "true", "probe.lrs=[2e-3]")["arguments"], environment=ONE_THREAD
+    )
     assert "are read" in again.stderr and file.stat().st_mtime_ns == before
     assert [row["lr"] for row in record(runs, "true_2")["layers"][0]["linear"]] == [2e-3]
     assert again.stdout.splitlines()[-1].startswith("best block ")

@@ -40,7 +40,9 @@ def test_a_rate_trains_as_a_linear_layer_under_torchs_adamw_and_cosine(clouds):
     layer = torch.nn.Linear(12, 4)
     torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
     steps = -(-300 // 32) * SETTINGS["epochs"]
-    optimizer = torch.optim.AdamW([{"params": [layer.weight], "weight_decay": 1e-4}, {"params": [layer.bias], "weight_decay": 0.0}], lr=1e-2)
+    optimizer = torch.optim.AdamW(
+        [{"params": [layer.weight], "weight_decay": 1e-4}, {"params": [layer.bias], "weight_decay": 0.0}], lr=1e-2
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(0)
     unit = (train - train.mean(dim=0)) / train.std(dim=0, correction=0)
@@ -57,7 +59,10 @@ def test_a_rate_trains_as_a_linear_layer_under_torchs_adamw_and_cosine(clouds):
 def test_features_that_carry_the_label_beat_features_that_do_not(clouds):
     train, labels, val, val_labels = clouds
     shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
-    real, random = (linear_accuracy(train_linear_probes(rows(train), given, lrs=(1e-2,), **SETTINGS), rows(val), val_labels)[0] for given in (labels, shuffled))
+    real, random = (
+        linear_accuracy(train_linear_probes(rows(train), given, lrs=(1e-2,), **SETTINGS), rows(val), val_labels)[0]
+        for given in (labels, shuffled)
+    )
     assert real["top1"] > 80 and random["top1"] < 50
     assert real["top5"] == 100, "of four classes top-5 is all of them"
 
@@ -67,7 +72,9 @@ def test_accuracy_is_the_share_of_right_answers(clouds):
     probes = train_linear_probes(rows(train), labels, lrs=(1e-3, 1e-2), **SETTINGS)
     answers = probes.logits(val).argmax(dim=2)
     expected = (answers == val_labels[:, None]).double().mean(dim=0) * 100
-    assert [row["top1"] for row in linear_accuracy(probes, rows(val), val_labels)] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert [row["top1"] for row in linear_accuracy(probes, rows(val), val_labels)] == pytest.approx(
+        expected.tolist(), rel=1e-5
+    )
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_order(clouds):

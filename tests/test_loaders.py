@@ -12,12 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from conftest import run_stage
+
 from peco_ds.config import PretrainRecipe, data_path, load_recipe
 from peco_ds.data import patient_reads
 from peco_ds.data.indexed_tar import IndexedTar
-from peco_ds.data.loaders import BadPictures, Codes, Pictures, crop_batches, held_out_pictures, masked_batches, training_order
+from peco_ds.data.loaders import (
+    BadPictures,
+    Codes,
+    Pictures,
+    crop_batches,
+    held_out_pictures,
+    masked_batches,
+    training_order,
+)
 from peco_ds.data.order import rank_positions
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.data.workers import MAX_WORKER_DEATHS, WORKER_STRETCH, RawBatch, load_raw
@@ -32,24 +40,39 @@ CPU = torch.device("cpu")
 def open_sets(small_sets, *overrides):
     recipe = load_recipe(PretrainRecipe, "peco_vitb16", [*small_sets.overrides, *overrides]).recipe
     pictures = Pictures(data_path(recipe.data, recipe.data.images))
-    tokens = TokenSet(data_path(recipe.data, recipe.data.tokens), pictures.manifest, num_codes=64, grid=4, views=recipe.views)
+    tokens = TokenSet(
+        data_path(recipe.data, recipe.data.tokens), pictures.manifest, num_codes=64, grid=4, views=recipe.views
+    )
     return recipe, pictures, tokens
 
 
 def batches_of(recipe, pictures, tokens, *, rank=0, world_size=1, first_step=0, last_step=6):
     positions = rank_positions(recipe.run, rank, world_size, first_step=first_step, last_step=last_step)
     return masked_batches(
-        pictures, tokens, positions, data=recipe.data, views=recipe.views, mask=recipe.mask, image_px=recipe.model.image_px, grid=recipe.model.grid, seed=recipe.run.seed, device=CPU
+        pictures,
+        tokens,
+        positions,
+        data=recipe.data,
+        views=recipe.views,
+        mask=recipe.mask,
+        image_px=recipe.model.image_px,
+        grid=recipe.model.grid,
+        seed=recipe.run.seed,
+        device=CPU,
     )
 
 
 def global_batches(small_sets, *, world_size, num_workers, micro_batch):
     """What all ranks together train on, pass by pass, in the order of the passes."""
-    recipe, pictures, tokens = open_sets(small_sets, f"data.num_workers={num_workers}", f"run.micro_batch={micro_batch}")
+    recipe, pictures, tokens = open_sets(
+        small_sets, f"data.num_workers={num_workers}", f"run.micro_batch={micro_batch}"
+    )
     ranks = [list(batches_of(recipe, pictures, tokens, rank=rank, world_size=world_size)) for rank in range(world_size)]
     passes = [batch for passes in zip(*ranks) for batch in passes]
     assert all(batch.masked.shape == (micro_batch, 6) for batch in passes)
-    return [key for b in passes for key in b.keys], *(torch.cat([tensors(b)[place] for b in passes]) for place in range(3))
+    return [key for b in passes for key in b.keys], *(
+        torch.cat([tensors(b)[place] for b in passes]) for place in range(3)
+    )
 
 
 def tensors(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -61,8 +84,12 @@ def reference(small_sets):
     return global_batches(small_sets, world_size=1, num_workers=0, micro_batch=8)
 
 
-@pytest.mark.parametrize("world_size, num_workers, micro_batch", [(1, 1, 4), (1, 3, 8), (2, 0, 4), (2, 3, 2), (4, 0, 2), (4, 1, 1)])
-def test_global_batches_are_the_same_for_any_ranks_and_workers(small_sets, reference, world_size, num_workers, micro_batch):
+@pytest.mark.parametrize(
+    "world_size, num_workers, micro_batch", [(1, 1, 4), (1, 3, 8), (2, 0, 4), (2, 3, 2), (4, 0, 2), (4, 1, 1)]
+)
+def test_global_batches_are_the_same_for_any_ranks_and_workers(
+    small_sets, reference, world_size, num_workers, micro_batch
+):
     found = global_batches(small_sets, world_size=world_size, num_workers=num_workers, micro_batch=micro_batch)
     assert found[0] == reference[0]
     assert all(torch.equal(a, b) for a, b in zip(found[1:], reference[1:]))
@@ -70,7 +97,8 @@ def test_global_batches_are_the_same_for_any_ranks_and_workers(small_sets, refer
 
 def test_a_run_that_starts_in_the_middle_reads_what_the_uninterrupted_one_reads(small_sets):
     recipe, pictures, tokens = open_sets(small_sets)
-    whole = list(batches_of(recipe, pictures, tokens, last_step=30))  # 240 samples: past the end of the first and second epoch of 96
+    # 240 samples: past the end of the first and second epoch of 96
+    whole = list(batches_of(recipe, pictures, tokens, last_step=30))
     tail = list(batches_of(recipe, pictures, tokens, first_step=11, last_step=30))
     assert len(whole) == 60 and len(tail) == 38
     for a, b in zip(whole[22:], tail):
@@ -90,7 +118,9 @@ def test_stored_codes_equal_codes_computed_online_for_every_view(small_sets):
     epochs = zip(batches_of(recipe, pictures, tokens, last_step=36), batches_of(recipe, pictures, online, last_step=36))
     for stored, computed in epochs:
         assert stored.keys == computed.keys
-        assert torch.equal(stored.images_norm, computed.images_norm), "the backbone's replayed crop differs from the drawn one"
+        assert torch.equal(stored.images_norm, computed.images_norm), (
+            "the backbone's replayed crop differs from the drawn one"
+        )
         assert torch.equal(stored.targets.codes, computed.targets.codes)
         seen |= {(key, tuple(target.tolist())) for key, target in zip(stored.keys, stored.targets.codes)}
         compared += stored.targets.codes.numel()
@@ -114,23 +144,37 @@ def test_every_stored_code_and_crop_is_what_the_record_replays(small_sets):
 
 
 def test_soft_codes_are_the_tokenizers_for_all_patches_stored_or_computed_online(small_sets, tmp_path):
-    soft = [f"data.tokens={tmp_path / 'soft'}", "views.topk=6", "views.topk_temperature=0.3", "views.tokenizer_interpolation=lanczos"]
+    soft = [
+        f"data.tokens={tmp_path / 'soft'}",
+        "views.topk=6",
+        "views.topk_temperature=0.3",
+        "views.tokenizer_interpolation=lanczos",
+    ]
     run_stage("tokenize_shards", "--recipe", "peco_vitb16", *small_sets.overrides, *soft)
     recipe, pictures, tokens = open_sets(small_sets, *soft)
     online = online_tokenizer(data_path(recipe.data, recipe.data.tokenizer), recipe, CPU)
     compared = 0
     for stored, computed in zip(batches_of(recipe, pictures, tokens), batches_of(recipe, pictures, online)):
-        assert torch.equal(stored.images_norm, computed.images_norm) and torch.equal(stored.targets.codes, computed.targets.codes)
+        assert torch.equal(stored.images_norm, computed.images_norm) and torch.equal(
+            stored.targets.codes, computed.targets.codes
+        )
         # Up to the rounding to 16 bits, by which two codes that are almost equally likely may change places.
         assert torch.allclose(stored.targets.topk_probs, computed.targets.topk_probs, rtol=2e-3, atol=1e-6)
         assert (stored.targets.topk_codes == computed.targets.topk_codes).float().mean() > 0.99
-        assert stored.targets.topk_codes.shape == (4, 16, 6), "a target may mix in what other patches are, so all of them are there"
+        assert stored.targets.topk_codes.shape == (4, 16, 6), (
+            "a target may mix in what other patches are, so all of them are there"
+        )
         assert torch.equal(stored.targets.topk_codes[..., 0].gather(1, stored.masked), stored.targets.codes)
         compared += stored.targets.topk_probs.numel()
     assert compared == 6 * 2 * 4 * 16 * 6
     fewer, _, _ = open_sets(small_sets, *soft, "views.topk=2")
-    first, all_six = next(batches_of(fewer, pictures, tokens)).targets, next(batches_of(recipe, pictures, tokens)).targets
-    assert torch.equal(first.topk_probs, all_six.topk_probs[..., :2]), "a set with more soft codes than are asked for gives the likeliest"
+    first, all_six = (
+        next(batches_of(fewer, pictures, tokens)).targets,
+        next(batches_of(recipe, pictures, tokens)).targets,
+    )
+    assert torch.equal(first.topk_probs, all_six.topk_probs[..., :2]), (
+        "a set with more soft codes than are asked for gives the likeliest"
+    )
 
 
 def test_a_picture_with_fewer_hidden_patches_repeats_its_last_one_and_has_no_target_there(small_sets):
@@ -148,7 +192,11 @@ def test_a_picture_with_fewer_hidden_patches_repeats_its_last_one_and_has_no_tar
 def test_the_tokenizers_crop_is_resized_as_the_recipe_says_and_the_backbones_is_not(small_sets):
     crops = {}
     for interpolation in ("bicubic", "lanczos"):
-        recipe = load_recipe(PretrainRecipe, "peco_vitb16", [*small_sets.overrides, f"views.tokenizer_interpolation={interpolation}", "views.tokenizer_px=64"]).recipe
+        recipe = load_recipe(
+            PretrainRecipe,
+            "peco_vitb16",
+            [*small_sets.overrides, f"views.tokenizer_interpolation={interpolation}", "views.tokenizer_px=64"],
+        ).recipe
         pictures = Pictures(data_path(recipe.data, recipe.data.images))
         seen = []
 
@@ -171,7 +219,11 @@ def test_every_epoch_shows_another_view_until_all_were_seen(small_sets):
             targets.setdefault(key, []).append(image)
             order.append(key)
     assert all(len(images) == 3 for images in targets.values())
-    different = [not torch.equal(a, b) for images in targets.values() for a, b in ((images[0], images[1]), (images[1], images[2]), (images[0], images[2]))]
+    different = [
+        not torch.equal(a, b)
+        for images in targets.values()
+        for a, b in ((images[0], images[1]), (images[1], images[2]), (images[0], images[2]))
+    ]
     assert all(different)
     assert order[:96] != order[96:192]
 
@@ -220,20 +272,22 @@ def test_held_out_pictures_are_kept_from_training(small_sets):
     assert trained == set(range(86))
     crops = held_out_pictures(pictures, recipe.data, 100, 32)
     assert crops.shape == (10, 3, 32, 32) and crops.dtype == torch.uint8
-    batch = next(crop_batches(pictures, order, [np.arange(4)], data=recipe.data, views=recipe.views, device=CPU)).images_11
-    assert batch.shape == (4, 3, 32, 32) and -1 <= batch.min() and batch.max() <= 1
+    batch = next(
+        crop_batches(pictures, order, [np.arange(4)], data=recipe.data, views=recipe.views, device=CPU)
+    ).images_11
+    assert batch.shape == (4, 3, 32, 32) and batch.min() >= -1 and batch.max() <= 1
     with pytest.raises(UserError, match="holdout"):
         training_order(pictures, load_recipe(PretrainRecipe, "peco_vitb16", ["data.holdout=96"]).recipe.data, 0)
 
 
-# ---------------------------------------------------------------------------------------------- workers that die
+# ------------------------------------------------------------------------------------ workers that die
 
 
 class Numbers:
     """Place n -> a tensor of n, made slowly enough that a kill finds workers at work; some places end their worker."""
 
-    def __init__(self, folder: Path, deadly: dict[int, int] = {}, times: int = 1) -> None:
-        self.folder, self.deadly, self.times = folder, deadly, times
+    def __init__(self, folder: Path, deadly: dict[int, int] | None = None, times: int = 1) -> None:
+        self.folder, self.deadly, self.times = folder, deadly or {}, times
 
     def __call__(self, places: np.ndarray) -> RawBatch:
         place = int(places[0])
@@ -252,7 +306,9 @@ def places(count: int) -> list[np.ndarray]:
 
 def leftovers() -> tuple[int, set[str]]:
     """Child processes, and files of ours in shared memory."""
-    return len(multiprocessing.active_children()), {name for name in os.listdir("/dev/shm") if name.startswith("torch_")}
+    return len(multiprocessing.active_children()), {
+        name for name in os.listdir("/dev/shm") if name.startswith("torch_")
+    }
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
@@ -265,8 +321,10 @@ def test_a_killed_worker_costs_no_batch_and_changes_none(tmp_path, caplog, num_w
         if len(taken) in (7, 40):
             victim = multiprocessing.active_children()[-1]
             os.kill(victim.pid, signal.SIGKILL)
-            Path(f"/dev/shm/torch_{victim.pid}_1_0").write_bytes(b"half made")  # as where the kill met it while it made a batch's shared memory
-            time.sleep(0.05)  # the main thread is in its step when the worker dies: nothing may be raised here
+            # as where the kill met it while it made a batch's shared memory
+            Path(f"/dev/shm/torch_{victim.pid}_1_0").write_bytes(b"half made")
+            # the main thread is in its step when the worker dies: nothing may be raised here
+            time.sleep(0.05)
     assert taken == list(range(60))
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2 and all("SIGKILL" in text and "out of memory" in text for text in warnings)
@@ -274,7 +332,13 @@ def test_a_killed_worker_costs_no_batch_and_changes_none(tmp_path, caplog, num_w
     assert leftovers() == before
 
 
-@pytest.mark.parametrize("number, words", [(signal.SIGKILL, "lower data.num_workers or give the job more memory"), (signal.SIGSEGV, "SIGSEGV.*native decoder")])
+@pytest.mark.parametrize(
+    "number, words",
+    [
+        (signal.SIGKILL, "lower data.num_workers or give the job more memory"),
+        (signal.SIGSEGV, "SIGSEGV.*native decoder"),
+    ],
+)
 def test_workers_that_keep_dying_end_the_run_with_the_likely_reason(tmp_path, number, words):
     before = leftovers()
     taken = []
@@ -289,7 +353,9 @@ def test_workers_that_keep_dying_end_the_run_with_the_likely_reason(tmp_path, nu
 def test_deaths_far_apart_do_not_add_up(tmp_path):
     apart = WORKER_STRETCH + 20
     deadly = {apart * (number + 1): signal.SIGKILL for number in range(MAX_WORKER_DEATHS + 1)}
-    taken = [int(raw.samples[0]) for raw in load_raw(Numbers(tmp_path, deadly), places(apart * (MAX_WORKER_DEATHS + 2)), 2)]
+    taken = [
+        int(raw.samples[0]) for raw in load_raw(Numbers(tmp_path, deadly), places(apart * (MAX_WORKER_DEATHS + 2)), 2)
+    ]
     assert taken == list(range(apart * (MAX_WORKER_DEATHS + 2)))
     assert len(list(tmp_path.glob("died_*"))) == len(deadly)
 
@@ -323,7 +389,7 @@ def test_a_fault_in_a_worker_keeps_its_traceback_and_is_no_death(tmp_path):
         list(load_raw(make, places(9), 2))
 
 
-# ---------------------------------------------------------------------------------------------- shards that change during a run
+# --------------------------------------------------------------------- shards that change during a run
 
 
 @pytest.fixture
@@ -364,7 +430,10 @@ def test_a_shard_removed_during_the_run_is_named_when_it_is_next_opened(small_se
 
 
 def test_a_shard_replaced_by_another_of_its_size_gives_no_picture_of_the_other(small_sets, own_images):
-    """Every picture of it differs from the index: a few are passed over, then the run ends; no batch holds what is not in the manifest."""
+    """Every picture of it differs from the index: a few are passed over, then the run ends.
+
+    No batch holds what is not in the manifest.
+    """
     expected = read_all(small_sets, small_sets.root / "images" / "train", num_workers=0, disturb=lambda: None)
     taken = []
 
@@ -412,13 +481,22 @@ def test_a_read_that_fails_a_few_times_changes_nothing(small_sets, reference, mo
     assert os.strerror(number) in caplog.text and "read again" in caplog.text
 
 
-def test_a_picture_that_cannot_be_read_at_all_counts_as_unreadable_and_a_token_record_ends_the_run(small_sets, monkeypatch, caplog):
+def test_a_picture_that_cannot_be_read_at_all_counts_as_unreadable_and_a_token_record_ends_the_run(
+    small_sets, monkeypatch, caplog
+):
     Flaky(monkeypatch, errno.EIO, times=99, only_tar="images")
     recipe, pictures, tokens = open_sets(small_sets)
     bad = BadPictures(max_share=0.1)
     make = dict(data=recipe.data, views=recipe.views, mask=recipe.mask, image_px=64, grid=4, seed=0, device=CPU)
-    keys = [key for batch in masked_batches(pictures, tokens, rank_positions(recipe.run, 0, 1, first_step=0, last_step=12), bad=bad, **make) for key in batch.keys]
-    assert len(keys) == 96 and (bad.count, bad.read) == (4, 96)  # one picture in each of four shards
+    keys = [
+        key
+        for batch in masked_batches(
+            pictures, tokens, rank_positions(recipe.run, 0, 1, first_step=0, last_step=12), bad=bad, **make
+        )
+        for key in batch.keys
+    ]
+    # one picture in each of four shards
+    assert len(keys) == 96 and (bad.count, bad.read) == (4, 96)
     assert "4 times in 0.03 s" in caplog.text
     monkeypatch.undo()
     Flaky(monkeypatch, errno.EIO, times=99, only_tar="tokens")

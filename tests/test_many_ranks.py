@@ -1,4 +1,6 @@
-"""Sixteen ranks for real: the same global batches as one rank has, one committed checkpoint, on with it bit for bit or on four ranks. Four launches run all cases."""
+"""Sixteen ranks for real: the same global batches as one rank has, one committed checkpoint, on with it bit for bit or
+on four ranks. Four launches run all cases.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,26 @@ def launch_by_deepspeed(listing: Path, ranks: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port), "--num_gpus", str(ranks), "--no_local_rank", str(REPOSITORY / "tests" / "many_runs.py"), str(listing)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=REPOSITORY, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--master_port",
+        str(port),
+        "--num_gpus",
+        str(ranks),
+        "--no_local_rank",
+        str(REPOSITORY / "tests" / "many_runs.py"),
+        str(listing),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=REPOSITORY,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
 
 
@@ -39,20 +59,41 @@ def launch_by_deepspeed(listing: Path, ranks: int) -> None:
 def runs(small_sets, tmp_path_factory) -> Path:
     """Folder of run folders; beside each NAME, NAME.keys.RANKS.RANK with the pictures of every pass of a rank."""
     folder = tmp_path_factory.mktemp("many_ranks")
-    fixed = ["--recipe", "peco_vitb16", "--deepspeed_config", str(REPOSITORY / "ds_configs" / "zero3.json"), *small_sets.overrides]
-    fixed += [f"run.global_batch={BATCH}", f"run.micro_batch={MICRO}", f"schedule.steps={STEPS}", f"checkpoint.every_steps={STOP}"]
+    fixed = [
+        "--recipe",
+        "peco_vitb16",
+        "--deepspeed_config",
+        str(REPOSITORY / "ds_configs" / "zero3.json"),
+        *small_sets.overrides,
+    ]
+    fixed += [
+        f"run.global_batch={BATCH}",
+        f"run.micro_batch={MICRO}",
+        f"schedule.steps={STEPS}",
+        f"checkpoint.every_steps={STOP}",
+    ]
 
     def launch(ranks: int, cases: dict[str, list[str]], names: list[str] | None = None) -> None:
         listing = folder / f"cases_{ranks}.json"
         listed = [
-            {"stage": "pretrain", "arguments": [*fixed, "--out", str(folder / name), *extra], "keys": str(folder / f"{name}.keys.{ranks}")}
+            {
+                "stage": "pretrain",
+                "arguments": [*fixed, "--out", str(folder / name), *extra],
+                "keys": str(folder / f"{name}.keys.{ranks}"),
+            }
             for name, extra in zip(names or cases, cases.values())
         ]
         listing.write_text(json.dumps(listed))
         if ranks == RANKS:
             launch_by_deepspeed(listing, ranks)
         else:
-            run_stage(str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=ranks, timeout_s=900, environment={"OMP_NUM_THREADS": "1"})
+            run_stage(
+                str(REPOSITORY / "tests" / "many_runs.py"),
+                listing,
+                ranks=ranks,
+                timeout_s=900,
+                environment={"OMP_NUM_THREADS": "1"},
+            )
         assert json.loads(listing.with_name(listing.name + ".codes").read_text()) == [0] * len(listed)
 
     stop = [f"schedule.stop_at_step={STOP}"]
@@ -66,7 +107,10 @@ def runs(small_sets, tmp_path_factory) -> Path:
 
 def global_batches(folder: Path, name: str, ranks: int) -> list[list[str]]:
     """Keys of each optimiser step, micro-step by micro-step over the ranks."""
-    passes = [[json.loads(line) for line in (folder / f"{name}.keys.{ranks}.{rank}").read_text().splitlines()] for rank in range(ranks)]
+    passes = [
+        [json.loads(line) for line in (folder / f"{name}.keys.{ranks}.{rank}").read_text().splitlines()]
+        for rank in range(ranks)
+    ]
     slices = [keys for each in zip(*passes, strict=True) for keys in each]
     a_step = BATCH // MICRO
     return [sum(slices[first : first + a_step], []) for first in range(0, len(slices), a_step)]
@@ -112,11 +156,15 @@ def test_the_checkpoint_of_sixteen_ranks_is_committed_with_every_part_and_its_ha
     assert (newest.name, older.name) == (f"step_{STEPS:08d}", f"step_{STOP:08d}")
     assert (newest.parent / "latest").read_text().strip() == newest.name
     files = json.loads((newest / "manifest.json").read_text())["files"]
-    assert {path.name for path in newest.iterdir()} == {*files, "manifest.json"}, "a part is missing, or a file is not vouched for"
+    assert {path.name for path in newest.iterdir()} == {*files, "manifest.json"}, (
+        "a part is missing, or a file is not vouched for"
+    )
     for name, (num_bytes, sha256) in files.items():
         content = (newest / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (num_bytes, sha256)
-    assert sum(name.endswith("_optim_states.pt") for name in files) == RANKS and all(rank_name(rank) in files for rank in range(RANKS))
+    assert sum(name.endswith("_optim_states.pt") for name in files) == RANKS and all(
+        rank_name(rank) in files for rank in range(RANKS)
+    )
     progress = json.loads((newest / "progress.json").read_text())
     assert (progress["world_size"], progress["step"], progress["cursor"]["samples"]) == (RANKS, STEPS, STEPS * BATCH)
     assert not list(newest.parent.glob(".tmp-*")) and verify(newest) == ""
@@ -136,8 +184,15 @@ def test_sixteen_ranks_that_stop_and_go_on_end_bit_for_bit_as_if_they_had_not(ru
     weights = [fp32_weights(folder) for folder in (whole, stopped)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     # The flat master weights end in padding that DeepSpeed never writes; it is no weight.
-    states = [{name: tensor for name, tensor in tensors_of(folder) if "fp32_flat_groups" not in name} for folder in (whole, stopped)]
-    assert states[0].keys() == states[1].keys() and sum("exp_avg_sq" in name for name in states[0]) >= RANKS and sum("random" in name for name in states[0]) >= 2 * RANKS
+    states = [
+        {name: tensor for name, tensor in tensors_of(folder) if "fp32_flat_groups" not in name}
+        for folder in (whole, stopped)
+    ]
+    assert (
+        states[0].keys() == states[1].keys()
+        and sum("exp_avg_sq" in name for name in states[0]) >= RANKS
+        and sum("random" in name for name in states[0]) >= 2 * RANKS
+    )
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
     assert global_batches(runs, "stopped", RANKS) == global_batches(runs, "whole", RANKS)
 

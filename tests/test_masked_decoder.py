@@ -13,7 +13,9 @@ PATCHES = GRID**2
 def decoder_with_trained_look() -> MaskedDecoder:
     torch.manual_seed(0)
     settings = ModelSettings(image_px=64, patch_px=16, width=96, heads=3)
-    decoder = MaskedDecoder(settings, EncodingSettings(kind="visible", decoder_width=48, decoder_depth=2, decoder_heads=3), V)
+    decoder = MaskedDecoder(
+        settings, EncodingSettings(kind="visible", decoder_width=48, decoder_depth=2, decoder_heads=3), V
+    )
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -52,7 +54,9 @@ def test_the_gradient_of_a_place_that_several_pictures_show_is_their_sum():
 
 
 def test_every_token_is_put_at_its_place():
-    """Written out place by place: shown tokens where they were, the mask token elsewhere, then blocks, norm and head."""
+    """Written out place by place: shown tokens where they were, the mask token elsewhere, then blocks, norm and
+    head.
+    """
     decoder, masked = decoder_with_trained_look(), hidden_patches()
     encoded = torch.randn(2, 1 + PATCHES - M, 96)
     with torch.no_grad():
@@ -60,26 +64,40 @@ def test_every_token_is_put_at_its_place():
         rows = []
         for tokens, hidden in zip(decoder.embed(encoded), masked.tolist()):
             shown = iter(tokens[1:])
-            rows.append(torch.stack([tokens[0], *(decoder.mask_token[0, 0] if patch in hidden else next(shown) for patch in range(PATCHES))]))
+            rows.append(
+                torch.stack(
+                    [
+                        tokens[0],
+                        *(decoder.mask_token[0, 0] if patch in hidden else next(shown) for patch in range(PATCHES)),
+                    ]
+                )
+            )
         x, bias = torch.stack(rows), decoder.rel_pos_bias()
         for block in decoder.blocks:
             x = block(x, shared_rel_pos_bias=bias)
         expected = decoder.norm(x)
-        expected_logits = torch.stack([decoder.lm_head(tokens[1:][patches]) for tokens, patches in zip(expected, masked)])
+        expected_logits = torch.stack(
+            [decoder.lm_head(tokens[1:][patches]) for tokens, patches in zip(expected, masked)]
+        )
     assert (features - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (logits - expected_logits).abs().max() <= 1e-5 * expected_logits.abs().max()
 
 
 def test_tokens_are_taken_at_patch_numbers_behind_the_class_token():
     tokens, masked = torch.randn(2, 1 + PATCHES, 5), hidden_patches()
-    assert torch.equal(tokens_at(tokens, masked), torch.stack([row[1:][patches] for row, patches in zip(tokens, masked)]))
+    assert torch.equal(
+        tokens_at(tokens, masked), torch.stack([row[1:][patches] for row, patches in zip(tokens, masked)])
+    )
 
 
 def test_it_starts_as_beit_does_and_without_layer_scale():
     torch.manual_seed(0)
     settings = ModelSettings(image_px=64, patch_px=16, width=384, heads=6)
-    decoder = MaskedDecoder(settings, EncodingSettings(kind="visible", decoder_width=384, decoder_depth=4, decoder_heads=6), 1000)
-    expected = 0.02 * 0.5396  # a normal distribution cut at one standard deviation keeps 0.5396 of it
+    decoder = MaskedDecoder(
+        settings, EncodingSettings(kind="visible", decoder_width=384, decoder_depth=4, decoder_heads=6), 1000
+    )
+    # a normal distribution cut at one standard deviation keeps 0.5396 of it
+    expected = 0.02 * 0.5396
     for number, block in enumerate(decoder.blocks, start=1):
         assert block.mlp.fc1.weight.std().item() == pytest.approx(expected, rel=0.02)
         assert block.mlp.fc2.weight.std().item() == pytest.approx(expected / (2 * number) ** 0.5, rel=0.02)

@@ -4,16 +4,24 @@ import pytest
 from peco_ds.data.masking import block_mask, draw_masked
 
 
-@pytest.mark.parametrize("grid, count, kind", [(14, 75, "block"), (16, 98, "block"), (8, 24, "block"), (14, 147, "random"), (14, 195, "block")])
+@pytest.mark.parametrize(
+    "grid, count, kind",
+    [(14, 75, "block"), (16, 98, "block"), (8, 24, "block"), (14, 147, "random"), (14, 195, "block")],
+)
 def test_the_count_is_exact_and_positions_are_distinct_and_increasing(grid, count, kind):
     for sample in range(60):
-        masked = draw_masked(seed=0, epoch=1, sample=sample, grid=grid, kind=kind, count=count, min_block=min(16, count), min_aspect=0.3)
+        masked = draw_masked(
+            seed=0, epoch=1, sample=sample, grid=grid, kind=kind, count=count, min_block=min(16, count), min_aspect=0.3
+        )
         assert masked.shape == (count,) and masked.dtype == np.int64
         assert (np.diff(masked) > 0).all() and masked[0] >= 0 and masked[-1] < grid * grid
 
 
 def test_a_mask_follows_from_seed_epoch_and_sample_alone():
-    draw = lambda **change: draw_masked(**{**dict(seed=0, epoch=0, sample=0, grid=14, kind="block", count=75, min_block=16, min_aspect=0.3), **change}).tolist()  # noqa: E731
+    def draw(**change) -> list[int]:
+        usual = {"seed": 0, "epoch": 0, "sample": 0, "grid": 14, "kind": "block", "count": 75, "min_block": 16}
+        return draw_masked(**{**usual, "min_aspect": 0.3, **change}).tolist()
+
     assert draw() == draw()
     assert len({tuple(draw()), tuple(draw(seed=1)), tuple(draw(epoch=1)), tuple(draw(sample=1))}) == 4
 
@@ -37,7 +45,9 @@ def test_block_masks_hide_connected_regions_and_random_masks_do_not():
 def test_every_patch_is_hidden_now_and_then_and_none_almost_always():
     counts = np.zeros(196)
     for sample in range(1500):
-        counts[draw_masked(seed=0, epoch=0, sample=sample, grid=14, kind="block", count=75, min_block=16, min_aspect=0.3)] += 1
+        counts[
+            draw_masked(seed=0, epoch=0, sample=sample, grid=14, kind="block", count=75, min_block=16, min_aspect=0.3)
+        ] += 1
     share = counts.reshape(14, 14) / 1500
     # a block fits around the middle in more ways than at the rim, where a corner is hidden about one time in twenty
     assert share.min() > 0.02 and share.max() < 0.85
@@ -45,13 +55,29 @@ def test_every_patch_is_hidden_now_and_then_and_none_almost_always():
 
 
 def beit_v1(sample, **change):
-    return draw_masked(**{**dict(seed=0, epoch=0, sample=sample, grid=14, kind="block", count=75, min_block=16, min_aspect=0.3, exact=False), **change})
+    return draw_masked(
+        **{
+            **dict(
+                seed=0,
+                epoch=0,
+                sample=sample,
+                grid=14,
+                kind="block",
+                count=75,
+                min_block=16,
+                min_aspect=0.3,
+                exact=False,
+            ),
+            **change,
+        }
+    )
 
 
 def test_beits_first_masks_never_hide_more_than_the_count_and_sometimes_less():
     counts = [len(beit_v1(sample)) for sample in range(400)]
     assert max(counts) == 75 and min(counts) < 75
-    assert np.mean(counts) > 65  # the bound is nearly reached: ten tries seldom fail before a few patches are left
+    # the bound is nearly reached: ten tries seldom fail before a few patches are left
+    assert np.mean(counts) > 65
 
 
 def test_an_exact_mask_is_the_first_ones_filled_up_at_random():
@@ -61,7 +87,10 @@ def test_an_exact_mask_is_the_first_ones_filled_up_at_random():
 
 
 def test_a_mask_of_one_block_is_a_rectangle_within_the_limits_of_area_aspect_and_side():
-    """Count equal to min_block leaves room for one block alone; sides are rounded, so area and aspect are bound up to the rounding."""
+    """Count equal to min_block leaves room for one block alone.
+
+    Sides are rounded, so area and aspect are bound up to the rounding.
+    """
     alone = 0
     for seed in range(300):
         mask = block_mask(np.random.default_rng(seed), 14, 40, 40, 0.3, exact=False)

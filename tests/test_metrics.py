@@ -1,4 +1,6 @@
-"""The meter: means over steps that count, counters of the run, windows that a restart divides, rows that are there once."""
+"""The meter: means over steps that count, counters of the run, windows that a restart divides, rows that are there
+once.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    others: list = field(default_factory=list)  # objects that the other ranks gather, for the next log
+    # objects that the other ranks gather, for the next log
+    others: list = field(default_factory=list)
     sums: torch.Tensor | None = None  # of the other ranks, for the next log
     device: torch.device = torch.device("cpu")
 
@@ -48,13 +51,18 @@ class Ranks:
 
 def meter(folder, world=None, *, first_step=0, every=10, **options) -> Meter:
     run = RunSettings(global_batch=8, log_every_steps=every)
-    return Meter(folder, world or Ranks(), first_step=first_step, durations=DURATIONS, run=run, num_samples=80, **options)
+    return Meter(
+        folder, world or Ranks(), first_step=first_step, durations=DURATIONS, run=run, num_samples=80, **options
+    )
 
 
 def train(meter: Meter, steps, *, skip=(), passes: int = 2) -> None:
     for done in steps:
         for micro in range(passes):
-            meter.add(LOSSES[done, micro % 2] if done not in skip else torch.tensor(float("nan")), {"accuracy": LOSSES[done, 1 - micro % 2] / 7})
+            meter.add(
+                LOSSES[done, micro % 2] if done not in skip else torch.tensor(float("nan")),
+                {"accuracy": LOSSES[done, 1 - micro % 2] / 7},
+            )
         meter.close_step(done, Engine(), 1e-3, applied=done not in skip, skipped=sum(step <= done for step in skip))
 
 
@@ -77,7 +85,8 @@ def test_the_first_step_of_a_start_tells_apart_waiting_for_its_pictures_and_comp
 
     found = meter(tmp_path)
     with found.paused("evaluation"):
-        now[0] += 100.0  # before the first batch is asked for: no part of the step
+        # before the first batch is asked for: no part of the step
+        now[0] += 100.0
     given = batches()
     for done in (1, 2):
         for _ in range(2):
@@ -92,7 +101,9 @@ def test_a_row_has_the_means_since_the_row_before(tmp_path):
     train(meter(tmp_path), range(1, 21))
     first, second = read_metrics(tmp_path)
     assert [first["step"], second["step"], second["images"], second["epoch"]] == [10, 20, 160, 2.0]
-    assert second["loss"] == pytest.approx(float(LOSSES[11:21].mean())) and second["accuracy"] == pytest.approx(float(LOSSES[11:21].mean() / 7))
+    assert second["loss"] == pytest.approx(float(LOSSES[11:21].mean())) and second["accuracy"] == pytest.approx(
+        float(LOSSES[11:21].mean() / 7)
+    )
     assert second["grad_norm"] == 0.5 and second["time"] >= first["time"] > 1e9 and second["up_s"] >= first["up_s"]
     assert not {"save_s", "evaluation_s"} & second.keys()
 
@@ -135,12 +146,15 @@ def test_a_run_resumed_within_a_window_logs_the_same_numbers_as_one_that_never_s
     first = meter(halves)
     train(first, range(1, stop + 1), skip=(8, 15))
     state = reloaded(first.state())
-    train(first, range(stop + 1, min(stop + 15, 41)), skip=(8, 15))  # steps beyond its last checkpoint, then killed
+    # steps beyond its last checkpoint, then killed
+    train(first, range(stop + 1, min(stop + 15, 41)), skip=(8, 15))
     second = meter(halves, first_step=stop)
     second.load_state([state])
     train(second, range(stop + 1, 41), skip=(8, 15))
     names = ("step", "loss", "accuracy", "skipped_steps", "images", "epoch")
-    assert [[row.get(name) for name in names] for row in read_metrics(halves)] == [[row.get(name) for name in names] for row in read_metrics(whole)]
+    assert [[row.get(name) for name in names] for row in read_metrics(halves)] == [
+        [row.get(name) for name in names] for row in read_metrics(whole)
+    ]
     assert read_metrics(halves)[-1]["start"] == 2
 
 
@@ -163,7 +177,9 @@ def test_parts_of_two_ranks_are_one_window_on_one_rank(tmp_path):
 
 
 def test_a_rank_that_took_over_nothing_agrees_with_one_that_did(tmp_path):
-    world = Ranks(size=2, others=[(["accuracy", "loss", "psnr"], {"bad_pictures": 4})], sums=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    world = Ranks(
+        size=2, others=[(["accuracy", "loss", "psnr"], {"bad_pictures": 4})], sums=torch.tensor([1.0, 2.0, 3.0, 4.0])
+    )
     main = meter(tmp_path, world, first_step=9, counters={"bad_pictures": lambda: 3})
     main.load_state([])
     train(main, [10])
@@ -182,7 +198,8 @@ def test_counters_are_asked_for_at_every_row_and_summed_over_ranks(tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 10, 60])
 def test_every_step_is_there_once_after_kills_in_the_middle_of_a_line(tmp_path, cut):
-    for resumed in (0, 4, 2, 8):  # each from a checkpoint whose rows were on disk
+    # each from a checkpoint whose rows were on disk
+    for resumed in (0, 4, 2, 8):
         running = meter(tmp_path, every=1, first_step=resumed)
         train(running, range(resumed + 1, resumed + 8))
         with open(tmp_path / "metrics.jsonl", "rb+") as file:
@@ -204,7 +221,10 @@ def test_a_checkpoints_rows_are_on_disk_before_it_is_written(tmp_path, monkeypat
 
 def test_pauses_are_no_training_time_and_stand_in_the_row_by_kind(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("peco_ds.runtime.metrics.time", SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0], time=lambda: 1e9 + now[0]))
+    monkeypatch.setattr(
+        "peco_ds.runtime.metrics.time",
+        SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0], time=lambda: 1e9 + now[0]),
+    )
     running = meter(tmp_path)
     for step in range(1, 11):
         now[0] += 1.0
@@ -221,7 +241,9 @@ def test_pauses_are_no_training_time_and_stand_in_the_row_by_kind(tmp_path, monk
     assert (row["step_s"], row["images_per_s"]) == (pytest.approx(1.0), pytest.approx(8.0))
     assert (row["save_s"], row["evaluation_s"]) == (pytest.approx(2.0), pytest.approx(5.0))
     found = goodput(tmp_path)
-    assert (found.save_s, found.evaluation_s) == (pytest.approx(4.0), pytest.approx(5.0)), "the save after the last row is in the end's"
+    assert (found.save_s, found.evaluation_s) == (pytest.approx(4.0), pytest.approx(5.0)), (
+        "the save after the last row is in the end's"
+    )
 
 
 def test_how_a_start_ended_is_recorded_with_the_reason(tmp_path, capsys):
@@ -235,7 +257,9 @@ def test_how_a_start_ended_is_recorded_with_the_reason(tmp_path, capsys):
     with pytest.raises(RuntimeError), meter(tmp_path, first_step=7):
         raise RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:4242")
     events = read_rows(tmp_path / STARTS_FILE)[0]
-    ends = [(event["start"], event["code"], event["step"], event["reason"]) for event in events if event["event"] == "end"]
+    ends = [
+        (event["start"], event["code"], event["step"], event["reason"]) for event in events if event["event"] == "end"
+    ]
     assert ends[:2] == [(2, 75, 7, ""), (3, 2, 7, "UserError: shard 3: is gone")]
     assert ends[2][:3] == (4, 76, 7) and "Connection closed by peer" in ends[2][3]
     assert capsys.readouterr().out.count("goodput ") == 3
@@ -249,7 +273,9 @@ def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(tmp_path):
         train(running, [10])
 
 
-def test_a_disk_that_takes_neither_a_checkpoint_nor_the_end_of_the_run_leaves_the_first_error_standing(tmp_path, monkeypatch):
+def test_a_disk_that_takes_neither_a_checkpoint_nor_the_end_of_the_run_leaves_the_first_error_standing(
+    tmp_path, monkeypatch
+):
     with pytest.raises(UserError, match="^step_00000010 cannot be written$"), meter(tmp_path):
         monkeypatch.setattr("peco_ds.runtime.metrics.STARTS_FILE", "/dev/full")
         raise UserError("step_00000010 cannot be written")
@@ -273,7 +299,11 @@ def test_an_evaluation_of_the_moment_of_the_start_is_made_again_and_older_ones_s
     for step in (0, 10, 20, 30):
         running.evaluation(step, {"top1": float(step)})
     meter(tmp_path, first_step=20).evaluation(20, {"top1": 99.0})
-    assert read_evaluation(tmp_path) == [{"step": 0, "top1": 0.0}, {"step": 10, "top1": 10.0}, {"step": 20, "top1": 99.0}]
+    assert read_evaluation(tmp_path) == [
+        {"step": 0, "top1": 0.0},
+        {"step": 10, "top1": 10.0},
+        {"step": 20, "top1": 99.0},
+    ]
 
 
 def test_shares_of_the_wall_time_reach_tensorboard(tmp_path):
@@ -284,11 +314,17 @@ def test_shares_of_the_wall_time_reach_tensorboard(tmp_path):
     running.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"])
-    assert {f"goodput/{name}" for name in ("useful", "data_wait", "save", "evaluation", "startup", "lost", "restart")} <= tags
-    assert {"optim/skipped_steps", "data/bad_pictures", "time/step_s"} <= tags and not {"loss/total", "loss/time", "loss/up_s"} & tags
+    assert {
+        f"goodput/{name}" for name in ("useful", "data_wait", "save", "evaluation", "startup", "lost", "restart")
+    } <= tags
+    assert {"optim/skipped_steps", "data/bad_pictures", "time/step_s"} <= tags and not {
+        "loss/total",
+        "loss/time",
+        "loss/up_s",
+    } & tags
 
 
-# ---------------------------------------------------------------------------------------------- model FLOP utilisation
+# ------------------------------------------------------------------------------ model FLOP utilisation
 
 
 def test_utilisation_is_flops_over_the_peak_of_all_gpus_and_stands_in_row_and_line(tmp_path, monkeypatch, capsys):

@@ -34,12 +34,16 @@ def model_with_trained_look(variant="full", settings=SMALL):
 def pictures_and_masks(settings=SMALL, batch=2, count=6):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, settings.image_px, settings.image_px, generator=generator)
-    masked = torch.stack([torch.randperm(settings.grid**2, generator=generator)[:count].sort().values for _ in range(batch)])
+    masked = torch.stack(
+        [torch.randperm(settings.grid**2, generator=generator)[:count].sort().values for _ in range(batch)]
+    )
     return images, masked
 
 
 def to_hugging_face(weights: dict, depth: int) -> dict:
-    """Our names -> the names a BeitForMaskedImageModeling file has (papers' key tables), written out independently of peco_ds.convert."""
+    """Our names -> the names a BeitForMaskedImageModeling file has (papers' key tables), written out independently of
+    peco_ds.convert.
+    """
     out = {}
     for name, value in weights.items():
         name = name.removeprefix("backbone.")
@@ -56,17 +60,24 @@ def to_hugging_face(weights: dict, depth: int) -> dict:
                 "gamma_1": "lambda_1",
                 "gamma_2": "lambda_2",
             }.get(rest, rest)
-            for ours, theirs in (("norm1", "layernorm_before"), ("norm2", "layernorm_after"), ("attn.proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense")):
+            for ours, theirs in (
+                ("norm1", "layernorm_before"),
+                ("norm2", "layernorm_after"),
+                ("attn.proj", "attention.output.dense"),
+                ("mlp.fc1", "intermediate.dense"),
+                ("mlp.fc2", "output.dense"),
+            ):
                 rest = rest.replace(ours, theirs)
             out[layer + rest] = value
         else:
+            table = "relative_position_bias_table"
             out[
                 {
                     "cls_token": "beit.embeddings.cls_token",
                     "mask_token": "beit.embeddings.mask_token",
                     "patch_embed.proj.weight": "beit.embeddings.patch_embeddings.projection.weight",
                     "patch_embed.proj.bias": "beit.embeddings.patch_embeddings.projection.bias",
-                    "rel_pos_bias.relative_position_bias_table": "beit.encoder.relative_position_bias.relative_position_bias_table",
+                    f"rel_pos_bias.{table}": f"beit.encoder.relative_position_bias.{table}",
                     "norm.weight": "layernorm.weight",
                     "norm.bias": "layernorm.bias",
                 }.get(name, name)
@@ -94,13 +105,19 @@ def test_token_logits_equal_hugging_face(tmp_path):
         drop_path_rate=0.0,
     )
     config.save_pretrained(tmp_path)
-    save_file({k: v.contiguous().clone() for k, v in to_hugging_face(model.state_dict(), SMALL.depth).items()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v.contiguous().clone() for k, v in to_hugging_face(model.state_dict(), SMALL.depth).items()},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     theirs, report = BeitForMaskedImageModeling.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     images, masked = pictures_and_masks()
     hidden = torch.zeros(2, SMALL.grid**2, dtype=torch.bool).scatter_(1, masked, True)
     with torch.no_grad():
-        expected = theirs.eval()(images, bool_masked_pos=hidden).logits.gather(1, masked.unsqueeze(-1).expand(-1, -1, V))
+        expected = theirs.eval()(images, bool_masked_pos=hidden).logits.gather(
+            1, masked.unsqueeze(-1).expand(-1, -1, V)
+        )
         ours = model(images, masked).logits
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -149,7 +166,9 @@ def test_features_of_whole_pictures_are_the_backbones_alone(variant):
 def test_the_first_branch_of_an_aggregating_model_is_the_plain_model():
     model = model_with_trained_look("aggregating")
     plain = MaskedImageModel(SMALL, V).eval()
-    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if not name.startswith("aggregation_blocks.")})
+    plain.load_state_dict(
+        {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("aggregation_blocks.")}
+    )
     images, masked = pictures_and_masks()
     with torch.no_grad():
         ours, theirs = model(images, masked), plain(images, masked)
@@ -169,7 +188,8 @@ def test_the_second_branch_is_a_deeper_model_whose_patches_skip_the_late_blocks(
         after = []
         for block in backbone.blocks:
             after.append(x := block(x, shared_rel_pos_bias=bias))
-        x = torch.cat([after[-1][:, :1], after[1][:, 1:]], dim=1)  # after block 2 of 3, counted from 1
+        # after block 2 of 3, counted from 1
+        x = torch.cat([after[-1][:, :1], after[1][:, 1:]], dim=1)
         for block in model.aggregation_blocks:
             x = block(x, shared_rel_pos_bias=bias)
         expected = model.lm_head(backbone.norm(x))[:, 1:].gather(1, masked.unsqueeze(-1).expand(-1, -1, V))
@@ -181,7 +201,8 @@ def test_extra_blocks_have_the_depth_and_the_stochastic_depth_of_their_place():
     settings = ModelSettings(image_px=64, patch_px=16, width=384, depth=12, heads=6, drop_path=0.11)
     torch.manual_seed(0)
     model = build_mim(settings, EncodingSettings(), AggregationSettings(early_block=9, blocks=2), V)
-    uniform = 384**-0.5 / 3**0.5  # PyTorch's own initial weights, as the released code leaves them
+    # PyTorch's own initial weights, as the released code leaves them
+    uniform = 384**-0.5 / 3**0.5
     for place, block in zip((10, 11), model.aggregation_blocks):
         assert block.attn.qkv.weight.std().item() == pytest.approx(uniform, rel=0.02)
         assert block.attn.proj.weight.std().item() == pytest.approx(uniform / (2 * place) ** 0.5, rel=0.02)
@@ -190,7 +211,9 @@ def test_extra_blocks_have_the_depth_and_the_stochastic_depth_of_their_place():
 
 
 def test_a_visible_encoder_is_a_full_one_whose_shown_tokens_attend_to_no_hidden_one():
-    """The same backbone with the hidden patches' keys masked out of every block: what the shown tokens are must not differ."""
+    """The same backbone with the hidden patches' keys masked out of every block: what the shown tokens are must not
+    differ.
+    """
     model = model_with_trained_look("visible")
     images, masked = pictures_and_masks()
     hidden = torch.zeros(2, 1 + SMALL.grid**2, dtype=torch.bool).scatter_(1, masked + 1, True)
@@ -216,7 +239,9 @@ def test_a_place_that_fills_a_row_up_changes_nothing_elsewhere(variant):
     with torch.no_grad():
         ours, theirs = model(images, filled), model(images, masked)
     assert torch.equal(ours.features, theirs.features)
-    assert torch.allclose(ours.logits[:, :6], theirs.logits, atol=1e-6) and torch.allclose(ours.logits[:, 7], theirs.logits[:, 5], atol=1e-6)
+    assert torch.allclose(ours.logits[:, :6], theirs.logits, atol=1e-6) and torch.allclose(
+        ours.logits[:, 7], theirs.logits[:, 5], atol=1e-6
+    )
 
 
 def test_initial_weights_have_beits_depth_scaled_statistics():

@@ -1,4 +1,6 @@
-"""mc-BEiT's targets and loss against the formula in NumPy on random input: value, and gradient by central differences."""
+"""mc-BEiT's targets and loss against the formula in NumPy on random input: value, and gradient by central
+differences.
+"""
 
 from itertools import product
 from types import SimpleNamespace
@@ -37,7 +39,10 @@ def targets_of(features, q, settings) -> np.ndarray:
 
 
 def reference(branches, features, constant_features, batch, settings) -> float:
-    """-sum t log softmax(prediction) over the places that count; `constant_features` are those from which no gradient comes."""
+    """-sum t log softmax(prediction) over the places that count.
+
+    `constant_features` are those from which no gradient comes.
+    """
     q = choices(batch.topk_codes, batch.topk_probs, settings.rest)
     t = targets_of(features if settings.similarity_gradient else constant_features, q, settings)
     total, places = 0.0, [(b, m) for b in range(B) for m in range(M) if batch.codes[b, m] != IGNORED]
@@ -63,16 +68,23 @@ def drawn():
     topk_codes = np.argsort(-probs, axis=-1)[..., :T]
     masked = np.stack([np.sort(draw.permutation(N)[:M]) for _ in range(B)])
     codes = np.take_along_axis(topk_codes[..., 0], masked, 1)
-    masked[1, 2:], codes[1, 3:] = masked[1, 2], IGNORED  # the second picture has one hidden patch less
-    batch = SimpleNamespace(codes=codes, masked=masked, topk_codes=topk_codes, topk_probs=np.take_along_axis(probs, topk_codes, -1))
+    # the second picture has one hidden patch less
+    masked[1, 2:], codes[1, 3:] = masked[1, 2], IGNORED
+    batch = SimpleNamespace(
+        codes=codes, masked=masked, topk_codes=topk_codes, topk_probs=np.take_along_axis(probs, topk_codes, -1)
+    )
     return draw.normal(size=(2, B, M, V)), draw.normal(size=(B, 1 + N, D)), batch
 
 
 def computed(branches, features, batch, settings):
     logits = [torch.tensor(branch, requires_grad=True) for branch in branches]
     given = torch.tensor(features, requires_grad=True)
-    outputs = SimpleNamespace(logits=logits[0], features=given, aggregated_logits=logits[1] if len(logits) > 1 else None)
-    loss, stats = build_objective(settings)(outputs, SimpleNamespace(**{name: torch.from_numpy(value) for name, value in vars(batch).items()}))
+    outputs = SimpleNamespace(
+        logits=logits[0], features=given, aggregated_logits=logits[1] if len(logits) > 1 else None
+    )
+    loss, stats = build_objective(settings)(
+        outputs, SimpleNamespace(**{name: torch.from_numpy(value) for name, value in vars(batch).items()})
+    )
     loss.backward()
     return loss, logits, given, stats
 
@@ -100,8 +112,12 @@ def test_loss_and_gradient_are_the_formulas(options, branches):
     # float32 inside: 1e-6 of values near 1
     assert loss.item() == pytest.approx(reference(logits, features, features, batch, settings), rel=2e-6)
     for number, found in enumerate(found_logits):
-        replaced = lambda branch: [branch if i == number else other for i, other in enumerate(logits)]  # noqa: B023, E731
-        expected = slope(lambda branch: reference(replaced(branch), features, features, batch, settings), logits[number])
+
+        def of_branch(branch, number=number):
+            replaced = [branch if i == number else other for i, other in enumerate(logits)]
+            return reference(replaced, features, features, batch, settings)
+
+        expected = slope(of_branch, logits[number])
         np.testing.assert_allclose(found.grad.numpy(), expected, atol=2e-7)
     expected = slope(lambda moved: reference(logits, moved, features, batch, settings), features)
     found = found_features.grad.numpy() if found_features.grad is not None else np.zeros_like(features)
@@ -125,7 +141,8 @@ def test_dividing_the_pictures_into_blocks_changes_neither_loss_nor_gradient(mon
     settings = ObjectiveSettings(name="multi_choice", num_codes=V, omega=0.6, rest="uniform")
     logits, features, batch = drawn()
     results = []
-    for elements in (2**26, 1, 2 * N * V):  # all three pictures at once, one by one, two and one
+    # all three pictures at once, one by one, two and one
+    for elements in (2**26, 1, 2 * N * V):
         monkeypatch.setattr(multi_choice, "BLOCK_ELEMENTS", elements)
         loss, branches, given, _ = computed(logits, features, batch, settings)
         results.append([loss.detach(), given.grad, *(branch.grad for branch in branches)])

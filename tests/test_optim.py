@@ -29,29 +29,66 @@ def test_decay_groups_are_beits():
 def test_a_prefix_gets_its_own_rate():
     model = torch.nn.ModuleDict({"critic": torch.nn.Linear(2, 2), "tokenizer": torch.nn.Linear(2, 2)})
     groups = decay_groups(model, 0.1, {"critic.": 0.5})
-    assert sorted((group["lr_scale"], group["weight_decay"], len(group["params"])) for group in groups) == [(0.5, 0.0, 1), (0.5, 0.1, 1), (1.0, 0.0, 1), (1.0, 0.1, 1)]
+    assert sorted((group["lr_scale"], group["weight_decay"], len(group["params"])) for group in groups) == [
+        (0.5, 0.0, 1),
+        (0.5, 0.1, 1),
+        (1.0, 0.0, 1),
+        (1.0, 0.1, 1),
+    ]
 
 
 def test_every_parameter_of_a_classifier_gets_the_rate_of_its_layer():
-    """As BEiT assigns layers: patch embedding and class token 0, block i to i + 1, pooling norm and head last; twelve blocks, so that blocks.1 is not blocks.11."""
-    model = build_classifier(ModelSettings(image_px=32, patch_px=16, width=24, depth=12, heads=3), ClassifierSettings(), 10)
-    found = {id(p): group["lr_scale"] for group in decay_groups(model, 0.05, layer_scales(12, 0.65)) for p in group["params"]}
+    """As BEiT assigns layers: patch embedding and class token 0, block i to i + 1, pooling norm and head last.
+
+    Twelve blocks, so that blocks.1 is not blocks.11.
+    """
+    model = build_classifier(
+        ModelSettings(image_px=32, patch_px=16, width=24, depth=12, heads=3), ClassifierSettings(), 10
+    )
+    found = {
+        id(p): group["lr_scale"] for group in decay_groups(model, 0.05, layer_scales(12, 0.65)) for p in group["params"]
+    }
     for name, parameter in model.named_parameters():
-        layer = 0 if name.startswith(("patch_embed", "cls_token")) else int(name.split(".")[1]) + 1 if name.startswith("blocks") else 13
+        layer = (
+            0
+            if name.startswith(("patch_embed", "cls_token"))
+            else int(name.split(".")[1]) + 1
+            if name.startswith("blocks")
+            else 13
+        )
         assert found[id(parameter)] == pytest.approx(0.65 ** (13 - layer)), name
     assert len(found) == len(list(model.parameters()))
 
 
 def test_the_optimiser_carries_the_recipes_numbers():
-    optimizer = build_optimizer(decay_groups(torch.nn.Linear(2, 2), 0.05), OptimSettings(lr=1e-3, betas=(0.9, 0.98), eps=1e-6), offloaded=False)
-    assert all((group["lr"], group["betas"], group["eps"]) == (1e-3, (0.9, 0.98), 1e-6) for group in optimizer.param_groups)
+    optimizer = build_optimizer(
+        decay_groups(torch.nn.Linear(2, 2), 0.05), OptimSettings(lr=1e-3, betas=(0.9, 0.98), eps=1e-6), offloaded=False
+    )
+    assert all(
+        (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.9, 0.98), 1e-6) for group in optimizer.param_groups
+    )
 
 
-@pytest.mark.parametrize("installed, words", [({}, "apex is not installed"), ({"apex"}, "web toolkit of the same name"), ({"apex", "apex.optimizers", "apex.normalization"}, "without its CUDA extensions")])
-@pytest.mark.parametrize("setting, ask", [
-    ("optim.impl", lambda: build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], OptimSettings(impl="apex"), offloaded=False)),
-    ("run.layer_norm", lambda: use_layer_norm(RunSettings(layer_norm="apex"))),
-])
+@pytest.mark.parametrize(
+    "installed, words",
+    [
+        ({}, "apex is not installed"),
+        ({"apex"}, "web toolkit of the same name"),
+        ({"apex", "apex.optimizers", "apex.normalization"}, "without its CUDA extensions"),
+    ],
+)
+@pytest.mark.parametrize(
+    "setting, ask",
+    [
+        (
+            "optim.impl",
+            lambda: build_optimizer(
+                [{"params": [torch.nn.Parameter(torch.zeros(1))]}], OptimSettings(impl="apex"), offloaded=False
+            ),
+        ),
+        ("run.layer_norm", lambda: use_layer_norm(RunSettings(layer_norm="apex"))),
+    ],
+)
 def test_a_missing_or_wrong_apex_is_explained(monkeypatch, installed, words, setting, ask):
     spec = importlib.machinery.ModuleSpec("apex", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: spec if name in installed else None)

@@ -26,7 +26,9 @@ def test_the_order_does_not_depend_on_where_one_starts_to_ask():
 
 
 def test_another_seed_gives_another_order():
-    assert [SampleOrder(SIZES, 0, 2).sample_at(p) for p in range(37)] != [SampleOrder(SIZES, 1, 2).sample_at(p) for p in range(37)]
+    assert [SampleOrder(SIZES, 0, 2).sample_at(p) for p in range(37)] != [
+        SampleOrder(SIZES, 1, 2).sample_at(p) for p in range(37)
+    ]
 
 
 def test_reading_stays_inside_a_window_of_shards():
@@ -47,12 +49,19 @@ def test_no_view_repeats_before_all_were_seen():
 @pytest.mark.parametrize("world_size, micro_batch", [(1, 32), (1, 4), (2, 8), (4, 8), (4, 2)])
 def test_global_batches_are_the_same_for_any_ranks_and_micro_batch(world_size, micro_batch):
     per_rank = [
-        list(rank_positions(RunSettings(global_batch=32, micro_batch=micro_batch), rank, world_size, first_step=5, last_step=8)) for rank in range(world_size)
+        list(
+            rank_positions(
+                RunSettings(global_batch=32, micro_batch=micro_batch), rank, world_size, first_step=5, last_step=8
+            )
+        )
+        for rank in range(world_size)
     ]
     micro_steps = 32 // micro_batch // world_size
     for step in range(3):
         # the order in which the passes run: micro-step by micro-step, over the ranks
-        batch = np.concatenate([per_rank[rank][step * micro_steps + micro] for micro in range(micro_steps) for rank in range(world_size)])
+        batch = np.concatenate(
+            [per_rank[rank][step * micro_steps + micro] for micro in range(micro_steps) for rank in range(world_size)]
+        )
         assert batch.tolist() == list(range((5 + step) * 32, (6 + step) * 32))
 
 

@@ -89,7 +89,7 @@ def labels_of(folder: Path) -> list[str]:
     return [classes[int(members["cls"])] for _, members in sorted(samples_of(folder).items())]
 
 
-# ---------------------------------------------------------------------------------------------- class folders
+# --------------------------------------------------------------------------------------- class folders
 
 
 def test_a_class_folder_tree_comes_back_byte_for_byte_with_its_labels(tree, tmp_path, capsys):
@@ -99,10 +99,19 @@ def test_a_class_folder_tree_comes_back_byte_for_byte_with_its_labels(tree, tmp_
     assert manifest.rejected == [] and manifest.samples == NUM_PICTURES
     assert [shard.samples for shard in manifest.shards] == [16, 16, 16, 12]
     expected = {path.stem: (path.read_bytes(), path.parent.name) for path in tree.glob("*/*.JPEG")}
-    found = {key: (members["jpg"], manifest.classes[int(members["cls"])]) for key, members in samples_of(tmp_path).items()}
+    found = {
+        key: (members["jpg"], manifest.classes[int(members["cls"])]) for key, members in samples_of(tmp_path).items()
+    }
     assert found == expected
     last_line = capsys.readouterr().out.splitlines()[-1]
-    for part in (f"{NUM_PICTURES} samples", f"{NUM_CLASSES} classes", "4 shards", "0 rejected", str(tmp_path), str(sum(shard.bytes for shard in manifest.shards))):
+    for part in (
+        f"{NUM_PICTURES} samples",
+        f"{NUM_CLASSES} classes",
+        "4 shards",
+        "0 rejected",
+        str(tmp_path),
+        str(sum(shard.bytes for shard in manifest.shards)),
+    ):
         assert part in last_line
 
 
@@ -123,7 +132,11 @@ def test_every_shard_mixes_the_classes(tree, tmp_path):
 
 def test_packing_twice_gives_the_same_bytes_and_another_seed_another_order(tree, tmp_path):
     sets = {}
-    for name, options in (("once", ["--workers", "1"]), ("twice", ["--workers", "2"]), ("other", ["--shuffle_seed", "1"])):
+    for name, options in (
+        ("once", ["--workers", "1"]),
+        ("twice", ["--workers", "2"]),
+        ("other", ["--shuffle_seed", "1"]),
+    ):
         pack("--images", tree, "--out", tmp_path / name, "--samples_per_shard", 30, *options)
         sets[name] = read_manifest(tmp_path / name, ImageManifest)
     assert sets["once"].shards == sets["twice"].shards
@@ -133,7 +146,18 @@ def test_packing_twice_gives_the_same_bytes_and_another_seed_another_order(tree,
 
 def test_the_stage_starts_by_path_and_says_one_line(tree, tmp_path):
     script = Path(pack_images.__file__)
-    command = [sys.executable, str(script), "--images", str(tree), "--out", str(tmp_path / "out"), "--samples_per_shard", "30", "--workers", "2"]
+    command = [
+        sys.executable,
+        str(script),
+        "--images",
+        str(tree),
+        "--out",
+        str(tmp_path / "out"),
+        "--samples_per_shard",
+        "30",
+        "--workers",
+        "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == EXIT_DONE, done.stderr
     assert len(done.stdout.splitlines()) == 1 and f"{NUM_PICTURES} samples" in done.stdout
@@ -166,7 +190,7 @@ def test_short_side_and_quality_reach_the_stored_pictures(real_data, tmp_path):
     assert num_bytes[1] < num_bytes[0]
 
 
-# ---------------------------------------------------------------------------------------------- bad pictures
+# ---------------------------------------------------------------------------------------- bad pictures
 
 
 def spoil(tree: Path, folder: Path) -> tuple[Path, set[str]]:
@@ -186,7 +210,9 @@ def test_unreadable_pictures_are_named_and_left_out(tree, tmp_path, capsys):
     manifest = read_manifest(tmp_path / "out", ImageManifest)
     assert {line.split(": ")[0] for line in manifest.rejected} == spoilt
     assert all(line.split(": ", 1)[1] for line in manifest.rejected)
-    assert set(samples_of(tmp_path / "out")) == {path.stem for path in tree.glob("*/*.JPEG")} - {Path(path).stem for path in spoilt}
+    assert set(samples_of(tmp_path / "out")) == {path.stem for path in tree.glob("*/*.JPEG")} - {
+        Path(path).stem for path in spoilt
+    }
     assert "3 rejected" in capsys.readouterr().out
 
 
@@ -198,10 +224,11 @@ def test_too_many_unreadable_pictures_are_an_error_and_leave_no_manifest(tree, t
     assert not (tmp_path / "out" / "manifest.json").exists()
     before = (tmp_path / "out" / "shard-000000.tar").stat().st_mtime_ns
     pack(*options, "--max_bad_share", 0.05)
-    assert (tmp_path / "out" / "shard-000000.tar").stat().st_mtime_ns == before  # what was packed is not packed again
+    # what was packed is not packed again
+    assert (tmp_path / "out" / "shard-000000.tar").stat().st_mtime_ns == before
 
 
-# ---------------------------------------------------------------------------------------------- restart
+# --------------------------------------------------------------------------------------------- restart
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -218,14 +245,20 @@ def test_a_restart_rebuilds_what_is_missing_and_nothing_else(tree, tmp_path):
     (tmp_path / ".shard-000001.tar.123.tmp").write_bytes(b"left by a killed run")
     pack(*options)
     after = stamps(tmp_path)
-    assert {name for name in after if after[name] != before.get(name)} == {f"shard-00000{number}.tar" for number in (1, 2, 3)}
+    assert {name for name in after if after[name] != before.get(name)} == {
+        f"shard-00000{number}.tar" for number in (1, 2, 3)
+    }
     assert read_manifest(tmp_path, ImageManifest) == first
     assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_run_killed_at_any_moment_is_finished_by_the_next_byte_for_byte(tree, tmp_path):
     def contents(folder: Path) -> dict[str, str]:
-        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+        return {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != "lock"
+        }
 
     source = tmp_path / "source"
     shutil.copytree(sorted(tree.iterdir())[0], source / "a")  # ten pictures
@@ -233,7 +266,7 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_next_byte_for_byte(tree, 
     pack(*options, "--out", tmp_path / "undisturbed")
     expected = contents(tmp_path / "undisturbed")
     drawn, kills = random.Random(0), 0
-    for start in range(40):
+    for _ in range(40):
         status = forked(lambda: pack(*options, "--out", tmp_path / "killed"), kill_at=drawn.randint(1, 60))
         if status == 0:
             assert contents(tmp_path / "killed") == expected
@@ -267,7 +300,18 @@ def test_a_folder_that_another_run_is_packing_into_is_refused(tree, tmp_path, ca
 
 
 def test_workers_end_with_a_killed_run(tree, tmp_path):
-    command = [sys.executable, str(Path(pack_images.__file__)), "--images", str(tree), "--out", str(tmp_path / "out"), "--samples_per_shard", "1", "--workers", "2"]
+    command = [
+        sys.executable,
+        str(Path(pack_images.__file__)),
+        "--images",
+        str(tree),
+        "--out",
+        str(tmp_path / "out"),
+        "--samples_per_shard",
+        "1",
+        "--workers",
+        "2",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while not list((tmp_path / "out").glob("*.tar")):
         assert process.poll() is None
@@ -307,7 +351,8 @@ def test_an_unfinished_set_is_made_anew_with_other_options_and_a_finished_one_is
     assert len(read_manifest(tmp_path, ImageManifest).shards) == 6
     (tmp_path / "manifest.json").unlink()
     pack(*options, "--samples_per_shard", 30)
-    assert sorted(stamps(tmp_path)) == ["shard-000000.tar", "shard-000001.tar"]  # none of the old ones is left to mislead
+    # none of the old ones is left to mislead
+    assert sorted(stamps(tmp_path)) == ["shard-000000.tar", "shard-000001.tar"]
     assert len(samples_of(tmp_path)) == NUM_PICTURES
 
 
@@ -317,7 +362,7 @@ def test_tars_of_unknown_origin_are_not_overwritten(tree, tmp_path, capsys):
     assert (tmp_path / "shard-000000.tar").read_bytes() == b"somebody's work"
 
 
-# ---------------------------------------------------------------------------------------------- flat and unlabelled folders
+# ------------------------------------------------------------------------- flat and unlabelled folders
 
 
 def test_a_flat_folder_takes_its_labels_from_any_form_in_which_ilsvrc_has_them(flat, tmp_path):
@@ -327,11 +372,19 @@ def test_a_flat_folder_takes_its_labels_from_any_form_in_which_ilsvrc_has_them(f
     devkit_order = sorted_synsets[::-1]
     (tmp_path / "devkit.txt").write_text("\n".join(f"{synset} some words" for synset in devkit_order))
     (tmp_path / "mapping.txt").write_text("\n".join(f"{synset} some words" for synset in sorted_synsets))
-    backwards = list(zip(names, synsets))[::-1]  # the lists that name pictures come in any order
+    # the lists that name pictures come in any order
+    backwards = list(zip(names, synsets))[::-1]
     forms = {
         "lines": ("\n".join(synsets), None),
-        "kaggle": ("ImageId,PredictionString\n" + "\n".join(f"{name},{synset} 85 1 499 272 {synset} 1 2 3 4 " for name, synset in backwards), None),
-        "caffe": ("\n".join(f"{name}.JPEG {sorted_synsets.index(synset)}" for name, synset in backwards), "mapping.txt"),
+        "kaggle": (
+            "ImageId,PredictionString\n"
+            + "\n".join(f"{name},{synset} 85 1 499 272 {synset} 1 2 3 4 " for name, synset in backwards),
+            None,
+        ),
+        "caffe": (
+            "\n".join(f"{name}.JPEG {sorted_synsets.index(synset)}" for name, synset in backwards),
+            "mapping.txt",
+        ),
         "devkit": ("\n".join(str(devkit_order.index(synset) + 1) for synset in synsets), "devkit.txt"),
     }
     for form, (text, classes) in forms.items():
@@ -361,20 +414,31 @@ def test_labels_none_ignores_class_folders(tree, tmp_path):
 
 def test_odd_file_names_and_equal_names_get_keys_of_their_own(real_data, tmp_path):
     source = tmp_path / "in"
-    names = ["a/0001.jpg", "b/0001.jpg", "b/0001.jpeg", "a/b.c.d.jpg", "a/with space und Ümlaut.jpg", "a/-rf.jpg", "a/new\nline.jpg", "a/" + "x" * 200 + ".jpg"]
+    names = [
+        "a/0001.jpg",
+        "b/0001.jpg",
+        "b/0001.jpeg",
+        "a/b.c.d.jpg",
+        "a/with space und Ümlaut.jpg",
+        "a/-rf.jpg",
+        "a/new\nline.jpg",
+        "a/" + "x" * 200 + ".jpg",
+    ]
     encoded = [os.fsencode(source / name) for name in names] + [os.fsencode(source) + b"/a/latin\xe9.jpg"]
     for path, picture in zip(encoded, real_data.imagenet):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         shutil.copyfile(picture, path)
     pack("--images", source, "--out", tmp_path / "out")
     samples = samples_of(tmp_path / "out")
-    assert sorted(members["jpg"] for members in samples.values()) == sorted(path.read_bytes() for path in real_data.imagenet[: len(encoded)])
+    assert sorted(members["jpg"] for members in samples.values()) == sorted(
+        path.read_bytes() for path in real_data.imagenet[: len(encoded)]
+    )
     assert {"a_0001", "b_c_d", "with space und Ümlaut", "new_line", "x" * 200} <= set(samples)
     urls = [str(path) for path in (tmp_path / "out").glob("*.tar")]
     assert {sample["__key__"] for sample in webdataset.WebDataset(urls, shardshuffle=False)} == set(samples)
 
 
-# ---------------------------------------------------------------------------------------------- tars that exist already
+# ----------------------------------------------------------------------------- tars that exist already
 
 
 @pytest.fixture
@@ -387,7 +451,14 @@ def tars(tree, tmp_path) -> Path:
         with webdataset.TarWriter(str(folder / f"imagenet1k-train-{number:04d}.tar")) as writer:
             for path in pictures[number * 10 : number * 10 + 10]:
                 label = int(path.parent.name[1:])
-                writer.write({"__key__": path.stem, "jpg": path.read_bytes(), "json": {"label": label, "filename": path.name}, "cls": label})
+                writer.write(
+                    {
+                        "__key__": path.stem,
+                        "jpg": path.read_bytes(),
+                        "json": {"label": label, "filename": path.name},
+                        "cls": label,
+                    }
+                )
     return folder
 
 
@@ -424,7 +495,9 @@ def test_class_names_of_tars_come_from_a_file(tars, tmp_path, capsys):
     pack("--index_tars", tars, "--classes", names, "--out", tmp_path / "out")
     assert read_manifest(tmp_path / "out", ImageManifest).classes == [f"class{number}" for number in range(10)]
     names.write_text("only\n")
-    assert "1 classes, but" in refusal(capsys, "--index_tars", tars, "--classes", names, "--out", tmp_path / "out2", "--workers", 1)
+    assert "1 classes, but" in refusal(
+        capsys, "--index_tars", tars, "--classes", names, "--out", tmp_path / "out2", "--workers", 1
+    )
 
 
 def test_tars_of_one_name_in_two_folders_become_two_shards(tars, tmp_path):
@@ -442,9 +515,18 @@ def test_tars_that_cannot_serve_are_refused_by_name(tars, tree, tmp_path, capsys
     whole = last.read_bytes()
     last.write_bytes(whole[:100_000])
     assert last.name in refusal(capsys, *options)
-    for extra, reason in (({"txt": "caption"}, "has no picture"), ({"jpg": b"x", "cls": "cat"}, "not a class number"), ({"jpg": b"x"}, "labelled")):
+    for extra, reason in (
+        ({"txt": "caption"}, "has no picture"),
+        ({"jpg": b"x", "cls": "cat"}, "not a class number"),
+        ({"jpg": b"x"}, "labelled"),
+    ):
         with webdataset.TarWriter(str(last)) as writer:
-            writer.write({"__key__": "odd", **{name: value.encode() if isinstance(value, str) else value for name, value in extra.items()}})
+            writer.write(
+                {
+                    "__key__": "odd",
+                    **{name: value.encode() if isinstance(value, str) else value for name, value in extra.items()},
+                }
+            )
         line = refusal(capsys, *options)
         assert last.name in line and reason in line
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -453,7 +535,7 @@ def test_tars_that_cannot_serve_are_refused_by_name(tars, tree, tmp_path, capsys
     assert len(samples_of(tmp_path / "out")) == 20
 
 
-# ---------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------- bad input
 
 
 def test_bad_folders_are_refused_in_one_line(tree, tmp_path, capsys):
@@ -506,5 +588,11 @@ def test_bad_options_are_refused_in_one_line(tree, tmp_path, capsys, options, re
 
 
 def test_options_that_cannot_act_on_tars_are_refused(tars, tmp_path, capsys):
-    for option in (["--short_side", "64"], ["--quality", "80"], ["--labels", "none"], ["--synsets", "x"], ["--max_bad_share", "0.5"]):
+    for option in (
+        ["--short_side", "64"],
+        ["--quality", "80"],
+        ["--labels", "none"],
+        ["--synsets", "x"],
+        ["--max_bad_share", "0.5"],
+    ):
         assert f"{option[0]} " in refusal(capsys, "--index_tars", tars, "--out", tmp_path / "out", *option)

@@ -1,6 +1,8 @@
-"""Every parser of bytes from outside, fed random bytes and valid ones that were changed: only its documented errors come out, soon and in little memory.
+"""Every parser of bytes from outside, fed random bytes and valid ones that were changed: only its documented errors
+come out, soon and in little memory.
 
-`PARSERS` is the one list of them. The package is searched for functions that read, and each has to be reached by one of the list.
+`PARSERS` is the one list of them. The package is searched for functions that read, and each has to be reached by one of
+the list.
 """
 
 from __future__ import annotations
@@ -33,7 +35,14 @@ from safetensors.torch import save_file
 from vqkd_samples import released_layout
 
 from peco_ds import run_status
-from peco_ds.config import FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerSettings, TokenizerVitSettings, load_recipe
+from peco_ds.config import (
+    FinetuneRecipe,
+    ModelSettings,
+    PretrainRecipe,
+    TokenizerSettings,
+    TokenizerVitSettings,
+    load_recipe,
+)
 from peco_ds.convert.read import read_weights
 from peco_ds.convert.release import write_release
 from peco_ds.convert.to_hf import to_hf
@@ -64,7 +73,16 @@ from peco_ds.runtime.checkpoint_files import newest_whole
 from peco_ds.runtime.run_folder import read_provenance, read_settings
 from peco_ds.runtime.run_weights import read_run
 from peco_ds.runtime.timeline import drop_rows_after, goodput, read_rows, record_start
-from peco_ds.schema import ImageManifest, Shard, TokenManifest, ViewRecipe, read_manifest, sha256_of_file, write_json, write_manifest
+from peco_ds.schema import (
+    ImageManifest,
+    Shard,
+    TokenManifest,
+    ViewRecipe,
+    read_manifest,
+    sha256_of_file,
+    write_json,
+    write_manifest,
+)
 
 PACKAGE = Path(__file__).resolve().parents[1] / "peco_ds"
 SMALL = ModelSettings(image_px=32, patch_px=8, width=24, depth=1, heads=3, drop_path=0.0)
@@ -88,12 +106,14 @@ class Parser:
     examples: int = 40
 
 
-# ---------------------------------------------------------------------------------------------- what is valid
+# --------------------------------------------------------------------------------------- what is valid
 
 
 def picture(folder: Path, kind: str, name: str, **options) -> None:
     grey = np.add.outer(np.arange(24), np.arange(32)).astype(np.uint8) * 4
-    Image.fromarray(np.stack([grey, grey.T[:24, :24].repeat(2, 1)[:, :32], grey[::-1]], axis=-1)).save(folder / name, kind, **options)
+    Image.fromarray(np.stack([grey, grey.T[:24, :24].repeat(2, 1)[:, :32], grey[::-1]], axis=-1)).save(
+        folder / name, kind, **options
+    )
 
 
 def tar(folder: Path) -> None:
@@ -111,7 +131,13 @@ def indexed_tar(folder: Path) -> None:
 
 def labelled_set(folder: Path) -> None:
     indexed_tar(folder)
-    shard = Shard("a.tar", 2, (folder / "a.tar").stat().st_size, sha256_of_file(folder / "a.tar"), sha256_of_file(folder / "a.index.json"))
+    shard = Shard(
+        "a.tar",
+        2,
+        (folder / "a.tar").stat().st_size,
+        sha256_of_file(folder / "a.tar"),
+        sha256_of_file(folder / "a.index.json"),
+    )
     write_manifest(folder, ImageManifest([shard], 2, ["cat", "dog"], ["x.jpg: cut short"], {"source": "here"}))
 
 
@@ -150,7 +176,9 @@ def deepspeed_json(folder: Path) -> None:
 def tensors_of(name: str, **options) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         tensors = sample("mim", SMALL).tensors
-        save_file(tensors, folder / name) if name.endswith("safetensors") else torch.save({"model": tensors, "epoch": 3}, folder / name, **options)
+        save_file(tensors, folder / name) if name.endswith("safetensors") else torch.save(
+            {"model": tensors, "epoch": 3}, folder / name, **options
+        )
 
     return make
 
@@ -161,7 +189,9 @@ def release_of(convert) -> Callable[[Path], None]:
 
 
 def tokenizer(folder: Path) -> None:
-    wanted = TokenizerSettings(channels=8, channel_mults=(1, 1), blocks_per_level=1, attention=False, z_channels=4, num_codes=4, code_dim=4)
+    wanted = TokenizerSettings(
+        channels=8, channel_mults=(1, 1), blocks_per_level=1, attention=False, z_channels=4, num_codes=4, code_dim=4
+    )
     torch.manual_seed(0)
     save_tokenizer(folder, build_tokenizer(wanted).state_dict(), wanted, {"judge": "none"})
 
@@ -180,7 +210,18 @@ def published(*files: str) -> Callable[[Path], None]:
 
 
 def vqkd(folder: Path) -> None:
-    vit = TokenizerVitSettings(image_px=8, patch_px=4, width=64, depth=1, heads=1, mlp_ratio=0.25, decoder_width=64, decoder_depth=1, decoder_heads=1, target_width=4)
+    vit = TokenizerVitSettings(
+        image_px=8,
+        patch_px=4,
+        width=64,
+        depth=1,
+        heads=1,
+        mlp_ratio=0.25,
+        decoder_width=64,
+        decoder_depth=1,
+        decoder_heads=1,
+        target_width=4,
+    )
     torch.save({"model": released_layout(vit, 4, 4), "epoch": 99}, folder / "vqkd.pth")
 
 
@@ -191,17 +232,36 @@ def vqkd_release(folder: Path) -> None:
 
 
 def plain_vit(folder: Path) -> None:
-    net = timm.models.vision_transformer.VisionTransformer(img_size=32, patch_size=16, embed_dim=192, depth=1, num_heads=3, num_classes=0)
+    net = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=192, depth=1, num_heads=3, num_classes=0
+    )
     torch.save({"state_dict": net.state_dict()}, folder / "judge.pth")
 
 
 def clip_tensors() -> dict[str, torch.Tensor]:
     """The names of OpenAI's CLIP, one block of width 64."""
-    shapes = {"class_embedding": (64,), "positional_embedding": (5, 64), "conv1.weight": (64, 3, 8, 8), "proj": (64, 16)}
-    shapes |= {f"{norm}.{kind}": (64,) for norm in ("ln_pre", "ln_post", "transformer.resblocks.0.ln_1", "transformer.resblocks.0.ln_2") for kind in ("weight", "bias")}
-    for name, (out, wide) in {"attn.in_proj_": (192, 64), "attn.out_proj.": (64, 64), "mlp.c_fc.": (256, 64), "mlp.c_proj.": (64, 256)}.items():
+    shapes = {
+        "class_embedding": (64,),
+        "positional_embedding": (5, 64),
+        "conv1.weight": (64, 3, 8, 8),
+        "proj": (64, 16),
+    }
+    shapes |= {
+        f"{norm}.{kind}": (64,)
+        for norm in ("ln_pre", "ln_post", "transformer.resblocks.0.ln_1", "transformer.resblocks.0.ln_2")
+        for kind in ("weight", "bias")
+    }
+    for name, (out, wide) in {
+        "attn.in_proj_": (192, 64),
+        "attn.out_proj.": (64, 64),
+        "mlp.c_fc.": (256, 64),
+        "mlp.c_proj.": (64, 256),
+    }.items():
         shapes |= {f"transformer.resblocks.0.{name}weight": (out, wide), f"transformer.resblocks.0.{name}bias": (out,)}
-    return {f"visual.{name}": torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in shapes.items()}
+    return {
+        f"visual.{name}": torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        for name, shape in shapes.items()
+    }
 
 
 class Holder(torch.nn.Module):
@@ -210,7 +270,9 @@ class Holder(torch.nn.Module):
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         super().__init__()
         for first in {name.partition(".")[0] for name in tensors}:
-            below = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.partition(".")[0] == first}
+            below = {
+                name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.partition(".")[0] == first
+            }
             if "" in below:
                 self.register_buffer(first, below[""])
             else:
@@ -231,7 +293,9 @@ def torchscript_pickle(folder: Path) -> None:
 
 
 def read_packed_pickle(folder: Path) -> None:
-    """The archive again with the pickle that lies beside it, for its checksum would keep changed bytes from the reader."""
+    """The archive again with the pickle that lies beside it, for its checksum would keep changed bytes from the
+    reader.
+    """
     with zipfile.ZipFile(folder / "clip.pt") as old, zipfile.ZipFile(folder / "packed.pt", "w") as new:
         for name in old.namelist():
             new.writestr(name, (folder / "data.pkl").read_bytes() if name == "clip/data.pkl" else old.read(name))
@@ -240,13 +304,29 @@ def read_packed_pickle(folder: Path) -> None:
 
 def open_clip(folder: Path) -> None:
     save_file(clip_tensors(), folder / "open_clip_model.safetensors")
-    write_json(folder / "open_clip_config.json", {"model_cfg": {"embed_dim": 16, "quick_gelu": True}, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}})
+    write_json(
+        folder / "open_clip_config.json",
+        {
+            "model_cfg": {"embed_dim": 16, "quick_gelu": True},
+            "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+        },
+    )
 
 
 def hf_clip(folder: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=8)).save_pretrained(folder)
+    CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+            projection_dim=8,
+        )
+    ).save_pretrained(folder)
     write_json(folder / "preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]})
     (folder / "README.md").write_text("---\nlicense: mit\ntags:\n- vision\n---\n# a model\n")
 
@@ -256,20 +336,57 @@ def finished_run(folder: Path) -> None:
     wanted["model"] = dataclasses.asdict(SMALL)
     (folder / "settings.yaml").write_text(yaml.safe_dump({"stage": "finetune", "recipe": wanted, "sources": {}}))
     write_json(folder / "deepspeed.json", {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}})
-    write_json(folder / "provenance.json", {"commit": "c", "images_fingerprint": "f" * 64, "classes": ["cat", "dog"], "mean": [0.5] * 3, "std": [0.5] * 3, "init_facts": {"recipe": "r"}})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "loss": 1.5, "time": 1e9 + step, "up_s": step, "start": 1, "step_s": 0.5}) + "\n" for step in (1, 2, 3)))
+    write_json(
+        folder / "provenance.json",
+        {
+            "commit": "c",
+            "images_fingerprint": "f" * 64,
+            "classes": ["cat", "dog"],
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+            "init_facts": {"recipe": "r"},
+        },
+    )
+    (folder / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "loss": 1.5, "time": 1e9 + step, "up_s": step, "start": 1, "step_s": 0.5}) + "\n"
+            for step in (1, 2, 3)
+        )
+    )
     (folder / "evaluation.jsonl").write_text('{"step": 3, "top1": 50.0}\n')
-    start = {"event": "start", "start": 1, "time": 1e9, "host": "node", "pid": 7, "ranks": 2, "zero_stage": 1, "step": 0, "total_steps": 9, "stop_step": 9}
-    (folder / "starts.jsonl").write_text(json.dumps(start) + "\n" + json.dumps({"event": "end", "start": 1, "time": 1e9 + 9, "code": 0, "up_s": 9.0}) + "\n")
+    start = {
+        "event": "start",
+        "start": 1,
+        "time": 1e9,
+        "host": "node",
+        "pid": 7,
+        "ranks": 2,
+        "zero_stage": 1,
+        "step": 0,
+        "total_steps": 9,
+        "stop_step": 9,
+    }
+    (folder / "starts.jsonl").write_text(
+        json.dumps(start)
+        + "\n"
+        + json.dumps({"event": "end", "start": 1, "time": 1e9 + 9, "code": 0, "up_s": 9.0})
+        + "\n"
+    )
     checkpoint = folder / "checkpoints" / "step_00000003"
     checkpoint.mkdir(parents=True)
     tensors = sample("classifier", SMALL).tensors | {"head.weight": torch.ones(2, 24), "head.bias": torch.zeros(2)}
     torch.save({"module": tensors}, checkpoint / "mp_rank_00_model_states.pt")
     torch.save({}, checkpoint / "rank_00000.pt")
-    write_json(checkpoint / "progress.json", {"step": 3, "cursor": {"fingerprint": "f" * 64, "seed": 0, "samples": 24}, "world_size": 1, "zero_stage": 0})
+    write_json(
+        checkpoint / "progress.json",
+        {"step": 3, "cursor": {"fingerprint": "f" * 64, "seed": 0, "samples": 24}, "world_size": 1, "zero_stage": 0},
+    )
     for name in ("settings.yaml", "provenance.json"):
         shutil.copy(folder / name, checkpoint / name)
-    write_json(checkpoint / "manifest.json", {"files": {path.name: [path.stat().st_size, sha256_of_file(path)] for path in sorted(checkpoint.iterdir())}})
+    write_json(
+        checkpoint / "manifest.json",
+        {"files": {path.name: [path.stat().st_size, sha256_of_file(path)] for path in sorted(checkpoint.iterdir())}},
+    )
 
 
 def features(folder: Path) -> FeatureFiles:
@@ -284,15 +401,27 @@ def feature_files(folder: Path) -> None:
 
 
 def part_files(folder: Path) -> None:
-    token_parts(folder).write(0, [TokenRecord(key, np.zeros((2, 16), np.uint16), np.array([ROW, ROW], np.float32)) for key in "abc"])
+    token_parts(folder).write(
+        0, [TokenRecord(key, np.zeros((2, 16), np.uint16), np.array([ROW, ROW], np.float32)) for key in "abc"]
+    )
 
 
 def token_parts(folder: Path) -> TokenParts:
     images = ImageManifest([Shard("a.tar", 3, 4096, "a" * 64, "b" * 64)], 3)
-    return TokenParts(folder / "tokens", images, tokenizer_fingerprint="c" * 64, num_codes=64, grid=4, num_views=2, topk=0, topk_temperature=1.0, views=VIEWS)
+    return TokenParts(
+        folder / "tokens",
+        images,
+        tokenizer_fingerprint="c" * 64,
+        num_codes=64,
+        grid=4,
+        num_views=2,
+        topk=0,
+        topk_temperature=1.0,
+        views=VIEWS,
+    )
 
 
-# ---------------------------------------------------------------------------------------------- who reads it
+# ---------------------------------------------------------------------------------------- who reads it
 
 
 def written_shard(folder: Path) -> None:
@@ -342,96 +471,229 @@ def status_of(folder: Path) -> None:
 
 
 PARSERS = {
-    "a JPEG": Parser(lambda f: picture(f, "JPEG", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100),
-    "a JPEG with EXIF": Parser(lambda f: picture(f, "JPEG", "x", exif=b"Exif\0\0MM\0*\0\0\0\b\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100),
-    "a progressive JPEG": Parser(lambda f: picture(f, "JPEG", "x", progressive=True), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100),
-    "a PNG": Parser(lambda f: picture(f, "PNG", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100),
-    "a WebP": Parser(lambda f: picture(f, "WEBP", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100),
-    "a TIFF": Parser(lambda f: picture(f, "TIFF", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100),
-    "the kind of a picture": Parser(lambda f: picture(f, "PNG", "x"), "x", lambda f: picture_kind((f / "x").read_bytes()), (DecodeError,), 100),
-    "a picture to be packed": Parser(lambda f: picture(f, "GIF", "x"), "x", lambda f: packed_bytes(f / "x", 16, 90), (DecodeError,)),
+    "a JPEG": Parser(
+        lambda f: picture(f, "JPEG", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100
+    ),
+    "a JPEG with EXIF": Parser(
+        lambda f: picture(f, "JPEG", "x", exif=b"Exif\0\0MM\0*\0\0\0\b\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"),
+        "x",
+        lambda f: decode_rgb((f / "x").read_bytes()),
+        (DecodeError,),
+        100,
+    ),
+    "a progressive JPEG": Parser(
+        lambda f: picture(f, "JPEG", "x", progressive=True),
+        "x",
+        lambda f: decode_rgb((f / "x").read_bytes()),
+        (DecodeError,),
+        100,
+    ),
+    "a PNG": Parser(
+        lambda f: picture(f, "PNG", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100
+    ),
+    "a WebP": Parser(
+        lambda f: picture(f, "WEBP", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100
+    ),
+    "a TIFF": Parser(
+        lambda f: picture(f, "TIFF", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100
+    ),
+    "the kind of a picture": Parser(
+        lambda f: picture(f, "PNG", "x"), "x", lambda f: picture_kind((f / "x").read_bytes()), (DecodeError,), 100
+    ),
+    "a picture to be packed": Parser(
+        lambda f: picture(f, "GIF", "x"), "x", lambda f: packed_bytes(f / "x", 16, 90), (DecodeError,)
+    ),
     "a tar": Parser(tar, "a.tar", lambda f: build_index(f / "a.tar"), examples=150),
     "an index": Parser(indexed_tar, "a.index.json", every_member, (UserError, DamagedRecord), 100),
     "an indexed tar": Parser(indexed_tar, "a.tar", every_member, (UserError, DamagedRecord)),
-    "a manifest of pictures": Parser(labelled_set, "manifest.json", lambda f: read_manifest(f, ImageManifest), examples=60),
+    "a manifest of pictures": Parser(
+        labelled_set, "manifest.json", lambda f: read_manifest(f, ImageManifest), examples=60
+    ),
     "a labelled set": Parser(labelled_set, "manifest.json", labels_of),
     "a manifest of tokens": Parser(token_set, "manifest.json", tokens_of, examples=60),
-    "codes": Parser(array, "x.npy", lambda f: read_npy((f / "x.npy").read_bytes(), what="x", dtype=np.uint16, shape=(2, 16)), examples=150),
+    "codes": Parser(
+        array,
+        "x.npy",
+        lambda f: read_npy((f / "x.npy").read_bytes(), what="x", dtype=np.uint16, shape=(2, 16)),
+        examples=150,
+    ),
     "views": Parser(rows, "x.npy", rows_of, examples=60),
-    "the record of a packed shard": Parser(pack_records, ".pack/a.record.json", lambda f: prepare_folder(f, [], {"quality": "92"}), ()),
-    "the plan of a packing": Parser(pack_records, ".pack/plan.json", lambda f: prepare_folder(f, [], {"quality": "92"}), ()),
-    "the part of a token set": Parser(part_files, "tokens/.parts/a.json", lambda f: token_parts(f).is_done(0) and token_parts(f).reading(0), ()),
+    "the record of a packed shard": Parser(
+        pack_records, ".pack/a.record.json", lambda f: prepare_folder(f, [], {"quality": "92"}), ()
+    ),
+    "the plan of a packing": Parser(
+        pack_records, ".pack/plan.json", lambda f: prepare_folder(f, [], {"quality": "92"}), ()
+    ),
+    "the part of a token set": Parser(
+        part_files, "tokens/.parts/a.json", lambda f: token_parts(f).is_done(0) and token_parts(f).reading(0), ()
+    ),
     "the index of a token shard that is written again": Parser(written_shard, "a.index.json", written_shard, ()),
     "a list of classes": Parser(text("list", "cat one\ndog two\n"), "list", lambda f: read_classes(f / "list")),
     "a list of labels": Parser(text("list", "a.jpg cat\nb.jpg dog\n"), "list", listed),
-    "a list of labels as CSV": Parser(text("list", "ImageId,PredictionString\na,cat 1 2 3 4\nb,dog 1 2 3 4\n"), "list", listed),
-    "a list of label numbers": Parser(lambda f: (text("list", "a.jpg 0\nb.jpg 1\n")(f), text("classes", "cat\ndog\n")(f)), "list", lambda f: listed(f, "classes")),
+    "a list of labels as CSV": Parser(
+        text("list", "ImageId,PredictionString\na,cat 1 2 3 4\nb,dog 1 2 3 4\n"), "list", listed
+    ),
+    "a list of label numbers": Parser(
+        lambda f: (text("list", "a.jpg 0\nb.jpg 1\n")(f), text("classes", "cat\ndog\n")(f)),
+        "list",
+        lambda f: listed(f, "classes"),
+    ),
     "a recipe": Parser(recipe, "mine.yaml", lambda f: load_recipe(PretrainRecipe, f / "mine.yaml", []), examples=40),
-    "a recipe that is planned": Parser(recipe, "mine.yaml", lambda f: make_bill(read_chain(str(f / "mine.yaml"), []), find_hardware("h100"), 8), examples=40),
-    "a tokenizer's recipe that is planned": Parser(text("mine.yaml", "tokenizer:\n  channels: 64\ndata:\n  holdout: 9\nschedule:\n  epochs: 3\n"), "mine.yaml", lambda f: read_chain(str(f / "mine.yaml"), []), examples=40),
+    "a recipe that is planned": Parser(
+        recipe,
+        "mine.yaml",
+        lambda f: make_bill(read_chain(str(f / "mine.yaml"), []), find_hardware("h100"), 8),
+        examples=40,
+    ),
+    "a tokenizer's recipe that is planned": Parser(
+        text("mine.yaml", "tokenizer:\n  channels: 64\ndata:\n  holdout: 9\nschedule:\n  epochs: 3\n"),
+        "mine.yaml",
+        lambda f: read_chain(str(f / "mine.yaml"), []),
+        examples=40,
+    ),
     "a machine of one's own": Parser(
-        text("mine.yaml", "base: h100\nname: mine\ngpus_per_node: 4\nnetwork_bytes_s: 5.0e+10\nproduct_share: [0.4, 0.5, 0.6]\npeak_flops: {bf16: 9.0e+14, fp32: 6.0e+13}\n"),
+        text(
+            "mine.yaml",
+            "base: h100\nname: mine\ngpus_per_node: 4\nnetwork_bytes_s: 5.0e+10\nproduct_share: [0.4, "
+            "0.5, 0.6]\npeak_flops: {bf16: 9.0e+14, fp32: 6.0e+13}\n",
+        ),
         "mine.yaml",
         lambda f: make_bill(read_chain("peco_vitb16", [], finetune=[]), find_hardware(f / "mine.yaml"), 8),
         examples=60,
     ),
-    "an override": Parser(text("x", "optim.betas=[0.9, 0.98]"), "x", lambda f: load_recipe(PretrainRecipe, "peco_vitb16", [(f / "x").read_text(errors="replace")]), examples=60),
+    "an override": Parser(
+        text("x", "optim.betas=[0.9, 0.98]"),
+        "x",
+        lambda f: load_recipe(PretrainRecipe, "peco_vitb16", [(f / "x").read_text(errors="replace")]),
+        examples=60,
+    ),
     "a DeepSpeed JSON": Parser(deepspeed_json, "mine.json", merged, examples=60),
     "a weights file": Parser(tensors_of("w.pth"), "w.pth", lambda f: read_weights(f / "w.pth"), examples=60),
-    "a weights file of the old format": Parser(tensors_of("w.pth", _use_new_zipfile_serialization=False), "w.pth", lambda f: read_weights(f / "w.pth"), examples=60),
-    "a safetensors file": Parser(tensors_of("w.safetensors"), "w.safetensors", lambda f: read_weights(f / "w.safetensors"), examples=60),
+    "a weights file of the old format": Parser(
+        tensors_of("w.pth", _use_new_zipfile_serialization=False),
+        "w.pth",
+        lambda f: read_weights(f / "w.pth"),
+        examples=60,
+    ),
+    "a safetensors file": Parser(
+        tensors_of("w.safetensors"), "w.safetensors", lambda f: read_weights(f / "w.safetensors"), examples=60
+    ),
     "any tensor file": Parser(tensors_of("w.pth"), "w.pth", lambda f: read_tensor_file(f / "w.pth"), examples=60),
     "the names in a pickle": Parser(tensors_of("w.pth"), "w.pth", lambda f: foreign_classes(f / "w.pth"), examples=60),
-    "DALL-E's encoder": Parser(published("encoder"), "encoder.pkl", lambda f: read_published([f / "encoder.pkl"]), examples=60),
-    "DALL-E's decoder": Parser(published("encoder", "decoder"), "decoder.pkl", lambda f: read_published([f / "encoder.pkl", f / "decoder.pkl"]), examples=40),
-    "taming-transformers' VQGAN": Parser(published("vqgan"), "vqgan.ckpt", lambda f: read_published([f / "vqgan.ckpt"]), examples=60),
-    "taming-transformers' GumbelVQ": Parser(published("gumbel"), "gumbel.ckpt", lambda f: read_published([f / "gumbel.ckpt"]), examples=40),
+    "DALL-E's encoder": Parser(
+        published("encoder"), "encoder.pkl", lambda f: read_published([f / "encoder.pkl"]), examples=60
+    ),
+    "DALL-E's decoder": Parser(
+        published("encoder", "decoder"),
+        "decoder.pkl",
+        lambda f: read_published([f / "encoder.pkl", f / "decoder.pkl"]),
+        examples=40,
+    ),
+    "taming-transformers' VQGAN": Parser(
+        published("vqgan"), "vqgan.ckpt", lambda f: read_published([f / "vqgan.ckpt"]), examples=60
+    ),
+    "taming-transformers' GumbelVQ": Parser(
+        published("gumbel"), "gumbel.ckpt", lambda f: read_published([f / "gumbel.ckpt"]), examples=40
+    ),
     "timm's config": Parser(release_of(to_timm), "config.json", read_weights, examples=60),
     "transformers' config": Parser(release_of(to_hf), "config.json", read_weights, examples=60),
     "transformers' preprocessor": Parser(release_of(to_hf), "preprocessor_config.json", read_weights, examples=60),
     "unilm's config": Parser(release_of(to_unilm), "config.json", read_weights, examples=60),
-    "a release that stands where another shall": Parser(release_of(to_timm), "config.json", over_a_release, examples=20),
+    "a release that stands where another shall": Parser(
+        release_of(to_timm), "config.json", over_a_release, examples=20
+    ),
     "a tokenizer's card": Parser(tokenizer, "tokenizer.json", load_tokenizer, examples=60),
     "a VQ-KD tokenizer's card": Parser(vqkd_release, "tokenizer.json", load_tokenizer, examples=60),
     "a tokenizer's tensors": Parser(tokenizer, "tokenizer.safetensors", load_tokenizer),
     "unilm's VQ-KD": Parser(vqkd, "vqkd.pth", lambda f: read_published([f / "vqkd.pth"]), examples=60),
     "a judge": Parser(plain_vit, "judge.pth", lambda f: load_feature_net(str(f / "judge.pth")), examples=20),
     "a judge's config": Parser(release_of(to_timm), "config.json", lambda f: load_feature_net(str(f)), examples=25),
-    "a teacher in a TorchScript archive": Parser(torchscript, "clip.pt", lambda f: load_feature_net(str(f / "clip.pt"), section="teacher"), examples=40),
+    "a teacher in a TorchScript archive": Parser(
+        torchscript, "clip.pt", lambda f: load_feature_net(str(f / "clip.pt"), section="teacher"), examples=40
+    ),
     "the pickle of a TorchScript archive": Parser(torchscript_pickle, "data.pkl", read_packed_pickle, examples=60),
-    "the config of Hugging Face's CLIP": Parser(hf_clip, "config.json", lambda f: load_feature_net(str(f)), examples=40),
-    "the statistics of Hugging Face's CLIP": Parser(hf_clip, "preprocessor_config.json", lambda f: load_feature_net(str(f)), examples=40),
+    "the config of Hugging Face's CLIP": Parser(
+        hf_clip, "config.json", lambda f: load_feature_net(str(f)), examples=40
+    ),
+    "the statistics of Hugging Face's CLIP": Parser(
+        hf_clip, "preprocessor_config.json", lambda f: load_feature_net(str(f)), examples=40
+    ),
     "open_clip's config": Parser(open_clip, "open_clip_config.json", lambda f: load_feature_net(str(f)), examples=40),
     "a teacher's model card": Parser(hf_clip, "README.md", lambda f: load_feature_net(str(f)), (), 40),
-    "a run's settings": Parser(finished_run, "settings.yaml", lambda f: (read_settings(f), find_tokenizer(f)), examples=30),
+    "a run's settings": Parser(
+        finished_run, "settings.yaml", lambda f: (read_settings(f), find_tokenizer(f)), examples=30
+    ),
     "a run's origins": Parser(finished_run, "provenance.json", read_provenance, examples=60),
-    "a checkpoint's manifest": Parser(finished_run, "checkpoints/step_00000003/manifest.json", lambda f: (newest_whole(f), read_run(f)), examples=50),
-    "a checkpoint's weights": Parser(finished_run, "checkpoints/step_00000003/mp_rank_00_model_states.pt", read_run, examples=20),
-    "metrics": Parser(finished_run, "metrics.jsonl", lambda f: (read_rows(f / "metrics.jsonl"), drop_rows_after(f / "metrics.jsonl", 2), goodput(f)), ()),
+    "a checkpoint's manifest": Parser(
+        finished_run, "checkpoints/step_00000003/manifest.json", lambda f: (newest_whole(f), read_run(f)), examples=50
+    ),
+    "a checkpoint's weights": Parser(
+        finished_run, "checkpoints/step_00000003/mp_rank_00_model_states.pt", read_run, examples=20
+    ),
+    "metrics": Parser(
+        finished_run,
+        "metrics.jsonl",
+        lambda f: (read_rows(f / "metrics.jsonl"), drop_rows_after(f / "metrics.jsonl", 2), goodput(f)),
+        (),
+    ),
     "the record of starts": Parser(finished_run, "starts.jsonl", lambda f: (goodput(f), status_of(f)), ()),
-    "the engine's settings in the record of starts": Parser(finished_run, "deepspeed.json", lambda f: record_start(f, ranks=1, step=0, total_steps=2, stop_step=2), ()),
+    "the engine's settings in the record of starts": Parser(
+        finished_run, "deepspeed.json", lambda f: record_start(f, ranks=1, step=0, total_steps=2, stop_step=2), ()
+    ),
     "settings in the status of a run": Parser(finished_run, "settings.yaml", status_of, (), 20),
     "metrics in the status of a run": Parser(finished_run, "metrics.jsonl", status_of, (), 40),
-    "a manifest in the status of a run": Parser(finished_run, "checkpoints/step_00000003/manifest.json", status_of, (), 40),
+    "a manifest in the status of a run": Parser(
+        finished_run, "checkpoints/step_00000003/manifest.json", status_of, (), 40
+    ),
     "the record of features": Parser(feature_files, "manifest.json", lambda f: features(f).state(), ()),
     "labels of features": Parser(feature_files, "val_labels.npy", lambda f: features(f).labels("val"), examples=60),
     "features": Parser(feature_files, "val_block_01.npy", lambda f: features(f).features("val", 1), examples=60),
-    "a layer's result": Parser(lambda f: LayerResults(f, "k", (1,)).write(1, {"top1": 5.0}), "block_01.json", lambda f: LayerResults(f, "k", (1,)).missing(), ()),
+    "a layer's result": Parser(
+        lambda f: LayerResults(f, "k", (1,)).write(1, {"top1": 5.0}),
+        "block_01.json",
+        lambda f: LayerResults(f, "k", (1,)).missing(),
+        (),
+    ),
 }
 
 
-# ---------------------------------------------------------------------------------------------- random and changed bytes
+# ---------------------------------------------------------------------------- random and changed bytes
 
 TOKEN = re.compile(rb'"[^"\n]*"|-?[0-9][0-9.e+-]*|true|false|null')
 SURPRISES = [
-    b"-1", b"0", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b"[[[[]]]]", b'""', b'"x"', b'"../../x"', b'"/etc/passwd"', b"99999999999999999999", b"1.5", b"-0.0", b'"\\u0000"',
-    b'"\\ud800"', b"9" * 5000, b"[" * 3000, b"*a", b"&a", b"!!python/name:os.system", b"\xff", b"\0",
-]  # fmt: skip
+    b"-1",
+    b"0",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"true",
+    b"[]",
+    b"{}",
+    b"[[[[]]]]",
+    b'""',
+    b'"x"',
+    b'"../../x"',
+    b'"/etc/passwd"',
+    b"99999999999999999999",
+    b"1.5",
+    b"-0.0",
+    b'"\\u0000"',
+    b'"\\ud800"',
+    b"9" * 5000,
+    b"[" * 3000,
+    b"*a",
+    b"&a",
+    b"!!python/name:os.system",
+    b"\xff",
+    b"\0",
+]
 
 
 @st.composite
 def changed(draw, valid: bytes) -> bytes:
-    """Valid bytes with a few changes: flipped, cut, inserted, repeated, or one value of a text put in place of another."""
+    """Valid bytes with a few changes: flipped, cut, inserted, repeated, or one value of a text put in place of
+    another.
+    """
     data = bytearray(valid)
     for _ in range(draw(st.integers(1, 3))):
         how = draw(st.sampled_from(["flip", "cut", "insert", "repeat", "zero", "value", "value", "value"]))
@@ -453,7 +715,8 @@ def changed(draw, valid: bytes) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's and torch's remarks on damaged files
+# Pillow's and torch's remarks on damaged files
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", PARSERS)
 def test_a_parser_fed_random_or_changed_bytes_raises_what_it_documents_and_nothing_else(tmp_path_factory, name):
     parser = PARSERS[name]
@@ -465,8 +728,11 @@ def test_a_parser_fed_random_or_changed_bytes_raises_what_it_documents_and_nothi
     parser.make(valid)
     whole = (valid / parser.file).read_bytes()
 
-    # Without shrinking: bytes that came of bytes are shown as they are, and a parser that is slow to refuse would be asked a thousand times more.
-    @settings(max_examples=parser.examples, suppress_health_check=list(HealthCheck), database=None, phases=[Phase.generate])
+    # Without shrinking: bytes that came of bytes are shown as they are, and a parser that is slow to refuse would be
+    # asked a thousand times more.
+    @settings(
+        max_examples=parser.examples, suppress_health_check=list(HealthCheck), database=None, phases=[Phase.generate]
+    )
     @given(st.one_of(changed(whole), changed(whole), st.binary(max_size=600)))
     def feed(data: bytes) -> None:
         folder = valid.with_name(f"{valid.name}_fed")
@@ -476,19 +742,44 @@ def test_a_parser_fed_random_or_changed_bytes_raises_what_it_documents_and_nothi
             with bounded(seconds=30, gib=3):
                 parser.read(folder)
         except parser.errors as error:
-            assert str(error) and (not isinstance(error, UserError) or len(str(error)) <= LONGEST_LINE + 5), "an error is a line to read"
+            assert str(error) and (not isinstance(error, UserError) or len(str(error)) <= LONGEST_LINE + 5), (
+                "an error is a line to read"
+            )
         finally:
             shutil.rmtree(folder)
 
     feed()
 
 
-# ---------------------------------------------------------------------------------------------- the list is whole
+# ----------------------------------------------------------------------------------- the list is whole
 
 READING = {
-    "read_text", "read_bytes", "readline", "readlines", "loads", "load", "read_json", "parse_json", "read_yaml", "parse_yaml", "safe_load", "load_file", "safe_open", "open_memmap", "fromfile",
-    "memmap", "pread", "reader", "decode_jpeg", "frombuffer", "create_model", "get_unsafe_globals_in_checkpoint", "read_array_header_1_0", "ZipFile", "unpack_from",
-}  # fmt: skip
+    "read_text",
+    "read_bytes",
+    "readline",
+    "readlines",
+    "loads",
+    "load",
+    "read_json",
+    "parse_json",
+    "read_yaml",
+    "parse_yaml",
+    "safe_load",
+    "load_file",
+    "safe_open",
+    "open_memmap",
+    "fromfile",
+    "memmap",
+    "pread",
+    "reader",
+    "decode_jpeg",
+    "frombuffer",
+    "create_model",
+    "get_unsafe_globals_in_checkpoint",
+    "read_array_header_1_0",
+    "ZipFile",
+    "unpack_from",
+}
 NOT_FROM_OUTSIDE = {
     "convert.verify.compare": "answers of a process that the program itself started a moment ago",
     "evaluation.features.FeatureFiles.create": "files that it makes",
@@ -496,7 +787,13 @@ NOT_FROM_OUTSIDE = {
     "models.timm_classifier.load_timm_classifier": "a name of timm's own list",
     "runtime.rank_log._ends_cut_short": "the last byte of a log",
 }
-CHECKPOINTS_OF_THE_RUN = ("runtime.checkpoint.", "runtime.consolidate.", "runtime.elastic.", "runtime.background_writer.")  # whole by their hashes before they are read
+# whole by their hashes before they are read
+CHECKPOINTS_OF_THE_RUN = (
+    "runtime.checkpoint.",
+    "runtime.consolidate.",
+    "runtime.elastic.",
+    "runtime.background_writer.",
+)
 
 
 def readers_in_the_package() -> set[str]:
@@ -509,8 +806,18 @@ def readers_in_the_package() -> set[str]:
             if isinstance(child, ast.Call):
                 called = child.func.attr if isinstance(child.func, ast.Attribute) else getattr(child.func, "id", "")
                 mode = next((argument.value for argument in child.args[1:2] if isinstance(argument, ast.Constant)), "r")
-                of_own = called == "loads" and any(isinstance(argument, ast.Call) for argument in child.args) and "dumps" in ast.dump(child)
-                opens = called == "open" and str(mode) in ("r", "rb") and (isinstance(child.func, ast.Name) or getattr(child.func.value, "id", "") in ("Image", "tarfile"))
+                of_own = (
+                    called == "loads"
+                    and any(isinstance(argument, ast.Call) for argument in child.args)
+                    and "dumps" in ast.dump(child)
+                )
+                opens = (
+                    called == "open"
+                    and str(mode) in ("r", "rb")
+                    and (
+                        isinstance(child.func, ast.Name) or getattr(child.func.value, "id", "") in ("Image", "tarfile")
+                    )
+                )
                 if (called in READING or opens) and not of_own:
                     found.add(place)
             visit(child, inner)
@@ -520,7 +827,8 @@ def readers_in_the_package() -> set[str]:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit")  # deprecated; OpenAI's files stay what they are
+# deprecated; OpenAI's files stay what they are
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_every_function_that_reads_bytes_from_outside_is_reached_by_a_parser_of_the_list(tmp_path):
     reached: set[str] = set()
 

@@ -13,7 +13,9 @@ from peco_ds.errors import UserError
 from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, read_card, save_tokenizer
 from peco_ds.objectives.tokenizer_losses import tokenizer_loss
 
-TINY = TokenizerSettings(channels=16, channel_mults=(1, 2, 2), blocks_per_level=1, z_channels=16, code_dim=8, num_codes=64)
+TINY = TokenizerSettings(
+    channels=16, channel_mults=(1, 2, 2), blocks_per_level=1, z_channels=16, code_dim=8, num_codes=64
+)
 
 
 @pytest.fixture
@@ -83,7 +85,9 @@ def test_a_tiny_tokenizer_learns_four_real_pictures(tiny, real_data):
     tiny.eval()
     with torch.no_grad():
         features = tiny.encode(images)
-    tiny.codebook.init_kmeans(features.permute(0, 2, 3, 1).reshape(-1, TINY.code_dim), 5, torch.Generator().manual_seed(0))
+    tiny.codebook.init_kmeans(
+        features.permute(0, 2, 3, 1).reshape(-1, TINY.code_dim), 5, torch.Generator().manual_seed(0)
+    )
     tiny.train()
     optimizer = torch.optim.Adam(tiny.parameters(), lr=2e-3)
     losses = []
@@ -97,12 +101,14 @@ def test_a_tiny_tokenizer_learns_four_real_pictures(tiny, real_data):
     assert losses[-1] < 0.5 * losses[0]
 
 
-# ---------------------------------------------------------------------------------------------- release
+# --------------------------------------------------------------------------------------------- release
 
 
 @pytest.fixture
 def release(tiny, tmp_path):
-    tiny.codebook.init_kmeans(torch.randn(200, TINY.code_dim, generator=torch.Generator().manual_seed(0)), 2, torch.Generator().manual_seed(0))
+    tiny.codebook.init_kmeans(
+        torch.randn(200, TINY.code_dim, generator=torch.Generator().manual_seed(0)), 2, torch.Generator().manual_seed(0)
+    )
     save_tokenizer(tmp_path / "release", tiny.state_dict(), TINY, {"images_seen": 4})
     return tmp_path / "release"
 
@@ -192,7 +198,15 @@ def test_a_missing_folder_says_how_to_get_one(tmp_path):
         load_tokenizer(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("text", ["no json", "[]", '{"kind": "images"}', '{"kind": "peco_tokenizer", "format_version": 1, "settings": {"chanels": 3}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json",
+        "[]",
+        '{"kind": "images"}',
+        '{"kind": "peco_tokenizer", "format_version": 1, "settings": {"chanels": 3}}',
+    ],
+)
 def test_a_card_that_is_none_is_refused_in_one_line(release, text):
     (release / "tokenizer.json").write_text(text)
     with pytest.raises(UserError) as caught:

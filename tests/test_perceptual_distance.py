@@ -44,7 +44,11 @@ def test_equal_pictures_have_no_distance_and_blur_has_more_the_stronger_it_is(al
 
 
 def test_vgg16_is_told_from_its_shapes(tmp_path, pictures):
-    state = {name: tensor for name, tensor in torchvision.models.vgg16(weights=None).state_dict().items() if name.startswith("features.")}
+    state = {
+        name: tensor
+        for name, tensor in torchvision.models.vgg16(weights=None).state_dict().items()
+        if name.startswith("features.")
+    }
     torch.save(state, tmp_path / "vgg16.pth")
     lpips = load_lpips(tmp_path / "vgg16.pth")
     assert lpips.network == "vgg" and lpips(pictures, pictures.flip(0)).shape == (3,)

@@ -48,7 +48,9 @@ def test_a_picture_is_listed_with_its_size_its_key_and_the_label_of_its_class_fo
     (tree / "n00000003" / "notes.txt").touch()
     pictures, classes = list_pictures(tree, "auto", None, None)
     assert classes == sorted(path.name for path in tree.iterdir())
-    assert [picture.path for picture in pictures] == sorted(f"{path.parent.name}/{path.name}" for path in tree.glob("*/*.JPEG"))
+    assert [picture.path for picture in pictures] == sorted(
+        f"{path.parent.name}/{path.name}" for path in tree.glob("*/*.JPEG")
+    )
     assert all(picture.path == f"{classes[picture.label]}/{picture.key}.JPEG" for picture in pictures)
     assert {picture.key: picture.size_bytes for picture in pictures if picture.size_bytes} == {"n00000003_3": 4}
 
@@ -75,7 +77,9 @@ def test_lists_that_do_not_fit_the_folder_are_refused(flat, tmp_path):
     assert "--classes" in line_for("\n".join("1" for _ in synsets))
     names = sorted(path.name for path in folder.iterdir())
     assert "is not in" in line_for("\n".join(f"{name} {synset}" for name, synset in list(zip(names, synsets))[1:]))
-    assert "not in the folder" in line_for("\n".join(f"{name} {synset}" for name, synset in [*zip(names, synsets), ("more.JPEG", synsets[0])]))
+    assert "not in the folder" in line_for(
+        "\n".join(f"{name} {synset}" for name, synset in [*zip(names, synsets), ("more.JPEG", synsets[0])])
+    )
     assert "one label a line" in line_for("")
     assert "--labels" in line_for("\n".join(synsets), labels="folders")
     classes.write_text("\n".join(sorted(set(synsets))))
@@ -89,7 +93,11 @@ def test_lists_that_do_not_fit_the_folder_are_refused(flat, tmp_path):
     assert "cannot be read" in refusal(folder, "auto", tmp_path / "absent.txt", None)
 
 
-@given(st.lists(st.text(alphabet="ab_./", min_size=1, max_size=8).map(lambda text: text + ".jpg"), unique=True, max_size=30))
+@given(
+    st.lists(
+        st.text(alphabet="ab_./", min_size=1, max_size=8).map(lambda text: text + ".jpg"), unique=True, max_size=30
+    )
+)
 def test_keys_are_unique_and_fit_a_tar_member(paths):
     keys = unique_keys(paths)
     assert len(set(keys)) == len(paths)

@@ -21,18 +21,51 @@ PLAN = Path(__file__).resolve().parents[1] / "peco_ds" / "plan.py"
 
 
 def test_a_plan_imports_no_torch_and_names_its_assumptions(tmp_path):
-    script = f"import sys, runpy; sys.argv = ['plan.py', '--gpus', '64', '--simulate']\ntry: runpy.run_path({str(PLAN)!r}, run_name='__main__')\nfinally: sys.stderr.write(str(sorted({{'torch', 'deepspeed', 'timm'}} & set(sys.modules))))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=120, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
+    script = (
+        "import sys, runpy; sys.argv = ['plan.py', '--gpus', '64', '--simulate']\ntry: "
+        f"runpy.run_path({str(PLAN)!r}, run_name='__main__')\nfinally: "
+        f"sys.stderr.write(str(sorted({{'torch', 'deepspeed', 'timm'}} & set(sys.modules))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )
     assert done.returncode == 0 and done.stderr.endswith("[]"), done.stderr
     assert "Recommended for these GPUs" in done.stdout and "assumed" in done.stdout and "data sheet" in done.stdout
 
 
 def test_several_counts_and_machines_make_a_table_values_and_a_picture(tmp_path, capsys):
-    assert main(["--hardware", "h100", "h200", "--gpus", "8", "64", "schedule.epochs=1600", "--json", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "plan.png")]) == 0
+    assert (
+        main(
+            [
+                "--hardware",
+                "h100",
+                "h200",
+                "--gpus",
+                "8",
+                "64",
+                "schedule.epochs=1600",
+                "--json",
+                str(tmp_path / "plan.json"),
+                "--plot",
+                str(tmp_path / "plan.png"),
+            ]
+        )
+        == 0
+    )
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("8 ", "64 "))]
     assert len(rows) == 4 and sum("h200" in row for row in rows) == 2
     facts = json.loads((tmp_path / "plan.json").read_text())
-    assert [(bill["hardware"]["name"], bill["gpus"]) for bill in facts["bills"]] == [("h100", 8), ("h100", 64), ("h200", 8), ("h200", 64)]
+    assert [(bill["hardware"]["name"], bill["gpus"]) for bill in facts["bills"]] == [
+        ("h100", 8),
+        ("h100", 64),
+        ("h200", 8),
+        ("h200", 64),
+    ]
     with Image.open(tmp_path / "plan.png") as picture:
         assert picture.width > 500 and len(picture.convert("L").resize((50, 20)).getcolors()) > 5
 
@@ -40,19 +73,45 @@ def test_several_counts_and_machines_make_a_table_values_and_a_picture(tmp_path,
 def test_settings_after_a_list_of_counts_are_settings(tmp_path):
     hours = {}
     for epochs in (10, 20):
-        assert main(["--gpus", "8", f"finetune_vith14:schedule.epochs={epochs}", "finetune_vith14:schedule.warmup_epochs=1", "--hardware", "h100", "--json", str(tmp_path / "plan.json")]) == 0
+        assert (
+            main(
+                [
+                    "--gpus",
+                    "8",
+                    f"finetune_vith14:schedule.epochs={epochs}",
+                    "finetune_vith14:schedule.warmup_epochs=1",
+                    "--hardware",
+                    "h100",
+                    "--json",
+                    str(tmp_path / "plan.json"),
+                ]
+            )
+            == 0
+        )
         rows = json.loads((tmp_path / "plan.json").read_text())["bills"][0]["written"]
-        hours[epochs] = {row["recipe"]: row["by_pace"]["typical"]["hours"] for row in rows if row["stage"] != "tokenizing"}
-    assert hours[20]["finetune_vith14"] > 1.8 * hours[10]["finetune_vith14"] and hours[20]["peco_vith14"] == hours[10]["peco_vith14"]
+        hours[epochs] = {
+            row["recipe"]: row["by_pace"]["typical"]["hours"] for row in rows if row["stage"] != "tokenizing"
+        }
+    assert (
+        hours[20]["finetune_vith14"] > 1.8 * hours[10]["finetune_vith14"]
+        and hours[20]["peco_vith14"] == hours[10]["peco_vith14"]
+    )
 
 
 def test_a_refused_plan_is_one_line_and_exit_code_2():
     done = subprocess.run([sys.executable, PLAN, "--hardware", "h10"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "h100" in done.stderr and done.stdout == ""
+    assert (
+        done.returncode == 2
+        and len(done.stderr.strip().splitlines()) == 1
+        and "h100" in done.stderr
+        and done.stdout == ""
+    )
 
 
 def test_a_json_that_the_stage_would_refuse_is_refused_here(tmp_path):
-    (tmp_path / "own.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}}))
+    (tmp_path / "own.json").write_text(
+        json.dumps({"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}})
+    )
     with pytest.raises(UserError, match="run.micro_batch"):
         main(["--deepspeed_config", str(tmp_path / "own.json")])
 
@@ -62,8 +121,13 @@ def test_a_small_labelled_set_is_not_billed_as_imagenet(tmp_path):
     for few in ([], ["--finetune_samples", "10_000", "--val_samples", "1000"]):
         main(["--samples", "3e6", "--json", str(tmp_path / "plan.json"), *few])
         rows = json.loads((tmp_path / "plan.json").read_text())["bills"][0]["written"]
-        hours[bool(few)] = {row["recipe"]: row["by_pace"]["typical"]["hours"] for row in rows if row["stage"] != "tokenizing"}
-    assert hours[True]["finetune_vith14"] < hours[False]["finetune_vith14"] / 50 and hours[True]["peco_vith14"] == hours[False]["peco_vith14"]
+        hours[bool(few)] = {
+            row["recipe"]: row["by_pace"]["typical"]["hours"] for row in rows if row["stage"] != "tokenizing"
+        }
+    assert (
+        hours[True]["finetune_vith14"] < hours[False]["finetune_vith14"] / 50
+        and hours[True]["peco_vith14"] == hours[False]["peco_vith14"]
+    )
 
 
 def test_twice_the_epochs_take_twice_the_hours(tmp_path):
@@ -76,11 +140,32 @@ def test_twice_the_epochs_take_twice_the_hours(tmp_path):
 
 
 def test_a_machine_of_ones_own_and_a_json_of_ones_own_count(tmp_path, capsys):
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"base": "h100", "name": "mine", "gpus_per_node": 4, "network_bytes_s": 2.5e10}))
+    (tmp_path / "mine.yaml").write_text(
+        yaml.safe_dump({"base": "h100", "name": "mine", "gpus_per_node": 4, "network_bytes_s": 2.5e10})
+    )
     (tmp_path / "own.json").write_text((DS_CONFIGS / "zero1.json").read_text())
-    assert main(["--hardware", str(tmp_path / "mine.yaml"), "--gpus", "4", "8", "16", "--json", str(tmp_path / "a.json"), "--deepspeed_config", str(tmp_path / "own.json")]) == 0
+    assert (
+        main(
+            [
+                "--hardware",
+                str(tmp_path / "mine.yaml"),
+                "--gpus",
+                "4",
+                "8",
+                "16",
+                "--json",
+                str(tmp_path / "a.json"),
+                "--deepspeed_config",
+                str(tmp_path / "own.json"),
+            ]
+        )
+        == 0
+    )
     main(["--hardware", "h100", "--gpus", "16", "--json", str(tmp_path / "b.json")])
-    slow, quick = (json.loads((tmp_path / name).read_text())["bills"][-1]["total_hours"]["typical"] for name in ("a.json", "b.json"))
+    slow, quick = (
+        json.loads((tmp_path / name).read_text())["bills"][-1]["total_hours"]["typical"]
+        for name in ("a.json", "b.json")
+    )
     assert slow > 1.05 * quick, "a sixteenth of the network"
     assert "mine" in capsys.readouterr().out
 
@@ -103,7 +188,10 @@ def test_pictures_of_the_set_that_is_packed_are_counted(tmp_path, capsys):
         (["--gpus", "24"], "not a multiple"),
         (["--gpus", "12"], "use 8 or 16"),
         (["--samples", "0"], "at least 1 picture"),
-        (["--gpus", "8", "model.width=8192", "model.heads=64", "model.depth=64", "--hardware", "l40s"], "needs .* GiB a GPU"),
+        (
+            ["--gpus", "8", "model.width=8192", "model.heads=64", "model.depth=64", "--hardware", "l40s"],
+            "needs .* GiB a GPU",
+        ),
         (["--json", "no/such/folder/plan.json"], "there is no folder"),
         (["--deepspeed_config", "zero9.json"], "no such file"),
         (["--recipe", "probe_vith14"], "trains no network"),

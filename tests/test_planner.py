@@ -1,4 +1,7 @@
-"""The planner's arithmetic against the modules and the kernels' own counters. What DeepSpeed holds and sends: test_engine_state.py, test_traffic.py."""
+"""The planner's arithmetic against the modules and the kernels' own counters.
+
+What DeepSpeed holds and sends: test_engine_state.py, test_traffic.py.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 from timm.models import beit
-from torch.profiler import ProfilerActivity, profile
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from webdataset import TarWriter
 
 from peco_ds.config import (
+    RECIPES,
     AggregationSettings,
     EncodingSettings,
     FinetuneRecipe,
-    RECIPES,
     MaskSettings,
     ModelSettings,
     PretrainRecipe,
@@ -35,11 +38,18 @@ from peco_ds.models.mim import build_mim
 from peco_ds.models.tokenizers import build_tokenizer
 from peco_ds.models.vit import build_blocks, run_blocks, timm_arguments
 from peco_ds.objectives.hard_tokens import hard_tokens
-from peco_ds.planner.memory import STAGES
 from peco_ds.planner.data_side import token_bytes
+from peco_ds.planner.memory import STAGES
 from peco_ds.planner.report import WORLD_SIZES, finetune_report, pretrain_report, tokenizer_report, tokenizing_report
+from peco_ds.planner.shapes import (
+    FLOPS_PER_MAC,
+    backbone_parameters,
+    mim_activation_bytes,
+    mim_macs,
+    mim_parameters,
+    tokenizer_cost,
+)
 from peco_ds.planner.stages import IMAGENET_1K_TRAIN
-from peco_ds.planner.shapes import FLOPS_PER_MAC, backbone_parameters, mim_activation_bytes, mim_macs, mim_parameters, tokenizer_cost
 from peco_ds.schema import VIEW_COLUMNS
 
 SIZES = {
@@ -47,10 +57,14 @@ SIZES = {
     "L/16": ModelSettings(width=1024, depth=24, heads=16, layer_scale=1e-5),
     "H/14": ModelSettings(patch_px=14, width=1280, depth=32, heads=16, layer_scale=1e-5),
     "H/14 448": ModelSettings(image_px=448, patch_px=14, width=1280, depth=32, heads=16),
-    "without layer scale": ModelSettings(image_px=64, patch_px=8, width=96, depth=3, heads=3, mlp_ratio=2.5, layer_scale=0.0),
+    "without layer scale": ModelSettings(
+        image_px=64, patch_px=8, width=96, depth=3, heads=3, mlp_ratio=2.5, layer_scale=0.0
+    ),
 }
 SMALL = ModelSettings(image_px=64, patch_px=8, width=96, depth=3, heads=3)
-SMALL_TOKENIZER = TokenizerSettings(channels=32, channel_mults=(1, 2, 2), blocks_per_level=1, z_channels=48, num_codes=64, code_dim=16)
+SMALL_TOKENIZER = TokenizerSettings(
+    channels=32, channel_mults=(1, 2, 2), blocks_per_level=1, z_channels=48, num_codes=64, code_dim=16
+)
 
 
 # What a recipe adds to the plain pre-training model; the decoder's width is not the backbone's.
@@ -70,7 +84,7 @@ def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-# ---------------------------------------------------------------------------------------------- parameters
+# ------------------------------------------------------------------------------------------ parameters
 
 
 @pytest.mark.parametrize("shared_bias", [True, False])
@@ -89,14 +103,24 @@ def test_parameters_by_part_equal_those_of_the_pretraining_model(size, variant):
         module = mim_of(SIZES[size], 8192, variant)
     parts = mim_parameters(SIZES[size], num_codes=8192, **VARIANTS[variant])
     held = module.decoder if variant == "visible" else module
-    assert (parts.backbone, parts.token_head, parts.mask_token) == (count(module.backbone), count(held.lm_head), held.mask_token.numel())
+    assert (parts.backbone, parts.token_head, parts.mask_token) == (
+        count(module.backbone),
+        count(held.lm_head),
+        held.mask_token.numel(),
+    )
     assert parts.aggregation == (count(module.aggregation_blocks) if variant == "aggregation" else 0)
     assert parts.decoder == (count(module.decoder) - parts.token_head - parts.mask_token if variant == "visible" else 0)
     assert parts.total == count(module)
 
 
 @pytest.mark.parametrize(
-    "settings", [TokenizerSettings(), SMALL_TOKENIZER, replace(SMALL_TOKENIZER, attention=False), TokenizerSettings(channel_mults=(1, 1, 2, 4), code_dim=32)]
+    "settings",
+    [
+        TokenizerSettings(),
+        SMALL_TOKENIZER,
+        replace(SMALL_TOKENIZER, attention=False),
+        TokenizerSettings(channel_mults=(1, 1, 2, 4), code_dim=32),
+    ],
 )
 def test_tokenizer_parameters_equal_those_of_its_modules(settings):
     with torch.device("meta"):
@@ -108,7 +132,9 @@ def test_tokenizer_parameters_equal_those_of_its_modules(settings):
 
 
 PUBLISHED = {
-    "dvae": TokenizerSettings(kind="dvae", channels=256, channel_mults=(1, 2, 4, 8), attention=False, code_dim=128, decoder=False),
+    "dvae": TokenizerSettings(
+        kind="dvae", channels=256, channel_mults=(1, 2, 4, 8), attention=False, code_dim=128, decoder=False
+    ),
     "gumbel": TokenizerSettings(kind="gumbel", channel_mults=(1, 1, 2, 4)),
 }
 
@@ -126,7 +152,7 @@ def test_cost_of_a_published_tokenizers_encoder_is_that_of_its_modules(kind):
     assert FLOPS_PER_MAC * (cost.encoder.macs + cost.search_macs) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-# ---------------------------------------------------------------------------------------------- FLOPs
+# ----------------------------------------------------------------------------------------------- FLOPs
 
 
 def forward_and_training_flops(call) -> tuple[int, int]:
@@ -141,7 +167,8 @@ def forward_and_training_flops(call) -> tuple[int, int]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("masked", [10, 40])
 def test_flops_of_pretraining_are_those_a_counter_sees(masked, variant):
-    # Three times the forward pass counts a gradient for the picture, and one for the places of the bias, that nobody asks for; twelve blocks deep it is below one percent.
+    # Three times the forward pass counts a gradient for the picture, and one for the places of the bias, that nobody
+    # asks for; twelve blocks deep it is below one percent.
     batch, codes, settings = 2, 512, replace(SMALL, width=192, depth=12)
     module = mim_of(settings, codes, variant)
     positions = torch.arange(masked).expand(batch, -1)
@@ -164,11 +191,13 @@ def test_flops_of_the_tokenizer_are_those_a_counter_sees():
     assert cost.training_flops * 2 == pytest.approx(training, rel=0.01)
 
 
-# ---------------------------------------------------------------------------------------------- activations
+# ----------------------------------------------------------------------------------------- activations
 
 
 def bytes_allocated(call) -> int:
-    """Bytes that a call allocates and that are not freed while what it returns is held, in elements that recomputation keeps for itself too."""
+    """Bytes that a call allocates and that are not freed while what it returns is held, in elements that recomputation
+    keeps for itself too.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         held = call()
     assert held is not None
@@ -183,7 +212,8 @@ def bytes_kept(module: torch.nn.Module, call) -> int:
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no later tensor takes its address
+            # held, so that no later tensor takes its address
+            kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -194,21 +224,32 @@ def bytes_kept(module: torch.nn.Module, call) -> int:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("layer_scale, variant", [(0.1, "plain"), (0.0, "plain"), (0.1, "aggregation"), (0.1, "visible")])
+@pytest.mark.parametrize(
+    "layer_scale, variant", [(0.1, "plain"), (0.0, "plain"), (0.1, "aggregation"), (0.1, "visible")]
+)
 def test_saved_activation_bytes_are_those_autograd_keeps(precision, checkpointing, layer_scale, variant):
     batch, masked, codes = 16, 25, 512
     settings = replace(SMALL, layer_scale=layer_scale)
-    module = mim_of(settings, codes, variant, recompute=checkpointing).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    module = mim_of(settings, codes, variant, recompute=checkpointing).to(
+        torch.bfloat16 if precision == "bf16" else torch.float32
+    )
     for name, parameter in module.named_parameters():
         if name.endswith("relative_position_bias_table"):
-            parameter.requires_grad_(False)  # the CPU's fused kernel has no gradient for it
+            # the CPU's fused kernel has no gradient for it
+            parameter.requires_grad_(False)
     positions = torch.arange(masked).expand(batch, -1)
 
     def call():
         output = module(torch.randn(batch, 3, 64, 64), positions)
-        return output.logits, output.features, hard_tokens(output, SimpleNamespace(codes=torch.zeros(batch, masked, dtype=torch.long)))[0]
+        return (
+            output.logits,
+            output.features,
+            hard_tokens(output, SimpleNamespace(codes=torch.zeros(batch, masked, dtype=torch.long)))[0],
+        )
 
-    predicted = mim_activation_bytes(settings, num_codes=codes, masked=masked, checkpointing=checkpointing, precision=precision, **VARIANTS[variant])
+    predicted = mim_activation_bytes(
+        settings, num_codes=codes, masked=masked, checkpointing=checkpointing, precision=precision, **VARIANTS[variant]
+    )
     assert predicted.saved * batch == pytest.approx(bytes_kept(module, call), rel=0.02)
 
 
@@ -218,11 +259,19 @@ def test_bytes_of_blocks_under_every_checkpointing_are_those_a_profiler_sees(che
     settings, batch = replace(SMALL, layer_scale=layer_scale), 16
     tokens = settings.grid**2 + 1
     blocks = build_blocks(settings, recompute=checkpointing).train()
-    x, bias = torch.randn(batch, tokens, settings.width, requires_grad=True), torch.zeros(settings.heads, tokens, tokens)
+    x, bias = (
+        torch.randn(batch, tokens, settings.width, requires_grad=True),
+        torch.zeros(settings.heads, tokens, tokens),
+    )
     run_blocks(blocks, x, bias)
     sizes = dict(num_codes=64, masked=4, checkpointing=checkpointing, precision="fp32")
-    one_more = mim_activation_bytes(replace(settings, depth=settings.depth + 1), **sizes).saved - mim_activation_bytes(settings, **sizes).saved
-    assert one_more * batch * settings.depth == pytest.approx(bytes_allocated(lambda: run_blocks(blocks, x, bias)), rel=0.02)
+    one_more = (
+        mim_activation_bytes(replace(settings, depth=settings.depth + 1), **sizes).saved
+        - mim_activation_bytes(settings, **sizes).saved
+    )
+    assert one_more * batch * settings.depth == pytest.approx(
+        bytes_allocated(lambda: run_blocks(blocks, x, bias)), rel=0.02
+    )
 
 
 def test_saved_elements_of_the_tokenizer_are_those_autograd_keeps():
@@ -242,24 +291,38 @@ def test_checkpointing_keeps_less_and_grows_by_one_input_a_block():
     assert full.total - mim_activation_bytes(shallow, checkpointing="full", **sizes).total == 257 * 1280 * 2
 
 
-# ---------------------------------------------------------------------------------------------- reports
+# --------------------------------------------------------------------------------------------- reports
 
 
 def h_recipe() -> PretrainRecipe:
     return PretrainRecipe(
-        name="vith", model=SIZES["H/14"], mask=MaskSettings(count=98), schedule=ScheduleSettings(epochs=800, warmup_epochs=10), views=ViewSettings(count=100)
+        name="vith",
+        model=SIZES["H/14"],
+        mask=MaskSettings(count=98),
+        schedule=ScheduleSettings(epochs=800, warmup_epochs=10),
+        views=ViewSettings(count=100),
     )
 
 
 def test_the_report_of_vit_h_names_its_sizes_schedule_storage_and_the_assumed_set():
     recipe = h_recipe()
     durations = resolve_durations(recipe, IMAGENET_1K_TRAIN)
-    text = pretrain_report(recipe, num_samples=IMAGENET_1K_TRAIN, num_views=100, durations=durations, ds_config={"zero_optimization": {"stage": 3}}, assumed=True)
+    text = pretrain_report(
+        recipe,
+        num_samples=IMAGENET_1K_TRAIN,
+        num_views=100,
+        durations=durations,
+        ds_config={"zero_optimization": {"stage": 3}},
+        assumed=True,
+    )
     lines = {line[:20].strip(): line[20:] for line in text.splitlines()}
     assert "backbone 630.5 M" in lines["parameters"]
     assert "16 x 16 = 256 patches" in lines["grid"] and "98 (38.3%)" in lines["grid"]
     assert "GFLOP a picture" in lines["training"]
-    assert f"{durations.total_steps:,} steps" in lines["schedule"] and f"{durations.warmup_steps:,} steps" in lines["schedule"]
+    assert (
+        f"{durations.total_steps:,} steps" in lines["schedule"]
+        and f"{durations.warmup_steps:,} steps" in lines["schedule"]
+    )
     assert "800.00 epochs" in lines["images seen"]
     assert "51,200 B" in lines["token storage"]
     assert "assumed" in lines["set"] and "1,281,167" in lines["set"]
@@ -267,7 +330,9 @@ def test_the_report_of_vit_h_names_its_sizes_schedule_storage_and_the_assumed_se
 
 
 def report_lines(recipe: PretrainRecipe) -> dict[str, str]:
-    text = pretrain_report(recipe, num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000), ds_config={})
+    text = pretrain_report(
+        recipe, num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000), ds_config={}
+    )
     return {line[:20].strip(): line[20:] for line in text.splitlines()}
 
 
@@ -276,29 +341,44 @@ def test_the_report_says_what_a_variant_adds_and_what_it_costs_beside_the_plain_
     assert not report_lines(plain).keys() & {"encoding", "aggregation"}
     visible = load_recipe(PretrainRecipe, "peco_vith14_visible", [], environ={}).recipe
     lines = report_lines(visible)
-    full, seen = (mim_macs(visible.model, num_codes=codes, masked=192, **asked).total for asked in ({}, dict(encoding=visible.encoding)))
+    full, seen = (
+        mim_macs(visible.model, num_codes=codes, masked=192, **asked).total
+        for asked in ({}, dict(encoding=visible.encoding))
+    )
     assert "64 of 256 patches" in lines["encoding"] and f"{seen / full:.1%}" in lines["encoding"]
     assert 0.25 < seen / full < 0.35, "about a third"
     assert "decoder 25.9 M" in lines["parameters"]
     aggregating = replace(plain, aggregation=AggregationSettings(early_block=30, blocks=2))
     lines = report_lines(aggregating)
-    assert "after block 30 through 2 extra blocks" in lines["aggregation"] and "aggregation 39.4 M" in lines["parameters"]
+    assert (
+        "after block 30 through 2 extra blocks" in lines["aggregation"] and "aggregation 39.4 M" in lines["parameters"]
+    )
 
 
 def test_a_set_that_was_read_is_not_called_assumed():
     recipe = h_recipe()
-    text = pretrain_report(recipe, num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000), ds_config={})
+    text = pretrain_report(
+        recipe, num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000), ds_config={}
+    )
     assert "assumed" not in text and "5,000 pictures" in text
 
 
 def test_the_memory_table_has_aligned_rows_that_add_up_and_marks_the_chosen_stage():
     recipe = replace(h_recipe(), run=RunSettings(activation_checkpointing="full"))
-    text = pretrain_report(recipe, num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000), ds_config={"zero_optimization": {"stage": 2}})
+    text = pretrain_report(
+        recipe,
+        num_samples=5000,
+        num_views=1,
+        durations=resolve_durations(recipe, 5000),
+        ds_config={"zero_optimization": {"stage": 2}},
+    )
     head, *rows = text.splitlines()[text.splitlines().index("") + 2 :][: 1 + len(WORLD_SIZES) * len(STAGES)]
     assert {len(row) for row in rows} == {len(head)}
     columns = head.split()
     parsed = [dict(zip(columns, row.replace("*", " ").split())) for row in rows]
-    assert [(int(row["GPUs"]), int(row["ZeRO"])) for row in parsed] == [(world, stage) for world in WORLD_SIZES for stage in STAGES]
+    assert [(int(row["GPUs"]), int(row["ZeRO"])) for row in parsed] == [
+        (world, stage) for world in WORLD_SIZES for stage in STAGES
+    ]
     assert [int(row.split()[1].rstrip("*")) for row in rows if "*" in row] == [2] * len(WORLD_SIZES)
     for row in parsed:
         parts = sum(float(row[name]) for name in ("weights", "gradients", "optimiser", "buffers", "other"))
@@ -308,7 +388,9 @@ def test_the_memory_table_has_aligned_rows_that_add_up_and_marks_the_chosen_stag
 
 def test_a_world_whose_batch_does_not_divide_is_shown_and_explained():
     recipe = replace(h_recipe(), run=RunSettings(global_batch=2048, micro_batch=64))
-    text = pretrain_report(recipe, num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000), ds_config={})
+    text = pretrain_report(
+        recipe, num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000), ds_config={}
+    )
     assert "global_batch 2048 is not a multiple of micro_batch 64 x 64 or 256 GPUs" in text
 
 
@@ -324,16 +406,22 @@ def test_offloaded_bytes_have_their_own_column():
 @pytest.mark.parametrize("views", [1, 10, 100])
 def test_token_storage_is_what_a_tar_of_records_takes(topk, views):
     patches, pictures, file = 196, 64, io.BytesIO()
-    with TarWriter(file, user="peco", group="peco", mtime=0) as writer:  # a fractional time would add a header a member
+    # a fractional time would add a header a member
+    with TarWriter(file, user="peco", group="peco", mtime=0) as writer:
         for number in range(pictures):
-            record = {"__key__": f"{number:08d}", "codes.npy": np.zeros((views, patches), np.uint16), "views.npy": np.zeros((views, len(VIEW_COLUMNS)), np.float32)}
+            record = {
+                "__key__": f"{number:08d}",
+                "codes.npy": np.zeros((views, patches), np.uint16),
+                "views.npy": np.zeros((views, len(VIEW_COLUMNS)), np.float32),
+            }
             if topk:
                 record["topk_codes.npy"] = np.zeros((views, patches, topk), np.uint16)
                 record["topk_probs.npy"] = np.zeros((views, patches, topk), np.float16)
             writer.write(record)
     data, in_tar = token_bytes(views, patches, topk)
     assert data == sum(array.nbytes for array in record.values() if isinstance(array, np.ndarray))
-    assert pictures * in_tar <= file.getbuffer().nbytes <= pictures * in_tar + 2 * 10240  # a tar ends on a 10 KiB block
+    # a tar ends on a 10 KiB block
+    assert pictures * in_tar <= file.getbuffer().nbytes <= pictures * in_tar + 2 * 10240
 
 
 def test_the_tokenizers_report_names_sizes_schedule_and_memory():
@@ -357,7 +445,8 @@ def sections(path) -> set[str]:
     return set(path.read_text().splitlines())
 
 
-PROBES = [path for path in RECIPES.glob("*.yaml") if "probe:" in sections(path)]  # no training run; linear_probe.py --dry_run is tested with its weights
+# no training run; linear_probe.py --dry_run is tested with its weights
+PROBES = [path for path in RECIPES.glob("*.yaml") if "probe:" in sections(path)]
 
 
 @pytest.mark.parametrize("path", sorted(set(RECIPES.glob("*.yaml")) - set(PROBES)), ids=lambda path: path.stem)
@@ -368,10 +457,20 @@ def test_every_shipped_recipe_has_a_report(path):
         text = tokenizer_report(recipe, IMAGENET_1K_TRAIN, resolve_durations(recipe, IMAGENET_1K_TRAIN))
     elif "classifier:" in sections(path):
         recipe = load_recipe(FinetuneRecipe, path, [], environ={}).recipe
-        text = finetune_report(recipe, num_samples=IMAGENET_1K_TRAIN, num_classes=1000, durations=resolve_durations(recipe, IMAGENET_1K_TRAIN), ds_config={})
+        text = finetune_report(
+            recipe,
+            num_samples=IMAGENET_1K_TRAIN,
+            num_classes=1000,
+            durations=resolve_durations(recipe, IMAGENET_1K_TRAIN),
+            ds_config={},
+        )
     else:
         recipe = load_recipe(PretrainRecipe, path, [], environ={}).recipe
         text = pretrain_report(
-            recipe, num_samples=IMAGENET_1K_TRAIN, num_views=recipe.views.count, durations=resolve_durations(recipe, IMAGENET_1K_TRAIN), ds_config={}
+            recipe,
+            num_samples=IMAGENET_1K_TRAIN,
+            num_views=recipe.views.count,
+            durations=resolve_durations(recipe, IMAGENET_1K_TRAIN),
+            ds_config={},
         )
     assert text.startswith(recipe.name) and "parameters" in text

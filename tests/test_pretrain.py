@@ -1,4 +1,5 @@
-"""Masked pre-training through DeepSpeed on CPU: the matrix ZeRO x ranks x precision, accumulation, resume, init, conversion.
+"""Masked pre-training through DeepSpeed on CPU: the matrix ZeRO x ranks x precision, accumulation, resume, init,
+conversion.
 
 One launch of one rank and one of two run all cases; each test looks at what its cases left behind.
 """
@@ -16,8 +17,21 @@ STAGES = (0, 1, 2, 3)
 
 def case(small_sets, folder, name, *, recipe="peco_vitb16", zero=3, extra=(), statistics=False):
     config = zero if isinstance(zero, str) else str(REPOSITORY / "ds_configs" / f"zero{zero}.json")
-    arguments = ["--recipe", recipe, "--deepspeed_config", config, "--out", str(folder / name), *small_sets.overrides, *extra]
-    return {"stage": "pretrain", "arguments": arguments, "statistics": str(folder / f"{name}.statistics.json") if statistics else None}
+    arguments = [
+        "--recipe",
+        recipe,
+        "--deepspeed_config",
+        config,
+        "--out",
+        str(folder / name),
+        *small_sets.overrides,
+        *extra,
+    ]
+    return {
+        "stage": "pretrain",
+        "arguments": arguments,
+        "statistics": str(folder / f"{name}.statistics.json") if statistics else None,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +39,13 @@ def runs(small_sets, tmp_path_factory):
     """Folder of run folders `NAME_RANKS`, and the exit code of each run."""
     folder, codes = tmp_path_factory.mktemp("runs"), {}
     for ranks in (1, 2):
-        # First of its process: once a ZeRO-3 engine was made there, DeepSpeed's own linear layer stands in for torch's, and it takes any type.
+        # First of its process: once a ZeRO-3 engine was made there, DeepSpeed's own linear layer stands in for torch's,
+        # and it takes any type.
         cases = {"bf16_alone": case(small_sets, folder, f"bf16_alone_{ranks}", zero=1, extra=["run.precision=bf16"])}
-        cases |= {f"zero{stage}": case(small_sets, folder, f"zero{stage}_{ranks}", zero=stage, statistics=ranks == 2) for stage in STAGES}
+        cases |= {
+            f"zero{stage}": case(small_sets, folder, f"zero{stage}_{ranks}", zero=stage, statistics=ranks == 2)
+            for stage in STAGES
+        }
         if ranks == 1:
             cases["micro8"] = case(small_sets, folder, "micro8_1", extra=["run.micro_batch=8"])
             cases["micro2"] = case(small_sets, folder, "micro2_1", extra=["run.micro_batch=2"])
@@ -35,13 +53,22 @@ def runs(small_sets, tmp_path_factory):
         else:
             cases["bf16"] = case(small_sets, folder, "bf16_2", extra=["run.precision=bf16"])
             cases["bf16_zero1"] = case(small_sets, folder, "bf16_zero1_2", zero=1, extra=["run.precision=bf16"])
-            # the tensors of a small model all lie below the persistence threshold: at 0 every weight is gathered, used and released
+            # the tensors of a small model all lie below the persistence threshold: at 0 every weight is gathered, used
+            # and released
             config = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
             (folder / "gathered.json").write_text(json.dumps(config))
             cases["gathered"] = case(small_sets, folder, "gathered_2", zero=str(folder / "gathered.json"))
-            cases["gathered_checkpointed"] = case(small_sets, folder, "gathered_checkpointed_2", zero=str(folder / "gathered.json"), extra=["run.activation_checkpointing=full"])
-            cases["checkpointed"] = case(small_sets, folder, "checkpointed_2", extra=["run.activation_checkpointing=full"])
+            cases["gathered_checkpointed"] = case(
+                small_sets,
+                folder,
+                "gathered_checkpointed_2",
+                zero=str(folder / "gathered.json"),
+                extra=["run.activation_checkpointing=full"],
+            )
+            cases["checkpointed"] = case(
+                small_sets, folder, "checkpointed_2", extra=["run.activation_checkpointing=full"]
+            )
             stochastic = ["model.drop_path=0.3", "checkpoint.every_steps=3"]
             cases["whole"] = case(small_sets, folder, "whole_2", extra=stochastic)
             cases["half"] = case(small_sets, folder, "half_2", extra=[*stochastic, "schedule.stop_at_step=5"])
@@ -51,12 +78,20 @@ def runs(small_sets, tmp_path_factory):
             cases["rest16"] = case(small_sets, folder, "half16_2", zero=1, extra=sixteen)
             cases["whole16"] = case(small_sets, folder, "whole16_2", zero=1, extra=sixteen)
             cases["over"] = case(small_sets, folder, "over_2", extra=["schedule.stop_at_step=6"])
-            cases["over_again"] = case(small_sets, folder, "over_2", extra=["checkpoint.resume=never", "schedule.stop_at_step=2", "optim.lr=1e-4"])
+            cases["over_again"] = case(
+                small_sets,
+                folder,
+                "over_2",
+                extra=["checkpoint.resume=never", "schedule.stop_at_step=2", "optim.lr=1e-4"],
+            )
             cases["again"] = case(small_sets, folder, "half_2", extra=stochastic)
         listing = folder / f"cases_{ranks}.json"
         listing.write_text(json.dumps(list(cases.values())))
         run_stage(str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=ranks, timeout_s=900)
-        codes |= {f"{name}_{ranks}": code for name, code in zip(cases, json.loads((folder / f"cases_{ranks}.json.codes").read_text()))}
+        codes |= {
+            f"{name}_{ranks}": code
+            for name, code in zip(cases, json.loads((folder / f"cases_{ranks}.json.codes").read_text()))
+        }
     return folder, codes
 
 
@@ -88,7 +123,10 @@ def test_zero3_that_gathers_every_weight_trains_as_one_that_keeps_them(runs, nam
 
 @pytest.mark.parametrize("name", ["zero1_1", "zero2_2", "zero3_1", "zero3_2", "gathered_2"])
 def test_weights_consolidated_from_any_zero_stage_are_the_ones_that_were_trained(runs, name):
-    """ZeRO-0 saves whole modules, nothing is put together there; equal losses mean equal weights, so the others must agree with it."""
+    """ZeRO-0 saves whole modules, nothing is put together there.
+
+    Equal losses mean equal weights, so the others must agree with it.
+    """
     import torch
 
     from peco_ds.runtime.checkpoint_files import list_checkpoints
@@ -150,8 +188,11 @@ def test_initial_weights_are_depth_scaled_under_every_zero_stage(runs, zero):
     reference = json.loads((runs[0] / "zero0_2.statistics.json").read_text())
     assert found == pytest.approx(reference, rel=1e-5)
     for name in ("attn.proj", "mlp.fc2"):
-        for number in (1, 2):  # std 0.02 cut at one standard deviation is 0.0108; 48 x 48 weights say it to a few percent
-            assert found[f"backbone.blocks.{number - 1}.{name}.weight"] == pytest.approx(0.02 * 0.5396 / (2 * number) ** 0.5, rel=0.06)
+        # std 0.02 cut at one standard deviation is 0.0108; 48 x 48 weights say it to a few percent
+        for number in (1, 2):
+            assert found[f"backbone.blocks.{number - 1}.{name}.weight"] == pytest.approx(
+                0.02 * 0.5396 / (2 * number) ** 0.5, rel=0.06
+            )
 
 
 def test_the_run_folder_tells_what_ran(runs):
@@ -160,18 +201,44 @@ def test_the_run_folder_tells_what_ran(runs):
     assert settings["stage"] == "pretrain" and settings["recipe"]["model"]["depth"] == 2
     assert settings["sources"]["model.depth"] == "command line" and settings["sources"]["data.tokens"] == "command line"
     deepspeed = json.loads((folder / "deepspeed.json").read_text())
-    assert (deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"], deepspeed["gradient_accumulation_steps"]) == (8, 4, 1)
-    assert deepspeed["gradient_clipping"] == 3.0 and deepspeed["zero_optimization"]["stage"] == 3 and "optimizer" not in deepspeed
+    assert (
+        deepspeed["train_batch_size"],
+        deepspeed["train_micro_batch_size_per_gpu"],
+        deepspeed["gradient_accumulation_steps"],
+    ) == (8, 4, 1)
+    assert (
+        deepspeed["gradient_clipping"] == 3.0
+        and deepspeed["zero_optimization"]["stage"] == 3
+        and "optimizer" not in deepspeed
+    )
     provenance = json.loads((folder / "provenance.json").read_text())
-    assert len(provenance["tokenizer_fingerprint"]) == 64 and provenance["num_samples"] == 96 and "deepspeed" in provenance["versions"]
+    assert (
+        len(provenance["tokenizer_fingerprint"]) == 64
+        and provenance["num_samples"] == 96
+        and "deepspeed" in provenance["versions"]
+    )
     row = read_metrics(folder)[-1]
-    assert {"step", "images", "epoch", "loss", "accuracy", "lr", "grad_norm", "images_per_s", "step_s", "data_wait_s", "memory_gib"} <= row.keys()
+    assert {
+        "step",
+        "images",
+        "epoch",
+        "loss",
+        "accuracy",
+        "lr",
+        "grad_norm",
+        "images_per_s",
+        "step_s",
+        "data_wait_s",
+        "memory_gib",
+    } <= row.keys()
     assert list((folder / "tensorboard").iterdir())
 
 
 @pytest.mark.parametrize("name", ["zero0_1", "zero1_2", "zero2_2", "zero3_1", "zero3_2", "bf16_2", "bf16_zero1_2"])
 def test_any_zero_stage_and_number_of_ranks_converts_to_a_release_that_timm_loads(runs, name, tmp_path):
-    """convert_checkpoint itself compares features with timm's in a process that cannot import peco_ds, and exits 2 beyond 1e-5."""
+    """convert_checkpoint itself compares features with timm's in a process that cannot import peco_ds, and exits 2
+    beyond 1e-5.
+    """
     import numpy as np
     import timm
     import torch
@@ -211,17 +278,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_one_alone_refused(runs, tmp_pat
 
 
 def test_fp16_on_a_cpu_is_refused_in_one_line(small_sets, tmp_path):
-    done = run_stage("pretrain", *case(small_sets, tmp_path, "fp16", zero=1)["arguments"], "run.precision=fp16", check=False)
+    done = run_stage(
+        "pretrain", *case(small_sets, tmp_path, "fp16", zero=1)["arguments"], "run.precision=fp16", check=False
+    )
     assert done.returncode == 2 and "use bf16 or fp32" in done.stderr.splitlines()[-1]
 
 
-# ---------------------------------------------------------------------------------------------- the family
+# ------------------------------------------------------------------------------------------ the family
 
-FAMILY = {  # a recipe, and what makes it fit the small sets
+# a recipe, and what makes it fit the small sets
+FAMILY = {
     "beit_vitb16": "data.tokens=online",
     "mcbeit_vitb16": "data.tokens=tokens/soft views.topk=8 views.topk_temperature=0.2 mask.count=12",
     "beitv2_vitb16": "data.tokens=online aggregation.early_block=1",
-    "peco_vith14_visible": "data.tokens=online encoding.decoder_width=24 encoding.decoder_depth=1 encoding.decoder_heads=3 mask.count=12",
+    "peco_vith14_visible": "data.tokens=online encoding.decoder_width=24 encoding.decoder_depth=1 "
+    "encoding.decoder_heads=3 mask.count=12",
 }
 
 
@@ -237,11 +308,24 @@ def family(small_sets, tmp_path_factory):
     for recipe, overrides in FAMILY.items():
         extra = [*overrides.split(), "model.drop_path=0.3"]
         cases.append(case(small_sets, folder, f"{recipe}_whole", recipe=recipe, extra=extra))
-        cases.append(case(small_sets, folder, f"{recipe}_half", recipe=recipe, extra=[*extra, "schedule.stop_at_step=5"]))
+        cases.append(
+            case(small_sets, folder, f"{recipe}_half", recipe=recipe, extra=[*extra, "schedule.stop_at_step=5"])
+        )
         cases.append(case(small_sets, folder, f"{recipe}_half", recipe=recipe, extra=extra))
-        cases.append(case(small_sets, folder, f"{recipe}_bf16", recipe=recipe, zero=1, extra=[*extra, "run.precision=bf16"]))
+        cases.append(
+            case(small_sets, folder, f"{recipe}_bf16", recipe=recipe, zero=1, extra=[*extra, "run.precision=bf16"])
+        )
         recomputed = [*extra, "run.activation_checkpointing=full"]
-        cases.append(case(small_sets, folder, f"{recipe}_gathered", recipe=recipe, zero=str(folder / "gathered.json"), extra=recomputed))
+        cases.append(
+            case(
+                small_sets,
+                folder,
+                f"{recipe}_gathered",
+                recipe=recipe,
+                zero=str(folder / "gathered.json"),
+                extra=recomputed,
+            )
+        )
     online = [*FAMILY["mcbeit_vitb16"].split(), "data.tokens=online", "model.drop_path=0.3"]
     cases.append(case(small_sets, folder, "mcbeit_online", recipe="mcbeit_vitb16", extra=online))
     listing = folder / "cases.json"
@@ -275,18 +359,25 @@ def test_a_member_in_bf16_follows_its_curve_in_fp32(family, name):
 
 def test_soft_codes_computed_online_give_the_losses_of_stored_ones(family):
     # The tokenizer sees other batches, so a probability may fall on the other side of a rounding to 16 bits.
-    assert family_losses(family, "mcbeit_online") == pytest.approx(family_losses(family, "mcbeit_vitb16_whole"), rel=1e-4)
+    assert family_losses(family, "mcbeit_online") == pytest.approx(
+        family_losses(family, "mcbeit_vitb16_whole"), rel=1e-4
+    )
 
 
 def test_both_branches_and_the_kept_mass_are_reported(family):
     row = read_metrics(family / "beitv2_vitb16_whole")[-1]
-    assert row["loss"] == pytest.approx(row["mim_loss"] + row["aggregated_loss"], rel=1e-5) and 0 <= row["aggregated_accuracy"] <= 1
+    assert (
+        row["loss"] == pytest.approx(row["mim_loss"] + row["aggregated_loss"], rel=1e-5)
+        and 0 <= row["aggregated_accuracy"] <= 1
+    )
     # 8 of 64 codes hold at least an eighth, and less than all
     assert 0.125 <= read_metrics(family / "mcbeit_vitb16_whole")[-1]["kept_mass"] < 0.999
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_a_release_of_any_member_is_a_backbone_that_timm_loads_and_a_classifier_starts_from(family, name, tmp_path, capsys):
+def test_a_release_of_any_member_is_a_backbone_that_timm_loads_and_a_classifier_starts_from(
+    family, name, tmp_path, capsys
+):
     """What only pre-training needs is left behind, and said."""
     import timm
     import torch
@@ -298,18 +389,33 @@ def test_a_release_of_any_member_is_a_backbone_that_timm_loads_and_a_classifier_
     from peco_ds.models.classifier import build_classifier
     from peco_ds.runtime.run_weights import read_run
 
-    assert convert_checkpoint.main([str(family / f"{name}_whole"), "--to", "timm", "--out", str(tmp_path / "release")]) == 0
+    assert (
+        convert_checkpoint.main([str(family / f"{name}_whole"), "--to", "timm", "--out", str(tmp_path / "release")])
+        == 0
+    )
     assert "features in timm equal our own model's" in capsys.readouterr().out
     tensors = load_file(tmp_path / "release" / "model.safetensors")
-    assert {tensor.split(".")[0] for tensor in tensors} == {"cls_token", "patch_embed", "blocks", "norm"} and not [tensor for tensor in tensors if tensor.startswith("blocks.2")]
-    assert (tmp_path / "release" / "mim_head.safetensors").exists() == (name != "peco_vith14_visible"), "the decoder's head works on the decoder's tokens"
+    assert {tensor.split(".")[0] for tensor in tensors} == {"cls_token", "patch_embed", "blocks", "norm"} and not [
+        tensor for tensor in tensors if tensor.startswith("blocks.2")
+    ]
+    assert (tmp_path / "release" / "mim_head.safetensors").exists() == (name != "peco_vith14_visible"), (
+        "the decoder's head works on the decoder's tokens"
+    )
     card = (tmp_path / "release" / "README.md").read_text()
     left = {"beitv2_vitb16": "aggregation_blocks (", "peco_vith14_visible": "decoder ("}
     assert left.get(name, "| objective |") in card and ("left out" in card) == (name in left)
-    assert timm.create_model(f"local-dir:{tmp_path / 'release'}", pretrained=True, num_classes=10)(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+    assert timm.create_model(f"local-dir:{tmp_path / 'release'}", pretrained=True, num_classes=10)(
+        torch.randn(1, 3, 64, 64)
+    ).shape == (1, 10)
 
     weights = read_run(family / f"{name}_whole")
-    fresh = start_classifier(build_classifier(weights.model, ClassifierSettings(), 3), weights, weights.model, classes=("a", "b", "c"), head="auto")
+    fresh = start_classifier(
+        build_classifier(weights.model, ClassifierSettings(), 3),
+        weights,
+        weights.model,
+        classes=("a", "b", "c"),
+        head="auto",
+    )
     assert set(fresh) == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
 
 

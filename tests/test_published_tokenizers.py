@@ -1,4 +1,6 @@
-"""Released files read as they are: recognised, nothing in them run, and refused by name where they are something else."""
+"""Released files read as they are: recognised, nothing in them run, and refused by name where they are something
+else.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ from peco_ds.models.vqkd_tokenizer import read_vqkd
 
 def equal(found, expected) -> bool:
     settings, state = expected
-    return found.settings == settings and found.state_dict.keys() == state.keys() and all(torch.equal(found.state_dict[name], state[name]) for name in state)
+    return (
+        found.settings == settings
+        and found.state_dict.keys() == state.keys()
+        and all(torch.equal(found.state_dict[name], state[name]) for name in state)
+    )
 
 
 def with_sides(*sides: str) -> dict[str, torch.Tensor]:
@@ -62,7 +68,9 @@ def test_the_encoder_alone_is_a_tokenizer_without_decoder(dalle):
     assert equal(found, read_dvae(with_sides("encoder"))) and not found.settings.decoder
 
 
-@pytest.mark.parametrize("save", [torch.save, save_file, lambda tensors, path: torch.save({"state_dict": tensors}, path)])
+@pytest.mark.parametrize(
+    "save", [torch.save, save_file, lambda tensors, path: torch.save({"state_dict": tensors}, path)]
+)
 def test_plain_state_dicts_with_dalles_names_are_read_too(tmp_path, save):
     paths = [tmp_path / f"{side}.{'safetensors' if save is save_file else 'pth'}" for side in ("encoder", "decoder")]
     for path, side in zip(paths, ("encoder", "decoder")):
@@ -72,7 +80,9 @@ def test_plain_state_dicts_with_dalles_names_are_read_too(tmp_path, save):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(("kind", "reader"), [("vqgan", read_vqgan), ("gumbel", read_gumbel)])
-def test_lightning_checkpoints_of_taming_are_read_without_lightning_and_their_loss_is_counted_and_left_out(tmp_path, kind, reader, zipped):
+def test_lightning_checkpoints_of_taming_are_read_without_lightning_and_their_loss_is_counted_and_left_out(
+    tmp_path, kind, reader, zipped
+):
     save_lightning(tmp_path / "last.ckpt", taming_tensors(kind), _use_new_zipfile_serialization=zipped)
     found = read_published([tmp_path / "last.ckpt"])
     assert equal(found, reader(taming_tensors(kind))) and found.settings.kind == kind
@@ -82,15 +92,39 @@ def test_lightning_checkpoints_of_taming_are_read_without_lightning_and_their_lo
 
 
 def vqkd_tensors(target_width: int = 8) -> dict[str, torch.Tensor]:
-    vit = TokenizerVitSettings(image_px=16, patch_px=8, width=64, depth=1, heads=1, decoder_width=64, decoder_depth=1, decoder_heads=1, target_width=target_width)
+    vit = TokenizerVitSettings(
+        image_px=16,
+        patch_px=8,
+        width=64,
+        depth=1,
+        heads=1,
+        decoder_width=64,
+        decoder_depth=1,
+        decoder_heads=1,
+        target_width=target_width,
+    )
     return released_layout(vit, 16, 4)
 
 
-@pytest.mark.parametrize(("width", "name", "licence"), [(512, "most likely CLIP", "MIT"), (768, "most likely DINO", "Apache-2.0"), (8, "the file does not name", "unknown")])
-def test_a_vqkd_file_is_said_to_have_had_a_teacher_which_its_width_tells_as_far_as_it_can(tmp_path, width, name, licence):
+@pytest.mark.parametrize(
+    ("width", "name", "licence"),
+    [
+        (512, "most likely CLIP", "MIT"),
+        (768, "most likely DINO", "Apache-2.0"),
+        (8, "the file does not name", "unknown"),
+    ],
+)
+def test_a_vqkd_file_is_said_to_have_had_a_teacher_which_its_width_tells_as_far_as_it_can(
+    tmp_path, width, name, licence
+):
     torch.save({"model": vqkd_tensors(width)}, tmp_path / "vqkd.pth")
     facts = read_published([tmp_path / "vqkd.pth"]).facts
-    assert name in facts["judge"] and str(width) in facts["judge"] and facts["judge_licence"].startswith(licence) and facts["licence"] == "MIT"
+    assert (
+        name in facts["judge"]
+        and str(width) in facts["judge"]
+        and facts["judge_licence"].startswith(licence)
+        and facts["licence"] == "MIT"
+    )
 
 
 def test_a_vqkd_file_is_not_taken_for_a_vqgans(tmp_path):
@@ -101,7 +135,7 @@ def test_a_vqkd_file_is_not_taken_for_a_vqgans(tmp_path):
     assert read_published([tmp_path / "vqkd.pth"], "vqkd").settings == found.settings
 
 
-# ---------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------- what is refused
 
 
 class Payload:
@@ -118,7 +152,11 @@ class Payload:
 @pytest.mark.parametrize("place", ["beside the modules", "in a list", "alone"])
 def test_a_pickle_that_would_run_something_is_refused_by_name_and_nothing_runs(tmp_path, place, zipped):
     path, marker = tmp_path / "encoder.pkl", tmp_path / "ran"
-    held = {"beside the modules": dalle_tensors("encoder") | {"blocks.surprise": Payload(marker)}, "in a list": {"state_dict": [Payload(marker)]}, "alone": Payload(marker)}
+    held = {
+        "beside the modules": dalle_tensors("encoder") | {"blocks.surprise": Payload(marker)},
+        "in a list": {"state_dict": [Payload(marker)]},
+        "alone": Payload(marker),
+    }
     torch.save(held[place], path, _use_new_zipfile_serialization=zipped)
     assert "io.open" in refused(path)
     assert not marker.exists()
@@ -208,7 +246,11 @@ def test_a_tensor_by_which_a_file_is_known_is_named_where_it_is_a_number_or_empt
     for sign in LAYOUTS[kind].signs:
         for broken in (torch.tensor(1.0), torch.empty(0, 0, 0, 0)):
             torch.save({"state_dict": tensors | {sign: broken}}, tmp_path / "last.ckpt")
-            assert f"{tmp_path / 'last.ckpt'}: tensor " in (said := refused(tmp_path / "last.ckpt")) and sign in said and "shape" in said
+            assert (
+                f"{tmp_path / 'last.ckpt'}: tensor " in (said := refused(tmp_path / "last.ckpt"))
+                and sign in said
+                and "shape" in said
+            )
 
 
 def test_what_is_no_tokenizer_is_said(tmp_path):

@@ -38,14 +38,22 @@ run(main)
 
 
 def start(folder, ending: str):
-    return subprocess.run([sys.executable, "-c", RUN, str(folder), ending], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", RUN, str(folder), ending], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_news_warnings_and_tracebacks_are_in_the_log_and_stderr_shows_what_it_showed(tmp_path):
     done = start(tmp_path, "thread")
     log = (tmp_path / "logs" / "rank_00005.log").read_text()
     assert done.returncode == 0
-    for words in ("quiet news", "loud news", "UserWarning: an old option", "uncaught in thread writer", "ZeroDivisionError"):
+    for words in (
+        "quiet news",
+        "loud news",
+        "UserWarning: an old option",
+        "uncaught in thread writer",
+        "ZeroDivisionError",
+    ):
         assert words in log, words
     assert "loud news" in done.stderr and "an old option" in done.stderr and "ZeroDivisionError" in done.stderr
     assert "quiet news" not in done.stderr and "==== start" not in done.stderr
@@ -66,7 +74,11 @@ def test_the_log_grows_over_starts_and_a_line_cut_short_by_a_kill_stays_by_itsel
 
 def test_the_traceback_behind_a_line_on_stderr_is_in_the_log(tmp_path):
     bad = start(tmp_path, "bad input")
-    assert bad.returncode == 2 and "Traceback" not in bad.stderr and bad.stderr.splitlines()[-1] == "error: lr -1, must be positive; raise it"
+    assert (
+        bad.returncode == 2
+        and "Traceback" not in bad.stderr
+        and bad.stderr.splitlines()[-1] == "error: lr -1, must be positive; raise it"
+    )
     fault = start(tmp_path, "fault")
     assert fault.returncode == 1 and fault.stderr.count("Traceback") == 1
     log = (tmp_path / "logs" / "rank_00005.log").read_text()

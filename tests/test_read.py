@@ -5,10 +5,26 @@ import numpy as np
 import pytest
 import timm
 import torch
-from beit_samples import CLASSES, CODES, SMALL, classifier_shapes, drawn, feature_shapes, index_buffers, mim_shapes, same
+from beit_samples import (
+    CLASSES,
+    CODES,
+    SMALL,
+    classifier_shapes,
+    drawn,
+    feature_shapes,
+    index_buffers,
+    mim_shapes,
+    same,
+)
 from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
-from transformers import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling, BeitForSemanticSegmentation, BeitModel
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    BeitForSemanticSegmentation,
+    BeitModel,
+)
 
 from peco_ds.config import ModelSettings
 from peco_ds.convert.read import read_weights
@@ -16,7 +32,8 @@ from peco_ds.convert.verify import answers_of
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import SHARED_TABLE
 
-BASE = ModelSettings(image_px=224, patch_px=16, width=768, depth=2, heads=12, drop_path=0.0)  # full width, two of the twelve blocks
+# full width, two of the twelve blocks
+BASE = ModelSettings(image_px=224, patch_px=16, width=768, depth=2, heads=12, drop_path=0.0)
 
 
 def refused(path, **options) -> str:
@@ -31,16 +48,26 @@ def saved(tensors, path):
     return path
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------------- files
 
 
 def test_a_file_in_the_layout_of_beit_base_patch16_224_pt22k_is_read_whole(tmp_path):
     tensors = drawn(mim_shapes(BASE, codes=8192))
-    path = saved(tensors | {"rel_pos_bias.relative_position_index": torch.zeros(197, 197, dtype=torch.long)}, tmp_path / "beit_base_patch16_224_pt22k.pth")
+    path = saved(
+        tensors | {"rel_pos_bias.relative_position_index": torch.zeros(197, 197, dtype=torch.long)},
+        tmp_path / "beit_base_patch16_224_pt22k.pth",
+    )
     weights = read_weights(path)
     assert weights.kind == "mim" and weights.num_codes == 8192 and same(weights.tensors, tensors)
     found = weights.model
-    assert (found.image_px, found.patch_px, found.width, found.depth, found.heads, found.mlp_ratio) == (224, 16, 768, 2, 12, 4.0)
+    assert (found.image_px, found.patch_px, found.width, found.depth, found.heads, found.mlp_ratio) == (
+        224,
+        16,
+        768,
+        2,
+        12,
+        4.0,
+    )
     assert found.layer_scale == pytest.approx(0.1, abs=0.01)
     assert weights.mean == (0.485, 0.456, 0.406) and weights.crop == 0.875
     assert path.name in weights.source and "sha256" in weights.source
@@ -50,7 +77,12 @@ def test_a_beit_v2_file_is_read_without_its_class_token_branch_and_says_so(tmp_p
     tensors = drawn(mim_shapes(SMALL))
     blocks = {name.removeprefix("blocks."): tensor for name, tensor in tensors.items() if name.startswith("blocks.0.")}
     branch = {f"cls_pt_layers.{name}": tensor for name, tensor in blocks.items()}
-    branch |= {"cls_pt_norm.weight": torch.ones(96), "cls_pt_norm.bias": torch.zeros(96), "cls_pt_lm_head.weight": torch.zeros(CODES, 96), "cls_pt_lm_head.bias": torch.zeros(CODES)}
+    branch |= {
+        "cls_pt_norm.weight": torch.ones(96),
+        "cls_pt_norm.bias": torch.zeros(96),
+        "cls_pt_lm_head.weight": torch.zeros(CODES, 96),
+        "cls_pt_lm_head.bias": torch.zeros(CODES),
+    }
     with caplog.at_level(logging.INFO, "peco_ds"):
         weights = read_weights(saved(tensors | branch, tmp_path / "beitv2.pth"))
     assert same(weights.tensors, tensors)
@@ -60,12 +92,21 @@ def test_a_beit_v2_file_is_read_without_its_class_token_branch_and_says_so(tmp_p
 def test_a_fine_tuned_file_of_unilm_is_a_classifier_with_its_buffers_left_out(tmp_path):
     tensors = drawn(classifier_shapes(SMALL))
     weights = read_weights(saved(tensors | index_buffers(tensors, SMALL), tmp_path / "fine_tuned.pth"))
-    assert weights.kind == "classifier" and weights.num_classes == CLASSES and weights.pooling == "mean" and same(weights.tensors, tensors)
+    assert (
+        weights.kind == "classifier"
+        and weights.num_classes == CLASSES
+        and weights.pooling == "mean"
+        and same(weights.tensors, tensors)
+    )
     class_token = drawn(classifier_shapes(SMALL, norm="norm"))
     assert read_weights(saved(class_token, tmp_path / "class_token.pth")).pooling == "class"
 
 
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"module": state, "global_steps": 3}, lambda state: {"state_dict": state}], ids=["bare", "deepspeed", "timm"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda state: state, lambda state: {"module": state, "global_steps": 3}, lambda state: {"state_dict": state}],
+    ids=["bare", "deepspeed", "timm"],
+)
 def test_the_containers_of_training_scripts_are_opened(tmp_path, wrap):
     tensors = drawn(mim_shapes(SMALL))
     torch.save(wrap(tensors), tmp_path / "w.pth")
@@ -77,7 +118,9 @@ def test_the_containers_of_training_scripts_are_opened(tmp_path, wrap):
 def test_the_moving_average_of_a_file_is_taken_unless_the_raw_weights_are_asked_for(tmp_path):
     raw, average = drawn(classifier_shapes(SMALL), 0), drawn(classifier_shapes(SMALL), 1)
     torch.save({"model": raw, "model_ema": average}, tmp_path / "both.pth")
-    assert same(read_weights(tmp_path / "both.pth").tensors, average) and same(read_weights(tmp_path / "both.pth", average="ema").tensors, average)
+    assert same(read_weights(tmp_path / "both.pth").tensors, average) and same(
+        read_weights(tmp_path / "both.pth", average="ema").tensors, average
+    )
     assert same(read_weights(tmp_path / "both.pth", average="raw").tensors, raw)
     assert "moving average" in read_weights(tmp_path / "both.pth").source
     assert "holds no moving average" in refused(saved(raw, tmp_path / "raw.pth"), average="ema")
@@ -91,7 +134,11 @@ def test_from_384_px_on_the_whole_central_square_is_seen(tmp_path):
 
 def test_the_statistics_can_be_told(tmp_path):
     path = saved(drawn(classifier_shapes(SMALL)), tmp_path / "w.pth")
-    assert read_weights(path).mean == (0.485, 0.456, 0.406) and read_weights(path, statistics="half").std == (0.5, 0.5, 0.5)
+    assert read_weights(path).mean == (0.485, 0.456, 0.406) and read_weights(path, statistics="half").std == (
+        0.5,
+        0.5,
+        0.5,
+    )
 
 
 def test_half_precision_stays_half_precision(tmp_path):
@@ -104,25 +151,34 @@ def test_a_classifier_with_one_table_for_all_blocks_gets_a_copy_in_every_block(t
     table = tensors["blocks.0.attn.relative_position_bias_table"]
     shared = {name: tensor for name, tensor in tensors.items() if not name.endswith("table")} | {SHARED_TABLE: table}
     weights = read_weights(saved(shared, tmp_path / "w.pth"))
-    assert all(torch.equal(weights.tensors[f"blocks.{block}.attn.relative_position_bias_table"], table) for block in range(SMALL.depth))
+    assert all(
+        torch.equal(weights.tensors[f"blocks.{block}.attn.relative_position_bias_table"], table)
+        for block in range(SMALL.depth)
+    )
     assert "copied into every block" in weights.facts["bias tables"]
 
 
-# ---------------------------------------------------------------------------------------------- refusals
+# -------------------------------------------------------------------------------------------- refusals
 
 
 def pt1k_800ep():
     """beit_base_patch16_224_pt1k_800ep.pth: absolute embeddings, no relative bias, no layer scale."""
-    return {name: tensor for name, tensor in drawn(mim_shapes(SMALL)).items() if "gamma" not in name and "table" not in name} | {"pos_embed": torch.zeros(1, 17, 96)}
+    return {
+        name: tensor for name, tensor in drawn(mim_shapes(SMALL)).items() if "gamma" not in name and "table" not in name
+    } | {"pos_embed": torch.zeros(1, 17, 96)}
 
 
 def without(*parts):
-    return {name: tensor for name, tensor in drawn(mim_shapes(SMALL)).items() if not any(part in name for part in parts)}
+    return {
+        name: tensor for name, tensor in drawn(mim_shapes(SMALL)).items() if not any(part in name for part in parts)
+    }
 
 
 REFUSALS = {
     "absolute position embedding (pos_embed) and no relative position bias": pt1k_800ep,
-    "a plain ViT (blocks.0.attn.qkv.bias)": lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1).state_dict(),
+    "a plain ViT (blocks.0.attn.qkv.bias)": lambda: timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, depth=1
+    ).state_dict(),
     "holds no BEiT": lambda: {"conv1.weight": torch.zeros(8, 3, 7, 7)},
     "no layer scale (blocks.0.gamma_1)": lambda: without("gamma"),
     "no relative position bias": lambda: without("table"),
@@ -130,13 +186,21 @@ REFUSALS = {
     "tensor blocks.1.gamma_1 is missing": lambda: without("blocks.1."),
     "tensor mask_token is missing": lambda: without("mask_token"),
     "tensor lm_head.weight is missing": lambda: without("lm_head"),
-    "tensor rel_pos_bias.relative_position_bias_table is missing": lambda: without("rel_pos_bias") | drawn(feature_shapes(SMALL)),
-    "tensor blocks.2.attn.relative_position_bias_table has shape (732, 3)": lambda: drawn(feature_shapes(SMALL)) | {"blocks.2.attn.relative_position_bias_table": torch.zeros(732, 3)},
+    "tensor rel_pos_bias.relative_position_bias_table is missing": lambda: (
+        without("rel_pos_bias") | drawn(feature_shapes(SMALL))
+    ),
+    "tensor blocks.2.attn.relative_position_bias_table has shape (732, 3)": lambda: (
+        drawn(feature_shapes(SMALL)) | {"blocks.2.attn.relative_position_bias_table": torch.zeros(732, 3)}
+    ),
     "tensor decoder.weight has no place": lambda: drawn(mim_shapes(SMALL)) | {"decoder.weight": torch.zeros(2)},
-    "tensor head.weight has no place in a BEiT (mim)": lambda: drawn(mim_shapes(SMALL)) | {"head.weight": torch.zeros(2, 96)},
+    "tensor head.weight has no place in a BEiT (mim)": lambda: (
+        drawn(mim_shapes(SMALL)) | {"head.weight": torch.zeros(2, 96)}
+    ),
     "no square grid": lambda: drawn(mim_shapes(SMALL)) | {SHARED_TABLE: torch.zeros(100, 3)},
     "not a multiple of the 5 heads": lambda: drawn(mim_shapes(SMALL)) | {SHARED_TABLE: torch.zeros(52, 5)},
-    "tensor patch_embed.proj.weight has shape (96, 1, 16, 16)": lambda: drawn(mim_shapes(SMALL)) | {"patch_embed.proj.weight": torch.zeros(96, 1, 16, 16)},
+    "tensor patch_embed.proj.weight has shape (96, 1, 16, 16)": lambda: (
+        drawn(mim_shapes(SMALL)) | {"patch_embed.proj.weight": torch.zeros(96, 1, 16, 16)}
+    ),
 }
 
 
@@ -166,7 +230,7 @@ def test_a_run_is_handed_to_its_reader_and_refused_where_there_is_none(tmp_path)
     assert read_weights(tmp_path, average="raw", read_run=lambda path, average: (path, average)) == (tmp_path, "raw")
 
 
-# ---------------------------------------------------------------------------------------------- timm
+# ------------------------------------------------------------------------------------------------ timm
 
 
 def timm_folder(folder, model, **options):
@@ -174,14 +238,21 @@ def timm_folder(folder, model, **options):
     return folder
 
 
-@pytest.mark.parametrize("name, mean", [("beit_base_patch16_224", (0.5, 0.5, 0.5)), ("beitv2_base_patch16_224", (0.485, 0.456, 0.406))])
+@pytest.mark.parametrize(
+    "name, mean", [("beit_base_patch16_224", (0.5, 0.5, 0.5)), ("beitv2_base_patch16_224", (0.485, 0.456, 0.406))]
+)
 def test_a_folder_that_timm_wrote_gives_its_logits_and_its_own_statistics(tmp_path, name, mean):
     torch.manual_seed(0)
     sizes = dict(img_size=64, embed_dim=96, depth=2, num_heads=3, num_classes=4)
     model = timm.create_model(name, **sizes).eval()
     torch.nn.init.normal_(model.head.weight)
     weights = read_weights(timm_folder(tmp_path, model, label_names=["ant", "bee", "cat", "dog"]))
-    assert weights.kind == "classifier" and weights.classes == ("ant", "bee", "cat", "dog") and weights.mean == mean and weights.crop == 0.9
+    assert (
+        weights.kind == "classifier"
+        and weights.classes == ("ant", "bee", "cat", "dog")
+        and weights.mean == mean
+        and weights.crop == 0.9
+    )
     answers = answers_of(weights)
     with torch.no_grad():
         np.testing.assert_allclose(answers.values["logits"], model(answers.images_norm).numpy(), rtol=0, atol=1e-5)
@@ -193,12 +264,19 @@ def test_a_folder_with_a_pickled_file_and_mean_pooled_features_is_read(tmp_path)
     assert weights.kind == "features" and weights.pooling == "mean" and same(weights.tensors, dict(model.state_dict()))
 
 
-# ---------------------------------------------------------------------------------------------- Hugging Face
+# ---------------------------------------------------------------------------------------- Hugging Face
 
 
 HF = dict(
-    hidden_size=96, num_hidden_layers=2, num_attention_heads=3, intermediate_size=384, image_size=64, patch_size=16, layer_norm_eps=1e-6, vocab_size=CODES
-)  # fmt: skip
+    hidden_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=384,
+    image_size=64,
+    patch_size=16,
+    layer_norm_eps=1e-6,
+    vocab_size=CODES,
+)
 
 
 def hf_folder(folder, architecture, seed=0, **options):
@@ -227,11 +305,30 @@ def test_a_masked_image_model_that_transformers_wrote_gives_its_token_logits(tmp
 @pytest.mark.parametrize("mean_pooling", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_classifier_that_transformers_wrote_gives_its_logits_under_every_flag(tmp_path, mean_pooling, shared):
-    flags = dict(use_mean_pooling=mean_pooling, use_shared_relative_position_bias=shared, use_relative_position_bias=not shared, use_mask_token=shared)
+    flags = dict(
+        use_mean_pooling=mean_pooling,
+        use_shared_relative_position_bias=shared,
+        use_relative_position_bias=not shared,
+        use_mask_token=shared,
+    )
     model = hf_folder(tmp_path, BeitForImageClassification, **flags, id2label={0: "ant", 1: "bee", 2: "cat"})
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 73, "crop_size": {"height": 64, "width": 64}, "do_center_crop": True}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3,
+                "size": 73,
+                "crop_size": {"height": 64, "width": 64},
+                "do_center_crop": True,
+            }
+        )
+    )
     weights = read_weights(tmp_path)
-    assert weights.kind == "classifier" and weights.classes == ("ant", "bee", "cat") and weights.pooling == ("mean" if mean_pooling else "class")
+    assert (
+        weights.kind == "classifier"
+        and weights.classes == ("ant", "bee", "cat")
+        and weights.pooling == ("mean" if mean_pooling else "class")
+    )
     assert weights.mean == (0.5, 0.5, 0.5) and weights.crop == pytest.approx(64 / 73)
     answers = answers_of(weights)
     with torch.no_grad():
@@ -239,7 +336,10 @@ def test_a_classifier_that_transformers_wrote_gives_its_logits_under_every_flag(
     np.testing.assert_allclose(answers.values["logits"], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("flags", [dict(use_mean_pooling=False, use_relative_position_bias=True), dict(use_relative_position_bias=True), MIM_FLAGS])
+@pytest.mark.parametrize(
+    "flags",
+    [dict(use_mean_pooling=False, use_relative_position_bias=True), dict(use_relative_position_bias=True), MIM_FLAGS],
+)
 def test_a_bare_backbone_that_transformers_wrote_gives_its_hidden_states(tmp_path, flags):
     model = hf_folder(tmp_path, BeitModel, **flags)
     weights = read_weights(tmp_path)
@@ -247,7 +347,10 @@ def test_a_bare_backbone_that_transformers_wrote_gives_its_hidden_states(tmp_pat
     answers = answers_of(weights)
     with torch.no_grad():
         out = model(answers.images_norm)
-    for found, expected in ((answers.values["tokens"], out.last_hidden_state.numpy()), (answers.values["pooled"], out.pooler_output.numpy())):
+    for found, expected in (
+        (answers.values["tokens"], out.last_hidden_state.numpy()),
+        (answers.values["pooled"], out.pooler_output.numpy()),
+    ):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
@@ -266,13 +369,33 @@ def test_an_eps_that_is_not_beits_is_warned_of(tmp_path, caplog):
 @pytest.mark.parametrize(
     "architecture, flags, words",
     [
-        (BeitForSemanticSegmentation, dict(use_relative_position_bias=True, num_hidden_layers=4, out_indices=[1, 2, 3, 4]), "a segmentation model"),
-        (BeitForMaskedImageModeling, dict(use_mask_token=True, use_relative_position_bias=True), "rel_pos_bias.relative_position_bias_table is missing"),
+        (
+            BeitForSemanticSegmentation,
+            dict(use_relative_position_bias=True, num_hidden_layers=4, out_indices=[1, 2, 3, 4]),
+            "a segmentation model",
+        ),
+        (
+            BeitForMaskedImageModeling,
+            dict(use_mask_token=True, use_relative_position_bias=True),
+            "rel_pos_bias.relative_position_bias_table is missing",
+        ),
         (BeitForMaskedImageModeling, dict(**MIM_FLAGS, use_mean_pooling=False), "beit.layernorm.bias has no place"),
         (BeitForMaskedImageModeling, dict(use_shared_relative_position_bias=True), "mask_token is missing"),
-        (BeitForImageClassification, dict(use_relative_position_bias=True, use_absolute_position_embeddings=True), "absolute position embedding"),
-        (BeitForImageClassification, dict(use_relative_position_bias=True, use_shared_relative_position_bias=True), "has no place"),
-        (BeitForImageClassification, dict(use_relative_position_bias=True, layer_scale_init_value=0.0), "no layer scale"),
+        (
+            BeitForImageClassification,
+            dict(use_relative_position_bias=True, use_absolute_position_embeddings=True),
+            "absolute position embedding",
+        ),
+        (
+            BeitForImageClassification,
+            dict(use_relative_position_bias=True, use_shared_relative_position_bias=True),
+            "has no place",
+        ),
+        (
+            BeitForImageClassification,
+            dict(use_relative_position_bias=True, layer_scale_init_value=0.0),
+            "no layer scale",
+        ),
         (BeitForImageClassification, dict(use_relative_position_bias=True, hidden_act="relu"), "hidden_act relu"),
     ],
 )

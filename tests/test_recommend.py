@@ -43,7 +43,9 @@ def test_settings_that_are_as_quick_are_left_as_the_recipe_has_them():
 
 def test_the_reason_gives_the_step_of_the_other_settings():
     reason = recommend(PRETRAINING, H100, 64, JSON["zero3.json"]).reason
-    assert all(word in reason for word in ("ZeRO-1", "ZeRO-2", "checkpointing selective", "checkpointing full", "GiB free"))
+    assert all(
+        word in reason for word in ("ZeRO-1", "ZeRO-2", "checkpointing selective", "checkpointing full", "GiB free")
+    )
 
 
 def test_settings_that_overfill_the_host_are_not_recommended():

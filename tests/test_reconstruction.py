@@ -4,7 +4,15 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from peco_ds.evaluation.reconstruction import CodeSums, CosineSums, RoundTripSums, comparison_grid, held_out_quality, quality_line, to_u8
+from peco_ds.evaluation.reconstruction import (
+    CodeSums,
+    CosineSums,
+    RoundTripSums,
+    comparison_grid,
+    held_out_quality,
+    quality_line,
+    to_u8,
+)
 
 
 class Rounded:
@@ -13,7 +21,8 @@ class Rounded:
     def __init__(self, images_11):
         self.reconstruction = ((images_11 + 1) * 3.5).round() / 3.5 - 1
         self.codes = (torch.arange(4) % 5).repeat(len(images_11), 1)
-        self.features = self.reconstruction.flatten(2).transpose(1, 2)[:, ::16]  # as if a teacher's: colours of every 16th pixel
+        # as if a teacher's: colours of every 16th pixel
+        self.features = self.reconstruction.flatten(2).transpose(1, 2)[:, ::16]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,16 @@ def measure(pictures, *, world_size=1, batch=3, sums=lambda: RoundTripSums(6, to
             calls.append(tensor.clone())
             return tensor if rank + 1 < world_size else sum((other[len(calls) - 1] for other in handed), tensor)
 
-        found = held_out_quality(Rounded, pictures, sums(), batch=batch, rank=rank, world_size=world_size, device=torch.device("cpu"), all_reduce=all_reduce)
+        found = held_out_quality(
+            Rounded,
+            pictures,
+            sums(),
+            batch=batch,
+            rank=rank,
+            world_size=world_size,
+            device=torch.device("cpu"),
+            all_reduce=all_reduce,
+        )
         handed.append(calls)
     return found
 
@@ -42,7 +60,8 @@ def test_psnr_and_ssim_are_scikit_images(pictures):
     restored = ((Rounded(pictures.float() / 127.5 - 1).reconstruction + 1) / 2).numpy()
     originals = (pictures.float() / 255).numpy()
     psnr = np.mean([peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(originals, restored)])
-    # scikit-image leaves out the rim of half a window; mirrored outwards by as much, what it leaves out is not the picture's
+    # scikit-image leaves out the rim of half a window; mirrored outwards by as much, what it leaves out is not the
+    # picture's
     padded = [np.pad(images, ((0, 0), (0, 0), (5, 5), (5, 5)), mode="reflect") for images in (originals, restored)]
     arguments = dict(data_range=1.0, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     ssim = np.mean([structural_similarity(a, b, **arguments) for a, b in zip(*padded)])
@@ -62,10 +81,21 @@ def colours(images_01):
 
 @pytest.mark.parametrize("world_size, batch", [(1, 3), (3, 1), (4, 2)])
 def test_the_cosine_to_a_teacher_is_averaged_over_patches_and_pictures(pictures, world_size, batch):
-    found = measure(pictures, world_size=world_size, batch=batch, sums=lambda: CosineSums(6, torch.device("cpu"), colours))
-    mine, target = Rounded(pictures.float() / 127.5 - 1).features.double().numpy(), colours(pictures.double() / 255).numpy()
-    cosines = (mine * target).sum(-1) / np.maximum(np.linalg.norm(mine, axis=-1) * np.linalg.norm(target, axis=-1), 1e-8)
-    assert found == {"cosine": pytest.approx(cosines.mean(), abs=1e-5), "codes_used": 4, "perplexity": pytest.approx(4.0)}
+    found = measure(
+        pictures, world_size=world_size, batch=batch, sums=lambda: CosineSums(6, torch.device("cpu"), colours)
+    )
+    mine, target = (
+        Rounded(pictures.float() / 127.5 - 1).features.double().numpy(),
+        colours(pictures.double() / 255).numpy(),
+    )
+    cosines = (mine * target).sum(-1) / np.maximum(
+        np.linalg.norm(mine, axis=-1) * np.linalg.norm(target, axis=-1), 1e-8
+    )
+    assert found == {
+        "cosine": pytest.approx(cosines.mean(), abs=1e-5),
+        "codes_used": 4,
+        "perplexity": pytest.approx(4.0),
+    }
     assert 0.5 < found["cosine"] < 1
 
 
@@ -74,13 +104,18 @@ def test_without_pictures_or_teacher_the_codes_are_measured_and_said(pictures):
     assert found == {"codes_used": 4, "perplexity": pytest.approx(4.0)}
     assert quality_line(found, 6) == "4 of 6 codes, perplexity 4.0"
     assert quality_line({"cosine": 0.51234, **found}, 6) == "cosine to the teacher 0.512, 4 of 6 codes, perplexity 4.0"
-    assert quality_line({"psnr": 20.123, "ssim": 0.5, "lpips": 0.25, **found}, 6) == "PSNR 20.12 dB, SSIM 0.500, LPIPS 0.250, 4 of 6 codes, perplexity 4.0"
+    assert (
+        quality_line({"psnr": 20.123, "ssim": 0.5, "lpips": 0.25, **found}, 6)
+        == "PSNR 20.12 dB, SSIM 0.500, LPIPS 0.250, 4 of 6 codes, perplexity 4.0"
+    )
 
 
 def test_a_grid_holds_every_picture_in_its_place(pictures):
     grid = comparison_grid([pictures[:3], 255 - pictures[:3]])
     assert grid.shape == (3, 3 * 72, 2 * 72)
-    assert torch.equal(grid[:, 72 + 4 : 72 + 68, 4:68], pictures[1]) and torch.equal(grid[:, 4:68, 76:140], 255 - pictures[0])
+    assert torch.equal(grid[:, 72 + 4 : 72 + 68, 4:68], pictures[1]) and torch.equal(
+        grid[:, 4:68, 76:140], 255 - pictures[0]
+    )
 
 
 def test_pictures_survive_the_way_to_the_tokenizers_range_and_back(pictures):

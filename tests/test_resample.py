@@ -13,7 +13,8 @@ from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import BeitWeights
 from peco_ds.models.vit import timm_arguments
 
-SIZES = [(14, 24), (16, 32), (24, 14)]  # B/16 224 to 384: 27 to 47 wide; H/14 224 to 448: 31 to 63; and back
+# B/16 224 to 384: 27 to 47 wide; H/14 224 to 448: 31 to 63; and back
+SIZES = [(14, 24), (16, 32), (24, 14)]
 
 
 def random_table(grid: int, heads: int = 3) -> torch.Tensor:
@@ -78,7 +79,9 @@ def test_the_same_grid_changes_nothing_and_a_half_precision_table_stays_one():
 
 
 def test_a_table_for_no_square_grid_is_refused():
-    assert grid_of(random_table(14)) == 14 and grid_of(torch.zeros(100, 3)) is None and grid_of(torch.zeros(2, 3)) is None
+    assert (
+        grid_of(random_table(14)) == 14 and grid_of(torch.zeros(100, 3)) is None and grid_of(torch.zeros(2, 3)) is None
+    )
     assert grid_of(torch.zeros(36 + 3, 3)) is None, "(2 g - 1)^2 is odd"
     with pytest.raises(UserError, match="100 rows"):
         resize_bias_table(torch.zeros(100, 3), 14)
@@ -88,7 +91,10 @@ def test_vit_h_at_448_with_the_resized_table_equals_timms_beit_through_its_own_f
     small = ModelSettings(image_px=224, patch_px=14, width=1280, depth=2, heads=16, drop_path=0.0)
     weights = BeitWeights("classifier", small, drawn(classifier_shapes(small)), "drawn")
     large = ModelSettings(image_px=448, patch_px=14, width=1280, depth=2, heads=16, drop_path=0.0)
-    resized = {name: resize_bias_table(tensor, 32) if name.endswith("table") else tensor for name, tensor in weights.tensors.items()}
+    resized = {
+        name: resize_bias_table(tensor, 32) if name.endswith("table") else tensor
+        for name, tensor in weights.tensors.items()
+    }
     theirs = Beit(**timm_arguments(large, shared_bias=False, num_classes=weights.num_classes, pooling="mean")).eval()
     theirs.load_state_dict(checkpoint_filter_fn({"model": resized}, theirs))
     images = torch.randn(1, 3, 448, 448, generator=torch.Generator().manual_seed(0))

@@ -41,14 +41,37 @@ def run_folder(tmp_path) -> Path:
     """A pre-training that was killed once and now runs: 120 of 400 steps, a row a minute."""
     run = tmp_path / "runs" / "vit"
     run.mkdir(parents=True)
-    (run / "settings.yaml").write_text(yaml.safe_dump({"stage": "pretrain", "recipe": {"name": "peco_vith14"}, "sources": {}}))
-    machine = {"ranks": 64, "zero_stage": 3, "host": "node7", "total_steps": 400, "stop_step": 400, "slurm_job": "981", "commit": "0123456789abcdef"}
+    (run / "settings.yaml").write_text(
+        yaml.safe_dump({"stage": "pretrain", "recipe": {"name": "peco_vith14"}, "sources": {}})
+    )
+    machine = {
+        "ranks": 64,
+        "zero_stage": 3,
+        "host": "node7",
+        "total_steps": 400,
+        "stop_step": 400,
+        "slurm_job": "981",
+        "commit": "0123456789abcdef",
+    }
     for number, began in ((1, NOW - 2000), (2, NOW - 630)):
-        append(run / "starts.jsonl", {"event": "start", "start": number, "time": began, "startup_s": 30.0, "step": 0, **machine})
+        append(
+            run / "starts.jsonl",
+            {"event": "start", "start": number, "time": began, "startup_s": 30.0, "step": 0, **machine},
+        )
     for number in range(1, 7):
         start, second = (1, NOW - 2000 + 60 * number) if number < 3 else (2, NOW - 630 + 30 + 60 * (number - 2))
-        row = {"step": 20 * number, "loss": 7 - number / 10, "accuracy": 0.03, "images_per_s": 6144.0, "step_s": 3.0, "data_wait_s": 0.3, "skipped_steps": 2}
-        append(run / "metrics.jsonl", row | {"bad_pictures": 5, "time": second, "start": start, "up_s": 30 + 60 * number})
+        row = {
+            "step": 20 * number,
+            "loss": 7 - number / 10,
+            "accuracy": 0.03,
+            "images_per_s": 6144.0,
+            "step_s": 3.0,
+            "data_wait_s": 0.3,
+            "skipped_steps": 2,
+        }
+        append(
+            run / "metrics.jsonl", row | {"bad_pictures": 5, "time": second, "start": start, "up_s": 30 + 60 * number}
+        )
     for step in (60, 100):
         checkpoint(run, step)
     return run
@@ -58,7 +81,10 @@ def test_a_running_run_shows_step_measures_speed_time_to_go_checkpoints_and_good
     text = "\n".join(run_lines(run_folder, now=NOW - 350))
     assert "pretrain, recipe peco_vith14, 64 ranks, ZeRO-3, on node7, commit 0123456789ab" in text
     assert "step 120 of 400 (30.0 %), loss 6.4, accuracy 0.03, 6144.0 images/s, 0:14:00 to go" in text
-    assert "running: last heard of 0:00:10 ago (a row every 60.0 s); 2 starts, Slurm job 981; the one before was killed" in text
+    assert (
+        "running: last heard of 0:00:10 ago (a row every 60.0 s); 2 starts, Slurm job 981; the one before was killed"
+        in text
+    )
     assert "checkpoint step_00000100: 1.0 MiB, whole by its sizes" in text
     assert "2 steps skipped, 5 bad pictures" in text
     assert "goodput " in text and "note:" not in text
@@ -69,7 +95,8 @@ def test_a_run_that_went_silent_is_called_stale(run_folder):
 
 
 def test_a_run_that_lately_made_a_long_evaluation_is_given_the_time_of_another(run_folder):
-    append(run_folder / "metrics.jsonl", {"step": 140, "step_s": 3.0, "time": NOW, "start": 2, "up_s": 700.0})  # six minutes after the row before
+    # six minutes after the row before
+    append(run_folder / "metrics.jsonl", {"step": 140, "step_s": 3.0, "time": NOW, "start": 2, "up_s": 700.0})
     assert "running" in "\n".join(run_lines(run_folder, now=NOW + 1000))
     assert "STALE" in "\n".join(run_lines(run_folder, now=NOW + 1200))
 
@@ -101,7 +128,9 @@ def test_a_damaged_checkpoint_is_said_and_a_flipped_byte_when_hashes_are_compare
     assert "step_00000060: 1.0 MiB, DAMAGED (weights.pt has changed since it was written)" in verified
     assert "step_00000100: 1.0 MiB, whole, hashes compared" in verified
     weights.write_bytes(whole[:-1])
-    assert f"DAMAGED (weights.pt has {2**20 - 1} bytes, {2**20} were written)" in "\n".join(run_lines(run_folder, now=NOW))
+    assert f"DAMAGED (weights.pt has {2**20 - 1} bytes, {2**20} were written)" in "\n".join(
+        run_lines(run_folder, now=NOW)
+    )
     weights.unlink()
     assert "DAMAGED (weights.pt is missing)" in "\n".join(run_lines(run_folder, now=NOW))
 
@@ -117,17 +146,40 @@ def test_older_unfinished_and_set_aside_checkpoints_are_counted(run_folder):
 
 
 def test_what_a_start_took_its_time_for_is_said_by_phase(run_folder):
-    started = {"event": "start", "start": 3, "time": NOW, "startup_s": 61.0, "phases_s": {"imports": 9.5, "checkpoint": 0.01, "model": 51.0}}
+    started = {
+        "event": "start",
+        "start": 3,
+        "time": NOW,
+        "startup_s": 61.0,
+        "phases_s": {"imports": 9.5, "checkpoint": 0.01, "model": 51.0},
+    }
     append(run_folder / "starts.jsonl", started)
     assert "start-up 61.0 s (imports 9.5 s, model 51.0 s)" in run_lines(run_folder, now=NOW + 70)
-    append(run_folder / "starts.jsonl", {"event": "first_step", "start": 3, "up_s": 70.0, "batch_s": 1.5, "step_s": 7.5})
-    assert "start-up 61.0 s (imports 9.5 s, model 51.0 s); first batch 1.5 s, first step 7.5 s" in run_lines(run_folder, now=NOW + 70)
+    append(
+        run_folder / "starts.jsonl", {"event": "first_step", "start": 3, "up_s": 70.0, "batch_s": 1.5, "step_s": 7.5}
+    )
+    assert "start-up 61.0 s (imports 9.5 s, model 51.0 s); first batch 1.5 s, first step 7.5 s" in run_lines(
+        run_folder, now=NOW + 70
+    )
 
 
-JUNK = [b"", b"\xff\x00\xfe", b"[1, 2", b"[" * 50_000, b"{}", b"null", b'{"step": {}, "files": 3, "recipe": 7, "shards": 1}', b'{"event": "start", "start": []}\n', b"!!python/object:os.system x"]
+JUNK = [
+    b"",
+    b"\xff\x00\xfe",
+    b"[1, 2",
+    b"[" * 50_000,
+    b"{}",
+    b"null",
+    b'{"step": {}, "files": 3, "recipe": 7, "shards": 1}',
+    b'{"event": "start", "start": []}\n',
+    b"!!python/object:os.system x",
+]
 
 
-@pytest.mark.parametrize("name", ["settings.yaml", "metrics.jsonl", "starts.jsonl", "evaluation.jsonl", "checkpoints/step_00000100/manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["settings.yaml", "metrics.jsonl", "starts.jsonl", "evaluation.jsonl", "checkpoints/step_00000100/manifest.json"],
+)
 def test_a_damaged_file_never_ends_in_a_traceback_and_the_rest_is_still_told(run_folder, name):
     path = run_folder / name
     whole = path.read_bytes() if path.exists() else b'{"step": 100, "top1": 50.0}\n'
@@ -145,7 +197,9 @@ def test_damage_is_said(run_folder):
         file.write('{"step": 140, "lo')
     (run_folder / "settings.yaml").write_text("stage: [")
     text = "\n".join(run_lines(run_folder, now=NOW))
-    assert "note: the last line of metrics.jsonl is half written" in text and "note: settings.yaml is not readable" in text
+    assert (
+        "note: the last line of metrics.jsonl is half written" in text and "note: settings.yaml is not readable" in text
+    )
     assert "step 120 of 400" in text
 
 
@@ -154,7 +208,9 @@ def token_set(folder: Path, done: int, of: int | None) -> Path:
     for number in range(done):
         tar = folder / f"train-{number:06d}.tar"
         tar.write_bytes(bytes(1000))
-        part = {"made_from": "x", "unreadable": number, "shard": {"name": tar.name, "samples": 24, "bytes": 1000}} | ({"of": of} if of else {})
+        part = {"made_from": "x", "unreadable": number, "shard": {"name": tar.name, "samples": 24, "bytes": 1000}} | (
+            {"of": of} if of else {}
+        )
         (folder / ".parts" / f"{tar.stem}.json").write_text(json.dumps(part))
     return folder
 
@@ -165,13 +221,18 @@ def test_a_token_set_in_the_making_shows_how_many_shards_are_done(tmp_path):
     (folder / "train-000001.tar").write_bytes(b"")
     (folder / ".parts" / "train-000002.json").write_text("{")
     lines = token_lines(folder)
-    assert lines[0] == "token set in the making: 1 of 8 shards done, 24 pictures" and "2 shards are damaged or gone" in lines[1]
+    assert (
+        lines[0] == "token set in the making: 1 of 8 shards done, 24 pictures"
+        and "2 shards are damaged or gone" in lines[1]
+    )
 
 
 def test_a_finished_token_set_says_so(tmp_path):
     folder = token_set(tmp_path / "tokens", 3, of=None)
     assert token_lines(folder)[0].startswith("token set in the making: 3 shards done")
-    (folder / "manifest.json").write_text(json.dumps({"kind": "tokens", "shards": [1, 2, 3], "samples": 72, "num_views": 4}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"kind": "tokens", "shards": [1, 2, 3], "samples": 72, "num_views": 4})
+    )
     assert token_lines(folder) == ["token set, finished: 3 shards, 72 pictures, 4 views each"]
 
 
@@ -189,10 +250,24 @@ def test_the_launcher_reads_a_copy_without_slurm_or_torch(run_folder, tmp_path):
     (tmp_path / "no_torch" / "torch").mkdir(parents=True)
     (tmp_path / "no_torch" / "torch" / "__init__.py").write_text("raise ImportError('torch was imported')")
     env = {"PATH": "/usr/bin:/bin", "PECO_VENV": sys.prefix, "PYTHONPATH": str(tmp_path / "no_torch")}
-    shown = subprocess.run(["bash", REPOSITORY / "launchers" / "status.sh", moved, tokens], env=env, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    shown = subprocess.run(
+        ["bash", REPOSITORY / "launchers" / "status.sh", moved, tokens],
+        env=env,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
     assert shown.returncode == 0, shown.stderr
     assert "step 120 of 400" in shown.stdout and "1 of 2 shards done" in shown.stdout
-    refused = subprocess.run(["bash", REPOSITORY / "launchers" / "status.sh", tmp_path / "x"], env=env, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    refused = subprocess.run(
+        ["bash", REPOSITORY / "launchers" / "status.sh", tmp_path / "x"],
+        env=env,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "no such folder" in refused.stderr
 
 
@@ -200,5 +275,9 @@ def test_file_names_are_those_that_training_and_tokenizing_write():
     from peco_ds.data import token_parts
     from peco_ds.runtime import checkpoint_files, run_folder
 
-    assert (run_status.SETTINGS, run_status.CHECKPOINTS, run_status.PARTS) == (run_folder.SETTINGS, checkpoint_files.FOLDER, token_parts._PARTS)
+    assert (run_status.SETTINGS, run_status.CHECKPOINTS, run_status.PARTS) == (
+        run_folder.SETTINGS,
+        checkpoint_files.FOLDER,
+        token_parts._PARTS,
+    )
     assert run_status.MANIFEST_NAME == checkpoint_files.MANIFEST

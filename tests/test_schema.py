@@ -26,12 +26,24 @@ from peco_ds.schema import (
     write_manifest,
 )
 
-SHARDS = [Shard("images-000000.tar", 3, 10240, "a" * 64, "b" * 64), Shard("images-000001.tar", 2, 10240, "c" * 64, "d" * 64, path="/elsewhere")]
-IMAGES = ImageManifest(shards=SHARDS, samples=5, classes=["cat", "dog"], rejected=["x.jpg: truncated"], packed_as={"source": "here"})
+SHARDS = [
+    Shard("images-000000.tar", 3, 10240, "a" * 64, "b" * 64),
+    Shard("images-000001.tar", 2, 10240, "c" * 64, "d" * 64, path="/elsewhere"),
+]
+IMAGES = ImageManifest(
+    shards=SHARDS, samples=5, classes=["cat", "dog"], rejected=["x.jpg: truncated"], packed_as={"source": "here"}
+)
 TOKEN_SHARDS = [replace(shard, path="") for shard in SHARDS]
 TOKENS = TokenManifest(
-    shards=TOKEN_SHARDS, samples=5, images_fingerprint=IMAGES.fingerprint(), image_shards={s.name: s.sha256 for s in SHARDS}, tokenizer_fingerprint="e" * 64,
-    num_codes=8192, grid=(14, 14), num_views=2, views=ViewRecipe(224, (0.08, 1.0), (0.75, 1.33), 0.5, 0.4, 0),
+    shards=TOKEN_SHARDS,
+    samples=5,
+    images_fingerprint=IMAGES.fingerprint(),
+    image_shards={s.name: s.sha256 for s in SHARDS},
+    tokenizer_fingerprint="e" * 64,
+    num_codes=8192,
+    grid=(14, 14),
+    num_views=2,
+    views=ViewRecipe(224, (0.08, 1.0), (0.75, 1.33), 0.5, 0.4, 0),
 )
 
 
@@ -49,7 +61,11 @@ def write_changed(folder, manifest, **changes) -> None:
     (folder / MANIFEST_NAME).write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
 
 
-@pytest.mark.parametrize("manifest", [IMAGES, replace(IMAGES, classes=None), TOKENS, replace(TOKENS, topk=4)], ids=["images", "unlabelled", "tokens", "topk"])
+@pytest.mark.parametrize(
+    "manifest",
+    [IMAGES, replace(IMAGES, classes=None), TOKENS, replace(TOKENS, topk=4)],
+    ids=["images", "unlabelled", "tokens", "topk"],
+)
 def test_a_manifest_comes_back_as_it_was_written(tmp_path, manifest):
     path = write_manifest(tmp_path, manifest)
     assert path == tmp_path / MANIFEST_NAME
@@ -109,7 +125,20 @@ def test_another_format_version_is_named_beside_the_one_that_is_read(tmp_path, v
     assert repr(version) in refusal(tmp_path) and f"reads {FORMAT_VERSION}" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["shards", "samples", "images_fingerprint", "image_shards", "tokenizer_fingerprint", "num_codes", "grid", "num_views", "views"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shards",
+        "samples",
+        "images_fingerprint",
+        "image_shards",
+        "tokenizer_fingerprint",
+        "num_codes",
+        "grid",
+        "num_views",
+        "views",
+    ],
+)
 def test_a_missing_field_is_named(tmp_path, name):
     write_changed(tmp_path, TOKENS, **{name: None})
     assert f"{name}: " in refusal(tmp_path, TokenManifest)
@@ -128,7 +157,9 @@ def test_the_fingerprint_follows_contents_and_order_and_nothing_else():
     assert replace(IMAGES, classes=None, rejected=[]).fingerprint() == IMAGES.fingerprint()
     assert replace(IMAGES, shards=[replace(SHARDS[0], path="/moved"), SHARDS[1]]).fingerprint() == IMAGES.fingerprint()
     assert replace(IMAGES, shards=SHARDS[::-1]).fingerprint() != IMAGES.fingerprint()
-    assert replace(IMAGES, shards=[replace(SHARDS[0], sha256="f" * 64), SHARDS[1]]).fingerprint() != IMAGES.fingerprint()
+    assert (
+        replace(IMAGES, shards=[replace(SHARDS[0], sha256="f" * 64), SHARDS[1]]).fingerprint() != IMAGES.fingerprint()
+    )
     assert replace(IMAGES, shards=SHARDS[:1]).fingerprint() != IMAGES.fingerprint()
 
 
@@ -136,7 +167,11 @@ def test_hashes_are_sha256_of_the_bytes_and_of_canonical_json(tmp_path):
     content = os.urandom(3_000_000)
     (tmp_path / "file").write_bytes(content)
     assert sha256_of_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
-    assert sha256_of_json({"b": 1, "a": [1.5, "x"]}) == sha256_of_json({"a": [1.5, "x"], "b": 1}) != sha256_of_json({"a": [1.5, "y"], "b": 1})
+    assert (
+        sha256_of_json({"b": 1, "a": [1.5, "x"]})
+        == sha256_of_json({"a": [1.5, "x"], "b": 1})
+        != sha256_of_json({"a": [1.5, "y"], "b": 1})
+    )
 
 
 json_values = st.recursive(

@@ -1,4 +1,6 @@
-"""The simulation against the closed forms, which reckon the same steps and runs in another way, and what only it can say."""
+"""The simulation against the closed forms, which reckon the same steps and runs in another way, and what only it can
+say.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,18 @@ from peco_ds.planner.work import Segment, Work
 
 CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 MACHINE = Hardware(
-    name="h100-like", title="", memory_bytes=80e9, peak_flops={"bf16": 989e12}, memory_bytes_s=3.35e12, gpus_per_node=8, link_bytes_s=450e9, network_bytes_s=400e9,
-    host_memory_bytes=2e12, cores_per_node=112, storage_bytes_s=4e9,
-)  # fmt: skip
+    name="h100-like",
+    title="",
+    memory_bytes=80e9,
+    peak_flops={"bf16": 989e12},
+    memory_bytes_s=3.35e12,
+    gpus_per_node=8,
+    link_bytes_s=450e9,
+    network_bytes_s=400e9,
+    host_memory_bytes=2e12,
+    cores_per_node=112,
+    storage_bytes_s=4e9,
+)
 RUN = dict(nodes=64, interval_s=1200.0, stall_s=2.0, write_s=60.0, restart_s=420.0)
 DAY = 86400.0
 
@@ -38,14 +49,23 @@ def test_any_step_of_equal_ranks_lasts_as_long_as_the_closed_form_says(contentio
 @pytest.mark.parametrize("stage", (0, 1, 2, 3))
 @pytest.mark.parametrize("gpus", (1, 8, 64, 1024))
 def test_steps_of_the_shipped_configs_agree_with_the_closed_form(stage, gpus):
-    for micro_batch in (1, 16, 128):  # from the links setting the pace to computing
+    # from the links setting the pace to computing
+    for micro_batch in (1, 16, 128):
         for network in (25e9, 400e9):
             for micro_steps in (1, 3):
                 inputs = vit_huge(stage, gpus, micro_batch, network, micro_steps)
                 reckoned = closed_form(inputs).seconds
-                assert simulate_step(inputs, steps=40).mean_s == pytest.approx(reckoned, rel=0.02), (micro_batch, network, micro_steps)
+                assert simulate_step(inputs, steps=40).mean_s == pytest.approx(reckoned, rel=0.02), (
+                    micro_batch,
+                    network,
+                    micro_steps,
+                )
                 alike = closed_form(replace(inputs, noise=0.0)).seconds
-                assert simulate_step(inputs, steps=1, noise=0.0).mean_s == pytest.approx(alike, rel=0.02), (micro_batch, network, micro_steps)
+                assert simulate_step(inputs, steps=1, noise=0.0).mean_s == pytest.approx(alike, rel=0.02), (
+                    micro_batch,
+                    network,
+                    micro_steps,
+                )
 
 
 def test_the_grid_has_steps_bound_by_the_links_and_steps_bound_by_computing():
@@ -58,7 +78,9 @@ def test_the_same_seed_gives_the_same_steps_and_another_seed_others():
     inputs = vit_huge(3, 64, 16, 400e9, 1)
     assert simulate_step(inputs, steps=70, seed=3) == simulate_step(inputs, steps=70, seed=3)
     assert simulate_step(inputs, steps=70, seed=3) != simulate_step(inputs, steps=70, seed=4)
-    assert simulate_run(30 * DAY, **RUN, failures_per_1000_node_days=6.5, seed=3) == simulate_run(30 * DAY, **RUN, failures_per_1000_node_days=6.5, seed=3)
+    assert simulate_run(30 * DAY, **RUN, failures_per_1000_node_days=6.5, seed=3) == simulate_run(
+        30 * DAY, **RUN, failures_per_1000_node_days=6.5, seed=3
+    )
 
 
 def test_step_times_spread_with_noise_alone():
@@ -80,7 +102,10 @@ def test_one_slow_node_slows_all_nodes_by_what_it_computes_longer():
 def test_one_node_behind_a_slow_network_slows_a_step_that_the_links_bind_and_hardly_another():
     bound, free = vit_huge(3, 64, 4, 400e9, 1), vit_huge(3, 64, 128, 400e9, 1)
     for inputs, low, high in ((bound, 1.5, 4.0), (free, 1.0, 1.1)):
-        ratio = simulate_step(inputs, steps=1, noise=0.0, slow_network=0.25).mean_s / simulate_step(inputs, steps=1, noise=0.0).mean_s
+        ratio = (
+            simulate_step(inputs, steps=1, noise=0.0, slow_network=0.25).mean_s
+            / simulate_step(inputs, steps=1, noise=0.0).mean_s
+        )
         assert low < ratio < high
     inside = vit_huge(3, 8, 4, 400e9, 1)
     assert simulate_step(inside, steps=2, slow_network=0.25) == simulate_step(inside, steps=2)
@@ -99,12 +124,23 @@ def test_a_run_without_failures_stands_still_for_its_saves_alone():
 
 
 @pytest.mark.parametrize("nodes", (1, 32, 128, 2048))
-@pytest.mark.parametrize("interval_s, stall_s, write_s", [(1200.0, 1.0, 30.0), (300.0, 20.0, 250.0), (7200.0, 60.0, 600.0)])
+@pytest.mark.parametrize(
+    "interval_s, stall_s, write_s", [(1200.0, 1.0, 30.0), (300.0, 20.0, 250.0), (7200.0, 60.0, 600.0)]
+)
 def test_goodput_of_played_runs_is_that_of_the_closed_form(nodes, interval_s, stall_s, write_s):
-    settings = dict(nodes=nodes, interval_s=interval_s, stall_s=stall_s, write_s=write_s, restart_s=600.0, failures_per_1000_node_days=6.5)
+    settings = dict(
+        nodes=nodes,
+        interval_s=interval_s,
+        stall_s=stall_s,
+        write_s=write_s,
+        restart_s=600.0,
+        failures_per_1000_node_days=6.5,
+    )
     played, reckoned = simulate_run(20 * DAY, **settings, repetitions=40, step_s=0.3), goodput(20 * DAY, **settings)
     assert played.share == pytest.approx(reckoned.share, rel=0.02)
-    assert played.failures * reckoned.wall_s / played.wall_s == pytest.approx(reckoned.expected_failures, abs=4 * (reckoned.expected_failures / 40) ** 0.5 + 0.01)
+    assert played.failures * reckoned.wall_s / played.wall_s == pytest.approx(
+        reckoned.expected_failures, abs=4 * (reckoned.expected_failures / 40) ** 0.5 + 0.01
+    )
     assert played.wall_s == pytest.approx(20 * DAY + played.lost_s + played.saving_s + played.restarting_s)
     assert played.p5_share <= played.share * 1.0001 and played.share <= played.p95_share * 1.0001
 
@@ -123,12 +159,42 @@ def any_step(draws: random.Random) -> StepInputs:
     for micro_step in range(micro_steps):
         for block in range(blocks):
             if draws.random() < 0.7:
-                found.append(Collective("all_gather", draws.random() * size, "forward", block, micro_step, draws.random() < 0.8, draws.randint(0, block)))
+                found.append(
+                    Collective(
+                        "all_gather",
+                        draws.random() * size,
+                        "forward",
+                        block,
+                        micro_step,
+                        draws.random() < 0.8,
+                        draws.randint(0, block),
+                    )
+                )
         for block in reversed(range(blocks)):
             if draws.random() < 0.4:
-                found.append(Collective("all_gather", draws.random() * size, "backward", block, micro_step, draws.random() < 0.8, draws.randint(block, blocks - 1)))
+                found.append(
+                    Collective(
+                        "all_gather",
+                        draws.random() * size,
+                        "backward",
+                        block,
+                        micro_step,
+                        draws.random() < 0.8,
+                        draws.randint(block, blocks - 1),
+                    )
+                )
             if draws.random() < 0.6:
-                found.append(Collective("reduce_scatter", 2 * draws.random() * size, "backward", block, micro_step, draws.random() < 0.8, block))
+                found.append(
+                    Collective(
+                        "reduce_scatter",
+                        2 * draws.random() * size,
+                        "backward",
+                        block,
+                        micro_step,
+                        draws.random() < 0.8,
+                        block,
+                    )
+                )
     found.append(Collective("all_gather", size, "after", 0, micro_steps - 1, overlaps=False))
     segments = tuple(SegmentSeconds(draws.random() * 1e-3, draws.random() * 2e-3) for _ in range(blocks))
     return StepInputs(segments, tuple(found), micro_steps, 1e-3, draws.choice((2, 8, 16, 100)), MACHINE)
@@ -137,7 +203,9 @@ def any_step(draws: random.Random) -> StepInputs:
 def vit_huge(stage: int, gpus: int, micro_batch: int, network_bytes_s: float, micro_steps: int) -> StepInputs:
     """A ViT-H of 32 blocks under the shipped config of a ZeRO stage, its pass at half of the peak."""
     sizes = [(800_000, 5, 0.1), *[(19_700_000, 14, 1.0)] * 32, (10_500_000, 4, 0.3)]
-    segments = [Segment(f"{place}", elements, tensors, Work(), Work()) for place, (elements, tensors, _) in enumerate(sizes)]
+    segments = [
+        Segment(f"{place}", elements, tensors, Work(), Work()) for place, (elements, tensors, _) in enumerate(sizes)
+    ]
     ds_config = json.loads((CONFIGS / f"zero{stage}.json").read_text())
     collectives = step_collectives(segments, ds_config=ds_config, precision="bf16", micro_steps=micro_steps, ranks=gpus)
     block = micro_batch * 335e9 / 32 / (0.5 * 989e12)

@@ -1,4 +1,6 @@
-"""Launchers under a real Slurm: virtual nodes on this host. Stand-in stages show how a stage is started and what its end does to the
+"""Launchers under a real Slurm: virtual nodes on this host.
+
+Stand-in stages show how a stage is started and what its end does to the
 job; the last tests run the real ones, also through a requeue, a time limit and the loss of a node."""
 
 from __future__ import annotations
@@ -14,21 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
 from conftest import run_stage
-from peco_ds.runtime.timeline import STARTS_FILE, read_evaluation, read_metrics, read_rows
 from slurm_cluster import FINISHED, SlurmCluster, missing_programs, slurm_cluster
+
+from peco_ds.runtime.timeline import STARTS_FILE, read_evaluation, read_metrics, read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES = ("pack_images", "train_tokenizer", "tokenize_shards", "pretrain", "convert_checkpoint")
 ONE_RANK_A_NODE = {"SBATCH_GPUS_PER_NODE": "1"}
 
-# Writes down how it was started and when it ended; ends with the code that RECORDS/<stage>.codes lists for this (re)start.
-STAND_IN = '''
+# Writes down how it was started and when it ended; ends with the code that RECORDS/<stage>.codes lists for this
+# (re)start.
+STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
 
-stage, rank, start = Path(__file__).stem, int(os.environ["SLURM_PROCID"]), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+stage, rank = Path(__file__).stem, int(os.environ["SLURM_PROCID"])
+start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 signals = []
 records = Path(os.environ["RECORDS"])
 plan = records / (stage + ".codes")
@@ -53,13 +57,14 @@ elif code == 2:
         time.sleep(6)
 wanted = ("SLURM_", "SLURMD_", "MASTER_", "PECO_", "OMP_")
 (records / (name + ".json")).write_text(json.dumps({
-    "stage": stage, "argv": sys.argv[1:], "cwd": os.getcwd(), "python": sys.prefix, "signals": signals, "began": began, "ended": time.time(),
+    "stage": stage, "argv": sys.argv[1:], "cwd": os.getcwd(), "python": sys.prefix,
+    "signals": signals, "began": began, "ended": time.time(),
     "env": {key: value for key, value in os.environ.items() if key.startswith(wanted)},
 }))
 if code > 128:
     os.kill(os.getpid(), code - 128)
 sys.exit(code)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +101,10 @@ class StandIns:
 
     def read(self, stage: str) -> list[dict]:
         found = [json.loads(path.read_text()) for path in self.records.glob(f"{stage}-*.json")]
-        return sorted(found, key=lambda record: (int(record["env"].get("SLURM_RESTART_COUNT", "0")), int(record["env"]["SLURM_PROCID"])))
+        return sorted(
+            found,
+            key=lambda record: (int(record["env"].get("SLURM_RESTART_COUNT", "0")), int(record["env"]["SLURM_PROCID"])),
+        )
 
 
 @pytest.fixture
@@ -105,16 +113,29 @@ def stand_ins(tmp_path) -> StandIns:
 
 
 @pytest.mark.slurm
-def test_overrides_reach_the_stage_on_every_node_with_its_rank_and_one_address(cluster: SlurmCluster, stand_ins: StandIns):
-    overrides = ["model.depth=2", "views.scale=[0.2, 1.0]", "--deepspeed_config", "ds_configs/zero1.json", "--out", "runs/x"]
-    job = cluster.sbatch("--nodes=2", "launchers/pretrain_vith.sbatch", *overrides, cwd=stand_ins.home, env=stand_ins.env)
+def test_overrides_reach_the_stage_on_every_node_with_its_rank_and_one_address(
+    cluster: SlurmCluster, stand_ins: StandIns
+):
+    overrides = [
+        "model.depth=2",
+        "views.scale=[0.2, 1.0]",
+        "--deepspeed_config",
+        "ds_configs/zero1.json",
+        "--out",
+        "runs/x",
+    ]
+    job = cluster.sbatch(
+        "--nodes=2", "launchers/pretrain_vith.sbatch", *overrides, cwd=stand_ins.home, env=stand_ins.env
+    )
     assert cluster.wait(job, timeout_s=60) == {job: "COMPLETED"}
     ranks = stand_ins.read("pretrain")
     assert [record["env"]["SLURM_PROCID"] for record in ranks] == ["0", "1"]
     assert [record["env"]["SLURM_LOCALID"] for record in ranks] == ["0", "0"]
     assert {record["env"]["SLURM_NTASKS"] for record in ranks} == {"2"}
     assert {record["env"]["SLURMD_NODENAME"] for record in ranks} == {"n1", "n2"}
-    assert {record["env"]["MASTER_ADDR"] for record in ranks} == {"127.0.0.1"}, "n1 resolves nowhere; Slurm knows its address"
+    assert {record["env"]["MASTER_ADDR"] for record in ranks} == {"127.0.0.1"}, (
+        "n1 resolves nowhere; Slurm knows its address"
+    )
     ports = {int(record["env"]["MASTER_PORT"]) for record in ranks}
     assert len(ports) == 1 and 1024 < ports.pop() < 32768
     for record in ranks:
@@ -127,7 +148,9 @@ def test_overrides_reach_the_stage_on_every_node_with_its_rank_and_one_address(c
 
 @pytest.mark.slurm
 def test_each_gpu_of_a_node_gets_a_rank(cluster: SlurmCluster, stand_ins: StandIns):
-    job = cluster.sbatch("--nodes=2", "--gpus-per-node=3", "launchers/pretrain_vitl.sbatch", cwd=stand_ins.home, env=stand_ins.env)
+    job = cluster.sbatch(
+        "--nodes=2", "--gpus-per-node=3", "launchers/pretrain_vitl.sbatch", cwd=stand_ins.home, env=stand_ins.env
+    )
     assert cluster.wait(job, timeout_s=60) == {job: "COMPLETED"}
     places = sorted((int(r["env"]["SLURM_PROCID"]), int(r["env"]["SLURM_LOCALID"])) for r in stand_ins.read("pretrain"))
     assert places == [(0, 0), (1, 1), (2, 2), (3, 0), (4, 1), (5, 2)]
@@ -150,18 +173,26 @@ def test_submitting_from_elsewhere_works_after_sourcing_cluster_env_and_else_say
     launcher = stand_ins.home / "launchers" / "pretrain_vitb.sbatch"
     lost = cluster.sbatch("--nodes=1", launcher, cwd=elsewhere, env=stand_ins.env)
     sourced = cluster.command(
-        "bash", "-c", f"source '{stand_ins.home}/launchers/cluster.env' && sbatch --parsable --nodes=1 '{launcher}'", cwd=elsewhere, env=stand_ins.env
+        "bash",
+        "-c",
+        f"source '{stand_ins.home}/launchers/cluster.env' && sbatch --parsable --nodes=1 '{launcher}'",
+        cwd=elsewhere,
+        env=stand_ins.env,
     )
     found = int(sourced.stdout)
     assert cluster.wait(lost, found, timeout_s=60) == {lost: "FAILED", found: "COMPLETED"}
     lines = (elsewhere / f"peco_vitb-{lost}.log").read_text().splitlines()
     assert len(lines) == 1 and "PECO_HOME" in lines[0], lines
-    assert stand_ins.read("pretrain")[0]["cwd"] == str(elsewhere), "relative paths are those of the folder one submits from"
+    assert stand_ins.read("pretrain")[0]["cwd"] == str(elsewhere), (
+        "relative paths are those of the folder one submits from"
+    )
 
 
 @pytest.mark.slurm
 def test_array_tasks_divide_the_tokenization(cluster: SlurmCluster, stand_ins: StandIns):
-    job = cluster.sbatch("--array=0-2", "launchers/tokenize.sbatch", "--recipe", "peco_vitb16", cwd=stand_ins.home, env=stand_ins.env)
+    job = cluster.sbatch(
+        "--array=0-2", "launchers/tokenize.sbatch", "--recipe", "peco_vitb16", cwd=stand_ins.home, env=stand_ins.env
+    )
     assert cluster.wait(job, timeout_s=90) == {job: "COMPLETED"}
     parts = sorted(record["argv"] for record in stand_ins.read("tokenize_shards"))
     assert parts == [
@@ -182,7 +213,16 @@ def test_pipeline_runs_the_stages_in_order_on_each_others_output(cluster: SlurmC
         "CONVERT_ARGS": "--to hf",
     }
     done = cluster.command(
-        "bash", "launchers/pipeline.sh", pictures, "../out", "vitb", "--", "model.depth=2", "views.count=3", cwd=stand_ins.home, env=env
+        "bash",
+        "launchers/pipeline.sh",
+        pictures,
+        "../out",
+        "vitb",
+        "--",
+        "model.depth=2",
+        "views.count=3",
+        cwd=stand_ins.home,
+        env=env,
     )
     assert done.returncode == 0, done.stderr
     names, ids = zip(*(line.split() for line in done.stdout.splitlines()))
@@ -190,15 +230,29 @@ def test_pipeline_runs_the_stages_in_order_on_each_others_output(cluster: SlurmC
     states = cluster.wait(*map(int, ids), timeout_s=150)
     assert set(states.values()) == {"COMPLETED"}, states
 
-    by_job = [[r for stage in STAGES for r in stand_ins.read(stage) if job in (r["env"]["SLURM_JOB_ID"], r["env"].get("SLURM_ARRAY_JOB_ID"))] for job in ids]
+    by_job = [
+        [
+            r
+            for stage in STAGES
+            for r in stand_ins.read(stage)
+            if job in (r["env"]["SLURM_JOB_ID"], r["env"].get("SLURM_ARRAY_JOB_ID"))
+        ]
+        for job in ids
+    ]
     assert [len(records) for records in by_job] == [1, 2, 2, 1, 2, 1]
     for before, after in zip(by_job, by_job[1:]):
         assert max(record["ended"] for record in before) <= min(record["began"] for record in after)
     argv = [records[0]["argv"] for records in by_job]
     assert f"--images {pictures} --out {out}/images" in " ".join(argv[0])
-    assert f"--out {out}/tokenizer_run data.images={out}/images data.val_images= data.holdout=64 perceptual.weight=0 schedule.steps=3" in " ".join(argv[1])
+    assert (
+        f"--out {out}/tokenizer_run data.images={out}/images data.val_images= data.holdout=64 "
+        "perceptual.weight=0 schedule.steps=3" in " ".join(argv[1])
+    )
     for mim in (2, 3, 4):
-        assert f"data.images={out}/images data.tokens={out}/tokens data.tokenizer={out}/tokenizer_run/tokenizer" in " ".join(argv[mim])
+        assert (
+            f"data.images={out}/images data.tokens={out}/tokens data.tokenizer={out}/tokenizer_run/tokenizer"
+            in " ".join(argv[mim])
+        )
         assert "model.depth=2" in argv[mim] and "views.count=3" in argv[mim]
         recipes = [argv[mim][index + 1] for index, word in enumerate(argv[mim]) if word == "--recipe"]
         assert recipes[-1] == "peco_vitb16"
@@ -208,7 +262,9 @@ def test_pipeline_runs_the_stages_in_order_on_each_others_output(cluster: SlurmC
 
 
 @pytest.mark.slurm
-def test_bad_input_of_one_stage_stops_the_chain_with_its_one_line_in_the_log(cluster: SlurmCluster, stand_ins: StandIns, tmp_path):
+def test_bad_input_of_one_stage_stops_the_chain_with_its_one_line_in_the_log(
+    cluster: SlurmCluster, stand_ins: StandIns, tmp_path
+):
     pictures, out = tmp_path / "pictures", tmp_path / "out"
     pictures.mkdir()
     stand_ins.exit_with("train_tokenizer", 2)
@@ -227,17 +283,22 @@ def test_bad_input_of_one_stage_stops_the_chain_with_its_one_line_in_the_log(clu
 
 
 @pytest.mark.slurm
-def test_a_signalled_stage_ends_in_good_order_on_all_ranks_and_is_requeued_into_the_same_log(cluster: SlurmCluster, stand_ins: StandIns):
+def test_a_signalled_stage_ends_in_good_order_on_all_ranks_and_is_requeued_into_the_same_log(
+    cluster: SlurmCluster, stand_ins: StandIns
+):
     stand_ins.exit_with("pretrain", 75, 0)
     job = cluster.sbatch("--nodes=2", "launchers/pretrain_vitb.sbatch", cwd=stand_ins.home, env=stand_ins.env)
     wait_until(lambda: len(list(stand_ins.records.glob(f"pretrain-{job}-0-*.began"))) == 2)
     # What --signal=USR2@120 does before the time limit: every process of the step gets it, the batch script does not.
     assert cluster.command("scancel", "--signal=USR2", str(job)).returncode == 0
     time.sleep(0.7)
-    assert cluster.command("scancel", "--signal=USR2", str(job)).returncode == 0  # a second one, while rank 1 still saves
+    # a second one, while rank 1 still saves
+    assert cluster.command("scancel", "--signal=USR2", str(job)).returncode == 0
     assert cluster.wait(job, timeout_s=90) == {job: "COMPLETED"}
     starts = stand_ins.read("pretrain")
-    assert [len(record["signals"]) > 0 for record in starts] == [True, True, False, False] and len(starts[1]["signals"]) == 2
+    assert [len(record["signals"]) > 0 for record in starts] == [True, True, False, False] and len(
+        starts[1]["signals"]
+    ) == 2
     assert [record["env"].get("SLURM_RESTART_COUNT", "0") for record in starts] == ["0", "0", "1", "1"]
     assert cluster.jobs(job)[0]["Restarts"] == "1"
     assert "goes back into the queue" in (stand_ins.home / f"peco_vitb-{job}.log").read_text()
@@ -270,7 +331,9 @@ def test_a_job_that_lost_a_rank_starts_again_so_often_and_no_more(cluster: Slurm
 
 
 @pytest.mark.slurm
-def test_each_task_of_an_array_starts_again_by_itself_after_a_rank_was_killed(cluster: SlurmCluster, stand_ins: StandIns):
+def test_each_task_of_an_array_starts_again_by_itself_after_a_rank_was_killed(
+    cluster: SlurmCluster, stand_ins: StandIns
+):
     stand_ins.exit_with("tokenize_shards", 137, 0)
     job = cluster.sbatch("--array=0-1", "launchers/tokenize.sbatch", cwd=stand_ins.home, env=stand_ins.env)
     assert cluster.wait(job, timeout_s=90) == {job: "COMPLETED"}
@@ -281,17 +344,20 @@ def test_each_task_of_an_array_starts_again_by_itself_after_a_rank_was_killed(cl
 
 # The real stages, small enough for two CPU cores: 56 px pictures, patch 14, a 4x4 grid, 32 codes, 2 optimiser steps.
 TINY_TOKENIZER = """
-    views.tokenizer_px=64 tokenizer.channels=8 tokenizer.blocks_per_level=1 tokenizer.attention=false tokenizer.z_channels=8
-    tokenizer.code_dim=8 tokenizer.num_codes=32 tokenizer.kmeans_vectors=64 tokenizer.kmeans_iters=2 perceptual.weight=0
-    run.global_batch=8 run.micro_batch=4 schedule.epochs=null schedule.steps=2 schedule.warmup_epochs=null schedule.warmup_steps=0
+    views.tokenizer_px=64 tokenizer.channels=8 tokenizer.blocks_per_level=1 tokenizer.attention=false
+    tokenizer.z_channels=8 tokenizer.code_dim=8 tokenizer.num_codes=32
+    tokenizer.kmeans_vectors=64 tokenizer.kmeans_iters=2 perceptual.weight=0
+    run.global_batch=8 run.micro_batch=4 schedule.epochs=null schedule.steps=2
+    schedule.warmup_epochs=null schedule.warmup_steps=0
     data.holdout=4 data.num_workers=0
 """
 TINY_MODEL = """
-    views.tokenizer_px=64 views.count=2 model.image_px=56 model.width=32 model.depth=2 model.heads=2 mask.count=6 mask.min_block=2
-    objective.num_codes=32 data.num_workers=0
+    views.tokenizer_px=64 views.count=2 model.image_px=56 model.width=32 model.depth=2 model.heads=2
+    mask.count=6 mask.min_block=2 objective.num_codes=32 data.num_workers=0
 """
 TINY_PRETRAINING = """
-    run.global_batch=8 run.micro_batch=4 schedule.epochs=null schedule.steps=2 schedule.warmup_epochs=null schedule.warmup_steps=0
+    run.global_batch=8 run.micro_batch=4 schedule.epochs=null schedule.steps=2
+    schedule.warmup_epochs=null schedule.warmup_steps=0
     run.log_every_steps=1
 """
 TINY_CLASSIFIER = f"""
@@ -302,12 +368,15 @@ TINY_CLASSIFIER = f"""
 
 @pytest.fixture(scope="module")
 def real_run(cluster: SlurmCluster, labelled_sets, tmp_path_factory):
-    """The pipeline over class folders of real pictures on two nodes: its folder, the states of its jobs by stage, its environment."""
+    """The pipeline over class folders of real pictures on two nodes: its folder, the states of its jobs by stage, its
+    environment.
+    """
     folder = tmp_path_factory.mktemp("pipeline")
     env = ONE_RANK_A_NODE | {
         "PATH": f"{Path(sys.executable).parent}:{cluster.env['PATH']}",
         "PECO_VENV": sys.prefix,
-        "OMP_NUM_THREADS": "1",  # two ranks and whatever else runs share the host's cores
+        # two ranks and whatever else runs share the host's cores
+        "OMP_NUM_THREADS": "1",
         "VAL_DIR": str(labelled_sets.root / "val"),
         "PREPARE_ARGS": "--samples_per_shard 10 --workers 1",
         "TOKENIZER_ARGS": " ".join(TINY_TOKENIZER.split()),
@@ -319,7 +388,15 @@ def real_run(cluster: SlurmCluster, labelled_sets, tmp_path_factory):
         "PECO_SBATCH_TRAIN_ARGS": "--nodes=2",
     }
     done = cluster.command(
-        "bash", "launchers/pipeline.sh", labelled_sets.root / "train", folder / "out", "vith", "--", *TINY_MODEL.split(), cwd=REPOSITORY, env=env
+        "bash",
+        "launchers/pipeline.sh",
+        labelled_sets.root / "train",
+        folder / "out",
+        "vith",
+        "--",
+        *TINY_MODEL.split(),
+        cwd=REPOSITORY,
+        env=env,
     )
     assert done.returncode == 0, done.stderr
     jobs = {name: int(job) for name, job in (line.split() for line in done.stdout.splitlines())}
@@ -360,7 +437,9 @@ def test_pipeline_goes_on_to_the_top_1_of_the_released_classifier_at_twice_the_s
     quality = json.loads((out / "top1.json").read_text())["quality"]
     assert quality["pictures"] == labelled_sets.val_pictures
     trained = read_evaluation(out / "finetune_448")[-1]
-    assert quality["top1"] == pytest.approx(trained["ema_top1"]) and quality["loss"] == pytest.approx(trained["ema_loss"], rel=1e-5)
+    assert quality["top1"] == pytest.approx(trained["ema_top1"]) and quality["loss"] == pytest.approx(
+        trained["ema_loss"], rel=1e-5
+    )
     assert quality["loss"] != pytest.approx(trained["loss"], rel=1e-4), "the moving average is what is released"
     (log,) = (out / "logs").glob("evaluate-*.log")
     assert f"top-1 {quality['top1']:.2f}" in log.read_text()
@@ -373,7 +452,14 @@ def test_pipeline_goes_on_to_the_top_1_of_the_released_classifier_at_twice_the_s
 def test_pretrain_vith_sbatch_trains_saves_and_completes_on_two_nodes(cluster: SlurmCluster, real_run, tmp_path):
     out, states, env = real_run
     assert states["tokenize_finish"] == "COMPLETED", f"{states}\n{logs(out / 'logs')}"
-    arguments = ["--nodes=2", f"--output={tmp_path}/%x-%j.log", "launchers/pretrain_vith.sbatch", "--out", tmp_path / "run", *tiny_pretraining(out)]
+    arguments = [
+        "--nodes=2",
+        f"--output={tmp_path}/%x-%j.log",
+        "launchers/pretrain_vith.sbatch",
+        "--out",
+        tmp_path / "run",
+        *tiny_pretraining(out),
+    ]
     job = cluster.sbatch(*arguments, cwd=REPOSITORY, env=env)
     assert cluster.wait(job, timeout_s=300) == {job: "COMPLETED"}, logs(tmp_path)
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -384,25 +470,41 @@ def test_pretrain_vith_sbatch_trains_saves_and_completes_on_two_nodes(cluster: S
 
 @pytest.mark.slurm
 @pytest.mark.timeout(900)
-def test_a_signalled_pretraining_saves_is_requeued_and_goes_on_where_it_stopped(cluster: SlurmCluster, real_run, tmp_path):
+def test_a_signalled_pretraining_saves_is_requeued_and_goes_on_where_it_stopped(
+    cluster: SlurmCluster, real_run, tmp_path
+):
     out, states, env = real_run
     assert states["tokenize_finish"] == "COMPLETED", f"{states}\n{logs(out / 'logs')}"
     # A worker process a rank gets the signal too. So many steps that the signal arrives long before the last one.
     settings = [*tiny_pretraining(out), "schedule.steps=200", "data.num_workers=1"]
-    arguments = ["--nodes=2", f"--output={tmp_path}/%x-%j.log", "launchers/pretrain_vith.sbatch", "--out", tmp_path / "run", *settings]
+    arguments = [
+        "--nodes=2",
+        f"--output={tmp_path}/%x-%j.log",
+        "launchers/pretrain_vith.sbatch",
+        "--out",
+        tmp_path / "run",
+        *settings,
+    ]
     job = cluster.sbatch(*arguments, cwd=REPOSITORY, env=env)
     log = tmp_path / f"peco_vith-{job}.log"
-    wait_until(lambda: log.exists() and ("step 3/200 " in log.read_text() or cluster.states(job)[0] in FINISHED), timeout_s=400)
+    wait_until(
+        lambda: log.exists() and ("step 3/200 " in log.read_text() or cluster.states(job)[0] in FINISHED), timeout_s=400
+    )
     assert cluster.command("scancel", "--signal=USR2", str(job)).returncode == 0
     assert cluster.wait(job, timeout_s=400) == {job: "COMPLETED"}, logs(tmp_path)
 
     assert cluster.jobs(job)[0]["Restarts"] == "1", logs(tmp_path)
-    before, after = log.read_text().split("stopped in good order;")  # the launcher says so to exit code 75 alone
-    trained = [[int(step) for step in re.findall(r"^step (\d+)/200 ", text, flags=re.MULTILINE)] for text in (before, after)]
+    # the launcher says so to exit code 75 alone
+    before, after = log.read_text().split("stopped in good order;")
+    trained = [
+        [int(step) for step in re.findall(r"^step (\d+)/200 ", text, flags=re.MULTILINE)] for text in (before, after)
+    ]
     assert trained[0] and trained[1], logs(tmp_path)
     assert sum(trained, []) == list(range(1, 201)), "a step was lost, or trained twice"
     assert f"step_{trained[0][-1]:08d} at step {trained[0][-1]}," in after
-    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == list(range(1, 201))
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == list(
+        range(1, 201)
+    )
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_00000200"
 
 
@@ -433,10 +535,14 @@ class Interruptions:
         self._command("scontrol", "requeue", str(job))
 
     def run_out_of_time(self, job: int, out: Path) -> None:
-        """The job has two minutes and stops itself when one is left. Held in between: a fast machine would be done before."""
+        """The job has two minutes and stops itself when one is left.
+
+        Held in between: a fast machine would be done before.
+        """
         began = time.monotonic()
         while len(read_metrics(out)) < STEPS // 6:
-            if self.cluster.states(job) == ["RUNNING"] and time.monotonic() - began > 45.0:  # a slow machine, still starting
+            # a slow machine, still starting
+            if self.cluster.states(job) == ["RUNNING"] and time.monotonic() - began > 45.0:
                 self._command("scontrol", "update", f"jobid={job}", "timelimit=+1")
                 began += 60.0
             assert self.cluster.states(job)[0] not in FINISHED
@@ -467,14 +573,29 @@ class Interruptions:
 def interrupted(slurm_is_there, small_sets, tmp_path_factory) -> dict[str, Trained]:
     """The same pre-training four times side by side on two nodes each, by what happened to it."""
     folder = tmp_path_factory.mktemp("interrupted")
-    env = ONE_RANK_A_NODE | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin", "PECO_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    env = ONE_RANK_A_NODE | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
+        "PECO_VENV": sys.prefix,
+        "OMP_NUM_THREADS": "1",
+    }
     # Slurm's own warning before the limit would come at once in so short a job.
     options = {"run_out_of_time": ["--time=2", "--signal=USR2@1"]}
-    settings = ["--recipe", "peco_vitb16", *small_sets.overrides, f"schedule.steps={STEPS}", "checkpoint.every_steps=15"]
+    settings = [
+        "--recipe",
+        "peco_vitb16",
+        *small_sets.overrides,
+        f"schedule.steps={STEPS}",
+        "checkpoint.every_steps=15",
+    ]
     with slurm_cluster(8, cpus=1, gpus=1, node_timeout_s=15) as cluster, ThreadPoolExecutor() as pool:
         happenings, jobs = Interruptions(cluster), {}
         for name in ("nothing", "requeue", "run_out_of_time", "kill_node"):
-            launch = ["--nodes=2", f"--output={folder}/{name}.log", *options.get(name, []), "launchers/pretrain_vith.sbatch"]
+            launch = [
+                "--nodes=2",
+                f"--output={folder}/{name}.log",
+                *options.get(name, []),
+                "launchers/pretrain_vith.sbatch",
+            ]
             jobs[name] = cluster.sbatch(*launch, "--out", folder / name, *settings, cwd=REPOSITORY, env=env)
         for happening in [pool.submit(getattr(happenings, name), job, folder / name) for name, job in jobs.items()]:
             try:
@@ -482,7 +603,10 @@ def interrupted(slurm_is_there, small_sets, tmp_path_factory) -> dict[str, Train
             except AssertionError as error:
                 raise AssertionError(f"{error}\n{logs(folder)}") from error
         cluster.wait(*jobs.values(), timeout_s=LAUNCHED_S)
-        return {name: Trained(folder / name, cluster.jobs(job)[0], (folder / f"{name}.log").read_text()) for name, job in jobs.items()}
+        return {
+            name: Trained(folder / name, cluster.jobs(job)[0], (folder / f"{name}.log").read_text())
+            for name, job in jobs.items()
+        }
 
 
 @pytest.mark.slurm
@@ -493,16 +617,25 @@ def test_a_run_that_was_interrupted_ends_as_one_that_never_was(interrupted, happ
     assert whole.job["JobState"] == "COMPLETED" and whole.job["Restarts"] == "0", whole.log[-3000:]
     assert run.job["JobState"] == "COMPLETED" and int(run.job["Restarts"]) >= 1, run.log[-6000:]
     lines = (run.out / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1)), "a step is missing, or there twice"
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1)), (
+        "a step is missing, or there twice"
+    )
     names = ("loss", "accuracy", "grad_norm", "lr", "images")
-    assert [[row[name] for name in names] for row in read_metrics(run.out)] == [[row[name] for name in names] for row in read_metrics(whole.out)]
+    assert [[row[name] for name in names] for row in read_metrics(run.out)] == [
+        [row[name] for name in names] for row in read_metrics(whole.out)
+    ]
 
     starts = [row for row in read_rows(run.out / STARTS_FILE)[0] if row["event"] == "start"]
-    ends = {row["start"]: (row["code"], row["step"]) for row in read_rows(run.out / STARTS_FILE)[0] if row["event"] == "end"}
-    assert [start["slurm_job"] for start in starts] == [run.job["JobId"]] * len(starts) and len(starts) == int(run.job["Restarts"]) + 1
+    ends = {
+        row["start"]: (row["code"], row["step"]) for row in read_rows(run.out / STARTS_FILE)[0] if row["event"] == "end"
+    }
+    assert [start["slurm_job"] for start in starts] == [run.job["JobId"]] * len(starts) and len(starts) == int(
+        run.job["Restarts"]
+    ) + 1
     assert starts[1]["step"] > 0 and starts[1]["checkpoint"] != "scratch", "it began anew"
     assert ends[len(starts)] == (0, STEPS)
-    if happening == "kill_node":  # a node that comes back may still be told to end the job's first life, and ends its second
+    # a node that comes back may still be told to end the job's first life, and ends its second
+    if happening == "kill_node":
         assert "lost the other ranks" in run.log
     if happening == "requeue":
         assert run.job["Restarts"] == "1"
@@ -511,20 +644,41 @@ def test_a_run_that_was_interrupted_ends_as_one_that_never_was(interrupted, happ
         assert ends[1] == (75, starts[1]["step"]), "steps were lost though there was time to save them"
 
 
-NODES = (2, 4)  # each with as many ranks as there are nodes: 4 and 16 in all
+# each with as many ranks as there are nodes: 4 and 16 in all
+NODES = (2, 4)
 WIDE_STEPS = 24
 
 
 @pytest.fixture(scope="module")
 def signalled(slurm_is_there, small_sets, tmp_path_factory) -> dict[int, Trained]:
-    """A pre-training on two nodes of two ranks and beside it the same on four nodes of four, both asked to stop in the middle; by number of nodes, with 1 for one plain process."""
+    """A pre-training on two nodes of two ranks and beside it the same on four nodes of four, both asked to stop in the
+    middle; by number of nodes, with 1 for one plain process.
+    """
     folder = tmp_path_factory.mktemp("many_nodes")
-    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin", "PECO_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
-    settings = ["--recipe", "peco_vitb16", *small_sets.overrides, "run.global_batch=32", "run.micro_batch=2", f"schedule.steps={WIDE_STEPS}"]
+    env = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
+        "PECO_VENV": sys.prefix,
+        "OMP_NUM_THREADS": "1",
+    }
+    settings = [
+        "--recipe",
+        "peco_vitb16",
+        *small_sets.overrides,
+        "run.global_batch=32",
+        "run.micro_batch=2",
+        f"schedule.steps={WIDE_STEPS}",
+    ]
     with slurm_cluster(sum(NODES), cpus=4, gpus=4) as cluster:
         jobs = {}
         for nodes in NODES:
-            launch = [f"--nodes={nodes}", f"--output={folder}/of_{nodes}.log", "launchers/pretrain_vith.sbatch", "--out", folder / f"of_{nodes}", *settings]
+            launch = [
+                f"--nodes={nodes}",
+                f"--output={folder}/of_{nodes}.log",
+                "launchers/pretrain_vith.sbatch",
+                "--out",
+                folder / f"of_{nodes}",
+                *settings,
+            ]
             jobs[nodes] = cluster.sbatch(*launch, cwd=REPOSITORY, env=env | {"SBATCH_GPUS_PER_NODE": str(nodes)})
         waiting = set(NODES)
         deadline = time.monotonic() + LAUNCHED_S
@@ -535,7 +689,10 @@ def signalled(slurm_is_there, small_sets, tmp_path_factory) -> dict[int, Trained
             time.sleep(0.1)
         assert not waiting, logs(folder)
         cluster.wait(*jobs.values(), timeout_s=LAUNCHED_S)
-        found = {nodes: Trained(folder / f"of_{nodes}", cluster.jobs(job)[0], (folder / f"of_{nodes}.log").read_text()) for nodes, job in jobs.items()}
+        found = {
+            nodes: Trained(folder / f"of_{nodes}", cluster.jobs(job)[0], (folder / f"of_{nodes}.log").read_text())
+            for nodes, job in jobs.items()
+        }
     run_stage("pretrain", *settings, "--out", folder / "of_1")
     return found | {1: Trained(folder / "of_1", {}, "")}
 
@@ -553,12 +710,19 @@ def test_ranks_on_several_nodes_save_on_a_signal_are_requeued_and_end_as_one_pro
     assert [start["ranks"] for start in starts] == [ranks, ranks] and 3 <= starts[1]["step"] < WIDE_STEPS
     assert ends == [(75, starts[1]["step"]), (0, WIDE_STEPS)], "steps were lost, or trained twice"
     rows, plain = read_metrics(run.out), read_metrics(alone.out)
-    assert [row["step"] for row in rows] == list(range(1, WIDE_STEPS + 1)) and [row["images"] for row in rows] == [row["images"] for row in plain]
+    assert [row["step"] for row in rows] == list(range(1, WIDE_STEPS + 1)) and [row["images"] for row in rows] == [
+        row["images"] for row in plain
+    ]
     # float32, sums over ranks in another order; measured worst case 2.5e-7
-    assert max(abs(ours["loss"] - theirs["loss"]) / theirs["loss"] for ours, theirs in zip(rows, plain, strict=True)) < 5e-6
+    assert (
+        max(abs(ours["loss"] - theirs["loss"]) / theirs["loss"] for ours, theirs in zip(rows, plain, strict=True))
+        < 5e-6
+    )
     newest = run.out / "checkpoints" / (run.out / "checkpoints" / "latest").read_text().strip()
     files = json.loads((newest / "manifest.json").read_text())["files"]
-    assert sum(name.endswith("_optim_states.pt") for name in files) == ranks and {path.name for path in newest.iterdir()} == {*files, "manifest.json"}
+    assert sum(name.endswith("_optim_states.pt") for name in files) == ranks and {
+        path.name for path in newest.iterdir()
+    } == {*files, "manifest.json"}
     assert json.loads((newest / "progress.json").read_text())["cursor"]["samples"] == WIDE_STEPS * 32
 
 

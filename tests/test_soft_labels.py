@@ -8,7 +8,9 @@ def test_hard_and_smoothed_labels_give_torchs_cross_entropy():
     logits, labels = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
     hard = F.one_hot(labels, 5).float()
     torch.testing.assert_close(soft_label_cross_entropy(logits, hard)[0], F.cross_entropy(logits, labels))
-    torch.testing.assert_close(soft_label_cross_entropy(logits, 0.9 * hard + 0.1 / 5)[0], F.cross_entropy(logits, labels, label_smoothing=0.1))
+    torch.testing.assert_close(
+        soft_label_cross_entropy(logits, 0.9 * hard + 0.1 / 5)[0], F.cross_entropy(logits, labels, label_smoothing=0.1)
+    )
 
 
 def test_logits_in_16_bit_are_judged_in_32():

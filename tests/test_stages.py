@@ -17,7 +17,11 @@ def recipe(name: str, *overrides: str):
 
 
 def stage(name: str, *overrides: str, **sizes) -> Stage:
-    return Stage({PretrainRecipe: "pre-training", FinetuneRecipe: "fine-tuning"}[recipe_type(name)], recipe(name, *overrides), **sizes)
+    return Stage(
+        {PretrainRecipe: "pre-training", FinetuneRecipe: "fine-tuning"}[recipe_type(name)],
+        recipe(name, *overrides),
+        **sizes,
+    )
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
@@ -30,20 +34,27 @@ def test_the_pieces_of_every_recipe_add_up_to_its_parameters_and_its_flops(name)
 
 def test_training_passes_whole_epochs_and_tokenizing_every_view_once():
     assert stage("peco_vith14", num_samples=10_000).pictures == pytest.approx(800 * 10_000, rel=0.001)
-    tokenizing = next(found for found in read_chain("peco_vith14", [], num_samples=10_000).stages if found.kind == "tokenizing")
+    tokenizing = next(
+        found for found in read_chain("peco_vith14", [], num_samples=10_000).stages if found.kind == "tokenizing"
+    )
     assert tokenizing.pictures == 100 * 10_000
 
 
 def test_evaluations_are_counted_for_the_weights_and_for_their_average():
     averaged = stage("finetune_vith14")
-    assert averaged.evaluated == 11 * 2 * IMAGENET_1K_VAL, "after every fifth of fifty epochs, and at the end, which is some steps later"
+    assert averaged.evaluated == 11 * 2 * IMAGENET_1K_VAL, (
+        "after every fifth of fifty epochs, and at the end, which is some steps later"
+    )
     assert stage("finetune_vith14", "ema.decay=0").evaluated == 11 * IMAGENET_1K_VAL
     assert stage("finetune_vith14", "evaluation.every_epochs=0").evaluated == 2 * IMAGENET_1K_VAL
     assert stage("peco_vith14").evaluated == 0
 
 
 def test_subsets_of_stochastic_depth_are_no_work_of_the_model():
-    plain, subset = stage("peco_vitb16", "model.drop_path=0.4"), stage("peco_vitb16", "model.drop_path=0.4", "model.drop_path_by=subset")
+    plain, subset = (
+        stage("peco_vitb16", "model.drop_path=0.4"),
+        stage("peco_vitb16", "model.drop_path=0.4", "model.drop_path_by=subset"),
+    )
     assert subset.model_flops == pytest.approx(0.8 * plain.model_flops, rel=0.02), "the mean rate of the blocks"
 
 
@@ -55,8 +66,12 @@ def test_recomputation_is_no_work_of_the_model_and_saves_memory():
 
 
 def test_a_judge_takes_memory_and_flops_of_the_tokenizers_training():
-    with_judge = Stage("tokenizer", load_recipe(TokenizerRecipe, "peco_tokenizer", ["perceptual.weights=x.pth"], environ={}).recipe)
-    without = Stage("tokenizer", load_recipe(TokenizerRecipe, "peco_tokenizer", ["perceptual.weight=0"], environ={}).recipe)
+    with_judge = Stage(
+        "tokenizer", load_recipe(TokenizerRecipe, "peco_tokenizer", ["perceptual.weights=x.pth"], environ={}).recipe
+    )
+    without = Stage(
+        "tokenizer", load_recipe(TokenizerRecipe, "peco_tokenizer", ["perceptual.weight=0"], environ={}).recipe
+    )
     assert with_judge.fixed_bytes - without.fixed_bytes == pytest.approx(4 * 86e6, rel=0.02), "ViT-B/16 in float32"
     assert with_judge.activation_bytes > without.activation_bytes
     # Three passes of 17.6 GMAC: both pictures forward, one of them backward to its pixels.
@@ -70,5 +85,7 @@ def test_flops_for_mfu_are_those_of_the_model():
 
 
 def test_every_pretraining_recipe_of_the_package_has_neighbours():
-    full_size = {name for name in TRAINABLE if recipe_type(name) is PretrainRecipe and not name.startswith("quickstart")}
+    full_size = {
+        name for name in TRAINABLE if recipe_type(name) is PretrainRecipe and not name.startswith("quickstart")
+    }
     assert full_size == set(NEIGHBOURS)

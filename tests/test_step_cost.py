@@ -14,9 +14,18 @@ from peco_ds.planner.step_cost import StepInputs, closed_form, durations, expect
 from peco_ds.planner.traffic import Collective
 
 MACHINE = Hardware(
-    name="h100-like", title="", memory_bytes=80e9, peak_flops={"bf16": 989e12}, memory_bytes_s=3.35e12, gpus_per_node=8, link_bytes_s=450e9, network_bytes_s=400e9,
-    host_memory_bytes=2e12, cores_per_node=112, storage_bytes_s=4e9,
-)  # fmt: skip
+    name="h100-like",
+    title="",
+    memory_bytes=80e9,
+    peak_flops={"bf16": 989e12},
+    memory_bytes_s=3.35e12,
+    gpus_per_node=8,
+    link_bytes_s=450e9,
+    network_bytes_s=400e9,
+    host_memory_bytes=2e12,
+    cores_per_node=112,
+    storage_bytes_s=4e9,
+)
 RANKS, BLOCKS, BYTES = 64, 4, 1e9
 GATHER = collective_seconds("all_gather", BYTES, RANKS, MACHINE)
 REDUCTION = collective_seconds("reduce_scatter", 2 * BYTES, RANKS, MACHINE)
@@ -70,20 +79,26 @@ def test_a_reduction_waits_for_a_gather_that_the_host_asked_for_before():
     both = closed_form(step([gather, reduction], forward=GATHER / 8)).exposed_s
     backward = 2 * GATHER / 8
     assert alone == pytest.approx(REDUCTION - backward)
-    # It starts when the gather is over, which is a quarter of a gather after its own block; so does the pass of the last block.
+    # It starts when the gather is over, which is a quarter of a gather after its own block; so does the pass of the
+    # last block.
     assert both == pytest.approx((GATHER - 3 * backward) + REDUCTION - backward)
 
 
 def test_each_micro_batch_waits_for_its_own_reductions():
     once = closed_form(step(reductions(), forward=1.0))
-    thrice = closed_form(step([each for micro_step in range(3) for each in reductions(micro_step)], forward=1.0, micro_steps=3))
+    thrice = closed_form(
+        step([each for micro_step in range(3) for each in reductions(micro_step)], forward=1.0, micro_steps=3)
+    )
     assert thrice.exposed_s == pytest.approx(3 * once.exposed_s)
     at_the_end = closed_form(step(reductions(2), forward=1.0, micro_steps=3))
     assert at_the_end.exposed_s == pytest.approx(once.exposed_s)
 
 
 def test_nothing_hides_what_comes_after_the_passes():
-    after = [Collective("all_gather", BYTES, "after", 0, 0, overlaps=False), Collective("all_reduce", 4, "after", 0, 0, overlaps=False)]
+    after = [
+        Collective("all_gather", BYTES, "after", 0, 0, overlaps=False),
+        Collective("all_reduce", 4, "after", 0, 0, overlaps=False),
+    ]
     found = closed_form(step(after, forward=1.0))
     assert found.exposed_s == pytest.approx(GATHER + collective_seconds("all_reduce", 4, RANKS, MACHINE))
 
@@ -92,7 +107,8 @@ def test_a_collective_slows_what_is_computed_beside_it_by_its_share():
     found = closed_form(replace(step([*gathers(), *reductions()], forward=1.0), contention=0.1))
     hidden = found.communication_s - found.exposed_s
     assert found.contention_s == pytest.approx(0.1 * hidden, rel=0.01)
-    bound = step([*gathers(), *reductions()], forward=1e-6)  # the computation is beside the links all the time, and nobody waits for it
+    # the computation is beside the links all the time, and nobody waits for it
+    bound = step([*gathers(), *reductions()], forward=1e-6)
     assert closed_form(replace(bound, contention=0.1)).seconds == pytest.approx(closed_form(bound).seconds, rel=1e-3)
 
 
@@ -102,13 +118,20 @@ def test_stragglers_cost_more_among_more_ranks_and_less_where_the_links_set_the_
         return found.straggler_s / found.compute_s
 
     assert 0 < straggling(1.0, 8) < straggling(1.0, 64) < straggling(1.0, 1024) < 4 * 0.02
-    # A pass is a third and its backward pass two thirds of a micro-batch, so their sum varies by sqrt(5) / 3 of what one varies by.
+    # A pass is a third and its backward pass two thirds of a micro-batch, so their sum varies by sqrt(5) / 3 of what
+    # one varies by.
     assert straggling(1.0, 64) == pytest.approx(0.02 * expected_maximum(64) * 5**0.5 / 3, rel=1e-6)
-    assert straggling(GATHER / 100, 64) == pytest.approx(straggling(1.0, 64) / BLOCKS, rel=0.01)  # all but one block hide behind the links
+    # all but one block hide behind the links
+    assert straggling(GATHER / 100, 64) == pytest.approx(straggling(1.0, 64) / BLOCKS, rel=0.01)
 
 
 def test_noise_of_micro_batches_that_do_not_wait_for_one_another_averages_out():
-    every = closed_form(replace(step([each for micro_step in range(4) for each in reductions(micro_step)], forward=1.0, micro_steps=4), noise=0.02))
+    every = closed_form(
+        replace(
+            step([each for micro_step in range(4) for each in reductions(micro_step)], forward=1.0, micro_steps=4),
+            noise=0.02,
+        )
+    )
     at_the_end = closed_form(replace(step(reductions(3), forward=1.0, micro_steps=4), noise=0.02))
     assert at_the_end.straggler_s == pytest.approx(every.straggler_s / 2, rel=1e-6)
 
@@ -122,25 +145,47 @@ def test_the_parts_add_up_to_the_step():
 
 
 def test_better_links_never_make_a_step_longer():
-    times = [closed_form(replace(step([*gathers(), *reductions()], forward=3e-3), link_share=share)).seconds for share in (0.1, 0.5, 1.0, 2.0)]
+    times = [
+        closed_form(replace(step([*gathers(), *reductions()], forward=3e-3), link_share=share)).seconds
+        for share in (0.1, 0.5, 1.0, 2.0)
+    ]
     assert times == sorted(times, reverse=True) and times[0] > 1.5 * times[-1] - 0.5
-    assert durations(replace(step(gathers()), link_share=0.5)) == pytest.approx([collective_seconds("all_gather", BYTES, RANKS, MACHINE, share=0.5)] * BLOCKS)
+    assert durations(replace(step(gathers()), link_share=0.5)) == pytest.approx(
+        [collective_seconds("all_gather", BYTES, RANKS, MACHINE, share=0.5)] * BLOCKS
+    )
 
 
 @pytest.mark.parametrize("count", (1, 2, 8, 64, 1024))
 def test_expected_maximum_is_that_of_drawn_numbers(count):
     drawn = np.random.default_rng(0).standard_normal((4000, count)).max(axis=1)
-    assert expected_maximum(count) == pytest.approx(drawn.mean(), rel=0.006 if count >= 8 else 0.05, abs=3 * drawn.std() / 4000**0.5)
+    assert expected_maximum(count) == pytest.approx(
+        drawn.mean(), rel=0.006 if count >= 8 else 0.05, abs=3 * drawn.std() / 4000**0.5
+    )
 
 
 def step(collectives, *, forward: float = 1e-3, micro_steps: int = 1, ranks: int = RANKS) -> StepInputs:
     """Blocks that compute twice as long backward as forward, half a second of optimiser, ranks all alike."""
-    return StepInputs((SegmentSeconds(forward, 2 * forward),) * BLOCKS, tuple(collectives), micro_steps, 0.5, ranks, MACHINE, noise=0.0, contention=0.0)
+    return StepInputs(
+        (SegmentSeconds(forward, 2 * forward),) * BLOCKS,
+        tuple(collectives),
+        micro_steps,
+        0.5,
+        ranks,
+        MACHINE,
+        noise=0.0,
+        contention=0.0,
+    )
 
 
 def gathers(*, overlaps: bool = True, ahead: int = 1) -> list[Collective]:
-    return [Collective("all_gather", BYTES, "forward", block, 0, overlaps, asked=max(0, block - ahead)) for block in range(BLOCKS)]
+    return [
+        Collective("all_gather", BYTES, "forward", block, 0, overlaps, asked=max(0, block - ahead))
+        for block in range(BLOCKS)
+    ]
 
 
 def reductions(micro_step: int = 0, *, overlaps: bool = True) -> list[Collective]:
-    return [Collective("reduce_scatter", 2 * BYTES, "backward", block, micro_step, overlaps, asked=block) for block in reversed(range(BLOCKS))]
+    return [
+        Collective("reduce_scatter", 2 * BYTES, "backward", block, micro_step, overlaps, asked=block)
+        for block in reversed(range(BLOCKS))
+    ]

@@ -19,7 +19,11 @@ DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"
 
 def events(out: Path, kind: str) -> list[dict]:
     path = out / "starts.jsonl"
-    return [row for row in map(json.loads, path.read_text().splitlines()) if row["event"] == kind] if path.is_file() else []
+    return (
+        [row for row in map(json.loads, path.read_text().splitlines()) if row["event"] == kind]
+        if path.is_file()
+        else []
+    )
 
 
 def wait_until(condition, what: str) -> None:
@@ -31,19 +35,48 @@ def wait_until(condition, what: str) -> None:
 
 
 def heed_signals() -> None:
-    """Tests may run under nohup or in a shell's background, where these are ignored, and so would be in what they start."""
+    """Tests may run under nohup or in a shell's background, where these are ignored, and so would be in what they
+    start.
+    """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize(("launcher", "number", "code"), (([sys.executable], signal.SIGINT, 75), ([sys.executable], signal.SIGHUP, 75), (DEEPSPEED, signal.SIGTERM, None), (DEEPSPEED, signal.SIGKILL, None)))
+@pytest.mark.parametrize(
+    ("launcher", "number", "code"),
+    (
+        ([sys.executable], signal.SIGINT, 75),
+        ([sys.executable], signal.SIGHUP, 75),
+        (DEEPSPEED, signal.SIGTERM, None),
+        (DEEPSPEED, signal.SIGKILL, None),
+    ),
+)
 def test_a_run_saves_and_ends_in_good_order(small_sets, tmp_path, launcher, number, code):
     out = tmp_path / "run"
-    command = [*launcher, "peco_ds/pretrain.py", "--recipe", "peco_vitb16", "--deepspeed_config", "ds_configs/zero1.json", "--out", out, *small_sets.overrides, "schedule.steps=100000"]
+    command = [
+        *launcher,
+        "peco_ds/pretrain.py",
+        "--recipe",
+        "peco_vitb16",
+        "--deepspeed_config",
+        "ds_configs/zero1.json",
+        "--out",
+        out,
+        *small_sets.overrides,
+        "schedule.steps=100000",
+    ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     with open(tmp_path / "log", "wb") as log:
         # of its own session: the signal is for the one process that a user knows the number of
-        process = subprocess.Popen([*map(str, command)], cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=heed_signals)
+        process = subprocess.Popen(
+            [*map(str, command)],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=heed_signals,
+        )
         try:
             wait_until(lambda: len(read_metrics(out)) > 3, "no step was trained")
             process.send_signal(number)

@@ -11,7 +11,8 @@ from peco_ds.models.taming_layout import read_gumbel, read_vqgan
 from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, save_tokenizer
 
 READ = {"vqgan": read_vqgan, "gumbel": read_gumbel}
-SIZES = {"vqgan": {"mults": (1, 1, 2, 2, 4), "blocks": 2}, "gumbel": {"mults": (1, 1, 2, 4), "blocks": 2}}  # f16 and f8, with fewer channels
+# f16 and f8, with fewer channels
+SIZES = {"vqgan": {"mults": (1, 1, 2, 2, 4), "blocks": 2}, "gumbel": {"mults": (1, 1, 2, 4), "blocks": 2}}
 
 
 def built(kind: str, tensors):
@@ -21,7 +22,7 @@ def built(kind: str, tensors):
     return tokenizer.eval()
 
 
-# ---------------------------------------------------------------------------------------------- the network from its formulas
+# ----------------------------------------------------------------------- the network from its formulas
 
 
 class Reference:
@@ -67,7 +68,9 @@ class Reference:
         return x
 
     def middle(self, x, side):
-        return self.residual(self.attend(self.residual(x, f"{side}.mid.block_1"), f"{side}.mid.attn_1"), f"{side}.mid.block_2")
+        return self.residual(
+            self.attend(self.residual(x, f"{side}.mid.block_1"), f"{side}.mid.attn_1"), f"{side}.mid.block_2"
+        )
 
     def encode(self, x):
         x = self.convolution(x, "encoder.conv_in")
@@ -75,7 +78,9 @@ class Reference:
         while f"encoder.down.{level}.block.0.conv1.weight" in self.t:
             x = self.level(x, f"encoder.down.{level}")
             if f"encoder.down.{level}.downsample.conv.weight" in self.t:
-                x = self.convolution(F.pad(x, (0, 1, 0, 1)), f"encoder.down.{level}.downsample.conv", stride=2, padding=0)
+                x = self.convolution(
+                    F.pad(x, (0, 1, 0, 1)), f"encoder.down.{level}.downsample.conv", stride=2, padding=0
+                )
             level += 1
         x = self.swish(self.norm(self.middle(x, "encoder"), "encoder.norm_out"))
         return self.convolution(self.convolution(x, "encoder.conv_out"), "quant_conv")
@@ -86,7 +91,9 @@ class Reference:
         for level in range(16, -1, -1):
             x = self.level(x, f"decoder.up.{level}")
             if f"decoder.up.{level}.upsample.conv.weight" in self.t:
-                x = self.convolution(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3), f"decoder.up.{level}.upsample.conv")
+                x = self.convolution(
+                    x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3), f"decoder.up.{level}.upsample.conv"
+                )
         return self.convolution(self.swish(self.norm(x, "decoder.norm_out")), "decoder.conv_out")
 
 
@@ -127,22 +134,37 @@ def test_soft_tokens_of_gumbel_hold_the_largest_probabilities_of_the_whole_softm
     tokenizer = built("gumbel", taming_tensors("gumbel"))
     images_11 = torch.rand(2, 3, 8, 12) * 2 - 1
     soft = tokenizer.tokenize_soft(images_11, 3, temperature=4.0)
-    probs, codes = (tokenizer.logits(images_11) / 4).softmax(dim=1).flatten(2).transpose(1, 2).sort(dim=-1, descending=True)
+    probs, codes = (
+        (tokenizer.logits(images_11) / 4).softmax(dim=1).flatten(2).transpose(1, 2).sort(dim=-1, descending=True)
+    )
     assert torch.equal(soft.codes, codes[..., 0]) and torch.equal(soft.topk_codes, codes[..., :3])
     torch.testing.assert_close(soft.topk_probs, probs[..., :3])
 
 
-# ---------------------------------------------------------------------------------------------- the layout
+# ------------------------------------------------------------------------------------------ the layout
 
 
 @pytest.mark.parametrize(
     ("kind", "mults", "codes", "px", "stride", "millions"),
-    [("vqgan", (1, 1, 2, 2, 4), 1024, 224, 16, (29.3, 42.4)), ("vqgan", (1, 1, 2, 2, 4), 16384, 224, 16, (29.3, 42.4)), ("gumbel", (1, 1, 2, 4), 8192, 112, 8, (26.3, 38.3))],
+    [
+        ("vqgan", (1, 1, 2, 2, 4), 1024, 224, 16, (29.3, 42.4)),
+        ("vqgan", (1, 1, 2, 2, 4), 16384, 224, 16, (29.3, 42.4)),
+        ("gumbel", (1, 1, 2, 4), 8192, 112, 8, (26.3, 38.3)),
+    ],
 )
 def test_the_released_shapes_give_the_published_sizes_and_a_14x14_grid(kind, mults, codes, px, stride, millions):
     settings, state = READ[kind](taming_tensors(kind, channels=128, mults=mults, blocks=2, z=256, codes=codes, dim=256))
-    assert (settings.kind, settings.num_codes, settings.code_dim, settings.stride_px, px // settings.stride_px) == (kind, codes, 256, stride, 14)
-    found = [sum(tensor.numel() for name, tensor in state.items() if name.startswith(side)) / 1e6 for side in ("encoder", "decoder")]
+    assert (settings.kind, settings.num_codes, settings.code_dim, settings.stride_px, px // settings.stride_px) == (
+        kind,
+        codes,
+        256,
+        stride,
+        14,
+    )
+    found = [
+        sum(tensor.numel() for name, tensor in state.items() if name.startswith(side)) / 1e6
+        for side in ("encoder", "decoder")
+    ]
     assert found == [pytest.approx(number, rel=0.01) for number in millions]
 
 
@@ -173,10 +195,19 @@ def test_vqgans_codes_stay_where_they_are_in_a_training_that_chooses_none_of_the
     [
         (lambda t: t.pop("decoder.up.1.attn.1.k.weight"), "decoder.up.1.attn.1.k.weight is missing"),
         (lambda t: t.pop("encoder.conv_in.weight"), "encoder.conv_in.weight is missing"),
-        (lambda t: t.update({"encoder.down.0.attn.0.q.weight": torch.ones(32, 32, 1, 1)}), "encoder.down.0.attn.0.q.weight' has no place"),
-        (lambda t: t.update({"encoder.mid.attn_1.v.weight": torch.ones(32, 32, 1, 1)}), r"mid.attn_1.v.weight has shape \(32, 32, 1, 1\)"),
+        (
+            lambda t: t.update({"encoder.down.0.attn.0.q.weight": torch.ones(32, 32, 1, 1)}),
+            "encoder.down.0.attn.0.q.weight' has no place",
+        ),
+        (
+            lambda t: t.update({"encoder.mid.attn_1.v.weight": torch.ones(32, 32, 1, 1)}),
+            r"mid.attn_1.v.weight has shape \(32, 32, 1, 1\)",
+        ),
         (lambda t: t.update({"encoder.conv_in.weight": torch.ones(32, 4, 3, 3)}), "encoder.conv_in.weight has shape"),
-        (lambda t: t.update({"quant_conv.bias": torch.full((8,), float("inf"))}), "quant_conv.bias holds values that are not finite"),
+        (
+            lambda t: t.update({"quant_conv.bias": torch.full((8,), float("inf"))}),
+            "quant_conv.bias holds values that are not finite",
+        ),
         (lambda t: t.update({"quantize.used": torch.arange(4)}), "quantize.used' has no place"),
         (lambda t: t.update({"encoder.down.1.block.0.conv1.weight": torch.ones(48, 32, 3, 3)}), "no multiples"),
     ],
@@ -191,5 +222,7 @@ def test_a_tensor_that_does_not_fit_is_named_in_one_line(kind, change, words):
 
 def test_sixteen_bit_files_give_float32_tokenizers():
     settings, state = read_gumbel({name: tensor.half() for name, tensor in taming_tensors("gumbel").items()})
-    assert settings == TokenizerSettings(kind="gumbel", channels=32, channel_mults=(1, 2), blocks_per_level=1, z_channels=8, num_codes=16, code_dim=8)
+    assert settings == TokenizerSettings(
+        kind="gumbel", channels=32, channel_mults=(1, 2), blocks_per_level=1, z_channels=8, num_codes=16, code_dim=8
+    )
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from beit_samples import SMALL, sample, same
+from beit_samples import SMALL, same, sample
 from PIL import Image
 
 from peco_ds.convert.read import read_weights
@@ -28,9 +28,16 @@ def test_a_classifier_release_is_the_trained_classifier_in_timm(tmp_path):
     model = timm.create_model(f"local-dir:{released(tmp_path, weights)}", pretrained=True).eval()
     answers = answers_of(weights)
     with torch.no_grad():
-        torch.testing.assert_close(model(answers.images_norm), torch.from_numpy(answers.values["logits"]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            model(answers.images_norm), torch.from_numpy(answers.values["logits"]), rtol=0, atol=1e-5
+        )
     cfg = model.pretrained_cfg
-    assert tuple(cfg["mean"]) == (0.5,) * 3 and cfg["crop_pct"] == 0.9 and tuple(cfg["label_names"]) == NAMES and model.num_classes == 7
+    assert (
+        tuple(cfg["mean"]) == (0.5,) * 3
+        and cfg["crop_pct"] == 0.9
+        and tuple(cfg["label_names"]) == NAMES
+        and model.num_classes == 7
+    )
     assert model.global_pool == "avg" and tuple(cfg["input_size"]) == (3, 64, 64)
 
 
@@ -46,7 +53,12 @@ def test_a_release_reads_back_bit_for_bit(tmp_path, kind):
     weights = sample(kind, classes=NAMES if kind == "classifier" else None, mean=(0.5,) * 3, std=(0.25,) * 3)
     found = read_weights(released(tmp_path, weights))
     assert found.kind == kind and same(found.tensors, weights.tensors)
-    assert (found.mean, found.std, found.crop, found.classes) == (weights.mean, weights.std, weights.crop, weights.classes)
+    assert (found.mean, found.std, found.crop, found.classes) == (
+        weights.mean,
+        weights.std,
+        weights.crop,
+        weights.classes,
+    )
     assert (found.model.heads, found.model.image_px, found.model.depth) == (SMALL.heads, SMALL.image_px, SMALL.depth)
 
 
@@ -76,7 +88,15 @@ def test_others_may_read_a_release(tmp_path):
 
 
 def test_the_card_names_weights_statistics_and_facts(tmp_path):
-    released(tmp_path, sample("classifier", mean=(0.5,) * 3, std=(0.5,) * 3, facts={"recipe": "my_recipe", "images seen": "12345"}))
+    released(
+        tmp_path,
+        sample("classifier", mean=(0.5,) * 3, std=(0.5,) * 3, facts={"recipe": "my_recipe", "images seen": "12345"}),
+    )
     card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: timm\n") and "# my_recipe" in card and "12345" in card and "mean [0.5, 0.5, 0.5]" in card
+    assert (
+        card.startswith("---\nlibrary_name: timm\n")
+        and "# my_recipe" in card
+        and "12345" in card
+        and "mean [0.5, 0.5, 0.5]" in card
+    )
     assert json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]["tag"] == "my_recipe"

@@ -17,12 +17,26 @@ from peco_ds.errors import UserError
 from peco_ds.schema import VIEW_COLUMNS, ImageManifest, Shard, TokenManifest, ViewRecipe, read_manifest
 
 SHARDS, PICTURES = 3, 2
-IMAGES = ImageManifest([Shard(f"shard-{number:06d}.tar", PICTURES, 10240, f"{number:064x}", f"{number:064x}") for number in range(SHARDS)], SHARDS * PICTURES)
+IMAGES = ImageManifest(
+    [Shard(f"shard-{number:06d}.tar", PICTURES, 10240, f"{number:064x}", f"{number:064x}") for number in range(SHARDS)],
+    SHARDS * PICTURES,
+)
 
 
 def parts_of(folder: Path, tokenizer: str = "a" * 64, **facts) -> TokenParts:
     views = ViewRecipe(32, (0.2, 1.0), (0.75, 1.33), 0.5, 0.4, 0)
-    return TokenParts(folder, IMAGES, tokenizer_fingerprint=tokenizer, num_codes=64, grid=4, num_views=1, topk=0, topk_temperature=1.0, views=views, **facts)
+    return TokenParts(
+        folder,
+        IMAGES,
+        tokenizer_fingerprint=tokenizer,
+        num_codes=64,
+        grid=4,
+        num_views=1,
+        topk=0,
+        topk_temperature=1.0,
+        views=views,
+        **facts,
+    )
 
 
 def records(number: int, usable: bool = True):
@@ -54,7 +68,9 @@ def undisturbed(tmp_path_factory) -> dict[str, str]:
     return contents(folder)
 
 
-def test_a_kill_before_any_operation_on_files_leaves_a_set_that_the_next_start_finishes_byte_for_byte(tmp_path, undisturbed):
+def test_a_kill_before_any_operation_on_files_leaves_a_set_that_the_next_start_finishes_byte_for_byte(
+    tmp_path, undisturbed
+):
     kills = 0
     for moment in range(1, 10_000):
         folder = tmp_path / str(moment)
@@ -68,7 +84,10 @@ def test_a_kill_before_any_operation_on_files_leaves_a_set_that_the_next_start_f
             if parts.is_done(number):  # whole: as an undisturbed start leaves it
                 name = Path(IMAGES.shards[number].name).stem
                 found = contents(folder)
-                assert all(found[path] == undisturbed[path] for path in (f"{name}.tar", f"{name}.index.json", f".parts/{name}.json"))
+                assert all(
+                    found[path] == undisturbed[path]
+                    for path in (f"{name}.tar", f"{name}.index.json", f".parts/{name}.json")
+                )
         tokenize(folder)
         assert contents(folder) == undisturbed, f"killed before operation {moment}"
         shutil.rmtree(folder)
@@ -106,7 +125,9 @@ def test_two_writers_of_the_same_shards_do_not_disturb_each_other(tmp_path, undi
     assert contents(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"made_from": 1}', '{"made_from": null, "shard": {"name": "../x"}}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", '{"made_from": 1}', '{"made_from": null, "shard": {"name": "../x"}}', "\x00\xff"]
+)
 def test_a_damaged_part_file_is_made_again(tmp_path, undisturbed, damage):
     tokenize(tmp_path)
     part = tmp_path / ".parts" / "shard-000001.json"
@@ -133,11 +154,21 @@ def test_a_shard_whose_tar_or_index_is_gone_or_cut_is_made_again(tmp_path, undis
 def test_what_a_card_says_of_the_tokenizer_is_kept_and_makes_no_other_set(tmp_path, undisturbed):
     tokenize(tmp_path)  # by a tokenizer of whom nothing was known
     assert read_manifest(tmp_path, TokenManifest).tokenizer_facts == {}
-    card = {"judge": "MoCo v3", "judge_licence": "CC BY-NC 4.0", "recipe": "", "licence": None, "steps": 5, "psnr": "20"}
+    card = {
+        "judge": "MoCo v3",
+        "judge_licence": "CC BY-NC 4.0",
+        "recipe": "",
+        "licence": None,
+        "steps": 5,
+        "psnr": "20",
+    }
     parts = parts_of(tmp_path, tokenizer_facts=card)
     assert all(parts.is_done(number) for number in range(SHARDS))
     parts.finish()
-    assert read_manifest(tmp_path, TokenManifest).tokenizer_facts == {"judge": "MoCo v3", "judge_licence": "CC BY-NC 4.0"}
+    assert read_manifest(tmp_path, TokenManifest).tokenizer_facts == {
+        "judge": "MoCo v3",
+        "judge_licence": "CC BY-NC 4.0",
+    }
     changed = {name for name, sha256 in contents(tmp_path).items() if undisturbed.get(name) != sha256}
     assert changed == {"manifest.json"}
     tokenize(tmp_path)
@@ -148,4 +179,7 @@ def test_unreadable_pictures_of_earlier_starts_are_known(tmp_path):
     parts = parts_of(tmp_path)
     parts.write(0, records(0))
     parts.write(1, records(1, usable=False))
-    assert parts.reading(0) == {"count": 0, "read": PICTURES} and parts.reading(1) == {"count": PICTURES, "read": PICTURES}
+    assert parts.reading(0) == {"count": 0, "read": PICTURES} and parts.reading(1) == {
+        "count": PICTURES,
+        "read": PICTURES,
+    }

@@ -11,7 +11,17 @@ from peco_ds.models.token_passes import TokenPasses, even_pass
 from peco_ds.models.tokenizers import build_tokenizer
 
 SIZES = dict(channels=16, channel_mults=(1, 1, 2, 2), blocks_per_level=1, z_channels=16, num_codes=256, code_dim=8)
-VIT = TokenizerVitSettings(image_px=32, patch_px=8, width=48, depth=2, heads=3, decoder_width=24, decoder_depth=1, decoder_heads=3, target_width=8)
+VIT = TokenizerVitSettings(
+    image_px=32,
+    patch_px=8,
+    width=48,
+    depth=2,
+    heads=3,
+    decoder_width=24,
+    decoder_depth=1,
+    decoder_heads=3,
+    target_width=8,
+)
 KINDS = {
     "vqgan": TokenizerSettings(**SIZES),
     "vqkd": TokenizerSettings(kind="vqkd", vit=VIT, num_codes=256, code_dim=8, l2_normalized=True),
@@ -24,10 +34,15 @@ KINDS = {
 def tokenizer(request):
     torch.manual_seed(0)
     found = build_tokenizer(KINDS[request.param]).eval()
-    if hasattr(found, "codebook"):  # as after training: the codes lie where the features do
+    # as after training: the codes lie where the features do
+    if hasattr(found, "codebook"):
         images = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
         with torch.no_grad():
-            found.codebook.init_kmeans(found.encode(images).float().flatten(2).transpose(1, 2).reshape(-1, 8), 5, torch.Generator().manual_seed(2))
+            found.codebook.init_kmeans(
+                found.encode(images).float().flatten(2).transpose(1, 2).reshape(-1, 8),
+                5,
+                torch.Generator().manual_seed(2),
+            )
     return found
 
 
@@ -39,7 +54,10 @@ def images_11():
 def test_pictures_get_the_same_codes_in_passes_as_in_one_piece(tokenizer, images_11):
     passes = TokenPasses(tokenizer, precision="fp32", pictures=3, compiled=False)
     assert torch.equal(passes.tokenize(images_11), tokenizer.tokenize(images_11))
-    in_passes, whole = passes.tokenize_soft(images_11, 5, temperature=0.5), tokenizer.tokenize_soft(images_11, 5, temperature=0.5)
+    in_passes, whole = (
+        passes.tokenize_soft(images_11, 5, temperature=0.5),
+        tokenizer.tokenize_soft(images_11, 5, temperature=0.5),
+    )
     assert torch.equal(in_passes.codes, whole.codes)
     torch.testing.assert_close(in_passes.topk_probs, whole.topk_probs, rtol=1e-3, atol=1e-6)
 
@@ -71,7 +89,9 @@ def test_in_bf16_the_network_is_rounded_and_the_choice_is_not(tokenizer, images_
         exact = tokenizer.trunk(images_11)
     error = (seen["outputs"].float() - exact).abs().max() / exact.abs().max()
     assert 1e-5 < error < 0.1, "the network computed in float32, or nowhere near it"
-    assert torch.equal(codes, choose(seen["outputs"].float())), "the choice depends on the outputs' type, not on their values alone"
+    assert torch.equal(codes, choose(seen["outputs"].float())), (
+        "the choice depends on the outputs' type, not on their values alone"
+    )
     probs = soft(seen["outputs"], 4).topk_probs
     assert probs.dtype == torch.float32 and not torch.equal(probs, probs.bfloat16().float())
 
@@ -87,7 +107,9 @@ def test_a_compiled_network_is_compiled_once_whatever_the_number_of_pictures(tok
         assert torch.equal(codes, tokenizer.tokenize(images_11[:number]))
 
 
-@pytest.mark.parametrize("pictures, at_most, each", [(64, 64, 64), (60, 64, 60), (100, 64, 50), (67, 64, 34), (1, 64, 1), (130, 64, 44)])
+@pytest.mark.parametrize(
+    "pictures, at_most, each", [(64, 64, 64), (60, 64, 60), (100, 64, 50), (67, 64, 34), (1, 64, 1), (130, 64, 44)]
+)
 def test_passes_are_as_equal_as_can_be(pictures, at_most, each):
     assert even_pass(pictures, at_most) == each
     passes = -(-pictures // each)

@@ -15,7 +15,11 @@ from peco_ds.schema import VIEW_COLUMNS
 
 def batch(first: int, pictures: int, views: int = 3) -> ViewsBatch:
     rows = np.full((pictures, views, len(VIEW_COLUMNS)), first, np.float32)
-    return ViewsBatch([f"k{first + place}" for place in range(pictures)], rows, torch.arange(pictures * views).view(-1, 1, 1, 1).expand(-1, 3, 2, 2) + 100.0 * first)
+    return ViewsBatch(
+        [f"k{first + place}" for place in range(pictures)],
+        rows,
+        torch.arange(pictures * views).view(-1, 1, 1, 1).expand(-1, 3, 2, 2) + 100.0 * first,
+    )
 
 
 def codes_like(images_11: torch.Tensor) -> Codes:
@@ -26,9 +30,15 @@ def codes_like(images_11: torch.Tensor) -> Codes:
 def test_a_record_holds_its_own_pictures_codes_view_by_view():
     records = [record for made in record_batches([batch(0, 2), batch(2, 1)], codes_like) for record in made]
     assert [record.key for record in records] == ["k0", "k1", "k2"]
-    assert records[1].codes.tolist() == [[view + patch for patch in range(4)] for view in (3, 4, 5)] and records[1].codes.dtype == np.uint16
+    assert (
+        records[1].codes.tolist() == [[view + patch for patch in range(4)] for view in (3, 4, 5)]
+        and records[1].codes.dtype == np.uint16
+    )
     assert records[2].codes[:, 0].tolist() == [200, 201, 202] and (records[2].views == 2).all()
-    assert records[2].topk_codes.shape == records[2].topk_probs.shape == (3, 4, 1) and records[2].topk_probs.dtype == np.float16
+    assert (
+        records[2].topk_codes.shape == records[2].topk_probs.shape == (3, 4, 1)
+        and records[2].topk_probs.dtype == np.float16
+    )
 
 
 def test_the_largest_code_that_can_be_stored_is():
@@ -38,7 +48,9 @@ def test_the_largest_code_that_can_be_stored_is():
 
 def test_the_next_batch_is_under_way_before_one_is_waited_for():
     events = []
-    for made in record_batches([batch(number, 1) for number in range(3)], lambda images: events.append("queued") or codes_like(images)):
+    for made in record_batches(
+        [batch(number, 1) for number in range(3)], lambda images: events.append("queued") or codes_like(images)
+    ):
         events.append(made[0].key)
     assert events == ["queued", "queued", "k0", "queued", "k1", "k2"]
 
@@ -90,7 +102,9 @@ def test_shards_are_written_in_order_and_all_are_there_at_the_end():
         writer.end(5)  # a shard without pictures
         writer.put(7, records("d"))
         writer.end(7)
-    assert disk.written == {4: ["a", "b", "c"], 5: [], 7: ["d"]} and list(disk.written) == [4, 5, 7] and not disk.dropped
+    assert (
+        disk.written == {4: ["a", "b", "c"], 5: [], 7: ["d"]} and list(disk.written) == [4, 5, 7] and not disk.dropped
+    )
 
 
 def test_a_slow_disk_holds_nobody_up_until_some_batches_wait_for_it():
@@ -115,7 +129,9 @@ def test_a_stop_in_the_middle_drops_the_shard_in_hand_and_keeps_those_that_were_
     assert disk.written == {0: ["a"]} and disk.dropped == [1]
 
 
-@pytest.mark.parametrize("fault", [UserError("7 records for 9 pictures"), OSError(28, "No space left on device", "x.tar")])
+@pytest.mark.parametrize(
+    "fault", [UserError("7 records for 9 pictures"), OSError(28, "No space left on device", "x.tar")]
+)
 def test_what_the_writing_breaks_on_ends_the_loop_that_feeds_it(fault):
     disk = Disk(fault)
     with pytest.raises(type(fault)) as raised, ShardWriter(disk) as writer:

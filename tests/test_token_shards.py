@@ -17,8 +17,8 @@ from peco_ds.errors import UserError
 from peco_ds.models.tokenizers import read_card
 from peco_ds.schema import VIEW_COLUMNS, TokenManifest, ViewRecipe, read_manifest
 
-
-VIEWS = ViewSettings(tokenizer_px=32, tokenizer_precision="fp32", scale=(0.2, 1.0), count=3)  # as conftest.SMALL_VIT tokenizes
+# as conftest.SMALL_VIT tokenizes
+VIEWS = ViewSettings(tokenizer_px=32, tokenizer_precision="fp32", scale=(0.2, 1.0), count=3)
 
 
 @pytest.fixture
@@ -43,7 +43,9 @@ def test_a_webdataset_reader_reads_token_shards_beside_image_shards(small_sets):
         pictures = [sample["__key__"] for sample in webdataset.WebDataset(str(shard), shardshuffle=False)]
         records = list(webdataset.WebDataset(str(tokens / shard.name), shardshuffle=False).decode())
         assert [record["__key__"] for record in records] == pictures
-        assert all(record["codes.npy"].shape == (3, 16) and record["codes.npy"].dtype == np.uint16 for record in records)
+        assert all(
+            record["codes.npy"].shape == (3, 16) and record["codes.npy"].dtype == np.uint16 for record in records
+        )
         assert all(record["views.npy"].shape == (3, len(VIEW_COLUMNS)) for record in records)
 
 
@@ -55,7 +57,9 @@ def test_tokenizing_again_does_nothing_and_a_lost_shard_alone_is_made_again(smal
     (copied / lost).unlink()
     run_stage("tokenize_shards", "--recipe", "peco_vitb16", *small_sets.overrides, f"data.tokens={copied}")
     after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.glob("*.tar")}
-    assert {name: data for name, (_, data) in after.items()} == {name: data for name, (_, data) in before.items()}, "the same tokens must give the same bytes"
+    assert {name: data for name, (_, data) in after.items()} == {name: data for name, (_, data) in before.items()}, (
+        "the same tokens must give the same bytes"
+    )
     assert [name for name in before if before[name][0] != after[name][0]] == [lost]
 
 
@@ -67,10 +71,14 @@ def test_tokens_of_another_tokenizer_are_refused(copied, images, small_sets):
 
 
 def test_tokens_of_other_pictures_are_refused_by_shard(copied, images):
-    changed = dataclasses.replace(images, shards=[dataclasses.replace(images.shards[0], sha256="1" * 64), *images.shards[1:]])
+    changed = dataclasses.replace(
+        images, shards=[dataclasses.replace(images.shards[0], sha256="1" * 64), *images.shards[1:]]
+    )
     with pytest.raises(UserError, match=f"image shard {images.shards[0].name} has sha256 111111111111"):
         open_set(copied, changed)
-    longer = dataclasses.replace(images, shards=[*images.shards, dataclasses.replace(images.shards[0], name="more.tar")])
+    longer = dataclasses.replace(
+        images, shards=[*images.shards, dataclasses.replace(images.shards[0], name="more.tar")]
+    )
     with pytest.raises(UserError, match="no tokens for image shard more.tar"):
         open_set(copied, longer)
     with pytest.raises(UserError, match="made from image set"):
@@ -79,11 +87,27 @@ def test_tokens_of_other_pictures_are_refused_by_shard(copied, images):
 
 @pytest.mark.parametrize(
     "change, words",
-    [(dict(num_codes=8192), "vocabulary of 64"), (dict(grid=14), "4x4 grid, the backbone has 14x14"), (dict(views=dataclasses.replace(VIEWS, count=4)), "3 views are stored for each picture, views.count asks for 4"),
-        (dict(views=dataclasses.replace(VIEWS, color_jitter=0.1)), "recorded with views.color_jitter = 0.4, the recipe has 0.1"),
+    [
+        (dict(num_codes=8192), "vocabulary of 64"),
+        (dict(grid=14), "4x4 grid, the backbone has 14x14"),
+        (
+            dict(views=dataclasses.replace(VIEWS, count=4)),
+            "3 views are stored for each picture, views.count asks for 4",
+        ),
+        (
+            dict(views=dataclasses.replace(VIEWS, color_jitter=0.1)),
+            "recorded with views.color_jitter = 0.4, the recipe has 0.1",
+        ),
         (dict(views=dataclasses.replace(VIEWS, seed=1)), "recorded with views.seed = 0, the recipe has 1"),
-        (dict(views=dataclasses.replace(VIEWS, tokenizer_interpolation="lanczos")), "recorded with views.tokenizer_interpolation = bicubic, the recipe has lanczos"),
-        (dict(views=dataclasses.replace(VIEWS, topk=2)), "0 soft codes are stored for each patch, views.topk asks for 2")],
+        (
+            dict(views=dataclasses.replace(VIEWS, tokenizer_interpolation="lanczos")),
+            "recorded with views.tokenizer_interpolation = bicubic, the recipe has lanczos",
+        ),
+        (
+            dict(views=dataclasses.replace(VIEWS, topk=2)),
+            "0 soft codes are stored for each patch, views.topk asks for 2",
+        ),
+    ],
 )
 def test_a_recipe_that_does_not_fit_the_tokens_is_refused(copied, images, change, words):
     with pytest.raises(UserError, match=words):
@@ -120,10 +144,15 @@ def test_a_record_under_another_pictures_key_is_refused(copied, images):
 
 
 def test_codes_outside_of_the_vocabulary_are_refused(tmp_path, copied, images):
-    records = [TokenRecord(f"k{i}", np.full((1, 16), 64, np.uint16), np.ones((1, len(VIEW_COLUMNS)), np.float32)) for i in range(2)]
+    records = [
+        TokenRecord(f"k{i}", np.full((1, 16), 64, np.uint16), np.ones((1, len(VIEW_COLUMNS)), np.float32))
+        for i in range(2)
+    ]
     shard = write_token_shard(tmp_path, images.shards[0].name, records)
     manifest = read_manifest(copied, TokenManifest)
-    broken = dataclasses.replace(manifest, shards=[shard], samples=2, num_views=1, image_shards={shard.name: images.shards[0].sha256})
+    broken = dataclasses.replace(
+        manifest, shards=[shard], samples=2, num_views=1, image_shards={shard.name: images.shards[0].sha256}
+    )
     one = dataclasses.replace(images, shards=images.shards[:1])
     broken = dataclasses.replace(broken, images_fingerprint=one.fingerprint())
     from peco_ds.schema import write_manifest
@@ -134,15 +163,32 @@ def test_codes_outside_of_the_vocabulary_are_refused(tmp_path, copied, images):
 
 
 def test_a_pickle_in_a_record_is_refused_unread():
-    payload = bytearray(b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(128) + b"\n" + b"cos\nsystem\n(S'false'\ntR.")
+    payload = bytearray(
+        b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(128)
+        + b"\n"
+        + b"cos\nsystem\n(S'false'\ntR."
+    )
     with pytest.raises(UserError, match="not an .npy array"):
         read_npy(bytes(payload), what="x", dtype=np.uint16, shape=(1,))
 
 
 def test_parts_are_finished_only_when_all_shards_are_there(images, tmp_path):
     views = ViewRecipe(32, (0.2, 1.0), (0.75, 1.3), 0.5, 0.4, 0)
-    parts = TokenParts(tmp_path, images, tokenizer_fingerprint="f" * 64, num_codes=64, grid=4, num_views=1, topk=0, topk_temperature=1.0, views=views)
-    record = lambda key: TokenRecord(key, np.zeros((1, 16), np.uint16), np.ones((1, len(VIEW_COLUMNS)), np.float32))  # noqa: E731
+    parts = TokenParts(
+        tmp_path,
+        images,
+        tokenizer_fingerprint="f" * 64,
+        num_codes=64,
+        grid=4,
+        num_views=1,
+        topk=0,
+        topk_temperature=1.0,
+        views=views,
+    )
+
+    def record(key: str) -> TokenRecord:
+        return TokenRecord(key, np.zeros((1, 16), np.uint16), np.ones((1, len(VIEW_COLUMNS)), np.float32))
+
     for number in (0, 1, 3):
         parts.write(number, [record(f"k{i}") for i in range(images.shards[number].samples)])
     with pytest.raises(UserError, match=f"1 of 4 shards are not tokenized yet, first {images.shards[2].name}"):
@@ -150,17 +196,45 @@ def test_parts_are_finished_only_when_all_shards_are_there(images, tmp_path):
     parts.write(2, [record(f"k{i}") for i in range(images.shards[2].samples)])
     assert parts.finish().samples == images.samples
     (tmp_path / "manifest.json").rename(tmp_path / "was.json")
-    other = TokenParts(tmp_path, images, tokenizer_fingerprint="e" * 64, num_codes=64, grid=4, num_views=1, topk=0, topk_temperature=1.0, views=views)
+    other = TokenParts(
+        tmp_path,
+        images,
+        tokenizer_fingerprint="e" * 64,
+        num_codes=64,
+        grid=4,
+        num_views=1,
+        topk=0,
+        topk_temperature=1.0,
+        views=views,
+    )
     assert not any(other.is_done(number) for number in range(4)), "shards of another tokenizer must be made again"
     (tmp_path / "was.json").rename(tmp_path / "manifest.json")
     with pytest.raises(UserError, match="holds a finished token set with tokenizer_fingerprint = ffff"):
-        TokenParts(tmp_path, images, tokenizer_fingerprint="e" * 64, num_codes=64, grid=4, num_views=1, topk=0, topk_temperature=1.0, views=views)
+        TokenParts(
+            tmp_path,
+            images,
+            tokenizer_fingerprint="e" * 64,
+            num_codes=64,
+            grid=4,
+            num_views=1,
+            topk=0,
+            topk_temperature=1.0,
+            views=views,
+        )
 
 
 def test_soft_codes_are_stored_with_their_mass(small_sets, tmp_path):
     from conftest import run_stage
 
-    run_stage("tokenize_shards", "--recipe", "peco_vitb16", *small_sets.overrides, f"data.tokens={tmp_path / 'soft'}", "views.topk=8", "views.count=1")
+    run_stage(
+        "tokenize_shards",
+        "--recipe",
+        "peco_vitb16",
+        *small_sets.overrides,
+        f"data.tokens={tmp_path / 'soft'}",
+        "views.topk=8",
+        "views.count=1",
+    )
     manifest = json.loads((tmp_path / "soft" / "manifest.json").read_text())
     assert manifest["topk"] == 8
     images = Pictures(small_sets.root / "images" / "train").manifest
@@ -171,7 +245,8 @@ def test_soft_codes_are_stored_with_their_mass(small_sets, tmp_path):
     assert (mass > 8 / 64 - 1e-3).all() and (mass < 1).all()
     with pytest.raises(UserError, match="soft codes of temperature 1.0, the recipe has views.topk_temperature 4.0"):
         open_set(tmp_path / "soft", images, views=dataclasses.replace(VIEWS, count=1, topk=8, topk_temperature=4.0))
-    open_set(tmp_path / "soft", images, views=dataclasses.replace(VIEWS, count=1, topk_temperature=4.0))  # hard codes alone know no temperature
+    # hard codes alone know no temperature
+    open_set(tmp_path / "soft", images, views=dataclasses.replace(VIEWS, count=1, topk_temperature=4.0))
 
 
 def test_one_view_of_a_record_is_what_the_whole_record_holds(small_sets, copied, images):
@@ -180,5 +255,10 @@ def test_one_view_of_a_record_is_what_the_whole_record_holds(small_sets, copied,
         whole = tokens.read(sample)
         for view in range(3):
             one = tokens.read(sample, whole.key, view)
-            assert one.codes.shape == (1, 16) and np.array_equal(one.codes[0], whole.codes[view]) and np.array_equal(one.views[0], whole.views[view])
-            one.codes[0, 0] = 1  # a copy: the bytes it came from cannot be written to
+            assert (
+                one.codes.shape == (1, 16)
+                and np.array_equal(one.codes[0], whole.codes[view])
+                and np.array_equal(one.views[0], whole.views[view])
+            )
+            # a copy: the bytes it came from cannot be written to
+            one.codes[0, 0] = 1

@@ -32,14 +32,17 @@ def sets(small_sets, tmp_path):
 def opened(small_sets, root):
     recipe = load_recipe(PretrainRecipe, "peco_vitb16", [*small_sets.overrides, f"data.root={root}"]).recipe
     pictures = Pictures(data_path(recipe.data, recipe.data.images))
-    return recipe, TokenSet(data_path(recipe.data, recipe.data.tokens), pictures.manifest, num_codes=64, grid=4, views=recipe.views)
+    return recipe, TokenSet(
+        data_path(recipe.data, recipe.data.tokens), pictures.manifest, num_codes=64, grid=4, views=recipe.views
+    )
 
 
 def test_the_tokens_tell_their_tokenizers_judge_and_licences_where_the_tokenizer_is_gone(small_sets, sets):
     before = {path.name: path.stat().st_mtime_ns for path in (sets / "tokens" / "train").glob("*.tar")}
     set_card(sets / "tokenizer", FACTS | {"steps": 7, "psnr": 20.5})
     arguments = ["--recipe", "peco_vitb16", *small_sets.overrides, f"data.root={sets}", "--finish", "--parts", "2"]
-    assert tokenize_shards.main(arguments) == 0  # as after a start that was cut off: shards of before count as done
+    # as after a start that was cut off: shards of before count as done
+    assert tokenize_shards.main(arguments) == 0
     assert {path.name: path.stat().st_mtime_ns for path in (sets / "tokens" / "train").glob("*.tar")} == before
     recipe, tokens = opened(small_sets, sets)
     assert token_provenance(recipe, tokens)["tokenizer"] == FACTS | {"steps": 7, "psnr": 20.5}

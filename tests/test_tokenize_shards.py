@@ -47,12 +47,30 @@ print(json.dumps(codes))
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
 
 
 def test_a_tokenizing_that_is_killed_again_and_again_gives_the_set_of_an_undisturbed_one(small_sets, tmp_path):
-    arguments = ["--recipe", "peco_vitb16", *small_sets.overrides, f"data.tokens={tmp_path / 'tokens'}", "data.num_workers=1", "run.micro_batch=3"]
-    environment = {**{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}, "OMP_NUM_THREADS": "1"}
+    arguments = [
+        "--recipe",
+        "peco_vitb16",
+        *small_sets.overrides,
+        f"data.tokens={tmp_path / 'tokens'}",
+        "data.num_workers=1",
+        "run.micro_batch=3",
+    ]
+    environment = {
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        },
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", STARTS, json.dumps(arguments)]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -62,7 +80,9 @@ def test_a_tokenizing_that_is_killed_again_and_again_gives_the_set_of_an_undistu
     assert codes.count(-9) >= 3
 
 
-def test_the_networks_precision_is_told_before_recorded_after_and_compared_when_the_set_is_read(small_sets, tmp_path, capsys):
+def test_the_networks_precision_is_told_before_recorded_after_and_compared_when_the_set_is_read(
+    small_sets, tmp_path, capsys
+):
     settings = [*small_sets.overrides, f"data.tokens={tmp_path / 'tokens'}"]
     in_bf16 = [*settings, "views.tokenizer_precision=bf16"]
     assert tokenize_shards.main(["--recipe", "peco_vitb16", "--dry_run", *in_bf16]) == EXIT_DONE
@@ -71,10 +91,14 @@ def test_the_networks_precision_is_told_before_recorded_after_and_compared_when_
     recipe = load_recipe(PretrainRecipe, "peco_vitb16", in_bf16).recipe
     pictures = Pictures(data_path(recipe.data, recipe.data.images))
     opened = lambda views, folder: TokenSet(folder, pictures.manifest, num_codes=64, grid=4, views=views)  # noqa: E731
-    rounded, exact = opened(recipe.views, tmp_path / "tokens"), opened(replace(recipe.views, tokenizer_precision="fp32"), small_sets.root / "tokens" / "train")
+    rounded, exact = (
+        opened(recipe.views, tmp_path / "tokens"),
+        opened(replace(recipe.views, tokenizer_precision="fp32"), small_sets.root / "tokens" / "train"),
+    )
     with pytest.raises(UserError, match="views.tokenizer_precision = bf16, the recipe has fp32"):
         opened(replace(recipe.views, tokenizer_precision="fp32"), tmp_path / "tokens")
-    with pytest.raises(UserError, match="tokenizer_precision='bf16'.*tokenizer_precision='fp32'"):  # nor are two precisions mixed in one set
+    # nor are two precisions mixed in one set
+    with pytest.raises(UserError, match="tokenizer_precision='bf16'.*tokenizer_precision='fp32'"):
         tokenize_shards.main(["--recipe", "peco_vitb16", *settings])
     same = [(rounded.read(sample).codes == exact.read(sample).codes).mean() for sample in range(96)]
     assert 0.8 < sum(same) / 96 < 1, "bf16 changes some codes, those of patches between two codes, and few"

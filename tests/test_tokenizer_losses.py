@@ -9,7 +9,16 @@ import torch
 from peco_ds.config import RECIPES, TokenizerLossSettings, TokenizerRecipe, TokenizerSettings, load_recipe
 from peco_ds.models.critic import PatchCritic, TokenizerWithCritic
 from peco_ds.models.tokenizers import build_tokenizer
-from peco_ds.objectives.tokenizer_losses import DistillationObjective, TokenizerObjective, build_tokenizer_objective, cosine_loss, hinge_losses, perceptual_loss, pixel_loss, tokenizer_loss
+from peco_ds.objectives.tokenizer_losses import (
+    DistillationObjective,
+    TokenizerObjective,
+    build_tokenizer_objective,
+    cosine_loss,
+    hinge_losses,
+    perceptual_loss,
+    pixel_loss,
+    tokenizer_loss,
+)
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -63,19 +72,39 @@ class Halves:
 
 def test_distillation_adds_weighted_commitment_and_shows_the_teacher_pictures_in_its_own_range():
     images_11 = normal(0, 3, 3, 4, 4).clamp(-1, 1)
-    output = SimpleNamespace(features=normal(1, 3, 2, 24).bfloat16().requires_grad_(), commitment=torch.tensor(0.5, requires_grad=True))
-    loss, stats = DistillationObjective(TokenizerLossSettings(commitment_weight=0.25), Halves())(output, images_11, step=0)
+    output = SimpleNamespace(
+        features=normal(1, 3, 2, 24).bfloat16().requires_grad_(), commitment=torch.tensor(0.5, requires_grad=True)
+    )
+    loss, stats = DistillationObjective(TokenizerLossSettings(commitment_weight=0.25), Halves())(
+        output, images_11, step=0
+    )
     distance = cosine_loss(output.features, ((images_11 + 1) / 2).reshape(3, 2, 24))
     torch.testing.assert_close(loss, distance + 0.125)
-    assert loss.dtype == torch.float32 and stats["cosine"].item() == pytest.approx(1 - distance.item()) and stats["commitment"] == 0.5
+    assert (
+        loss.dtype == torch.float32
+        and stats["cosine"].item() == pytest.approx(1 - distance.item())
+        and stats["commitment"] == 0.5
+    )
     loss.backward()
     assert output.commitment.grad == 0.25 and output.features.grad.abs().sum() > 0
     assert not any(value.requires_grad for value in stats.values())
 
 
-@pytest.mark.parametrize("recipe, objective", [("peco_tokenizer", TokenizerObjective), ("beitv2_tokenizer", DistillationObjective), ("beitv2_tokenizer_dino", DistillationObjective)])
+@pytest.mark.parametrize(
+    "recipe, objective",
+    [
+        ("peco_tokenizer", TokenizerObjective),
+        ("beitv2_tokenizer", DistillationObjective),
+        ("beitv2_tokenizer_dino", DistillationObjective),
+    ],
+)
 def test_a_recipe_gets_the_objective_of_its_kind_of_tokenizer(recipe, objective):
-    cfg = load_recipe(TokenizerRecipe, RECIPES / f"{recipe}.yaml", ["teacher.weights=x" if recipe.startswith("beitv2") else "perceptual.weights=x"], environ={}).recipe
+    cfg = load_recipe(
+        TokenizerRecipe,
+        RECIPES / f"{recipe}.yaml",
+        ["teacher.weights=x" if recipe.startswith("beitv2") else "perceptual.weights=x"],
+        environ={},
+    ).recipe
     assert isinstance(build_tokenizer_objective(cfg, Halves()), objective)
 
 
@@ -89,7 +118,9 @@ def test_hinge_losses_follow_the_formula():
 
 def test_sixteen_bit_inputs_are_compared_in_float32():
     reconstruction, target = normal(0, 1, 3, 64, 64).bfloat16(), normal(1, 1, 3, 64, 64).bfloat16()
-    assert pixel_loss(reconstruction, target, "mse").item() == pytest.approx((reconstruction.double() - target.double()).square().mean().item(), rel=1e-5)
+    assert pixel_loss(reconstruction, target, "mse").item() == pytest.approx(
+        (reconstruction.double() - target.double()).square().mean().item(), rel=1e-5
+    )
     assert perceptual_loss([reconstruction], [target]).dtype == torch.float32
 
 
@@ -97,11 +128,25 @@ def test_the_sum_is_weighted_as_the_settings_say():
     output = SimpleNamespace(reconstruction=normal(0, 2, 3, 4, 4), commitment=torch.tensor(2.0))
     images, features = normal(1, 2, 3, 4, 4), ([normal(2, 2, 4, 8)], [normal(3, 2, 4, 8)])
     settings = TokenizerLossSettings(pixel="l1", pixel_weight=3.0, commitment_weight=0.5)
-    logits = SimpleNamespace(real=normal(4, 2, 1, 2, 2), fake_detached=normal(5, 2, 1, 2, 2), fake=normal(5, 2, 1, 2, 2))
-    loss, stats = tokenizer_loss(
-        output, images, settings=settings, features_reconstruction=features[0], features_target=features[1], perceptual_weight=0.7, critic_logits=logits, adversarial_weight=0.8
+    logits = SimpleNamespace(
+        real=normal(4, 2, 1, 2, 2), fake_detached=normal(5, 2, 1, 2, 2), fake=normal(5, 2, 1, 2, 2)
     )
-    expected = 3.0 * pixel_loss(output.reconstruction, images, "l1") + 0.5 * 2.0 + 0.7 * perceptual_loss(*features) + stats["critic"]
+    loss, stats = tokenizer_loss(
+        output,
+        images,
+        settings=settings,
+        features_reconstruction=features[0],
+        features_target=features[1],
+        perceptual_weight=0.7,
+        critic_logits=logits,
+        adversarial_weight=0.8,
+    )
+    expected = (
+        3.0 * pixel_loss(output.reconstruction, images, "l1")
+        + 0.5 * 2.0
+        + 0.7 * perceptual_loss(*features)
+        + stats["critic"]
+    )
     torch.testing.assert_close(loss, expected)
     assert stats.keys() == {"pixel", "commitment", "perceptual", "critic", "generator"}
     assert stats["generator"].item() == pytest.approx(-logits.fake.mean().item())
@@ -116,7 +161,9 @@ def test_what_is_switched_off_is_not_reported():
 
 def adversarial_parts():
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(TokenizerSettings(channels=8, channel_mults=(1, 2), blocks_per_level=1, z_channels=8, code_dim=8, num_codes=16))
+    tokenizer = build_tokenizer(
+        TokenizerSettings(channels=8, channel_mults=(1, 2), blocks_per_level=1, z_channels=8, code_dim=8, num_codes=16)
+    )
     critic = PatchCritic(8, 2)
     return TokenizerWithCritic(tokenizer, critic).double(), normal(1, 2, 3, 32, 32).clamp(-1, 1).double()
 
@@ -132,7 +179,9 @@ def test_one_backward_gives_the_gradients_of_two_optimisers():
     settings, weight = TokenizerLossSettings(), 0.8
 
     joint = model(images)
-    loss, _ = tokenizer_loss(joint.tokenizer, images, settings=settings, critic_logits=joint.logits, adversarial_weight=weight)
+    loss, _ = tokenizer_loss(
+        joint.tokenizer, images, settings=settings, critic_logits=joint.logits, adversarial_weight=weight
+    )
     loss.backward()
     together = gradients(model)
 

@@ -8,7 +8,8 @@ from peco_ds.errors import UserError
 from peco_ds.models.torchscript_files import is_torchscript, read_torchscript
 from peco_ds.models.weight_files import read_tensor_file
 
-pytestmark = [  # torch.jit is deprecated; archives made with it stay what they are
+# torch.jit is deprecated; archives made with it stay what they are
+pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit"),
     pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean"),
 ]
@@ -28,7 +29,8 @@ class Outer(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.visual = Inner()
-        self.turned = torch.nn.Parameter(torch.randn(4, 6).T[1:5, :3])  # neither contiguous nor from the storage's start
+        # neither contiguous nor from the storage's start
+        self.turned = torch.nn.Parameter(torch.randn(4, 6).T[1:5, :3])
         self.register_buffer("input_resolution", torch.tensor(224))
         self.register_buffer("nothing", torch.empty(0, 3))
         self.register_buffer("of_half", torch.randn(5).half())
@@ -49,13 +51,17 @@ def archive(tmp_path):
 def test_the_tensors_of_an_archive_are_those_that_torch_itself_reads(archive):
     found, expected = read_torchscript(archive), torch.jit.load(str(archive)).state_dict()
     assert found.keys() == expected.keys()
-    assert all(found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]) for name in expected)
+    assert all(
+        found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]) for name in expected
+    )
 
 
 def test_an_archive_is_told_from_other_files(archive, tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "plain.pt")
     (tmp_path / "text.pt").write_bytes(b"PK\x03\x04 half a zip")
-    assert [is_torchscript(path) for path in (archive, tmp_path / "plain.pt", tmp_path / "text.pt", tmp_path / "none.pt")] == [True, False, False, False]
+    assert [
+        is_torchscript(path) for path in (archive, tmp_path / "plain.pt", tmp_path / "text.pt", tmp_path / "none.pt")
+    ] == [True, False, False, False]
     with pytest.raises(UserError):  # why a reader of its own is needed
         read_tensor_file(archive)
 
@@ -108,11 +114,36 @@ def jit_pickle(storages: dict[str, int], tensors: list[tuple]) -> bytes:
         return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
 
     def numbers(values) -> bytes:
-        return b"(" + b"".join(number if isinstance(number, bytes) else b"J" + number.to_bytes(4, "little", signed=True) for number in values) + b"t"
+        return (
+            b"("
+            + b"".join(
+                number if isinstance(number, bytes) else b"J" + number.to_bytes(4, "little", signed=True)
+                for number in values
+            )
+            + b"t"
+        )
 
     for name, storage, offset, size, stride in tensors:
-        where = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(storage) + text("cpu") + b"J" + storages[storage].to_bytes(4, "little") + b"tQ"
-        stream += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + where + b"J" + offset.to_bytes(4, "little") + numbers(size) + numbers(stride) + b"\x89)tR"
+        where = (
+            b"("
+            + text("storage")
+            + b"ctorch\nFloatStorage\n"
+            + text(storage)
+            + text("cpu")
+            + b"J"
+            + storages[storage].to_bytes(4, "little")
+            + b"tQ"
+        )
+        stream += (
+            text(name)
+            + b"ctorch._utils\n_rebuild_tensor_v2\n("
+            + where
+            + b"J"
+            + offset.to_bytes(4, "little")
+            + numbers(size)
+            + numbers(stride)
+            + b"\x89)tR"
+        )
     return stream + b"ub."
 
 
@@ -130,10 +161,14 @@ def test_a_storage_with_a_thousand_names_is_read_once_and_its_tensors_made_once(
     whole, part = ("0", 0, (40, 50), (50, 1)), ("0", 1000, (20,), (2,))
     path = shared_archive(tmp_path, 2000, [(f"weight{number}", *whole) for number in range(1000)] + [("part", *part)])
     reads, read = [], zipfile.ZipFile.read
-    monkeypatch.setattr(zipfile.ZipFile, "read", lambda archive, name, *rest: reads.append(name) or read(archive, name, *rest))
+    monkeypatch.setattr(
+        zipfile.ZipFile, "read", lambda archive, name, *rest: reads.append(name) or read(archive, name, *rest)
+    )
     found = read_torchscript(path)
     assert reads.count("net/data/0") == 1 and len(found) == 1001
-    assert torch.equal(found["weight999"], torch.arange(2000.0).view(40, 50)) and torch.equal(found["part"], 1000 + 2 * torch.arange(20.0))
+    assert torch.equal(found["weight999"], torch.arange(2000.0).view(40, 50)) and torch.equal(
+        found["part"], 1000 + 2 * torch.arange(20.0)
+    )
     assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 2
 
 
@@ -160,7 +195,8 @@ def test_a_shape_larger_than_its_bytes_and_a_compressed_member_take_no_memory(ar
     with zipfile.ZipFile(archive) as old:
         table = next(name for name in old.namelist() if name.endswith("/data.pkl"))
         data = old.read(table)
-    stretched = data.replace(b"K\x18K\x08t(K\x08K\x01t", b"M\xff\xffM\xff\xfft(K\x00K\x00t", 1)  # 24 x 8 with strides 8, 1 -> 65535 x 65535 with 0, 0
+    # 24 x 8 with strides 8, 1 -> 65535 x 65535 with 0, 0
+    stretched = data.replace(b"K\x18K\x08t(K\x08K\x01t", b"M\xff\xffM\xff\xfft(K\x00K\x00t", 1)
     assert stretched != data
     with pytest.raises(UserError, match="needs more"):
         read_torchscript(rewritten(archive, {"/data.pkl": stretched}))

@@ -1,4 +1,6 @@
-"""Predicted collectives against those that DeepSpeed's engine asks for, and what a user would miss if they were wrong."""
+"""Predicted collectives against those that DeepSpeed's engine asks for, and what a user would miss if they were
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ import sys
 from collections import Counter
 
 import pytest
+from conftest import REPOSITORY
 from engine_census import TRAFFIC, census, each
 
-from conftest import REPOSITORY
 from peco_ds.config import DS_CONFIGS, FinetuneRecipe, PretrainRecipe, load_recipe
 from peco_ds.planner.traffic import Collective, sent_bytes, step_collectives, traffic_by_operation
 from peco_ds.planner.work import finetune_segments, pretrain_segments
@@ -22,7 +24,7 @@ def pairs(collectives) -> list[tuple[str, float]]:
     return [(call.operation, call.num_bytes) for call in collectives]
 
 
-# ---------------------------------------------------------------------------------------------- against the engine
+# ---------------------------------------------------------------------------------- against the engine
 
 
 @pytest.mark.parametrize(("ranks", "name"), each(TRAFFIC), ids=str)
@@ -47,18 +49,26 @@ def test_told_what_each_module_holds_the_planner_finds_every_call_to_the_byte(ra
 @pytest.mark.parametrize(("ranks", "name"), each(TRAFFIC), ids=str)
 def test_gradients_are_reduced_in_the_micro_steps_in_which_the_engine_reduces_them(ranks, name):
     case, row = census(ranks)[name]
-    said = Counter((call.operation, call.micro_step) for call in predicted_calls(case, row, ranks, by_module=True) if call.operation != "all_gather")
+    said = Counter(
+        (call.operation, call.micro_step)
+        for call in predicted_calls(case, row, ranks, by_module=True)
+        if call.operation != "all_gather"
+    )
     seen = Counter((operation, micro_step) for _, micro_step, operation, _ in row["calls"] if operation != "all_gather")
     assert said == seen
 
 
-# ---------------------------------------------------------------------------------------------- of a real run
+# --------------------------------------------------------------------------------------- of a real run
 
 
-def vith(changes: dict | None = None, *, file: str = "zero3", micro_steps: int = 1, ranks: int = 64, **arguments) -> tuple[Collective, ...]:
+def vith(
+    changes: dict | None = None, *, file: str = "zero3", micro_steps: int = 1, ranks: int = 64, **arguments
+) -> tuple[Collective, ...]:
     ds_config = json.loads((DS_CONFIGS / f"{file}.json").read_text())
     ds_config["zero_optimization"] |= changes or {}
-    return step_collectives(VITH, ds_config=ds_config, precision="bf16", micro_steps=micro_steps, ranks=ranks, **arguments)
+    return step_collectives(
+        VITH, ds_config=ds_config, precision="bf16", micro_steps=micro_steps, ranks=ranks, **arguments
+    )
 
 
 VITH = pretrain_segments(load_recipe(PretrainRecipe, "peco_vith14", [], environ={}).recipe)
@@ -67,7 +77,12 @@ WEIGHTS = 2 * sum(segment.parameters for segment in VITH)  # bytes
 
 def multiples(collectives, ranks: int = 64) -> float:
     """What a rank sends, over the weights: as many ranks would, without the n-th part that stays."""
-    return sum(traffic.sent for traffic in traffic_by_operation(collectives, ranks).values()) / WEIGHTS * ranks / (ranks - 1)
+    return (
+        sum(traffic.sent for traffic in traffic_by_operation(collectives, ranks).values())
+        / WEIGHTS
+        * ranks
+        / (ranks - 1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +103,10 @@ def test_vit_h_sends_the_multiples_of_its_weights_that_the_readme_of_the_jsons_s
 
 def test_reduction_in_sixteen_bits_halves_what_is_reduced_and_nothing_else():
     configs = [{"zero_optimization": {"stage": 3}, "communication_data_type": dtype} for dtype in ("fp32", "bf16")]
-    full, half = (traffic_by_operation(step_collectives(VITH, ds_config=config, precision="bf16", micro_steps=1, ranks=8), 8) for config in configs)
+    full, half = (
+        traffic_by_operation(step_collectives(VITH, ds_config=config, precision="bf16", micro_steps=1, ranks=8), 8)
+        for config in configs
+    )
     assert half["reduce_scatter"].sent == full["reduce_scatter"].sent / 2
     assert half["all_gather"] == full["all_gather"]
 
@@ -107,7 +125,12 @@ def test_smaller_buckets_mean_more_calls_and_the_same_bytes():
         assert small[operation].num_bytes == pytest.approx(large[operation].num_bytes)
 
 
-LIVES = [{}, {"stage3_prefetch_bucket_size": 0}, {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}, {"stage3_max_reuse_distance": 300_000_000}]
+LIVES = [
+    {},
+    {"stage3_prefetch_bucket_size": 0},
+    {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0},
+    {"stage3_max_reuse_distance": 300_000_000},
+]
 
 
 @pytest.mark.parametrize("changes", LIVES, ids=str)
@@ -123,13 +146,18 @@ def test_a_gather_is_asked_for_before_it_is_needed_and_each_segment_is_gathered_
 
 
 def test_without_overlap_no_reduction_is_hidden_and_without_zero_none_can_be():
-    calls = {file: vith({"overlap_comm": False} if file != "zero0" else {}, file=file) for file in ("zero0", "zero1", "zero2", "zero3")}
+    calls = {
+        file: vith({"overlap_comm": False} if file != "zero0" else {}, file=file)
+        for file in ("zero0", "zero1", "zero2", "zero3")
+    }
     reductions = {file: [call for call in found if call.operation != "all_gather"] for file, found in calls.items()}
     assert all(found and not any(call.overlaps for call in found) for found in reductions.values())
     assert all(call.when == "after" for call in reductions["zero0"])
     overlapped = [call for call in vith(file="zero2") if call.when == "backward"]
     assert overlapped and all(call.overlaps for call in overlapped)
-    assert [call.segment for call in overlapped] == sorted((call.segment for call in overlapped), reverse=True), "the last layers' gradients are there first"
+    assert [call.segment for call in overlapped] == sorted((call.segment for call in overlapped), reverse=True), (
+        "the last layers' gradients are there first"
+    )
 
 
 def test_layer_decay_costs_a_gather_and_a_norm_for_each_of_its_parameter_groups():
@@ -138,7 +166,9 @@ def test_layer_decay_costs_a_gather_and_a_norm_for_each_of_its_parameter_groups(
     ds_config = json.loads((DS_CONFIGS / "zero2.json").read_text())
     by_groups = {}
     for groups in ("whole", "segment"):
-        by_groups[groups] = traffic_by_operation(step_collectives(segments, ds_config=ds_config, precision="bf16", micro_steps=1, ranks=8, groups=groups), 8)
+        by_groups[groups] = traffic_by_operation(
+            step_collectives(segments, ds_config=ds_config, precision="bf16", micro_steps=1, ranks=8, groups=groups), 8
+        )
     assert by_groups["whole"]["all_gather"].calls == 2
     assert by_groups["segment"]["all_gather"].calls == 2 * len(segments)
     assert by_groups["segment"]["all_gather"].sent == pytest.approx(by_groups["whole"]["all_gather"].sent, rel=1e-3)
@@ -155,7 +185,9 @@ def test_what_a_rank_sends_is_what_a_ring_needs(operation):
     ranks, blocks = 5, 5 * 12
 
     def ring() -> int:
-        """Values that a rank sends when every rank passes one part on to its neighbour, as often as it takes: once around, for an all-reduce twice."""
+        """Values that a rank sends when every rank passes one part on to its neighbour, as often as it takes: once
+        around, for an all-reduce twice.
+        """
         return sum(blocks // ranks for _ in range(2 if operation == "all_reduce" else 1) for _ in range(ranks - 1))
 
     assert sent_bytes(Collective(operation, blocks, "after", 0, 0, False), ranks) == ring()

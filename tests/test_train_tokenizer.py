@@ -15,20 +15,25 @@ from peco_ds.models.tokenizers import load_tokenizer
 from peco_ds.runtime.metrics import read_metrics
 
 COMMON = (
-    "views.tokenizer_px=32 data.val_images= data.holdout=7 data.num_workers=0 tokenizer.num_codes=32 tokenizer.code_dim=8 tokenizer.l2_normalized=true tokenizer.decay=0.9 "
-    "tokenizer.kmeans_vectors=256 optim.lr=2e-3 schedule.epochs=null schedule.steps=12 schedule.warmup_epochs=null schedule.warmup_steps=1 run.precision=fp32 run.global_batch=8 "
+    "views.tokenizer_px=32 data.val_images= data.holdout=7 data.num_workers=0 "
+    "tokenizer.num_codes=32 tokenizer.code_dim=8 tokenizer.l2_normalized=true "
+    "tokenizer.decay=0.9 "
+    "tokenizer.kmeans_vectors=256 optim.lr=2e-3 schedule.epochs=null schedule.steps=12 "
+    "schedule.warmup_epochs=null schedule.warmup_steps=1 run.precision=fp32 run.global_batch=8 "
     "run.micro_batch=4 run.log_every_steps=1 evaluation.every_steps=6 checkpoint.every_epochs=null"
 ).split()
 SMALL = [
     *COMMON,
     *(
-        "tokenizer.channels=16 tokenizer.channel_mults=[1,1,2,2] tokenizer.blocks_per_level=1 tokenizer.z_channels=16 tokenizer.revive_below=0.5 perceptual.weight=0"
+        "tokenizer.channels=16 tokenizer.channel_mults=[1,1,2,2] tokenizer.blocks_per_level=1 "
+        "tokenizer.z_channels=16 tokenizer.revive_below=0.5 perceptual.weight=0"
     ).split(),
 ]
 SMALL_VQKD = [
     *COMMON,
     *(
-        "tokenizer.vit.image_px=32 tokenizer.vit.patch_px=8 tokenizer.vit.width=48 tokenizer.vit.depth=2 tokenizer.vit.heads=3 tokenizer.vit.decoder_width=48 "
+        "tokenizer.vit.image_px=32 tokenizer.vit.patch_px=8 tokenizer.vit.width=48 "
+        "tokenizer.vit.depth=2 tokenizer.vit.heads=3 tokenizer.vit.decoder_width=48 "
         "tokenizer.vit.decoder_depth=1 tokenizer.vit.decoder_heads=3 tokenizer.vit.target_width=192"
     ).split(),
 ]
@@ -36,7 +41,10 @@ SMALL_VQKD = [
 
 @pytest.fixture(scope="module")
 def judge_file(tmp_path_factory):
-    """A small DeiT-shaped file, as timm writes one; its weights are random, which is enough to see that the loss reaches the tokenizer."""
+    """A small DeiT-shaped file, as timm writes one.
+
+    Its weights are random, which is enough to see that the loss reaches the tokenizer.
+    """
     torch.manual_seed(1)
     net = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3, num_classes=0)
     path = tmp_path_factory.mktemp("judge") / "vit_tiny.pth"
@@ -48,7 +56,17 @@ def case(small_sets, folder, name, *, zero=1, extra=(), recipe="peco_tokenizer",
     config = REPOSITORY / "ds_configs" / f"zero{zero}.json"
     return {
         "stage": "train_tokenizer",
-        "arguments": ["--recipe", recipe, "--deepspeed_config", str(config), "--out", str(folder / name), f"data.root={small_sets.root}", *small, *extra],
+        "arguments": [
+            "--recipe",
+            recipe,
+            "--deepspeed_config",
+            str(config),
+            "--out",
+            str(folder / name),
+            f"data.root={small_sets.root}",
+            *small,
+            *extra,
+        ],
     }
 
 
@@ -58,14 +76,32 @@ def runs(small_sets, judge_file, tmp_path_factory):
     judged = ["perceptual.weight=1.0", f"perceptual.weights={judge_file}", "perceptual.blocks=[1,3]"]
 
     def vqkd(name, *extra, zero=1):
-        return case(small_sets, folder, name, zero=zero, extra=[f"teacher.weights={judge_file}", *extra], recipe="beitv2_tokenizer", small=SMALL_VQKD)
+        return case(
+            small_sets,
+            folder,
+            name,
+            zero=zero,
+            extra=[f"teacher.weights={judge_file}", *extra],
+            recipe="beitv2_tokenizer",
+            small=SMALL_VQKD,
+        )
 
     for ranks in (1, 2):
         if ranks == 1:
-            cases = [case(small_sets, folder, "plain_1"), case(small_sets, folder, "judged_1", extra=judged), case(small_sets, folder, "one_pass_1", extra=["run.micro_batch=8"])]
+            cases = [
+                case(small_sets, folder, "plain_1"),
+                case(small_sets, folder, "judged_1", extra=judged),
+                case(small_sets, folder, "one_pass_1", extra=["run.micro_batch=8"]),
+            ]
             cases += [vqkd("vqkd_1")]
         else:
-            critic = ["adversarial.weight=3", "adversarial.start_step=3", "adversarial.lr=1e-3", "adversarial.channels=8", "adversarial.layers=2"]
+            critic = [
+                "adversarial.weight=3",
+                "adversarial.start_step=3",
+                "adversarial.lr=1e-3",
+                "adversarial.channels=8",
+                "adversarial.layers=2",
+            ]
             cases = [case(small_sets, folder, f"plain_zero{zero}_2", zero=zero) for zero in (0, 1, 2, 3)]
             cases += [
                 case(small_sets, folder, "critic_2", zero=3, extra=[*critic, *judged]),
@@ -133,7 +169,10 @@ def test_a_tokenizer_run_that_was_stopped_continues_bit_for_bit(runs):
     assert [row["step"] for row in resumed] == list(range(1, 13))
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
     assert [row["codes_used"] for row in resumed] == [row["codes_used"] for row in whole]
-    assert load_tokenizer(runs / "half_2" / "tokenizer")[1].fingerprint == load_tokenizer(runs / "plain_zero3_2" / "tokenizer")[1].fingerprint
+    assert (
+        load_tokenizer(runs / "half_2" / "tokenizer")[1].fingerprint
+        == load_tokenizer(runs / "plain_zero3_2" / "tokenizer")[1].fingerprint
+    )
 
 
 def test_bf16_training_keeps_the_codebook_in_float32_and_follows_the_curve(runs):
@@ -146,7 +185,8 @@ def test_bf16_training_keeps_the_codebook_in_float32_and_follows_the_curve(runs)
 
 def test_the_picture_grid_shows_original_and_round_trip(runs):
     grid = Image.open(runs / "plain_1" / "reconstructions.png")
-    assert grid.size == (2 * (32 + 8), 7 * (32 + 8))  # two columns, seven held-out pictures, a gap of 4 px around each
+    # two columns, seven held-out pictures, a gap of 4 px around each
+    assert grid.size == (2 * (32 + 8), 7 * (32 + 8))
 
 
 def test_a_tokenizer_run_is_no_input_for_convert(runs, tmp_path):
@@ -154,7 +194,7 @@ def test_a_tokenizer_run_is_no_input_for_convert(runs, tmp_path):
     assert done.returncode == 2 and "a run of train_tokenizer" in done.stderr
 
 
-# ---------------------------------------------------------------------------------------------- VQ-KD
+# ----------------------------------------------------------------------------------------------- VQ-KD
 
 
 def cosines(runs, name):
@@ -162,7 +202,10 @@ def cosines(runs, name):
 
 
 def test_a_vqkd_tokenizer_comes_to_look_like_its_teacher_on_real_pictures(runs):
-    assert cosines(runs, "vqkd_1")[-1] > cosines(runs, "vqkd_1")[0] + 0.2 and losses(runs, "vqkd_1")[-1] < losses(runs, "vqkd_1")[0] - 0.2
+    assert (
+        cosines(runs, "vqkd_1")[-1] > cosines(runs, "vqkd_1")[0] + 0.2
+        and losses(runs, "vqkd_1")[-1] < losses(runs, "vqkd_1")[0] - 0.2
+    )
     first, *_, last = evaluations(runs, "vqkd_1")
     assert first.keys() == {"step", "cosine", "codes_used", "perplexity"} and last["cosine"] > first["cosine"] + 0.2
     assert 1 < last["codes_used"] <= 32 and not (runs / "vqkd_1" / "reconstructions.png").exists()
@@ -180,19 +223,31 @@ def test_ranks_and_zero_stage_change_neither_losses_nor_codebook_of_vqkd(runs, n
 def test_a_vqkd_run_that_was_stopped_continues_bit_for_bit(runs):
     whole, resumed = read_metrics(runs / "vqkd_zero3_2"), read_metrics(runs / "vqkd_half_2")
     assert [row["step"] for row in resumed] == list(range(1, 13))
-    assert [(row["loss"], row["cosine"], row["codes_used"]) for row in resumed] == [(row["loss"], row["cosine"], row["codes_used"]) for row in whole]
-    assert load_tokenizer(runs / "vqkd_half_2" / "tokenizer")[1].fingerprint == load_tokenizer(runs / "vqkd_zero3_2" / "tokenizer")[1].fingerprint
+    assert [(row["loss"], row["cosine"], row["codes_used"]) for row in resumed] == [
+        (row["loss"], row["cosine"], row["codes_used"]) for row in whole
+    ]
+    assert (
+        load_tokenizer(runs / "vqkd_half_2" / "tokenizer")[1].fingerprint
+        == load_tokenizer(runs / "vqkd_zero3_2" / "tokenizer")[1].fingerprint
+    )
 
 
 def test_vqkd_in_bf16_keeps_its_codebook_in_float32_and_follows_the_curve(runs):
     codes = load_tokenizer(runs / "vqkd_bf16_2" / "tokenizer")[0].codebook.codes
     assert codes.dtype == torch.float32 and not torch.equal(codes.to(torch.bfloat16).float(), codes)
-    assert losses(runs, "vqkd_bf16_2") == pytest.approx(losses(runs, "vqkd_1"), rel=0.02)  # measured worst case 2e-3
+    # measured worst case 2e-3
+    assert losses(runs, "vqkd_bf16_2") == pytest.approx(losses(runs, "vqkd_1"), rel=0.02)
 
 
 def test_a_vqkd_release_names_its_teacher_and_its_size_and_gives_codes(runs, judge_file):
     tokenizer, card = load_tokenizer(runs / "vqkd_1" / "tokenizer")
-    assert judge_file.name in card.extra["judge"] and isinstance(card.extra["judge_licence"], str) and card.extra["steps"] == 12
-    assert (card.settings.kind, card.settings.only_px, card.stride_px) == ("vqkd", 32, 8) and card.extra["cosine"] == evaluations(runs, "vqkd_1")[-1]["cosine"]
+    assert (
+        judge_file.name in card.extra["judge"]
+        and isinstance(card.extra["judge_licence"], str)
+        and card.extra["steps"] == 12
+    )
+    assert (card.settings.kind, card.settings.only_px, card.stride_px) == ("vqkd", 32, 8) and card.extra[
+        "cosine"
+    ] == evaluations(runs, "vqkd_1")[-1]["cosine"]
     codes = tokenizer.tokenize(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     assert codes.shape == (2, 16) and codes.max() < 32

@@ -5,7 +5,16 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from peco_ds.data.views import center_view, cut, draw_view, fault_of_views, jitter, room_for_cuts, to_backbone, to_tokenizer
+from peco_ds.data.views import (
+    center_view,
+    cut,
+    draw_view,
+    fault_of_views,
+    jitter,
+    room_for_cuts,
+    to_backbone,
+    to_tokenizer,
+)
 from peco_ds.schema import VIEW_COLUMNS
 
 RECIPE = dict(scale=(0.08, 1.0), ratio=(0.75, 4 / 3), flip=0.5, color_jitter=0.4)
@@ -18,16 +27,30 @@ def picture(real_data):
 
 
 def test_a_view_follows_from_seed_sample_and_view_alone():
-    rows = {tuple(draw_view(300, 400, seed=s, sample=i, view=v, **RECIPE)) for s in range(2) for i in range(5) for v in range(5)}
+    rows = {
+        tuple(draw_view(300, 400, seed=s, sample=i, view=v, **RECIPE))
+        for s in range(2)
+        for i in range(5)
+        for v in range(5)
+    }
     assert len(rows) == 50
-    assert np.array_equal(draw_view(300, 400, seed=1, sample=2, view=3, **RECIPE), draw_view(300, 400, seed=1, sample=2, view=3, **RECIPE))
+    assert np.array_equal(
+        draw_view(300, 400, seed=1, sample=2, view=3, **RECIPE), draw_view(300, 400, seed=1, sample=2, view=3, **RECIPE)
+    )
 
 
 @pytest.mark.parametrize("size", [(300, 400), (40, 500), (500, 33), (1, 1), (16, 16)])
 def test_every_box_lies_inside_the_picture_within_scale_and_ratio(size):
     for view in range(200):
         top, left, height, width, flip, *factors, order = draw_view(*size, seed=0, sample=0, view=view, **RECIPE)
-        assert top >= 0 and left >= 0 and height >= 1 and width >= 1 and top + height <= size[0] and left + width <= size[1]
+        assert (
+            top >= 0
+            and left >= 0
+            and height >= 1
+            and width >= 1
+            and top + height <= size[0]
+            and left + width <= size[1]
+        )
         assert flip in (0, 1) and all(0.6 <= f <= 1.4 for f in factors) and 0 <= order < 6
         if size == (300, 400):
             assert 0.07 < height * width / 120000 <= 1.0 and 0.73 < width / height < 1.37
@@ -37,7 +60,11 @@ def test_a_cut_is_the_crop_that_pil_makes(picture):
     image, tensor = picture
     row = draw_view(image.height, image.width, seed=0, sample=0, view=4, **{**RECIPE, "flip": 1.0})
     top, left, height, width = (int(v) for v in row[:4])
-    reference = image.crop((left, top, left + width, top + height)).resize((224, 224), Image.BICUBIC).transpose(Image.FLIP_LEFT_RIGHT)
+    reference = (
+        image.crop((left, top, left + width, top + height))
+        .resize((224, 224), Image.BICUBIC)
+        .transpose(Image.FLIP_LEFT_RIGHT)
+    )
     ours = cut(tensor, row, 224).permute(1, 2, 0).numpy().astype(int)
     difference = np.abs(ours - np.asarray(reference).astype(int))
     assert difference.max() <= 2 and difference.mean() < 0.2
@@ -95,7 +122,9 @@ def test_the_central_view_of_held_out_pictures_is_upright_and_unjittered(picture
 def test_value_ranges_are_those_the_networks_were_made_for():
     white, black = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     assert to_tokenizer(white).max() == 1 and to_tokenizer(black).min() == -1
-    assert torch.allclose(to_backbone(white)[0, :, 0, 0], (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))
+    assert torch.allclose(
+        to_backbone(white)[0, :, 0, 0], (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    )
 
 
 def test_a_row_survives_the_npy_format_exactly():
@@ -146,5 +175,7 @@ def test_the_grey_that_contrast_and_saturation_pivot_on_is_exact_for_every_colou
 
 def test_a_fault_names_the_views_own_number():
     row = np.array([[0, 0.5, 4, 4, 0, 1, 1, 1, 0]], np.float32)
-    assert fault_of_views(row).startswith("view 0 has the box") and fault_of_views(row, first=7).startswith("view 7 has the box")
+    assert fault_of_views(row).startswith("view 0 has the box") and fault_of_views(row, first=7).startswith(
+        "view 7 has the box"
+    )
     assert fault_of_views(np.zeros((2, len(VIEW_COLUMNS)), np.float32)) == ""

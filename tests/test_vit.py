@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peco_ds.config import ClassifierSettings, ModelSettings
 from peco_ds.models.classifier import build_classifier
 from peco_ds.models.vit import _PRODUCTS, TransformerBlock, build_backbone, run_blocks
-from peco_ds.planner.shapes import own_bias_bytes, skipped_by_subsets
+from peco_ds.planner.shapes import skipped_by_subsets
 from peco_ds.runtime.engine import compile_each
 
 SMALL = ModelSettings(image_px=64, patch_px=16, width=48, depth=3, heads=3, layer_scale=0.1, drop_path=0.5)
@@ -81,7 +81,8 @@ def test_a_gradient_through_a_subset_reaches_its_pictures_scaled_and_the_others_
     taken = torch.tensor([1, 4, 6, 7])
     out = block(x, bias, taken, None)
     with torch.no_grad():
-        block.gamma_2.zero_()  # the MLP's branch away: what is left is attention's
+        # the MLP's branch away: what is left is attention's
+        block.gamma_2.zero_()
     out = block(x, bias, taken, None)
     (found,) = torch.autograd.grad(out.sum(), x)
     expected = torch.ones_like(x)
@@ -106,7 +107,13 @@ def test_blocks_are_compiled_without_a_break_into_one_graph_for_all_of_them(reco
         torch.manual_seed(3)
         out = run_blocks(backbone.blocks, x, backbone.rel_pos_bias())
         out.square().mean().backward()
-        results.append([out, *(parameter.grad for parameter in backbone.blocks.parameters()), backbone.rel_pos_bias.relative_position_bias_table.grad])
+        results.append(
+            [
+                out,
+                *(parameter.grad for parameter in backbone.blocks.parameters()),
+                backbone.rel_pos_bias.relative_position_bias_table.grad,
+            ]
+        )
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     counters = torch._dynamo.utils.counters
@@ -129,11 +136,16 @@ def test_a_compiled_classifier_trains_and_is_evaluated_in_batches_of_any_size():
             logits.logsumexp(-1).mean().backward()
             found.append(logits)
             with torch.no_grad():
-                found += [model.eval()(torch.randn(pictures, 3, 64, 64, generator=torch.Generator().manual_seed(pictures))) for pictures in (4, 3, 1)]
+                found += [
+                    model.eval()(torch.randn(pictures, 3, 64, 64, generator=torch.Generator().manual_seed(pictures)))
+                    for pictures in (4, 3, 1)
+                ]
         results.append([*found, *(parameter.grad for parameter in model.parameters())])
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5 and not torch._dynamo.utils.counters["graph_break"]
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5 and not torch._dynamo.utils.counters["graph_break"]
+    )
 
 
 def test_subsets_of_other_sizes_share_one_more_graph():
@@ -169,5 +181,7 @@ def test_selective_recomputation_repeats_no_product_and_keeps_no_more_for_autogr
         with Products() as counted:
             out.backward()
         products[recompute] = counted.count
-    assert products["selective"] == products["none"] and products["full"] == products["none"] + 5 * SMALL.depth, "query to value, attention, output, and the MLP's two"
+    assert products["selective"] == products["none"] and products["full"] == products["none"] + 5 * SMALL.depth, (
+        "query to value, attention, output, and the MLP's two"
+    )
     assert kept["selective"] == kept["full"] < kept["none"] / 3

@@ -28,15 +28,30 @@ def test_a_name_without_a_place_survives_to_be_refused(tmp_path):
 
 
 def test_two_tensors_for_one_place_do_not_hide_each_other(tmp_path):
-    state = {"visual.conv1.weight": torch.ones(64, 3, 8, 8), "visual.class_embedding": torch.ones(64), "visual.cls_token": torch.zeros(64)}
+    state = {
+        "visual.conv1.weight": torch.ones(64, 3, 8, 8),
+        "visual.class_embedding": torch.ones(64),
+        "visual.cls_token": torch.zeros(64),
+    }
     for written in (state, dict(reversed(state.items()))):
         torch.save(written, tmp_path / "clip.pt")
         assert {"cls_token", "class_embedding"} <= read_vit_file(tmp_path / "clip.pt").state.keys()
 
 
-@pytest.mark.parametrize("name, tensor", [("transformer.resblocks.0.mlp.c_fc.weight", torch.ones(4)), ("conv1.weight", torch.ones(4)), ("positional_embedding", torch.ones(5))])
+@pytest.mark.parametrize(
+    "name, tensor",
+    [
+        ("transformer.resblocks.0.mlp.c_fc.weight", torch.ones(4)),
+        ("conv1.weight", torch.ones(4)),
+        ("positional_embedding", torch.ones(5)),
+    ],
+)
 def test_a_tensor_of_the_wrong_form_is_named(tmp_path, name, tensor):
-    state = {"visual.conv1.weight": torch.ones(64, 3, 8, 8), "visual.class_embedding": torch.ones(64), f"visual.{name}": tensor}
+    state = {
+        "visual.conv1.weight": torch.ones(64, 3, 8, 8),
+        "visual.class_embedding": torch.ones(64),
+        f"visual.{name}": tensor,
+    }
     torch.save(state, tmp_path / "clip.pt")
     with pytest.raises(UserError, match="of shape .*a ViT's has [234] numbers"):
         read_vit_file(tmp_path / "clip.pt")
@@ -57,20 +72,37 @@ def test_a_licence_is_read_from_the_front_matter_of_a_card_alone(tmp_path):
 
 
 def test_the_terms_that_bound_a_release_of_ours_are_carried_on_and_no_other_rows_of_its_table(tmp_path):
-    facts = {"judge's licence": "CC BY-NC 4.0 (MoCo v3's release)", "tokenizer's licence of what it started from": "MIT", "recipe": "peco", "weights": "x | judge's licence | none |"}
+    facts = {
+        "judge's licence": "CC BY-NC 4.0 (MoCo v3's release)",
+        "tokenizer's licence of what it started from": "MIT",
+        "recipe": "peco",
+        "weights": "x | judge's licence | none |",
+    }
     weights = sample("classifier", facts=facts)
     (tmp_path / "README.md").write_text(model_card(to_timm(weights), weights))
     carried = licence_beside(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    (tmp_path / "README.md").write_text(f"{card}\n| judge's licence of what it started from | Apache-2.0 (DINO's release) |\n")
-    assert licence_beside(tmp_path) == carried + "; its judge's licence Apache-2.0 (DINO's release)", "of two judges neither is forgotten"
+    (tmp_path / "README.md").write_text(
+        f"{card}\n| judge's licence of what it started from | Apache-2.0 (DINO's release) |\n"
+    )
+    assert licence_beside(tmp_path) == carried + "; its judge's licence Apache-2.0 (DINO's release)", (
+        "of two judges neither is forgotten"
+    )
     assert terms_beside(tmp_path)["judge's licence"] == "CC BY-NC 4.0 (MoCo v3's release); Apache-2.0 (DINO's release)"
     (tmp_path / "README.md").write_text(card)
-    assert carried == f"as the README.md of {tmp_path.name} says; its judge's licence CC BY-NC 4.0 (MoCo v3's release); its tokenizer's licence MIT"
+    assert (
+        carried == f"as the README.md of {tmp_path.name} says; its judge's licence CC BY-NC 4.0 (MoCo v3's "
+        "release); its tokenizer's licence MIT"
+    )
     grandchild = sample("mim", facts={"judge's licence": carried})
     (tmp_path / "README.md").write_text(model_card(to_timm(grandchild), grandchild))
     assert "CC BY-NC 4.0 (MoCo v3's release)" in licence_beside(tmp_path)
-    for row in ("| judge's licence | a\x1b[2Jb |", "| judge's licence |  |", "judge's licence | MIT |", "| judge's licence | " + "x" * 3000 + " |"):
+    for row in (
+        "| judge's licence | a\x1b[2Jb |",
+        "| judge's licence |  |",
+        "judge's licence | MIT |",
+        "| judge's licence | " + "x" * 3000 + " |",
+    ):
         (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\n{row}\n")
         assert licence_beside(tmp_path) == "mit"
     (tmp_path / "README.md").write_text("# no front matter\n| judge's licence | MIT |\n")

@@ -42,7 +42,9 @@ def test_codes_commitment_and_gradient_follow_the_formula(l2_normalized):
     nearest = ((rows[:, None] - codes[None]) ** 2).sum(-1).argmin(-1)
     gradient = rows_of(weights) + 3.0 * 2 * (rows - codes[nearest]) / rows.size
     if l2_normalized:  # through x / |x|: (g - u (u g)) / |x|
-        gradient = (gradient - rows * (rows * gradient).sum(-1, keepdims=True)) / np.linalg.norm(raw, axis=-1, keepdims=True)
+        gradient = (gradient - rows * (rows * gradient).sum(-1, keepdims=True)) / np.linalg.norm(
+            raw, axis=-1, keepdims=True
+        )
 
     np.testing.assert_array_equal(out.codes.reshape(-1).numpy(), nearest)
     np.testing.assert_array_equal(rows_of(out.nearest), codes[nearest])
@@ -95,10 +97,11 @@ def test_the_average_of_directions_follows_the_released_formula():
         nearest = (rows @ codes.T).argmax(-1)
         for code in set(nearest):
             chosen = rows[nearest == code]
-            codes[code] = unit(decay * codes[code] + (1 - decay) * unit(chosen.mean(0)))  # however many chose it, and however long ago others did
+            # however many chose it, and however long ago others did
+            codes[code] = unit(decay * codes[code] + (1 - decay) * unit(chosen.mean(0)))
             rare += len(chosen) == 1
         np.testing.assert_allclose(codebook.codes.numpy(), codes, rtol=1e-4, atol=1e-6)
-    assert 0 < rare
+    assert rare > 0
 
 
 def test_only_unit_codes_have_directions_to_average():
@@ -106,10 +109,22 @@ def test_only_unit_codes_have_directions_to_average():
         Codebook(4, 2, average="directions")
 
 
-@pytest.mark.parametrize("options", [{}, {"l2_normalized": True}, {"l2_normalized": True, "average": "directions"}, {"decay": 0.5, "revive_below": 4.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"l2_normalized": True},
+        {"l2_normalized": True, "average": "directions"},
+        {"decay": 0.5, "revive_below": 4.0},
+    ],
+)
 def test_the_update_does_not_depend_on_micro_batches_or_ranks(options):
     steps = [features_of(step, batch=4) for step in range(4)]
-    whole, parts, ranks = filled_codebook(**options), filled_codebook(**options), [filled_codebook(**options) for _ in range(2)]
+    whole, parts, ranks = (
+        filled_codebook(**options),
+        filled_codebook(**options),
+        [filled_codebook(**options) for _ in range(2)],
+    )
     plain = filled_codebook(**{**options, "revive_below": 0.0})
     for features in steps:
         whole(features)
@@ -181,7 +196,8 @@ def test_dead_codes_restart_exactly_at_different_encoder_outputs_of_the_step():
     codebook = filled_codebook(num_codes=40, revive_below=0.5)
     codebook.ema_count[8:] = 0.0
     codebook.codes[8:] = codebook.ema_sum[8:] = 1000.0
-    features = features_of(5, batch=2)  # 50 rows for 40 slots: some slots hold one row, some several
+    # 50 rows for 40 slots: some slots hold one row, some several
+    features = features_of(5, batch=2)
     codebook(features)
     codebook.update()
     revived = codebook.codes[codebook.codes[:, 0] < 500][8:]

@@ -29,22 +29,38 @@ def start(tmp_path, body: str, timeout_s: float = 0.6) -> subprocess.Popen:
         "print('ready', flush=True)",
         body,
     ]
-    return subprocess.Popen([sys.executable, "-c", "\n".join(lines)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_a_rank_stuck_in_c_code_ends_with_the_stacks_of_all_its_threads(tmp_path):
-    body = "import threading\ndef loads_batches(): time.sleep(60)\nthreading.Thread(target=loads_batches, daemon=True).start()\nwatchdog.beat(41)\nstuck_in_a_collective()"
+    body = (
+        "import threading\ndef loads_batches(): "
+        "time.sleep(60)\nthreading.Thread(target=loads_batches, "
+        "daemon=True).start()\nwatchdog.beat(41)\nstuck_in_a_collective()"
+    )
     process = start(tmp_path, body)
     _, error = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPTED
-    assert re.search(r"^error: rank 3: nothing has moved for \d+ s in training after step 41; .*stacks\.txt", error), error
+    assert re.search(r"^error: rank 3: nothing has moved for \d+ s in training after step 41; .*stacks\.txt", error), (
+        error
+    )
     dump = (tmp_path / "logs" / "stacks.txt").read_text()
     assert "stuck_in_a_collective" in dump and "loads_batches" in dump
 
 
 def test_beats_keep_a_rank_alive_and_a_dump_is_added_to_those_of_earlier_starts(tmp_path):
     for _ in range(2):
-        process = start(tmp_path, "for step in range(30):\n    watchdog.beat(step)\n    time.sleep(0.06)\nprint('lived', flush=True)\nstuck_in_a_collective()")
+        process = start(
+            tmp_path,
+            "for step in range(30):\n    watchdog.beat(step)\n    time.sleep(0.06)\nprint('lived', "
+            "flush=True)\nstuck_in_a_collective()",
+        )
         out, error = process.communicate(timeout=60)
         assert process.returncode == EXIT_INTERRUPTED and "lived" in out and "after step 29" in error
     assert (tmp_path / "logs" / "stacks.txt").read_text().count("==== ") == 2
@@ -57,7 +73,10 @@ def test_what_comes_before_the_first_step_may_take_longer_than_a_step(tmp_path):
 
 
 def test_a_phase_has_its_own_limit_and_its_name_in_the_message(tmp_path):
-    body = "with watchdog.during('evaluation', 30):\n    time.sleep(1.5)\nprint('longer than a step may be', flush=True)\nwatchdog.beat(7)\nwith watchdog.during('saving', 0.3):\n    time.sleep(60)"
+    body = (
+        "with watchdog.during('evaluation', 30):\n    time.sleep(1.5)\nprint('longer than a step may "
+        "be', flush=True)\nwatchdog.beat(7)\nwith watchdog.during('saving', 0.3):\n    time.sleep(60)"
+    )
     process = start(tmp_path, body)
     out, error = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPTED and "longer than a step" in out
@@ -65,7 +84,12 @@ def test_a_phase_has_its_own_limit_and_its_name_in_the_message(tmp_path):
 
 
 def test_a_rank_that_was_stopped_and_continued_goes_on_and_is_still_watched(tmp_path):
-    process = start(tmp_path, "for step in range(4):\n    watchdog.beat(step)\n    time.sleep(0.8)\nprint('lived', flush=True)\nstuck_in_a_collective()", timeout_s=2.0)
+    process = start(
+        tmp_path,
+        "for step in range(4):\n    watchdog.beat(step)\n    time.sleep(0.8)\nprint('lived', "
+        "flush=True)\nstuck_in_a_collective()",
+        timeout_s=2.0,
+    )
     process.stdout.readline()
     os.kill(process.pid, signal.SIGSTOP)
     time.sleep(5)

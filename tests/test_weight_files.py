@@ -27,7 +27,11 @@ def test_tensors_come_back_whatever_the_ending(tmp_path, name):
 
 
 def test_the_old_format_and_a_stored_command_line_are_read(tmp_path):
-    torch.save({"model": {"a": torch.ones(2)}, "args": argparse.Namespace(lr=1.0)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"model": {"a": torch.ones(2)}, "args": argparse.Namespace(lr=1.0)},
+        tmp_path / "old.pth",
+        _use_new_zipfile_serialization=False,
+    )
     assert torch.equal(read_tensor_file(tmp_path / "old.pth")["model"]["a"], torch.ones(2))
 
 
@@ -68,7 +72,11 @@ class Payload:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path, zipped):
-    torch.save({"a": torch.ones(2), "surprise": Payload(str(tmp_path / "ran"))}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"a": torch.ones(2), "surprise": Payload(str(tmp_path / "ran"))},
+        tmp_path / "w.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
     message = refused(tmp_path / "w.pth")
     assert "io.open" in message and "was not run" in message
     assert not (tmp_path / "ran").exists()

@@ -1,4 +1,6 @@
-"""Models that start from weights in the canonical form: a classifier to fine-tune, a backbone to probe, a classifier to evaluate."""
+"""Models that start from weights in the canonical form: a classifier to fine-tune, a backbone to probe, a classifier to
+evaluate.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,18 @@ _HEAD = ("head.weight", "head.bias")
 _FINAL_NORM = ("norm.weight", "norm.bias")
 
 
-def start_classifier(model: Classifier, weights: BeitWeights, settings: ModelSettings, *, classes: tuple[str, ...], head: Literal["auto", "new"]) -> list[str]:
+def start_classifier(
+    model: Classifier,
+    weights: BeitWeights,
+    settings: ModelSettings,
+    *,
+    classes: tuple[str, ...],
+    head: Literal["auto", "new"],
+) -> list[str]:
     """Copy weights into a freshly initialised classifier.
 
-    A bias table that blocks shared is copied into every block; a table of another grid is resized. What pre-training alone needs is left behind.
+    A bias table that blocks shared is copied into every block; a table of another grid is resized. What pre-training
+    alone needs is left behind.
 
     Args:
         settings: of `model`.  classes: of the pictures, in label order.  head: see `InitSettings.head`.
@@ -57,7 +67,10 @@ def classifier_of(weights: BeitWeights, image_px: int | None = None) -> Classifi
     Raises: UserError if the weights have no classifier.
     """
     if weights.kind != "classifier":
-        raise UserError(f"{weights.source}: has no classifier (kind {weights.kind}); fine-tune it with finetune.py, or probe its features with linear_probe.py")
+        raise UserError(
+            f"{weights.source}: has no classifier (kind {weights.kind}); fine-tune it with finetune.py, "
+            "or probe its features with linear_probe.py"
+        )
     settings = replace(weights.model, image_px=image_px or weights.model.image_px, drop_path=0.0)
     model = build_classifier(settings, ClassifierSettings(pooling=weights.pooling), weights.num_classes)
     model.load_state_dict({name: tensor.float() for name, tensor in per_block(weights, settings.grid).items()})
@@ -65,13 +78,21 @@ def classifier_of(weights: BeitWeights, image_px: int | None = None) -> Classifi
 
 
 def feature_backbone(weights: BeitWeights, image_px: int) -> Beit:
-    """The frozen backbone without head, float32, for pictures of `image_px`. Its `norm` is the final norm of pre-training; a classifier's weights, which
+    """The frozen backbone without head, float32, for pictures of `image_px`.
+
+    Its `norm` is the final norm of pre-training; a classifier's weights, which
     have none, leave it at identity scale: take features before it."""
     settings = replace(weights.model, image_px=image_px, drop_path=0.0)
     if image_px % settings.patch_px:
-        raise UserError(f"pictures of {image_px} px: not a multiple of the patch size {settings.patch_px} of {weights.source}")
+        raise UserError(
+            f"pictures of {image_px} px: not a multiple of the patch size {settings.patch_px} of {weights.source}"
+        )
     model = Beit(**timm_arguments(settings, shared_bias=False))
-    tensors = {name: tensor.float() for name, tensor in per_block(weights, settings.grid).items() if name not in (*_POOLING_NORM, *_HEAD)}
+    tensors = {
+        name: tensor.float()
+        for name, tensor in per_block(weights, settings.grid).items()
+        if name not in (*_POOLING_NORM, *_HEAD)
+    }
     missing, strange = model.load_state_dict(tensors, strict=False)
     assert not strange and set(missing) <= set(_FINAL_NORM), (missing, strange)
     return model.eval().requires_grad_(False)
@@ -79,18 +100,35 @@ def feature_backbone(weights: BeitWeights, image_px: int) -> Beit:
 
 def check_head(weights: BeitWeights, classes: tuple[str, ...]) -> None:
     """Raises: UserError if a classifier's head, which is to be kept, cannot be the pictures'."""
-    check_classes(weights.source, weights.num_classes, weights.classes, classes, what="the picture set", remedy="or set init.head=new")
+    check_classes(
+        weights.source,
+        weights.num_classes,
+        weights.classes,
+        classes,
+        what="the picture set",
+        remedy="or set init.head=new",
+    )
 
 
-def check_classes(source: str, num_classes: int, names: tuple[str, ...] | None, classes: tuple[str, ...], *, what: str, remedy: str) -> None:
-    """Whether a head can be that of a labelled set. Names that may only spell the classes differently (synsets, words) are let through with a warning.
+def check_classes(
+    source: str, num_classes: int, names: tuple[str, ...] | None, classes: tuple[str, ...], *, what: str, remedy: str
+) -> None:
+    """Whether a head can be that of a labelled set.
+
+    Names that may only spell the classes differently (synsets, words) are let through with a warning.
 
     Args:
-        num_classes, names: of the head; names None where they are not known.  classes: of the set.  what, remedy: parts of the message.
-    Raises: UserError if the numbers differ, the same names stand in another order, or both name synsets and not the same ones.
+        num_classes, names: of the head; names None where they are not known.
+        classes: of the set.
+        what, remedy: parts of the message.
+    Raises: UserError if the numbers differ, the same names stand in another order, or both name synsets and not the
+        same ones.
     """
     if num_classes != len(classes):
-        raise UserError(f"{source}: its head has {num_classes} classes, {what} has {len(classes)}; give pictures of the classes it was trained for, {remedy}")
+        raise UserError(
+            f"{source}: its head has {num_classes} classes, {what} has {len(classes)}; give pictures of "
+            f"the classes it was trained for, {remedy}"
+        )
     if names is None or names == classes:
         return
     number = next(i for i, (head, picture) in enumerate(zip(names, classes)) if head != picture)
@@ -102,15 +140,27 @@ def check_classes(source: str, num_classes: int, names: tuple[str, ...] | None, 
 
 def check_sizes(weights: BeitWeights, settings: ModelSettings) -> None:
     """Raises: UserError naming the sizes in which the weights and the recipe's model differ; picture size may."""
-    names = [name for name in ("patch_px", "width", "depth", "heads", "mlp_ratio") if getattr(weights.model, name) != getattr(settings, name)]
+    names = [
+        name
+        for name in ("patch_px", "width", "depth", "heads", "mlp_ratio")
+        if getattr(weights.model, name) != getattr(settings, name)
+    ]
     if names:
-        found, asked = (", ".join(f"{name} {getattr(model, name)}" for name in names) for model in (weights.model, settings))
+        found, asked = (
+            ", ".join(f"{name} {getattr(model, name)}" for name in names) for model in (weights.model, settings)
+        )
         remedy = " ".join(f"model.{name}={getattr(weights.model, name)}" for name in names)
-        raise UserError(f"{weights.source}: {found}, but the recipe's model has {asked}; take the recipe of that size, or set {remedy}")
+        raise UserError(
+            f"{weights.source}: {found}, but the recipe's model has {asked}; take the recipe of that "
+            f"size, or set {remedy}"
+        )
 
 
 def per_block(weights: BeitWeights, grid: int) -> dict[str, torch.Tensor]:
-    """Tensors of a model with a bias table in every block, for a grid x grid picture; without what pre-training alone needs."""
+    """Tensors of a model with a bias table in every block, for a grid x grid picture.
+
+    Without what pre-training alone needs.
+    """
     tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in _OF_PRETRAINING}
     for block in range(weights.model.depth):
         table = weights.tensors.get(TABLE.format(block), weights.tensors.get(SHARED_TABLE))

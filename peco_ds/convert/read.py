@@ -1,7 +1,8 @@
-"""Weights of the BEiT family from wherever they lie: a run, a release for timm, Hugging Face or unilm, or one file of these.
+"""Weights of the BEiT family from wherever they lie: a run, a release for timm, Hugging Face or unilm, or one file of
+these.
 
-A file is read strictly: what is missing, left over or of another shape is refused by name. What only a training needs (index buffers, the class-token branch
-of BEiT v2) is left out, and said.
+A file is read strictly: what is missing, left over or of another shape is refused by name. What only a training needs
+(index buffers, the class-token branch of BEiT v2) is left out, and said.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ logger = logging.getLogger("peco_ds")
 Layout = Literal["auto", "run", "timm", "hf", "unilm"]
 _RUN_FILES = ("settings.yaml", "progress.json")  # of a run folder, of a checkpoint in it
 _PICKLED = "pytorch_model.bin"
-HALF = (0.5, 0.5, 0.5)  # mean and deviation of the first BEiT's pictures
-_CONTAINERS = ("model", "module", "state_dict")  # where training scripts put the weights inside their checkpoint
+# mean and deviation of the first BEiT's pictures
+HALF = (0.5, 0.5, 0.5)
+# where training scripts put the weights inside their checkpoint
+_CONTAINERS = ("model", "module", "state_dict")
 _AVERAGES = ("model_ema", "state_dict_ema")  # of unilm, of timm's training script
 _BRANCH_V2 = ("cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head.")
 _PATCH = "patch_embed.proj.weight"
@@ -53,13 +56,17 @@ def read_weights(
     """Weights in the canonical form, in the dtype they are stored in.
 
     Args:
-        path: a run folder or a checkpoints/step_N of it; a release folder; or a file, whose names tell timm and unilm (the same) from Hugging Face.
+        path: a run folder or a checkpoints/step_N of it; a release folder; or a file, whose names tell timm and unilm
+            (the same) from Hugging Face.
         layout: what it must be; auto: what it is.
         average: the moving average of the weights or the last ones; auto: the average where there is one.
-        statistics: mean and deviation of the pictures that the weights know; auto: what their config says, else ImageNet's.
+        statistics: mean and deviation of the pictures that the weights know; auto: what their config says, else
+            ImageNet's.
         read_run: reads a run (`runtime.run_weights.read_run`); None where runs are not taken.
-    What a bare file does not tell: mean and standard deviation are ImageNet's, the crop is 0.875 below 384 px and 1 from there on.
-    Raises: UserError if there is nothing to read, or it is of another layout or model family, or a tensor is missing, left over or of another shape.
+    What a bare file does not tell: mean and standard deviation are ImageNet's, the crop is 0.875 below 384 px and 1
+    from there on.
+    Raises: UserError if there is nothing to read, or it is of another layout or model family, or a tensor is missing,
+        left over or of another shape.
     """
     weights = _read(Path(path).expanduser(), layout, average, read_run)
     if statistics == "auto":
@@ -104,15 +111,21 @@ def _layout_of(path: Path, wanted: Layout) -> Layout:
     elif "model_type" in config:
         raise UserError(f"{path}: a {config['model_type']} of transformers; this reads BEiT (model_type beit)")
     elif config:
-        raise UserError(f"{path / CONFIG}: neither of timm (architecture) nor of transformers (model_type) nor of unilm; give the weights file itself")
+        raise UserError(
+            f"{path / CONFIG}: neither of timm (architecture) nor of transformers (model_type) nor of "
+            "unilm; give the weights file itself"
+        )
     else:
-        raise UserError(f"{path}: no settings.yaml (a run) and no {CONFIG} (a release) there; give a folder with one, or a weights file")
+        raise UserError(
+            f"{path}: no settings.yaml (a run) and no {CONFIG} (a release) there; give a folder with one, "
+            "or a weights file"
+        )
     if wanted not in ("auto", found):
         raise UserError(f"{path}: is of layout {found}, not {wanted}; leave the layout to auto")
     return found
 
 
-# ---------------------------------------------------------------------------------------------- folders and files
+# ----------------------------------------------------------------------------------- folders and files
 
 
 def _from_timm_folder(folder: Path) -> BeitWeights:
@@ -134,9 +147,15 @@ def _from_hf_folder(folder: Path) -> BeitWeights:
     processing = _json(preprocessor) if preprocessor.is_file() else {}
     said = _told(lambda: to_hf.preprocessing_of(processing, config), where)
     weights = _checked(from_hf(_unwrapped(read_tensor_file(file)), where), where, **said)
-    for key, found in (("num_attention_heads", weights.model.heads), ("image_size", weights.model.image_px), ("patch_size", weights.model.patch_px)):
+    for key, found in (
+        ("num_attention_heads", weights.model.heads),
+        ("image_size", weights.model.image_px),
+        ("patch_size", weights.model.patch_px),
+    ):
         if config.get(key, found) not in (found, [found, found]):
-            raise UserError(f"{where}: {key} is {config[key]} in its {CONFIG}, its tensors say {found}; correct the folder")
+            raise UserError(
+                f"{where}: {key} is {config[key]} in its {CONFIG}, its tensors say {found}; correct the folder"
+            )
     return weights
 
 
@@ -144,14 +163,22 @@ def _from_unilm_folder(folder: Path) -> BeitWeights:
     file = folder / to_unilm.FILE
     where = _named(file, f"{folder.name}/{file.name}")
     config = _json(folder / CONFIG)
-    return _checked(from_unilm(_unwrapped(read_tensor_file(file))), where, **_told(lambda: to_unilm.preprocessing_of(config), where))
+    return _checked(
+        from_unilm(_unwrapped(read_tensor_file(file))), where, **_told(lambda: to_unilm.preprocessing_of(config), where)
+    )
 
 
 def _preprocessing_of_timm(config: dict) -> dict:
     cfg = config.get("pretrained_cfg", config)
     labels = config.get("label_names") or cfg.get("label_names")
-    said = {"mean": cfg.get("mean"), "std": cfg.get("std"), "classes": labels.values() if isinstance(labels, dict) else labels}
-    return {name: tuple(value) for name, value in said.items() if value} | ({"crop": cfg["crop_pct"]} if cfg.get("crop_pct") else {})
+    said = {
+        "mean": cfg.get("mean"),
+        "std": cfg.get("std"),
+        "classes": labels.values() if isinstance(labels, dict) else labels,
+    }
+    return {name: tuple(value) for name, value in said.items() if value} | (
+        {"crop": cfg["crop_pct"]} if cfg.get("crop_pct") else {}
+    )
 
 
 def _told(read: Callable[[], dict], where: str) -> dict:
@@ -162,8 +189,12 @@ def _told(read: Callable[[], dict], where: str) -> dict:
     files = f"{CONFIG} or {to_hf.PREPROCESSOR}"
     try:
         said = read()
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # wherever a value of another kind was met
-        raise UserError(f"{where}: its {files} is not what a library wrote ({type(error).__name__}: {error}); fetch the folder again") from None
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        # wherever a value of another kind was met
+        raise UserError(
+            f"{where}: its {files} is not what a library wrote ({type(error).__name__}: {error}); fetch "
+            "the folder again"
+        ) from None
     for name, value in said.items():
         if name == "classes":
             fits = all(isinstance(text, str) for text in value)
@@ -203,14 +234,20 @@ def _unwrapped(content: dict) -> dict[str, torch.Tensor]:
         if isinstance(content.get(container), dict):
             content = content[container]
             break
-    return {name: tensor.detach() for name, tensor in content.items() if isinstance(tensor, torch.Tensor) and isinstance(name, str)}
+    return {
+        name: tensor.detach()
+        for name, tensor in content.items()
+        if isinstance(tensor, torch.Tensor) and isinstance(name, str)
+    }
 
 
 def _json(path: Path) -> dict:
     try:
         value = read_json(path)
     except ValueError as error:
-        raise UserError(f"{path}: is not what a library wrote there (no JSON object: {error}); fetch the folder again") from None
+        raise UserError(
+            f"{path}: is not what a library wrote there (no JSON object: {error}); fetch the folder again"
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not what a library wrote there (no JSON object); fetch the folder again")
     return value
@@ -221,7 +258,7 @@ def _named(file: Path, name: str) -> str:
     return f"{name} (sha256 {sha256_of_file(file)[:12]})" if file.is_file() else name
 
 
-# ---------------------------------------------------------------------------------------------- from names and shapes to a model
+# -------------------------------------------------------------------- from names and shapes to a model
 
 
 def _checked(tensors: dict[str, torch.Tensor], where: str, **said) -> BeitWeights:
@@ -233,19 +270,32 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **said) -> BeitWeight
     _refuse_other_families(tensors, where)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
-            raise UserError(f"{where}: tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, no weights; fetch the file again")
+            raise UserError(
+                f"{where}: tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, no weights; fetch "
+                "the file again"
+            )
     for name in ("head.weight", "lm_head.weight", "blocks.0.mlp.fc1.weight"):
         if name in tensors and tensors[name].ndim != 2:
-            raise UserError(f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, a linear layer's has two numbers; fetch the file again")
+            raise UserError(
+                f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, a linear layer's has two "
+                "numbers; fetch the file again"
+            )
     branch = [name for name in tensors if name.startswith(_BRANCH_V2)]
     facts = {}
     if branch:
         facts["left out"] = f"BEiT v2's class-token branch, {len(branch)} tensors that only pre-training needs"
         logger.info("%s: %s", where, facts["left out"])
         tensors = {name: tensor for name, tensor in tensors.items() if name not in branch}
-    if "head.weight" in tensors and "lm_head.weight" not in tensors:  # transformers keeps a mask token where it fine-tuned a pre-trained model
+    # transformers keeps a mask token where it fine-tuned a pre-trained model
+    if "head.weight" in tensors and "lm_head.weight" not in tensors:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "mask_token"}
-    kind = "mim" if tensors.keys() & {"mask_token", "lm_head.weight"} else "classifier" if "head.weight" in tensors else "features"
+    kind = (
+        "mim"
+        if tensors.keys() & {"mask_token", "lm_head.weight"}
+        else "classifier"
+        if "head.weight" in tensors
+        else "features"
+    )
     settings = _settings_of(tensors, where)
     if kind == "classifier" and SHARED_TABLE in tensors and TABLE.format(0) not in tensors:
         shared = tensors.pop(SHARED_TABLE)
@@ -255,41 +305,71 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **said) -> BeitWeight
     said.setdefault("crop", usual_crop(settings.image_px))
     weights = BeitWeights(kind, settings, tensors, where, facts=facts, **said)
     if weights.classes and len(weights.classes) != weights.num_classes:
-        raise UserError(f"{where}: {len(weights.classes)} class names in its {CONFIG}, a head of {weights.num_classes}; correct the folder")
+        raise UserError(
+            f"{where}: {len(weights.classes)} class names in its {CONFIG}, a head of "
+            f"{weights.num_classes}; correct the folder"
+        )
     return weights
 
 
 def _refuse_other_families(tensors: dict[str, torch.Tensor], where: str) -> None:
     tables = any(name.endswith("relative_position_bias_table") for name in tensors)
     if _PATCH not in tensors or tensors[_PATCH].ndim != 4 or not any(name.startswith("blocks.0.") for name in tensors):
-        raise UserError(f"{where}: holds no BEiT (no {_PATCH} with blocks.0.* among {len(tensors)} tensors); give a BEiT checkpoint of timm, transformers or unilm")
+        raise UserError(
+            f"{where}: holds no BEiT (no {_PATCH} with blocks.0.* among {len(tensors)} tensors); give a "
+            "BEiT checkpoint of timm, transformers or unilm"
+        )
     if "blocks.0.attn.qkv.bias" in tensors:
-        raise UserError(f"{where}: a plain ViT (blocks.0.attn.qkv.bias), not a BEiT; it can be a judge (perceptual.weights), not a backbone here")
+        raise UserError(
+            f"{where}: a plain ViT (blocks.0.attn.qkv.bias), not a BEiT; it can be a judge "
+            "(perceptual.weights), not a backbone here"
+        )
     if "pos_embed" in tensors:
         kind = "absolute position embedding (pos_embed)" + ("" if tables else " and no relative position bias")
-        raise UserError(f"{where}: a BEiT with {kind}, as beit_base_patch16_224_pt1k_800ep; the backbone here has relative position bias alone, give another checkpoint")
+        raise UserError(
+            f"{where}: a BEiT with {kind}, as beit_base_patch16_224_pt1k_800ep; the backbone here has "
+            "relative position bias alone, give another checkpoint"
+        )
     if not tables:
-        raise UserError(f"{where}: no relative position bias (no relative_position_bias_table), which the backbone here has; give another checkpoint")
+        raise UserError(
+            f"{where}: no relative position bias (no relative_position_bias_table), which the backbone "
+            "here has; give another checkpoint"
+        )
     if "blocks.0.gamma_1" not in tensors:
-        raise UserError(f"{where}: no layer scale (blocks.0.gamma_1), which the backbone here has; give another checkpoint")
+        raise UserError(
+            f"{where}: no layer scale (blocks.0.gamma_1), which the backbone here has; give another checkpoint"
+        )
 
 
 def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
-    """Sizes as the shapes tell them; layer scale is the mean magnitude of what was learnt, the rate of stochastic depth is not in a file."""
+    """Sizes as the shapes tell them.
+
+    Layer scale is the mean magnitude of what was learnt, the rate of stochastic depth is not in a file.
+    """
     width, _, _, patch_px = tensors[_PATCH].shape
     table = next(tensor for name, tensor in tensors.items() if name.endswith("relative_position_bias_table"))
     grid = grid_of(table) if table.ndim == 2 else None
     if grid is None:
-        raise UserError(f"{where}: a bias table of shape {tuple(table.shape)}, which is for no square grid of patches; give weights of a square picture")
+        raise UserError(
+            f"{where}: a bias table of shape {tuple(table.shape)}, which is for no square grid of "
+            "patches; give weights of a square picture"
+        )
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-    depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))  # blocks.0 is there
-    if depth > len(tensors):  # no model of so many blocks is built to find the first missing tensor
+    # blocks.0 is there
+    depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))
+    # no model of so many blocks is built to find the first missing tensor
+    if depth > len(tensors):
         raise UserError(f"{where}: holds block {depth - 1}, but {len(tensors)} tensors in all; fetch the file again")
     if "blocks.0.mlp.fc1.weight" not in tensors:
         raise UserError(f"{where}: tensor blocks.0.mlp.fc1.weight is missing; fetch the file again")
-    gammas = [tensor.float().abs().mean() for name, tensor in tensors.items() if name.endswith((".gamma_1", ".gamma_2"))]
+    gammas = [
+        tensor.float().abs().mean() for name, tensor in tensors.items() if name.endswith((".gamma_1", ".gamma_2"))
+    ]
     if not bool(torch.stack(gammas).isfinite().all()):
-        raise UserError(f"{where}: a layer scale (gamma) that is not finite: the training that wrote it had diverged; give an earlier checkpoint")
+        raise UserError(
+            f"{where}: a layer scale (gamma) that is not finite: the training that wrote it had diverged; "
+            "give an earlier checkpoint"
+        )
     return ModelSettings(
         image_px=grid * patch_px,
         patch_px=patch_px,
@@ -306,18 +386,32 @@ def _check_shapes(tensors: dict[str, torch.Tensor], kind: str, settings: ModelSe
     pooling = "mean" if "fc_norm.weight" in tensors and kind != "mim" else "class"
     classes = len(tensors["head.weight"]) if kind == "classifier" else 0
     if settings.width % settings.heads:
-        raise UserError(f"{where}: width {settings.width} is not a multiple of the {settings.heads} heads of its bias table; fetch the file again")
+        raise UserError(
+            f"{where}: width {settings.width} is not a multiple of the {settings.heads} heads of its bias "
+            "table; fetch the file again"
+        )
     with torch.device("meta"):  # shapes alone
-        net = Beit(**timm_arguments(settings, shared_bias=SHARED_TABLE in tensors or kind == "mim", num_classes=classes, pooling=pooling))
+        net = Beit(
+            **timm_arguments(
+                settings, shared_bias=SHARED_TABLE in tensors or kind == "mim", num_classes=classes, pooling=pooling
+            )
+        )
     expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     if kind == "mim":
         codes = len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else 0
-        expected |= {"mask_token": (1, 1, settings.width), "lm_head.weight": (codes, settings.width), "lm_head.bias": (codes,)}
+        expected |= {
+            "mask_token": (1, 1, settings.width),
+            "lm_head.weight": (codes, settings.width),
+            "lm_head.bias": (codes,),
+        }
     for name, shape in expected.items():
         if name not in tensors:
             raise UserError(f"{where}: tensor {name} is missing; fetch the file again, or give a whole checkpoint")
         if tuple(tensors[name].shape) != shape:
-            raise UserError(f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, a BEiT of its other sizes has {shape}; fetch the file again")
+            raise UserError(
+                f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, a BEiT of its other sizes "
+                f"has {shape}; fetch the file again"
+            )
     strange = sorted(tensors.keys() - expected.keys())
     if strange:
         raise UserError(f"{where}: tensor {strange[0]} has no place in a BEiT ({kind}); give a file without it")

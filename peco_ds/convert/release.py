@@ -15,7 +15,8 @@ from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-_TELLING = {"architecture", "model_type", "layout"}  # keys of config.json by which timm's, transformers' and unilm's are told apart
+# keys of config.json by which timm's, transformers' and unilm's are told apart
+_TELLING = {"architecture", "model_type", "layout"}
 _WEIGHTS_OF_ANY = (WEIGHTS, "mim_head.safetensors", "model.pth", "pytorch_model.bin", "preprocessor_config.json")
 
 
@@ -23,10 +24,13 @@ _WEIGHTS_OF_ANY = (WEIGHTS, "mim_head.safetensors", "model.pth", "pytorch_model.
 class Release:
     """Weights in the names and files of one library."""
 
-    library: str  # as model hubs name it in a card's front matter
-    tensors: dict[str, dict[str, torch.Tensor]]  # file name -> tensors: .safetensors, or .pth, which holds them under "model"
+    # as model hubs name it in a card's front matter
+    library: str
+    # file name -> tensors: .safetensors, or .pth, which holds them under "model"
+    tensors: dict[str, dict[str, torch.Tensor]]
     configs: dict[str, dict]  # file name -> JSON; config.json among them
-    usage: str  # Markdown: how to load it, and what each file is for
+    # Markdown: how to load it, and what each file is for
+    usage: str
 
 
 def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
@@ -34,7 +38,11 @@ def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
 
     Raises: UserError if the folder holds a file of a release of another kind, which a reader would take along.
     """
-    foreign = [name for name in _WEIGHTS_OF_ANY if (out / name).exists() and name not in release.tensors.keys() | release.configs.keys()]
+    foreign = [
+        name
+        for name in _WEIGHTS_OF_ANY
+        if (out / name).exists() and name not in release.tensors.keys() | release.configs.keys()
+    ]
     if foreign:
         raise UserError(f"{out}: holds {foreign[0]} of another release; give an empty folder")
     try:
@@ -48,8 +56,11 @@ def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
     for name, tensors in release.tensors.items():
         temporary = out / f".{name}.{os.getpid()}.tmp"
         if name.endswith(".safetensors"):
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
-            temporary.chmod(0o644)  # safetensors leaves it to its owner alone; a release is for others
+            save_file(
+                {key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata={"format": "pt"}
+            )
+            # safetensors leaves it to its owner alone; a release is for others
+            temporary.chmod(0o644)
         else:
             torch.save({"model": {key: _alone(tensor) for key, tensor in tensors.items()}}, temporary)
         os.replace(temporary, out / name)
@@ -59,13 +70,17 @@ def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that is a part of a larger one takes the whole into the file; ZeRO's consolidated weights are such parts."""
+    """A tensor that is a part of a larger one takes the whole into the file.
+
+    ZeRO's consolidated weights are such parts.
+    """
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return (tensor if whole else tensor.clone(memory_format=torch.contiguous_format)).detach()
 
 
 _WHAT = {
-    "mim": "Vision transformer, pre-trained to predict the codes of hidden patches (BEiT, arXiv 2106.08254, and its successors PeCo, mc-BEiT, BEiT v2), no classifier.",
+    "mim": "Vision transformer, pre-trained to predict the codes of hidden patches (BEiT, arXiv "
+    "2106.08254, and its successors PeCo, mc-BEiT, BEiT v2), no classifier.",
     "features": "Pre-trained vision transformer of the BEiT family (arXiv 2106.08254), no head.",
     "classifier": "Vision transformer of the BEiT family (arXiv 2106.08254), fine-tuned to classify.",
 }
@@ -75,11 +90,21 @@ def model_card(release: Release, weights: BeitWeights) -> str:
     """Markdown with the front matter that model hubs read."""
     model = weights.model
     facts = {"weights": weights.source}
-    facts["backbone"] = f"ViT, width {model.width}, depth {model.depth}, {model.heads} heads, patch {model.patch_px} at {model.image_px} px"
+    facts["backbone"] = (
+        f"ViT, width {model.width}, depth {model.depth}, {model.heads} heads, patch {model.patch_px} "
+        f"at {model.image_px} px"
+    )
     if weights.kind == "classifier":
-        facts["classes"] = f"{weights.num_classes}, {'named in ' + CONFIG if weights.classes else 'names not recorded'}; {weights.pooling} pooling"
+        facts["classes"] = (
+            f"{weights.num_classes}, {'named in ' + CONFIG if weights.classes else 'names not recorded'}; "
+            f"{weights.pooling} pooling"
+        )
     table = "\n".join(f"| {name} | {text} |" for name, text in (facts | weights.facts).items())
-    statistics = "ImageNet mean and standard deviation" if (weights.mean, weights.std) == (IMAGENET_MEAN, IMAGENET_STD) else f"mean {list(weights.mean)}, standard deviation {list(weights.std)}"
+    statistics = (
+        "ImageNet mean and standard deviation"
+        if (weights.mean, weights.std) == (IMAGENET_MEAN, IMAGENET_STD)
+        else f"mean {list(weights.mean)}, standard deviation {list(weights.std)}"
+    )
     tag = "image-classification" if weights.kind == "classifier" else "image-feature-extraction"
     return f"""---
 library_name: {release.library}
@@ -110,6 +135,11 @@ def _licence(facts: dict[str, str]) -> str:
     known = {what: facts.get(fact) or facts.get(f"{fact} of what it started from") for what, fact in named.items()}
     terms = "\n".join(f"- {what}: {text}" for what, text in known.items() if text)
     if not terms:
-        return """Licence: to be stated by whoever publishes these weights. It is bound by the terms of the pictures and of the tokenizer's judge, if it had one
-(the weights that MoCo v3 released are CC BY-NC 4.0)."""
-    return f"Licence: to be stated by whoever publishes these weights. It is bound by the terms of the pictures, and of the networks that it was trained with:\n\n{terms}"
+        return (
+            "Licence: to be stated by whoever publishes these weights. It is bound by the terms of the pictures and of "
+            "the tokenizer's judge, if it had one\n(the weights that MoCo v3 released are CC BY-NC 4.0)."
+        )
+    return (
+        "Licence: to be stated by whoever publishes these weights. It is bound by the terms of the "
+        f"pictures, and of the networks that it was trained with:\n\n{terms}"
+    )

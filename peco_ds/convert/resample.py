@@ -1,6 +1,7 @@
 """Relative position bias of one picture size for another.
 
-Only the bias tables depend on the picture size. Weights of another patch size are another model and are never resampled.
+Only the bias tables depend on the picture size. Weights of another patch size are another model and are never
+resampled.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from scipy.interpolate import RectBivariateSpline
 
 from peco_ds.errors import UserError
 
-CLASS_ROWS = 3  # class token to patch, patch to class token, class token to itself: the last rows of every table
+# class token to patch, patch to class token, class token to itself: the last rows of every table
+CLASS_ROWS = 3
 
 
 def grid_of(table: torch.Tensor) -> int | None:
@@ -23,35 +25,47 @@ def grid_of(table: torch.Tensor) -> int | None:
 
 
 def resize_bias_table(table: torch.Tensor, grid: int) -> torch.Tensor:
-    """The table for a grid x grid picture, as the released BEiT code resizes it: neighbours keep their bias, far patches share what is left.
+    """The table for a grid x grid picture, as the released BEiT code resizes it: neighbours keep their bias, far
+    patches share what is left.
 
-    The old distances are laid over the new ones in geometric progression (1, 1 + q, 1 + q + q^2, ...) so that the largest meet, and the table is
-    read at whole distances by an interpolating bicubic spline. The three rows of the class token are kept.
+    The old distances are laid over the new ones in geometric progression (1, 1 + q, 1 + q + q^2, ...) so that the
+    largest meet, and the table is read at whole distances by an interpolating bicubic spline. The three rows of the
+    class token are kept.
 
     Args:
         table: [(2 g - 1)^2 + 3, heads] of any floating dtype.  grid: patches a side of the new picture.
     Returns: [(2 grid - 1)^2 + 3, heads] in the same dtype, on the same device; the same tensor where grid is g.
     Raises: UserError if the table is for no square grid, or for one of a single patch.
-    Source: BEiT (arXiv 2106.08254), released `run_class_finetuning.py`. timm's own resizing lies the same points but interpolates linearly between them.
+    Source: BEiT (arXiv 2106.08254), released `run_class_finetuning.py`. timm's own resizing lies the same points but
+        interpolates linearly between them.
     """
     old_grid = grid_of(table)
     if old_grid == grid:
         return table
     if old_grid is None or old_grid < 2:
-        raise UserError(f"a bias table of {len(table)} rows is for no square grid of patches that could be resized; give weights of a square picture")
+        raise UserError(
+            f"a bias table of {len(table)} rows is for no square grid of patches that could be resized; "
+            "give weights of a square picture"
+        )
     width, new_width = 2 * old_grid - 1, 2 * grid - 1
     points = geometric_points(width, new_width)
     wanted = np.arange(new_width) - new_width // 2
-    order = min(3, width - 1)  # a 2 x 2 grid has three distances, too few for a cubic
+    # a 2 x 2 grid has three distances, too few for a cubic
+    order = min(3, width - 1)
     planes = table[:-CLASS_ROWS].detach().double().cpu().numpy().reshape(width, width, -1)
-    resized = [RectBivariateSpline(points, points, planes[:, :, head], kx=order, ky=order)(wanted, wanted).ravel() for head in range(planes.shape[2])]
+    resized = [
+        RectBivariateSpline(points, points, planes[:, :, head], kx=order, ky=order)(wanted, wanted).ravel()
+        for head in range(planes.shape[2])
+    ]
     return torch.cat([torch.from_numpy(np.stack(resized, axis=1)).to(table), table[-CLASS_ROWS:]])
 
 
 def geometric_points(width: int, new_width: int) -> np.ndarray:
-    """Where `width` old distances lie on the axis of `new_width` new ones: float64 [width], ascending, symmetric about 0, steps growing by one ratio.
+    """Where `width` old distances lie on the axis of `new_width` new ones: float64 [width], ascending, symmetric about
+    0, steps growing by one ratio.
 
-    The ratio is searched in [1.01, 1.5], as in the released code; towards a smaller picture it ends at 1.01, which cuts far distances off.
+    The ratio is searched in [1.01, 1.5], as in the released code; towards a smaller picture it ends at 1.01, which cuts
+    far distances off.
     """
     half, reach = width // 2, new_width // 2
     low, high = 1.01, 1.5

@@ -1,4 +1,6 @@
-"""Canonical weights <-> Hugging Face transformers' BEiT, in the names that its version 4 has on disk; version 5 reads and writes the same.
+"""Canonical weights <-> Hugging Face transformers' BEiT, in the names that its version 4 has on disk.
+
+Version 5 reads and writes the same.
 
 mim         BeitForMaskedImageModeling
 features    BeitModel
@@ -21,7 +23,8 @@ from peco_ds.models.beit_weights import SHARED_TABLE, BeitWeights
 logger = logging.getLogger("peco_ds")
 
 PREPROCESSOR = "preprocessor_config.json"
-NORM_EPS = 1e-6  # of BEiT; a BeitConfig that is told nothing has 1e-12
+# of BEiT; a BeitConfig that is told nothing has 1e-12
+NORM_EPS = 1e-6
 CLASSES = {"mim": "BeitForMaskedImageModeling", "features": "BeitModel", "classifier": "BeitForImageClassification"}
 _BICUBIC = 3  # PIL's number
 
@@ -70,18 +73,29 @@ def to_hf(weights: BeitWeights) -> Release:
         parts = weights.tensors[_QKV.format(block)].chunk(3)
         tensors |= {prefix + name.format(block): part for name, part in zip(_PARTS, parts)}
     assert len(tensors) == len(weights.tensors) + 2 * weights.model.depth, "a tensor without a name in transformers"
-    return Release("transformers", {WEIGHTS: tensors}, {CONFIG: hf_config(weights), PREPROCESSOR: preprocessor_config(weights)}, _usage(weights))
+    return Release(
+        "transformers",
+        {WEIGHTS: tensors},
+        {CONFIG: hf_config(weights), PREPROCESSOR: preprocessor_config(weights)},
+        _usage(weights),
+    )
 
 
 def from_hf(tensors: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
     """Canonical tensors of a file in transformers' names.
 
-    Raises: UserError for a segmentation model, for names of transformers 5's memory, and for a tensor that has no place in any of the three models.
+    Raises: UserError for a segmentation model, for names of transformers 5's memory, and for a tensor that has no place
+        in any of the three models.
     """
     if any(name.startswith("decode_head.") for name in tensors):
-        raise UserError(f"{where}: a segmentation model of transformers; give a BeitModel, BeitForMaskedImageModeling or BeitForImageClassification")
+        raise UserError(
+            f"{where}: a segmentation model of transformers; give a BeitModel, BeitForMaskedImageModeling "
+            "or BeitForImageClassification"
+        )
     if any(".attention.q_proj." in name for name in tensors):
-        raise UserError(f"{where}: names that transformers 5 has in memory only; write the file with model.save_pretrained(...)")
+        raise UserError(
+            f"{where}: names that transformers 5 has in memory only; write the file with model.save_pretrained(...)"
+        )
     kind = "mim" if "lm_head.weight" in tensors else "features" if "embeddings.cls_token" in tensors else "classifier"
     prefix = _prefix(kind)
     layer = re.compile(re.escape(prefix) + r"encoder\.layer\.([0-9]{1,6})\.")
@@ -97,10 +111,15 @@ def from_hf(tensors: dict[str, torch.Tensor], where: str) -> dict[str, torch.Ten
         if missing:
             raise UserError(f"{where}: tensor {missing[0]} is missing; fetch the file again")
         if any(left[name].ndim != 2 or left[name].shape[1] != left[parts[0]].shape[1] for name in parts):
-            raise UserError(f"{where}: query, key and value of layer {block} have shapes {', '.join(str(tuple(left[name].shape)) for name in parts)}; fetch the file again")
+            raise UserError(
+                f"{where}: query, key and value of layer {block} have shapes "
+                f"{', '.join(str(tuple(left[name].shape)) for name in parts)}; fetch the file again"
+            )
         found[_QKV.format(block)] = torch.cat([left.pop(name) for name in parts])
     if left:
-        raise UserError(f"{where}: tensor {sorted(left)[0]} has no place in {CLASSES[kind]} as BEiT has it; give a file without it")
+        raise UserError(
+            f"{where}: tensor {sorted(left)[0]} has no place in {CLASSES[kind]} as BEiT has it; give a file without it"
+        )
     if kind == "features" and found.pop("mask_token", None) is not None:
         logger.info("%s: the mask token of a model without token head is left out", where)
     return with_shared_table(found) if kind == "mim" else found
@@ -119,12 +138,15 @@ def _names(kind: str, depth: int) -> dict[str, str]:
     prefix = _prefix(kind)
     names = {ours: prefix + theirs for ours, theirs in _BASE.items()}
     for block in range(depth):
-        names |= {f"blocks.{block}.{ours}": f"{prefix}encoder.layer.{block}.{theirs}" for ours, theirs in _BLOCK.items()}
-    norm = "layernorm" if kind == "mim" else f"{prefix}layernorm"  # the token head has it outside of `beit.`
+        names |= {
+            f"blocks.{block}.{ours}": f"{prefix}encoder.layer.{block}.{theirs}" for ours, theirs in _BLOCK.items()
+        }
+    # the token head has it outside of `beit.`
+    norm = "layernorm" if kind == "mim" else f"{prefix}layernorm"
     return names | {f"norm.{part}": f"{norm}.{part}" for part in ("weight", "bias")} | _HEADS
 
 
-# ---------------------------------------------------------------------------------------------- configs
+# --------------------------------------------------------------------------------------------- configs
 
 
 def hf_config(weights: BeitWeights) -> dict:
@@ -165,7 +187,9 @@ def hf_config(weights: BeitWeights) -> dict:
 
 
 def preprocessor_config(weights: BeitWeights) -> dict:
-    """The evaluation's view of a picture: short side to image_px / crop, then the central square. BEiT's own processor cannot keep the aspect ratio,
+    """The evaluation's view of a picture: short side to image_px / crop, then the central square.
+
+    BEiT's own processor cannot keep the aspect ratio,
     CLIP's does just this."""
     px = weights.model.image_px
     return {
@@ -193,7 +217,14 @@ def check_config(config: dict, where: str) -> None:
     if not isinstance(eps, (int, float)):
         raise UserError(f"{where}: layer_norm_eps {eps!r} in its {CONFIG}, no number; fetch the folder again")
     if eps != NORM_EPS:
-        logger.warning("%s: layer_norm_eps is %g in its %s; BEiT was trained with %g, which is taken here (1e-12 is only what BeitConfig says when told nothing)", where, eps, CONFIG, NORM_EPS)
+        logger.warning(
+            "%s: layer_norm_eps is %g in its %s; BEiT was trained with %g, which is taken here (1e-12 is "
+            "only what BeitConfig says when told nothing)",
+            where,
+            eps,
+            CONFIG,
+            NORM_EPS,
+        )
     if config.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{where}: hidden_act {config['hidden_act']}; BEiT has gelu, give another model")
 
@@ -219,7 +250,11 @@ def _side(size: int | dict) -> int:
 
 def _usage(weights: BeitWeights) -> str:
     name = CLASSES[weights.kind]
-    call = {"mim": "model(**pictures, bool_masked_pos=hidden).logits    # [B, N, codes]", "features": "model(**pictures).last_hidden_state", "classifier": "model(**pictures).logits"}[weights.kind]
+    call = {
+        "mim": "model(**pictures, bool_masked_pos=hidden).logits    # [B, N, codes]",
+        "features": "model(**pictures).last_hidden_state",
+        "classifier": "model(**pictures).logits",
+    }[weights.kind]
     return f"""```python
 from transformers import AutoImageProcessor, {name}
 

@@ -1,7 +1,8 @@
 """Canonical weights <-> timm's `Beit`.
 
-timm kept BEiT's names. The bias table that pre-training shares between blocks is copied into every block, the form in which timm's registered models keep
-it. What timm has no place for (mask token, token head) goes into a file of its own; with it beside, the copies become one table again.
+timm kept BEiT's names. The bias table that pre-training shares between blocks is copied into every block, the form in
+which timm's registered models keep it. What timm has no place for (mask token, token head) goes into a file of its own;
+with it beside, the copies become one table again.
 """
 
 from __future__ import annotations
@@ -34,26 +35,40 @@ def from_timm(tensors: dict[str, torch.Tensor], head: dict[str, torch.Tensor], w
     """Canonical tensors of a timm file.
 
     Args:
-        head: of HEAD_FILE, {} if there is none. Where the blocks' tables are no longer one, it is left out with a warning: the backbone was trained on.
+        head: of HEAD_FILE, {} if there is none. Where the blocks' tables are no longer one, it is left out with a
+            warning: the backbone was trained on.
     """
     whole = with_shared_table(tensors | head)
     if head and SHARED_TABLE not in whole:
-        logger.warning("%s: %s is left out, because the blocks have bias tables of their own; what is read is a backbone without token head", where, HEAD_FILE)
+        logger.warning(
+            "%s: %s is left out, because the blocks have bias tables of their own; what is read is a "
+            "backbone without token head",
+            where,
+            HEAD_FILE,
+        )
         return tensors
     return whole if head else tensors
 
 
 def with_shared_table(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors with one bias table for all blocks in place of equal ones in every block; unchanged where they differ."""
+    """The tensors with one bias table for all blocks in place of equal ones in every block.
+
+    Unchanged where they differ.
+    """
     tables = [name for name in tensors if name.startswith("blocks.") and name.endswith("relative_position_bias_table")]
     first = tensors[tables[0]] if tables else None
-    if not tables or not all(tensors[name].dtype == first.dtype and torch.equal(tensors[name], first) for name in tables):
+    if not tables or not all(
+        tensors[name].dtype == first.dtype and torch.equal(tensors[name], first) for name in tables
+    ):
         return tensors
     return {name: tensor for name, tensor in tensors.items() if name not in tables} | {SHARED_TABLE: tensors[tables[0]]}
 
 
 def timm_config(weights: BeitWeights) -> dict:
-    """`config.json` as timm's `local-dir:` and hub loaders read it; sizes that are not registered ride on `model_args`."""
+    """`config.json` as timm's `local-dir:` and hub loaders read it.
+
+    Sizes that are not registered ride on `model_args`.
+    """
     model = weights.model
     pooling = weights.pooling
     arguments = timm_arguments(model, shared_bias=False, pooling=pooling)

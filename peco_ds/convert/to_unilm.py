@@ -1,6 +1,8 @@
-"""Canonical weights <-> a checkpoint of the released BEiT code (unilm): the same names, and the index buffers that its modules keep in their state.
+"""Canonical weights <-> a checkpoint of the released BEiT code (unilm): the same names, and the index buffers that its
+modules keep in their state.
 
-unilm has no installable package. Its file is a dictionary with the tensors under `model`; its model classes take the sizes as arguments, which lie in config.json.
+unilm has no installable package. Its file is a dictionary with the tensors under `model`; its model classes take the
+sizes as arguments, which lie in config.json.
 """
 
 from __future__ import annotations
@@ -13,20 +15,25 @@ from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import BeitWeights
 
 FILE = "model.pth"
-LAYOUT = "unilm"  # in config.json, which none of unilm's scripts reads
+# in config.json, which none of unilm's scripts reads
+LAYOUT = "unilm"
 _TABLE_END, _INDEX_END = "relative_position_bias_table", "relative_position_index"
 
 
 def to_unilm(weights: BeitWeights) -> Release:
     """Raises: UserError for weights without a head, for which unilm has no model."""
     if weights.kind == "features":
-        raise UserError(f"{weights.source}: a backbone without mask token, token head or classifier, which unilm has no model for; convert it to timm or hf")
+        raise UserError(
+            f"{weights.source}: a backbone without mask token, token head or classifier, which unilm has "
+            "no model for; convert it to timm or hf"
+        )
     index = gen_relative_position_index((weights.model.grid, weights.model.grid))
     tensors = {}
     for name, tensor in weights.tensors.items():
         tensors[name] = tensor
         if name.endswith(_TABLE_END):
-            tensors[name.removesuffix(_TABLE_END) + _INDEX_END] = index  # one tensor under many names is stored once
+            # one tensor under many names is stored once
+            tensors[name.removesuffix(_TABLE_END) + _INDEX_END] = index
     return Release(LAYOUT, {FILE: tensors}, {CONFIG: unilm_config(weights)}, _usage(weights))
 
 
@@ -37,7 +44,11 @@ def from_unilm(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def unilm_config(weights: BeitWeights) -> dict:
     """Arguments of unilm's model class, and what its file has no place for."""
     model, mim = weights.model, weights.kind == "mim"
-    head = {"vocab_size": weights.num_codes} if mim else {"num_classes": weights.num_classes, "use_mean_pooling": weights.pooling == "mean"}
+    head = (
+        {"vocab_size": weights.num_codes}
+        if mim
+        else {"num_classes": weights.num_classes, "use_mean_pooling": weights.pooling == "mean"}
+    )
     return {
         "layout": LAYOUT,
         "model_args": {
@@ -68,8 +79,16 @@ def preprocessing_of(config: dict) -> dict:
 
 
 def _usage(weights: BeitWeights) -> str:
-    file, name = ("modeling_pretrain", "VisionTransformerForMaskedImageModeling") if weights.kind == "mim" else ("modeling_finetune", "VisionTransformer")
-    tune = f"\n\nTo fine-tune it there: `run_class_finetuning.py --finetune PATH_OF_THIS_FOLDER/{FILE}`." if weights.kind == "mim" else ""
+    file, name = (
+        ("modeling_pretrain", "VisionTransformerForMaskedImageModeling")
+        if weights.kind == "mim"
+        else ("modeling_finetune", "VisionTransformer")
+    )
+    tune = (
+        f"\n\nTo fine-tune it there: `run_class_finetuning.py --finetune PATH_OF_THIS_FOLDER/{FILE}`."
+        if weights.kind == "mim"
+        else ""
+    )
     return f"""```python
 # in the folder `beit` of github.com/microsoft/unilm
 import functools, json, torch

@@ -1,7 +1,9 @@
-"""Load a release by the target library's own loader, in a process that cannot import us, and compare what comes out with our own model's answer.
+"""Load a release by the target library's own loader, in a process that cannot import us, and compare what comes out
+with our own model's answer.
 
 timm, transformers  their own loaders.
-unilm               has no installable package; its file is loaded strictly into timm's port of its model by timm's own filter for its files, the index
+unilm               has no installable package; its file is loaded strictly into timm's port of its model by timm's own
+filter for its files, the index
                     buffers are compared with the port's, and the names with the state of unilm's modules.
 """
 
@@ -24,7 +26,8 @@ from peco_ds.models.beit_weights import SHARED_TABLE, BeitWeights
 from peco_ds.models.mim import MaskedImageModel
 from peco_ds.models.vit import timm_arguments
 
-TOLERANCE = 1e-5  # float32, largest difference over largest value; worst case seen on B/16 and H-wide models: 2e-6
+# float32, largest difference over largest value; worst case seen on B/16 and H-wide models: 2e-6
+TOLERANCE = 1e-5
 COMPARED = {"mim": "token logits and features", "features": "features", "classifier": "class logits"}
 LOADERS = {"timm": "timm", "transformers": "transformers", "unilm": "timm's port of unilm"}
 _HIDDEN_SHARE = 0.4
@@ -48,8 +51,10 @@ def answers_of_timm(model, head):
     tokens = model.forward_features(images)
     if kind == "features":
         return {"tokens": tokens, "pooled": model(images)}
-    model.patch_embed.register_forward_hook(lambda module, given, out: torch.where(hidden[..., None], head["mask_token"].float(), out))
-    return {"tokens": tokens, "logits": F.linear(model.forward_features(images)[:, 1:], head["lm_head.weight"].float(), head["lm_head.bias"].float())}
+    mask_token = head["mask_token"].float()
+    model.patch_embed.register_forward_hook(lambda module, given, out: torch.where(hidden[..., None], mask_token, out))
+    patches = model.forward_features(images)[:, 1:]
+    return {"tokens": tokens, "logits": F.linear(patches, head["lm_head.weight"].float(), head["lm_head.bias"].float())}
 """
 _TIMM = """
 import timm
@@ -62,10 +67,12 @@ import transformers
 architecture = getattr(transformers, json.load(open(folder + "/config.json"))["architectures"][0])
 model, report = architecture.from_pretrained(folder, output_loading_info=True)
 if any(report.values()):
-    raise ValueError(f"not loaded whole: { {name: sorted(map(str, keys))[:3] for name, keys in report.items() if keys} }")
+    first = {name: sorted(map(str, keys))[:3] for name, keys in report.items() if keys}
+    raise ValueError(f"not loaded whole: {first}")
 model = model.float().eval()
 if kind == "mim":
-    found = {"tokens": model.layernorm(model.beit(images).last_hidden_state), "logits": model(images, bool_masked_pos=hidden).logits}
+    tokens = model.layernorm(model.beit(images).last_hidden_state)
+    found = {"tokens": tokens, "logits": model(images, bool_masked_pos=hidden).logits}
 elif kind == "features":
     out = model(images)
     found = {"tokens": out.last_hidden_state, "pooled": out.pooler_output}
@@ -101,7 +108,10 @@ _SCRIPTS = {"timm": _TIMM, "transformers": _TRANSFORMERS, "unilm": _UNILM}
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says to drawn pictures: float32 arrays by name. `tokens` with nothing hidden, token `logits` with `hidden` patches hidden."""
+    """What a model says to drawn pictures: float32 arrays by name.
+
+    `tokens` with nothing hidden, token `logits` with `hidden` patches hidden.
+    """
 
     kind: str
     images_norm: torch.Tensor  # [B, 3, S, S]
@@ -116,7 +126,9 @@ def answers_of(weights: BeitWeights) -> Answers:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, settings.image_px, settings.image_px, generator=generator)
     places = settings.grid**2
-    masked = torch.stack([torch.randperm(places, generator=generator)[: max(1, int(_HIDDEN_SHARE * places))] for _ in images])
+    masked = torch.stack(
+        [torch.randperm(places, generator=generator)[: max(1, int(_HIDDEN_SHARE * places))] for _ in images]
+    )
     hidden = torch.zeros(len(images), places, dtype=torch.bool).scatter_(1, masked, True)
     tensors = {name: tensor.float() for name, tensor in weights.tensors.items()}
     if weights.kind == "mim":
@@ -125,9 +137,15 @@ def answers_of(weights: BeitWeights) -> Answers:
         model = _assembled(lambda: MaskedImageModel(settings, weights.num_codes), tensors)
         values = {"tokens": model.features(images), "logits": model.lm_head(model.features(images, masked)[:, 1:])}
     else:
-        arguments = timm_arguments(settings, shared_bias=SHARED_TABLE in tensors, num_classes=weights.num_classes, pooling=weights.pooling)
+        arguments = timm_arguments(
+            settings, shared_bias=SHARED_TABLE in tensors, num_classes=weights.num_classes, pooling=weights.pooling
+        )
         model = _assembled(lambda: Beit(**arguments), tensors)
-        values = {"logits": model(images)} if weights.kind == "classifier" else {"tokens": model.forward_features(images), "pooled": model(images)}
+        values = (
+            {"logits": model(images)}
+            if weights.kind == "classifier"
+            else {"tokens": model.forward_features(images), "pooled": model(images)}
+        )
     broken = next((name for name, value in values.items() if not value.isfinite().all()), None)
     if broken:
         raise UserError(f"{weights.source}: its {broken} are not finite; do not publish it, take an older checkpoint")
@@ -148,7 +166,8 @@ def _assembled(build: Callable[[], nn.Module], tensors: dict[str, torch.Tensor])
 
 
 def compare(release: Path, library: str, expected: Answers) -> float:
-    """Largest difference between the release in its library and our own model, relative to the largest value of the same output.
+    """Largest difference between the release in its library and our own model, relative to the largest value of the
+    same output.
 
     Args:
         library: of `Release`.
@@ -158,13 +177,30 @@ def compare(release: Path, library: str, expected: Answers) -> float:
         inputs, outputs = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
         np.savez(inputs, images=expected.images_norm.numpy(), hidden=expected.hidden.numpy())
         # -I: no PYTHONPATH and no current folder, as on a stranger's machine
-        command = [sys.executable, "-I", "-c", _START + _SCRIPTS[library] + _END, str(release.resolve()), expected.kind, str(inputs), str(outputs)]
+        command = [
+            sys.executable,
+            "-I",
+            "-c",
+            _START + _SCRIPTS[library] + _END,
+            str(release.resolve()),
+            expected.kind,
+            str(inputs),
+            str(outputs),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
             raise UserError(f"{release}: {LOADERS[library]} does not load it: {lines[-1]}")
         with np.load(outputs) as found:
-            worst = float(np.max([np.abs(found[name] - value).max() / np.abs(value).max() for name, value in expected.values.items()]))  # NaN stays NaN
+            # NaN stays NaN
+            worst = float(
+                np.max(
+                    [np.abs(found[name] - value).max() / np.abs(value).max() for name, value in expected.values.items()]
+                )
+            )
     if not worst <= TOLERANCE:
-        raise UserError(f"{release}: {COMPARED[expected.kind]} in {LOADERS[library]} differ from the trained model's by {worst:.1e}, more than {TOLERANCE:.0e}; do not publish it")
+        raise UserError(
+            f"{release}: {COMPARED[expected.kind]} in {LOADERS[library]} differ from the trained model's "
+            f"by {worst:.1e}, more than {TOLERANCE:.0e}; do not publish it"
+        )
     return worst

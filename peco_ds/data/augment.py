@@ -1,7 +1,9 @@
-"""Random pictures for classifiers, and the plain crop they are judged on: timm's parts, each draw a pure function of its words.
+"""Random pictures for classifiers, and the plain crop they are judged on: timm's parts, each draw a pure function of
+its words.
 
-timm draws from the global generators of Python, numpy and torch. `drawn_from` lends it seeded ones and gives the process its own back, so
-that neither worker, rank nor restart changes a picture, and no picture changes the model's stochastic depth.
+timm draws from the global generators of Python, numpy and torch. `drawn_from` lends it seeded ones and gives the
+process its own back, so that neither worker, rank nor restart changes a picture, and no picture changes the model's
+stochastic depth.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
-from timm.data.auto_augment import AutoAugment, AugMixAugment, AugmentOp, RandAugment, posterize
+from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms.functional import to_pil_image
@@ -33,16 +35,21 @@ _NOT_AUGMENT = (AssertionError, ValueError, LookupError, TypeError)
 
 @contextmanager
 def drawn_from(*words: int, device: torch.device | None = None) -> Iterator[None]:
-    """Inside, the global generators of `random`, numpy and torch follow from the words alone; after it they go on as if never used.
+    """Inside, the global generators of `random`, numpy and torch follow from the words alone.
+
+    After it they go on as if never used.
 
     Args:
         words: non-negative integers, as of `order.generator`.
         device: a CUDA device's generator is lent as well; None or another device: the CPU's alone.
     """
-    # Not torch.manual_seed and fork_rng: they reach for every CUDA device, which a forked loader process must not touch.
+    # Not torch.manual_seed and fork_rng: they reach for every CUDA device, which a forked loader process must not
+    # touch.
     lent = [torch.default_generator]
     if device is not None and device.type == "cuda":
-        lent.append(torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index])
+        lent.append(
+            torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+        )
     kept_python, kept_numpy, kept_torch = random.getstate(), np.random.get_state(), [each.get_state() for each in lent]
     draw = generator(*words)
     python_seed, numpy_seed, torch_seed = (int(seed) for seed in draw.integers(_MAX_SEED, size=3))
@@ -60,7 +67,9 @@ def drawn_from(*words: int, device: torch.device | None = None) -> Iterator[None
 
 
 class TrainCrop:
-    """Random resized crop, flip, and RandAugment or colour jitter: uint8 [3, H, W] -> uint8 [3, image_px, image_px]. Call it inside `drawn_from`.
+    """Random resized crop, flip, and RandAugment or colour jitter: uint8 [3, H, W] -> uint8 [3, image_px, image_px].
+
+    Call it inside `drawn_from`.
 
     Raises: UserError if timm cannot read augment.auto_augment.
     Source: timm's training transform with ImageNet's mean as fill, which BEiT fine-tunes with.
@@ -77,11 +86,13 @@ class TrainCrop:
                 color_jitter=augment.color_jitter or None,
                 auto_augment=augment.auto_augment or None,
                 interpolation=augment.interpolation,
-                normalize=False,  # ends in uint8; statistics and erasing wait for the device
+                # ends in uint8; statistics and erasing wait for the device
+                normalize=False,
             )
         except _NOT_AUGMENT as error:
             raise UserError(
-                f"augment.auto_augment {augment.auto_augment!r}: timm cannot read it ({error}); write it as rand-m9-mstd0.5-inc1, or leave it empty for none"
+                f"augment.auto_augment {augment.auto_augment!r}: timm cannot read it ({error}); write it as "
+                "rand-m9-mstd0.5-inc1, or leave it empty for none"
             ) from None
         for operation in _augment_operations(self._transform):
             if operation.aug_fn is posterize:
@@ -102,32 +113,41 @@ def _augment_operations(transform) -> Iterator[AugmentOp]:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **colours) -> Image.Image:
-    # RandAugment's strongest step keeps no bit at all. That is black, as every published run had it; Pillow 13 raises an error instead.
+    # RandAugment's strongest step keeps no bit at all. That is black, as every published run had it; Pillow 13 raises
+    # an error instead.
     return posterize(image, bits_to_keep, **colours) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
 class CenterCrop:
-    """Short side resized to image_px / crop (bicubic), central square: uint8 [3, H, W] -> uint8 [3, image_px, image_px].
+    """Short side resized to image_px / crop (bicubic), central square: uint8 [3, H, W] -> uint8 [3, image_px,
+    image_px].
 
     Args:
-        crop: share of the resized short side that is seen, in (0, 1]. At 1 the central square reaches from border to border; the aspect is
-            kept, never squashed.
-    Source: timm's evaluation transform; BEiT's released `datasets.py` does the same, with 224 / 256 below 384 px and 1 from there on.
+        crop: share of the resized short side that is seen, in (0, 1]. At 1 the central square reaches from border to
+            border; the aspect is kept, never squashed.
+    Source: timm's evaluation transform; BEiT's released `datasets.py` does the same, with 224 / 256 below 384 px and 1
+        from there on.
     """
 
     def __init__(self, image_px: int, crop: float) -> None:
-        self._transform = create_transform(image_px, is_training=False, crop_pct=crop, crop_mode="center", interpolation="bicubic", normalize=False)
+        self._transform = create_transform(
+            image_px, is_training=False, crop_pct=crop, crop_mode="center", interpolation="bicubic", normalize=False
+        )
 
     def __call__(self, image_u8: torch.Tensor) -> torch.Tensor:
         return self._transform(to_pil_image(image_u8))
 
 
 class BatchMix:
-    """What is done to a whole training batch on the device: normalisation, random erasing, mixup or cutmix, label smoothing.
+    """What is done to a whole training batch on the device: normalisation, random erasing, mixup or cutmix, label
+    smoothing.
 
     Args:
-        smoothing: share of a label spread evenly over all classes, in [0, 1).  seed: of the run.  mean, std: of pictures in [0, 1].
-    Source: timm's RandomErasing (per-pixel noise, before mixing, as BEiT) and Mixup (one mixture a batch; picture i meets picture B - 1 - i).
+        smoothing: share of a label spread evenly over all classes, in [0, 1).
+        seed: of the run.
+        mean, std: of pictures in [0, 1].
+    Source: timm's RandomErasing (per-pixel noise, before mixing, as BEiT) and Mixup (one mixture a batch; picture i
+        meets picture B - 1 - i).
     """
 
     def __init__(
@@ -154,7 +174,9 @@ class BatchMix:
                 num_classes=num_classes,
             )
 
-    def __call__(self, images_u8: torch.Tensor, labels: torch.Tensor, *, slice_number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, images_u8: torch.Tensor, labels: torch.Tensor, *, slice_number: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             images_u8: uint8 [B, 3, S, S]; B is even where batches are mixed.  labels: int64 [B], on the same device.

@@ -1,4 +1,6 @@
-"""What a tokenizer is judged on: the central square of every picture, exactly once over all ranks, with its label where the set has any."""
+"""What a tokenizer is judged on: the central square of every picture, exactly once over all ranks, with its label where
+the set has any.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,29 @@ import torch
 from peco_ds.data.device_feed import device_batches
 from peco_ds.data.labelled import CropMaker, rank_samples
 from peco_ds.data.loaders import Pictures
-from peco_ds.data.workers import RawBatch
 from peco_ds.data.views import center_view, cut
+from peco_ds.data.workers import RawBatch
 
 
 class SquareBatch(NamedTuple):
-    images_01: torch.Tensor  # float32 [B, 3, S, S] on the device; black where a row is padding
-    labels: torch.Tensor  # int64 [B] on the CPU; -1: padding, or a set without labels
-    samples: torch.Tensor  # int64 [B] on the CPU, global sample numbers; -1: padding
+    # float32 [B, 3, S, S] on the device; black where a row is padding
+    images_01: torch.Tensor
+    # int64 [B] on the CPU; -1: padding, or a set without labels
+    labels: torch.Tensor
+    # int64 [B] on the CPU, global sample numbers; -1: padding
+    samples: torch.Tensor
 
 
 def _central_square(size_px: int, image_u8: torch.Tensor) -> torch.Tensor:
     return cut(image_u8, center_view(*image_u8.shape[1:]), size_px)
 
 
-def square_batches(pictures: Pictures, *, rank: int, world_size: int, batch: int, size_px: int, num_workers: int, device: torch.device) -> Iterator[SquareBatch]:
-    """The squares that `held_out_pictures` cuts, of a set of any size. Every rank gets equally many batches of equal size, filled up with padding.
+def square_batches(
+    pictures: Pictures, *, rank: int, world_size: int, batch: int, size_px: int, num_workers: int, device: torch.device
+) -> Iterator[SquareBatch]:
+    """The squares that `held_out_pictures` cuts, of a set of any size.
+
+    Every rank gets equally many batches of equal size, filled up with padding.
 
     Raises: UserError for a picture that cannot be read, or a label that is not one of the set's.
     """
@@ -38,4 +47,11 @@ def square_batches(pictures: Pictures, *, rank: int, world_size: int, batch: int
         return SquareBatch(images_01, raw.labels, raw.samples)
 
     make = CropMaker(pictures, partial(_central_square, size_px), size_px)
-    yield from device_batches(make, list(rank_samples(pictures.num_samples, rank, world_size, batch)), prepare, finish, num_workers=num_workers, device=device)
+    yield from device_batches(
+        make,
+        list(rank_samples(pictures.num_samples, rank, world_size, batch)),
+        prepare,
+        finish,
+        num_workers=num_workers,
+        device=device,
+    )

@@ -1,9 +1,10 @@
 """Bytes of a picture file -> upright 8-bit RGB, or a stated reason why not.
 
-Ordinary JPEGs (grey or three channels, no EXIF rotation) are decoded natively by torchvision, where it still can. Everything else
-takes the careful path through Pillow, which knows CMYK, palettes, 16 bit, alpha, EXIF and the other formats. Both are strict: a file
-that ends early is refused, never returned with a grey lower half. Embedded colour profiles are ignored, as ImageNet training
-everywhere does.
+Ordinary JPEGs (grey or three channels, no EXIF rotation) are decoded natively by torchvision, where it still can.
+Everything else
+takes the careful path through Pillow, which knows CMYK, palettes, 16 bit, alpha, EXIF and the other formats. Both are
+strict: a file that ends early is refused, never returned with a grey lower half. Embedded colour profiles are ignored,
+as ImageNet training everywhere does.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ from PIL import Image, ImageOps
 try:
     from torchvision.io import ImageReadMode
 
-    # The operator behind torchvision.io.decode_jpeg. The function warns of its removal at every picture, which takes a twentieth of the decoding's time.
+    # The operator behind torchvision.io.decode_jpeg. The function warns of its removal at every picture, which takes a
+    # twentieth of the decoding's time.
     decode_jpeg = torch.ops.image.decode_jpeg
-except (ImportError, AttributeError):  # once it is removed the careful path serves every picture, only slower
+except (ImportError, AttributeError):
+    # once it is removed the careful path serves every picture, only slower
     decode_jpeg = None
 
-# Pillow warns of a decompression bomb from this size on; here it is a refusal, since a loader process would hold 3 bytes for each.
+# Pillow warns of a decompression bomb from this size on; here it is a refusal, since a loader process would hold 3
+# bytes for each.
 MAX_PIXELS = 89_478_485
 
-# Each scan of a progressive JPEG may touch every pixel again: a file of a megabyte could keep a loader busy for hours. Ordinary ones have about ten.
+# Each scan of a progressive JPEG may touch every pixel again: a file of a megabyte could keep a loader busy for hours.
+# Ordinary ones have about ten.
 MAX_SCANS = 200
 _START_OF_SCAN = b"\xff\xda"
 
@@ -47,22 +52,27 @@ class DecodeError(ValueError):
 class PictureKind:
     """What a file is by its content; its name is not asked."""
 
-    extension: str  # jpg, png, webp; empty for a format that image shards do not hold
-    plain: bool  # every decoder gives the same upright RGB, so the bytes may be passed on as they are
+    # jpg, png, webp; empty for a format that image shards do not hold
+    extension: str
+    # every decoder gives the same upright RGB, so the bytes may be passed on as they are
+    plain: bool
     lossless: bool
 
 
 def decode_rgb(data: bytes) -> torch.Tensor:
     """Decode a picture file.
 
-    EXIF orientation is applied. Of an animation the first frame is taken. 16 bits are scaled to 8. Transparency is laid over
-    white, the background such pictures are drawn for; dropping alpha would show what lies under it, most often black or noise.
+    EXIF orientation is applied. Of an animation the first frame is taken. 16 bits are scaled to 8. Transparency is laid
+    over white, the background such pictures are drawn for; dropping alpha would show what lies under it, most often
+    black or noise.
 
     Returns: [3, H, W] uint8, RGB, channels last in memory.
-    Raises: DecodeError if the bytes are no picture, end early, are empty or hold more than MAX_PIXELS pixels or MAX_SCANS scans.
+    Raises: DecodeError if the bytes are no picture, end early, are empty or hold more than MAX_PIXELS pixels or
+        MAX_SCANS scans.
     """
     header = _read_jpeg_header(data)
-    # Both decoders refuse a file that stops, but one whose end is a hole of zeros, as an interrupted copy leaves it, they may fill.
+    # Both decoders refuse a file that stops, but one whose end is a hole of zeros, as an interrupted copy leaves it,
+    # they may fill.
     if header is not None and data.rfind(b"\xff\xd9") < header.scan_start:
         raise DecodeError("JPEG without an end mark: cut short, or its end was never written")
     if header is not None and not header.single_scan and data.count(_START_OF_SCAN, header.scan_start) > MAX_SCANS:
@@ -120,7 +130,8 @@ class _opened:
         return image
 
     def __exit__(self, kind, error, traceback) -> None:
-        # Any kind: on damaged bytes Pillow's readers raise OSError, SyntaxError, struct.error, EOFError, IndexError and more.
+        # Any kind: on damaged bytes Pillow's readers raise OSError, SyntaxError, struct.error, EOFError, IndexError and
+        # more.
         if isinstance(error, Exception) and not isinstance(error, DecodeError):
             raise _decode_error(error) from None
 
@@ -132,9 +143,11 @@ def _decode_error(error: Exception) -> DecodeError:
 def _upright_rgb(image: Image.Image) -> np.ndarray:
     """[H, W, 3] uint8."""
     image.load()
-    widened_16_bit = image.mode == "I" and image.format in ("PNG", "PPM")  # Pillow's mode for some 16-bit greys
+    # Pillow's mode for some 16-bit greys
+    widened_16_bit = image.mode == "I" and image.format in ("PNG", "PPM")
     image = ImageOps.exif_transpose(image)
-    if image.mode in _SIXTEEN_BIT_MODES or widened_16_bit:  # Pillow's own convert("RGB") clips these at 255
+    # Pillow's own convert("RGB") clips these at 255
+    if image.mode in _SIXTEEN_BIT_MODES or widened_16_bit:
         grey = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
         return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
@@ -148,9 +161,11 @@ def _upright_rgb(image: Image.Image) -> np.ndarray:
 
 
 class _JpegHeader(NamedTuple):
-    ordinary: bool  # 8-bit grey or three channels, of sane size, upright
+    # 8-bit grey or three channels, of sane size, upright
+    ordinary: bool
     scan_start: int  # bytes before the first scan
-    single_scan: bool  # sequential, and its first scan has all channels: decoders take no other one
+    # sequential, and its first scan has all channels: decoders take no other one
+    single_scan: bool
 
 
 def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
@@ -169,7 +184,11 @@ def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
             position += 1
             continue
         if marker == 0xDA:  # start of scan
-            return _JpegHeader(ordinary_frame and upright, position, sequential_components > 0 and data[position + 4 : position + 5] == bytes([sequential_components]))
+            return _JpegHeader(
+                ordinary_frame and upright,
+                position,
+                sequential_components > 0 and data[position + 4 : position + 5] == bytes([sequential_components]),
+            )
         if marker in (0xD8, 0xD9):
             return None
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")

@@ -1,8 +1,9 @@
 """Batches from loader processes to the device; on a GPU the next one is on its way while the step before it runs.
 
-A batch is copied out of pinned memory and prepared (jitter, normalisation) on a stream of its own, one batch ahead. Nothing else is done ahead: a batch is
-counted, a fault of it raised, and what has to run on the stream of the step (an online tokenizer) begun when its turn comes, so a run that stops and continues
-meets everything where one that never stopped does. On a CPU there is nothing to overlap, and nothing is read ahead.
+A batch is copied out of pinned memory and prepared (jitter, normalisation) on a stream of its own, one batch ahead.
+Nothing else is done ahead: a batch is counted, a fault of it raised, and what has to run on the stream of the step (an
+online tokenizer) begun when its turn comes, so a run that stops and continues meets everything where one that never
+stopped does. On a CPU there is nothing to overlap, and nothing is read ahead.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def device_batches(
 
     Args:
         make: as of `load_raw`, in `num_workers` processes.
-        prepare: copies to the device (non_blocking: what it finds is pinned there) and what can follow without the step; its tensors, in tuples. It draws from no global random generator.
+        prepare: copies to the device (non_blocking: what it finds is pinned there) and what can follow without the
+            step; its tensors, in tuples. It draws from no global random generator.
         finish: the batch, made of what `prepare` gave; on the step's stream, in the batch's turn.
         in_turn: is told of every batch that is handed out, before it is; may raise.
     Raises: what `load_raw`, `prepare`, `in_turn` and `finish` raise, in the turn of the batch that they raise it for.
@@ -69,7 +71,8 @@ def handed_out(
         coming = take() if lane else None
         while True:
             raw, ready, error = coming or take()
-            # Before the batch is handed out: when its step has begun, the host may have nothing left to do but wait for the device.
+            # Before the batch is handed out: when its step has begun, the host may have nothing left to do but wait for
+            # the device.
             coming = take() if lane and error is None else None
             if isinstance(error, StopIteration):
                 return
@@ -88,7 +91,10 @@ class SideStream:
         self._stream = torch.cuda.Stream(device)
 
     def begin(self, prepare: Callable[[RawBatch], Ready], raw: RawBatch) -> tuple[Ready, torch.cuda.Event]:
-        """Queue `prepare` on this stream. What it reads on the host may be let go: the allocator of pinned memory knows of the copies under way."""
+        """Queue `prepare` on this stream.
+
+        What it reads on the host may be let go: the allocator of pinned memory knows of the copies under way.
+        """
         with torch.cuda.stream(self._stream):
             ready = prepare(raw)
             return ready, self._stream.record_event()
@@ -99,7 +105,8 @@ class SideStream:
         consumer = torch.cuda.current_stream(self._device)
         consumer.wait_event(prepared)
         for tensor in _tensors(ready):
-            tensor.record_stream(consumer)  # else its memory would go to a later batch while the step still reads it
+            # else its memory would go to a later batch while the step still reads it
+            tensor.record_stream(consumer)
         return ready
 
 

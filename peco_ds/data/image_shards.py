@@ -1,4 +1,6 @@
-"""An image set in the making: shards written from pictures, or tars indexed where they lie, each whole or absent; a restart knows them.
+"""An image set in the making: shards written from pictures, or tars indexed where they lie, each whole or absent.
+
+A restart knows them.
 
 `pack_images.py --help` imports this file, so what needs torch (the decoder, webdataset) is imported where it is used.
 """
@@ -18,8 +20,10 @@ from peco_ds.data.whole_files import alone, draft, flush_folder, flush_to_disk, 
 from peco_ds.errors import UserError
 from peco_ds.schema import IMAGE_EXTENSIONS, MANIFEST_NAME, Shard, read_json, sha256_of_file, sha256_of_json, write_json
 
-_LABEL_DIGITS = 6  # a million classes; every class below the largest label gets a name
-_RECORDS = ".pack"  # folder in --out: what each finished shard was made from, for a restart
+# a million classes; every class below the largest label gets a name
+_LABEL_DIGITS = 6
+# folder in --out: what each finished shard was made from, for a restart
+_RECORDS = ".pack"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,9 @@ class PackJob:
         return len(self.pictures)
 
     def digest(self) -> str:
-        return sha256_of_json([self.name, self.short_side_px, self.quality, [list(asdict(picture).values()) for picture in self.pictures]])
+        return sha256_of_json(
+            [self.name, self.short_side_px, self.quality, [list(asdict(picture).values()) for picture in self.pictures]]
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class ShardRecord:
     largest_label: int = -1
 
 
-# ---------------------------------------------------------------------------------------------- restart
+# --------------------------------------------------------------------------------------------- restart
 
 
 @contextmanager
@@ -81,7 +87,9 @@ def sole_writer(out: Path) -> Iterator[None]:
     _make_folder(out, out / _RECORDS)
     with alone(out / _RECORDS / "lock", wait=False) as nobody_else:
         if not nobody_else:
-            raise UserError(f"--out {out}: another pack_images.py is at work in it; wait for it to end, or give another folder")
+            raise UserError(
+                f"--out {out}: another pack_images.py is at work in it; wait for it to end, or give another folder"
+            )
         yield
 
 
@@ -102,9 +110,14 @@ def prepare_folder(out: Path, jobs: list, options: dict[str, str]) -> tuple[list
     plan_path = records / "plan.json"
     plan = _json_or_none(plan_path)
     if (out / MANIFEST_NAME).exists() and plan != options:
-        names = sorted(name for name in options | (plan or {}) if plan is not None and plan.get(name) != options.get(name))
+        names = sorted(
+            name for name in options | (plan or {}) if plan is not None and plan.get(name) != options.get(name)
+        )
         changed = [f"{name} was {plan.get(name)!r}, is {options.get(name)!r}" for name in names] or ["made elsewhere"]
-        raise UserError(f"--out {out}: already holds a finished set ({'; '.join(changed)}); give another folder, or remove this one to make it again")
+        raise UserError(
+            f"--out {out}: already holds a finished set ({'; '.join(changed)}); give another folder, or "
+            "remove this one to make it again"
+        )
     _make_folder(out, records)
     if plan is None:
         foreign = next((job.name for job in jobs if isinstance(job, PackJob) and (out / job.name).exists()), None)
@@ -118,16 +131,22 @@ def prepare_folder(out: Path, jobs: list, options: dict[str, str]) -> tuple[list
     digest_of = {job.name: job.digest() for job in jobs}
     for path in sorted(records.glob("*.record.json")):
         record = _read_record(path)
-        if record is not None and digest_of.get(record.shard.name) == record.job_digest and _is_whole(out, record.shard):
+        if (
+            record is not None
+            and digest_of.get(record.shard.name) == record.job_digest
+            and _is_whole(out, record.shard)
+        ):
             kept[record.shard.name] = record
         elif record is None or record.shard.name not in digest_of:
             path.unlink()
-            if record is not None and not record.shard.path:  # a tar indexed in place is the user's, never ours to remove
+            # a tar indexed in place is the user's, never ours to remove
+            if record is not None and not record.shard.path:
                 (out / record.shard.name).unlink(missing_ok=True)
                 (out / index_name(record.shard.name)).unlink(missing_ok=True)
     todo = [job for job in jobs if job.name not in kept]
     if todo:
-        (out / MANIFEST_NAME).unlink(missing_ok=True)  # a manifest never stands beside a shard it does not describe
+        # a manifest never stands beside a shard it does not describe
+        (out / MANIFEST_NAME).unlink(missing_ok=True)
     return list(kept.values()), todo
 
 
@@ -153,7 +172,7 @@ def _is_whole(out: Path, shard: Shard) -> bool:
     return sha256_of_file(index_path) == shard.index_sha256
 
 
-# ---------------------------------------------------------------------------------------------- one shard
+# ------------------------------------------------------------------------------------------- one shard
 
 
 def make_shard(out: Path, job: PackJob | IndexJob, count_one: Callable[[], None]) -> ShardRecord:
@@ -165,7 +184,8 @@ def make_shard(out: Path, job: PackJob | IndexJob, count_one: Callable[[], None]
     """
     record_path = out / _RECORDS / f"{job.name}.record.json"
     try:
-        record_path.unlink(missing_ok=True)  # one that outlived its shard must not vouch for half of the next
+        # one that outlived its shard must not vouch for half of the next
+        record_path.unlink(missing_ok=True)
         record = _write_shard(out, job, count_one) if isinstance(job, PackJob) else _index_in_place(out, job, count_one)
         flush_folder(out)
         write_json(record_path, asdict(record))
@@ -185,7 +205,9 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
         with TarWriter(file, user="peco", group="peco", mtime=0, encoder=False, format="PAX_FORMAT") as writer:
             for picture in job.pictures:
                 try:
-                    extension, data, changed = packed_bytes(Path(job.folder) / picture.path, job.short_side_px, job.quality)
+                    extension, data, changed = packed_bytes(
+                        Path(job.folder) / picture.path, job.short_side_px, job.quality
+                    )
                 except (ValueError, OSError) as error:
                     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
                     rejected.append(f"{printable(picture.path)}: {reason}")
@@ -217,7 +239,8 @@ def packed_bytes(path: Path, short_side_px: int, quality: int) -> tuple[str, byt
         raise DecodeError("not a regular file")
     data = path.read_bytes()
     kind = picture_kind(data)
-    pixels = decode_rgb(data)  # also where the bytes are kept: a damaged body shows only here
+    # also where the bytes are kept: a damaged body shows only here
+    pixels = decode_rgb(data)
     height_px, width_px = pixels.shape[1:]
     shrink = short_side_px / min(height_px, width_px) if short_side_px else 1.0
     if kind.plain and shrink >= 1:
@@ -231,12 +254,14 @@ def packed_bytes(path: Path, short_side_px: int, quality: int) -> tuple[str, byt
     if kind.lossless:
         image.save(buffer, "PNG")
         return "png", buffer.getvalue(), True
-    image.save(buffer, "JPEG", quality=quality, subsampling=0)  # full chroma: halving it a second time blurs coloured edges
+    # full chroma: halving it a second time blurs coloured edges
+    image.save(buffer, "JPEG", quality=quality, subsampling=0)
     return "jpg", buffer.getvalue(), True
 
 
 def _index_in_place(out: Path, job: IndexJob, count_one: Callable[[], None]) -> ShardRecord:
-    digest = job.digest()  # before reading: a tar that changes meanwhile is then done again
+    # before reading: a tar that changes meanwhile is then done again
+    digest = job.digest()
     index_path = out / index_name(job.name)
     samples, index_sha256 = write_index(job.tar_path, index_path)
     tar = IndexedTar(job.tar_path, index_path, index_sha256)
@@ -244,14 +269,22 @@ def _index_in_place(out: Path, job: IndexJob, count_one: Callable[[], None]) -> 
     for i in range(len(tar)):
         if not any(extension in IMAGE_EXTENSIONS for extension in tar.extensions(i)):
             known = " .".join(IMAGE_EXTENSIONS)
-            raise UserError(f"{job.tar_path}: key {tar.key(i)!r} has no picture (.{known}); leave this tar out, or unpack it and use --images")
+            raise UserError(
+                f"{job.tar_path}: key {tar.key(i)!r} has no picture (.{known}); leave this tar out, or unpack "
+                "it and use --images"
+            )
         text = tar.read(i, ("cls",)).get("cls")
         if text is not None:
             if not text.strip().isdigit() or len(text.strip()) > _LABEL_DIGITS:
-                raise UserError(f"{job.tar_path}: key {tar.key(i)!r}: .cls holds {text[:20]!r}, not a class number; correct it or leave the .cls out")
+                raise UserError(
+                    f"{job.tar_path}: key {tar.key(i)!r}: .cls holds {text[:20]!r}, not a class number; correct "
+                    "it or leave the .cls out"
+                )
             labelled, largest = labelled + 1, max(largest, int(text))
     tar.close()
-    shard = Shard(job.name, samples, os.path.getsize(job.tar_path), sha256_of_file(job.tar_path), index_sha256, path=job.tar_path)
+    shard = Shard(
+        job.name, samples, os.path.getsize(job.tar_path), sha256_of_file(job.tar_path), index_sha256, path=job.tar_path
+    )
     count_one()
     return ShardRecord(digest, job.units, shard, [], 0, labelled, largest)
 
@@ -266,14 +299,18 @@ def classes_of_tars(records: list[ShardRecord], classes_file: Path | None) -> li
         return None
     if labelled < samples:
         partly = next(record for record in records if record.labelled < record.shard.samples)
-        raise UserError(f"{partly.shard.path}: {labelled} of {samples} samples of the set have a .cls; index labelled and unlabelled tars apart")
+        raise UserError(
+            f"{partly.shard.path}: {labelled} of {samples} samples of the set have a .cls; index labelled "
+            "and unlabelled tars apart"
+        )
     most = max(records, key=lambda record: record.largest_label)
     if classes_file is None:
         return [str(label) for label in range(most.largest_label + 1)]
     classes = read_classes(classes_file)
     if most.largest_label >= len(classes):
         raise UserError(
-            f"--classes {classes_file}: {len(classes)} classes, but {most.shard.path} holds label {most.largest_label}; "
+            f"--classes {classes_file}: {len(classes)} classes, but {most.shard.path} holds label "
+            f"{most.largest_label}; "
             "give the list these tars were made with"
         )
     return classes

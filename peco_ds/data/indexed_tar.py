@@ -1,7 +1,8 @@
 """A WebDataset tar as a random-access list of samples, and a whole set of such tars.
 
-The index is a JSON file beside the tar (or beside the manifest, where the tar was indexed in place): byte offset, size and CRC-32 of
-every member. With it any process reads any sample by one `pread` a member, in any order, and knows that the bytes are those indexed.
+The index is a JSON file beside the tar (or beside the manifest, where the tar was indexed in place): byte offset, size
+and CRC-32 of every member. With it any process reads any sample by one `pread` a member, in any order, and knows that
+the bytes are those indexed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,22 @@ from typing import Literal
 import numpy as np
 
 from peco_ds.errors import UserError
-from peco_ds.schema import FORMAT_VERSION, ImageManifest, Shard, TokenManifest, parse_json, sha256_of_file, short, stem_of, write_json
+from peco_ds.schema import (
+    FORMAT_VERSION,
+    ImageManifest,
+    Shard,
+    TokenManifest,
+    parse_json,
+    sha256_of_file,
+    short,
+    stem_of,
+    write_json,
+)
 
 INDEX_SUFFIX = ".index.json"
 _CHUNK_BYTES = 1 << 20
-_CHECKED_AT_ONCE = 8  # shards, by a process: a shared file system is asked about many files at once, or a hundred thousand take minutes
+# shards, by a process: a shared file system is asked about many files at once, or a hundred thousand take minutes
+_CHECKED_AT_ONCE = 8
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -41,19 +53,20 @@ def index_name(tar_name: str) -> str:
     return stem_of(tar_name) + INDEX_SUFFIX
 
 
-# ---------------------------------------------------------------------------------------------- making an index
+# ------------------------------------------------------------------------------------- making an index
 
 
 def build_index(tar_path: str | Path) -> dict:
     """Read a tar from end to end and list its samples.
 
-    Grouping is WebDataset's: the key is the path up to the first dot of the file name, the extension is the rest in lower case,
-    and the members of a sample stand side by side. Folders and files without a dot are not part of any sample.
+    Grouping is WebDataset's: the key is the path up to the first dot of the file name, the extension is the rest in
+    lower case, and the members of a sample stand side by side. Folders and files without a dot are not part of any
+    sample.
 
-    Returns: {"format_version", "tar": file name, "tar_bytes", "samples": [{"key", "members": {extension: [offset, size, crc32]}}]},
-        samples in tar order.
-    Raises: UserError naming tar and member if the tar is compressed, cut short or damaged, holds a link, device, absolute path or
-        `..`, repeats a member, or comes back to a key it had left.
+    Returns: {"format_version", "tar": file name, "tar_bytes", "samples": [{"key", "members": {extension: [offset, size,
+        crc32]}}]}, samples in tar order.
+    Raises: UserError naming tar and member if the tar is compressed, cut short or damaged, holds a link, device,
+        absolute path or `..`, repeats a member, or comes back to a key it had left.
     Source: WebDataset's format description (github.com/webdataset/webdataset, "The WebDataset Format").
     """
     tar_path = Path(tar_path)
@@ -61,13 +74,16 @@ def build_index(tar_path: str | Path) -> dict:
     keys: set[str] = set()
     end = 0
     if tar_path.exists() and not tar_path.is_file():
-        raise UserError(f"{tar_path}: a folder, pipe or device, no tar; correct the path")  # reading a pipe would wait for ever
+        # reading a pipe would wait for ever
+        raise UserError(f"{tar_path}: a folder, pipe or device, no tar; correct the path")
     try:
         tar_bytes = tar_path.stat().st_size
         with tarfile.open(tar_path, "r:", encoding="utf-8") as tar, open(tar_path, "rb") as file:
             for member in tar:
                 tar.members.clear()  # tarfile would keep every member in memory
-                end = member.offset_data + (-(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if member.isreg() else 0)
+                end = member.offset_data + (
+                    -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if member.isreg() else 0
+                )
                 _refuse_unsafe(tar_path, member)
                 folder, _, file_name = member.name.rpartition("/")
                 stem, dot, extension = file_name.partition(".")
@@ -84,7 +100,10 @@ def build_index(tar_path: str | Path) -> dict:
                     samples.append({"key": key, "members": {}})
                 members = samples[-1]["members"]
                 if extension.lower() in members:
-                    raise UserError(f"{tar_path}: member {member.name!r}: key {key!r} has two members .{extension.lower()}; keep one")
+                    raise UserError(
+                        f"{tar_path}: member {member.name!r}: key {key!r} has two members .{extension.lower()}; "
+                        "keep one"
+                    )
                 members[extension.lower()] = [member.offset_data, member.size, _crc32(tar_path, file, member)]
             # tarfile takes a missing end mark and a damaged header alike for the end of the archive.
             file.seek(end)
@@ -96,7 +115,10 @@ def build_index(tar_path: str | Path) -> dict:
     # Beside its own errors, tarfile lets through what a damaged header makes of its numbers.
     except (tarfile.TarError, ValueError, OverflowError, MemoryError, LookupError, RecursionError, EOFError) as error:
         place = f"after member {samples[-1]['key']!r}" if samples else "at its start"
-        raise UserError(f"{tar_path}: not a whole, uncompressed tar {place} ({error or type(error).__name__}); unpack it, or copy it again") from None
+        raise UserError(
+            f"{tar_path}: not a whole, uncompressed tar {place} ({error or type(error).__name__}); unpack "
+            "it, or copy it again"
+        ) from None
     if mark != bytes(tarfile.BLOCKSIZE):
         place = f"after sample {samples[-1]['key']!r}" if samples else "at its start"
         fault = "is cut short" if len(mark) < tarfile.BLOCKSIZE else "has a damaged header"
@@ -106,11 +128,19 @@ def build_index(tar_path: str | Path) -> dict:
 
 def _refuse_unsafe(tar_path: Path, member: tarfile.TarInfo) -> None:
     if member.name.startswith("/") or ".." in member.name.split("/"):
-        raise UserError(f"{tar_path}: member {member.name!r} points outside the archive; make the tar again with relative paths")
+        raise UserError(
+            f"{tar_path}: member {member.name!r} points outside the archive; make the tar again with relative paths"
+        )
     if _CONTROL.search(member.name):
-        raise UserError(f"{tar_path}: member {short(member.name)} has control characters in its name; make the tar again with names that can be printed")
+        raise UserError(
+            f"{tar_path}: member {short(member.name)} has control characters in its name; make the tar "
+            "again with names that can be printed"
+        )
     if not member.isdir() and (not member.isreg() or member.issparse()):
-        raise UserError(f"{tar_path}: member {member.name!r} is a link, device or sparse file; make the tar again of plain files (tar --dereference)")
+        raise UserError(
+            f"{tar_path}: member {member.name!r} is a link, device or sparse file; make the tar again of "
+            "plain files (tar --dereference)"
+        )
 
 
 def _crc32(tar_path: Path, file, member: tarfile.TarInfo) -> int:
@@ -136,18 +166,19 @@ def write_index(tar_path: str | Path, index_path: str | Path) -> tuple[int, str]
     return len(index["samples"]), sha256_of_file(written)
 
 
-# ---------------------------------------------------------------------------------------------- reading by index
+# ------------------------------------------------------------------------------------ reading by index
 
 
 class IndexedTar:
     """Random access to the samples of one tar.
 
-    The tar is opened at the first read of a process and read by `pread`, which has no file position: an instance may be pickled,
-    inherited over a fork, or shared by threads.
+    The tar is opened at the first read of a process and read by `pread`, which has no file position: an instance may be
+    pickled, inherited over a fork, or shared by threads.
 
     Args:
         index_sha256: of the index file, as a manifest holds it; empty to trust the file.
-    Raises: UserError if tar or index is missing, the index is not the one expected or damaged, or the tar has another size than was indexed.
+    Raises: UserError if tar or index is missing, the index is not the one expected or damaged, or the tar has another
+        size than was indexed.
     """
 
     _file_descriptor = -1  # closed
@@ -156,14 +187,21 @@ class IndexedTar:
         self.tar_path, self.index_path = Path(tar_path), Path(index_path)
         text = _existing(self.index_path, "index").read_bytes()
         if index_sha256 and hashlib.sha256(text).hexdigest() != index_sha256:
-            raise UserError(f"{self.index_path}: is not the index its manifest names (sha256 differs); make the set again or copy it whole")
-        # Among hundreds of ranks a worker reads a few samples of every shard it opens: to parse and check all the others would take as long as
-        # decoding those few pictures. One that the manifest vouches for is cut at the line breaks we wrote, and a sample is parsed when it is read.
+            raise UserError(
+                f"{self.index_path}: is not the index its manifest names (sha256 differs); make the set again "
+                "or copy it whole"
+            )
+        # Among hundreds of ranks a worker reads a few samples of every shard it opens: to parse and check all the
+        # others would take as long as decoding those few pictures. One that the manifest vouches for is cut at the line
+        # breaks we wrote, and a sample is parsed when it is read.
         self._tar_bytes, self._samples = (_cut(text) if index_sha256 else None) or self._checked(text)
         self._parsed: tuple[int, dict] | None = None  # the sample read last
         tar_bytes = _existing_bytes(self.tar_path, "tar")
         if tar_bytes != self._tar_bytes:
-            raise UserError(f"{self.tar_path}: holds {tar_bytes} bytes, {self._tar_bytes} were indexed; copy it again, or index it again if replaced")
+            raise UserError(
+                f"{self.tar_path}: holds {tar_bytes} bytes, {self._tar_bytes} were indexed; copy it again, or "
+                "index it again if replaced"
+            )
 
     def _checked(self, text: bytes) -> tuple[int, list[bytes]]:
         """As `_cut`, of an index of any layout, looked at from end to end.
@@ -175,11 +213,17 @@ class IndexedTar:
         except ValueError as error:
             raise UserError(f"{self.index_path}: not JSON ({error}); make the set again or copy it whole") from None
         if not isinstance(index, dict) or index.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{self.index_path}: is no index of format version {FORMAT_VERSION}; make the set again with this release")
+            raise UserError(
+                f"{self.index_path}: is no index of format version {FORMAT_VERSION}; make the set again with "
+                "this release"
+            )
         fault = _fault_of_index(index)
         if fault:
             raise UserError(f"{self.index_path}: {fault}; make the set again or copy it whole")
-        return index["tar_bytes"], [f'{json.dumps(sample["key"])}, "members": {json.dumps(sample["members"])}'.encode() for sample in index["samples"]]
+        return index["tar_bytes"], [
+            f'{json.dumps(sample["key"])}, "members": {json.dumps(sample["members"])}'.encode()
+            for sample in index["samples"]
+        ]
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -207,13 +251,19 @@ class IndexedTar:
         return sample
 
     def read(self, i: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
-        """Members of sample `i`, in tar order; only those named, where `extensions` is given. One that it has not is left out.
+        """Members of sample `i`, in tar order; only those named, where `extensions` is given.
+
+        One that it has not is left out.
 
         Raises: DamagedRecord if a member ends early or its CRC-32 differs from the indexed one.
         """
         assert 0 <= i < len(self), f"sample {i} of {len(self)}"
         wanted = None if extensions is None else frozenset(extensions)
-        return {extension: self._read_member(i, extension, *span) for extension, span in self._sample(i)["members"].items() if wanted is None or extension in wanted}
+        return {
+            extension: self._read_member(i, extension, *span)
+            for extension, span in self._sample(i)["members"].items()
+            if wanted is None or extension in wanted
+        }
 
     def _read_member(self, i: int, extension: str, offset: int, size: int, crc32: int) -> bytes:
         if self._file_descriptor < 0:
@@ -223,12 +273,18 @@ class IndexedTar:
         while left:
             part = os.pread(self._file_descriptor, left, offset + size - left)
             if not part:
-                raise DamagedRecord(f"{self.tar_path}: key {self.key(i)!r}, member .{extension}: ends {left} bytes early; copy the tar again")
+                raise DamagedRecord(
+                    f"{self.tar_path}: key {self.key(i)!r}, member .{extension}: ends {left} bytes early; copy "
+                    "the tar again"
+                )
             parts.append(part)
             left -= len(part)
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         if zlib.crc32(data) != crc32:
-            raise DamagedRecord(f"{self.tar_path}: key {self.key(i)!r}, member .{extension}: CRC-32 differs from the index; copy the tar again")
+            raise DamagedRecord(
+                f"{self.tar_path}: key {self.key(i)!r}, member .{extension}: CRC-32 differs from the index; "
+                "copy the tar again"
+            )
         return data
 
     def close(self) -> None:
@@ -249,7 +305,9 @@ def _fault_of_index(index: dict) -> str:
     tar_bytes, samples = index.get("tar_bytes"), index.get("samples")
     if type(tar_bytes) is not int or not isinstance(samples, list):
         return "tar_bytes is no number" if isinstance(samples, list) else "samples is no list"
-    return next(filter(None, (_fault_of_sample(number, sample, tar_bytes) for number, sample in enumerate(samples))), "")
+    return next(
+        filter(None, (_fault_of_sample(number, sample, tar_bytes) for number, sample in enumerate(samples))), ""
+    )
 
 
 def _fault_of_sample(number: int, sample, tar_bytes: int) -> str:
@@ -257,26 +315,43 @@ def _fault_of_sample(number: int, sample, tar_bytes: int) -> str:
     if not isinstance(members, dict) or not isinstance(sample.get("key"), str):
         return f"sample {number} has no key and members"
     for extension, span in members.items():
-        if not isinstance(span, list) or len(span) != 3 or not all(type(value) is int and 0 <= value < 1 << 62 for value in span):
+        if (
+            not isinstance(span, list)
+            or len(span) != 3
+            or not all(type(value) is int and 0 <= value < 1 << 62 for value in span)
+        ):
             return f"key {short(sample['key'])}, member .{extension[:40]}: is not offset, size and CRC-32"
         if span[0] + span[1] > tar_bytes:
-            return f"key {short(sample['key'])}, member .{extension[:40]}: ends at byte {span[0] + span[1]} of a tar of {tar_bytes}"
+            return (
+                f"key {short(sample['key'])}, member .{extension[:40]}: ends at byte {span[0] + span[1]} of a "
+                f"tar of {tar_bytes}"
+            )
     return ""
 
 
-# What `write_json` puts around the samples of an index. A line break inside a JSON text is never part of a string, so these are found nowhere else.
+# What `write_json` puts around the samples of an index. A line break inside a JSON text is never part of a string, so
+# these are found nowhere else.
 _BEFORE, _AFTER = b'\n  {\n   "key":', b"\n  }"
 
 
 def _cut(text: bytes) -> tuple[int, list[bytes]] | None:
-    """tar_bytes, and of each sample the JSON between `{"key":` and `}`; None for an index of another layout, or one that needs a closer look."""
+    """tar_bytes, and of each sample the JSON between `{"key":` and `}`.
+
+    None for an index of another layout, or one that needs a closer look.
+    """
     head, _, samples = text.partition(_BEFORE)
     end = _AFTER + b"\n ]\n}\n"
     try:
         found = parse_json(head.decode("utf-8") + "]}")
     except ValueError:
         return None
-    if not samples.endswith(end) or not isinstance(found, dict) or found.get("samples") != [] or found.get("format_version") != FORMAT_VERSION or type(found.get("tar_bytes")) is not int:
+    if (
+        not samples.endswith(end)
+        or not isinstance(found, dict)
+        or found.get("samples") != []
+        or found.get("format_version") != FORMAT_VERSION
+        or type(found.get("tar_bytes")) is not int
+    ):
         return None
     return found["tar_bytes"], samples[: -len(end)].split(_AFTER + b"," + _BEFORE)
 
@@ -288,7 +363,8 @@ class ShardSet:
 
     Args:
         folder: where the manifest lies.  manifest: as `schema.read_manifest` gives it.
-        max_open: shards kept open, least recently used first out; each holds a file descriptor and its index in memory, 270 bytes a sample of three members.
+        max_open: shards kept open, least recently used first out; each holds a file descriptor and its index in memory,
+            270 bytes a sample of three members.
     """
 
     def __init__(self, folder: str | Path, manifest: ImageManifest | TokenManifest, *, max_open: int = 64) -> None:
@@ -299,7 +375,8 @@ class ShardSet:
         # An evicted shard is closed by its last reference, so a thread that still reads from it is not cut off.
         self._open_shard = lru_cache(maxsize=max_open)(self._load_shard)
 
-    def __reduce__(self):  # the open shards do not travel to loader processes
+    # the open shards do not travel to loader processes
+    def __reduce__(self):
         return _shard_set, (self.folder, self.manifest, self._max_open)
 
     def locate(self, sample: int) -> tuple[int, int]:
@@ -334,13 +411,16 @@ class ShardSet:
         self.check_shards(range(len(self.manifest.shards)), verify)
 
     def check_shards(self, shard_numbers: Iterable[int], verify: Literal["size", "all"]) -> None:
-        """Check some shards, so that ranks may share the hashing: tar and index exist and the tar has its size; with "all" both sha256.
+        """Check some shards, so that ranks may share the hashing: tar and index exist and the tar has its size.
+
+        With "all" both sha256.
 
         Raises: UserError naming the first shard that is missing, cut short or changed.
         """
         assert verify in ("size", "all"), verify
         numbers = list(shard_numbers)
-        few = min(32, max(1, len(numbers) // (8 * _CHECKED_AT_ONCE)))  # handing them over one by one would take longer than a local disk's answer
+        # handing them over one by one would take longer than a local disk's answer
+        few = min(32, max(1, len(numbers) // (8 * _CHECKED_AT_ONCE)))
 
         def check_few(first: int) -> None:
             for number in numbers[first : first + few]:
@@ -348,7 +428,8 @@ class ShardSet:
 
         pool = ThreadPoolExecutor(_CHECKED_AT_ONCE)
         try:
-            for _ in pool.map(check_few, range(0, len(numbers), few)):  # in their order: the first fault is named
+            # in their order: the first fault is named
+            for _ in pool.map(check_few, range(0, len(numbers), few)):
                 pass
         finally:
             pool.shutdown(cancel_futures=True)
@@ -358,12 +439,18 @@ class ShardSet:
         found_bytes = _existing_bytes(tar_path, "shard")
         if found_bytes != shard.bytes:
             fault = "cut short" if found_bytes < shard.bytes else "changed"
-            raise UserError(f"{tar_path}: shard is {fault}: {found_bytes} bytes, the manifest says {shard.bytes}; copy or make it again")
+            raise UserError(
+                f"{tar_path}: shard is {fault}: {found_bytes} bytes, the manifest says {shard.bytes}; copy or "
+                "make it again"
+            )
         _existing_bytes(index_path, "index")
         if verify == "all":
             for path, sha256 in ((index_path, shard.index_sha256), (tar_path, shard.sha256)):
                 if sha256_of_file(path) != sha256:
-                    raise UserError(f"{path}: changed since the set was made (sha256 differs from the manifest's); copy or make it again")
+                    raise UserError(
+                        f"{path}: changed since the set was made (sha256 differs from the manifest's); copy or "
+                        "make it again"
+                    )
 
     def _paths(self, shard: Shard) -> tuple[Path, Path]:
         tar_path = self.folder / (shard.path or shard.name)  # an absolute path replaces the folder
@@ -374,7 +461,10 @@ class ShardSet:
         tar_path, index_path = self._paths(shard)
         tar = IndexedTar(tar_path, index_path, shard.index_sha256)
         if len(tar) != shard.samples:
-            raise UserError(f"{tar_path}: its index lists {len(tar)} samples, the manifest {shard.samples}; make the set again or copy it whole")
+            raise UserError(
+                f"{tar_path}: its index lists {len(tar)} samples, the manifest {shard.samples}; make the set "
+                "again or copy it whole"
+            )
         return tar
 
 

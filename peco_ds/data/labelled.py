@@ -21,7 +21,8 @@ from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
-PADDING = -1  # label and sample number of a row that only fills a batch up
+# label and sample number of a row that only fills a batch up
+PADDING = -1
 
 
 class LabelledBatch(NamedTuple):
@@ -35,9 +36,11 @@ class LabelledBatch(NamedTuple):
 class EvalBatch(NamedTuple):
     """What a classifier or its features are measured on, on the device."""
 
-    images_norm: torch.Tensor  # float32 [B, 3, S, S]; black where a row is padding
+    # float32 [B, 3, S, S]; black where a row is padding
+    images_norm: torch.Tensor
     labels: torch.Tensor  # int64 [B]; -1: padding
-    samples: torch.Tensor  # int64 [B], global sample numbers; -1: padding
+    # int64 [B], global sample numbers; -1: padding
+    samples: torch.Tensor
 
 
 def check_labels(pictures: Pictures, what: str) -> tuple[str, ...]:
@@ -49,12 +52,15 @@ def check_labels(pictures: Pictures, what: str) -> tuple[str, ...]:
     """
     if not pictures.manifest.classes:
         raise UserError(
-            f"{what} {pictures.folder}: holds pictures without labels; pack class folders with pack_images.py --labels folders, or index tars with .cls members"
+            f"{what} {pictures.folder}: holds pictures without labels; pack class folders with "
+            "pack_images.py --labels folders, or index tars with .cls members"
         )
     return tuple(pictures.manifest.classes)
 
 
-def labelled_sets(images: Path, val_images: Path, names: tuple[str, str] = ("data.images", "data.val_images")) -> tuple[Pictures, Pictures, tuple[str, ...]]:
+def labelled_sets(
+    images: Path, val_images: Path, names: tuple[str, str] = ("data.images", "data.val_images")
+) -> tuple[Pictures, Pictures, tuple[str, ...]]:
     """A set to train on, a set to measure on, and the class names of both.
 
     Args:
@@ -64,7 +70,10 @@ def labelled_sets(images: Path, val_images: Path, names: tuple[str, str] = ("dat
     pictures, held_out = Pictures(images), Pictures(val_images)
     classes = check_labels(pictures, names[0])
     if check_labels(held_out, names[1]) != classes:
-        raise UserError(f"{names[1]} {held_out.folder}: its classes are not those of {pictures.folder}, or stand in another order; pack both from the same class folders")
+        raise UserError(
+            f"{names[1]} {held_out.folder}: its classes are not those of {pictures.folder}, or stand in "
+            "another order; pack both from the same class folders"
+        )
     return pictures, held_out, classes
 
 
@@ -83,7 +92,8 @@ class _TrainMaker:
         shown = -1
         for position in map(int, positions):
             sample = self.order.sample_at(position)
-            if sample != shown:  # repeats of a picture stand side by side; it is decoded once
+            # repeats of a picture stand side by side; it is decoded once
+            if sample != shown:
                 substitute, key, image, bad = self.pictures.decode_or_next(sample)
                 label, shown = self.pictures.label(substitute), sample
                 raw.bad += bad
@@ -123,9 +133,12 @@ def training_batches(
         mean, std: statistics of pictures in [0, 1] that the weights expect.
         bad: the run's count of unreadable pictures; None: one of this call's own.
     Yields: LabelledBatch on `device`.
-    Raises: UserError for a label that is not one of the set's, too many unreadable pictures, or an augmentation that timm does not know.
+    Raises: UserError for a label that is not one of the set's, too many unreadable pictures, or an augmentation that
+        timm does not know.
     """
-    assert len(pictures.manifest.classes) <= num_classes, f"{len(pictures.manifest.classes)} classes in the set, {num_classes} in the head"
+    assert len(pictures.manifest.classes) <= num_classes, (
+        f"{len(pictures.manifest.classes)} classes in the set, {num_classes} in the head"
+    )
     order = SampleOrder(pictures.shards.shard_sizes, seed, data.shuffle_window_shards, augment.repeats)
     make = _TrainMaker(pictures, order, TrainCrop(augment, image_px), image_px, seed)
     mix = BatchMix(augment, smoothing=smoothing, num_classes=num_classes, seed=seed, mean=mean, std=std)
@@ -138,15 +151,21 @@ def training_batches(
         return LabelledBatch(*ready, raw.keys)
 
     bad = bad or BadPictures(data.max_bad_share)
-    yield from device_batches(make, positions, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch)
+    yield from device_batches(
+        make, positions, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch
+    )
 
 
 @dataclass
 class CropMaker:
-    """Sample numbers -> a crop of each picture, and its label where the set has any. Travels to the workers, so it holds no open file."""
+    """Sample numbers -> a crop of each picture, and its label where the set has any.
+
+    Travels to the workers, so it holds no open file.
+    """
 
     pictures: Pictures
-    crop: Callable[[torch.Tensor], torch.Tensor]  # uint8 [3, H, W] -> uint8 [3, image_px, image_px]
+    # uint8 [3, H, W] -> uint8 [3, image_px, image_px]
+    crop: Callable[[torch.Tensor], torch.Tensor]
     image_px: int
 
     def __call__(self, samples: np.ndarray) -> RawBatch:
@@ -158,7 +177,10 @@ class CropMaker:
             try:
                 _, image = self.pictures.decode(sample)
             except DecodeError as error:
-                raise UserError(f"{self.pictures.folder}: unreadable picture {error}; accuracy needs every picture of the set, repair it or pack it again") from None
+                raise UserError(
+                    f"{self.pictures.folder}: unreadable picture {error}; accuracy needs every picture of the "
+                    "set, repair it or pack it again"
+                ) from None
             images_u8[row] = self.crop(image)
             if self.pictures.manifest.classes:
                 labels[row] = self.pictures.label(sample)
@@ -180,11 +202,13 @@ def evaluation_batches(
 ) -> Iterator[EvalBatch]:
     """Central crops of this rank's share of a labelled set; every picture exactly once over all ranks.
 
-    Every rank gets equally many batches of equal size, filled up with padding, since under ZeRO-3 a forward pass is collective.
+    Every rank gets equally many batches of equal size, filled up with padding, since under ZeRO-3 a forward pass is
+    collective.
 
     Args:
         batch: pictures a forward pass; fewer where a rank's whole share is smaller.
-        crop: share of the resized short side that is seen, in (0, 1].  mean, std: statistics of images in [0, 1] that the weights expect.
+        crop: share of the resized short side that is seen, in (0, 1].
+        mean, std: statistics of images in [0, 1] that the weights expect.
     Yields: EvalBatch on `device`; a rank's samples are consecutive and increasing.
     Raises: UserError for a picture that cannot be read, or a label that is not one of the set's.
     """
@@ -192,10 +216,14 @@ def evaluation_batches(
 
     def prepare(raw: RawBatch) -> EvalBatch:
         images_norm = normalize(raw.cuts[image_px].to(device, non_blocking=True), mean, std)
-        return EvalBatch(images_norm, raw.labels.to(device, non_blocking=True), raw.samples.to(device, non_blocking=True))
+        return EvalBatch(
+            images_norm, raw.labels.to(device, non_blocking=True), raw.samples.to(device, non_blocking=True)
+        )
 
     make = CropMaker(pictures, CenterCrop(image_px, crop), image_px)
-    yield from device_batches(make, list(places), prepare, lambda batch, _: batch, num_workers=num_workers, device=device)
+    yield from device_batches(
+        make, list(places), prepare, lambda batch, _: batch, num_workers=num_workers, device=device
+    )
 
 
 def rank_samples(num_samples: int, rank: int, world_size: int, batch: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """One function a stage -> typed batches, in an order that no worker, rank or micro-batch can change.
 
-Workers decode and cut; jitter and normalisation run in batches on the device. A picture that cannot be read is named and counted and its
-place taken by the next one of the set; a token record that cannot be trusted, or a shard that is no longer the one of the manifest, stops the run.
+Workers decode and cut; jitter and normalisation run in batches on the device. A picture that cannot be read is named
+and counted and its place taken by the next one of the set; a token record that cannot be trusted, or a shard that is no
+longer the one of the manifest, stops the run.
 """
 
 from __future__ import annotations
@@ -30,22 +31,27 @@ from peco_ds.schema import IGNORED, IMAGE_EXTENSIONS, VIEW_COLUMNS, ImageManifes
 
 logger = logging.getLogger("peco_ds")
 
-UNREADABLE = np.zeros(len(VIEW_COLUMNS), dtype=np.float32)  # view row of a picture that could not be read: a box without height
+# view row of a picture that could not be read: a box without height
+UNREADABLE = np.zeros(len(VIEW_COLUMNS), dtype=np.float32)
 
 
 class Codes(NamedTuple):
     """What a tokenizer says of whole views, on the device."""
 
     codes: torch.Tensor  # int64 [B, N]
-    topk_codes: torch.Tensor | None = None  # int64 [B, N, T], where soft targets are asked for
-    topk_probs: torch.Tensor | None = None  # float32 [B, N, T], as stored in 16 bits; a row sums to the mass kept
+    # int64 [B, N, T], where soft targets are asked for
+    topk_codes: torch.Tensor | None = None
+    # float32 [B, N, T], as stored in 16 bits; a row sums to the mass kept
+    topk_probs: torch.Tensor | None = None
 
 
 def codes_of(tokenizer, images_11: torch.Tensor, views: ViewSettings) -> Codes:
     """What a tokenizer says of crops, as token shards keep it.
 
     Args:
-        tokenizer: an `ImageTokenizer` in eval mode.  images_11: float [B, 3, T, T] in [-1, 1].  views: says whether soft codes are wanted.
+        tokenizer: an `ImageTokenizer` in eval mode.
+        images_11: float [B, 3, T, T] in [-1, 1].
+        views: says whether soft codes are wanted.
     """
     if not views.topk:
         return Codes(tokenizer.tokenize(images_11))
@@ -56,9 +62,11 @@ def codes_of(tokenizer, images_11: torch.Tensor, views: ViewSettings) -> Codes:
 class MaskedTargets(NamedTuple):
     """What an objective compares a model's outputs with."""
 
-    codes: torch.Tensor  # int64 [B, M], of the hidden patches; IGNORED where `masked` only repeats its last one
+    # int64 [B, M], of the hidden patches; IGNORED where `masked` only repeats its last one
+    codes: torch.Tensor
     masked: torch.Tensor  # int64 [B, M]
-    topk_codes: torch.Tensor | None  # int64 [B, N, T], of all patches: a target may mix in what its neighbours are
+    # int64 [B, N, T], of all patches: a target may mix in what its neighbours are
+    topk_codes: torch.Tensor | None
     topk_probs: torch.Tensor | None  # float32 [B, N, T]
 
 
@@ -66,7 +74,8 @@ class MaskedBatch(NamedTuple):
     """What a masked pre-training step needs, on the device."""
 
     images_norm: torch.Tensor  # float32 [B, 3, S, S], ImageNet statistics
-    masked: torch.Tensor  # int64 [B, M], hidden patches, increasing; a picture with fewer repeats its last one
+    # int64 [B, M], hidden patches, increasing; a picture with fewer repeats its last one
+    masked: torch.Tensor
     targets: MaskedTargets
     keys: list[str]
 
@@ -94,8 +103,8 @@ class Pictures:
     def decode(self, sample: int) -> tuple[str, torch.Tensor]:
         """Key and uint8 [3, H, W].
 
-        Raises: DecodeError (names the key) if the record is damaged, cannot be read or is no picture; UserError if its whole shard is missing or
-            has another size than the manifest says: that is no single bad picture.
+        Raises: DecodeError (names the key) if the record is damaged, cannot be read or is no picture; UserError if its
+            whole shard is missing or has another size than the manifest says: that is no single bad picture.
         """
         try:
             key, members = read_patiently(self.shards, sample, IMAGE_EXTENSIONS)
@@ -124,14 +133,22 @@ class Pictures:
         shard, _ = self.shards.locate(sample)
         place = f"{self.folder / self.manifest.shards[shard].name}: {key}"
         if "cls" not in members:
-            raise UserError(f"{place}: has no .cls, but the set has {len(self.manifest.classes)} classes; make the set again with a label for every picture")
+            raise UserError(
+                f"{place}: has no .cls, but the set has {len(self.manifest.classes)} classes; make the set "
+                "again with a label for every picture"
+            )
         text = members["cls"].strip()
         if not text.isdigit() or len(text) > 9 or int(text) >= len(self.manifest.classes):
-            raise UserError(f"{place}: .cls holds {text[:20]!r}, the set has classes 0 to {len(self.manifest.classes) - 1}; make the set again")
+            raise UserError(
+                f"{place}: .cls holds {text[:20]!r}, the set has classes 0 to "
+                f"{len(self.manifest.classes) - 1}; make the set again"
+            )
         return int(text)
 
     def decode_or_next(self, sample: int) -> tuple[int, str, torch.Tensor, list[str]]:
-        """As `decode`, or the next readable picture of the set; the same substitute on every rank and after every restart.
+        """As `decode`, or the next readable picture of the set.
+
+        The same substitute on every rank and after every restart.
 
         Returns: sample number used, key, picture, and what was unreadable on the way.
         """
@@ -146,7 +163,8 @@ class Pictures:
 
 
 class BadPictures:
-    """Names and counts the unreadable pictures that this rank met in the whole run, and stops the run when they are too many.
+    """Names and counts the unreadable pictures that this rank met in the whole run, and stops the run when they are too
+    many.
 
     Its state is kept in checkpoints, so that no restart grants the first few anew.
 
@@ -158,7 +176,8 @@ class BadPictures:
 
     def __init__(self, max_share: float) -> None:
         self._max_share = max_share
-        self.count = 0  # readings of a picture that failed: one picture counts once an epoch
+        # readings of a picture that failed: one picture counts once an epoch
+        self.count = 0
         self.read = 0
         self._named: set[str] = set()  # since this start
 
@@ -175,7 +194,9 @@ class BadPictures:
                 logger.warning("unreadable picture, the next one takes its place: %s", text)
         if bad and self.count > max(self.tolerated, self._max_share * self.read):
             raise UserError(
-                f"{self.count} of {self.read} readings of pictures failed on this rank, more than {self.tolerated} and more than data.max_bad_share {self._max_share}; last: {bad[-1]}; repair the image set or raise the share"
+                f"{self.count} of {self.read} readings of pictures failed on this rank, more than "
+                f"{self.tolerated} and more than data.max_bad_share {self._max_share}; last: {bad[-1]}; "
+                "repair the image set or raise the share"
             )
 
     def add_batch(self, raw: RawBatch) -> None:
@@ -193,10 +214,14 @@ class BadPictures:
 
 @dataclass
 class MaskedMaker:
-    """Positions of the run -> what a masked pre-training batch is made of. Travels to the workers, so it holds no open file."""
+    """Positions of the run -> what a masked pre-training batch is made of.
+
+    Travels to the workers, so it holds no open file.
+    """
 
     pictures: Pictures
-    tokens: TokenSet | None  # None: views are drawn here and codes computed in the loop
+    # None: views are drawn here and codes computed in the loop
+    tokens: TokenSet | None
     order: SampleOrder
     views: ViewSettings
     mask: MaskSettings
@@ -204,8 +229,13 @@ class MaskedMaker:
     grid: int
     seed: int
 
-    def _read(self, epoch: int, sample: int, view: int) -> tuple[int, str, torch.Tensor, int, TokenRecord | None, list[str]]:
-        """The first picture from `sample` on that can be read here and could be read by the tokenizer; its view of this epoch (`view` if it is the first), and the record of that view."""
+    def _read(
+        self, epoch: int, sample: int, view: int
+    ) -> tuple[int, str, torch.Tensor, int, TokenRecord | None, list[str]]:
+        """The first picture from `sample` on that can be read here and could be read by the tokenizer.
+
+        Its view of this epoch (`view` if it is the first), and the record of that view.
+        """
         bad: list[str] = []
         first = sample
         while True:
@@ -217,7 +247,9 @@ class MaskedMaker:
                 return sample, key, image, own_view, record, bad
             bad.append(f"{key}: the tokenizer could not read it")
             if len(bad) > self.pictures.num_samples:
-                raise UserError(f"{self.tokens.folder}: no picture of the set was readable when it was tokenized; tokenize again")
+                raise UserError(
+                    f"{self.tokens.folder}: no picture of the set was readable when it was tokenized; tokenize again"
+                )
             sample = (sample + 1) % self.pictures.num_samples
 
     def __call__(self, positions: np.ndarray) -> RawBatch:
@@ -225,7 +257,8 @@ class MaskedMaker:
         looks = {backbone_look(self.image_px)} | ({tokenizer_look(self.views)} if self.tokens is None else set())
         raw.cuts, rows = {look: room_for_cuts(len(positions), look[0]) for look in looks}, []
         stored: list[tuple[np.ndarray, ...]] = []
-        # What needs no pixel is drawn for the whole batch at once: between two pictures, whose pixels have filled the caches, it takes several times as long.
+        # What needs no pixel is drawn for the whole batch at once: between two pictures, whose pixels have filled the
+        # caches, it takes several times as long.
         chosen = [(self.order.epoch_of(position), self.order.sample_at(position)) for position in positions.tolist()]
         first_views = [view_at(self.seed, epoch, sample, self.views.count) for epoch, sample in chosen]
         for place, ((epoch, sample), view) in enumerate(zip(chosen, first_views)):
@@ -242,7 +275,15 @@ class MaskedMaker:
             raw.keys.append(key)
             raw.bad += bad
         mask = self.mask
-        drawn = dict(seed=self.seed, grid=self.grid, kind=mask.kind, count=mask.count, min_block=mask.min_block, min_aspect=mask.min_aspect, exact=mask.exact)
+        drawn = dict(
+            seed=self.seed,
+            grid=self.grid,
+            kind=mask.kind,
+            count=mask.count,
+            min_block=mask.min_block,
+            min_aspect=mask.min_aspect,
+            exact=mask.exact,
+        )
         masked = [self._filled(draw_masked(epoch=epoch, sample=sample, **drawn)) for epoch, sample in chosen]
         raw.rows = torch.from_numpy(np.stack(rows))
         raw.masked = torch.from_numpy(np.stack(masked))
@@ -253,13 +294,22 @@ class MaskedMaker:
         """Hard codes of a record's one view and, where the recipe asks for them, its likeliest soft ones."""
         hard = record.codes[0].astype(np.int64)
         kept = self.views.topk
-        return (hard, record.topk_codes[0, :, :kept].astype(np.int64), record.topk_probs[0, :, :kept].astype(np.float32)) if kept else (hard,)
+        return (
+            (hard, record.topk_codes[0, :, :kept].astype(np.int64), record.topk_probs[0, :, :kept].astype(np.float32))
+            if kept
+            else (hard,)
+        )
 
     def _filled(self, masked: np.ndarray) -> np.ndarray:
-        return masked if len(masked) == self.mask.count else np.concatenate([masked, np.full(self.mask.count - len(masked), masked[-1])])
+        return (
+            masked
+            if len(masked) == self.mask.count
+            else np.concatenate([masked, np.full(self.mask.count - len(masked), masked[-1])])
+        )
 
 
-Look = tuple[int, str]  # side of a crop in px, and the interpolation it is resized with
+# side of a crop in px, and the interpolation it is resized with
+Look = tuple[int, str]
 
 
 def backbone_look(image_px: int) -> Look:
@@ -272,7 +322,16 @@ def tokenizer_look(views: ViewSettings) -> Look:
 
 def draw_recorded_view(image: torch.Tensor, views: ViewSettings, sample: int, view: int) -> np.ndarray:
     """The row that tokenize_shards.py records for this view; drawn anew it is the same."""
-    return draw_view(*image.shape[1:], seed=views.seed, sample=sample, view=view, scale=views.scale, ratio=views.ratio, flip=views.flip, color_jitter=views.color_jitter)
+    return draw_view(
+        *image.shape[1:],
+        seed=views.seed,
+        sample=sample,
+        view=view,
+        scale=views.scale,
+        ratio=views.ratio,
+        flip=views.flip,
+        color_jitter=views.color_jitter,
+    )
 
 
 def masked_batches(
@@ -304,16 +363,23 @@ def masked_batches(
     def prepare(raw: RawBatch) -> tuple:
         images = {look: jitter(images.to(device, non_blocking=True), raw.rows) for look, images in raw.cuts.items()}
         known = tuple(values.to(device, non_blocking=True) for values in raw.stored)
-        return to_backbone(images[backbone_look(image_px)]), raw.masked.to(device, non_blocking=True), known or (to_tokenizer(images[tokenizer_look(views)]),)
+        return (
+            to_backbone(images[backbone_look(image_px)]),
+            raw.masked.to(device, non_blocking=True),
+            known or (to_tokenizer(images[tokenizer_look(views)]),),
+        )
 
     def finish(ready: tuple, raw: RawBatch) -> MaskedBatch:
         images_norm, masked, known = ready
-        # An online tokenizer runs here and not ahead: beside the step on another stream it would take the same GPU's time, and memory of its own for its activations.
+        # An online tokenizer runs here and not ahead: beside the step on another stream it would take the same GPU's
+        # time, and memory of its own for its activations.
         codes = Codes(*known) if stored is not None else tokens(*known)
         return MaskedBatch(images_norm, masked, masked_targets(codes, masked), raw.keys)
 
     bad = bad or BadPictures(data.max_bad_share)
-    yield from device_batches(make, positions, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch)
+    yield from device_batches(
+        make, positions, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch
+    )
 
 
 def masked_targets(codes: Codes, masked: torch.Tensor) -> MaskedTargets:
@@ -347,7 +413,14 @@ class _CropMaker:
 
 
 def crop_batches(
-    pictures: Pictures, order: SampleOrder, positions, *, data: DataSettings, views: ViewSettings, device: torch.device, bad: BadPictures | None = None
+    pictures: Pictures,
+    order: SampleOrder,
+    positions,
+    *,
+    data: DataSettings,
+    views: ViewSettings,
+    device: torch.device,
+    bad: BadPictures | None = None,
 ) -> Iterator[CropBatch]:
     """Batches of tokenizer training; `bad` as in `masked_batches`. Yields: CropBatch on `device`."""
 
@@ -358,7 +431,15 @@ def crop_batches(
         return CropBatch(images_11, raw.keys)
 
     bad = bad or BadPictures(data.max_bad_share)
-    yield from device_batches(_CropMaker(pictures, order, views), positions, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch)
+    yield from device_batches(
+        _CropMaker(pictures, order, views),
+        positions,
+        prepare,
+        finish,
+        num_workers=data.num_workers,
+        device=device,
+        in_turn=bad.add_batch,
+    )
 
 
 @dataclass
@@ -394,13 +475,23 @@ class ViewsBatch(NamedTuple):
 
     keys: list[str]
     rows: np.ndarray  # float32 [b, K, len(VIEW_COLUMNS)]
-    images_11: torch.Tensor  # float32 [b * K, 3, T, T] on the device, views of a picture adjacent
+    # float32 [b * K, 3, T, T] on the device, views of a picture adjacent
+    images_11: torch.Tensor
 
 
 def view_batches(
-    pictures: Pictures, samples: list[np.ndarray], *, data: DataSettings, views: ViewSettings, device: torch.device, bad: BadPictures | None = None
+    pictures: Pictures,
+    samples: list[np.ndarray],
+    *,
+    data: DataSettings,
+    views: ViewSettings,
+    device: torch.device,
+    bad: BadPictures | None = None,
 ) -> Iterator[ViewsBatch]:
-    """Batches of tokenizing: `samples` is a list of arrays of sample numbers, one a batch; `bad` as in `masked_batches`."""
+    """Batches of tokenizing: `samples` is a list of arrays of sample numbers, one a batch.
+
+    `bad` as in `masked_batches`.
+    """
 
     def prepare(raw: RawBatch) -> torch.Tensor:
         return to_tokenizer(jitter(raw.cuts[tokenizer_look(views)].to(device, non_blocking=True), raw.rows))
@@ -409,7 +500,15 @@ def view_batches(
         return ViewsBatch(raw.keys, raw.rows.numpy().reshape(len(raw.keys), views.count, -1), images_11)
 
     bad = bad or BadPictures(data.max_bad_share)
-    yield from device_batches(_ViewsMaker(pictures, views), samples, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch)
+    yield from device_batches(
+        _ViewsMaker(pictures, views),
+        samples,
+        prepare,
+        finish,
+        num_workers=data.num_workers,
+        device=device,
+        in_turn=bad.add_batch,
+    )
 
 
 def training_order(pictures: Pictures, data: DataSettings, seed: int) -> SampleOrder:
@@ -426,7 +525,8 @@ def training_order(pictures: Pictures, data: DataSettings, seed: int) -> SampleO
 
 
 def held_out_pictures(pictures: Pictures, data: DataSettings, max_images: int, size_px: int) -> torch.Tensor:
-    """Central squares of the held-out pictures: of data.val_images (spread over the set), or the last data.holdout of the training set.
+    """Central squares of the held-out pictures: of data.val_images (spread over the set), or the last data.holdout of
+    the training set.
 
     Returns: uint8 [n, 3, size_px, size_px]; unreadable ones are named and left out.
     Raises: UserError if there is none.
@@ -445,5 +545,8 @@ def held_out_pictures(pictures: Pictures, data: DataSettings, max_images: int, s
             continue
         crops.append(cut(image, center_view(*image.shape[1:]), size_px))
     if not crops:
-        raise UserError("no held-out picture to judge the tokenizer on; set data.val_images to an image set or data.holdout to a number of pictures")
+        raise UserError(
+            "no held-out picture to judge the tokenizer on; set data.val_images to an image set or "
+            "data.holdout to a number of pictures"
+        )
     return torch.stack(crops)

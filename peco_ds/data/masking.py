@@ -12,11 +12,25 @@ from peco_ds.data.order import MASK, generator, uniform
 _TRIES = 10  # attempts for each block
 
 
-def draw_masked(*, seed: int, epoch: int, sample: int, grid: int, kind: str, count: int, min_block: int, min_aspect: float, exact: bool = True) -> np.ndarray:
+def draw_masked(
+    *,
+    seed: int,
+    epoch: int,
+    sample: int,
+    grid: int,
+    kind: str,
+    count: int,
+    min_block: int,
+    min_aspect: float,
+    exact: bool = True,
+) -> np.ndarray:
     """Hidden positions of one picture, as a pure function of (seed, epoch, sample).
 
     Args:
-        grid: patches a side.  kind: "block" or "random".  count: patches hidden.  exact: False: of blocks at most `count` patches; see `block_mask`.
+        grid: patches a side.
+        kind: "block" or "random".
+        count: patches hidden.
+        exact: False: of blocks at most `count` patches; see `block_mask`.
     Returns: int64 [M], increasing row-major patch numbers; M = count, or 1 <= M <= count for blocks that are not exact.
     """
     draw = generator(MASK, seed, epoch, sample)
@@ -25,17 +39,23 @@ def draw_masked(*, seed: int, epoch: int, sample: int, grid: int, kind: str, cou
     return np.flatnonzero(block_mask(draw, grid, count, min_block, min_aspect, exact=exact)).astype(np.int64)
 
 
-def block_mask(draw: np.random.Generator, grid: int, count: int, min_block: int, min_aspect: float, *, exact: bool = True) -> np.ndarray:
-    """Rectangles of patches until `count` are hidden or ten tries add nothing, then filled up at random to exactly `count`.
+def block_mask(
+    draw: np.random.Generator, grid: int, count: int, min_block: int, min_aspect: float, *, exact: bool = True
+) -> np.ndarray:
+    """Rectangles of patches until `count` are hidden or ten tries add nothing, then filled up at random to exactly
+    `count`.
 
     Args:
-        exact: False: not filled up. Where no block fits at all one patch is hidden, so that every picture has something to predict.
+        exact: False: not filled up. Where no block fits at all one patch is hidden, so that every picture has something
+            to predict.
     Returns: bool [grid, grid]; True = hidden.
-    Source: blocks as BEiT (arXiv 2106.08254, algorithm 1; released `masking_generator.py`): area uniform between `min_block` and what is missing,
-        aspect log-uniform, sides strictly smaller than the grid, a block is taken if it adds at least one and at most the missing number
-        of patches. The exact count is BEiT v2's: a fixed number of hidden patches keeps shapes static.
+    Source: blocks as BEiT (arXiv 2106.08254, algorithm 1; released `masking_generator.py`): area uniform between
+        `min_block` and what is missing, aspect log-uniform, sides strictly smaller than the grid, a block is taken if
+        it adds at least one and at most the missing number of patches. The exact count is BEiT v2's: a fixed number of
+        hidden patches keeps shapes static.
     """
-    hidden = 0  # bit r * grid + c: a whole block is counted in one step, where an array of patches would cost most of a mask's time
+    # bit r * grid + c: a whole block is counted in one step, where an array of patches would cost most of a mask's time
+    hidden = 0
     missing = count
     while missing > 0:
         block = _draw_block(draw, hidden, grid, missing, min_block, min_aspect)
@@ -54,11 +74,14 @@ def block_mask(draw: np.random.Generator, grid: int, count: int, min_block: int,
     return mask
 
 
-def _draw_block(draw: np.random.Generator, hidden: int, grid: int, missing: int, min_block: int, min_aspect: float) -> int:
+def _draw_block(
+    draw: np.random.Generator, hidden: int, grid: int, missing: int, min_block: int, min_aspect: float
+) -> int:
     """One more block, as bits; 0 if no try fitted."""
     log_aspect = math.log(1.0 / min_aspect)
     for _ in range(_TRIES):
-        # Towards the end fewer patches are missing than the smallest block has; the reference then draws between the two.
+        # Towards the end fewer patches are missing than the smallest block has; the reference then draws between the
+        # two.
         area = uniform(draw, min(min_block, missing), max(min_block, missing))
         aspect = math.exp(uniform(draw, -log_aspect, log_aspect))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

@@ -1,8 +1,10 @@
 """(seed, epoch, position) -> sample, as a pure function; and the cursor that names a place in that order.
 
-Every epoch permutes the shards, groups them into windows, and permutes the samples inside each window, so that reading stays
-local to a few tars while batches mix many. Positions count on across epochs: position p is sample p mod n of epoch p div n. Which
-rank, worker or micro-batch asks never enters, so 1, 2 or 512 ranks see the same global batches in the same order.
+Every epoch permutes the shards, groups them into windows, and permutes the samples inside each window, so that reading
+stays
+local to a few tars while batches mix many. Positions count on across epochs: position p is sample p mod n of epoch p
+div n. Which rank, worker or micro-batch asks never enters, so 1, 2 or 512 ranks see the same global batches in the same
+order.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def generator(*words: int) -> np.random.Generator:
 
 
 def uniform(draw: np.random.Generator, low: float, high: float) -> float:
-    """What `draw.uniform(low, high)` gives for two numbers, without its checks for arrays, which take longer than a mask's arithmetic."""
+    """What `draw.uniform(low, high)` gives for two numbers, without its checks for arrays, which take longer than a
+    mask's arithmetic.
+    """
     return low + (high - low) * draw.random()
 
 
@@ -39,33 +43,47 @@ class Cursor:
     `samples` counts what was trained on over all ranks, not what was prefetched.
     """
 
-    fingerprint: str  # of the image set: another set has another order
+    # of the image set: another set has another order
+    fingerprint: str
     seed: int
     samples: int
 
     def check(self, fingerprint: str, seed: int) -> None:
         """Raises: UserError if the order this cursor points into is not the one at hand."""
         if fingerprint != self.fingerprint:
-            raise UserError(f"checkpoint was trained on image set {self.fingerprint[:12]}, this run reads {fingerprint[:12]}; resume with the same images or start a new --out")
+            raise UserError(
+                f"checkpoint was trained on image set {self.fingerprint[:12]}, this run reads "
+                f"{fingerprint[:12]}; resume with the same images or start a new --out"
+            )
         if seed != self.seed:
-            raise UserError(f"checkpoint was trained with run.seed {self.seed}, this run has {seed}; resume with the same seed or start a new --out")
+            raise UserError(
+                f"checkpoint was trained with run.seed {self.seed}, this run has {seed}; resume with the same "
+                "seed or start a new --out"
+            )
 
 
 class _Window(NamedTuple):
-    """The samples of a few shards in their order. Places, not samples, are permuted: in place and in 32 bits, a quarter of the memory."""
+    """The samples of a few shards in their order.
 
-    places: np.ndarray  # [n], a permutation of 0 .. n - 1, counted through the shards as they were drawn
+    Places, not samples, are permuted: in place and in 32 bits, a quarter of the memory.
+    """
+
+    # [n], a permutation of 0 .. n - 1, counted through the shards as they were drawn
+    places: np.ndarray
     ends: list[int]  # of each shard, in these places
-    shifts: list[int]  # global sample number minus place, for each shard
+    # global sample number minus place, for each shard
+    shifts: list[int]
 
 
 class SampleOrder:
     """The order of a whole run over a set of shards.
 
     Args:
-        shard_sizes: [S] samples in each shard.  seed: of the run.  window_shards: permuted shards whose samples are mixed.
-        repeats: r > 1 is repeated augmentation (arXiv 1902.05509; DeiT has 3): an epoch keeps its length n, and shows each of the first
-            ceil(n / r) samples of its permutation r times in a row.
+        shard_sizes: [S] samples in each shard.
+        seed: of the run.
+        window_shards: permuted shards whose samples are mixed.
+        repeats: r > 1 is repeated augmentation (arXiv 1902.05509; DeiT has 3): an epoch keeps its length n, and shows
+            each of the first ceil(n / r) samples of its permutation r times in a row.
     """
 
     def __init__(self, shard_sizes: np.ndarray, seed: int, window_shards: int, repeats: int = 1) -> None:
@@ -81,7 +99,8 @@ class SampleOrder:
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._window = lru_cache(maxsize=2)(self._make_window)
 
-    def __reduce__(self):  # the caches do not travel to loader processes
+    # the caches do not travel to loader processes
+    def __reduce__(self):
         return SampleOrder, (self._sizes, self._seed, self._window_shards, self._repeats)
 
     def epoch_of(self, position: int) -> int:
@@ -112,7 +131,8 @@ class SampleOrder:
         chosen = shards[window * self._window_shards : (window + 1) * self._window_shards]
         ends = np.cumsum(self._sizes[chosen])
         places = np.arange(ends[-1], dtype=np.uint32 if ends[-1] < 1 << 32 else np.int64)
-        generator(WINDOW, self._seed, epoch, window).shuffle(places)  # what is drawn depends on how many there are, not on their type
+        # what is drawn depends on how many there are, not on their type
+        generator(WINDOW, self._seed, epoch, window).shuffle(places)
         return _Window(places, ends.tolist(), (self._starts[chosen + 1] - ends).tolist())
 
 
@@ -127,11 +147,14 @@ def view_at(seed: int, epoch: int, sample: int, num_views: int) -> int:
     return int(generator(VIEW_CYCLE, seed, sample, cycle).permutation(num_views)[place])
 
 
-def rank_positions(run: RunSettings, rank: int, world_size: int, *, first_step: int, last_step: int) -> Iterator[np.ndarray]:
+def rank_positions(
+    run: RunSettings, rank: int, world_size: int, *, first_step: int, last_step: int
+) -> Iterator[np.ndarray]:
     """The positions of each forward pass of one rank, step after step: arrays of run.micro_batch.
 
-    Micro-step m of rank r takes the m * world_size + r -th slice of the global batch, so the union over ranks and micro-steps
-    of one optimiser step is positions [step * global_batch, (step + 1) * global_batch) however it is divided.
+    Micro-step m of rank r takes the m * world_size + r -th slice of the global batch, so the union over ranks and
+    micro-steps of one optimiser step is positions [step * global_batch, (step + 1) * global_batch) however it is
+    divided.
     """
     slices = run.global_batch // run.micro_batch
     for step in range(first_step, last_step):

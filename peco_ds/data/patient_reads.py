@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 
 from peco_ds.data.indexed_tar import ShardSet
 
@@ -18,7 +19,9 @@ class UnreadableRecord(Exception):
     """The system did not give the bytes, however often it was asked; the message names shard and reason."""
 
 
-def read_patiently(shards: ShardSet, sample: int, extensions: Iterable[str] | None = None) -> tuple[str, dict[str, bytes]]:
+def read_patiently(
+    shards: ShardSet, sample: int, extensions: Iterable[str] | None = None
+) -> tuple[str, dict[str, bytes]]:
     """As `ShardSet.read`, again after a wait where the system reports an error (EIO, ESTALE, ETIMEDOUT and the like).
 
     Raises: UnreadableRecord when no try has helped; DamagedRecord and UserError at once, as `ShardSet.read`.
@@ -31,7 +34,9 @@ def read_patiently(shards: ShardSet, sample: int, extensions: Iterable[str] | No
             shard = shards.manifest.shards[number].name
             reason = error.strerror or os.strerror(error.errno or 0)
             if wait_s is None:
-                raise UnreadableRecord(f"{shards.folder / shard}: {reason}, {len(WAITS_S) + 1} times in {sum(WAITS_S):g} s") from None
+                raise UnreadableRecord(
+                    f"{shards.folder / shard}: {reason}, {len(WAITS_S) + 1} times in {sum(WAITS_S):g} s"
+                ) from None
             logger.warning("%s: %s; read again in %g s", shards.folder / shard, reason, wait_s)
         time.sleep(wait_s)
         _open_anew(shards, sample)
@@ -39,7 +44,5 @@ def read_patiently(shards: ShardSet, sample: int, extensions: Iterable[str] | No
 
 def _open_anew(shards: ShardSet, sample: int) -> None:
     """A handle that has gone stale never comes back."""
-    try:
+    with suppress(OSError):  # the next try meets it
         shards.open_shard(shards.locate(sample)[0]).close()
-    except OSError:
-        pass  # the next try meets it

@@ -24,17 +24,22 @@ class Picture:
     label: int  # -1: none
 
 
-def list_pictures(folder: Path, labels: str, synsets: Path | None, classes_file: Path | None) -> tuple[list[Picture], list[str] | None]:
+def list_pictures(
+    folder: Path, labels: str, synsets: Path | None, classes_file: Path | None
+) -> tuple[list[Picture], list[str] | None]:
     """Every picture below a folder, by path, with its label; and the classes in label order.
 
-    Raises: UserError if the folder is missing, holds no picture, has an empty class folder, or does not match its list of synsets.
+    Raises: UserError if the folder is missing, holds no picture, has an empty class folder, or does not match its list
+        of synsets.
     """
     if not folder.is_dir():
         raise UserError(f"--images {folder}: no such folder; correct the path")
     try:
         found = sorted(_walk(folder))
     except OSError as error:
-        raise UserError(f"--images {folder}: {error.filename}: {error.strerror}; make every folder in it readable") from None
+        raise UserError(
+            f"--images {folder}: {error.filename}: {error.strerror}; make every folder in it readable"
+        ) from None
     if not found:
         raise UserError(f"--images {folder}: holds no picture ({' '.join(sorted(PICTURE_SUFFIXES))}); correct the path")
     paths = [path for path, _ in found]
@@ -45,11 +50,16 @@ def list_pictures(folder: Path, labels: str, synsets: Path | None, classes_file:
     else:
         label_of, classes = _labels_from_folders(folder, paths, labels)
     keys = unique_keys(paths)
-    return [Picture(path, size_bytes, key, label) for (path, size_bytes), key, label in zip(found, keys, label_of)], classes
+    return [
+        Picture(path, size_bytes, key, label) for (path, size_bytes), key, label in zip(found, keys, label_of)
+    ], classes
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, int]]:
-    """(relative path, bytes) of each picture; links are followed, a folder met a second time (a loop) is passed over."""
+    """(relative path, bytes) of each picture.
+
+    Links are followed, a folder met a second time (a loop) is passed over.
+    """
     seen: set[tuple[int, int]] = set()
     waiting = [""]
     while waiting:
@@ -68,7 +78,8 @@ def _walk(folder: Path) -> Iterator[tuple[str, int]]:
                 elif Path(entry.name).suffix.lower() in PICTURE_SUFFIXES:
                     try:
                         yield path, entry.stat().st_size
-                    except OSError:  # a link to nowhere: listed, so that the reader rejects it by name
+                    except OSError:
+                        # a link to nowhere: listed, so that the reader rejects it by name
                         yield path, -1
 
 
@@ -77,12 +88,17 @@ def _labels_from_folders(folder: Path, paths: list[str], labels: str) -> tuple[l
     if labels == "none" or (labels == "auto" and (at_top or not any(path.count("/") == 1 for path in paths))):
         return [-1] * len(paths), None
     if at_top:
-        raise UserError(f"--labels folders: picture {at_top!r} lies in no class folder; move it into one, or use --labels none")
+        raise UserError(
+            f"--labels folders: picture {at_top!r} lies in no class folder; move it into one, or use --labels none"
+        )
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     of_path = [path.partition("/")[0] for path in paths]
     empty = sorted(set(classes) - set(of_path))
     if empty:
-        raise UserError(f"class folder {str(folder / empty[0])!r} holds no picture ({len(empty)} such); fill or remove it, or use --labels none")
+        raise UserError(
+            f"class folder {str(folder / empty[0])!r} holds no picture ({len(empty)} such); fill or "
+            "remove it, or use --labels none"
+        )
     number = {name: label for label, name in enumerate(classes)}
     return [number[name] for name in of_path], [printable(name) for name in classes]
 
@@ -90,10 +106,10 @@ def _labels_from_folders(folder: Path, paths: list[str], labels: str) -> tuple[l
 def labels_from_list(paths: list[str], synsets: Path, classes_file: Path | None) -> tuple[list[int], list[str]]:
     """Labels of a flat folder from a list, in any of the forms in which ILSVRC's validation labels go round.
 
-    1. Kaggle's LOC_val_solution.csv: `name,synset box box...`.   2. `name synset` or `name number`, number counted from 0 (Caffe's
-    val.txt).   3. One synset a line, in picture-name order.   4. One number a line in picture-name order, counted from 1
-    (the devkit's ILSVRC2012_validation_ground_truth.txt). Numbers index the lines of `classes_file`. The label is always
-    the place among sorted synsets, which for ILSVRC is the usual class index.
+    1. Kaggle's LOC_val_solution.csv: `name,synset box box...`.   2. `name synset` or `name number`, number counted from
+    0 (Caffe's val.txt).   3. One synset a line, in picture-name order.   4. One number a line in picture-name order,
+    counted from 1 (the devkit's ILSVRC2012_validation_ground_truth.txt). Numbers index the lines of `classes_file`. The
+    label is always the place among sorted synsets, which for ILSVRC is the usual class index.
 
     Raises: UserError if list and pictures do not match one to one, or the order of the numbers is in doubt.
     """
@@ -102,14 +118,25 @@ def labels_from_list(paths: list[str], synsets: Path, classes_file: Path | None)
     stems = [path.rpartition("/")[2].rpartition(".")[0] for path in paths]
     by_name = len(rows[0]) > 1
     if by_name:
-        named = {row[0].rpartition(".")[0] if Path(row[0]).suffix.lower() in PICTURE_SUFFIXES else row[0]: row[1] for row in rows}
-        for missing, where in ((sorted(set(stems) - set(named)), f"is not in {synsets}"), (sorted(set(named) - set(stems)), "is listed but not in the folder")):
+        named = {
+            row[0].rpartition(".")[0] if Path(row[0]).suffix.lower() in PICTURE_SUFFIXES else row[0]: row[1]
+            for row in rows
+        }
+        for missing, where in (
+            (sorted(set(stems) - set(named)), f"is not in {synsets}"),
+            (sorted(set(named) - set(stems)), "is listed but not in the folder"),
+        ):
             if missing:
-                raise UserError(f"--synsets {synsets}: picture {missing[0]!r} {where} ({len(missing)} such); complete the folder or the list")
+                raise UserError(
+                    f"--synsets {synsets}: picture {missing[0]!r} {where} ({len(missing)} such); complete the "
+                    "folder or the list"
+                )
         names = [named[stem] for stem in stems]
     else:
         if len(rows) != len(paths):
-            raise UserError(f"--synsets {synsets}: {len(rows)} lines for {len(paths)} pictures; complete the folder or the list")
+            raise UserError(
+                f"--synsets {synsets}: {len(rows)} lines for {len(paths)} pictures; complete the folder or the list"
+            )
         order = sorted(range(len(paths)), key=lambda i: stems[i])
         names = [""] * len(paths)
         for i, row in zip(order, rows):
@@ -131,7 +158,9 @@ def _rows(synsets: Path) -> list[list[str]]:
         try:
             rows = [[row[0], (row[1].split() or [""])[0]] for row in csv.reader(text.splitlines()[1:]) if len(row) > 1]
         except csv.Error as error:
-            raise UserError(f"--synsets {synsets}: not CSV ({error}); give LOC_val_solution.csv as it was published") from None
+            raise UserError(
+                f"--synsets {synsets}: not CSV ({error}); give LOC_val_solution.csv as it was published"
+            ) from None
     else:
         rows = [line.split()[:2] for line in text.splitlines() if line.strip()]
     if not rows or len({len(row) for row in rows}) != 1 or not all(all(row) for row in rows):
@@ -141,16 +170,35 @@ def _rows(synsets: Path) -> list[list[str]]:
 
 def _names_of_numbers(numbers: list[str], first: int, synsets: Path, classes_listed: list[str] | None) -> list[str]:
     if classes_listed is None:
-        raise UserError(f"--synsets {synsets}: holds numbers; say what they mean with --classes FILE, one synset a line in the order of the numbers")
-    if first == 1 and classes_listed == sorted(classes_listed) and all(_WNID.fullmatch(name) for name in classes_listed):
-        # The devkit's numbers follow its own order (1 is n02119789), and a sorted list would give wrong labels without a sign of it.
         raise UserError(
-            f"--synsets {synsets}: ILSVRC2012 numbers do not follow sorted synsets; give --classes in the order of ILSVRC2012_ID (meta.mat of the devkit), "
+            f"--synsets {synsets}: holds numbers; say what they mean with --classes FILE, one synset a "
+            "line in the order of the numbers"
+        )
+    if (
+        first == 1
+        and classes_listed == sorted(classes_listed)
+        and all(_WNID.fullmatch(name) for name in classes_listed)
+    ):
+        # The devkit's numbers follow its own order (1 is n02119789), and a sorted list would give wrong labels without
+        # a sign of it.
+        raise UserError(
+            f"--synsets {synsets}: ILSVRC2012 numbers do not follow sorted synsets; give --classes in the "
+            "order of ILSVRC2012_ID (meta.mat of the devkit), "
             "or use LOC_val_solution.csv, which needs no list"
         )
-    outside = next((number[:20] for number in numbers if len(number) > 9 or not first <= int(number) < first + len(classes_listed)), None)
+    outside = next(
+        (
+            number[:20]
+            for number in numbers
+            if len(number) > 9 or not first <= int(number) < first + len(classes_listed)
+        ),
+        None,
+    )
     if outside is not None:
-        raise UserError(f"--synsets {synsets}: number {outside} is outside {first}..{first + len(classes_listed) - 1}, the lines of --classes")
+        raise UserError(
+            f"--synsets {synsets}: number {outside} is outside "
+            f"{first}..{first + len(classes_listed) - 1}, the lines of --classes"
+        )
     return [classes_listed[int(number) - first] for number in numbers]
 
 
@@ -162,7 +210,10 @@ def read_classes(path: Path) -> list[str]:
     words = [line.split()[0] for line in _text(path, "--classes").splitlines() if line.strip()]
     twice = [word for word, count in Counter(words).items() if count > 1]
     if not words or twice:
-        raise UserError(f"--classes {path}: {f'{twice[0]!r} stands twice' if twice else 'is empty'}; wants one class a line, its first word being the name")
+        raise UserError(
+            f"--classes {path}: {f'{twice[0]!r} stands twice' if twice else 'is empty'}; wants one class "
+            "a line, its first word being the name"
+        )
     return words
 
 
@@ -174,7 +225,8 @@ def _text(path: Path, option: str) -> str:
 
 
 def unique_keys(paths: list[str]) -> list[str]:
-    """A WebDataset key for each path: the file name without extension, or the whole path joined by `_` where that name is not alone.
+    """A WebDataset key for each path: the file name without extension, or the whole path joined by `_` where that name
+    is not alone.
 
     Dots would end a key and slashes would make folders, so neither is left in; nor are control and unpaired characters.
     """

@@ -12,20 +12,35 @@ from peco_ds.data.indexed_tar import index_name
 from peco_ds.data.token_shards import TokenRecord, write_token_shard
 from peco_ds.data.whole_files import alone, find_drafts, remove_dead
 from peco_ds.errors import UserError
-from peco_ds.schema import MANIFEST_NAME, TOKENIZER_FACTS, ImageManifest, Shard, TokenManifest, ViewRecipe, read_json, read_manifest, sha256_of_file, sha256_of_json, write_json, write_manifest
+from peco_ds.schema import (
+    MANIFEST_NAME,
+    TOKENIZER_FACTS,
+    ImageManifest,
+    Shard,
+    TokenManifest,
+    ViewRecipe,
+    read_json,
+    read_manifest,
+    sha256_of_file,
+    sha256_of_json,
+    write_json,
+    write_manifest,
+)
 
-_PARTS = ".parts"  # one small file a finished shard: its entry in the manifest and what it was made from
+# one small file a finished shard: its entry in the manifest and what it was made from
+_PARTS = ".parts"
 
 
 class TokenParts:
     """The shards of a token set that are there already, and the writing of those that are not.
 
-    Any number of processes may write into the folder, and any of them may be killed at any time: a shard counts as done when tar, index and part file are there and
-    belong together. Two that write one shard cost time, nothing else.
+    Any number of processes may write into the folder, and any of them may be killed at any time: a shard counts as done
+    when tar, index and part file are there and belong together. Two that write one shard cost time, nothing else.
 
     Args:
         folder: of the token set.  images: what is tokenized.
-        tokenizer_facts: what the tokenizer's card says of it; the texts among TOKENIZER_FACTS are kept in the manifest, and sets that differ in them are still equal.
+        tokenizer_facts: what the tokenizer's card says of it; the texts among TOKENIZER_FACTS are kept in the manifest,
+            and sets that differ in them are still equal.
         The rest: what the codes are; a shard made with anything else is made again.
     Raises: UserError if the folder holds a finished set that was made otherwise.
     """
@@ -46,7 +61,11 @@ class TokenParts:
     ) -> None:
         self.folder = folder
         self._images = images
-        self._facts = {name: tokenizer_facts[name] for name in TOKENIZER_FACTS if isinstance(tokenizer_facts.get(name), str) and tokenizer_facts[name]}
+        self._facts = {
+            name: tokenizer_facts[name]
+            for name in TOKENIZER_FACTS
+            if isinstance(tokenizer_facts.get(name), str) and tokenizer_facts[name]
+        }
         self._common = dict(
             images_fingerprint=images.fingerprint(),
             tokenizer_fingerprint=tokenizer_fingerprint,
@@ -68,20 +87,35 @@ class TokenParts:
         found = read_manifest(self.folder, TokenManifest)
         for name, value in self._common.items():
             if getattr(found, name) != value:
-                raise UserError(f"{self.folder}: holds a finished token set with {name} = {getattr(found, name)}, this one has {value}; set data.tokens to another folder, or remove that one")
+                raise UserError(
+                    f"{self.folder}: holds a finished token set with {name} = {getattr(found, name)}, this one "
+                    f"has {value}; set data.tokens to another folder, or remove that one"
+                )
 
     def _part_file(self, number: int) -> Path:
         return self.folder / _PARTS / f"{Path(self._images.shards[number].name).stem}.json"
 
     def _part(self, number: int) -> Shard | None:
-        """The entry of a finished shard that was made from the same things and is still there, else None; a part file that cannot be read counts as none."""
+        """The entry of a finished shard that was made from the same things and is still there, else None.
+
+        A part file that cannot be read counts as none.
+        """
         pictures = self._images.shards[number]
         try:
             part = read_json(self._part_file(number))
             shard = Shard(**part["shard"])
-            expected = part["made_from"] == self._made_from and (shard.name, shard.samples, shard.path) == (pictures.name, pictures.samples, "")
-            # The index tells every member's checksum; a tar that was replaced without it does not go with it, and has none for a moment.
-            whole = expected and (self.folder / shard.name).stat().st_size == shard.bytes and sha256_of_file(self.folder / index_name(shard.name)) == shard.index_sha256
+            expected = part["made_from"] == self._made_from and (shard.name, shard.samples, shard.path) == (
+                pictures.name,
+                pictures.samples,
+                "",
+            )
+            # The index tells every member's checksum; a tar that was replaced without it does not go with it, and has
+            # none for a moment.
+            whole = (
+                expected
+                and (self.folder / shard.name).stat().st_size == shard.bytes
+                and sha256_of_file(self.folder / index_name(shard.name)) == shard.index_sha256
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return shard if whole else None
@@ -91,12 +125,16 @@ class TokenParts:
         return alone(self.folder / _PARTS / "lock", wait=True)
 
     def _remove_leftovers(self) -> None:
-        """Of writers that were killed before this start. Once: to look through the folder for every shard takes time that grows with the square of their number."""
+        """Of writers that were killed before this start.
+
+        Once: to look through the folder for every shard takes time that grows with the square of their number.
+        """
         if self._tidy:
             return
         found = [*find_drafts(self.folder), *find_drafts(self.folder / _PARTS)]
         if found:
-            with self._alone():  # nobody is between a JSON file's temporary name and its final one
+            # nobody is between a JSON file's temporary name and its final one
+            with self._alone():
                 remove_dead(found)
         self._tidy = True
 
@@ -121,9 +159,19 @@ class TokenParts:
                 yield record
 
         shard = write_token_shard(self.folder, image_shard.name, counted(), self._alone)
-        assert shard.samples == image_shard.samples, f"{shard.name}: {shard.samples} records for {image_shard.samples} pictures"
+        assert shard.samples == image_shard.samples, (
+            f"{shard.name}: {shard.samples} records for {image_shard.samples} pictures"
+        )
         with self._alone():
-            write_json(part_file, {"made_from": self._made_from, "shard": asdict(shard), "unreadable": unreadable, "of": len(self._images.shards)})
+            write_json(
+                part_file,
+                {
+                    "made_from": self._made_from,
+                    "shard": asdict(shard),
+                    "unreadable": unreadable,
+                    "of": len(self._images.shards),
+                },
+            )
 
     def reading(self, number: int) -> dict[str, int]:
         """What reading the pictures of a finished shard came to: a state of `loaders.BadPictures`."""
@@ -138,11 +186,19 @@ class TokenParts:
         shards = [self._part(number) for number in range(len(self._images.shards))]
         missing = [self._images.shards[number].name for number, shard in enumerate(shards) if shard is None]
         if missing:
-            raise UserError(f"{self.folder}: {len(missing)} of {len(shards)} shards are not tokenized yet, first {missing[0]}; run their parts, then --finish again")
+            raise UserError(
+                f"{self.folder}: {len(missing)} of {len(shards)} shards are not tokenized yet, first "
+                f"{missing[0]}; run their parts, then --finish again"
+            )
         manifest = TokenManifest(
-            shards=shards, samples=sum(s.samples for s in shards), image_shards={s.name: s.sha256 for s in self._images.shards}, tokenizer_facts=self._facts, **self._common
+            shards=shards,
+            samples=sum(s.samples for s in shards),
+            image_shards={s.name: s.sha256 for s in self._images.shards},
+            tokenizer_facts=self._facts,
+            **self._common,
         )
         with self._alone():
-            remove_dead([*find_drafts(self.folder), *find_drafts(self.folder / _PARTS)])  # of writers that were killed since this start looked
+            # of writers that were killed since this start looked
+            remove_dead([*find_drafts(self.folder), *find_drafts(self.folder / _PARTS)])
             write_manifest(self.folder, manifest)
         return manifest

@@ -1,4 +1,6 @@
-"""Token records: writing them whole or not at all, and opening a set only if it belongs to the pictures and the tokenizer at hand."""
+"""Token records: writing them whole or not at all, and opening a set only if it belongs to the pictures and the
+tokenizer at hand.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,16 @@ from peco_ds.data.patient_reads import UnreadableRecord, read_patiently
 from peco_ds.data.views import fault_of_views
 from peco_ds.data.whole_files import draft, flush_folder, flush_to_disk
 from peco_ds.errors import UserError
-from peco_ds.schema import VIEW_COLUMNS, ImageManifest, Shard, TokenManifest, read_json, read_manifest, sha256_of_file, write_json
+from peco_ds.schema import (
+    VIEW_COLUMNS,
+    ImageManifest,
+    Shard,
+    TokenManifest,
+    read_json,
+    read_manifest,
+    sha256_of_file,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,8 @@ class TokenRecord:
     codes: np.ndarray  # uint16 [K, N], row-major patches
     views: np.ndarray  # float32 [K, len(VIEW_COLUMNS)]
     topk_codes: np.ndarray | None = None  # uint16 [K, N, T]
-    topk_probs: np.ndarray | None = None  # float16 [K, N, T], of the full softmax: a row sums to the mass kept
+    # float16 [K, N, T], of the full softmax: a row sums to the mass kept
+    topk_probs: np.ndarray | None = None
     members: dict = field(init=False, repr=False, compare=False, default_factory=dict)
 
     @property
@@ -41,19 +53,34 @@ class TokenRecord:
         return bool(self.views[0, VIEW_COLUMNS.index("height")] > 0)
 
     def __post_init__(self) -> None:
-        arrays = {"codes.npy": self.codes, "views.npy": self.views, "topk_codes.npy": self.topk_codes, "topk_probs.npy": self.topk_probs}
+        arrays = {
+            "codes.npy": self.codes,
+            "views.npy": self.views,
+            "topk_codes.npy": self.topk_codes,
+            "topk_probs.npy": self.topk_probs,
+        }
         self.members.update({name: array for name, array in arrays.items() if array is not None})
 
 
-def write_token_shard(folder: Path, name: str, records: Iterable[TokenRecord], committing: Callable[[], AbstractContextManager] = nullcontext) -> Shard:
-    """Write `folder/name` and its index under temporary names, fsync, rename; the index last, so a shard with an index is whole.
+def write_token_shard(
+    folder: Path,
+    name: str,
+    records: Iterable[TokenRecord],
+    committing: Callable[[], AbstractContextManager] = nullcontext,
+) -> Shard:
+    """Write `folder/name` and its index under temporary names, fsync, rename.
+
+    The index last, so a shard with an index is whole.
 
     Args:
-        name: the image shard's file name.  records: in the image shard's order.  committing: what to hold while both take their final names.
+        name: the image shard's file name.
+        records: in the image shard's order.
+        committing: what to hold while both take their final names.
     """
     tar, index = folder / name, folder / index_name(name)
     records = iter(records)
-    first = list(islice(records, 1))  # loader processes start with it; forked later they would hold on to the draft's lock
+    # loader processes start with it; forked later they would hold on to the draft's lock
+    first = list(islice(records, 1))
     with draft(tar) as file:
         # mtime 0 and one owner: the same tokens give the same bytes, hence the same sha256.
         with webdataset.TarWriter(file, user="peco", group="peco", mtime=0) as writer:
@@ -63,7 +90,8 @@ def write_token_shard(folder: Path, name: str, records: Iterable[TokenRecord], c
         found = {**build_index(file.name), "tar": name}
         tar_bytes, sha256 = os.path.getsize(file.name), sha256_of_file(file.name)
         with committing():
-            if not _stand_there(tar, sha256, index, found):  # another writer was quicker; what is done stays done at every moment
+            # another writer was quicker; what is done stays done at every moment
+            if not _stand_there(tar, sha256, index, found):
                 index.unlink(missing_ok=True)
                 os.replace(file.name, tar)
                 write_json(index, found)
@@ -81,7 +109,10 @@ def _stand_there(tar: Path, sha256: str, index: Path, found: dict) -> bool:
 
 @lru_cache(maxsize=64)
 def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, whether columns come first, type, and where the values start. Remembered: the records of a set have the same few headers, and parsing one takes as long as a mask."""
+    """Shape, whether columns come first, type, and where the values start.
+
+    Remembered: the records of a set have the same few headers, and parsing one takes as long as a mask.
+    """
     file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
@@ -97,25 +128,39 @@ def read_npy(data: bytes, *, what: str, dtype, shape: tuple[int | None, ...], ro
     The header is read first: nothing of another type is looked at, and memory is taken for no more than was delivered.
 
     Args:
-        what: shard, key and member, for the message.  shape: None matches any length.  row: give this one of the first axis alone, as [1, ...].
+        what: shard, key and member, for the message.
+        shape: None matches any length.
+        row: give this one of the first axis alone, as [1, ...].
     Raises: UserError if the bytes are no such array.
     """
     try:
         size_bytes = 2 if data[6:7] == b"\x01" else 4  # of the header's length, by format version
         header_end = 8 + size_bytes + int.from_bytes(data[8 : 8 + size_bytes], "little")
         found_shape, column_major, found_dtype, start = _parse_npy_header(data[:header_end])
-    except Exception as error:  # the header is a Python literal, and its reader stumbles over others in many ways
+    except Exception as error:
+        # the header is a Python literal, and its reader stumbles over others in many ways
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{what}: not an .npy array ({reason or type(error).__name__}); make the token shard again") from None
-    fits = found_dtype == dtype and not column_major and len(found_shape) == len(shape) and all(want in (None, have) for want, have in zip(shape, found_shape))
+        raise UserError(
+            f"{what}: not an .npy array ({reason or type(error).__name__}); make the token shard again"
+        ) from None
+    fits = (
+        found_dtype == dtype
+        and not column_major
+        and len(found_shape) == len(shape)
+        and all(want in (None, have) for want, have in zip(shape, found_shape))
+    )
     if not fits:
         order = ", columns first" if column_major else ""
-        raise UserError(f"{what}: {found_dtype} {found_shape}{order}, expected {np.dtype(dtype)} {shape}; make the token shard again")
+        raise UserError(
+            f"{what}: {found_dtype} {found_shape}{order}, expected {np.dtype(dtype)} {shape}; make the "
+            "token shard again"
+        )
     left, wanted = len(data) - start, math.prod(found_shape) * found_dtype.itemsize
     if left != wanted:
         raise UserError(f"{what}: not an .npy array ({left} bytes for {wanted}); make the token shard again")
     values = np.frombuffer(data, dtype, offset=start).reshape(found_shape)
-    return (values if row is None else values[row : row + 1]).copy()  # a view could not be written to
+    # a view could not be written to
+    return (values if row is None else values[row : row + 1]).copy()
 
 
 class TokenSet:
@@ -123,61 +168,99 @@ class TokenSet:
 
     Args:
         folder: of token shards.  images: manifest of the image set they must belong to.
-        num_codes, grid, views: what the recipe asks for.  tokenizer_fingerprint: refuse tokens of any other tokenizer; None: any.
+        num_codes, grid, views: what the recipe asks for.
+        tokenizer_fingerprint: refuse tokens of any other tokenizer; None: any.
     Raises: UserError naming what does not fit.
     """
 
-    def __init__(self, folder: Path, images: ImageManifest, *, num_codes: int, grid: int, views: ViewSettings, tokenizer_fingerprint: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        images: ImageManifest,
+        *,
+        num_codes: int,
+        grid: int,
+        views: ViewSettings,
+        tokenizer_fingerprint: str | None = None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest = read_manifest(folder, TokenManifest)
         self._refuse_wrong_ties(images, num_codes, grid, views, tokenizer_fingerprint)
         self.shards = ShardSet(folder, manifest)
         self.num_samples = self.shards.num_samples
         self._num_patches = grid * grid
-        self._soft = views.topk > 0  # soft codes are many times the hard ones: not read where nobody asks for them
+        # soft codes are many times the hard ones: not read where nobody asks for them
+        self._soft = views.topk > 0
         self._members = ("codes.npy", "views.npy", *(("topk_codes.npy", "topk_probs.npy") if self._soft else ()))
 
     def _refuse_wrong_ties(self, images, num_codes, grid, views, tokenizer_fingerprint) -> None:
         found, folder = self.manifest, self.folder
         if tokenizer_fingerprint is not None and found.tokenizer_fingerprint != tokenizer_fingerprint:
             raise UserError(
-                f"{folder}: made by tokenizer {found.tokenizer_fingerprint[:12]}, this run names tokenizer {tokenizer_fingerprint[:12]}; "
+                f"{folder}: made by tokenizer {found.tokenizer_fingerprint[:12]}, this run names tokenizer "
+                f"{tokenizer_fingerprint[:12]}; "
                 "tokenize again or set data.tokenizer to the one that made them"
             )
         for shard in images.shards:
             made_from = found.image_shards.get(shard.name)
             if made_from is None:
-                raise UserError(f"{folder}: no tokens for image shard {shard.name}; run tokenize_shards.py on this image set")
+                raise UserError(
+                    f"{folder}: no tokens for image shard {shard.name}; run tokenize_shards.py on this image set"
+                )
             if made_from != shard.sha256:
-                raise UserError(f"{folder}: image shard {shard.name} has sha256 {shard.sha256[:12]}, the tokens were made from {made_from[:12]}; tokenize this image set")
-        if found.images_fingerprint != images.fingerprint() or [s.name for s in found.shards] != [s.name for s in images.shards]:
-            raise UserError(f"{folder}: made from image set {found.images_fingerprint[:12]}, this run reads {images.fingerprint()[:12]}; tokenize this image set")
+                raise UserError(
+                    f"{folder}: image shard {shard.name} has sha256 {shard.sha256[:12]}, the tokens were made "
+                    f"from {made_from[:12]}; tokenize this image set"
+                )
+        if found.images_fingerprint != images.fingerprint() or [s.name for s in found.shards] != [
+            s.name for s in images.shards
+        ]:
+            raise UserError(
+                f"{folder}: made from image set {found.images_fingerprint[:12]}, this run reads "
+                f"{images.fingerprint()[:12]}; tokenize this image set"
+            )
         if found.num_codes != num_codes:
-            raise UserError(f"{folder}: codes of a vocabulary of {found.num_codes}, the recipe has objective.num_codes {num_codes}; set it to {found.num_codes}")
+            raise UserError(
+                f"{folder}: codes of a vocabulary of {found.num_codes}, the recipe has objective.num_codes "
+                f"{num_codes}; set it to {found.num_codes}"
+            )
         if tuple(found.grid) != (grid, grid):
             raise UserError(
                 f"{folder}: codes on a {found.grid[0]}x{found.grid[1]} grid, the backbone has {grid}x{grid} patches; "
                 "tokenize with views.tokenizer_px = stride x grid, or change model.image_px or model.patch_px"
             )
         if views.count > found.num_views:
-            raise UserError(f"{folder}: {found.num_views} views are stored for each picture, views.count asks for {views.count}; lower it or tokenize with more")
+            raise UserError(
+                f"{folder}: {found.num_views} views are stored for each picture, views.count asks for "
+                f"{views.count}; lower it or tokenize with more"
+            )
         if views.topk > found.topk:
             remedy = "lower it or tokenize with more" if found.topk else f"tokenize with views.topk={views.topk}"
-            raise UserError(f"{folder}: {found.topk} soft codes are stored for each patch, views.topk asks for {views.topk}; {remedy}")
+            raise UserError(
+                f"{folder}: {found.topk} soft codes are stored for each patch, views.topk asks for "
+                f"{views.topk}; {remedy}"
+            )
         if views.topk and views.topk_temperature != found.topk_temperature:
             raise UserError(
-                f"{folder}: soft codes of temperature {found.topk_temperature}, the recipe has views.topk_temperature {views.topk_temperature}; set it to {found.topk_temperature} or tokenize again"
+                f"{folder}: soft codes of temperature {found.topk_temperature}, the recipe has "
+                f"views.topk_temperature {views.topk_temperature}; set it to {found.topk_temperature} or "
+                "tokenize again"
             )
         for name, recorded in asdict(found.views).items():
             if getattr(views, name) != recorded:
-                raise UserError(f"{folder}: views were recorded with views.{name} = {recorded}, the recipe has {getattr(views, name)}; set it to the recorded one or tokenize again")
+                raise UserError(
+                    f"{folder}: views were recorded with views.{name} = {recorded}, the recipe has "
+                    f"{getattr(views, name)}; set it to the recorded one or tokenize again"
+                )
 
     def read(self, sample: int, expected_key: str | None = None, view: int | None = None) -> TokenRecord:
         """The record of a global sample number.
 
         Args:
-            view: this one alone, as a record with K = 1: what is not used is neither copied nor looked through; the checksums are of the whole record.
-        Raises: UserError (with shard and key) for a damaged record, a key that is not the picture's, or a code out of range.
+            view: this one alone, as a record with K = 1: what is not used is neither copied nor looked through; the
+                checksums are of the whole record.
+        Raises: UserError (with shard and key) for a damaged record, a key that is not the picture's, or a code out of
+            range.
         """
         try:
             key, members = read_patiently(self.shards, sample, self._members)
@@ -186,15 +269,33 @@ class TokenSet:
         shard, _ = self.shards.locate(sample)
         place = f"{self.folder}/{self.manifest.shards[shard].name}: {key}"
         if expected_key is not None and key != expected_key:
-            raise UserError(f"{place}: the picture at this place is {expected_key}; the shards do not belong together, tokenize again")
+            raise UserError(
+                f"{place}: the picture at this place is {expected_key}; the shards do not belong together, "
+                "tokenize again"
+            )
         num_views = self.manifest.num_views
         for name in ("codes.npy", "views.npy"):
             if name not in members:
                 raise UserError(f"{place}: has no {name}; make the token shard again")
-        codes = read_npy(members["codes.npy"], what=f"{place}.codes.npy", dtype=np.uint16, shape=(num_views, self._num_patches), row=view)
-        views = read_npy(members["views.npy"], what=f"{place}.views.npy", dtype=np.float32, shape=(num_views, len(VIEW_COLUMNS)), row=view)
+        codes = read_npy(
+            members["codes.npy"],
+            what=f"{place}.codes.npy",
+            dtype=np.uint16,
+            shape=(num_views, self._num_patches),
+            row=view,
+        )
+        views = read_npy(
+            members["views.npy"],
+            what=f"{place}.views.npy",
+            dtype=np.float32,
+            shape=(num_views, len(VIEW_COLUMNS)),
+            row=view,
+        )
         if codes.max(initial=0) >= self.manifest.num_codes:
-            raise UserError(f"{place}.codes.npy: code {codes.max()} in a vocabulary of {self.manifest.num_codes}; make the token shard again")
+            raise UserError(
+                f"{place}.codes.npy: code {codes.max()} in a vocabulary of {self.manifest.num_codes}; make "
+                "the token shard again"
+            )
         fault = fault_of_views(views, first=view or 0)
         if fault:
             raise UserError(f"{place}.views.npy: {fault}; make the token shard again")
@@ -202,10 +303,19 @@ class TokenSet:
         if self._soft:
             shape = (num_views, self._num_patches, self.manifest.topk)
             for name, dtype in (("topk_codes", np.uint16), ("topk_probs", np.float16)):
-                soft[name] = read_npy(members.get(f"{name}.npy", b""), what=f"{place}.{name}.npy", dtype=dtype, shape=shape, row=view)
+                soft[name] = read_npy(
+                    members.get(f"{name}.npy", b""), what=f"{place}.{name}.npy", dtype=dtype, shape=shape, row=view
+                )
             if soft["topk_codes"].max(initial=0) >= self.manifest.num_codes:
-                raise UserError(f"{place}.topk_codes.npy: code {soft['topk_codes'].max()} in a vocabulary of {self.manifest.num_codes}; make the token shard again")
-            if not ((soft["topk_probs"] >= 0) & (soft["topk_probs"] <= 1)).all() or not soft["topk_probs"].any(axis=-1).all():  # NaN is neither
+                raise UserError(
+                    f"{place}.topk_codes.npy: code {soft['topk_codes'].max()} in a vocabulary of "
+                    f"{self.manifest.num_codes}; make the token shard again"
+                )
+            # NaN is neither
+            if (
+                not ((soft["topk_probs"] >= 0) & (soft["topk_probs"] <= 1)).all()
+                or not soft["topk_probs"].any(axis=-1).all()
+            ):
                 raise UserError(f"{place}.topk_probs.npy: holds what is no probability; make the token shard again")
             if (np.diff(np.sort(soft["topk_codes"], axis=-1), axis=-1) == 0).any():
                 raise UserError(f"{place}.topk_codes.npy: names a code twice for one patch; make the token shard again")

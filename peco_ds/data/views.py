@@ -1,10 +1,13 @@
 """Paired crops: what the backbone sees and what the tokenizer saw.
 
-A view is a row of numbers (`schema.VIEW_COLUMNS`), drawn once and recorded. From the row both crops come out of the source
-picture: same box, same flip, same colour jitter, each at its own size. Crops are cut and resized once to uint8 on the CPU; jitter runs on whole
-batches on the device, in integer steps, so a replayed crop equals the recorded one pixel for pixel whatever the batch.
+A view is a row of numbers (`schema.VIEW_COLUMNS`), drawn once and recorded. From the row both crops come out of the
+source
+picture: same box, same flip, same colour jitter, each at its own size. Crops are cut and resized once to uint8 on the
+CPU; jitter runs on whole batches on the device, in integer steps, so a replayed crop equals the recorded one pixel for
+pixel whatever the batch.
 
-Source: BEiT's two-view transform (arXiv 2106.08254; released `datasets.py`). One difference, for speed: BEiT jitters the whole picture
+Source: BEiT's two-view transform (arXiv 2106.08254; released `datasets.py`). One difference, for speed: BEiT jitters
+    the whole picture
 before it cuts, here the cut is jittered, so contrast pivots on the mean grey of the crop and not of the picture.
 """
 
@@ -30,11 +33,15 @@ _FACTORS = slice(VIEW_COLUMNS.index("brightness"), VIEW_COLUMNS.index("saturatio
 _ORDER = VIEW_COLUMNS.index("jitter_order")
 
 
-def draw_view(height: int, width: int, *, seed: int, sample: int, view: int, scale, ratio, flip: float, color_jitter: float) -> np.ndarray:
+def draw_view(
+    height: int, width: int, *, seed: int, sample: int, view: int, scale, ratio, flip: float, color_jitter: float
+) -> np.ndarray:
     """One view of one picture, as a pure function of (seed, sample, view).
 
     Args:
-        height, width: of the upright source picture, px.  scale: (low, high) share of its area.  ratio: (low, high) aspect,
+        height, width: of the upright source picture, px.
+        scale: (low, high) share of its area.
+        ratio: (low, high) aspect,
         log-uniform.  flip: probability.  color_jitter: factors are uniform in [1 - j, 1 + j].
     Returns: float32 [len(VIEW_COLUMNS)].
     Source: random resized crop as torchvision's (ten tries, then the central crop of the nearest allowed aspect).
@@ -68,7 +75,9 @@ def center_view(height: int, width: int) -> np.ndarray:
 
 
 def fault_of_views(rows: np.ndarray, first: int = 0) -> str:
-    """What recorded rows [K, len(VIEW_COLUMNS)] hold that `draw_view` never draws; "" if there is nothing. All zeros is a picture that could not be read.
+    """What recorded rows [K, len(VIEW_COLUMNS)] hold that `draw_view` never draws; "" if there is nothing.
+
+    All zeros is a picture that could not be read.
 
     Args:
         first: number of the first row's view.
@@ -82,7 +91,10 @@ def fault_of_views(rows: np.ndarray, first: int = 0) -> str:
         if not all(value.is_integer() for value in row[_BOX]) or min(top, left) < 0 or min(height, width) < 1:
             return f"view {number} has the box {row[_BOX]}, which is in no picture"
         if row[_FLIP] not in (0, 1) or row[_ORDER] not in range(len(_JITTER_ORDERS)) or min(row[_FACTORS]) < 0:
-            return f"view {number} has flip {row[_FLIP]:g}, factors {row[_FACTORS]} and jitter order {row[_ORDER]:g}, which no view has"
+            return (
+                f"view {number} has flip {row[_FLIP]:g}, factors {row[_FACTORS]} and jitter order "
+                f"{row[_ORDER]:g}, which no view has"
+            )
     return ""
 
 
@@ -90,27 +102,34 @@ def cut(image: torch.Tensor, row: np.ndarray, size_px: int, interpolation: str =
     """Box, antialiased resize, flip; jitter is `jitter`'s.
 
     Args:
-        image: uint8 [3, H, W].  row: a view.  interpolation: "bicubic", torch's on uint8; or "lanczos", which torch has not and Pillow does.
+        image: uint8 [3, H, W].
+        row: a view.
+        interpolation: "bicubic", torch's on uint8; or "lanczos", which torch has not and Pillow does.
     Returns: uint8 [3, size_px, size_px], channels last in memory where the picture is, as decoders make it.
     Raises: UserError if the box is not in the picture: the row was recorded of another one.
     """
     top, left, height, width = map(int, row[_BOX].tolist())
     crop = image[:, top : top + height, left : left + width]
     if crop.shape[1:] != (height, width):
-        raise UserError(f"view box {row[_BOX].tolist()} (top, left, height, width) is not in a picture of {image.shape[1]} x {image.shape[2]}: it was recorded of another one; tokenize this image set")
+        raise UserError(
+            f"view box {row[_BOX].tolist()} (top, left, height, width) is not in a picture of "
+            f"{image.shape[1]} x {image.shape[2]}: it was recorded of another one; tokenize this image set"
+        )
     if (height, width) != (size_px, size_px):
         crop = _RESIZE[interpolation](crop, size_px)
     return crop.flip(-1) if row[_FLIP] else crop
 
 
 def room_for_cuts(count: int, size_px: int) -> torch.Tensor:
-    """uint8 [count, 3, size_px, size_px], not filled, channels last in memory: the device turns them into planes while it makes numbers of the pixels, at no cost; here it would
+    """uint8 [count, 3, size_px, size_px], not filled, channels last in memory: the device turns them into planes while
+    it makes numbers of the pixels, at no cost; here it would
     take a tenth of a worker's time."""
     return torch.empty(count, size_px, size_px, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
 def _bicubic(crop: torch.Tensor, size_px: int) -> torch.Tensor:
-    # The picture axis is put before the rows, not before the channels: torch then sees that the channels are last, and leaves them there.
+    # The picture axis is put before the rows, not before the channels: torch then sees that the channels are last, and
+    # leaves them there.
     one = crop.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return F.interpolate(one, size=(size_px, size_px), mode="bicubic", antialias=True)[0]
 
@@ -127,10 +146,11 @@ def jitter(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Brightness, contrast and saturation of each picture in its own recorded order.
 
     Args:
-        images: uint8 [B, 3, S, S] on any device.  rows: float32 [B, len(VIEW_COLUMNS)] on the CPU, so that looking at them waits for nothing; pinned, so that their copy
-            does not either.
-    Returns: uint8 [B, 3, S, S]. Each of the three steps ends in uint8, as the reference on PIL pictures does, so no rounding of a batched
-        reduction can leak into a pixel.
+        images: uint8 [B, 3, S, S] on any device.
+        rows: float32 [B, len(VIEW_COLUMNS)] on the CPU, so that looking at them waits for nothing; pinned, so that
+            their copy does not either.
+    Returns: uint8 [B, 3, S, S]. Each of the three steps ends in uint8, as the reference on PIL pictures does, so no
+        rounding of a batched reduction can leak into a pixel.
     """
     if bool((rows[:, _FACTORS] == 1).all()):
         return images
@@ -141,9 +161,12 @@ def jitter(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     for place in range(3):
         operation = orders[:, place].view(-1, 1, 1, 1)
         factor = factors[:, place].view(-1, 1, 1, 1)
-        # ITU-R 601 luma in 16-bit fixed point. No sum exceeds 2^24, up to which float32 holds every whole number: exact, so its mean is the same on every device and in every batch.
+        # ITU-R 601 luma in 16-bit fixed point. No sum exceeds 2^24, up to which float32 holds every whole number:
+        # exact, so its mean is the same on every device and in every batch.
         red, green, blue = x.unbind(1)
-        grey = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).div_(65536).floor_().unsqueeze(1)
+        grey = (
+            (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).div_(65536).floor_().unsqueeze(1)
+        )
         mean = (grey.sum(dim=(1, 2, 3), dtype=torch.float64) / grey[0].numel() + 0.5).floor().float().view(-1, 1, 1, 1)
         pivot = torch.where(operation == 2, grey, torch.where(operation == 1, mean, 0.0))
         x = (x - pivot).mul_(factor).add_(pivot).clamp_(0, 255).floor_()

@@ -13,14 +13,16 @@ from typing import BinaryIO
 
 @contextmanager
 def draft(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path`, open for writing under a temporary name (`file.name`) that no other process has, and locked for as long as its writer lives.
+    """A file beside `path`, open for writing under a temporary name (`file.name`) that no other process has, and locked
+    for as long as its writer lives.
 
     Whoever opens it makes it durable (`flush_to_disk`) and renames it; what is still there at the end is removed.
     """
     while True:
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
         with open(temporary, "xb") as file:
-            if _lock(file, wait=False) is False or not temporary.exists():  # taken for a leftover in the moment before it was locked
+            # taken for a leftover in the moment before it was locked
+            if _lock(file, wait=False) is False or not temporary.exists():
                 continue
             try:
                 yield file
@@ -63,7 +65,8 @@ def alone(lock_path: Path, *, wait: bool) -> Iterator[bool]:
             yield _lock(file, wait=wait) is not False
         finally:
             with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile: it holds the file too
+                # closing is not enough where a process was forked meanwhile: it holds the file too
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _lock(file, *, wait: bool) -> bool | None:

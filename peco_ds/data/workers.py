@@ -1,4 +1,7 @@
-"""Batches made in worker processes, in a given order; a worker that dies is replaced, and no batch is lost or changes."""
+"""Batches made in worker processes, in a given order.
+
+A worker that dies is replaced, and no batch is lost or changes.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ from peco_ds.errors import UserError
 
 logger = logging.getLogger("peco_ds")
 
-# Answered by saving and leaving with exit code 75: Slurm's warning, the usual request to end, Ctrl-C, a terminal that was closed.
+# Answered by saving and leaving with exit code 75: Slurm's warning, the usual request to end, Ctrl-C, a terminal that
+# was closed.
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -30,18 +34,24 @@ STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class RawBatch:
     """A batch as it leaves a worker."""
 
-    cuts: dict[object, torch.Tensor] = field(default_factory=dict)  # what the maker calls a size -> uint8 [B, 3, size, size], in any memory format
+    # what the maker calls a size -> uint8 [B, 3, size, size], in any memory format
+    cuts: dict[object, torch.Tensor] = field(default_factory=dict)
     rows: torch.Tensor | None = None  # float32 [B, len(VIEW_COLUMNS)]
     masked: torch.Tensor | None = None
-    stored: tuple[torch.Tensor, ...] = ()  # of token records: int64 [B, N]; where soft codes are asked for also int64 [B, N, T] and float32 [B, N, T]
-    labels: torch.Tensor | None = None  # int64 [B]; -1: this row only fills the batch up
-    samples: torch.Tensor | None = None  # int64 [B], global sample numbers; -1 as above
-    slice_number: int = 0  # of the run: which batch of this size it is, counted over all ranks
+    # of token records: int64 [B, N]; where soft codes are asked for also int64 [B, N, T] and float32 [B, N, T]
+    stored: tuple[torch.Tensor, ...] = ()
+    # int64 [B]; -1: this row only fills the batch up
+    labels: torch.Tensor | None = None
+    # int64 [B], global sample numbers; -1 as above
+    samples: torch.Tensor | None = None
+    # of the run: which batch of this size it is, counted over all ranks
+    slice_number: int = 0
     keys: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
-    error: str = ""  # a UserError raised in the worker; raised again, in one line, in the main process
+    # a UserError raised in the worker; raised again, in one line, in the main process
+    error: str = ""
 
-    def pin_memory(self) -> "RawBatch":
+    def pin_memory(self) -> RawBatch:
         self.cuts = {size: images.pin_memory() for size, images in self.cuts.items()}
         self.stored = tuple(values.pin_memory() for values in self.stored)
         for name in ("rows", "masked", "labels", "samples"):
@@ -66,20 +76,29 @@ class _Dataset(Dataset):
             return RawBatch(error=f"{error.filename or 'reading the data'}: {error.strerror}")
 
 
-MAX_WORKER_DEATHS = 3  # this many with fewer than WORKER_STRETCH batches from one to the next end the run
+# this many with fewer than WORKER_STRETCH batches from one to the next end the run
+MAX_WORKER_DEATHS = 3
 WORKER_STRETCH = 100
 _DEATHS = {  # signal -> likely reason, remedy
-    signal.SIGKILL: ("most often the system had run out of memory", "lower data.num_workers or give the job more memory"),
+    signal.SIGKILL: (
+        "most often the system had run out of memory",
+        "lower data.num_workers or give the job more memory",
+    ),
     signal.SIGBUS: ("most often shared memory, /dev/shm, is full", "lower data.num_workers or enlarge /dev/shm"),
-    signal.SIGSEGV: ("a crash inside a native decoder", "find the picture and repair it, or run with data.num_workers=0 to see more"),
+    signal.SIGSEGV: (
+        "a crash inside a native decoder",
+        "find the picture and repair it, or run with data.num_workers=0 to see more",
+    ),
 }
 
 
-def load_raw(make: Callable[[np.ndarray], RawBatch], places: Iterable[np.ndarray], num_workers: int, *, pin: bool = False) -> Iterator[RawBatch]:
+def load_raw(
+    make: Callable[[np.ndarray], RawBatch], places: Iterable[np.ndarray], num_workers: int, *, pin: bool = False
+) -> Iterator[RawBatch]:
     """Batches made in `num_workers` processes (0: in this one), in the order of `places` (arrays, one a batch).
 
-    A worker that dies (out of memory, a crash) costs time and nothing else: all are started again from the first batch that was not handed out.
-    No global random generator of this process is drawn from.
+    A worker that dies (out of memory, a crash) costs time and nothing else: all are started again from the first batch
+    that was not handed out. No global random generator of this process is drawn from.
 
     Args:
         pin: copy the batches to page-locked memory, from which a GPU fetches them while the host goes on.
@@ -104,9 +123,14 @@ def load_raw(make: Callable[[np.ndarray], RawBatch], places: Iterable[np.ndarray
         if died is None:
             return
         deaths, handed_out = (1 if handed_out >= WORKER_STRETCH else deaths + 1), 0
-        reason, remedy = _DEATHS.get(-died[0], ("no reason is known", "lower data.num_workers, or look into the system's log"))
+        reason, remedy = _DEATHS.get(
+            -died[0], ("no reason is known", "lower data.num_workers, or look into the system's log")
+        )
         if deaths >= MAX_WORKER_DEATHS:
-            raise UserError(f"data.num_workers {num_workers}: {deaths} loader workers died in a row, last {died[1]}: {reason}; {remedy}")
+            raise UserError(
+                f"data.num_workers {num_workers}: {deaths} loader workers died in a row, last {died[1]}: "
+                f"{reason}; {remedy}"
+            )
         logger.warning("%s: %s; workers are started again where they were, no batch is lost", died[1], reason)
 
 
@@ -115,7 +139,8 @@ class _Places:
 
     def __init__(self, places: Iterable[np.ndarray]) -> None:
         self._rest = iter(places)
-        self._given: deque[np.ndarray] = deque()  # to workers; their batches have not come back, or not in turn
+        # to workers; their batches have not come back, or not in turn
+        self._given: deque[np.ndarray] = deque()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         yield from list(self._given)
@@ -137,8 +162,8 @@ class _WorkerDied(Exception):
 class _Workers:
     """One set of worker processes at work on `places`; with num_workers 0, this process.
 
-    torch raises the death of a worker from a handler of SIGCHLD, wherever the main thread is at that moment: in a backward pass, in a save. Here it is
-    raised only where a batch is waited for.
+    torch raises the death of a worker from a handler of SIGCHLD, wherever the main thread is at that moment: in a
+    backward pass, in a save. Here it is raised only where a batch is waited for.
     """
 
     def __init__(self, make: Callable[[np.ndarray], RawBatch], places: _Places, num_workers: int, pin: bool) -> None:
@@ -150,7 +175,8 @@ class _Workers:
             pin_memory=pin,
             worker_init_fn=_start_worker if num_workers else None,
             prefetch_factor=2 if num_workers else None,
-            generator=torch.Generator(),  # without one the loader draws from the global generator, and a resumed run would drop other paths
+            # without one the loader draws from the global generator, and a resumed run would drop other paths
+            generator=torch.Generator(),
         )
         self._since = time.time()
         others = set(multiprocessing.active_children())
@@ -170,14 +196,17 @@ class _Workers:
             except _WorkerDied:
                 raise
             except Exception:
-                # What a batch breaks on that a dead worker left half sent has many types; the process may take a moment to be gone.
+                # What a batch breaks on that a dead worker left half sent has many types; the process may take a moment
+                # to be gone.
                 self._raise_if_one_died(within_s=1.0, any_exit=True)
                 raise
             yield raw
 
     @contextmanager
     def _woken_by_a_death(self) -> Iterator[None]:
-        """Without the signal torch would look after its workers only every five seconds, and wait for ever for the rest of a half-sent batch."""
+        """Without the signal torch would look after its workers only every five seconds, and wait for ever for the rest
+        of a half-sent batch.
+        """
         self._raise_if_one_died()
         if not self._processes or not _in_main_thread():
             yield
@@ -212,12 +241,16 @@ class _Workers:
 
 
 def _unlink_shared_memory_of(pid: int, since: float) -> None:
-    """Files that torch names after their maker: one killed between the making of a file and its unlinking leaves it in memory until the next reboot."""
+    """Files that torch names after their maker: one killed between the making of a file and its unlinking leaves it in
+    memory until the next reboot.
+    """
     for file in Path("/dev/shm").glob(f"torch_{pid}_*"):
         with suppress(FileNotFoundError):
             found = file.stat()
-            if found.st_uid == os.getuid() and found.st_ctime >= since - 1:  # containers may share the folder and count processes for themselves
-                file.unlink()  # batches that were handed out are mapped, and stay
+            # containers may share the folder and count processes for themselves
+            if found.st_uid == os.getuid() and found.st_ctime >= since - 1:
+                # batches that were handed out are mapped, and stay
+                file.unlink()
 
 
 def _in_main_thread() -> bool:
@@ -225,7 +258,9 @@ def _in_main_thread() -> bool:
 
 
 def _start_worker(_worker: int) -> None:
-    torch.set_num_threads(1)  # workers are the parallelism; more threads would fight over the same cores
-    # Slurm signals every process of a step. The loop answers and ends its workers; one that died of the signal would end the loop.
+    # workers are the parallelism; more threads would fight over the same cores
+    torch.set_num_threads(1)
+    # Slurm signals every process of a step. The loop answers and ends its workers; one that died of the signal would
+    # end the loop.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -11,16 +11,23 @@ from torchmetrics.classification import MulticlassAccuracy
 
 
 @torch.no_grad()
-def classification_quality(forward: Callable[[torch.Tensor], torch.Tensor], batches: Iterable, *, num_classes: int, device: torch.device) -> dict[str, float]:
+def classification_quality(
+    forward: Callable[[torch.Tensor], torch.Tensor], batches: Iterable, *, num_classes: int, device: torch.device
+) -> dict[str, float]:
     """Collective: torchmetrics sums the counts over the ranks of the process group, if there is one.
 
     Args:
         forward: images_norm [B, 3, S, S] -> logits [B, C].
         batches: have `.images_norm` and `.labels` (int64 [B], -1 where a row only fills the batch up).
-    Returns: top1, top5 (percent; of fewer than five classes: top-C), loss (cross-entropy), pictures (how many were counted).
+    Returns: top1, top5 (percent; of fewer than five classes: top-C), loss (cross-entropy), pictures (how many were
+        counted).
     """
-    accuracies = {f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
-    metrics = MetricCollection({**accuracies, "loss": MeanMetric(nan_strategy="disable"), "pictures": SumMetric()}, compute_groups=False).to(device)
+    accuracies = {
+        f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)
+    }
+    metrics = MetricCollection(
+        {**accuracies, "loss": MeanMetric(nan_strategy="disable"), "pictures": SumMetric()}, compute_groups=False
+    ).to(device)
     for batch in batches:
         logits = forward(batch.images_norm).float()
         real = batch.labels >= 0
@@ -31,4 +38,9 @@ def classification_quality(forward: Callable[[torch.Tensor], torch.Tensor], batc
             metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
             metrics["pictures"].update(len(labels))
     values = {name: float(value) for name, value in metrics.compute().items()}
-    return {"top1": round(100 * values["top1"], 4), "top5": round(100 * values["top5"], 4), "loss": values["loss"], "pictures": int(values["pictures"])}
+    return {
+        "top1": round(100 * values["top1"], 4),
+        "top5": round(100 * values["top5"], 4),
+        "loss": values["loss"],
+        "pictures": int(values["pictures"]),
+    }

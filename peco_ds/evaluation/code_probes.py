@@ -1,7 +1,7 @@
 """Pictures as nothing but their codes: what a classifier can read off the tokens themselves.
 
-PeCo classifies pictures straight from code vectors to show how much meaning its tokens carry. The text of that experiment leaves the pooling open; two
-plain ones are taken here, and both are reported.
+PeCo classifies pictures straight from code vectors to show how much meaning its tokens carry. The text of that
+experiment leaves the pooling open; two plain ones are taken here, and both are reported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def bag_of_codes(codes: torch.Tensor, num_codes: int, device: torch.device) -> C
     return rows
 
 
-def mean_code_vector(codes: torch.Tensor, vectors: torch.Tensor, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+def mean_code_vector(
+    codes: torch.Tensor, vectors: torch.Tensor, device: torch.device
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """The mean of a picture's code vectors.
 
     Args:

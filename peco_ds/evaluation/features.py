@@ -34,17 +34,27 @@ def feature_bytes(width: int, pooling: str, *, num_blocks: int, num_pictures: in
 
 
 @torch.no_grad()
-def pooled_features(backbone: Beit, images_norm: torch.Tensor, blocks: tuple[int, ...], pooling: Literal["class_mean", "class", "mean"]) -> list[torch.Tensor]:
+def pooled_features(
+    backbone: Beit, images_norm: torch.Tensor, blocks: tuple[int, ...], pooling: Literal["class_mean", "class", "mean"]
+) -> list[torch.Tensor]:
     """What a linear classifier sees of a frozen backbone.
 
     Args:
-        images_norm: [B, 3, S, S].  blocks: counted from 1, increasing; the residual stream after them, without the final norm.
-        pooling: class_mean: class token beside the mean patch token; class: the class token; mean: the mean patch token.
+        images_norm: [B, 3, S, S].
+        blocks: counted from 1, increasing; the residual stream after them, without the final norm.
+        pooling: class_mean: class token beside the mean patch token; class: the class token; mean: the mean patch
+            token.
     Returns: one float32 [B, F] a block, F = 2 D or D.
     Source: BEiT (arXiv 2106.08254), linear probe: class token and mean patch token of every layer.
     """
     tokens = backbone.forward_intermediates(
-        images_norm, indices=[number - 1 for number in blocks], return_prefix_tokens=True, norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True
+        images_norm,
+        indices=[number - 1 for number in blocks],
+        return_prefix_tokens=True,
+        norm=False,
+        stop_early=True,
+        output_fmt="NLC",
+        intermediates_only=True,
     )
     pooled = []
     for patches, prefix in tokens:
@@ -54,7 +64,8 @@ def pooled_features(backbone: Beit, images_norm: torch.Tensor, blocks: tuple[int
 
 
 class FeatureFiles:
-    """A folder of features: `<split>_block_NN.npy` float16 [n, F] and `<split>_labels.npy` int64 [n], rows in the order of the samples.
+    """A folder of features: `<split>_block_NN.npy` float16 [n, F] and `<split>_labels.npy` int64 [n], rows in the order
+    of the samples.
 
     manifest.json appears last and says what the features were made from, so a folder with one is whole.
 
@@ -62,8 +73,16 @@ class FeatureFiles:
         made_from: JSON-able; all that decides the numbers (pictures, weights, settings).  sizes: split -> n.  width: F.
     """
 
-    def __init__(self, folder: Path, made_from: dict, *, blocks: tuple[int, ...], sizes: dict[str, int], width: int) -> None:
-        self.folder, self._made_from, self._blocks, self._sizes, self._width = Path(folder), made_from, blocks, sizes, width
+    def __init__(
+        self, folder: Path, made_from: dict, *, blocks: tuple[int, ...], sizes: dict[str, int], width: int
+    ) -> None:
+        self.folder, self._made_from, self._blocks, self._sizes, self._width = (
+            Path(folder),
+            made_from,
+            blocks,
+            sizes,
+            width,
+        )
         self.fingerprint = sha256_of_json(made_from)
 
     def state(self) -> Literal["whole", "absent", "other"]:
@@ -75,10 +94,18 @@ class FeatureFiles:
             manifest = read_json(path)
         except ValueError:
             return "other"
-        files = [self._path(split, name) for split in self._sizes for name in ("labels", *map(self._block_name, self._blocks))]
+        files = [
+            self._path(split, name)
+            for split in self._sizes
+            for name in ("labels", *map(self._block_name, self._blocks))
+        ]
         if not isinstance(manifest, dict):
             return "other"
-        return "whole" if manifest.get("fingerprint") == self.fingerprint and all(path.is_file() for path in files) else "other"
+        return (
+            "whole"
+            if manifest.get("fingerprint") == self.fingerprint and all(path.is_file() for path in files)
+            else "other"
+        )
 
     def create(self) -> None:
         """Make the files in full size, their rows to be written by all ranks. One rank calls it.
@@ -88,13 +115,21 @@ class FeatureFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in (self.folder / MANIFEST_NAME, *self.folder.glob("*.npy")):
             path.unlink(missing_ok=True)
-        needed, free = np.dtype(STORED).itemsize * self._width * len(self._blocks) * sum(self._sizes.values()), shutil.disk_usage(self.folder).free
+        needed, free = (
+            np.dtype(STORED).itemsize * self._width * len(self._blocks) * sum(self._sizes.values()),
+            shutil.disk_usage(self.folder).free,
+        )
         if needed > free:
-            raise UserError(f"{self.folder}: the features take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; give another --out, or fewer blocks in probe.blocks")
+            raise UserError(
+                f"{self.folder}: the features take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+                "give another --out, or fewer blocks in probe.blocks"
+            )
         for split, number in self._sizes.items():
             np.lib.format.open_memmap(self._path(split, "labels"), "w+", np.int64, (number,)).flush()
             for block in self._blocks:
-                np.lib.format.open_memmap(self._path(split, self._block_name(block)), "w+", STORED, (number, self._width)).flush()
+                np.lib.format.open_memmap(
+                    self._path(split, self._block_name(block)), "w+", STORED, (number, self._width)
+                ).flush()
 
     def write(self, split: str, rows: Iterable[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]) -> None:
         """Write rows of any number of pictures, in any order.
@@ -102,7 +137,8 @@ class FeatureFiles:
         Args:
             rows: samples int64 [b], labels int64 [b], and float16 [b, F] a block.
         """
-        # Written, not mapped: ranks on several nodes write rows of one memory page, and over NFS a mapped page goes back as a whole.
+        # Written, not mapped: ranks on several nodes write rows of one memory page, and over NFS a mapped page goes
+        # back as a whole.
         names = ("labels", *map(self._block_name, self._blocks))
         starts = [np.load(self._path(split, name), mmap_mode="r").offset for name in names]
         files = [os.open(self._path(split, name), os.O_WRONLY) for name in names]
@@ -113,7 +149,9 @@ class FeatureFiles:
                 for file, start, values in zip(files, starts, (labels, *features)):
                     row_bytes = values[:1].nbytes
                     for chosen in np.split(order, borders) if len(order) else ():
-                        os.pwrite(file, np.ascontiguousarray(values[chosen]).data, start + int(samples[chosen[0]]) * row_bytes)
+                        os.pwrite(
+                            file, np.ascontiguousarray(values[chosen]).data, start + int(samples[chosen[0]]) * row_bytes
+                        )
             for file in files:
                 os.fsync(file)
         finally:
@@ -135,11 +173,19 @@ class FeatureFiles:
     def _read(self, split: str, name: str, shape: tuple[int, ...], dtype) -> np.ndarray:
         path = self._path(split, name)
         try:
-            array = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write, so that torch may have it
-        except Exception as error:  # the header is a Python literal, and its reader stumbles over others in many ways
-            raise UserError(f"{path}: not an .npy array ({' '.join(str(error).split())[:120]}); remove {self.folder / MANIFEST_NAME} and start again") from None
+            # copy on write, so that torch may have it
+            array = np.load(path, mmap_mode="c", allow_pickle=False)
+        except Exception as error:
+            # the header is a Python literal, and its reader stumbles over others in many ways
+            raise UserError(
+                f"{path}: not an .npy array ({' '.join(str(error).split())[:120]}); remove "
+                f"{self.folder / MANIFEST_NAME} and start again"
+            ) from None
         if array.shape != shape or array.dtype != dtype:
-            raise UserError(f"{path}: {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; remove {self.folder / MANIFEST_NAME} and start again")
+            raise UserError(
+                f"{path}: {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; remove "
+                f"{self.folder / MANIFEST_NAME} and start again"
+            )
         return array
 
     def _path(self, split: str, name: str) -> Path:
@@ -154,7 +200,14 @@ class Stopped(Exception):
 
 
 def take_features(
-    backbone: Beit, batches: Iterable, *, blocks: tuple[int, ...], pooling: str, precision: Literal["bf16", "fp32"], device: torch.device, stop_requested: Callable[[], bool]
+    backbone: Beit,
+    batches: Iterable,
+    *,
+    blocks: tuple[int, ...],
+    pooling: str,
+    precision: Literal["bf16", "fp32"],
+    device: torch.device,
+    stop_requested: Callable[[], bool],
 ):
     """Features of this rank's pictures, for `FeatureFiles.write`. Collective where `stop_requested` is.
 
@@ -172,12 +225,19 @@ def take_features(
         real = batch.samples >= 0
         stacked = torch.stack(features)[:, real]
         if not bool(torch.isfinite(stacked).all()):
-            raise UserError(f"the backbone gives values that are not finite in {precision}; set probe.precision=fp32, or check the weights")
+            raise UserError(
+                f"the backbone gives values that are not finite in {precision}; set probe.precision=fp32, or "
+                "check the weights"
+            )
         clipped += int((stacked.abs() > LARGEST).sum())
         halves = stacked.clamp(-LARGEST, LARGEST).half().cpu().numpy()
         yield batch.samples[real].cpu().numpy(), batch.labels[real].cpu().numpy(), list(halves)
     if clipped:
-        logger.warning("%d feature values beyond %.0f were clipped to it, the largest that a file of features holds", clipped, LARGEST)
+        logger.warning(
+            "%d feature values beyond %.0f were clipped to it, the largest that a file of features holds",
+            clipped,
+            LARGEST,
+        )
 
 
 def rows_of(features: torch.Tensor, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

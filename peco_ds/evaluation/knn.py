@@ -27,18 +27,24 @@ def knn_top1(
 
     Args:
         train_rows, val_rows: int64 [b] -> float32 [b, F] on `device`.  train_labels: int64 [n].  val_labels: int64 [m].
-        ks: more than n count as n.  chunk: pictures of either set in one matrix of similarities, which is all that memory depends on beside val.
+        ks: more than n count as n.
+        chunk: pictures of either set in one matrix of similarities, which is all that memory depends on beside val.
     Source: DINO (arXiv 2104.14294), after Wu et al. (arXiv 1805.01978).
     """
     most = min(max(ks), len(train_labels))
     similarity = torch.empty(len(val_labels), 0, device=device)
     labels = torch.empty(len(val_labels), 0, dtype=torch.int64, device=device)
     val_unit = torch.cat([F.normalize(val_rows(index), dim=1) for index in torch.arange(len(val_labels)).split(chunk)])
-    for index in torch.arange(len(train_labels)).split(chunk):  # the training set is read once, whatever the size of val
+    # the training set is read once, whatever the size of val
+    for index in torch.arange(len(train_labels)).split(chunk):
         train_unit, candidates = F.normalize(train_rows(index), dim=1), train_labels[index].to(device)
-        kept = [_nearest(unit @ train_unit.t(), candidates, near, of, most) for unit, near, of in zip(val_unit.split(chunk), similarity.split(chunk), labels.split(chunk))]
+        kept = [
+            _nearest(unit @ train_unit.t(), candidates, near, of, most)
+            for unit, near, of in zip(val_unit.split(chunk), similarity.split(chunk), labels.split(chunk))
+        ]
         similarity, labels = (torch.cat(parts) for parts in zip(*kept))
-    weights = torch.exp((similarity - similarity[:, :1]) / temperature)  # relative to the nearest: the same votes, and no overflow
+    # relative to the nearest: the same votes, and no overflow
+    weights = torch.exp((similarity - similarity[:, :1]) / temperature)
     truth = val_labels.to(device)
     found = {}
     for k in ks:
@@ -47,7 +53,9 @@ def knn_top1(
     return found
 
 
-def _nearest(similarity: torch.Tensor, candidates: torch.Tensor, best: torch.Tensor, best_labels: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _nearest(
+    similarity: torch.Tensor, candidates: torch.Tensor, best: torch.Tensor, best_labels: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The `most` nearest of what was kept so far and a chunk's candidates, nearest first."""
     similarity = torch.cat([best, similarity], dim=1)
     values, places = similarity.topk(min(most, similarity.shape[1]), dim=1)

@@ -1,4 +1,6 @@
-"""Linear classifiers (and, beside them, nearest neighbours) on frozen features: one for every learning rate, side by side in one tensor, so that a pass over the features trains them all."""
+"""Linear classifiers (and, beside them, nearest neighbours) on frozen features: one for every learning rate, side by
+side in one tensor, so that a pass over the features trains them all.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class LinearProbes(NamedTuple):
     weight: torch.Tensor  # float32 [R, C, F]
     bias: torch.Tensor  # float32 [R, C]
     mean: torch.Tensor  # float32 [F], of the training set
-    scale: torch.Tensor  # float32 [F], one over its standard deviation
+    # float32 [F], one over its standard deviation
+    scale: torch.Tensor
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """float32 [b, F] -> [b, R, C]."""
@@ -32,7 +35,10 @@ class LinearProbes(NamedTuple):
 
 @torch.no_grad()
 def standardisation(rows: Callable, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and one over the standard deviation of every feature, float32 [F]; a feature that never changes gets 0 for the latter."""
+    """Mean and one over the standard deviation of every feature, float32 [F].
+
+    A feature that never changes gets 0 for the latter.
+    """
     total = squares = 0.0
     for index in torch.arange(num_rows).split(ROWS_AT_ONCE):
         values = rows(index).double()
@@ -58,14 +64,18 @@ def train_linear_probes(
 ) -> LinearProbes:
     """Cross-entropy, AdamW, half a cosine from each rate to 0.
 
-    Every feature is standardised over the training set first, as the parameter-free BatchNorm of MAE's probe does batch by batch: the scale of the
-    residual stream grows with the layer, and without it one rate would not fit two layers. The whole set's statistics depend on no batch. The weights
+    Every feature is standardised over the training set first, as the parameter-free BatchNorm of MAE's probe does batch
+    by batch: the scale of the residual stream grows with the layer, and without it one rate would not fit two layers.
+    The whole set's statistics depend on no batch. The weights
     start at zero: the problem is convex, and no draw has to be named.
 
     Args:
-        rows: int64 [b] on the CPU -> float32 [b, F] on `device`.  labels: int64 [n].  batch: pictures a step; an epoch's last one may be smaller.
+        rows: int64 [b] on the CPU -> float32 [b, F] on `device`.
+        labels: int64 [n].
+        batch: pictures a step; an epoch's last one may be smaller.
         stop: called before every epoch; may raise.
-    Source: BEiT (arXiv 2106.08254), table 9: AdamW, 50 epochs, batch 1024; MAE (arXiv 2111.06377), appendix, for the normalisation.
+    Source: BEiT (arXiv 2106.08254), table 9: AdamW, 50 epochs, batch 1024; MAE (arXiv 2111.06377), appendix, for the
+        normalisation.
     """
     mean, scale = standardisation(rows, len(labels))
     weight = torch.zeros(len(lrs), num_classes, len(mean), device=device, requires_grad=True)
@@ -88,12 +98,16 @@ def train_linear_probes(
         for place, index in enumerate(torch.randperm(len(labels), generator=order).split(batch)):
             step = epoch * steps_an_epoch + place
             for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = cosine_with_warmup(step, peak=peak, floor=0.0, warmup_steps=0, total_steps=epochs * steps_an_epoch)
+                group["lr"] = cosine_with_warmup(
+                    step, peak=peak, floor=0.0, warmup_steps=0, total_steps=epochs * steps_an_epoch
+                )
             weight.grad.zero_()
             bias.grad.zero_()
             logits = probes.logits(rows(index))
             # A sum over the rates: none feels another's gradient.
-            loss = F.cross_entropy(logits.flatten(0, 1), truth[index.to(device)].repeat_interleave(len(lrs)), reduction="sum") / len(index)
+            loss = F.cross_entropy(
+                logits.flatten(0, 1), truth[index.to(device)].repeat_interleave(len(lrs)), reduction="sum"
+            ) / len(index)
             loss.backward()
             optimizer.step()
     return probes._replace(weight=weight.detach(), bias=bias.detach())
@@ -103,7 +117,15 @@ def train_linear_probes(
 def linear_accuracy(probes: LinearProbes, rows: Callable, labels: torch.Tensor) -> list[dict[str, float]]:
     """{"top1", "top5"} in percent, one entry a classifier; of fewer than five classes top5 is top-C. Not collective."""
     num_probes, num_classes = probes.bias.shape
-    accuracies = [{k: MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro", sync_on_compute=False).to(probes.bias.device) for k in (1, 5)} for _ in range(num_probes)]
+    accuracies = [
+        {
+            k: MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro", sync_on_compute=False).to(
+                probes.bias.device
+            )
+            for k in (1, 5)
+        }
+        for _ in range(num_probes)
+    ]
     for index in torch.arange(len(labels)).split(ROWS_AT_ONCE):
         truth = labels[index].to(probes.bias.device)
         for metrics, logits in zip(accuracies, probes.logits(rows(index)).unbind(1)):
@@ -112,7 +134,15 @@ def linear_accuracy(probes: LinearProbes, rows: Callable, labels: torch.Tensor) 
     return [{f"top{k}": 100 * float(metric.compute()) for k, metric in metrics.items()} for metrics in accuracies]
 
 
-def probe(train: tuple[Callable, torch.Tensor], val: tuple[Callable, torch.Tensor], settings: ProbeSettings, *, num_classes: int, device: torch.device, stop: Callable[[], None] = lambda: None) -> dict:
+def probe(
+    train: tuple[Callable, torch.Tensor],
+    val: tuple[Callable, torch.Tensor],
+    settings: ProbeSettings,
+    *,
+    num_classes: int,
+    device: torch.device,
+    stop: Callable[[], None] = lambda: None,
+) -> dict:
     """Linear classifiers and nearest neighbours of one kind of features. Not collective.
 
     Args:
@@ -131,5 +161,16 @@ def probe(train: tuple[Callable, torch.Tensor], val: tuple[Callable, torch.Tenso
         stop=stop,
     )
     linear = [{"lr": lr, **accuracy} for lr, accuracy in zip(settings.lrs, linear_accuracy(probes, *val))]
-    knn = knn_top1(*train, *val, ks=settings.knn_k, temperature=settings.knn_temperature, num_classes=num_classes, device=device) if settings.knn_k else {}
+    knn = (
+        knn_top1(
+            *train,
+            *val,
+            ks=settings.knn_k,
+            temperature=settings.knn_temperature,
+            num_classes=num_classes,
+            device=device,
+        )
+        if settings.knn_k
+        else {}
+    )
     return {"linear": linear, "knn": {str(k): top1 for k, top1 in knn.items()}}

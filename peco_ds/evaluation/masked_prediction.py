@@ -15,7 +15,9 @@ def masked_prediction_columns(model, tokenizer, batch: MaskedBatch, codes: torch
     """Picture | masked | decoded prediction | decoded true tokens.
 
     Args:
-        model: of `build_mim`.  tokenizer: an ImageTokenizer that makes pictures.  batch: B pictures with their hidden patches.
+        model: of `build_mim`.
+        tokenizer: an ImageTokenizer that makes pictures.
+        batch: B pictures with their hidden patches.
         codes: int64 [B, N], the true codes of all patches. The prediction keeps them where the picture is shown.
     Returns: four uint8 [B, 3, S, S] at the backbone's size, on the CPU.
     """
@@ -25,5 +27,8 @@ def masked_prediction_columns(model, tokenizer, batch: MaskedBatch, codes: torch
     hidden = torch.zeros(codes.shape, device=codes.device).scatter_(1, batch.masked, 1.0).view(-1, 1, grid, grid)
     grey_11 = torch.where(F.interpolate(hidden, size=side) > 0, 0.0, pictures_11)
     predicted = codes.scatter(1, batch.masked, model(batch.images_norm, batch.masked).logits.argmax(dim=-1))
-    decoded = [F.interpolate(tokenizer.decode_codes(c, (grid, grid)), size=side, mode="bilinear", antialias=True) for c in (predicted, codes)]
+    decoded = [
+        F.interpolate(tokenizer.decode_codes(c, (grid, grid)), size=side, mode="bilinear", antialias=True)
+        for c in (predicted, codes)
+    ]
     return [to_u8(images).cpu() for images in (pictures_11, grey_11, *decoded)]

@@ -1,4 +1,6 @@
-"""LPIPS with the network's weights from a local file: torchmetrics has the linear weights in its wheel, and would fetch the network from the web."""
+"""LPIPS with the network's weights from a local file: torchmetrics has the linear weights in its wheel, and would fetch
+the network from the web.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torchmetrics.functional.image.lpips import _NoTrainLpips
 from peco_ds.errors import UserError
 from peco_ds.models.weight_files import read_tensor_file
 
-_FEATURES = "features."  # the convolutions of torchvision's AlexNet and VGG; the classifier behind them is not part of LPIPS
+# the convolutions of torchvision's AlexNet and VGG; the classifier behind them is not part of LPIPS
+_FEATURES = "features."
 _FIRST = "0.weight"
 _FIRST_SHAPES = {(64, 3, 11, 11): "alex", (64, 3, 3, 3): "vgg"}
 
@@ -39,16 +42,31 @@ def load_lpips(path: Path) -> Lpips:
     Raises: UserError if the file is not one of these networks.
     Source: Zhang et al. (arXiv 1801.03924).
     """
-    tensors = {name.removeprefix(_FEATURES): tensor for name, tensor in read_tensor_file(path).items() if name.startswith(_FEATURES)}
+    tensors = {
+        name.removeprefix(_FEATURES): tensor
+        for name, tensor in read_tensor_file(path).items()
+        if name.startswith(_FEATURES)
+    }
     name = _FIRST_SHAPES.get(tuple(tensors[_FIRST].shape)) if _FIRST in tensors else None
     if name is None:
-        raise UserError(f"{path}: is neither torchvision's AlexNet nor its VGG16; fetch alexnet-owt-7be5be79.pth or vgg16-397923af.pth from download.pytorch.org/models")
-    net = _NoTrainLpips(net=name, pnet_rand=True)  # "rand": torchvision is not asked for its weights
+        raise UserError(
+            f"{path}: is neither torchvision's AlexNet nor its VGG16; fetch alexnet-owt-7be5be79.pth or "
+            "vgg16-397923af.pth from download.pytorch.org/models"
+        )
+    # "rand": torchvision is not asked for its weights
+    net = _NoTrainLpips(net=name, pnet_rand=True)
     # torchmetrics cuts the network into slices whose layers keep their numbers.
     expected = {key.partition(".")[2]: tensor for key, tensor in net.net.state_dict().items()}
-    wrong = sorted(key for key in expected.keys() | tensors.keys() if key not in expected or key not in tensors or expected[key].shape != tensors[key].shape)
+    wrong = sorted(
+        key
+        for key in expected.keys() | tensors.keys()
+        if key not in expected or key not in tensors or expected[key].shape != tensors[key].shape
+    )
     if wrong:
-        raise UserError(f"{path}: {_FEATURES}{wrong[0]} is missing, unexpected or of another shape than in torchvision's {'AlexNet' if name == 'alex' else 'VGG16'}; give that network's file")
+        raise UserError(
+            f"{path}: {_FEATURES}{wrong[0]} is missing, unexpected or of another shape than in "
+            f"torchvision's {'AlexNet' if name == 'alex' else 'VGG16'}; give that network's file"
+        )
     for key, tensor in expected.items():
         tensor.copy_(tensors[key])
     return Lpips(net, name).eval()

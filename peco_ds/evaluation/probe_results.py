@@ -15,7 +15,8 @@ from peco_ds.schema import read_json, write_json
 
 
 class LayerResults:
-    """One file a layer, so that ranks need not wait for one another and a second start goes on where the first was stopped.
+    """One file a layer, so that ranks need not wait for one another and a second start goes on where the first was
+    stopped.
 
     Args:
         key: a result under another one is not ours.
@@ -42,7 +43,9 @@ class LayerResults:
             found = {}
         if not isinstance(found, dict):  # damaged: the block is measured again
             return None
-        return {name: value for name, value in found.items() if name != "key"} if found.get("key") == self._key else None
+        return (
+            {name: value for name, value in found.items() if name != "key"} if found.get("key") == self._key else None
+        )
 
     def _path(self, block: int) -> Path:
         return self._folder / f"block_{block:02d}.json"
@@ -52,12 +55,21 @@ def table(cfg: ProbeRecipe, layers: list[dict], source: str, image_px: int) -> s
     """Markdown: one row a block, top-1 of every rate and every k."""
     rates, ks = [row["lr"] for row in layers[0]["linear"]], list(layers[0]["knn"])
     heads = ["block", *(f"linear, lr {rate:g}" for rate in rates), *(f"{k}-NN" for k in ks)]
-    rows = [[str(layer["block"]), *(f"{row['top1']:.2f}" for row in layer["linear"]), *(f"{layer['knn'][k]:.2f}" for k in ks)] for layer in layers]
+    rows = [
+        [
+            str(layer["block"]),
+            *(f"{row['top1']:.2f}" for row in layer["linear"]),
+            *(f"{layer['knn'][k]:.2f}" for k in ks),
+        ]
+        for layer in layers
+    ]
     settings = cfg.probe
     lines = [
         f"# {cfg.name}: {source}",
         "",
-        f"Top-1 in percent on `{cfg.data.val_images}`, frozen features ({settings.pooling}, {image_px} px central crops, no augmentation), {settings.epochs} epochs of AdamW at batch {settings.global_batch}.",
+        f"Top-1 in percent on `{cfg.data.val_images}`, frozen features ({settings.pooling}, "
+        f"{image_px} px central crops, no augmentation), {settings.epochs} epochs of AdamW at batch "
+        f"{settings.global_batch}.",
         "",
         *("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)),
     ]
@@ -70,7 +82,13 @@ def plot(path: Path, layers: list[dict], title: str) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for place, row in enumerate(layers[0]["linear"]):
-        axes.plot(blocks, [layer["linear"][place]["top1"] for layer in layers], marker="o", markersize=3, label=f"linear, lr {row['lr']:g}")
+        axes.plot(
+            blocks,
+            [layer["linear"][place]["top1"] for layer in layers],
+            marker="o",
+            markersize=3,
+            label=f"linear, lr {row['lr']:g}",
+        )
     for k in layers[0]["knn"]:
         axes.plot(blocks, [layer["knn"][k] for layer in layers], linestyle="--", label=f"{k}-NN")
     axes.set(xlabel="block", ylabel="top-1 (%)", title=title)

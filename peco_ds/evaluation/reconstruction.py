@@ -1,4 +1,6 @@
-"""How well a tokenizer's round trip keeps a picture, or its teacher's features, and how much of its codebook it uses."""
+"""How well a tokenizer's round trip keeps a picture, or its teacher's features, and how much of its codebook it
+uses.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ class RoundTrip(NamedTuple):
 
 
 def round_trip_of(tokenizer) -> Callable[[torch.Tensor], RoundTrip]:
-    """images_11 [b, 3, S, S] -> codes and, where the tokenizer makes pictures, what it makes of the codes alone. In eval mode."""
+    """images_11 [b, 3, S, S] -> codes and, where the tokenizer makes pictures, what it makes of the codes alone.
+
+    In eval mode.
+    """
     stride = tokenizer.settings.stride_px
 
     def round_trip(images_11: torch.Tensor) -> RoundTrip:
@@ -34,10 +39,12 @@ def round_trip_of(tokenizer) -> Callable[[torch.Tensor], RoundTrip]:
 class CodeSums:
     """Code usage, summed over a rank's pictures: what every tokenizer can be measured by."""
 
-    names: tuple[str, ...] = ()  # of the values that `_measured` gives, averaged over pictures
+    # of the values that `_measured` gives, averaged over pictures
+    names: tuple[str, ...] = ()
 
     def __init__(self, num_codes: int, device: torch.device) -> None:
-        self._sums = torch.zeros(len(self.names) + 1, device=device, dtype=torch.float64)  # the last one counts pictures
+        # the last one counts pictures
+        self._sums = torch.zeros(len(self.names) + 1, device=device, dtype=torch.float64)
         self._counts = torch.zeros(num_codes, device=device, dtype=torch.float64)
 
     @torch.no_grad()
@@ -57,9 +64,15 @@ class CodeSums:
         return []
 
     def result(self, all_reduce: Callable) -> dict[str, float]:
-        """The names, averaged over pictures; codes_used, perplexity (exp of the entropy of the code counts). Collective."""
+        """The names, averaged over pictures; codes_used, perplexity (exp of the entropy of the code counts).
+
+        Collective.
+        """
         *totals, pictures = all_reduce(self._sums).tolist()
-        return {**{name: total / pictures for name, total in zip(self.names, totals)}, **usage(all_reduce(self._counts))}
+        return {
+            **{name: total / pictures for name, total in zip(self.names, totals)},
+            **usage(all_reduce(self._counts)),
+        }
 
 
 class RoundTripSums(CodeSums):
@@ -85,7 +98,9 @@ class RoundTripSums(CodeSums):
 
 
 class CosineSums(CodeSums):
-    """Cosine to a teacher's features, averaged over a picture's patches, beside code usage. `output` has .features [b, N, D] too.
+    """Cosine to a teacher's features, averaged over a picture's patches, beside code usage.
+
+    `output` has .features [b, N, D] too.
 
     Args:
         targets: images_01 [b, 3, S, S] -> [b, N, D], the teacher's.
@@ -98,29 +113,51 @@ class CosineSums(CodeSums):
         self._targets = targets
 
     def _measured(self, originals_01: torch.Tensor, output) -> list[torch.Tensor]:
-        return [torch.nn.functional.cosine_similarity(output.features.float(), self._targets(originals_01).float(), dim=-1).mean(dim=1)]
+        return [
+            torch.nn.functional.cosine_similarity(
+                output.features.float(), self._targets(originals_01).float(), dim=-1
+            ).mean(dim=1)
+        ]
 
 
 def training_sums(tokenizer, device: torch.device, frozen) -> CodeSums:
     """Fresh sums of what a tokenizer learns: round trips, or the teacher's features.
 
     Args:
-        frozen: what it learns from, on the device: of a tokenizer that makes no pictures the teacher, `.targets(images_01) -> [b, N, D]`.
+        frozen: what it learns from, on the device: of a tokenizer that makes no pictures the teacher,
+            `.targets(images_01) -> [b, N, D]`.
     """
     num_codes = tokenizer.settings.num_codes
-    return RoundTripSums(num_codes, device) if tokenizer.makes_pictures else CosineSums(num_codes, device, frozen.targets)
+    return (
+        RoundTripSums(num_codes, device) if tokenizer.makes_pictures else CosineSums(num_codes, device, frozen.targets)
+    )
 
 
 def quality_line(quality: dict[str, float], num_codes: int) -> str:
     """What a `result` says, for one line of text."""
-    told = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.3f}", "lpips": "LPIPS {:.3f}", "cosine": "cosine to the teacher {:.3f}"}
+    told = {
+        "psnr": "PSNR {:.2f} dB",
+        "ssim": "SSIM {:.3f}",
+        "lpips": "LPIPS {:.3f}",
+        "cosine": "cosine to the teacher {:.3f}",
+    }
     measured = [text.format(quality[name]) for name, text in told.items() if name in quality]
-    return ", ".join([*measured, f"{quality['codes_used']} of {num_codes} codes", f"perplexity {quality['perplexity']:.1f}"])
+    return ", ".join(
+        [*measured, f"{quality['codes_used']} of {num_codes} codes", f"perplexity {quality['perplexity']:.1f}"]
+    )
 
 
 @torch.no_grad()
 def held_out_quality(
-    round_trip: Callable, images_u8: torch.Tensor, sums: CodeSums, *, batch: int, rank: int, world_size: int, device: torch.device, all_reduce: Callable
+    round_trip: Callable,
+    images_u8: torch.Tensor,
+    sums: CodeSums,
+    *,
+    batch: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    all_reduce: Callable,
 ) -> dict[str, float]:
     """What `sums` measures, over a held-out set, shared by the ranks. Collective.
 
@@ -140,14 +177,26 @@ def held_out_quality(
 
 
 class HeldOut:
-    """Quality on held-out pictures while a tokenizer trains: evaluation.jsonl, TensorBoard and, of one that makes pictures, reconstructions.png. Collective.
+    """Quality on held-out pictures while a tokenizer trains: evaluation.jsonl, TensorBoard and, of one that makes
+    pictures, reconstructions.png. Collective.
 
     Args:
         images_u8: uint8 [n, 3, S, S], the same on every rank.  tokenizer, frozen: as `training_sums`.
         world: has rank, size, device, all_reduce, is_main.  meter: takes what is measured.
     """
 
-    def __init__(self, images_u8: torch.Tensor, settings: EvaluationSettings, *, tokenizer, frozen, batch: int, out: Path, world, meter) -> None:
+    def __init__(
+        self,
+        images_u8: torch.Tensor,
+        settings: EvaluationSettings,
+        *,
+        tokenizer,
+        frozen,
+        batch: int,
+        out: Path,
+        world,
+        meter,
+    ) -> None:
         self._images_u8, self._settings, self._tokenizer, self._frozen = images_u8, settings, tokenizer, frozen
         self._batch, self._out, self._world, self._meter = batch, out, world, meter
         self.last: dict[str, float] = {}
@@ -200,7 +249,10 @@ def comparison_grid(columns: list[torch.Tensor]) -> torch.Tensor:
     Returns: uint8 [3, H, W] with white gaps.
     """
     gap = 4
-    rows = [torch.cat([torch.nn.functional.pad(image, (gap, gap, gap, gap), value=255) for image in images], dim=2) for images in zip(*columns)]
+    rows = [
+        torch.cat([torch.nn.functional.pad(image, (gap, gap, gap, gap), value=255) for image in images], dim=2)
+        for images in zip(*columns)
+    ]
     return torch.cat(rows, dim=1)
 
 

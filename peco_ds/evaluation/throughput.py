@@ -13,7 +13,9 @@ def forward_images_per_s(forward: Callable, images: torch.Tensor, *, seconds: fl
     """Pictures a second of one rank.
 
     Args:
-        images: [B, 3, S, S] on the device; the same batch again and again.  seconds: the measured stretch is at least so long.  warm_up: passes before anything is measured.
+        images: [B, 3, S, S] on the device; the same batch again and again.
+        seconds: the measured stretch is at least so long.
+        warm_up: passes before anything is measured.
     """
 
     def measure(passes: int) -> float:
@@ -26,6 +28,7 @@ def forward_images_per_s(forward: Callable, images: torch.Tensor, *, seconds: fl
 
     measure(warm_up)
     passes = 1
-    while (elapsed := measure(passes)) < seconds:  # stretches double, so that nothing waits for the device between two passes of one
+    # stretches double, so that nothing waits for the device between two passes of one
+    while (elapsed := measure(passes)) < seconds:
         passes *= 2
     return passes * len(images) / elapsed

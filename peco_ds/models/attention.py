@@ -1,12 +1,13 @@
 """Attention with an additive bias that is learned and the same for every picture of a batch.
 
-PyTorch's own attention hands back such a bias's gradient once a picture, [B, H, T, T], and leaves it to be summed: for ViT-H/14 at 448 px that is 34 MB
-a picture and layer. Here the backward pass goes through some pictures at a time and adds up, in float32. On a GPU the kernels are PyTorch's memory-efficient
-ones, forward and backward: its flash kernels take no bias, cuDNN's give it no gradient. On a CPU, where PyTorch has no fused kernel with a gradient for
-the bias, one picture at a time stays in the cache.
+PyTorch's own attention hands back such a bias's gradient once a picture, [B, H, T, T], and leaves it to be summed: for
+ViT-H/14 at 448 px that is 34 MB a picture and layer. Here the backward pass goes through some pictures at a time and
+adds up, in float32. On a GPU the kernels are PyTorch's memory-efficient
+ones, forward and backward: its flash kernels take no bias, cuDNN's give it no gradient. On a CPU, where PyTorch has no
+fused kernel with a gradient for the bias, one picture at a time stays in the cache.
 
-Both operators are opaque to torch.compile: a compiled block runs the same attention as one that is not. On a GPU the backward kernel adds up the query's gradient in
-the device's order, unless `torch.use_deterministic_algorithms` is set.
+Both operators are opaque to torch.compile: a compiled block runs the same attention as one that is not. On a GPU the
+backward kernel adds up the query's gradient in the device's order, unless `torch.use_deterministic_algorithms` is set.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-ALIGNMENT = 16  # elements; the memory-efficient kernels read rows of the bias that start at multiples of it
+# elements; the memory-efficient kernels read rows of the bias that start at multiples of it
+ALIGNMENT = 16
 _efficient = torch.ops.aten._scaled_dot_product_efficient_attention
 _efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
-GPU_BYTES = 2**27  # of the bias's gradient before it is summed, a call of the backward kernel
+# of the bias's gradient before it is summed, a call of the backward kernel
+GPU_BYTES = 2**27
 
 
 def attend(qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -28,20 +31,30 @@ def attend(qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
     Args:
         qkv: [B, T, 3, H, D].
-        bias: [H, T, T], the same for all pictures, in any float dtype; its gradient is float32 where it is. Or [B, H, T, T], one a picture.
+        bias: [H, T, T], the same for all pictures, in any float dtype; its gradient is float32 where it is. Or [B, H,
+            T, T], one a picture.
     Returns: [B, T, H * D].
     """
     batch, tokens, _, heads, dim = qkv.shape
     if bias.dim() == 3 and bias.requires_grad and torch.is_grad_enabled() and dim % 8 == 0:
         return biased_attention(qkv, bias)[0]
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    mask = bias.to(qkv.dtype) if bias.dim() == 4 else bias.to(qkv.dtype)[None]  # four dimensions: a CPU's fused kernel looks at no other
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).reshape(batch, tokens, heads * dim)
+    # four dimensions: a CPU's fused kernel looks at no other
+    mask = bias.to(qkv.dtype) if bias.dim() == 4 else bias.to(qkv.dtype)[None]
+    return (
+        F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        .transpose(1, 2)
+        .reshape(batch, tokens, heads * dim)
+    )
 
 
 @torch.library.custom_op("peco_ds::biased_attention", mutates_args=())
 def biased_attention(qkv: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `attend`. Returns: the output, and what the backward pass needs beside it: float32 log-sums [B, H, T] (rounded up), or on a CPU the weights."""
+    """As `attend`.
+
+    Returns: the output, and what the backward pass needs beside it: float32 log-sums [B, H, T] (rounded up), or on a
+    CPU the weights.
+    """
     batch, tokens, _, heads, dim = qkv.shape
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     if qkv.is_cuda:
@@ -77,10 +90,21 @@ def biased_attention_backward(
     grad_bias = torch.zeros(heads, tokens, tokens, device=qkv.device)
     if qkv.is_cuda:
         out = out.view(batch, tokens, heads, dim).transpose(1, 2)
-        kernel_bias, unused = _kernel_bias(bias, qkv), torch.empty((), dtype=torch.int64, device=qkv.device)  # a seed and an offset: nothing is dropped
+        # a seed and an offset: nothing is dropped
+        kernel_bias, unused = _kernel_bias(bias, qkv), torch.empty((), dtype=torch.int64, device=qkv.device)
         for some in _even_slices(batch, GPU_BYTES // (heads * tokens * kernel_bias.stride(-2) * qkv.element_size())):
             found = _efficient_backward(
-                grad_out[some], query[some], key[some], value[some], kernel_bias[some], out[some], kept[some], unused, unused, 0.0, [True] * 4
+                grad_out[some],
+                query[some],
+                key[some],
+                value[some],
+                kernel_bias[some],
+                out[some],
+                kept[some],
+                unused,
+                unused,
+                0.0,
+                [True] * 4,
             )
             for grad, part in zip(grads, found):
                 grad[some].copy_(part)
@@ -98,7 +122,9 @@ def biased_attention_backward(
 
 @biased_attention_backward.register_fake
 def _(grad_out, qkv, bias, out, kept):
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(bias, memory_format=torch.contiguous_format)
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(
+        bias, memory_format=torch.contiguous_format
+    )
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -125,7 +151,9 @@ def _backward_flops(_grad_shape, qkv_shape, bias_shape, *_args, **_options) -> i
 
 
 def _kernel_bias(bias: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-    """[H, T, T] -> a view [B, H, T, T] of the kernel's dtype and alignment, with one copy in memory for all pictures."""
+    """[H, T, T] -> a view [B, H, T, T] of the kernel's dtype and alignment, with one copy in memory for all
+    pictures.
+    """
     padded = F.pad(bias.to(qkv.dtype), (0, -bias.shape[-1] % ALIGNMENT))
     return padded[..., : bias.shape[-1]].expand(len(qkv), -1, -1, -1)
 
@@ -137,7 +165,7 @@ def _even_slices(batch: int, at_most: int) -> list[slice]:
     return [slice(first, last) for first, last in zip(ends, ends[1:])]
 
 
-# ---------------------------------------------------------------------------------------------- relative positions
+# ---------------------------------------------------------------------------------- relative positions
 
 
 @torch.library.custom_op("peco_ds::bias_of_positions", mutates_args=())
@@ -158,7 +186,10 @@ def _(table, index):
 
 @torch.library.custom_op("peco_ds::sum_by_position", mutates_args=())
 def sum_by_position(grad: torch.Tensor, index: torch.Tensor, positions: int) -> torch.Tensor:
-    """Sums of grad [H, T, T] over equal numbers of index [T, T]: [positions, H]. In one order always; a compiler's own scatter would add in the device's."""
+    """Sums of grad [H, T, T] over equal numbers of index [T, T]: [positions, H].
+
+    In one order always; a compiler's own scatter would add in the device's.
+    """
     return torch.ops.aten.embedding_dense_backward(grad.permute(1, 2, 0).contiguous(), index, positions, -1, False)
 
 

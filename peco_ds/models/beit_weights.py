@@ -1,10 +1,12 @@
 """Weights of a BEiT-family model in one form, whatever file they came from and whatever layout they go to.
 
-Names are those of the released BEiT code, which timm kept: `cls_token`, `patch_embed.proj.*`, `blocks.N.*`; then, by kind,
+Names are those of the released BEiT code, which timm kept: `cls_token`, `patch_embed.proj.*`, `blocks.N.*`; then, by
+kind,
 
 mim         `mask_token`, `rel_pos_bias.relative_position_bias_table` (one for all blocks), `norm.*`, `lm_head.*`
-features    `norm.*`, or `fc_norm.*` of a mean-pooled backbone, and a table in every block (`blocks.N.attn.relative_position_bias_table`) or one for all
-classifier  a table in every block, `fc_norm.*` (mean pooling) or `norm.*` (class token), `head.*`
+features    `norm.*`, or `fc_norm.*` of a mean-pooled backbone, and a table in every block
+(`blocks.N.attn.relative_position_bias_table`) or one for all classifier  a table in every block, `fc_norm.*` (mean
+pooling) or `norm.*` (class token), `head.*`
 """
 
 from __future__ import annotations
@@ -34,11 +36,13 @@ class BeitWeights:
     kind: Literal["mim", "features", "classifier"]
     model: ModelSettings
     tensors: dict[str, torch.Tensor]
-    source: str  # one line for logs and cards: file or run, with a hash or a step
+    # one line for logs and cards: file or run, with a hash or a step
+    source: str
     classes: tuple[str, ...] | None = None  # names in label order, where they are known
     mean: tuple[float, ...] = IMAGENET_MEAN  # of the pictures the model wants, in [0, 1]
     std: tuple[float, ...] = IMAGENET_STD
-    crop: float = 0.875  # share of the resized picture's side that is seen in evaluation
+    # share of the resized picture's side that is seen in evaluation
+    crop: float = 0.875
     facts: dict = field(default_factory=dict)  # for the model card: name -> text
 
     @property

@@ -1,4 +1,6 @@
-"""The fine-tuned model: timm's `Beit` with a bias table in every block, mean pooling, and a linear head. Its parameters carry timm's names, so a release is no
+"""The fine-tuned model: timm's `Beit` with a bias table in every block, mean pooling, and a linear head.
+
+Its parameters carry timm's names, so a release is no
 renaming at all."""
 
 from __future__ import annotations
@@ -7,7 +9,16 @@ import torch
 from timm.models.beit import Beit
 
 from peco_ds.config import ClassifierSettings, ModelSettings
-from peco_ds.models.vit import Recompute, build_blocks, init_as_beit, patches_of, run_blocks, timm_arguments, trunc_normal, with_class_token
+from peco_ds.models.vit import (
+    Recompute,
+    build_blocks,
+    init_as_beit,
+    patches_of,
+    run_blocks,
+    timm_arguments,
+    trunc_normal,
+    with_class_token,
+)
 
 
 class Classifier(Beit):
@@ -18,14 +29,20 @@ class Classifier(Beit):
         return self.forward_head(self.norm(run_blocks(self.blocks, tokens)))
 
 
-def build_classifier(settings: ModelSettings, classifier: ClassifierSettings, num_classes: int, *, recompute: Recompute = "none") -> Classifier:
+def build_classifier(
+    settings: ModelSettings, classifier: ClassifierSettings, num_classes: int, *, recompute: Recompute = "none"
+) -> Classifier:
     """A freshly initialised classifier.
 
     Args:
         recompute: of each block in the backward pass.
-    Source: BEiT (arXiv 2106.08254) and its released `modeling_finetune.py`: mean over patches, LayerNorm, head weights scaled down.
+    Source: BEiT (arXiv 2106.08254) and its released `modeling_finetune.py`: mean over patches, LayerNorm, head weights
+        scaled down.
     """
-    model = Classifier(**timm_arguments(settings, shared_bias=False, num_classes=num_classes, pooling=classifier.pooling) | {"depth": 0})
+    model = Classifier(
+        **timm_arguments(settings, shared_bias=False, num_classes=num_classes, pooling=classifier.pooling)
+        | {"depth": 0}
+    )
     model.blocks = build_blocks(settings, own_bias=True, recompute=recompute)
     init_as_beit(model, settings.init_std)
     with torch.no_grad():

@@ -16,9 +16,10 @@ class PatchCritic(nn.Sequential):
     """Pictures [B, 3, H, W] in [-1, 1] -> one logit a patch, [B, 1, about H / 2 ** layers, W / 2 ** layers].
 
     Args:
-        channels: of the first convolution; doubled at each further one, up to eight times.  layers: convolutions of stride 2.
-    GroupNorm stands where the published critic has BatchNorm: batch statistics would make a picture's logits, and so the loss,
-    depend on its micro-batch and rank, and would mix real pictures with reconstructions.
+        channels: of the first convolution; doubled at each further one, up to eight times.
+        layers: convolutions of stride 2.
+    GroupNorm stands where the published critic has BatchNorm: batch statistics would make a picture's logits, and so
+    the loss, depend on its micro-batch and rank, and would mix real pictures with reconstructions.
     Source: pix2pix (arXiv 1611.07004), the "PatchGAN" of appendix 6.1.2; VQGAN (arXiv 2012.09841) for its use here.
     """
 
@@ -38,8 +39,10 @@ class CriticLogits(NamedTuple):
     """float32 [B, 1, h, w] each."""
 
     real: torch.Tensor
-    fake_detached: torch.Tensor  # of the reconstruction; gradient to the critic alone
-    fake: torch.Tensor  # same values; gradient to the reconstruction and to the critic
+    # of the reconstruction; gradient to the critic alone
+    fake_detached: torch.Tensor
+    # same values; gradient to the reconstruction and to the critic
+    fake: torch.Tensor
 
 
 class TokenizerWithCriticOutput(NamedTuple):
@@ -50,9 +53,11 @@ class TokenizerWithCriticOutput(NamedTuple):
 class TokenizerWithCritic(nn.Module):
     """Tokenizer and critic behind one forward, so that one engine and one backward pass train both.
 
-    The critic must climb where the tokenizer descends. `hinge_losses` of tokenizer_losses.py adds `fake_detached.mean() - fake.mean()`
-    for the tokenizer: the critic's own gradient of the two terms cancels, the reconstruction's gradient of the second remains.
-    This needs no second optimiser and no parameter switched off for a part of the graph, which ZeRO-3 would not survive.
+    The critic must climb where the tokenizer descends. `hinge_losses` of tokenizer_losses.py adds `fake_detached.mean()
+    - fake.mean()`
+    for the tokenizer: the critic's own gradient of the two terms cancels, the reconstruction's gradient of the second
+    remains. This needs no second optimiser and no parameter switched off for a part of the graph, which ZeRO-3 would
+    not survive.
     """
 
     def __init__(self, tokenizer: PecoTokenizer, critic: PatchCritic) -> None:

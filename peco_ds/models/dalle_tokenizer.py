@@ -1,4 +1,6 @@
-"""image -> codes -> image: the discrete VAE of DALL-E, BEiT's tokenizer. Read from its released files; it is not trained here.
+"""image -> codes -> image: the discrete VAE of DALL-E, BEiT's tokenizer.
+
+Read from its released files; it is not trained here.
 
 Source: DALL-E (arXiv 2102.12092), appendix A.2, and the layout of its released `encoder.pkl` and `decoder.pkl`.
 """
@@ -19,7 +21,9 @@ MARGIN = 0.1
 
 
 class Bottleneck(nn.Module):
-    """[B, in, H, W] -> [B, out, H, W]: four times ReLU and convolution at a quarter of the width; a 1x1 convolution on the shortcut where the width changes.
+    """[B, in, H, W] -> [B, out, H, W]: four times ReLU and convolution at a quarter of the width.
+
+    A 1x1 convolution on the shortcut where the width changes.
 
     Args:
         kernels: sizes of the four.  gain: of the residual branch.
@@ -31,7 +35,9 @@ class Bottleneck(nn.Module):
         widths = (in_channels, hidden, hidden, hidden, out_channels)
         self.gain = gain
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        self.convolutions = nn.ModuleList(nn.Conv2d(*ends, size, padding=size // 2) for *ends, size in zip(widths, widths[1:], kernels))
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(*ends, size, padding=size // 2) for *ends, size in zip(widths, widths[1:], kernels)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x
@@ -40,7 +46,9 @@ class Bottleneck(nn.Module):
         return self.shortcut(x) + self.gain * y
 
 
-def _stack(previous: int, widths: list[int], blocks: int, kernels: tuple[int, int, int, int], resize: nn.Module) -> list[nn.Module]:
+def _stack(
+    previous: int, widths: list[int], blocks: int, kernels: tuple[int, int, int, int], resize: nn.Module
+) -> list[nn.Module]:
     """A group of blocks for each width, and between two groups a change of size."""
     gain = 1 / (len(widths) * blocks) ** 2
     layers: list[nn.Module] = []
@@ -107,7 +115,9 @@ class DalleTokenizer(LogitTokenizer):
 
     @torch.no_grad()
     def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Codes int64 [B, N] of a (height, width) grid -> pictures float32 [B, 3, H, W] in [-1, 1]: the likeliest ones."""
+        """Codes int64 [B, N] of a (height, width) grid -> pictures float32 [B, 3, H, W] in [-1, 1]: the likeliest
+        ones.
+        """
         assert self.makes_pictures, "this release holds no decoder"
         first, *others = self.decoder
         # The first convolution of one-hot codes picks columns of its weight; the one-hot tensor would have V channels.
@@ -120,26 +130,38 @@ class DalleTokenizer(LogitTokenizer):
 
     @property
     def code_vectors(self) -> torch.Tensor:
-        """float32 [V, C] without gradient: what the decoder first makes of each code; without a decoder the weights that each code's logit is read off with."""
+        """float32 [V, C] without gradient: what the decoder first makes of each code.
+
+        Without a decoder the weights that each code's logit is read off with.
+        """
         vectors = self.decoder[0].weight[:, :, 0, 0].T if self.makes_pictures else self.encoder[-1].weight[:, :, 0, 0]
         return vectors.detach()
 
 
-# ---------------------------------------------------------------------------------------------- the released files
+# ---------------------------------------------------------------------------------- the released files
 
 
 def read_dvae(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tensor]]:
     """Settings and state dict from the tensors of the released files; sizes are read off shapes.
 
     Args:
-        tensors: those of encoder.pkl with "encoder." before their names, and, where it is at hand, those of decoder.pkl with "decoder.".
+        tensors: those of encoder.pkl with "encoder." before their names, and, where it is at hand, those of decoder.pkl
+            with "decoder.".
     Raises: UserError if a tensor is missing, left over, or of a shape that does not fit the others.
     """
-    channels, num_codes = size_of(tensors, "encoder.blocks.input.w", 0), size_of(tensors, "encoder.blocks.output.conv.w", 0)
+    channels, num_codes = (
+        size_of(tensors, "encoder.blocks.input.w", 0),
+        size_of(tensors, "encoder.blocks.output.conv.w", 0),
+    )
     levels = count_of(tensors, "encoder.blocks.group_{}.block_1.res_path.conv_4.w", first=1)
-    widths = [size_of(tensors, f"encoder.blocks.group_{level}.block_1.res_path.conv_4.w", 0) for level in range(1, levels + 1)]
+    widths = [
+        size_of(tensors, f"encoder.blocks.group_{level}.block_1.res_path.conv_4.w", 0) for level in range(1, levels + 1)
+    ]
     if any(width % channels or width % 4 for width in widths):
-        raise UserError(f"groups of {widths} channels are no multiples of 4 and of the first convolution's {channels}, so it is no DALL-E encoder")
+        raise UserError(
+            f"groups of {widths} channels are no multiples of 4 and of the first convolution's "
+            f"{channels}, so it is no DALL-E encoder"
+        )
     has_decoder = any(name.startswith("decoder.") for name in tensors)
     settings = TokenizerSettings(
         kind="dvae",
@@ -163,7 +185,8 @@ def _layer_names(settings: TokenizerSettings) -> list[str]:
     names = ["input"]
     for level in range(1, len(settings.channel_mults) + 1):
         names += [f"group_{level}.block_{index}" for index in range(1, settings.blocks_per_level + 1)] + [""]
-    return [*names, "output.conv"]  # the last group's "" is the ReLU of the output
+    # the last group's "" is the ReLU of the output
+    return [*names, "output.conv"]
 
 
 def _released_name(name: str, layers: list[str]) -> str:

@@ -1,4 +1,6 @@
-"""The frozen network that a tokenizer learns from, by the tokenizer's kind: a judge of its pictures, or a teacher of its features."""
+"""The frozen network that a tokenizer learns from, by the tokenizer's kind: a judge of its pictures, or a teacher of
+its features.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,16 @@ from peco_ds.models.feature_nets import FeatureNet, load_feature_net
 def load_frozen_net(recipe: TokenizerRecipe) -> FeatureNet | None:
     """The judge or the teacher that the recipe names, on the CPU; None for pictures without a judge.
 
-    Raises: UserError if its file is none, it lacks one of perceptual.blocks, or a teacher's features have another width or grid than the tokenizer gives.
+    Raises: UserError if its file is none, it lacks one of perceptual.blocks, or a teacher's features have another width
+        or grid than the tokenizer gives.
     """
     return LOADERS[recipe.tokenizer.kind](recipe)
 
 
 def frozen_net_at_hand(recipe: TokenizerRecipe) -> str:
-    """What a dry run says of it: its description where its file or folder is there, so that one that does not fit is refused before the run; nothing is fetched."""
+    """What a dry run says of it: its description where its file or folder is there, so that one that does not fit is
+    refused before the run; nothing is fetched.
+    """
     named = NAMED[recipe.tokenizer.kind](recipe)
     if not named:
         return "none"
@@ -39,15 +44,22 @@ def _teacher(recipe: TokenizerRecipe) -> FeatureNet:
     teacher = load_feature_net(settings.weights, settings.architecture, image_px=settings.image_px, section="teacher")
     width, grid, wanted = teacher.target_width, teacher.grid, vit.image_px // vit.patch_px
     if width != vit.target_width:
-        raise UserError(f"tokenizer.vit.target_width {vit.target_width}: the teacher {teacher.description} gives features of width {width}; set it to {width}")
+        raise UserError(
+            f"tokenizer.vit.target_width {vit.target_width}: the teacher {teacher.description} gives "
+            f"features of width {width}; set it to {width}"
+        )
     if grid != wanted:
         size = wanted * teacher.image_px // grid
         raise UserError(
-            f"teacher.image_px {teacher.image_px}: the teacher {teacher.description} gives a grid of {grid} x {grid} features, "
+            f"teacher.image_px {teacher.image_px}: the teacher {teacher.description} gives a grid of "
+            f"{grid} x {grid} features, "
             f"the tokenizer one of {wanted} x {wanted} codes; set teacher.image_px={size}"
         )
     return teacher
 
 
 LOADERS = {"vqgan": _judge, "vqkd": _teacher}
-NAMED = {"vqgan": lambda recipe: recipe.perceptual.weights if recipe.perceptual.weight else "", "vqkd": lambda recipe: recipe.teacher.weights}
+NAMED = {
+    "vqgan": lambda recipe: recipe.perceptual.weights if recipe.perceptual.weight else "",
+    "vqkd": lambda recipe: recipe.teacher.weights,
+}

@@ -1,6 +1,9 @@
-"""image -> codes -> image: VQGAN's autoencoder with a Gumbel-softmax choice of codes, mc-BEiT's tokenizer. Read from a released file; it is not trained here.
+"""image -> codes -> image: VQGAN's autoencoder with a Gumbel-softmax choice of codes, mc-BEiT's tokenizer.
 
-Source: VQGAN (arXiv 2012.09841) and the layout of its released `vqgan_gumbel_f8`; mc-BEiT (arXiv 2203.15371) for its use.
+Read from a released file; it is not trained here.
+
+Source: VQGAN (arXiv 2012.09841) and the layout of its released `vqgan_gumbel_f8`; mc-BEiT (arXiv 2203.15371) for its
+    use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What every tokenizer of the family can do, whatever its network: pictures -> codes, hard or soft, and where it can, codes -> pictures."""
+"""What every tokenizer of the family can do, whatever its network: pictures -> codes, hard or soft, and where it can,
+codes -> pictures.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +16,29 @@ from peco_ds.models.vq import Codebook
 class SoftTokens(NamedTuple):
     codes: torch.Tensor  # int64 [B, N], row-major
     topk_codes: torch.Tensor  # int64 [B, N, k], likeliest first
-    topk_probs: torch.Tensor  # float32 [B, N, k], of the softmax over all V codes: a row sums to the mass kept
+    # float32 [B, N, k], of the softmax over all V codes: a row sums to the mass kept
+    topk_probs: torch.Tensor
 
 
 class ImageTokenizer(nn.Module):
     """Base of the tokenizers. Letters: B pictures, N patches row-major, V codes, C numbers a code.
 
-    Every tokenizer takes pictures float [B, 3, H, W] in [-1, 1], sides multiples of `settings.stride_px`, and maps them to the range its own
-    network knows. Those that are trained here have a `codebook` too, and a `forward` that gives codes and commitment.
+    Every tokenizer takes pictures float [B, 3, H, W] in [-1, 1], sides multiples of `settings.stride_px`, and maps them
+    to the range its own network knows. Those that are trained here have a `codebook` too, and a `forward` that gives
+    codes and commitment.
     """
 
-    makes_pictures = True  # False: `decode_codes` is not there, codes stand for features and not for pixels
+    # False: `decode_codes` is not there, codes stand for features and not for pixels
+    makes_pictures = True
 
     def __init__(self, settings: TokenizerSettings) -> None:
         super().__init__()
         self.settings = settings
 
     def trunk(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Nearly all of the work, in the precision that autocast asks for: pictures -> what `choose` tells the codes from, [B, ..., H / stride, W / stride]."""
+        """Nearly all of the work, in the precision that autocast asks for: pictures -> what `choose` tells the codes
+        from, [B, ..., H / stride, W / stride].
+        """
         raise NotImplementedError
 
     def choose(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -39,7 +46,10 @@ class ImageTokenizer(nn.Module):
         raise NotImplementedError
 
     def choose_soft(self, outputs: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
-        """As `choose`, with the k likeliest of softmax(logits / temperature) over all V codes; the codes are those of `choose`."""
+        """As `choose`, with the k likeliest of softmax(logits / temperature) over all V codes.
+
+        The codes are those of `choose`.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
@@ -68,18 +78,25 @@ class ImageTokenizer(nn.Module):
         raise NotImplementedError
 
     def check_eval(self) -> None:
-        assert not self.training, "call eval() before tokenizing: in training mode the codebook would count these pictures"
+        assert not self.training, (
+            "call eval() before tokenizing: in training mode the codebook would count these pictures"
+        )
 
     def check_sides(self, images_11: torch.Tensor) -> None:
         stride = self.settings.stride_px
-        assert images_11.shape[-2] % stride == 0 and images_11.shape[-1] % stride == 0, f"picture {tuple(images_11.shape)}, stride {stride}"
+        assert images_11.shape[-2] % stride == 0 and images_11.shape[-1] % stride == 0, (
+            f"picture {tuple(images_11.shape)}, stride {stride}"
+        )
 
 
 class LogitTokenizer(ImageTokenizer):
     """Base of those that compute a logit for every code: the code is their arg max."""
 
     def code_logits(self, outputs: torch.Tensor) -> torch.Tensor:
-        """The last layer, in the precision of its weights: [B, C, h, w] -> [B, V, h, w]. In 16 bits several codes would often share the largest logit."""
+        """The last layer, in the precision of its weights: [B, C, h, w] -> [B, V, h, w].
+
+        In 16 bits several codes would often share the largest logit.
+        """
         raise NotImplementedError
 
     def logits(self, images_11: torch.Tensor) -> torch.Tensor:
@@ -103,11 +120,15 @@ class CodebookTokenizer(ImageTokenizer):
     codebook: Codebook
 
     def to_features(self, outputs: torch.Tensor) -> torch.Tensor:
-        """The last layers, in the precision of their weights: the trunk's outputs -> features [B, C, H / stride, W / stride]."""
+        """The last layers, in the precision of their weights: the trunk's outputs -> features [B, C, H / stride, W /
+        stride].
+        """
         raise NotImplementedError
 
     def encode(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> features [B, C, H / stride, W / stride]."""
+        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> features [B, C, H / stride, W /
+        stride].
+        """
         return self.to_features(self.trunk(images_11))
 
     def choose(self, outputs: torch.Tensor) -> torch.Tensor:

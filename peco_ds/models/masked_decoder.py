@@ -1,7 +1,7 @@
 """The small decoder behind an encoder that saw the shown patches alone, and the index work on hidden and shown places.
 
-Selections are gathers of places that differ within a picture, and products with one-hot rows: no two gradients are added in an order that the
-device picks, so a run that was stopped continues bit for bit.
+Selections are gathers of places that differ within a picture, and products with one-hot rows: no two gradients are
+added in an order that the device picks, so a run that was stopped continues bit for bit.
 """
 
 from __future__ import annotations
@@ -13,33 +13,52 @@ from torch import nn
 
 from peco_ds.config import EncodingSettings, ModelSettings
 from peco_ds.models.attention import ALIGNMENT
-from peco_ds.models.vit import PositionBias, Recompute, TransformerBlock, init_projections, run_blocks, scale_by_depth, trunc_normal
+from peco_ds.models.vit import (
+    PositionBias,
+    Recompute,
+    TransformerBlock,
+    init_projections,
+    run_blocks,
+    scale_by_depth,
+    trunc_normal,
+)
 
 
 class MaskedDecoder(nn.Module):
-    """Linear to its own width, a mask token at each hidden place, blocks with a relative position bias of their own, norm, token head.
+    """Linear to its own width, a mask token at each hidden place, blocks with a relative position bias of their own,
+    norm, token head.
 
-    Source: MAE (arXiv 2111.06377), section 3 and released `models_mae.py` for width, depth, heads and the place of the mask token. Blocks are the backbone's
-        but have neither layer scale nor stochastic depth, as MAE's; positions are relative, as the backbone's; initial values are BEiT's.
+    Source: MAE (arXiv 2111.06377), section 3 and released `models_mae.py` for width, depth, heads and the place of the
+        mask token. Blocks are the backbone's but have neither layer scale nor stochastic depth, as MAE's; positions are
+        relative, as the backbone's; initial values are BEiT's.
     """
 
-    def __init__(self, settings: ModelSettings, encoding: EncodingSettings, num_codes: int, *, recompute: Recompute = "none") -> None:
+    def __init__(
+        self, settings: ModelSettings, encoding: EncodingSettings, num_codes: int, *, recompute: Recompute = "none"
+    ) -> None:
         super().__init__()
         width, heads = encoding.decoder_width, encoding.decoder_heads
         self.embed = nn.Linear(settings.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.rel_pos_bias = PositionBias((settings.grid, settings.grid), heads)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads, mlp_ratio=settings.mlp_ratio, recompute=recompute) for _ in range(encoding.decoder_depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, heads, mlp_ratio=settings.mlp_ratio, recompute=recompute)
+            for _ in range(encoding.decoder_depth)
+        )
         self.norm = LayerNorm(width, eps=1e-6)
         self.lm_head = nn.Linear(width, num_codes)
         init_projections(self, settings.init_std)
         trunc_normal(self.mask_token, settings.init_std)
         scale_by_depth(self.blocks)
 
-    def forward(self, encoded: torch.Tensor, order: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, encoded: torch.Tensor, order: torch.Tensor, masked: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            encoded: [B, 1 + n, D] of class token and shown patches.  order: `shown_first`.  masked: int64 [B, M], n + M = N.
+            encoded: [B, 1 + n, D] of class token and shown patches.
+            order: `shown_first`.
+            masked: int64 [B, M], n + M = N.
         Returns: logits [B, M, V] at `masked`, and the tokens [B, 1 + N, decoder width] after the norm.
         """
         x = self.embed(encoded)
@@ -70,5 +89,10 @@ def bias_at(bias: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     rows = one_hot.flatten(0, 1) @ bias.transpose(0, 1).flatten(1)  # [B (1 + n), H (1 + N)]
     both = rows.view(len(places), -1, tokens) @ one_hot.transpose(1, 2)
     picked = both.view(len(places), places.shape[1], heads, places.shape[1]).transpose(1, 2)
-    # A GPU's kernel wants rows that start at multiples of its alignment; else every layer would make, and keep, an aligned copy of its own.
-    return F.pad(picked, (0, -picked.shape[-1] % ALIGNMENT))[..., : picked.shape[-1]] if picked.is_cuda else picked.contiguous()
+    # A GPU's kernel wants rows that start at multiples of its alignment; else every layer would make, and keep, an
+    # aligned copy of its own.
+    return (
+        F.pad(picked, (0, -picked.shape[-1] % ALIGNMENT))[..., : picked.shape[-1]]
+        if picked.is_cuda
+        else picked.contiguous()
+    )

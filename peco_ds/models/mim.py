@@ -4,7 +4,8 @@ MaskedImageModel       BEiT: backbone, mask token, token head; the encoder sees 
 AggregatingImageModel  BEiT v2: a second branch beside it, which makes the class token carry what the picture shows
 VisibleImageModel      MAE's asymmetry: the encoder sees the shown patches alone, a small decoder fills in the rest
 
-A release holds `backbone.*`, and `mask_token` and `lm_head.*` where they work on the backbone's own tokens; all else serves pre-training alone.
+A release holds `backbone.*`, and `mask_token` and `lm_head.*` where they work on the backbone's own tokens; all else
+serves pre-training alone.
 """
 
 from __future__ import annotations
@@ -12,24 +13,39 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from timm.models.beit import Beit
 from torch import nn
 
 from peco_ds.config import AggregationSettings, EncodingSettings, ModelSettings
 from peco_ds.models.masked_decoder import MaskedDecoder, bias_at, shown_first, tokens_at
-from peco_ds.models.vit import Recompute, TransformerBlock, build_backbone, patches_of, run_blocks, scale_by_depth, trunc_normal, with_class_token
+from peco_ds.models.vit import (
+    Recompute,
+    TransformerBlock,
+    build_backbone,
+    patches_of,
+    run_blocks,
+    scale_by_depth,
+    trunc_normal,
+    with_class_token,
+)
 
 
 class MimOutput(NamedTuple):
     logits: torch.Tensor  # [B, M, V] at the hidden patches, in the order of `masked`
-    features: torch.Tensor  # [B, 1 + N, D] after the norm that the token head sees, class token first
+    # [B, 1 + N, D] after the norm that the token head sees, class token first
+    features: torch.Tensor
     aggregated_logits: torch.Tensor | None = None  # [B, M, V] of a second branch
 
 
 def build_mim(
-    model: ModelSettings, encoding: EncodingSettings, aggregation: AggregationSettings, num_codes: int, *, recompute: Recompute = "none"
+    model: ModelSettings,
+    encoding: EncodingSettings,
+    aggregation: AggregationSettings,
+    num_codes: int,
+    *,
+    recompute: Recompute = "none",
 ) -> MaskedImageModel | VisibleImageModel:
-    """The model that a recipe asks for: `forward(images_norm, masked) -> MimOutput`, `features(images_norm) -> [B, 1 + N, D]`.
+    """The model that a recipe asks for: `forward(images_norm, masked) -> MimOutput`, `features(images_norm) -> [B, 1 +
+    N, D]`.
 
     Args:
         num_codes: V.  recompute: what of each transformer block is computed again in the backward pass.
@@ -62,8 +78,8 @@ class MaskedImageModel(nn.Module):
         """
         Args:
             images_norm: [B, 3, S, S], ImageNet statistics; cast to the parameters' dtype here.
-            masked: int64 [B, M], hidden patches of each picture; the same count M for all, so that shapes are static and no
-                boolean index makes the host wait for the device. A picture with fewer repeats one of its own.
+            masked: int64 [B, M], hidden patches of each picture; the same count M for all, so that shapes are static
+                and no boolean index makes the host wait for the device. A picture with fewer repeats one of its own.
         """
         features = self.features(images_norm, masked)
         return MimOutput(self.lm_head(tokens_at(features, masked)), features)
@@ -83,22 +99,37 @@ class MaskedImageModel(nn.Module):
 
 
 class AggregatingImageModel(MaskedImageModel):
-    """BEiT v2's pre-training model: final class token and early patch tokens go through extra blocks and the same norm and token head.
+    """BEiT v2's pre-training model: final class token and early patch tokens go through extra blocks and the same norm
+    and token head.
 
-    The early patch tokens lack what the late blocks add, so the branch predicts well only if the class token carries it.
+    The early patch tokens lack what the late blocks add, so the branch predicts well only if the class token carries
+    it.
 
-    Source: BEiT v2 (arXiv 2208.06366), section 2.3; released `beit2/modeling_pretrain.py`. As there, an extra block has the stochastic depth and the
-        depth-scaled projections of the backbone's block in its place, but its other weights keep PyTorch's initial values: the class sets its blocks up
-        after BEiT's initialisation has run.
+    Source: BEiT v2 (arXiv 2208.06366), section 2.3; released `beit2/modeling_pretrain.py`. As there, an extra block has
+        the stochastic depth and the depth-scaled projections of the backbone's block in its place, but its other
+        weights keep PyTorch's initial values: the class sets its blocks up after BEiT's initialisation has run.
     """
 
-    def __init__(self, settings: ModelSettings, aggregation: AggregationSettings, num_codes: int, *, recompute: Recompute = "none") -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        aggregation: AggregationSettings,
+        num_codes: int,
+        *,
+        recompute: Recompute = "none",
+    ) -> None:
         super().__init__(settings, num_codes, recompute=recompute)
         first, self.early_block = aggregation.early_block, aggregation.early_block
         last_place = max(settings.depth, first + aggregation.blocks) - 1
-        sizes = dict(mlp_ratio=settings.mlp_ratio, layer_scale=settings.layer_scale, drop_path_by=settings.drop_path_by, recompute=recompute)
+        sizes = dict(
+            mlp_ratio=settings.mlp_ratio,
+            layer_scale=settings.layer_scale,
+            drop_path_by=settings.drop_path_by,
+            recompute=recompute,
+        )
         self.aggregation_blocks = nn.ModuleList(
-            TransformerBlock(settings.width, settings.heads, drop_path=settings.drop_path * place / last_place, **sizes) for place in range(first, first + aggregation.blocks)
+            TransformerBlock(settings.width, settings.heads, drop_path=settings.drop_path * place / last_place, **sizes)
+            for place in range(first, first + aggregation.blocks)
         )
         scale_by_depth(self.aggregation_blocks, first + 1)
 
@@ -116,15 +147,20 @@ class AggregatingImageModel(MaskedImageModel):
 
 
 class VisibleImageModel(nn.Module):
-    """The encoder sees class token and shown patches, so that it costs what they cost; a decoder predicts the codes of the hidden ones.
+    """The encoder sees class token and shown patches, so that it costs what they cost.
 
-    PeCo's text discusses MAE's asymmetry and does not say that its ViT-H was trained so: this is our reading of an open question. The encoder is the
-    BEiT backbone with its relative position bias taken at the shown places; nothing else tells it where a patch lies.
+    A decoder predicts the codes of the hidden ones.
+
+    PeCo's text discusses MAE's asymmetry and does not say that its ViT-H was trained so: this is our reading of an open
+    question. The encoder is the BEiT backbone with its relative position bias taken at the shown places; nothing else
+    tells it where a patch lies.
 
     Source: MAE (arXiv 2111.06377), section 3, with codes as targets.
     """
 
-    def __init__(self, settings: ModelSettings, encoding: EncodingSettings, num_codes: int, *, recompute: Recompute = "none") -> None:
+    def __init__(
+        self, settings: ModelSettings, encoding: EncodingSettings, num_codes: int, *, recompute: Recompute = "none"
+    ) -> None:
         super().__init__()
         self.backbone = build_backbone(settings, recompute=recompute)
         self.decoder = MaskedDecoder(settings, encoding, num_codes, recompute=recompute)

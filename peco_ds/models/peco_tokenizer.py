@@ -18,7 +18,8 @@ from peco_ds.models.vq import Codebook
 
 
 class TokenizerOutput(NamedTuple):
-    reconstruction: torch.Tensor  # float32 [B, 3, H, W], trained towards [-1, 1], not clipped
+    # float32 [B, 3, H, W], trained towards [-1, 1], not clipped
+    reconstruction: torch.Tensor
     codes: torch.Tensor  # int64 [B, N], row-major
     commitment: torch.Tensor  # float32 [], unweighted
 
@@ -30,7 +31,10 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """[B, in, H, W] -> [B, out, H, W]: norm, swish, 3x3, twice; a 1x1 convolution on the shortcut where the width changes."""
+    """[B, in, H, W] -> [B, out, H, W]: norm, swish, 3x3, twice.
+
+    A 1x1 convolution on the shortcut where the width changes.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -63,7 +67,10 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the grid. The padding lies right and below only: symmetric padding would need an odd size to see every pixel."""
+    """Halves the grid.
+
+    The padding lies right and below only: symmetric padding would need an odd size to see every pixel.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -106,7 +113,9 @@ class Encoder(nn.Sequential):
         layers: list[nn.Module] = [nn.Conv2d(3, settings.channels, 3, padding=1)]
         previous, last = settings.channels, len(widths) - 1
         for level, width in enumerate(widths):
-            layers += residual_stack(previous, width, settings.blocks_per_level, attention=settings.attention and level == last)
+            layers += residual_stack(
+                previous, width, settings.blocks_per_level, attention=settings.attention and level == last
+            )
             if level != last:
                 layers.append(Downsample(width))
             previous = width
@@ -116,7 +125,10 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """[B, z_channels, h, w] -> pictures [B, 3, h * stride, w * stride]; one residual block more a level than the encoder."""
+    """[B, z_channels, h, w] -> pictures [B, 3, h * stride, w * stride].
+
+    One residual block more a level than the encoder.
+    """
 
     def __init__(self, settings: TokenizerSettings) -> None:
         widths = [settings.channels * mult for mult in settings.channel_mults]
@@ -125,7 +137,9 @@ class Decoder(nn.Sequential):
         layers += middle(previous, attention=settings.attention)
         for level in range(last, -1, -1):
             width = widths[level]
-            layers += residual_stack(previous, width, settings.blocks_per_level + 1, attention=settings.attention and level == last)
+            layers += residual_stack(
+                previous, width, settings.blocks_per_level + 1, attention=settings.attention and level == last
+            )
             if level != 0:
                 layers.append(Upsample(width))
             previous = width
@@ -149,7 +163,10 @@ class PecoTokenizer(CodebookTokenizer):
         self.decoder = Decoder(settings)
 
     def forward(self, images_11: torch.Tensor) -> TokenizerOutput:
-        """Pictures [B, 3, H, W] in [-1, 1] -> reconstruction, codes, commitment; in training mode the codebook counts."""
+        """Pictures [B, 3, H, W] in [-1, 1] -> reconstruction, codes, commitment.
+
+        In training mode the codebook counts.
+        """
         quantized = self.codebook(self.encode(images_11))
         return TokenizerOutput(self.decode(quantized.quantized), quantized.codes, quantized.commitment)
 

@@ -1,4 +1,6 @@
-"""Tokenizers that others released, in the files they released them in: recognised by the names of their tensors, read without running what is in them."""
+"""Tokenizers that others released, in the files they released them in: recognised by the names of their tensors, read
+without running what is in them.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,33 @@ from peco_ds.models.vqkd_tokenizer import LEFT_BEHIND, read_vqkd
 from peco_ds.models.weight_files import read_tensor_file, size_of
 from peco_ds.schema import sha256_of_file
 
-# What released files name beside tensors: DALL-E's hold whole modules, Lightning's checkpoints the callback that wrote them and its best score.
+# What released files name beside tensors: DALL-E's hold whole modules, Lightning's checkpoints the callback that wrote
+# them and its best score.
 _OBJECTS = frozenset(
-    [f"dall_e.{name}" for name in ("encoder.Encoder", "encoder.EncoderBlock", "decoder.Decoder", "decoder.DecoderBlock", "utils.Conv2d")]
-    + [f"torch.nn.modules.{name}" for name in ("container.Sequential", "activation.ReLU", "pooling.MaxPool2d", "upsampling.Upsample", "linear.Identity")]
-    + [f"pytorch_lightning.callbacks.{name}" for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")]
+    [
+        f"dall_e.{name}"
+        for name in (
+            "encoder.Encoder",
+            "encoder.EncoderBlock",
+            "decoder.Decoder",
+            "decoder.DecoderBlock",
+            "utils.Conv2d",
+        )
+    ]
+    + [
+        f"torch.nn.modules.{name}"
+        for name in (
+            "container.Sequential",
+            "activation.ReLU",
+            "pooling.MaxPool2d",
+            "upsampling.Upsample",
+            "linear.Identity",
+        )
+    ]
+    + [
+        f"pytorch_lightning.callbacks.{name}"
+        for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")
+    ]
     + ["numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"]
 )
 
@@ -56,35 +80,67 @@ def _lpips(settings: TokenizerSettings) -> dict[str, str]:
 def _teacher(settings: TokenizerSettings) -> dict[str, str]:
     """The one of BEiT v2's teachers that has features of this width; no file names its own."""
     width = settings.vit.target_width
-    known = {512: ("CLIP ViT-B/16", "MIT (OpenAI's release of CLIP)"), 768: ("DINO ViT-B/16", "Apache-2.0 (DINO's release)")}
+    known = {
+        512: ("CLIP ViT-B/16", "MIT (OpenAI's release of CLIP)"),
+        768: ("DINO ViT-B/16", "Apache-2.0 (DINO's release)"),
+    }
     if width not in known:
-        return {"judge": f"a teacher of width {width} that the file does not name", "judge_licence": "unknown, as its teacher is"}
+        return {
+            "judge": f"a teacher of width {width} that the file does not name",
+            "judge_licence": "unknown, as its teacher is",
+        }
     name, licence = known[width]
     return {"judge": f"most likely {name}, by its width of {width}", "judge_licence": licence}
 
 
 LAYOUTS = {
-    "dvae": Layout(("blocks.input.w", "blocks.output.conv.w"), read_dvae, "github.com/openai/DALL-E", "MIT, modified", _none),
-    "vqgan": Layout(("quantize.embedding.weight", "encoder.conv_in.weight"), read_vqgan, "github.com/CompVis/taming-transformers", "MIT", _lpips, ("loss.",)),
-    "gumbel": Layout(("quantize.proj.weight", "quantize.embed.weight"), read_gumbel, "github.com/CompVis/taming-transformers", "MIT", _lpips, ("loss.",)),
-    "vqkd": Layout(("quantize.embedding.weight", "encoder.patch_embed.proj.weight"), read_vqkd, "github.com/microsoft/unilm, beit2", "MIT", _teacher, LEFT_BEHIND),
+    "dvae": Layout(
+        ("blocks.input.w", "blocks.output.conv.w"), read_dvae, "github.com/openai/DALL-E", "MIT, modified", _none
+    ),
+    "vqgan": Layout(
+        ("quantize.embedding.weight", "encoder.conv_in.weight"),
+        read_vqgan,
+        "github.com/CompVis/taming-transformers",
+        "MIT",
+        _lpips,
+        ("loss.",),
+    ),
+    "gumbel": Layout(
+        ("quantize.proj.weight", "quantize.embed.weight"),
+        read_gumbel,
+        "github.com/CompVis/taming-transformers",
+        "MIT",
+        _lpips,
+        ("loss.",),
+    ),
+    "vqkd": Layout(
+        ("quantize.embedding.weight", "encoder.patch_embed.proj.weight"),
+        read_vqkd,
+        "github.com/microsoft/unilm, beit2",
+        "MIT",
+        _teacher,
+        LEFT_BEHIND,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class PublishedTokenizer:
     settings: TokenizerSettings
-    state_dict: dict[str, torch.Tensor]  # of the tokenizer that these settings build, float32
+    # of the tokenizer that these settings build, float32
+    state_dict: dict[str, torch.Tensor]
     left_out: int  # tensors that only training needs
     facts: dict  # for the release's card
 
 
 def read_published(paths: list[Path], kind: str = "auto") -> PublishedTokenizer:
-    """The tokenizer in one released file, or in two: DALL-E's encoder.pkl and decoder.pkl, in any order, or its encoder.pkl alone.
+    """The tokenizer in one released file, or in two: DALL-E's encoder.pkl and decoder.pkl, in any order, or its
+    encoder.pkl alone.
 
     Args:
         kind: of LAYOUTS, which it then must be; auto: the one whose tensors are in the file.
-    Raises: UserError if a file is missing, damaged, would run code, or holds no tokenizer of this kind, or if the files do not belong together.
+    Raises: UserError if a file is missing, damaged, would run code, or holds no tokenizer of this kind, or if the files
+        do not belong together.
     """
     read = [(path, *_recognised(path)) for path in paths]
     for path, found, _ in read:
@@ -115,11 +171,16 @@ def _recognised(path: Path) -> tuple[str, dict]:
     for kind, layout in LAYOUTS.items():
         if all(isinstance(tensors.get(sign), torch.Tensor) for sign in layout.signs):
             return kind, tensors
-    raise UserError(f"{path}: no tokenizer's tensors among its {len(tensors)} entries; give DALL-E's encoder.pkl, taming-transformers' last.ckpt or unilm's VQ-KD file")
+    raise UserError(
+        f"{path}: no tokenizer's tensors among its {len(tensors)} entries; give DALL-E's encoder.pkl, "
+        "taming-transformers' last.ckpt or unilm's VQ-KD file"
+    )
 
 
 def _both_sides(files: list[tuple[Path, dict]]) -> dict:
-    """Tensors of DALL-E's files, with the side before their names: both files have the same ones, but only the encoder begins with a wide convolution."""
+    """Tensors of DALL-E's files, with the side before their names: both files have the same ones, but only the encoder
+    begins with a wide convolution.
+    """
     sides: dict[str, Path] = {}
     tensors = {}
     for path, held in files:

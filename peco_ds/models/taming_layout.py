@@ -16,7 +16,12 @@ from peco_ds.models.weight_files import count_of, rename_tensors, size_of
 
 # Names of the layers inside a block, ours -> theirs; the others are the same.
 _INSIDE = {"shortcut": ("nin_shortcut",), "proj": ("proj_out",), "qkv": ("q", "k", "v")}
-_AROUND = {"to_code": "quant_conv", "from_code": "post_quant_conv", "to_logits": "quantize.proj", "codes": "quantize.embed"}
+_AROUND = {
+    "to_code": "quant_conv",
+    "from_code": "post_quant_conv",
+    "to_logits": "quantize.proj",
+    "codes": "quantize.embed",
+}
 
 
 def read_vqgan(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tensor]]:
@@ -28,7 +33,9 @@ def read_vqgan(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tensor
     with torch.device("meta"):
         expected = PecoTokenizer(settings).state_dict()
     network = [name for name in expected if not name.startswith("codebook.")]
-    state = rename_tensors(tensors, _names(network, settings) | {"codebook.codes": ("quantize.embedding.weight",)}, expected)
+    state = rename_tensors(
+        tensors, _names(network, settings) | {"codebook.codes": ("quantize.embedding.weight",)}, expected
+    )
     codebook = Codebook.from_settings(settings)
     codebook.start_at(state["codebook.codes"])
     return settings, state | {f"codebook.{name}": tensor for name, tensor in codebook.state_dict().items()}
@@ -50,7 +57,10 @@ def _settings(tensors: dict, kind: str, codes: str) -> TokenizerSettings:
     levels = count_of(tensors, "encoder.down.{}.block.0.conv1.weight", first=0)
     widths = [size_of(tensors, f"encoder.down.{level}.block.0.conv1.weight", 0) for level in range(levels)]
     if any(width % channels or width % 32 for width in [channels, *widths]):
-        raise UserError(f"levels of {widths} channels are no multiples of 32 and of the first convolution's {channels}, so it is no VQGAN of taming-transformers")
+        raise UserError(
+            f"levels of {widths} channels are no multiples of 32 and of the first convolution's "
+            f"{channels}, so it is no VQGAN of taming-transformers"
+        )
     settings = TokenizerSettings(
         kind=kind,
         channels=channels,

@@ -1,4 +1,6 @@
-"""Any classifier of timm by its name, as a point of comparison: with the hub's weights, or with a local file of the same architecture."""
+"""Any classifier of timm by its name, as a point of comparison: with the hub's weights, or with a local file of the
+same architecture.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from peco_ds.models.weight_files import read_tensor_file
 
 logger = logging.getLogger("peco_ds")
 
-_CONTAINERS = ("state_dict", "model", "module")  # where training scripts put the weights inside their checkpoint
+# where training scripts put the weights inside their checkpoint
+_CONTAINERS = ("state_dict", "model", "module")
 
 
 class TimmClassifier(NamedTuple):
@@ -24,7 +27,8 @@ class TimmClassifier(NamedTuple):
     num_classes: int
     source: str
     image_px: int
-    own_px: int  # side of the pictures that the model is evaluated at unless another is asked for
+    # side of the pictures that the model is evaluated at unless another is asked for
+    own_px: int
     crop: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -33,27 +37,39 @@ class TimmClassifier(NamedTuple):
 def load_timm_classifier(name: str, checkpoint: Path | None = None, *, image_px: int | None = None) -> TimmClassifier:
     """
     Args:
-        name: of a timm model, with or without a tag.  checkpoint: local weights of it, of any number of classes; None: downloaded.
+        name: of a timm model, with or without a tag.
+        checkpoint: local weights of it, of any number of classes; None: downloaded.
         image_px: side of the pictures, position embeddings resampled; None: the model's own for evaluation.
-    Raises: UserError if timm does not know the name, the weights cannot be had or do not fit, or the model takes no other size.
+    Raises: UserError if timm does not know the name, the weights cannot be had or do not fit, or the model takes no
+        other size.
     """
     if not timm.is_model(name.partition(".")[0]):
-        raise UserError(f"{name}: neither a run folder, a release, a weights file, nor the name of a timm model; correct it")
+        raise UserError(
+            f"{name}: neither a run folder, a release, a weights file, nor the name of a timm model; correct it"
+        )
     arguments = {}
     if checkpoint is not None:
         tensors = read_tensor_file(checkpoint)
-        tensors = next((tensors[container] for container in _CONTAINERS if isinstance(tensors.get(container), dict)), tensors)
+        tensors = next(
+            (tensors[container] for container in _CONTAINERS if isinstance(tensors.get(container), dict)), tensors
+        )
         head = f"{timm.get_pretrained_cfg(name).classifier}.weight"
         arguments["pretrained_cfg_overlay"] = {"state_dict": tensors}
         if head in tensors:
             arguments["num_classes"] = arguments["pretrained_cfg_overlay"]["num_classes"] = len(tensors[head])
     try:
         model = timm.create_model(name, pretrained=True, **arguments).eval()
-    except Exception as error:  # the hub clients raise what their transport raises, timm's filters what they stumble on; none of it is a fault of ours
+    except Exception as error:
+        # the hub clients raise what their transport raises, timm's filters what they stumble on; none of it is a fault
+        # of ours
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if checkpoint is not None:
-            raise UserError(f"{checkpoint}: does not fit {name} ({reason}); give the file of that model, or the name of this file's") from None
-        raise UserError(f"{name}: its weights could not be downloaded ({reason}); fetch them elsewhere and give --checkpoint FILE") from None
+            raise UserError(
+                f"{checkpoint}: does not fit {name} ({reason}); give the file of that model, or the name of this file's"
+            ) from None
+        raise UserError(
+            f"{name}: its weights could not be downloaded ({reason}); fetch them elsewhere and give --checkpoint FILE"
+        ) from None
     if not model.num_classes:
         raise UserError(f"{name}: has no classifier; give a fine-tuned model, or probe its features")
     own_px = resolve_model_data_config(model, use_test_size=True)["input_size"][-1]
@@ -61,9 +77,16 @@ def load_timm_classifier(name: str, checkpoint: Path | None = None, *, image_px:
         _resize(model, name, image_px)
     config = resolve_model_data_config(model, use_test_size=True)
     if config["interpolation"] != "bicubic" or config["crop_mode"] != "center":
-        logger.warning("%s was trained for %s, %s crops; here they are bicubic and central, which moves its accuracy a little", name, config["interpolation"], config["crop_mode"])
+        logger.warning(
+            "%s was trained for %s, %s crops; here they are bicubic and central, which moves its accuracy a little",
+            name,
+            config["interpolation"],
+            config["crop_mode"],
+        )
     source = f"timm {name}" + (f" ({checkpoint.name})" if checkpoint is not None else "")
-    return TimmClassifier(model, model.num_classes, source, image_px or own_px, own_px, config["crop_pct"], config["mean"], config["std"])
+    return TimmClassifier(
+        model, model.num_classes, source, image_px or own_px, own_px, config["crop_pct"], config["mean"], config["std"]
+    )
 
 
 def _resize(model: nn.Module, name: str, image_px: int) -> None:
@@ -75,4 +98,6 @@ def _resize(model: nn.Module, name: str, image_px: int) -> None:
             model(torch.zeros(1, 3, image_px, image_px))
     except Exception as error:  # timm's models refuse in many ways
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"--image_px {image_px}: {name} takes no such picture ({reason}); leave it out for the model's own size") from None
+        raise UserError(
+            f"--image_px {image_px}: {name} takes no such picture ({reason}); leave it out for the model's own size"
+        ) from None

@@ -1,4 +1,7 @@
-"""A tokenizer as a fast function of many pictures: one precision, passes of one size, the network compiled where asked. Stored and online codes both come from here."""
+"""A tokenizer as a fast function of many pictures: one precision, passes of one size, the network compiled where asked.
+
+Stored and online codes both come from here.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,27 @@ from peco_ds.models.image_tokenizer import ImageTokenizer, SoftTokens
 
 
 class TokenPasses:
-    """Stands for the tokenizer where only codes are wanted: the same `tokenize` and `tokenize_soft`, for any number of pictures of one size.
+    """Stands for the tokenizer where only codes are wanted: the same `tokenize` and `tokenize_soft`, for any number of
+    pictures of one size.
 
-    In bf16 the trunk runs under autocast: products in bf16, statistics of norms in float32. The last layer and the search for the code are in the precision of
-    the weights, float32. A compiled trunk has one static shape: a last pass with fewer pictures is filled up, so that nothing is compiled again for it.
+    In bf16 the trunk runs under autocast: products in bf16, statistics of norms in float32. The last layer and the
+    search for the code are in the precision of
+    the weights, float32. A compiled trunk has one static shape: a last pass with fewer pictures is filled up, so that
+    nothing is compiled again for it.
 
     Args:
-        tokenizer: in eval mode, on its device.  pictures: of a pass, at most.  compiled: by torch.compile, which the first pass waits for.
+        tokenizer: in eval mode, on its device.
+        pictures: of a pass, at most.
+        compiled: by torch.compile, which the first pass waits for.
     """
 
-    def __init__(self, tokenizer: ImageTokenizer, *, precision: Literal["bf16", "fp32"], pictures: int, compiled: bool) -> None:
+    def __init__(
+        self, tokenizer: ImageTokenizer, *, precision: Literal["bf16", "fp32"], pictures: int, compiled: bool
+    ) -> None:
         tokenizer.check_eval()
         assert pictures >= 1
-        # Eager group norms give pictures back channels first, and the next convolution would turn them round again; compiled ones keep the order they find.
+        # Eager group norms give pictures back channels first, and the next convolution would turn them round again;
+        # compiled ones keep the order they find.
         self._layout = torch.channels_last if compiled else torch.contiguous_format
         self._tokenizer = tokenizer.to(memory_format=self._layout)
         self._bf16, self._pictures, self._compiled = precision == "bf16", pictures, compiled
@@ -37,7 +48,9 @@ class TokenPasses:
     @torch.no_grad()
     def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
         """As `ImageTokenizer.tokenize_soft`."""
-        found = [self._tokenizer.choose_soft(outputs, k, temperature=temperature) for outputs in self.outputs(images_11)]
+        found = [
+            self._tokenizer.choose_soft(outputs, k, temperature=temperature) for outputs in self.outputs(images_11)
+        ]
         return SoftTokens(*(torch.cat(values) for values in zip(*found)))
 
     @torch.no_grad()
@@ -53,6 +66,8 @@ class TokenPasses:
 
 
 def even_pass(pictures: int, at_most: int) -> int:
-    """Pictures of each pass when `pictures` are cut into the fewest of at most `at_most`: as equal as can be, so that next to nothing is filled up."""
+    """Pictures of each pass when `pictures` are cut into the fewest of at most `at_most`: as equal as can be, so that
+    next to nothing is filled up.
+    """
     passes = -(-pictures // at_most)
     return -(-pictures // passes)

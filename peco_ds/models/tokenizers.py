@@ -32,16 +32,20 @@ KINDS: dict[str, type[ImageTokenizer]] = {
 RELEASE_VERSION = 1
 TENSORS_NAME = "tokenizer.safetensors"
 CARD_NAME = "tokenizer.json"
-KIND = "peco_tokenizer"  # of the file format, whatever settings.kind says of the network
+# of the file format, whatever settings.kind says of the network
+KIND = "peco_tokenizer"
 REMEDY = "make it again with train_tokenizer.py or copy it again"
 
 
 def build_tokenizer(settings: TokenizerSettings, *, seed: int = 0) -> ImageTokenizer:
-    """A tokenizer with fresh weights from torch's generator; `seed` decides at which encoder outputs dead codes restart."""
+    """A tokenizer with fresh weights from torch's generator.
+
+    `seed` decides at which encoder outputs dead codes restart.
+    """
     return KINDS[settings.kind](settings, seed=seed)
 
 
-# ---------------------------------------------------------------------------------------------- release on disk
+# ------------------------------------------------------------------------------------- release on disk
 
 
 @dataclass(frozen=True)
@@ -52,20 +56,26 @@ class TokenizerCard:
     settings: TokenizerSettings
     num_codes: int
     stride_px: int
-    extra: dict  # facts of the training, as `save_tokenizer` was given them
+    # facts of the training, as `save_tokenizer` was given them
+    extra: dict
 
 
-def save_tokenizer(folder: str | Path, state_dict: dict[str, torch.Tensor], settings: TokenizerSettings, extra: dict) -> str:
+def save_tokenizer(
+    folder: str | Path, state_dict: dict[str, torch.Tensor], settings: TokenizerSettings, extra: dict
+) -> str:
     """Write a release: `tokenizer.safetensors` and `tokenizer.json`.
 
     Args:
-        state_dict: of a tokenizer of these settings, whole tensors, on any device.  extra: JSON-able facts of the training.
+        state_dict: of a tokenizer of these settings, whole tensors, on any device.
+        extra: JSON-able facts of the training.
     Returns: the fingerprint.
     The card is the last file to appear and the first to go, so a folder with a card holds a whole release.
     """
     with torch.device("meta"):
         expected = build_tokenizer(settings).state_dict()
-    assert state_dict.keys() == expected.keys(), f"not a tokenizer's state: {sorted(state_dict.keys() ^ expected.keys())[:5]}"
+    assert state_dict.keys() == expected.keys(), (
+        f"not a tokenizer's state: {sorted(state_dict.keys() ^ expected.keys())[:5]}"
+    )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
@@ -94,7 +104,9 @@ def save_tokenizer(folder: str | Path, state_dict: dict[str, torch.Tensor], sett
 
 
 def read_card(folder: str | Path) -> TokenizerCard:
-    """What a release says about itself, without reading its tensors; `load_tokenizer` verifies that they are the ones it names.
+    """What a release says about itself, without reading its tensors.
+
+    `load_tokenizer` verifies that they are the ones it names.
 
     Raises: UserError if the folder or one of its files is missing, or the card is not one.
     """
@@ -104,8 +116,9 @@ def read_card(folder: str | Path) -> TokenizerCard:
 def load_tokenizer(folder: str | Path) -> tuple[ImageTokenizer, TokenizerCard]:
     """Read and verify a release: the tokenizer on the CPU in float32 and eval mode, and its card.
 
-    Raises: UserError if the folder or a file is missing, a file is not what its name says, a tensor is missing or unexpected or of
-        another shape, or any byte of settings and tensors differs from what the fingerprint was taken over.
+    Raises: UserError if the folder or a file is missing, a file is not what its name says, a tensor is missing or
+        unexpected or of another shape, or any byte of settings and tensors differs from what the fingerprint was taken
+        over.
     """
     folder = Path(folder)
     card, described = _read_card(folder)
@@ -115,14 +128,21 @@ def load_tokenizer(folder: str | Path) -> tuple[ImageTokenizer, TokenizerCard]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); {REMEDY}") from None
     vit = card.settings.vit
-    asked = vit.depth + vit.decoder_depth if card.settings.kind == "vqkd" else card.settings.blocks_per_level * len(card.settings.channel_mults)
+    asked = (
+        vit.depth + vit.decoder_depth
+        if card.settings.kind == "vqkd"
+        else card.settings.blocks_per_level * len(card.settings.channel_mults)
+    )
     if asked > len(tensors):
         raise UserError(f"{path}: {len(tensors)} tensors, the settings ask for {asked} blocks; {REMEDY}")
     try:
-        with torch.device("meta"):  # damaged settings may ask for more memory than there is
+        # damaged settings may ask for more memory than there is
+        with torch.device("meta"):
             expected = build_tokenizer(card.settings).state_dict()
     except (RuntimeError, ValueError, TypeError) as error:  # TypeError: a size of more than 64 bits
-        raise UserError(f"{folder / CARD_NAME}: its settings give no network ({' '.join(str(error).split())[:120]}); {REMEDY}") from None
+        raise UserError(
+            f"{folder / CARD_NAME}: its settings give no network ({' '.join(str(error).split())[:120]}); {REMEDY}"
+        ) from None
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise UserError(f"{path}: tensor {name} is missing; {REMEDY}")
@@ -132,10 +152,15 @@ def load_tokenizer(folder: str | Path) -> tuple[ImageTokenizer, TokenizerCard]:
             found, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
             raise UserError(f"{path}: tensor {name} has shape {found}, the settings ask for {wanted}; {REMEDY}")
         if tensors[name].is_floating_point() != expected[name].is_floating_point():
-            raise UserError(f"{path}: tensor {name} is {tensors[name].dtype}, the settings ask for {expected[name].dtype}; {REMEDY}")
+            raise UserError(
+                f"{path}: tensor {name} is {tensors[name].dtype}, the settings ask for {expected[name].dtype}; {REMEDY}"
+            )
     fingerprint = tokenizer_fingerprint(described, tensors)
     if fingerprint != card.fingerprint:
-        raise UserError(f"{folder}: fingerprint {fingerprint[:12]} is not the card's {card.fingerprint[:12]}, so a file was changed; {REMEDY}")
+        raise UserError(
+            f"{folder}: fingerprint {fingerprint[:12]} is not the card's {card.fingerprint[:12]}, so a "
+            f"file was changed; {REMEDY}"
+        )
     tokenizer = build_tokenizer(card.settings)
     tokenizer.load_state_dict(tensors)
     return tokenizer.eval(), card
@@ -144,7 +169,10 @@ def load_tokenizer(folder: str | Path) -> tuple[ImageTokenizer, TokenizerCard]:
 def _read_card(folder: Path) -> tuple[TokenizerCard, dict]:
     """The card, and its settings as they stand in the file."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such tokenizer folder; make one with train_tokenizer.py or import_tokenizer.py, or correct data.tokenizer (relative paths lie under data.root)")
+        raise UserError(
+            f"{folder}: no such tokenizer folder; make one with train_tokenizer.py or "
+            "import_tokenizer.py, or correct data.tokenizer (relative paths lie under data.root)"
+        )
     for name in (CARD_NAME, TENSORS_NAME):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: holds no {name}, so it is no whole tokenizer release; {REMEDY}")
@@ -169,7 +197,9 @@ def _read_card(folder: Path) -> tuple[TokenizerCard, dict]:
         raise UserError(f"{path}: fingerprint is no text, or extra no object; {REMEDY}")
     for name in ("num_codes", "stride_px"):
         if raw.get(name) != getattr(settings, name):
-            raise UserError(f"{path}: {name} is {short(raw.get(name))}, its settings give {getattr(settings, name)}; {REMEDY}")
+            raise UserError(
+                f"{path}: {name} is {short(raw.get(name))}, its settings give {getattr(settings, name)}; {REMEDY}"
+            )
     return TokenizerCard(fingerprint, settings, settings.num_codes, settings.stride_px, extra), raw["settings"]
 
 
@@ -177,7 +207,8 @@ def tokenizer_fingerprint(settings: dict, tensors: dict[str, torch.Tensor]) -> s
     """sha256 over the settings' canonical JSON and every tensor's name, dtype, shape and bytes, by sorted name.
 
     Args:
-        settings: as the card holds them, so that a default added later changes no old fingerprint.  tensors: on the CPU.
+        settings: as the card holds them, so that a default added later changes no old fingerprint.
+        tensors: on the CPU.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode())
     for name in sorted(tensors):

@@ -1,4 +1,7 @@
-"""TorchScript archives, the form of OpenAI's CLIP files, as tensors by name; the program in them is neither compiled nor run."""
+"""TorchScript archives, the form of OpenAI's CLIP files, as tensors by name.
+
+The program in them is neither compiled nor run.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +41,12 @@ def is_torchscript(path: str | Path) -> bool:
 
 
 def read_torchscript(path: str | Path) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of the module in an archive, by their dotted names, on the CPU in the stored precision; one that has two names is one tensor.
+    """Parameters and buffers of the module in an archive, by their dotted names, on the CPU in the stored precision.
 
-    Raises: UserError if the archive is damaged, names a Python object that is neither a module of its own nor a tensor, or asks for more memory than it is large.
+    One that has two names is one tensor.
+
+    Raises: UserError if the archive is damaged, names a Python object that is neither a module of its own nor a tensor,
+        or asks for more memory than it is large.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -48,9 +54,13 @@ def read_torchscript(path: str | Path) -> dict[str, torch.Tensor]:
             root = _Reader(io.BytesIO(_stored(archive, table))).load()
             folder = table.removesuffix("data.pkl") + "data/"
             return _tensors(archive, folder, _saved_tensors(root), Path(path).stat().st_size)
-    except Exception as error:  # a damaged pickle ends in IndexError, struct.error or AttributeError, wherever the reader happens to stand
+    except Exception as error:
+        # a damaged pickle ends in IndexError, struct.error or AttributeError, wherever the reader happens to stand
         detail = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{path}: not a readable TorchScript archive ({detail}); fetch it again, or save model.state_dict() where you trust it") from None
+        raise UserError(
+            f"{path}: not a readable TorchScript archive ({detail}); fetch it again, or save "
+            "model.state_dict() where you trust it"
+        ) from None
 
 
 class _Storage(NamedTuple):
@@ -71,7 +81,9 @@ class _Module:
 
 
 def _saved(storage, offset, size, stride, *_flags) -> _Saved:
-    if not isinstance(storage, _Storage) or not all(type(number) is int and number >= 0 for number in (offset, *size, *stride)):
+    if not isinstance(storage, _Storage) or not all(
+        type(number) is int and number >= 0 for number in (offset, *size, *stride)
+    ):
         raise pickle.UnpicklingError("a tensor without storage, size or place")
     return _Saved(storage, offset, size, stride)
 
@@ -98,7 +110,12 @@ class _Reader(pickle._Unpickler):
 
     def persistent_load(self, saved) -> _Storage:
         kind, dtype, key, _device, numel = saved
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or not isinstance(numel, int):
+        if (
+            kind != "storage"
+            or not isinstance(dtype, torch.dtype)
+            or not isinstance(key, str)
+            or not isinstance(numel, int)
+        ):
             raise pickle.UnpicklingError("a storage without type, key or size")
         return _Storage(dtype, key, numel)
 
@@ -108,7 +125,8 @@ def _saved_tensors(root: object) -> dict[str, _Saved]:
     waiting, seen = [("", root)], set()
     while waiting:
         prefix, module = waiting.pop()
-        if id(module) in seen:  # a damaged archive may hold a module that holds itself
+        # a damaged archive may hold a module that holds itself
+        if id(module) in seen:
             continue
         seen.add(id(module))
         for name, value in vars(module).items():
@@ -119,8 +137,12 @@ def _saved_tensors(root: object) -> dict[str, _Saved]:
     return found
 
 
-def _tensors(archive: zipfile.ZipFile, folder: str, named: dict[str, _Saved], file_bytes: int) -> dict[str, torch.Tensor]:
-    """Each storage is read once and let go of, each tensor made once: any number of them may lie in one storage, or have one place in it."""
+def _tensors(
+    archive: zipfile.ZipFile, folder: str, named: dict[str, _Saved], file_bytes: int
+) -> dict[str, torch.Tensor]:
+    """Each storage is read once and let go of, each tensor made once: any number of them may lie in one storage, or
+    have one place in it.
+    """
     distinct = sorted(set(named.values()), key=lambda saved: saved.storage.key)
     asked = sum(math.prod(saved.size) * saved.storage.dtype.itemsize for saved in distinct)
     if asked > file_bytes:
@@ -135,12 +157,15 @@ def _tensors(archive: zipfile.ZipFile, folder: str, named: dict[str, _Saved], fi
 def _tensor(data: bytearray, saved: _Saved) -> torch.Tensor:
     dtype, key, numel = saved.storage
     if numel < 0 or len(data) < numel * dtype.itemsize or math.prod(saved.size) > numel:
-        raise ValueError(f"storage {key[:40]} has {len(data)} bytes, its tensor of shape {saved.size} of {dtype} needs more")
+        raise ValueError(
+            f"storage {key[:40]} has {len(data)} bytes, its tensor of shape {saved.size} of {dtype} needs more"
+        )
     flat = torch.frombuffer(data, dtype=dtype, count=numel) if numel else torch.empty(0, dtype=dtype)
     return flat.as_strided(saved.size, saved.stride, saved.offset).clone(memory_format=torch.contiguous_format)
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:  # torch stores; a packed member may be a thousand times the file's size
+    # torch stores; a packed member may be a thousand times the file's size
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"its member {name[:80]} is compressed")
     return archive.read(name)

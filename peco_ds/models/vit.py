@@ -1,8 +1,10 @@
-"""The backbone: timm's `Beit` by its parameters, with blocks of our own, and one relative position bias shared by all of them; BEiT's initialisation.
+"""The backbone: timm's `Beit` by its parameters, with blocks of our own, and one relative position bias shared by all
+of them; BEiT's initialisation.
 
-Parameters have timm's names and meaning, so a release for timm is a change of names. What differs is how a block computes: attention with a shared bias
-(`attention.py`), stochastic depth drawn outside so that one compiled graph serves all blocks, and recomputation inside. Sizes: B 768 x 12 x 12 heads,
-L 1024 x 24 x 16, H 1280 x 32 x 16 with patch 14.
+Parameters have timm's names and meaning, so a release for timm is a change of names. What differs is how a block
+computes: attention with a shared bias (`attention.py`), stochastic depth drawn outside so that one compiled graph
+serves all blocks, and recomputation inside. Sizes: B 768 x 12 x 12 heads, L 1024 x 24 x 16, H 1280 x 32 x 16 with patch
+14.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ Recompute = Literal["none", "selective", "full"]
 
 
 class TransformerBlock(Block):
-    """timm's BEiT block by its parameters: x + gamma_1 attention(norm(x)), then x + gamma_2 mlp(norm(x)). The unit that ZeRO-3 gathers and torch.compile sees.
+    """timm's BEiT block by its parameters: x + gamma_1 attention(norm(x)), then x + gamma_2 mlp(norm(x)).
+
+    The unit that ZeRO-3 gathers and torch.compile sees.
 
     Args:
         layer_scale: initial gammas; 0: none.  grid: patches a side, for a bias table of its own; None: it is given one.
@@ -47,14 +51,22 @@ class TransformerBlock(Block):
         drop_path_by: Literal["picture", "subset"] = "picture",
         recompute: Recompute = "none",
     ) -> None:
-        super().__init__(width, heads, qkv_bias=True, mlp_ratio=mlp_ratio, init_values=layer_scale or None, window_size=(grid, grid) if grid else None)
+        super().__init__(
+            width,
+            heads,
+            qkv_bias=True,
+            mlp_ratio=mlp_ratio,
+            init_values=layer_scale or None,
+            window_size=(grid, grid) if grid else None,
+        )
         self.drop_path, self.drop_path_by, self.recompute = drop_path, drop_path_by, recompute
 
     def draw_paths(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What stochastic depth does to attention and MLP in this pass, in training; None where nothing.
 
-        "picture": factors [B, 1, 1], 0 with probability drop_path, else 1 / (1 - drop_path). "subset": int64 [n], the pictures that take the branch; n is
-        B (1 - drop_path), rounded, at least 1, so the share is exact in every pass and branch, and the others cost nothing; what comes out is multiplied by B / n.
+        "picture": factors [B, 1, 1], 0 with probability drop_path, else 1 / (1 - drop_path). "subset": int64 [n], the
+        pictures that take the branch; n is B (1 - drop_path), rounded, at least 1, so the share is exact in every pass
+        and branch, and the others cost nothing; what comes out is multiplied by B / n.
 
         Source: stochastic depth (arXiv 1603.09382); subsets: DINOv2 (arXiv 2304.07193), section 5.
         """
@@ -69,18 +81,34 @@ class TransformerBlock(Block):
         return torch.rand(2, len(x), device=x.device).argsort(dim=1)[:, :pictures].unbind(0)
 
     def forward(
-        self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None, attention_path: torch.Tensor | None = None, mlp_path: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        shared_rel_pos_bias: torch.Tensor | None = None,
+        attention_path: torch.Tensor | None = None,
+        mlp_path: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Tokens [B, T, D] -> the same.
 
         Args:
-            shared_rel_pos_bias: [H, T, T], or one a picture [B, H, T, T]; not needed where the block has a table of its own.  attention_path, mlp_path: of `draw_paths`.
+            shared_rel_pos_bias: [H, T, T], or one a picture [B, H, T, T]; not needed where the block has a table of its
+                own.
+            attention_path, mlp_path: of `draw_paths`.
         """
         if self.recompute == "none" or not self.training:
             return self._run(x, shared_rel_pos_bias, attention_path, mlp_path)
-        # Non-reentrant: the recomputed forward takes the same kernels as the first, so no loss changes. What is random was drawn before.
+        # Non-reentrant: the recomputed forward takes the same kernels as the first, so no loss changes. What is random
+        # was drawn before.
         contexts = {"context_fn": _keep_products} if self.recompute == "selective" else {}
-        return checkpoint(self._run, x, shared_rel_pos_bias, attention_path, mlp_path, use_reentrant=False, preserve_rng_state=False, **contexts)
+        return checkpoint(
+            self._run,
+            x,
+            shared_rel_pos_bias,
+            attention_path,
+            mlp_path,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            **contexts,
+        )
 
     def _run(self, x, bias, attention_path, mlp_path):
         if self.attn.relative_position_bias_table is not None:
@@ -90,7 +118,9 @@ class TransformerBlock(Block):
 
     def _attention(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         attn = self.attn
-        qkv = self._linear(self.norm1(x), attn.qkv.weight, torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias]))
+        qkv = self._linear(
+            self.norm1(x), attn.qkv.weight, torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+        )
         out = self._linear(attend(qkv.unflatten(2, (3, attn.num_heads, -1)), bias), attn.proj.weight, attn.proj.bias)
         return out if self.gamma_1 is None else self.gamma_1 * out
 
@@ -102,8 +132,9 @@ class TransformerBlock(Block):
 
     @property
     def _linear(self):
-        # ZeRO-3 puts a function of its own in the place of F.linear, which saves the weight and not a view that would keep it gathered. That one adds the bias
-        # in place, to the very product that selective recomputation has kept, and would add it again. There nothing is saved, so the plain operator will do.
+        # ZeRO-3 puts a function of its own in the place of F.linear, which saves the weight and not a view that would
+        # keep it gathered. That one adds the bias in place, to the very product that selective recomputation has kept,
+        # and would add it again. There nothing is saved, so the plain operator will do.
         return torch.ops.aten.linear if self.recompute == "selective" else F.linear
 
 
@@ -157,7 +188,10 @@ def build_blocks(settings: ModelSettings, *, own_bias: bool = False, recompute: 
 
 
 class PositionBias(RelativePositionBias):
-    """timm's table by its parameter; [H, T, T] in float32 whatever the table's dtype, since all blocks add to its gradient."""
+    """timm's table by its parameter.
+
+    [H, T, T] in float32 whatever the table's dtype, since all blocks add to its gradient.
+    """
 
     def forward(self) -> torch.Tensor:
         return bias_of_positions(self.relative_position_bias_table, self.relative_position_index)
@@ -166,16 +200,21 @@ class PositionBias(RelativePositionBias):
 def build_backbone(settings: ModelSettings, *, recompute: Recompute = "none") -> Beit:
     """A `Beit` without head that ends in its final norm, to be run by `run_blocks`.
 
-    Source: BEiT (arXiv 2106.08254) and its released `modeling_pretrain.py`: shared bias table, no absolute position embedding,
-        q and v bias but no key bias, layer scale, LayerNorm eps 1e-6.
+    Source: BEiT (arXiv 2106.08254) and its released `modeling_pretrain.py`: shared bias table, no absolute position
+        embedding, q and v bias but no key bias, layer scale, LayerNorm eps 1e-6.
     """
     backbone = Beit(**timm_arguments(settings) | {"depth": 0})
-    backbone.blocks, backbone.rel_pos_bias = build_blocks(settings, recompute=recompute), PositionBias((settings.grid, settings.grid), settings.heads)
+    backbone.blocks, backbone.rel_pos_bias = (
+        build_blocks(settings, recompute=recompute),
+        PositionBias((settings.grid, settings.grid), settings.heads),
+    )
     init_as_beit(backbone, settings.init_std)
     return backbone
 
 
-def timm_arguments(settings: ModelSettings, *, shared_bias: bool = True, num_classes: int = 0, pooling: str = "class") -> dict:
+def timm_arguments(
+    settings: ModelSettings, *, shared_bias: bool = True, num_classes: int = 0, pooling: str = "class"
+) -> dict:
     """Keyword arguments that make timm's `Beit` this backbone.
 
     Args:
@@ -201,9 +240,11 @@ def timm_arguments(settings: ModelSettings, *, shared_bias: bool = True, num_cla
 
 @torch.no_grad()
 def init_as_beit(backbone: Beit, std: float) -> None:
-    """Truncated normal cut at one standard deviation, then attention output and second MLP weights of block i (from 1) over sqrt(2 i).
+    """Truncated normal cut at one standard deviation, then attention output and second MLP weights of block i (from 1)
+    over sqrt(2 i).
 
-    Must run on whole parameters, so before ZeRO-3 partitions them: under `zero.Init` the in-place division is lost without a word.
+    Must run on whole parameters, so before ZeRO-3 partitions them: under `zero.Init` the in-place division is lost
+    without a word.
     Source: released BEiT `modeling_pretrain.py` (`trunc_normal_` with a = -std, b = std; `fix_init_weight`).
     """
     init_projections(backbone, std)
@@ -233,7 +274,8 @@ def scale_by_depth(blocks: Iterable[Block], first: int = 1) -> None:
 def trunc_normal(tensor: torch.Tensor, std: float) -> None:
     """Normal(0, std) cut at +-std: its own standard deviation is 0.54 of `std`.
 
-    By the inverse distribution function. PyTorch's own draws anew until every value lies inside, a third of them each time: a minute for ViT-H.
+    By the inverse distribution function. PyTorch's own draws anew until every value lies inside, a third of them each
+    time: a minute for ViT-H.
     """
     edge = math.erf(math.sqrt(0.5))
     tensor.uniform_(-edge, edge).erfinv_().mul_(math.sqrt(2) * std).clamp_(-std, std)

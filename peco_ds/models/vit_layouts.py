@@ -1,6 +1,8 @@
-"""The layouts in which ViTs are published, each brought to timm's names: MoCo v3, DINO, DINOv2, CLIP (OpenAI, open_clip), Hugging Face's CLIP, DINOv2 and ViT.
+"""The layouts in which ViTs are published, each brought to timm's names: MoCo v3, DINO, DINOv2, CLIP (OpenAI,
+open_clip), Hugging Face's CLIP, DINOv2 and ViT.
 
-What decides an answer without showing in a shape (activation, epsilon, heads) is taken from the layout or from the config file beside the weights,
+What decides an answer without showing in a shape (activation, epsilon, heads) is taken from the layout or from the
+config file beside the weights,
 and never guessed: CLIP's names are the same for weights trained with GELU and with its approximation QuickGELU.
 """
 
@@ -27,24 +29,33 @@ HF_CONFIG = "config.json"
 
 _GELU, _QUICK_GELU = "gelu", "quick_gelu"  # as timm spells them
 _HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
-_MOCO_HEADS_OF_WIDTH = {384: 12, 768: 12}  # MoCo v3's ViT-S has 12 heads; the shapes of a file do not tell
-_CLIP_HEADS_OF_WIDTH = {1280: 16, 1408: 16, 1664: 16}  # open_clip's H, g and bigG; all others have heads 64 wide
+# MoCo v3's ViT-S has 12 heads; the shapes of a file do not tell
+_MOCO_HEADS_OF_WIDTH = {384: 12, 768: 12}
+# open_clip's H, g and bigG; all others have heads 64 wide
+_CLIP_HEADS_OF_WIDTH = {1280: 16, 1408: 16, 1664: 16}
 
-# Where training scripts put the weights inside their checkpoint, and what they put before each name. The first that fits is taken,
-# so an average ("teacher", "base_encoder") wins over what it averages.
+# Where training scripts put the weights inside their checkpoint, and what they put before each name. The first that
+# fits is taken, so an average ("teacher", "base_encoder") wins over what it averages.
 _CONTAINERS = ("state_dict", "teacher", "model", "module")
 _MOCO_PREFIXES = ("module.base_encoder.", "base_encoder.")
 _PREFIXES = (*_MOCO_PREFIXES, "module.backbone.", "backbone.", "module.encoder.", "encoder.", "module.", "")
 _HEADS = ("head.", "head_dist.", "fc.")  # what sits behind the features
-_DIMENSIONS = {PATCH_WEIGHT: 4, "pos_embed": 3, "reg_token": 3, "blocks.0.mlp.fc1.weight": 2, "blocks.0.mlp.fc2.weight": 2}
+_DIMENSIONS = {
+    PATCH_WEIGHT: 4,
+    "pos_embed": 3,
+    "reg_token": 3,
+    "blocks.0.mlp.fc1.weight": 2,
+    "blocks.0.mlp.fc2.weight": 2,
+}
 
 
 @dataclass(frozen=True)
 class VitFile:
     """A ViT as a file holds it, under timm's names.
 
-    `projection` [out, width] is CLIP's way from patch tokens to the space it shares with text. `heads` None: neither shapes nor config tell.
-    `activation` is timm's name of it; None: the file cannot tell. `fixed_heads`: a registered timm model of these shapes may have other heads.
+    `projection` [out, width] is CLIP's way from patch tokens to the space it shares with text. `heads` None: neither
+    shapes nor config tell. `activation` is timm's name of it; None: the file cannot tell. `fixed_heads`: a registered
+    timm model of these shapes may have other heads.
     """
 
     state: dict[str, torch.Tensor]
@@ -70,7 +81,9 @@ def read_vit_file(path: Path) -> VitFile:
         if isinstance(raw.get(container), dict):
             raw = raw[container]
             break
-    tensors = {name: tensor for name, tensor in raw.items() if isinstance(tensor, torch.Tensor) and isinstance(name, str)}
+    tensors = {
+        name: tensor for name, tensor in raw.items() if isinstance(tensor, torch.Tensor) and isinstance(name, str)
+    }
     for layout in _LAYOUTS:
         prefix = next((prefix for prefix in layout.prefixes if prefix + layout.mark in tensors), None)
         if prefix is not None:
@@ -89,22 +102,38 @@ def read_vit_file(path: Path) -> VitFile:
 def _check(path: Path, tensors: dict[str, torch.Tensor], dimensions: dict[str, int], prefix: str = "") -> None:
     """What is looked into before the strict comparison has to have the form for it."""
     for name, wanted in dimensions.items():
-        if name in tensors and (tensors[name].ndim != wanted or not tensors[name].numel() or not tensors[name].is_floating_point()):
-            raise UserError(f"{path}: tensor {prefix}{name} is {tensors[name].dtype} of shape {tuple(tensors[name].shape)}, a ViT's has {wanted} numbers")
+        if name in tensors and (
+            tensors[name].ndim != wanted or not tensors[name].numel() or not tensors[name].is_floating_point()
+        ):
+            raise UserError(
+                f"{path}: tensor {prefix}{name} is {tensors[name].dtype} of shape "
+                f"{tuple(tensors[name].shape)}, a ViT's has {wanted} numbers"
+            )
 
 
 def licence_beside(folder: Path) -> str:
-    """What the model card of a folder states: the `license` of its front matter, and in cards of this package what bound the network itself; "" without a front matter."""
+    """What the model card of a folder states: the `license` of its front matter, and in cards of this package what
+    bound the network itself; "" without a front matter.
+    """
     front, text = _card(folder)
     found = re.search(r"^license: *[\"']?([\w.+-]{1,60})", front, re.MULTILINE)
-    stated = "" if found is None else f"as the README.md of {folder.resolve().name} says" if found[1] == "other" else found[1]
-    # A judge that learnt from the codes of another judge is bound by that one's terms too, over any number of generations.
+    stated = (
+        ""
+        if found is None
+        else f"as the README.md of {folder.resolve().name} says"
+        if found[1] == "other"
+        else found[1]
+    )
+    # A judge that learnt from the codes of another judge is bound by that one's terms too, over any number of
+    # generations.
     bound = [f"its {name} {terms}" for name, terms in _terms(text)]
     return "; ".join([*([stated] if stated else []), *bound])
 
 
 def terms_beside(folder: Path) -> dict[str, str]:
-    """What bound the network of a folder, as a card of this package tells it: `TOKENIZER_LICENCE` and `JUDGE_LICENCE`, where there are any."""
+    """What bound the network of a folder, as a card of this package tells it: `TOKENIZER_LICENCE` and `JUDGE_LICENCE`,
+    where there are any.
+    """
     found = _terms(_card(folder)[1])
     return {name: "; ".join(terms for other, terms in found if other == name) for name, _ in found}
 
@@ -125,10 +154,14 @@ def _card(folder: Path) -> tuple[str, str]:
     return ("", "") if front is None else (front[1], text[front.end() :])
 
 
-_TERMS = re.compile(rf"^\| ({re.escape(TOKENIZER_LICENCE)}|{re.escape(JUDGE_LICENCE)})(?: of what it started from)? \| ([^|\n]{{1,2000}}) \|$", re.MULTILINE)
+_TERMS = re.compile(
+    rf"^\| ({re.escape(TOKENIZER_LICENCE)}|{re.escape(JUDGE_LICENCE)})(?: of what it started "
+    rf"from)? \| ([^|\n]{{1,2000}}) \|$",
+    re.MULTILINE,
+)
 
 
-# ---------------------------------------------------------------------------------------------- the layouts
+# ----------------------------------------------------------------------------------------- the layouts
 
 _APACHE = "Apache-2.0 ({}'s release)"
 _MOCO_LICENCE = "CC BY-NC 4.0 (MoCo v3's release)"
@@ -152,7 +185,8 @@ class _Found(NamedTuple):
 class _Layout:
     mark: str  # the tensor by which it is known
     patches: str  # the patch embedding's weight
-    prefixes: tuple[str, ...]  # what may stand before its names; the first that fits is taken
+    # what may stand before its names; the first that fits is taken
+    prefixes: tuple[str, ...]
     read: Callable[[_Found], VitFile]
 
 
@@ -163,52 +197,101 @@ def _read_timm(found: _Found) -> VitFile:
     if "norm_pre.weight" in inner:
         weight, bias = inner.get("head.weight"), inner.get("head.bias")
         projection = weight if is_projection(weight, bias) else None
-        return VitFile(state, "CLIP (timm)", _clip_heads(width), projection, None, 1e-5, CLIP_MEAN, CLIP_STD, licence_beside(found.path.parent))
+        return VitFile(
+            state,
+            "CLIP (timm)",
+            _clip_heads(width),
+            projection,
+            None,
+            1e-5,
+            CLIP_MEAN,
+            CLIP_STD,
+            licence_beside(found.path.parent),
+        )
     if "mask_token" in state and "blocks.0.ls1.gamma" in state:
         del state["mask_token"]
-        swiglu = {name: re.sub(r"(blocks\.\d+\.mlp\.)w12\.", r"\1fc1.", re.sub(r"(blocks\.\d+\.mlp\.)w3\.", r"\1fc2.", name)) for name in state}
+        swiglu = {
+            name: re.sub(r"(blocks\.\d+\.mlp\.)w12\.", r"\1fc1.", re.sub(r"(blocks\.\d+\.mlp\.)w3\.", r"\1fc2.", name))
+            for name in state
+        }
         state = _with_registers({swiglu[name]: tensor for name, tensor in state.items()})
         return VitFile(state, "DINOv2", width // 64 if width % 64 == 0 else None, licence=_APACHE.format("DINOv2"))
     if moco:
-        return VitFile(state, "MoCo v3", _MOCO_HEADS_OF_WIDTH.get(width, _HEADS_OF_WIDTH.get(width)), licence=_MOCO_LICENCE, fixed_heads=width in _MOCO_HEADS_OF_WIDTH)
-    layout, licence = next((known[1:] for known in _KNOWN_FILES if known[0].fullmatch(found.path.name)), ("ViT", licence_beside(found.path.parent)))
+        return VitFile(
+            state,
+            "MoCo v3",
+            _MOCO_HEADS_OF_WIDTH.get(width, _HEADS_OF_WIDTH.get(width)),
+            licence=_MOCO_LICENCE,
+            fixed_heads=width in _MOCO_HEADS_OF_WIDTH,
+        )
+    layout, licence = next(
+        (known[1:] for known in _KNOWN_FILES if known[0].fullmatch(found.path.name)),
+        ("ViT", licence_beside(found.path.parent)),
+    )
     return VitFile(state, layout, _HEADS_OF_WIDTH.get(width), licence=licence)
 
 
 def is_projection(weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
-    """Whether the head of timm's CLIP is CLIP's projection: that one has no bias, so timm's layer holds zeros, and a trained classifier's does not."""
+    """Whether the head of timm's CLIP is CLIP's projection: that one has no bias, so timm's layer holds zeros, and a
+    trained classifier's does not.
+    """
     return weight is not None and weight.ndim == 2 and (bias is None or not bias.any())
 
 
 def _with_registers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """DINOv2's registers stand between class token and patches without a position; timm then keeps positions for patches alone."""
+    """DINOv2's registers stand between class token and patches without a position.
+
+    Timm then keeps positions for patches alone.
+    """
     if "register_tokens" not in state:
         return state
     state = dict(state)
     state["reg_token"] = state.pop("register_tokens")
-    if {"cls_token", "pos_embed"} <= state.keys() and state["pos_embed"].ndim == 3 and state["cls_token"].shape == (1, 1, state["pos_embed"].shape[-1]):
+    if (
+        {"cls_token", "pos_embed"} <= state.keys()
+        and state["pos_embed"].ndim == 3
+        and state["cls_token"].shape == (1, 1, state["pos_embed"].shape[-1])
+    ):
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]
     return state
 
 
 _CLIP_NAMES = (
-    (r"class_embedding", "cls_token"), (r"positional_embedding", "pos_embed"), (r"conv1\.", "patch_embed.proj."), (r"ln_pre\.", "norm_pre."), (r"ln_post\.", "norm."),
-    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.", r"blocks.\1.norm\2."), (r"transformer\.resblocks\.(\d+)\.ls_([12])\.", r"blocks.\1.ls\2."),
-    (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_", r"blocks.\1.attn.qkv."), (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"blocks.\1.attn.proj."),
-    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"blocks.\1.mlp.fc1."), (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"blocks.\1.mlp.fc2."),
-)  # fmt: skip
+    (r"class_embedding", "cls_token"),
+    (r"positional_embedding", "pos_embed"),
+    (r"conv1\.", "patch_embed.proj."),
+    (r"ln_pre\.", "norm_pre."),
+    (r"ln_post\.", "norm."),
+    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.", r"blocks.\1.norm\2."),
+    (r"transformer\.resblocks\.(\d+)\.ls_([12])\.", r"blocks.\1.ls\2."),
+    (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_", r"blocks.\1.attn.qkv."),
+    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"blocks.\1.attn.proj."),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"blocks.\1.mlp.fc1."),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"blocks.\1.mlp.fc2."),
+)
 
 
 def _read_clip(found: _Found) -> VitFile:
     tensors = dict(found.inner)
     projection = tensors.pop("proj", None)
-    projection = projection.T if projection is not None and projection.ndim == 2 else projection  # of another form: refused, and not left out
+    # of another form: refused, and not left out
+    projection = projection.T if projection is not None and projection.ndim == 2 else projection
     state = _renamed(tensors, _CLIP_NAMES)
     width = state[PATCH_WEIGHT].shape[0]
-    # OpenAI's own files keep three numbers beside the weights; what others saved with these names may have been trained with either activation.
+    # OpenAI's own files keep three numbers beside the weights; what others saved with these names may have been trained
+    # with either activation.
     of_openai = "input_resolution" in found.whole
-    vit = VitFile(_with_batch(state), "CLIP", _clip_heads(width), projection, _QUICK_GELU if of_openai else None, 1e-5, CLIP_MEAN, CLIP_STD)
+    vit = VitFile(
+        _with_batch(state),
+        "CLIP",
+        _clip_heads(width),
+        projection,
+        _QUICK_GELU if of_openai else None,
+        1e-5,
+        CLIP_MEAN,
+        CLIP_STD,
+    )
     vit = replace(vit, licence=_OPENAI_LICENCE if of_openai else licence_beside(found.path.parent) or _CLIP_LICENCE)
     config = _config_beside(found.path, OPEN_CLIP_CONFIG)
     if config is None or of_openai:
@@ -223,26 +306,42 @@ def _clip_heads(width: int) -> int | None:
 
 
 _HF_CLIP_NAMES = (
-    (r"embeddings\.class_embedding", "cls_token"), (r"embeddings\.patch_embedding\.", "patch_embed.proj."), (r"embeddings\.position_embedding\.weight", "pos_embed"),
-    (r"pre_layrnorm\.", "norm_pre."), (r"post_layernorm\.", "norm."), (r"encoder\.layers\.(\d+)\.layer_norm([12])\.", r"blocks.\1.norm\2."),
-    (r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.", r"blocks.\1.attn.\2."), (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"blocks.\1.attn.proj."),
+    (r"embeddings\.class_embedding", "cls_token"),
+    (r"embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"embeddings\.position_embedding\.weight", "pos_embed"),
+    (r"pre_layrnorm\.", "norm_pre."),
+    (r"post_layernorm\.", "norm."),
+    (r"encoder\.layers\.(\d+)\.layer_norm([12])\.", r"blocks.\1.norm\2."),
+    (r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.", r"blocks.\1.attn.\2."),
+    (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"blocks.\1.attn.proj."),
     (r"encoder\.layers\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
-)  # fmt: skip
+)
 _HF_VIT_NAMES = (
-    (r"embeddings\.cls_token", "cls_token"), (r"embeddings\.register_tokens", "register_tokens"), (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"embeddings\.position_embeddings", "pos_embed"), (r"layernorm\.", "norm."),
+    (r"embeddings\.cls_token", "cls_token"),
+    (r"embeddings\.register_tokens", "register_tokens"),
+    (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"layernorm\.", "norm."),
     (r"encoder\.layer\.(\d+)\.norm([12])\.", r"blocks.\1.norm\2."),
-    (r"encoder\.layer\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."), (r"encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.([qkv])[a-z]+\.", r"blocks.\1.attn.\2."), (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+    (r"encoder\.layer\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
+    (r"encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
+    (r"encoder\.layer\.(\d+)\.attention\.attention\.([qkv])[a-z]+\.", r"blocks.\1.attn.\2."),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
     (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
-    (r"encoder\.layer\.(\d+)\.mlp\.weights_in\.", r"blocks.\1.mlp.fc1."), (r"encoder\.layer\.(\d+)\.mlp\.weights_out\.", r"blocks.\1.mlp.fc2."),
+    (r"encoder\.layer\.(\d+)\.mlp\.weights_in\.", r"blocks.\1.mlp.fc1."),
+    (r"encoder\.layer\.(\d+)\.mlp\.weights_out\.", r"blocks.\1.mlp.fc2."),
     (r"encoder\.layer\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
-    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."), (r"encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
-)  # fmt: skip
+    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
+    (r"encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
+)
 
 
 def _read_hf_clip(found: _Found) -> VitFile:
-    tensors = {name: tensor for name, tensor in found.inner.items() if name != "embeddings.position_ids" and not name.startswith("visual_projection.")}
+    tensors = {
+        name: tensor
+        for name, tensor in found.inner.items()
+        if name != "embeddings.position_ids" and not name.startswith("visual_projection.")
+    }
     state = _with_batch(_joined(_renamed(tensors, _HF_CLIP_NAMES)))
     projection = found.whole.get("visual_projection.weight")
     vit = VitFile(state, "CLIP", _clip_heads(state[PATCH_WEIGHT].shape[0]), projection, None, 1e-5, CLIP_MEAN, CLIP_STD)
@@ -251,30 +350,49 @@ def _read_hf_clip(found: _Found) -> VitFile:
 
 
 def _read_hf_vit(found: _Found) -> VitFile:
-    tensors = {name: tensor for name, tensor in found.inner.items() if name != "embeddings.mask_token" and not name.startswith(("pooler.", "classifier."))}
+    tensors = {
+        name: tensor
+        for name, tensor in found.inner.items()
+        if name != "embeddings.mask_token" and not name.startswith(("pooler.", "classifier."))
+    }
     state = _with_registers(_joined(_renamed(tensors, _HF_VIT_NAMES)))
     width = state[PATCH_WEIGHT].shape[0]
     if "blocks.0.ls1.gamma" in state:
         vit = VitFile(state, "DINOv2", width // 64 if width % 64 == 0 else None, licence=_APACHE.format("DINOv2"))
-        return _as_configured(found.path, vit, ("dinov2", "dinov2_with_registers"), heads=12, activation=_GELU, eps=1e-6)
-    return _as_configured(found.path, VitFile(state, "ViT", _HEADS_OF_WIDTH.get(width)), ("vit",), heads=12, activation=_GELU, eps=1e-12)
+        return _as_configured(
+            found.path, vit, ("dinov2", "dinov2_with_registers"), heads=12, activation=_GELU, eps=1e-6
+        )
+    return _as_configured(
+        found.path, VitFile(state, "ViT", _HEADS_OF_WIDTH.get(width)), ("vit",), heads=12, activation=_GELU, eps=1e-12
+    )
 
 
 _HF_PATCHES = "embeddings.patch_embeddings.projection.weight"
 _LAYOUTS = (
     _Layout(PATCH_WEIGHT, PATCH_WEIGHT, _PREFIXES, _read_timm),
     _Layout("class_embedding", "conv1.weight", ("visual.", "module.visual.", "model.visual.", ""), _read_clip),
-    _Layout("embeddings.class_embedding", "embeddings.patch_embedding.weight", ("vision_model.", "clip.vision_model.", ""), _read_hf_clip),
+    _Layout(
+        "embeddings.class_embedding",
+        "embeddings.patch_embedding.weight",
+        ("vision_model.", "clip.vision_model.", ""),
+        _read_hf_clip,
+    ),
     _Layout(_HF_PATCHES, _HF_PATCHES, ("", "vit.", "dinov2.", "dinov2_with_registers."), _read_hf_vit),
 )
 
 
-# ---------------------------------------------------------------------------------------------- names
+# ----------------------------------------------------------------------------------------------- names
 
 
 def _renamed(tensors: dict[str, torch.Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
-    """The first pattern that a name begins with is put in its place; a name that none fits, or whose place is taken, stays, to be refused as one without a place."""
-    new = {name: next((re.sub(f"^{old}", put, name) for old, put in names if re.match(old, name)), name) for name in tensors}
+    """The first pattern that a name begins with is put in its place.
+
+    A name that none fits, or whose place is taken, stays, to be refused as one without a place.
+    """
+    new = {
+        name: next((re.sub(f"^{old}", put, name) for old, put in names if re.match(old, name)), name)
+        for name in tensors
+    }
     renamed = {name: tensors[name] for name in tensors if new[name] == name}
     for name, tensor in tensors.items():
         if new[name] != name:
@@ -283,7 +401,10 @@ def _renamed(tensors: dict[str, torch.Tensor], names: tuple[tuple[str, str], ...
 
 
 def _joined(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Query, key and value of Hugging Face -> one tensor in this order; left as they are where one is missing or of another shape."""
+    """Query, key and value of Hugging Face -> one tensor in this order.
+
+    Left as they are where one is missing or of another shape.
+    """
     state = dict(state)
     for name in [name for name in state if re.fullmatch(r"blocks\.\d+\.attn\.q\.(weight|bias)", name)]:
         start, kind = name.removesuffix(name[name.rindex("q.") :]), name.rpartition(".")[2]
@@ -304,11 +425,16 @@ def _with_batch(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
-# ---------------------------------------------------------------------------------------------- config files
+# ---------------------------------------------------------------------------------------- config files
 
 
-def _as_configured(path: Path, vit: VitFile, types: tuple[str, ...], *, heads: int, activation: str, eps: float) -> VitFile:
-    """Heads, activation, epsilon, statistics and licence as the files of a Hugging Face folder say; unchanged where the weights stand alone."""
+def _as_configured(
+    path: Path, vit: VitFile, types: tuple[str, ...], *, heads: int, activation: str, eps: float
+) -> VitFile:
+    """Heads, activation, epsilon, statistics and licence as the files of a Hugging Face folder say.
+
+    Unchanged where the weights stand alone.
+    """
     vit = replace(vit, licence=licence_beside(path.parent) or vit.licence)
     config = _config_beside(path, HF_CONFIG)
     if config is None or config.get("model_type") not in types:
@@ -316,12 +442,23 @@ def _as_configured(path: Path, vit: VitFile, types: tuple[str, ...], *, heads: i
     vision = object_in(config, "vision_config") if config["model_type"] == "clip" else config
     width, where = vit.state[PATCH_WEIGHT].shape[0], path.parent / HF_CONFIG
     if vision.get("hidden_size", 768) != width:
-        raise UserError(f"{where}: hidden_size is {str(vision.get('hidden_size', 768))[:40]}, {path.name} holds a ViT of width {width}; put the file beside its own config")
-    heads, activation, eps = vision.get("num_attention_heads", heads), vision.get("hidden_act", activation), vision.get("layer_norm_eps", eps)
+        raise UserError(
+            f"{where}: hidden_size is {str(vision.get('hidden_size', 768))[:40]}, {path.name} holds a ViT "
+            f"of width {width}; put the file beside its own config"
+        )
+    heads, activation, eps = (
+        vision.get("num_attention_heads", heads),
+        vision.get("hidden_act", activation),
+        vision.get("layer_norm_eps", eps),
+    )
     if type(heads) is not int or heads < 1 or width % heads:
-        raise UserError(f"{where}: num_attention_heads is {str(heads)[:40]}, the width is {width}; fetch the config again")
+        raise UserError(
+            f"{where}: num_attention_heads is {str(heads)[:40]}, the width is {width}; fetch the config again"
+        )
     if activation not in (_GELU, _QUICK_GELU):
-        raise UserError(f"{where}: hidden_act is {str(activation)[:40]}, known are {_GELU} and {_QUICK_GELU}; give another network")
+        raise UserError(
+            f"{where}: hidden_act is {str(activation)[:40]}, known are {_GELU} and {_QUICK_GELU}; give another network"
+        )
     if not isinstance(eps, (int, float)) or not 0 <= eps < 1:
         raise UserError(f"{where}: layer_norm_eps is {str(eps)[:40]}; fetch the config again")
     preprocess = _config_beside(path, "preprocessor_config.json") or {}
@@ -349,5 +486,11 @@ def object_in(config: dict, name: str) -> dict:
 
 
 def _three(value: object, default: tuple[float, ...]) -> tuple[float, ...]:
-    numbers = isinstance(value, list) and len(value) == 3 and all(isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number <= 1 for number in value)
+    numbers = (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(
+            isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number <= 1 for number in value
+        )
+    )
     return tuple(float(number) for number in value) if numbers else default

@@ -1,8 +1,8 @@
 """Codebook: nearest code, moving average over ranks and micro-batches, usage.
 
-The codebook learns by counting, not by gradient: its vectors are buffers that follow the encoder's outputs by moving averages of
-k-means statistics. The statistics are sums, so the same global batch gives the same codebook whatever the number of ranks and
-micro-batches it is cut into, up to the order of float additions.
+The codebook learns by counting, not by gradient: its vectors are buffers that follow the encoder's outputs by moving
+averages of k-means statistics. The statistics are sums, so the same global batch gives the same codebook whatever the
+number of ranks and micro-batches it is cut into, up to the order of float additions.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ BLOCK_ELEMENTS = 2**25
 
 class Quantized(NamedTuple):
     codes: torch.Tensor  # int64 [B, N], row-major
-    quantized: torch.Tensor  # [B, C, H, W] in the input's dtype; its gradient passes straight to the features
-    nearest: torch.Tensor  # float32 [B, C, H, W], the chosen codes themselves, without gradient
-    commitment: torch.Tensor  # float32 [], mean squared distance of the features to their codes; gradient to the features
+    # [B, C, H, W] in the input's dtype; its gradient passes straight to the features
+    quantized: torch.Tensor
+    # float32 [B, C, H, W], the chosen codes themselves, without gradient
+    nearest: torch.Tensor
+    # float32 [], mean squared distance of the features to their codes; gradient to the features
+    commitment: torch.Tensor
 
 
 class Codebook(nn.Module):
@@ -34,13 +37,16 @@ class Codebook(nn.Module):
         num_codes: V.  code_dim: C.
         l2_normalized: features and codes live on the unit sphere, nearest means largest cosine.
         decay: of the moving averages, in [0, 1).  count_eps: Laplace smoothing of the counts.
-        average: of what a code is the moving average. "sums": of its features' sums over the average of their counts, so that every feature weighs alike, and
-            a code without hits loses its past. "directions", for unit codes: of the features' unit mean, so that every step with a hit weighs alike,
-            and a code without hits keeps its past; a rare code follows the encoder more slowly.
-        revive_below: a code whose averaged count (vectors a step) falls below this restarts at an encoder output; 0: never.
+        average: of what a code is the moving average. "sums": of its features' sums over the average of their counts,
+            so that every feature weighs alike, and a code without hits loses its past. "directions", for unit codes: of
+            the features' unit mean, so that every step with a hit weighs alike, and a code without hits keeps its past;
+            a rare code follows the encoder more slowly.
+        revive_below: a code whose averaged count (vectors a step) falls below this restarts at an encoder output; 0:
+            never.
         seed: of the choice of those outputs.
-    Source: VQ-VAE (arXiv 1711.00937), appendix A.1, for the moving average of sums; BEiT v2 (arXiv 2208.06366) for the unit sphere, and its
-        released `norm_ema_quantizer.py` for the average of directions; Jukebox (arXiv 2005.00341) for restarts.
+    Source: VQ-VAE (arXiv 1711.00937), appendix A.1, for the moving average of sums; BEiT v2 (arXiv 2208.06366) for the
+        unit sphere, and its released `norm_ema_quantizer.py` for the average of directions; Jukebox (arXiv 2005.00341)
+        for restarts.
     """
 
     def __init__(
@@ -66,11 +72,14 @@ class Codebook(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("ema_count", torch.ones(num_codes))
         self.register_buffer("ema_sum", codes.clone())
-        # Numbers instead of bool and Python int: every backend can broadcast them, and reading one is left to the caller.
+        # Numbers instead of bool and Python int: every backend can broadcast them, and reading one is left to the
+        # caller.
         self.register_buffer("initialized", torch.zeros(()))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("step_rows", torch.tensor(float(num_codes)))  # vectors all ranks counted in the last step
-        # Sums of this step, the count in the last column, so that one collective carries both. With revival a second table of
+        # vectors all ranks counted in the last step
+        self.register_buffer("step_rows", torch.tensor(float(num_codes)))
+        # Sums of this step, the count in the last column, so that one collective carries both. With revival a second
+        # table of
         # V rows holds candidates for restarts.
         tables = 2 if revive_below > 0 else 1
         self.register_buffer("pending", torch.zeros(tables * num_codes, code_dim + 1), persistent=False)
@@ -93,8 +102,8 @@ class Codebook(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         """Follow a change of device, refuse a change of dtype.
 
-        An engine casts the whole module to 16 bits. In bfloat16 a moving average stands still: its step of 1 % is near the
-        rounding error, and counts above 256 can no longer be told apart.
+        An engine casts the whole module to 16 bits. In bfloat16 a moving average stands still: its step of 1 % is near
+        the rounding error, and counts above 256 can no longer be told apart.
         """
         for name, buffer in self._buffers.items():
             self._buffers[name] = buffer.to(fn(buffer.new_empty(0)).device)
@@ -109,7 +118,9 @@ class Codebook(nn.Module):
             features: [B, C, H, W], any float dtype; compared in float32.
         Must run once a micro-batch: a forward repeated by activation checkpointing would count twice.
         """
-        assert self.codes.dtype == torch.float32, "the codebook must stay float32; build it outside a context that casts tensors"
+        assert self.codes.dtype == torch.float32, (
+            "the codebook must stay float32; build it outside a context that casts tensors"
+        )
         batch, dim, height, width = features.shape
         assert dim == self.code_dim, f"features have {dim} channels, the codebook {self.code_dim}"
         with torch.autocast(features.device.type, enabled=False):
@@ -119,25 +130,33 @@ class Codebook(nn.Module):
                 self._accumulate(rows.detach(), codes)
             chosen = self.codes[codes]
             commitment = F.mse_loss(rows, chosen)
-            # The bracket is exactly zero, so that the value is the code bit for bit; `rows + (chosen - rows).detach()` is not.
+            # The bracket is exactly zero, so that the value is the code bit for bit; `rows + (chosen - rows).detach()`
+            # is not.
             through = chosen + (rows - rows.detach())
         through, chosen = (vectors.view(batch, height, width, dim).permute(0, 3, 1, 2) for vectors in (through, chosen))
         return Quantized(codes.view(batch, height * width), through.to(features.dtype), chosen, commitment)
 
     @torch.no_grad()
     def nearest(self, features: torch.Tensor) -> torch.Tensor:
-        """Nearest code of every position, as `forward` finds it, and nothing else: features [B, C, H, W], any float dtype -> int64 [B, N]."""
+        """Nearest code of every position, as `forward` finds it, and nothing else: features [B, C, H, W], any float
+        dtype -> int64 [B, N].
+        """
         with torch.autocast(features.device.type, enabled=False):
             return self._nearest(self._rows(features)).view(len(features), -1)
 
     @torch.no_grad()
-    def topk(self, features: torch.Tensor, k: int, *, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Soft codes: the k likeliest of softmax(-squared distance / temperature), or of softmax(cosine / temperature). The codebook is searched once.
+    def topk(
+        self, features: torch.Tensor, k: int, *, temperature: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Soft codes: the k likeliest of softmax(-squared distance / temperature), or of softmax(cosine / temperature).
+
+        The codebook is searched once.
 
         Args:
             features: [B, C, H, W].  temperature: > 0.
-        Returns: int64 [B, N], the nearest codes, those of `nearest`; int64 [B, N, k], the likeliest first; and their probabilities float32 [B, N, k] of the
-            softmax over all V codes, so a row sums to less than 1; what is missing is the mass of the codes left out.
+        Returns: int64 [B, N], the nearest codes, those of `nearest`; int64 [B, N, k], the likeliest first; and their
+            probabilities float32 [B, N, k] of the softmax over all V codes, so a row sums to less than 1; what is
+            missing is the mass of the codes left out.
         """
         assert 1 <= k <= self.num_codes and temperature > 0
         batch = len(features)
@@ -146,12 +165,17 @@ class Codebook(nn.Module):
             for block in self._rows(features).split(self._block_rows()):
                 similarity = self._similarity(block)
                 nearest.append(similarity.argmax(dim=-1))
-                # Of -|x - c|^2 = 2 (x c - |c|^2 / 2) - |x|^2 the last term is the same for all codes and leaves the softmax.
+                # Of -|x - c|^2 = 2 (x c - |c|^2 / 2) - |x|^2 the last term is the same for all codes and leaves the
+                # softmax.
                 logits = (similarity if self.l2_normalized else 2 * similarity) / temperature
                 values, indices = logits.topk(k, dim=-1)
                 codes.append(indices)
                 probs.append((values - logits.logsumexp(dim=-1, keepdim=True)).exp())
-        return torch.cat(nearest).view(batch, -1), torch.cat(codes).view(batch, -1, k), torch.cat(probs).view(batch, -1, k)
+        return (
+            torch.cat(nearest).view(batch, -1),
+            torch.cat(codes).view(batch, -1, k),
+            torch.cat(probs).view(batch, -1, k),
+        )
 
     def lookup(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Codes int64 [B, N] of a (height, width) grid -> their vectors, float32 [B, C, height, width]."""
@@ -167,7 +191,10 @@ class Codebook(nn.Module):
         return max(1, BLOCK_ELEMENTS // self.num_codes)
 
     def _similarity(self, rows: torch.Tensor) -> torch.Tensor:
-        """[S, V]; the largest is the nearest. Squared distance in expanded form, without the term that all codes share."""
+        """[S, V]; the largest is the nearest.
+
+        Squared distance in expanded form, without the term that all codes share.
+        """
         if self.l2_normalized:
             return rows @ self.codes.T
         return torch.addmm(self.codes.square().sum(dim=-1), rows, self.codes.T, beta=-0.5)
@@ -180,8 +207,8 @@ class Codebook(nn.Module):
     def _sum_by(self, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """[V, C + 1]: sum of the rows of each index and their count; rows of index -1 are left out.
 
-        A product with one-hot rows: `index_add_` adds in the order in which threads arrive on a GPU, and a resumed run would
-        no longer equal one that never stopped.
+        A product with one-hot rows: `index_add_` adds in the order in which threads arrive on a GPU, and a resumed run
+        would no longer equal one that never stopped.
         """
         total = rows.new_zeros(self.num_codes, self.code_dim + 1)
         numbers = torch.arange(self.num_codes, device=rows.device)
@@ -199,9 +226,10 @@ class Codebook(nn.Module):
     def _candidate_slots(self, rows: torch.Tensor) -> torch.Tensor:
         """int64 [S]: a pseudo-random slot in [0, V) for a share of the rows, -1 for the others.
 
-        Slot and share follow from (seed, step, the row's own bits), so a row is a candidate on whichever rank and micro-batch it
-        lies. The share keeps about V rows of a step, as many as there were in the last one: about a third of the slots then hold
-        exactly one row, and only those can be told from a sum over ranks.
+        Slot and share follow from (seed, step, the row's own bits), so a row is a candidate on whichever rank and
+        micro-batch it
+        lies. The share keeps about V rows of a step, as many as there were in the last one: about a third of the slots
+        then hold exactly one row, and only those can be told from a sum over ranks.
         """
         bits = rows.contiguous().view(torch.int32).to(torch.int64)
         # Integer sums wrap and do not depend on their order. The rounds after it are a multiply-xorshift mixer.
@@ -213,8 +241,11 @@ class Codebook(nn.Module):
         return torch.where(lottery * self.step_rows < self.num_codes, slot, -1)
 
     @torch.no_grad()
-    def update(self, all_reduce: Callable[[torch.Tensor], object] = lambda tensor: None, *, applied: bool = True) -> torch.Tensor:
-        """End of an optimiser step: move the averages by what all ranks counted since the last call, recompute the codes.
+    def update(
+        self, all_reduce: Callable[[torch.Tensor], object] = lambda tensor: None, *, applied: bool = True
+    ) -> torch.Tensor:
+        """End of an optimiser step: move the averages by what all ranks counted since the last call, recompute the
+        codes.
 
         Args:
             all_reduce: sums a float32 tensor over the ranks, in place; nothing on one process.
@@ -237,7 +268,8 @@ class Codebook(nn.Module):
             smoothed = (self.ema_count + self.count_eps) / (total + self.num_codes * self.count_eps) * total
             codes = self.ema_sum / smoothed.unsqueeze(1)
         if self.l2_normalized:
-            # A code nothing chose keeps its direction; renewed from a sum that shrinks every step it would drown in rounding.
+            # A code nothing chose keeps its direction; renewed from a sum that shrinks every step it would drown in
+            # rounding.
             codes = torch.where(counts.unsqueeze(1) > 0, F.normalize(codes, dim=-1), self.codes)
         self.codes.copy_(codes)
         if self.revive_below > 0:
@@ -248,14 +280,18 @@ class Codebook(nn.Module):
         return counts
 
     def _revive(self, candidates: torch.Tensor) -> None:
-        """Put the i-th dead code on the i-th slot that holds exactly one encoder output; without a slot it waits a step."""
+        """Put the i-th dead code on the i-th slot that holds exactly one encoder output.
+
+        Without a slot it waits a step.
+        """
         dead = self.ema_count < self.revive_below
         alone = candidates[:, -1] == 1
         slots = torch.argsort(alone.logical_not().to(torch.int8), stable=True)
         place = dead.cumsum(0) - 1
         revived = (dead & (place < alone.sum())).unsqueeze(1)
         vectors = candidates[slots[place.clamp(min=0)], :-1]
-        # The weight of an average code: less, and a code not chosen at once would be dead again; more, and it could not move.
+        # The weight of an average code: less, and a code not chosen at once would be dead again; more, and it could not
+        # move.
         weight = (self.ema_count.sum() / self.num_codes).clamp(min=self.revive_below)
         self.codes.copy_(torch.where(revived, vectors, self.codes))
         self.ema_sum.copy_(torch.where(revived, vectors * weight, self.ema_sum))
@@ -265,7 +301,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def init_kmeans(self, vectors: torch.Tensor, iterations: int, generator: torch.Generator) -> None:
-        """Lloyd's algorithm from randomly chosen vectors; the cosine variant with unit codes. The caller broadcasts the buffers.
+        """Lloyd's algorithm from randomly chosen vectors; the cosine variant with unit codes.
+
+        The caller broadcasts the buffers.
 
         Args:
             vectors: [S, C] encoder outputs on the codebook's device; fewer than V are repeated with small noise.
@@ -296,7 +334,10 @@ class Codebook(nn.Module):
 
     def _draw(self, rows: torch.Tensor, number: int, generator: torch.Generator) -> torch.Tensor:
         """[number, C]: rows without repetition, then, where there are too few, copies moved by 1 % of the spread."""
-        order = [torch.randperm(len(rows), generator=generator, device=generator.device) for _ in range(-(-number // len(rows)))]
+        order = [
+            torch.randperm(len(rows), generator=generator, device=generator.device)
+            for _ in range(-(-number // len(rows)))
+        ]
         drawn = rows[torch.cat(order)[:number].to(rows.device)]
         noise = torch.randn(number, self.code_dim, generator=generator, device=generator.device).to(rows)
         noise[: len(rows)] = 0
@@ -312,8 +353,8 @@ def usage(counts: torch.Tensor) -> dict[str, float]:
 
     Args:
         counts: [V], how often each code was chosen.
-    Returns: codes_used, the number of codes chosen at least once; perplexity, exp of the entropy of the code frequencies: V when all are
-        equally frequent, 1 when one takes all. Read back to the host.
+    Returns: codes_used, the number of codes chosen at least once; perplexity, exp of the entropy of the code
+        frequencies: V when all are equally frequent, 1 when one takes all. Read back to the host.
     """
     counts = counts.float()
     share = counts / counts.sum().clamp(min=1)

@@ -1,4 +1,6 @@
-"""Files of weights that strangers wrote: read without running anything that is in them, and named for what they are where they are none."""
+"""Files of weights that strangers wrote: read without running anything that is in them, and named for what they are
+where they are none.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _NOT_A_WEIGHTS_FILE = "not a readable weights file"
 
 
 class StoredObject:
-    """Stands in for an object of another package that a pickle holds: it keeps the attributes that were stored, and there is nothing in it that could run."""
+    """Stands in for an object of another package that a pickle holds: it keeps the attributes that were stored, and
+    there is nothing in it that could run.
+    """
 
     def __init__(self, *arguments) -> None:
         pass
@@ -33,13 +37,15 @@ class StoredObject:
 def read_tensor_file(path: str | Path, *, objects: frozenset[str] = frozenset()) -> dict:
     """What a .safetensors or a torch.save file (.pth, .pt, .bin, .pth.tar) holds, its tensors on the CPU.
 
-    Tensors are mapped where the format allows it: they take memory once they are read. Of pickles only tensors, plain containers and argparse.Namespace
-    (MoCo v3 and DINO store their command line) are unpickled.
+    Tensors are mapped where the format allows it: they take memory once they are read. Of pickles only tensors, plain
+    containers and argparse.Namespace (MoCo v3 and DINO store their command line) are unpickled.
 
     Args:
-        objects: classes, as "package.module.Class", that a pickle may name too. They are not imported: a `StoredObject` stands in for theirs. Where the
-            file is one such object, a module that was saved whole, its parameters and buffers come back under the names that state_dict() gives them.
-    Raises: UserError if the file is missing, a folder, empty, a web page, a git-LFS pointer, damaged or cut short, would run code, or holds no dictionary.
+        objects: classes, as "package.module.Class", that a pickle may name too. They are not imported: a `StoredObject`
+            stands in for theirs. Where the file is one such object, a module that was saved whole, its parameters and
+            buffers come back under the names that state_dict() gives them.
+    Raises: UserError if the file is missing, a folder, empty, a web page, a git-LFS pointer, damaged or cut short,
+        would run code, or holds no dictionary.
     """
     path = Path(path)
     if path.is_dir():
@@ -51,24 +57,37 @@ def read_tensor_file(path: str | Path, *, objects: frozenset[str] = frozenset())
     if not start:
         raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: it is empty; fetch it again")
     if start.startswith(_LFS):
-        raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: a git-LFS pointer, the weights were not fetched; run `git lfs pull` in its repository")
+        raise UserError(
+            f"{path}: {_NOT_A_WEIGHTS_FILE}: a git-LFS pointer, the weights were not fetched; run `git "
+            "lfs pull` in its repository"
+        )
     if start.lower().startswith(_WEB_PAGE):
-        raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: a web page (a log-in or an error page was saved under this name); fetch it again, logged in")
+        raise UserError(
+            f"{path}: {_NOT_A_WEIGHTS_FILE}: a web page (a log-in or an error page was saved under this "
+            "name); fetch it again, logged in"
+        )
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path, objects)
         if isinstance(content, StoredObject):
             content = _tensors_of(content)
-    except Exception as error:  # a damaged pickle ends in IndexError, struct.error or AssertionError, wherever the reader happens to stand
+    except Exception as error:
+        # a damaged pickle ends in IndexError, struct.error or AssertionError, wherever the reader happens to stand
         raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: {_reason(error, path)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: it holds a {type(content).__name__}, no dictionary of tensors; save model.state_dict() instead")
+        raise UserError(
+            f"{path}: {_NOT_A_WEIGHTS_FILE}: it holds a {type(content).__name__}, no dictionary of "
+            "tensors; save model.state_dict() instead"
+        )
     _refuse_odd_tensors(content, path)
     return content
 
 
 def _refuse_odd_tensors(content: dict, path: Path) -> None:
-    """Tensors that are not whole on the CPU: without bytes behind them, or stretched by their strides, they would take memory that the file does not have."""
-    waiting, seen = [content], {id(content)}  # a pickle may hold a dictionary that holds itself
+    """Tensors that are not whole on the CPU: without bytes behind them, or stretched by their strides, they would take
+    memory that the file does not have.
+    """
+    # a pickle may hold a dictionary that holds itself
+    waiting, seen = [content], {id(content)}
     while waiting:
         for name, value in waiting.pop().items():
             if isinstance(value, dict) and id(value) not in seen:
@@ -77,7 +96,10 @@ def _refuse_odd_tensors(content: dict, path: Path) -> None:
             elif isinstance(value, torch.Tensor):
                 odd = value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized
                 if odd or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                    raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: tensor {str(name)[:80]} is sparse, quantized, expanded or without data; save it dense and contiguous")
+                    raise UserError(
+                        f"{path}: {_NOT_A_WEIGHTS_FILE}: tensor {str(name)[:80]} is sparse, quantized, expanded "
+                        "or without data; save it dense and contiguous"
+                    )
 
 
 def _tensors_of(module: StoredObject) -> dict[str, torch.Tensor]:
@@ -88,8 +110,16 @@ def _tensors_of(module: StoredObject) -> dict[str, torch.Tensor]:
             raise ValueError("one of its modules stands in it twice")
         seen.add(id(stored))
         for part in ("_parameters", "_buffers"):
-            tensors |= {f"{prefix}{name}": tensor.detach() for name, tensor in vars(stored).get(part, {}).items() if isinstance(tensor, torch.Tensor)}
-        waiting += [(f"{prefix}{name}.", child) for name, child in vars(stored).get("_modules", {}).items() if isinstance(child, StoredObject)]
+            tensors |= {
+                f"{prefix}{name}": tensor.detach()
+                for name, tensor in vars(stored).get(part, {}).items()
+                if isinstance(tensor, torch.Tensor)
+            }
+        waiting += [
+            (f"{prefix}{name}.", child)
+            for name, child in vars(stored).get("_modules", {}).items()
+            if isinstance(child, StoredObject)
+        ]
     return tensors
 
 
@@ -98,8 +128,11 @@ def _unpickle(path: Path, objects: frozenset[str]) -> object:
         is_zip = file.read(4) == b"PK\x03\x04"  # torch maps no other format
     if is_zip:
         with zipfile.ZipFile(path) as archive:
-            packed = next((member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED), None)
-        if packed is not None:  # torch stores; a packed member may be a thousand times the file's size
+            packed = next(
+                (member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED), None
+            )
+        # torch stores; a packed member may be a thousand times the file's size
+        if packed is not None:
             raise ValueError(f"its member {packed[:80]} is compressed")
     with torch.serialization.safe_globals([argparse.Namespace, *((StoredObject, name) for name in objects)]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -108,7 +141,8 @@ def _unpickle(path: Path, objects: frozenset[str]) -> object:
 def foreign_classes(path: str | Path, known: frozenset[str] = frozenset()) -> list[str]:
     """What the pickle of a torch.save file names beside tensors and plain containers; nothing of it is run or read.
 
-    To be asked before others unpickle a file that holds objects: one with a name that is not expected could run anything.
+    To be asked before others unpickle a file that holds objects: one with a name that is not expected could run
+    anything.
 
     Args:
         known: names that the reader expects, as "module.Class".
@@ -116,7 +150,8 @@ def foreign_classes(path: str | Path, known: frozenset[str] = frozenset()) -> li
     """
     try:
         return sorted(set(get_unsafe_globals_in_checkpoint(path)) - known)
-    except Exception as error:  # a damaged one ends in IndexError, struct.error or AssertionError, wherever the reader happens to stand
+    except Exception as error:
+        # a damaged one ends in IndexError, struct.error or AssertionError, wherever the reader happens to stand
         raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: {_reason(error, Path(path))}") from None
 
 
@@ -124,14 +159,20 @@ def _reason(error: Exception, path: Path) -> str:
     text = " ".join(str(error).split())
     code = re.search(r"(?:GLOBAL|class) ([\w.]+)", text)
     if "Weights only load failed" in text and code and "nsupported" in text:
-        return f"its pickle calls {code[1]}, which could run anything and was not run; ask for safetensors, or save its tensors alone on a machine where you trust it"
+        return (
+            f"its pickle calls {code[1]}, which could run anything and was not run; ask for safetensors, "
+            "or save its tensors alone on a machine where you trust it"
+        )
     if "persistent_load of storage" in text:
-        return "a module that was saved whole in torch's old format, which keeps source code beside it; load it where you trust it and torch.save() its state_dict()"
+        return (
+            "a module that was saved whole in torch's old format, which keeps source code beside it; "
+            "load it where you trust it and torch.save() its state_dict()"
+        )
     detail = text[:120] or type(error).__name__
     return f"damaged or cut short at {path.stat().st_size} bytes ({detail}); fetch it again"
 
 
-# ---------------------------------------------------------------------------------------------- tensors under other names
+# --------------------------------------------------------------------------- tensors under other names
 
 
 def size_of(tensors: dict, name: str, dimension: int) -> int:
@@ -148,19 +189,25 @@ def size_of(tensors: dict, name: str, dimension: int) -> int:
 
 
 def count_of(tensors: dict, pattern: str, *, first: int) -> int:
-    """How many of the names that `pattern` gives for first, first + 1 ... are there without a gap; at least 1, so that a missing first one is named by who asks for it."""
+    """How many of the names that `pattern` gives for first, first + 1 ...
+
+    are there without a gap; at least 1, so that a missing first one is named by who asks for it.
+    """
     number = 1
     while pattern.format(first + number) in tensors:
         number += 1
     return number
 
 
-def rename_tensors(tensors: dict, names: dict[str, tuple[str, ...]], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def rename_tensors(
+    tensors: dict, names: dict[str, tuple[str, ...]], expected: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """A state dict in our names, float32, from a file's tensors, every one of which has its place.
 
     Args:
         names: ours -> the file's; several are put together along the first dimension.
-        expected: tensors of the right shapes in our names, on any device; those that `names` does not have are left to the caller.
+        expected: tensors of the right shapes in our names, on any device; those that `names` does not have are left to
+            the caller.
     Raises: UserError if a tensor is missing, left over, not of floats, not finite, or of another shape.
     """
     taken = {theirs for parts in names.values() for theirs in parts}
@@ -168,7 +215,10 @@ def rename_tensors(tensors: dict, names: dict[str, tuple[str, ...]], expected: d
     if missing:
         raise UserError(f"tensor {missing[0]} is missing ({len(missing)} in all); fetch the file again")
     if left_over:
-        raise UserError(f"tensor {short(left_over[0])} has no place in the network that the other shapes describe ({len(left_over)} in all); give an unchanged released file")
+        raise UserError(
+            f"tensor {short(left_over[0])} has no place in the network that the other shapes describe "
+            f"({len(left_over)} in all); give an unchanged released file"
+        )
     renamed = {}
     for ours, parts in names.items():
         first, *others = expected[ours].shape
@@ -178,10 +228,22 @@ def rename_tensors(tensors: dict, names: dict[str, tuple[str, ...]], expected: d
 
 
 def _float32(name: str, tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise UserError(f"{short(name)} is {tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__}, no tensor of floats; fetch the file again")
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+    ):
+        raise UserError(
+            f"{short(name)} is "
+            f"{tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__}, no tensor of "
+            "floats; fetch the file again"
+        )
     if tensor.shape != shape:
-        raise UserError(f"tensor {name} has shape {tuple(tensor.shape)}, the other shapes ask for {shape}; give an unchanged released file")
+        raise UserError(
+            f"tensor {name} has shape {tuple(tensor.shape)}, the other shapes ask for {shape}; give an "
+            "unchanged released file"
+        )
     if not tensor.isfinite().all():
         raise UserError(f"tensor {name} holds values that are not finite; fetch the file again")
     return tensor.float()

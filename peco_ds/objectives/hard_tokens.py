@@ -12,17 +12,23 @@ def hard_tokens(outputs, targets) -> tuple[torch.Tensor, dict[str, torch.Tensor]
     """Mean cross-entropy over the hidden patches of the batch, of each branch; the branches are summed.
 
     Args:
-        outputs: has `.logits` [B, M, V] and `.aggregated_logits`, the same or None; any float dtype, the softmax runs in float32.
+        outputs: has `.logits` [B, M, V] and `.aggregated_logits`, the same or None; any float dtype, the softmax runs
+            in float32.
         targets: has `.codes` int64 [B, M], of the hidden patches; IGNORED where there is none.
-    Returns: scalar loss, and on the device {"accuracy": share of hidden patches whose code is the most likely one}; with a second branch its
-        "aggregated_accuracy" too, and the terms of the loss, "mim_loss" and "aggregated_loss".
-    Source: BEiT (arXiv 2106.08254), eq. 3; BEiT v2 (arXiv 2208.06366), released `engine_for_pretraining.py` for the sum.
+    Returns: scalar loss, and on the device {"accuracy": share of hidden patches whose code is the most likely one};
+        with a second branch its "aggregated_accuracy" too, and the terms of the loss, "mim_loss" and "aggregated_loss".
+    Source: BEiT (arXiv 2106.08254), eq. 3; BEiT v2 (arXiv 2208.06366), released `engine_for_pretraining.py` for the
+        sum.
     """
     loss, accuracy = code_loss(outputs.logits, targets.codes), code_accuracy(outputs.logits, targets.codes)
     if outputs.aggregated_logits is None:
         return loss, {"accuracy": accuracy}
     aggregated = code_loss(outputs.aggregated_logits, targets.codes)
-    stats = {"aggregated_accuracy": code_accuracy(outputs.aggregated_logits, targets.codes), "mim_loss": loss.detach(), "aggregated_loss": aggregated.detach()}
+    stats = {
+        "aggregated_accuracy": code_accuracy(outputs.aggregated_logits, targets.codes),
+        "mim_loss": loss.detach(),
+        "aggregated_loss": aggregated.detach(),
+    }
     return loss + aggregated, {"accuracy": accuracy, **stats}
 
 

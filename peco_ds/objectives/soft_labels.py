@@ -8,7 +8,9 @@ from timm.loss import SoftTargetCrossEntropy
 _cross_entropy = SoftTargetCrossEntropy()
 
 
-def soft_label_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def soft_label_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     Args:
         logits: [B, C]; taken to float32 here.  targets: float32 [B, C], each row sums to 1.

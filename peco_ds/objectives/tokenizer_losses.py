@@ -17,11 +17,14 @@ def pixel_loss(reconstruction: torch.Tensor, target: torch.Tensor, kind: Literal
     return distance(reconstruction.float(), target.float())
 
 
-def perceptual_loss(features_reconstruction: Sequence[torch.Tensor], features_target: Sequence[torch.Tensor]) -> torch.Tensor:
+def perceptual_loss(
+    features_reconstruction: Sequence[torch.Tensor], features_target: Sequence[torch.Tensor]
+) -> torch.Tensor:
     """Sum over blocks of the squared difference of features, each averaged over its values (C, H, W) and the batch.
 
     Args:
-        features_reconstruction: one tensor [B, N, D] a block; the gradient goes here.  features_target: same shapes; taken as constants.
+        features_reconstruction: one tensor [B, N, D] a block; the gradient goes here.
+        features_target: same shapes; taken as constants.
     Source: perceptual loss of arXiv 1603.08155 with PeCo's choice of a self-supervised transformer (arXiv 2111.12710).
     """
     assert len(features_reconstruction) == len(features_target) > 0
@@ -41,15 +44,17 @@ def cosine_loss(features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return 1 - cosines.sum(dim=-1).mean()
 
 
-def hinge_losses(real: torch.Tensor, fake_detached: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def hinge_losses(
+    real: torch.Tensor, fake_detached: torch.Tensor, fake: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Critic's and generator's loss from one forward, for one backward.
 
     Args:
         real, fake_detached, fake: logits of any equal shape, as `CriticLogits` of critic.py describes them.
     Returns:
         critic: half the hinge loss of telling real from fake.
-        generator: `fake_detached.mean() - fake.mean()`. Its value is zero; its gradient is that of `-fake.mean()` for the reconstruction
-            and cancels for the critic's weights.
+        generator: `fake_detached.mean() - fake.mean()`. Its value is zero; its gradient is that of `-fake.mean()` for
+            the reconstruction and cancels for the critic's weights.
     Source: hinge loss of arXiv 1705.02894, halved as in VQGAN (arXiv 2012.09841).
     """
     real, fake_detached, fake = real.float(), fake_detached.float(), fake.float()
@@ -73,10 +78,11 @@ def tokenizer_loss(
     Args:
         output: has `.reconstruction` [B, 3, H, W] and `.commitment`, a scalar.  images_11: [B, 3, H, W] in [-1, 1].
         features_reconstruction, features_target: of the frozen judge, one [B, N, D] a block; empty without a judge.
-        critic_logits: has `.real`, `.fake_detached`, `.fake`; None without a critic. The critic learns from the first step, whatever
-            adversarial_weight is; the tokenizer feels it with that weight, 0 before the step from which it is wanted.
-    Returns: scalar loss, and detached unweighted scalars on the device: pixel, commitment, and where present perceptual, critic,
-        generator (`-fake.mean()`).
+        critic_logits: has `.real`, `.fake_detached`, `.fake`; None without a critic. The critic learns from the first
+            step, whatever adversarial_weight is; the tokenizer feels it with that weight, 0 before the step from which
+            it is wanted.
+    Returns: scalar loss, and detached unweighted scalars on the device: pixel, commitment, and where present
+        perceptual, critic, generator (`-fake.mean()`).
     """
     pixel = pixel_loss(output.reconstruction, images_11, settings.pixel)
     commitment = output.commitment.float()
@@ -101,7 +107,9 @@ class TokenizerObjective:
         judge: frozen network with `.features(images_01, blocks)`, or None for a tokenizer without perceptual loss.
     """
 
-    def __init__(self, loss: TokenizerLossSettings, perceptual: PerceptualSettings, adversarial: AdversarialSettings, judge=None) -> None:
+    def __init__(
+        self, loss: TokenizerLossSettings, perceptual: PerceptualSettings, adversarial: AdversarialSettings, judge=None
+    ) -> None:
         self._loss, self._perceptual, self._adversarial, self._judge = loss, perceptual, adversarial, judge
 
     def __call__(self, outputs, images_11: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -142,7 +150,9 @@ class DistillationObjective:
     def __call__(self, outputs, images_11: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
         Args:
-            outputs: has `.features` [B, N, D] and `.commitment`, a scalar.  images_11: [B, 3, H, W] in [-1, 1].  step: of no effect.
+            outputs: has `.features` [B, N, D] and `.commitment`, a scalar.
+            images_11: [B, 3, H, W] in [-1, 1].
+            step: of no effect.
         Returns: scalar loss, and detached unweighted scalars on the device: cosine, commitment.
         """
         with torch.no_grad():

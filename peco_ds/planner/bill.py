@@ -1,4 +1,6 @@
-"""The estimates of a chain as text and as plain values: what it costs, of what that is made, and on which assumptions it rests."""
+"""The estimates of a chain as text and as plain values: what it costs, of what that is made, and on which assumptions
+it rests.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from peco_ds.planner.simulation import simulate_run, simulate_step
 from peco_ds.planner.stages import Kind, Stage
 from peco_ds.planner.traffic import traffic_by_operation
 
-
-WORTH_HALF = 1.25  # so many times the hours at most, for half of the GPUs
+# so many times the hours at most, for half of the GPUs
+WORTH_HALF = 1.25
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,11 @@ class Bill:
     chain: Chain
     hardware: Hardware
     gpus: int
-    written: tuple[Estimate, ...]  # settings as the recipes have them; () where a recommendation alone was asked for
+    # settings as the recipes have them; () where a recommendation alone was asked for
+    written: tuple[Estimate, ...]
     recommended: tuple[Recommendation, ...]
-    unfit: tuple[str, ...] = ()  # neighbours that do not fit as written, in whose place the recommended settings stand
+    # neighbours that do not fit as written, in whose place the recommended settings stand
+    unfit: tuple[str, ...] = ()
 
     def hours(self, pace: str = "typical") -> float:
         """Wall hours of all stages, one after the other, with the recommended settings."""
@@ -69,13 +73,16 @@ def choice_of(kind: Kind, asked: DeepSpeedChoice | None, main: Kind) -> DeepSpee
     return next(choice for choice in shipped() if choice.name == DEFAULT_JSON[kind])
 
 
-def make_bill(chain: Chain, hardware: Hardware, gpus: int, asked: DeepSpeedChoice | None = None, *, as_written: bool = True) -> Bill:
+def make_bill(
+    chain: Chain, hardware: Hardware, gpus: int, asked: DeepSpeedChoice | None = None, *, as_written: bool = True
+) -> Bill:
     """Estimates of every stage.
 
     Args:
         asked: DeepSpeed JSON of the main stage; None: its entry point's own.
         as_written: also with the recipes' own settings.
-    Raises: UserError as `estimate`: for the main stage if the GPUs do not divide its batch, for any stage that fits nowhere.
+    Raises: UserError as `estimate`: for the main stage if the GPUs do not divide its batch, for any stage that fits
+        nowhere.
     """
     written, recommended, unfit = [], [], []
     for stage in chain.stages:
@@ -89,16 +96,24 @@ def make_bill(chain: Chain, hardware: Hardware, gpus: int, asked: DeepSpeedChoic
                 written.append(estimate(stage, hardware, count, choice))
             except UserError:
                 written.append(found.best)
-                unfit.append(f"  {stage.name}: does not fit as its recipe is written; the recommended settings stand there")
+                unfit.append(
+                    f"  {stage.name}: does not fit as its recipe is written; the recommended settings stand there"
+                )
         recommended.append(found if stage is chain.main else _on_fewer(found, stage, choice))
     return Bill(chain, hardware, gpus, tuple(written), tuple(recommended), tuple(unfit))
 
 
 def _on_fewer(found: Recommendation, stage: Stage, choice: DeepSpeedChoice) -> Recommendation:
-    """The same stage on half of the GPUs, and half of those, as long as a half takes less than `WORTH_HALF` times as long: short stages do not scale as the long one does."""
+    """The same stage on half of the GPUs, and half of those, as long as a half takes less than `WORTH_HALF` times as
+    long: short stages do not scale as the long one does.
+    """
     made = found.best
     half = made.gpus // 2
-    if made.gpus < 2 or (stage.trains and not shares(stage, half)) or (half > (node := made.hardware.gpus_per_node) and half % node):
+    if (
+        made.gpus < 2
+        or (stage.trains and not shares(stage, half))
+        or (half > (node := made.hardware.gpus_per_node) and half % node)
+    ):
         return found
     try:
         fewer = recommend(stage, made.hardware, half, choice)
@@ -107,9 +122,21 @@ def _on_fewer(found: Recommendation, stage: Stage, choice: DeepSpeedChoice) -> R
     return _on_fewer(fewer, stage, choice) if fewer.best.hours() < WORTH_HALF * made.hours() else found
 
 
-# ---------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------------ text
 
-HEADS = ("stage", "GPUs", "DeepSpeed", "checkpointing", "micro-batch x passes", "GiB a GPU", "step s", "pictures/s", "MFU", "hours", "GPU-hours")
+HEADS = (
+    "stage",
+    "GPUs",
+    "DeepSpeed",
+    "checkpointing",
+    "micro-batch x passes",
+    "GiB a GPU",
+    "step s",
+    "pictures/s",
+    "MFU",
+    "hours",
+    "GPU-hours",
+)
 
 
 def stage_row(made: Estimate) -> list[str]:
@@ -144,7 +171,10 @@ def figure(value: float) -> str:
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width: the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip() for row in rows]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    ]
 
 
 def bill_text(bill: Bill, *, assumed: bool) -> str:
@@ -157,8 +187,17 @@ def bill_text(bill: Bill, *, assumed: bool) -> str:
     nodes = -(-bill.gpus // hardware.gpus_per_node)
     alone = main.kind == "pre-training" and len(bill.chain.stages) == 1
     lines = [
-        f"{main.name}{'' if len(bill.chain.stages) == 1 else ' and what belongs to it'}, on {bill.gpus} {hardware.title} ({nodes} node{'s' if nodes > 1 else ''}); {main.num_samples:,} pictures" + (" (assumed: ImageNet-1K; no set was read)" if assumed else ""),
-        *(["No tokenizer and no fine-tuning are known for this recipe; name them by --tokenizer_recipe and --finetune_recipes."] if alone else []),
+        f"{main.name}{'' if len(bill.chain.stages) == 1 else ' and what belongs to it'}, on "
+        f"{bill.gpus} {hardware.title} ({nodes} node{'s' if nodes > 1 else ''}); {main.num_samples:,} "
+        "pictures" + (" (assumed: ImageNet-1K; no set was read)" if assumed else ""),
+        *(
+            [
+                "No tokenizer and no fine-tuning are known for this recipe; name them by --tokenizer_recipe "
+                "and --finetune_recipes."
+            ]
+            if alone
+            else []
+        ),
         "",
     ]
     best = tuple(found.best for found in bill.recommended)
@@ -168,7 +207,15 @@ def bill_text(bill: Bill, *, assumed: bool) -> str:
         lines += ["Recommended for these GPUs: the same."]
     else:
         lines += ["Recommended for these GPUs:", *_table(bill, best)]
-    lines += ["", "Why:", *(f"  {found.best.stage.name}: {found.reason}; {overrides_of(found.best)}" for found in bill.recommended if found.best.stage.trains)]
+    lines += [
+        "",
+        "Why:",
+        *(
+            f"  {found.best.stage.name}: {found.reason}; {overrides_of(found.best)}"
+            for found in bill.recommended
+            if found.best.stage.trains
+        ),
+    ]
     for made in bill.mains:
         lines += ["", *detail_lines(made)] if made.stage.trains else []
     return "\n".join([*lines, "", *storage_lines(bill)])
@@ -180,7 +227,10 @@ def _table(bill: Bill, made: Sequence[Estimate]) -> list[str]:
 
 def overrides_of(made: Estimate) -> str:
     """What to type after the stage's command to run with these settings."""
-    return f"--deepspeed_config {made.choice.path} run.micro_batch={made.micro_batch} run.activation_checkpointing={made.stage.run.activation_checkpointing}"
+    return (
+        f"--deepspeed_config {made.choice.path} run.micro_batch={made.micro_batch} "
+        f"run.activation_checkpointing={made.stage.run.activation_checkpointing}"
+    )
 
 
 def _total_row(made: Sequence[Estimate]) -> list[str]:
@@ -194,12 +244,23 @@ def _notes(bill: Bill, made: Sequence[Estimate]) -> list[str]:
     notes = [f"  {each.stage.name}: pictures are views there" for each in made if not each.stage.trains]
     for each, stage in zip(made, bill.chain.stages):
         if each.loader_bound:
-            notes.append(f"* {each.stage.name}: data run short: {each.loader_cores:.0f} cores a node would feed {each.computed_images_s():,.0f} pictures a second; {_more_cores(each)}")
+            notes.append(
+                f"* {each.stage.name}: data run short: {each.loader_cores:.0f} cores a node would feed "
+                f"{each.computed_images_s():,.0f} pictures a second; {_more_cores(each)}"
+            )
         asked = stage.run.micro_batch
         if stage.trains and each.micro_batch < asked:
-            notes.append(f"  {stage.name}: run.micro_batch={each.micro_batch} in place of {asked}, " + ("which does not fit" if each.room.largest_micro_batch < asked else "which does not divide"))
+            notes.append(
+                f"  {stage.name}: run.micro_batch={each.micro_batch} in place of {asked}, "
+                + ("which does not fit" if each.room.largest_micro_batch < asked else "which does not divide")
+            )
         if each.precision == "bf16" and each.hardware.peak_flops["bf16"] <= each.hardware.peak_flops.get("fp32", 0.0):
-            notes.append(f"  {stage.name}: {each.hardware.name} has no units for bf16 and computes it at the pace of fp32; run.precision=fp16 is {each.hardware.peak_flops['fp16'] / each.hardware.peak_flops['bf16']:.0f} times as fast on paper")
+            notes.append(
+                f"  {stage.name}: {each.hardware.name} has no units for bf16 and computes it at the pace of "
+                "fp32; run.precision=fp16 is "
+                f"{each.hardware.peak_flops['fp16'] / each.hardware.peak_flops['bf16']:.0f} times as fast on "
+                "paper"
+            )
     return notes
 
 
@@ -209,7 +270,10 @@ def _more_cores(made: Estimate) -> str:
     needed = ceil(made.loader_cores / ranks)
     if needed * ranks <= made.hardware.cores_per_node:
         return f"set data.num_workers={needed} in place of {made.stage.recipe.data.num_workers}"
-    return f"the node has {made.hardware.cores_per_node}; pack the pictures smaller (--short_side), or take nodes with more"
+    return (
+        f"the node has {made.hardware.cores_per_node}; pack the pictures smaller (--short_side), or "
+        "take nodes with more"
+    )
 
 
 def detail_lines(made: Estimate) -> list[str]:
@@ -226,18 +290,56 @@ def detail_lines(made: Estimate) -> list[str]:
         "total": made.room.used_bytes(made.micro_batch),
     }
     lines = [
-        f"{made.stage.name} with {made.choice.name}, activation checkpointing {made.stage.run.activation_checkpointing}, micro-batch {made.micro_batch} x {made.micro_steps}:",
-        _line("memory, GiB", ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items() if value) + f" of {made.hardware.memory_bytes / GIB:.1f}; largest micro-batch that fits: {made.room.largest_micro_batch}"),
-        _line("FLOP", f"{made.stage.model_flops / 1e9:,.1f} GFLOP a picture, {made.stage.model_flops * made.stage.pictures:.3g} in all ({made.stage.pictures:,} pictures)"),
+        f"{made.stage.name} with {made.choice.name}, activation checkpointing "
+        f"{made.stage.run.activation_checkpointing}, micro-batch {made.micro_batch} x "
+        f"{made.micro_steps}:",
+        _line(
+            "memory, GiB",
+            ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items() if value)
+            + f" of {made.hardware.memory_bytes / GIB:.1f}; largest micro-batch that fits: "
+            f"{made.room.largest_micro_batch}",
+        ),
+        _line(
+            "FLOP",
+            f"{made.stage.model_flops / 1e9:,.1f} GFLOP a picture, "
+            f"{made.stage.model_flops * made.stage.pictures:.3g} in all ({made.stage.pictures:,} pictures)",
+        ),
     ]
     if made.host_bytes:
-        lines.append(_line("host memory, GiB", f"{made.host_bytes / GIB:.1f} of {made.hardware.host_memory_bytes / GIB:.0f} a node, with a save in flight"))
+        lines.append(
+            _line(
+                "host memory, GiB",
+                f"{made.host_bytes / GIB:.1f} of {made.hardware.host_memory_bytes / GIB:.0f} a node, with a "
+                "save in flight",
+            )
+        )
     traffic = traffic_by_operation(made.collectives, made.gpus)
     lines += [
-        _line("traffic a step", "; ".join(f"{name} {found.calls} calls, {found.num_bytes / 1e9:.2f} GB" for name, found in traffic.items()) + f"; sent by a GPU {sum(found.sent for found in traffic.values()) / 1e9:.2f} GB" if traffic else "none: one GPU"),
-        _line("step, s", f"{cost.seconds:.4g}: passes {cost.compute_s:.4g}, optimiser {cost.optimizer_s:.2g}, communication {cost.communication_s:.3g} of which {cost.exposed_s:.3g} not hidden, products beside it slower by {cost.contention_s:.2g}, stragglers {cost.straggler_s:.2g}"),
-        _line("loaders", f"{made.loader_cores:.1f} of {made.hardware.cores_per_node} cores a node ({1e3 * loader_core_s(made.stage):.2f} ms a picture and core)"),
-        _line("failures", f"{loss.expected_failures:.2g} expected; goodput {loss.share:.1%}: saves {loss.saving_s / 3600:.2g} h, work lost {loss.lost_s / 3600:.2g} h, restarts {loss.restarting_s / 3600:.2g} h; best interval between saves {loss.best_interval_s / 60:.0f} min, here {made.minutes_between_saves:g}"),
+        _line(
+            "traffic a step",
+            "; ".join(f"{name} {found.calls} calls, {found.num_bytes / 1e9:.2f} GB" for name, found in traffic.items())
+            + f"; sent by a GPU {sum(found.sent for found in traffic.values()) / 1e9:.2f} GB"
+            if traffic
+            else "none: one GPU",
+        ),
+        _line(
+            "step, s",
+            f"{cost.seconds:.4g}: passes {cost.compute_s:.4g}, optimiser {cost.optimizer_s:.2g}, "
+            f"communication {cost.communication_s:.3g} of which {cost.exposed_s:.3g} not hidden, products "
+            f"beside it slower by {cost.contention_s:.2g}, stragglers {cost.straggler_s:.2g}",
+        ),
+        _line(
+            "loaders",
+            f"{made.loader_cores:.1f} of {made.hardware.cores_per_node} cores a node "
+            f"({1e3 * loader_core_s(made.stage):.2f} ms a picture and core)",
+        ),
+        _line(
+            "failures",
+            f"{loss.expected_failures:.2g} expected; goodput {loss.share:.1%}: saves "
+            f"{loss.saving_s / 3600:.2g} h, work lost {loss.lost_s / 3600:.2g} h, restarts "
+            f"{loss.restarting_s / 3600:.2g} h; best interval between saves "
+            f"{loss.best_interval_s / 60:.0f} min, here {made.minutes_between_saves:g}",
+        ),
     ]
     return lines
 
@@ -256,7 +358,13 @@ def storage_bytes(made: Sequence[Estimate]) -> dict[str, float]:
 
 def storage_lines(bill: Bill) -> list[str]:
     found = storage_bytes(bill.shown)
-    return [_line("storage, GB", ", ".join(f"{name} {figure(size / 1e9)}" for name, size in found.items()) + f"; {figure(sum(found.values()) / 1e9)} in all")]
+    return [
+        _line(
+            "storage, GB",
+            ", ".join(f"{name} {figure(size / 1e9)}" for name, size in found.items())
+            + f"; {figure(sum(found.values()) / 1e9)} in all",
+        )
+    ]
 
 
 def _line(label: str, text: str) -> str:
@@ -264,25 +372,53 @@ def _line(label: str, text: str) -> str:
 
 
 def simulation_lines(bill: Bill, *, steps: int = 200, seed: int = 0) -> list[str]:
-    """The main stage played through, beside the closed form: an optimiser step with stragglers, and the whole run with failures; as written and as recommended."""
+    """The main stage played through, beside the closed form: an optimiser step with stragglers, and the whole run with
+    failures; as written and as recommended.
+    """
     return [line for each in bill.mains for line in _simulated(each, steps, seed)]
 
 
 def _simulated(made: Estimate, steps: int, seed: int) -> list[str]:
     run = simulate_run(3600 * made.running_hours(), **made.interruptions(), step_s=made.step_s(), seed=seed)
-    settings = f"{made.choice.name}, activation checkpointing {made.stage.run.activation_checkpointing}, micro-batch {made.micro_batch} x {made.micro_steps}"
+    settings = (
+        f"{made.choice.name}, activation checkpointing {made.stage.run.activation_checkpointing}, "
+        f"micro-batch {made.micro_batch} x {made.micro_steps}"
+    )
     lines = [f"Simulated, {made.stage.name} on {made.gpus} {made.hardware.name}, {settings}:"]
     if made.stage.trains:
         step, cost = simulate_step(made.inputs(), steps=steps, seed=seed), made.cost()
-        lines.append(_line("step, s", f"{step.mean_s:.4g} ({step.p5_s:.4g} to {step.p95_s:.4g} in nine of ten); closed form {cost.seconds:.4g}, {cost.seconds / step.mean_s - 1:+.1%}; links busy {step.busy_share:.0%}"))
-    spread = f" ({run.p5_share:.2%} to {run.p95_share:.2%} in nine of ten runs)" if run.failures >= 3 else ""  # else most runs meet none, and all lie in one point
-    lines.append(_line("goodput", f"{run.share:.2%}{spread}; closed form {made.goodput().share:.2%}; {run.failures:.2g} failures"))
+        lines.append(
+            _line(
+                "step, s",
+                f"{step.mean_s:.4g} ({step.p5_s:.4g} to {step.p95_s:.4g} in nine of ten); closed form "
+                f"{cost.seconds:.4g}, {cost.seconds / step.mean_s - 1:+.1%}; links busy {step.busy_share:.0%}",
+            )
+        )
+    # else most runs meet none, and all lie in one point
+    spread = f" ({run.p5_share:.2%} to {run.p95_share:.2%} in nine of ten runs)" if run.failures >= 3 else ""
+    lines.append(
+        _line(
+            "goodput", f"{run.share:.2%}{spread}; closed form {made.goodput().share:.2%}; {run.failures:.2g} failures"
+        )
+    )
     return lines
 
 
-# ---------------------------------------------------------------------------------------------- several counts
+# -------------------------------------------------------------------------------------- several counts
 
-SCAN_HEADS = ("GPUs", "hardware", "settings", "step s", "pictures/s", "scaling", "MFU", "goodput", "hours of it", "hours of all", "GPU-hours of all")
+SCAN_HEADS = (
+    "GPUs",
+    "hardware",
+    "settings",
+    "step s",
+    "pictures/s",
+    "scaling",
+    "MFU",
+    "goodput",
+    "hours of it",
+    "hours of all",
+    "GPU-hours of all",
+)
 
 
 def scan_rows(bills: Sequence[Bill]) -> list[list[str]]:
@@ -295,7 +431,10 @@ def scan_rows(bills: Sequence[Bill]) -> list[list[str]]:
             [
                 str(bill.gpus),
                 bill.hardware.name,
-                f"{made.choice.name.removesuffix('.json')}, {made.stage.run.activation_checkpointing}, {made.micro_batch} x {made.micro_steps}" if made.stage.trains else "-",
+                f"{made.choice.name.removesuffix('.json')}, {made.stage.run.activation_checkpointing}, "
+                f"{made.micro_batch} x {made.micro_steps}"
+                if made.stage.trains
+                else "-",
                 f"{made.step_s():.3g}",
                 f"{made.images_s():,.0f}" + ("*" if made.loader_bound else ""),
                 f"{scaling:.0%}",
@@ -311,14 +450,17 @@ def scan_rows(bills: Sequence[Bill]) -> list[list[str]]:
 
 def scan_notes(bills: Sequence[Bill]) -> list[str]:
     """What the columns of a scan do not say."""
-    notes = ["Ranges go from the fast to the slow pace. Hours have evaluations, saves and failures in them; a short stage takes half of the GPUs where that is less than "
-             f"{WORTH_HALF} times as long, and half of those, and gives the others back."]  # fmt: skip
+    notes = [
+        "Ranges go from the fast to the slow pace. Hours have evaluations, saves and failures in "
+        "them; a short stage takes half of the GPUs where that is less than "
+        f"{WORTH_HALF} times as long, and half of those, and gives the others back."
+    ]
     if any(bill.main.loader_bound for bill in bills):
         notes.append("*: data run short; data.num_workers or the cores of a node hold the GPUs up.")
     return notes
 
 
-# ---------------------------------------------------------------------------------------------- plain values
+# ---------------------------------------------------------------------------------------- plain values
 
 
 def bill_facts(bill: Bill) -> dict:
@@ -356,7 +498,13 @@ def estimate_facts(made: Estimate) -> dict:
         "loader_cores_a_node": made.loader_cores,
         "loader_bound": made.loader_bound,
         "by_pace": {
-            pace: {"images_s": made.images_s(pace), "mfu": made.mfu(pace), "hours": made.hours(pace), "gpu_hours": made.gpu_hours(pace), "goodput": asdict(made.goodput(pace))}
+            pace: {
+                "images_s": made.images_s(pace),
+                "mfu": made.mfu(pace),
+                "hours": made.hours(pace),
+                "gpu_hours": made.gpu_hours(pace),
+                "goodput": asdict(made.goodput(pace)),
+            }
             for pace in PACES
         },
     }
@@ -368,7 +516,9 @@ def estimate_facts(made: Estimate) -> dict:
             "micro_steps": made.micro_steps,
             "steps": stage.durations.total_steps,
             "host_bytes_a_node": made.host_bytes,
-            "traffic": {name: asdict(found) for name, found in traffic_by_operation(made.collectives, made.gpus).items()},
+            "traffic": {
+                name: asdict(found) for name, found in traffic_by_operation(made.collectives, made.gpus).items()
+            },
             "step": {pace: asdict(cost) for pace, cost in made.costs.items()},
         }
     return facts

@@ -5,16 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peco_ds.config import NOT_YAML, READERS, FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe, TokenizerSettings, find_recipe, load_recipe, read_yaml
+from peco_ds.config import (
+    NOT_YAML,
+    READERS,
+    FinetuneRecipe,
+    PretrainRecipe,
+    ProbeRecipe,
+    TokenizerRecipe,
+    TokenizerSettings,
+    find_recipe,
+    load_recipe,
+    read_yaml,
+)
 from peco_ds.errors import UserError
 from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, IMAGENET_1K_VAL, Kind, Stage
 
 # Tokenizers of released files, that nothing here trains.
 PUBLISHED = {
-    "dvae": TokenizerSettings(kind="dvae", channels=256, channel_mults=(1, 2, 4, 8), attention=False, code_dim=128, decoder=False),  # DALL-E's
+    # DALL-E's
+    "dvae": TokenizerSettings(
+        kind="dvae", channels=256, channel_mults=(1, 2, 4, 8), attention=False, code_dim=128, decoder=False
+    ),
     "gumbel": TokenizerSettings(kind="gumbel", channel_mults=(1, 1, 2, 4)),  # VQGAN's Gumbel f8
 }
-# Recipe of a pre-training -> its tokenizer (recipe, or name of a published one) and the recipes of its fine-tunings, in order.
+# Recipe of a pre-training -> its tokenizer (recipe, or name of a published one) and the recipes of its fine-tunings, in
+# order.
 NEIGHBOURS = {
     "peco_vitb16": ("peco_tokenizer", ("finetune_vitb16",)),
     "peco_vitl16": ("peco_tokenizer", ("finetune_vitl16",)),
@@ -30,8 +45,14 @@ NEIGHBOURS = {
     "beit_vitl16": ("dvae", ("finetune_vitl16",)),
 }
 # The JSON that a stage's entry point takes by itself.
-DEFAULT_JSON: dict[Kind, str] = {"tokenizer": "zero1.json", "tokenizing": "zero0.json", "pre-training": "zero3.json", "fine-tuning": "zero1.json"}
-_PLANNED = "to-be-given"  # stands for weights that a plan does not read
+DEFAULT_JSON: dict[Kind, str] = {
+    "tokenizer": "zero1.json",
+    "tokenizing": "zero0.json",
+    "pre-training": "zero3.json",
+    "fine-tuning": "zero1.json",
+}
+# stands for weights that a plan does not read
+_PLANNED = "to-be-given"
 
 
 @dataclass(frozen=True)
@@ -43,26 +64,43 @@ class Chain:
 
 
 def read_chain(
-    recipe: str, overrides: list[str], *, tokenizer: str | None = None, finetune: list[str] | None = None, num_samples: int = IMAGENET_1K_TRAIN,
-    finetune_samples: int | None = None, val_samples: int = IMAGENET_1K_VAL, num_classes: int = IMAGENET_1K_CLASSES,
-) -> Chain:  # fmt: skip
+    recipe: str,
+    overrides: list[str],
+    *,
+    tokenizer: str | None = None,
+    finetune: list[str] | None = None,
+    num_samples: int = IMAGENET_1K_TRAIN,
+    finetune_samples: int | None = None,
+    val_samples: int = IMAGENET_1K_VAL,
+    num_classes: int = IMAGENET_1K_CLASSES,
+) -> Chain:
     """The stages that belong to a recipe.
 
     Args:
         recipe: of a pre-training: the whole chain; of a tokenizer or a fine-tuning: that stage alone.
         overrides: "key.sub=value" of that recipe, or "RECIPE:key.sub=value" of another one of the chain.
-        tokenizer, finetune: recipes in place of the usual neighbours, which take over the model's size where it was changed.
-        num_samples: pictures of the training set.  finetune_samples: of the labelled one; None: the same.  val_samples: of the set that a classifier is measured on.
+        tokenizer, finetune: recipes in place of the usual neighbours, which take over the model's size where it was
+            changed.
+        num_samples: pictures of the training set.
+        finetune_samples: of the labelled one; None: the same.
+        val_samples: of the set that a classifier is measured on.
     Raises: UserError as `load_recipe`, for a probe's recipe, for an override of a recipe that is not in the chain.
     """
     name, kind = find_recipe(recipe).stem, recipe_type(recipe)
     if kind is ProbeRecipe:
-        raise UserError(f"recipe {recipe!r}: of linear_probe.py, which trains no network; give a recipe of a pre-training, a tokenizer or a fine-tuning")
-    usual = NEIGHBOURS.get(_settings(find_recipe(recipe)).get("name", name), (None, ()))  # a copy under another file name keeps its neighbours
+        raise UserError(
+            f"recipe {recipe!r}: of linear_probe.py, which trains no network; give a recipe of a "
+            "pre-training, a tokenizer or a fine-tuning"
+        )
+    # a copy under another file name keeps its neighbours
+    usual = NEIGHBOURS.get(_settings(find_recipe(recipe)).get("name", name), (None, ()))
     tokenizer_named = tokenizer or usual[0]
     others = [] if kind is not PretrainRecipe else list(usual[1] if finetune is None else finetune)
     if kind is not PretrainRecipe and (tokenizer or finetune):
-        raise UserError(f"recipe {recipe!r} is planned alone: --tokenizer_recipe and --finetune_recipes go with the recipe of a pre-training")
+        raise UserError(
+            f"recipe {recipe!r} is planned alone: --tokenizer_recipe and --finetune_recipes go with the "
+            "recipe of a pre-training"
+        )
     trained = None if tokenizer_named in PUBLISHED or kind is not PretrainRecipe else tokenizer_named
     known = [name, *(find_recipe(other).stem for other in (trained, *others) if other)]
     own: dict[str, list[str]] = {key: [] for key in known}
@@ -73,9 +111,15 @@ def read_chain(
             raise UserError(f"override {text!r}: {owner!r} is no recipe of this chain; there are {', '.join(known)}")
         own[owner if prefixed else name].append(rest if prefixed else text)
     main_recipe = _read(recipe, kind, own[name])
-    kinds: dict[type, Kind] = {PretrainRecipe: "pre-training", TokenizerRecipe: "tokenizer", FinetuneRecipe: "fine-tuning"}
+    kinds: dict[type, Kind] = {
+        PretrainRecipe: "pre-training",
+        TokenizerRecipe: "tokenizer",
+        FinetuneRecipe: "fine-tuning",
+    }
     finetune_samples = finetune_samples or num_samples
-    main = Stage(kinds[kind], main_recipe, finetune_samples if kind is FinetuneRecipe else num_samples, num_classes, val_samples)
+    main = Stage(
+        kinds[kind], main_recipe, finetune_samples if kind is FinetuneRecipe else num_samples, num_classes, val_samples
+    )
     if kind is not PretrainRecipe:
         return Chain((main,), main)
     stages: list[Stage] = []
@@ -89,7 +133,11 @@ def read_chain(
     stages.append(main)
     for other in others:
         tuned = _read(other, FinetuneRecipe, own[find_recipe(other).stem])
-        tuned = _require_size(tuned, main_recipe) if finetune is not None else replace(tuned, model=replace(tuned.model, **_size(main_recipe)))
+        tuned = (
+            _require_size(tuned, main_recipe)
+            if finetune is not None
+            else replace(tuned, model=replace(tuned.model, **_size(main_recipe)))
+        )
         stages.append(Stage("fine-tuning", tuned, finetune_samples, num_classes, val_samples))
     return Chain(tuple(stages), main)
 
@@ -101,14 +149,22 @@ def _size(recipe) -> dict[str, float]:
 def _require_size(tuned: FinetuneRecipe, recipe: PretrainRecipe) -> FinetuneRecipe:
     for name, value in _size(recipe).items():
         if getattr(tuned.model, name) != value:
-            raise UserError(f"--finetune_recipes {tuned.name}: model.{name} {getattr(tuned.model, name)} does not go on from {recipe.name}, which has {value}; name a recipe of that size, or set {tuned.name}:model.{name}={value}")
+            raise UserError(
+                f"--finetune_recipes {tuned.name}: model.{name} {getattr(tuned.model, name)} does not go on "
+                f"from {recipe.name}, which has {value}; name a recipe of that size, or set "
+                f"{tuned.name}:model.{name}={value}"
+            )
     return tuned
 
 
 def _require_grid(network: TokenizerSettings, recipe: PretrainRecipe) -> None:
     side, stride, grid = recipe.views.tokenizer_px, network.stride_px, recipe.model.grid
     if side != stride * grid:
-        raise UserError(f"views.tokenizer_px {side}: a tokenizer of stride {stride} gives {side / stride:g} codes a side, the backbone has {grid} patches; set it to {stride * grid}, or name the tokenizer's recipe by --tokenizer_recipe")
+        raise UserError(
+            f"views.tokenizer_px {side}: a tokenizer of stride {stride} gives {side / stride:g} codes a "
+            f"side, the backbone has {grid} patches; set it to {stride * grid}, or name the tokenizer's "
+            "recipe by --tokenizer_recipe"
+        )
 
 
 def recipe_type(recipe: str) -> type:
@@ -126,7 +182,15 @@ _OWN_KEYS = {
     ProbeRecipe: ("probe.",),
     FinetuneRecipe: ("classifier.", "init.", "augment.", "ema."),
     PretrainRecipe: ("model.", "mask.", "objective.", "encoding.", "aggregation.", "data.tokens", "views.count"),
-    TokenizerRecipe: ("tokenizer.", "perceptual.", "teacher.", "adversarial.", "loss.", "data.val_images", "data.holdout"),
+    TokenizerRecipe: (
+        "tokenizer.",
+        "perceptual.",
+        "teacher.",
+        "adversarial.",
+        "loss.",
+        "data.val_images",
+        "data.holdout",
+    ),
 }
 
 
@@ -138,7 +202,11 @@ def _settings(path: Path) -> dict[str, object]:
         return {}
     found: dict[str, object] = {}
     for section, value in raw.items() if isinstance(raw, dict) else ():
-        found |= {f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {str(section): value}
+        found |= (
+            {f"{section}.{key}": item for key, item in value.items()}
+            if isinstance(value, dict)
+            else {str(section): value}
+        )
     return found
 
 

@@ -6,14 +6,18 @@ from peco_ds.planner.memory import checkpoint_bytes, zero_stage
 from peco_ds.planner.stages import Stage
 from peco_ds.schema import VIEW_COLUMNS
 
-# Seconds of one core (AMD EPYC, torchvision's decoder), measured on ImageNet pictures of 87 thousand pixels: benchmarks/data.py for pre-training's parts;
+# Seconds of one core (AMD EPYC, torchvision's decoder), measured on ImageNet pictures of 87 thousand pixels:
+# benchmarks/data.py for pre-training's parts;
 # RandAugment through Pillow at 224 and 448 px gave 2.1 and 5.9 ms.
 DECODE_S_A_PIXEL = 5.2e-9
 RECORD_S = 424e-6  # read, order, mask, token record, batch
-CROP_S_A_PIXEL = 4.3e-9  # box, resize and flip, by the pixels of the crop
+# box, resize and flip, by the pixels of the crop
+CROP_S_A_PIXEL = 4.3e-9
 AUGMENT_S, AUGMENT_S_A_PIXEL = 850e-6, 25e-9
-SOURCE_PIXELS = 469 * 387  # ImageNet's mean picture, as the literature has it
-SOURCE_BYTES = 115_400  # 147.9 GB of ILSVRC2012_img_train.tar over 1,281,167 pictures
+# ImageNet's mean picture, as the literature has it
+SOURCE_PIXELS = 469 * 387
+# 147.9 GB of ILSVRC2012_img_train.tar over 1,281,167 pictures
+SOURCE_BYTES = 115_400
 
 
 # Of that time, by pace. Assumed: other processors, and two processes on the two threads of a core.
@@ -21,7 +25,9 @@ LOADER_PACE = {"slow": 1.6, "typical": 1.0, "fast": 0.8}
 
 
 def loader_core_s(stage: Stage, source_pixels: float = SOURCE_PIXELS) -> float:
-    """Seconds that one core works for one picture of the stage (of tokenizing: for one view, a picture being decoded once for all of its views)."""
+    """Seconds that one core works for one picture of the stage (of tokenizing: for one view, a picture being decoded
+    once for all of its views).
+    """
     decode, recipe = DECODE_S_A_PIXEL * source_pixels, stage.recipe
     if stage.kind == "fine-tuning":
         return decode + RECORD_S + AUGMENT_S + AUGMENT_S_A_PIXEL * recipe.model.image_px**2
@@ -50,7 +56,11 @@ def token_set_bytes(stage: Stage) -> int:
 
 
 def checkpoints_bytes(stage: Stage, ds_config: dict) -> float:
-    """The most that a training keeps on disk: the newest checkpoints, those kept for good, and one that is being written."""
+    """The most that a training keeps on disk: the newest checkpoints, those kept for good, and one that is being
+    written.
+    """
     settings, durations = stage.recipe.checkpoint, stage.durations
     kept = settings.keep_last + 1 + (durations.total_steps // durations.keep_steps if durations.keep_steps else 0)
-    return kept * checkpoint_bytes(stage.parameters, stage=zero_stage(ds_config), precision=stage.run.precision, average=stage.averages)
+    return kept * checkpoint_bytes(
+        stage.parameters, stage=zero_stage(ds_config), precision=stage.run.precision, average=stage.averages
+    )

@@ -6,10 +6,35 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from peco_ds.errors import UserError
-from peco_ds.planner.compute import HOST_LINK_BYTES_S, PACES, offloaded_optimizer_seconds, optimizer_seconds, segment_seconds
+from peco_ds.planner.compute import (
+    HOST_LINK_BYTES_S,
+    PACES,
+    offloaded_optimizer_seconds,
+    optimizer_seconds,
+    segment_seconds,
+)
 from peco_ds.planner.data_side import LOADER_PACE, loader_core_s
-from peco_ds.planner.fitting import GIB, KEPT_FREE, MOST_GPUS, DeepSpeedChoice, Room, merged, require_divides, require_known, room, shares, shipped
-from peco_ds.planner.goodput import FAILURES_PER_1000_NODE_DAYS, RESTART_S, Goodput, goodput, stall_seconds, write_seconds
+from peco_ds.planner.fitting import (
+    GIB,
+    KEPT_FREE,
+    MOST_GPUS,
+    DeepSpeedChoice,
+    Room,
+    merged,
+    require_divides,
+    require_known,
+    room,
+    shares,
+    shipped,
+)
+from peco_ds.planner.goodput import (
+    FAILURES_PER_1000_NODE_DAYS,
+    RESTART_S,
+    Goodput,
+    goodput,
+    stall_seconds,
+    write_seconds,
+)
 from peco_ds.planner.hardware import HARDWARE, Hardware, find_hardware
 from peco_ds.planner.memory import checkpoint_bytes, host_bytes_per_node, saved_bytes
 from peco_ds.planner.shapes import ELEMENT_BYTES
@@ -19,8 +44,10 @@ from peco_ds.planner.traffic import Collective, step_collectives
 
 # Share of the typical bandwidth between GPUs, by pace; assumed. Neighbours on the same switches are what takes it away.
 LINK_SHARE = {"slow": 0.7, "typical": 1.0, "fast": 1.1}
-NO_INTERVAL_MINUTES = 60.0  # between saves of a recipe without checkpoint.every_minutes, whose epochs or steps decide; assumed
-SHARD_S = 120.0  # a shard of tokens, which is what an interrupted tokenizing does again; assumed
+# between saves of a recipe without checkpoint.every_minutes, whose epochs or steps decide; assumed
+NO_INTERVAL_MINUTES = 60.0
+# a shard of tokens, which is what an interrupted tokenizing does again; assumed
+SHARD_S = 120.0
 CHECKPOINTING = ("none", "selective", "full")  # from the simplest
 
 
@@ -60,16 +87,25 @@ class Estimate:
         """Of one optimiser step."""
         if not self.stage.trains or self.gpus == 1:
             return ()
-        groups = "segment" if self.stage.kind == "fine-tuning" else "whole"  # rates fall from block to block
+        # rates fall from block to block
+        groups = "segment" if self.stage.kind == "fine-tuning" else "whole"
         return step_collectives(
-            self.stage.segments, ds_config=merged(self.stage, self.choice), precision=self.precision, micro_steps=self.micro_steps, ranks=self.gpus, groups=groups
+            self.stage.segments,
+            ds_config=merged(self.stage, self.choice),
+            precision=self.precision,
+            micro_steps=self.micro_steps,
+            ranks=self.gpus,
+            groups=groups,
         )
 
     def inputs(self, pace: str = "typical") -> StepInputs:
         """What closed form and simulation of an optimiser step start from."""
         hardware = self.hardware
         return StepInputs(
-            segments=tuple(segment_seconds(segment, self.micro_batch, hardware, self.precision, pace) for segment in self.stage.segments),
+            segments=tuple(
+                segment_seconds(segment, self.micro_batch, hardware, self.precision, pace)
+                for segment in self.stage.segments
+            ),
             collectives=self.collectives,
             micro_steps=self.micro_steps,
             optimizer_s=self._optimizer_s,
@@ -80,13 +116,20 @@ class Estimate:
 
     @property
     def _optimizer_s(self) -> float:
-        """Of a step, on this rank's part of the parameters; with what offloaded weights take on their way up, which a pass waits for."""
+        """Of a step, on this rank's part of the parameters.
+
+        With what offloaded weights take on their way up, which a pass waits for.
+        """
         part = self.stage.parameters / (self.gpus if self.choice.stage else 1)
         if self.choice.offload_device("optimizer") == "none":
             own = optimizer_seconds(part, self.hardware)
         else:
             own = offloaded_optimizer_seconds(part, min(self.gpus, self.hardware.gpus_per_node))
-        fetched = part * ELEMENT_BYTES[self.precision] * self.micro_steps if self.choice.offload_device("param") != "none" else 0.0
+        fetched = (
+            part * ELEMENT_BYTES[self.precision] * self.micro_steps
+            if self.choice.offload_device("param") != "none"
+            else 0.0
+        )
         return own + fetched / HOST_LINK_BYTES_S
 
     @cached_property
@@ -94,7 +137,10 @@ class Estimate:
         return {}
 
     def cost(self, pace: str = "typical") -> StepCost:
-        """Of an optimiser step without its loader. Reckoned when a pace is first asked for: a recommendation compares many settings by their typical pace alone."""
+        """Of an optimiser step without its loader.
+
+        Reckoned when a pace is first asked for: a recommendation compares many settings by their typical pace alone.
+        """
         if pace not in self._known_costs:
             self._known_costs[pace] = closed_form(self.inputs(pace))
         return self._known_costs[pace]
@@ -114,7 +160,10 @@ class Estimate:
         """Pictures a second over all GPUs if data never ran short."""
         if self.stage.trains:
             return self.stage.run.global_batch / self.cost(pace).seconds
-        passed = sum(segment_seconds(segment, self.micro_batch, self.hardware, self.precision, pace).forward for segment in self.stage.segments)
+        passed = sum(
+            segment_seconds(segment, self.micro_batch, self.hardware, self.precision, pace).forward
+            for segment in self.stage.segments
+        )
         return self.gpus * self.micro_batch / passed
 
     def images_s(self, pace: str = "typical") -> float:
@@ -123,7 +172,9 @@ class Estimate:
 
     def step_s(self, pace: str = "typical") -> float:
         """Seconds of an optimiser step; of tokenizing, of one pass."""
-        return (self.stage.run.global_batch if self.stage.trains else self.gpus * self.micro_batch) / self.images_s(pace)
+        return (self.stage.run.global_batch if self.stage.trains else self.gpus * self.micro_batch) / self.images_s(
+            pace
+        )
 
     def mfu(self, pace: str = "typical") -> float:
         """Model FLOP utilisation of the GPUs' peak; recomputation is no work."""
@@ -151,7 +202,8 @@ class Estimate:
         return self.stage.evaluated * max(forward / self.gpus, 1 / self.loader_images_s(pace)) / 3600
 
     def interruptions(self, pace: str = "typical") -> dict[str, float]:
-        """What `goodput` and `simulate_run` are told of saves and failures: a slow pace has many failures and slow restarts, a fast one few and quick ones.
+        """What `goodput` and `simulate_run` are told of saves and failures: a slow pace has many failures and slow
+        restarts, a fast one few and quick ones.
 
         Tokenizing writes shard by shard: an interruption loses the shard in hand.
         """
@@ -159,9 +211,14 @@ class Estimate:
         saves = dict(interval_s=SHARD_S, stall_s=0.0, write_s=0.0)
         if stage.trains:
             sizes = dict(stage=self.choice.stage, precision=self.precision, average=stage.averages)
-            first = saved_bytes(stage.parameters, world_size=self.gpus, first_rank=True, **sizes)  # the largest part, and its node's
+            # the largest part, and its node's
+            first = saved_bytes(stage.parameters, world_size=self.gpus, first_rank=True, **sizes)
             a_node = max(first, checkpoint_bytes(stage.parameters, **sizes) / self.nodes)
-            saves = dict(interval_s=60 * self.minutes_between_saves, stall_s=stall_seconds(first), write_s=write_seconds(a_node, 1, self.hardware.storage_bytes_s))
+            saves = dict(
+                interval_s=60 * self.minutes_between_saves,
+                stall_s=stall_seconds(first),
+                write_s=write_seconds(a_node, 1, self.hardware.storage_bytes_s),
+            )
         return dict(
             nodes=self.nodes,
             **saves,
@@ -194,16 +251,25 @@ class Estimate:
         if not self.stage.trains:
             return 0.0
         ranks = min(self.gpus, self.hardware.gpus_per_node)
-        sizes = dict(stage=self.choice.stage, world_size=self.gpus, ranks_per_node=ranks, precision=self.precision, average=self.stage.averages)
+        sizes = dict(
+            stage=self.choice.stage,
+            world_size=self.gpus,
+            ranks_per_node=ranks,
+            precision=self.precision,
+            average=self.stage.averages,
+        )
         return host_bytes_per_node(self.room.state, self.stage.parameters, **sizes)
 
 
-def estimate(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice, *, micro_batch: int | None = None) -> Estimate:
+def estimate(
+    stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice, *, micro_batch: int | None = None
+) -> Estimate:
     """A stage with the recipe's own settings; its micro-batch is made smaller where it does not divide or fit.
 
     Args:
         micro_batch: this one and no other.
-    Raises: UserError if the GPUs do not divide the batch, no micro-batch fits, or a node lacks the host memory for what is offloaded; it says what would fit.
+    Raises: UserError if the GPUs do not divide the batch, no micro-batch fits, or a node lacks the host memory for what
+        is offloaded; it says what would fit.
     """
     require_divides(stage, gpus, hardware)
     require_known(choice)
@@ -213,14 +279,20 @@ def estimate(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoic
         raise UserError(does_not_fit(stage, hardware, gpus, choice, micro_batch))
     if made.host_bytes > hardware.host_memory_bytes:
         raise UserError(
-            f"{stage.name}: {choice.name} keeps {made.host_bytes / GIB:.0f} GiB on the host of each node, {hardware.name} has {hardware.host_memory_bytes / GIB:.0f} GiB there; "
+            f"{stage.name}: {choice.name} keeps {made.host_bytes / GIB:.0f} GiB on the host of each node, "
+            f"{hardware.name} has {hardware.host_memory_bytes / GIB:.0f} GiB there; "
             f"{_remedy(stage, hardware, gpus, choice)}"
         )
     return made
 
 
-def _as_asked(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice, found: Room, micro_batch: int | None) -> Estimate | None:
-    """With the micro-batch that was asked for, or the largest up to the recipe's that divides and fits; None: there is none."""
+def _as_asked(
+    stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice, found: Room, micro_batch: int | None
+) -> Estimate | None:
+    """With the micro-batch that was asked for, or the largest up to the recipe's that divides and fits.
+
+    None: there is none.
+    """
     sizes = shares(stage, gpus) if stage.trains else range(1, stage.run.micro_batch + 1)
     fitting = [size for size in sizes if size <= min(micro_batch or stage.run.micro_batch, found.largest_micro_batch)]
     if not fitting or (micro_batch and micro_batch not in fitting):
@@ -236,12 +308,16 @@ def fits(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice) -
     return made is not None and made.host_bytes <= hardware.host_memory_bytes
 
 
-def does_not_fit(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice, micro_batch: int | None = None) -> str:
+def does_not_fit(
+    stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice, micro_batch: int | None = None
+) -> str:
     """One line: what is needed, what there is, and what would fit."""
     found, held = room(stage, hardware, gpus, choice), hardware.memory_bytes / GIB
     smallest = micro_batch or (shares(stage, gpus)[0] if stage.trains else 1)
     return (
-        f"{stage.name} on {gpus} {hardware.name}: {choice.name} with activation checkpointing {stage.run.activation_checkpointing} and micro-batch {smallest} needs {found.used_bytes(smallest) / GIB:.1f} GiB a GPU, "
+        f"{stage.name} on {gpus} {hardware.name}: {choice.name} with activation checkpointing "
+        f"{stage.run.activation_checkpointing} and micro-batch {smallest} needs "
+        f"{found.used_bytes(smallest) / GIB:.1f} GiB a GPU, "
         f"which has {held:.1f} and keeps {KEPT_FREE:.0%} free; {_remedy(stage, hardware, gpus, choice)}"
     )
 
@@ -259,6 +335,15 @@ def _remedy(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice
     for count in more:
         named = next((other for other in (choice, *others) if fits(leanest, hardware, count, other)), None)
         if named:
-            return f"no setting fits there; {count} {hardware.name} do with {named.name} and activation checkpointing {leanest.run.activation_checkpointing}"
-    larger = [name for name in HARDWARE if any(fits(leanest, find_hardware(name), gpus, other) for other in (choice, *others))]
-    return f"no number of them up to {MOST_GPUS} fits; {' or '.join(larger)} would" if larger else "no GPU of the catalogue fits; make the model, the picture or the micro-batch smaller"
+            return (
+                f"no setting fits there; {count} {hardware.name} do with {named.name} and activation "
+                f"checkpointing {leanest.run.activation_checkpointing}"
+            )
+    larger = [
+        name for name in HARDWARE if any(fits(leanest, find_hardware(name), gpus, other) for other in (choice, *others))
+    ]
+    return (
+        f"no number of them up to {MOST_GPUS} fits; {' or '.join(larger)} would"
+        if larger
+        else "no GPU of the catalogue fits; make the model, the picture or the micro-batch smaller"
+    )

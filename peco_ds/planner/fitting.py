@@ -13,9 +13,12 @@ from peco_ds.planner.hardware import GIB, Hardware
 from peco_ds.planner.memory import GpuMemory, gpu_memory, offload_device, zero_stage
 from peco_ds.planner.stages import Stage
 
-RESERVED_BYTES = 1.5 * GIB  # CUDA context, communicators, cuBLAS workspaces; assumed
-KEPT_FREE = 0.05  # of a GPU's memory, that no micro-batch is to fill; assumed
-FRAGMENTATION = 1.08  # of activations in the caching allocator; assumed
+# CUDA context, communicators, cuBLAS workspaces; assumed
+RESERVED_BYTES = 1.5 * GIB
+# of a GPU's memory, that no micro-batch is to fill; assumed
+KEPT_FREE = 0.05
+# of activations in the caching allocator; assumed
+FRAGMENTATION = 1.08
 MOST_GPUS = 1024
 
 
@@ -40,7 +43,10 @@ class DeepSpeedChoice:
         return any(self.offload_device(what) != "none" for what in ("optimizer", "param"))
 
     def offload_device(self, what: Literal["optimizer", "param"]) -> str:
-        """Where optimiser or weights are kept: none (the GPU), cpu or nvme. Weights leave the GPU at stage 3 alone, the optimiser's state from stage 1 on."""
+        """Where optimiser or weights are kept: none (the GPU), cpu or nvme.
+
+        Weights leave the GPU at stage 3 alone, the optimiser's state from stage 1 on.
+        """
         asked = offload_device(self.raw.get("zero_optimization", {}), f"offload_{what}")
         return asked if self.stage >= (1 if what == "optimizer" else 3) else "none"
 
@@ -57,9 +63,11 @@ class Room:
     """How the memory of a GPU is divided."""
 
     state: GpuMemory  # without activations
-    fixed_bytes: float  # beside ZeRO's state: frozen networks, codebooks, moving average
+    # beside ZeRO's state: frozen networks, codebooks, moving average
+    fixed_bytes: float
     a_picture_bytes: float  # activations, with the allocator's loss
-    available_bytes: float  # of the GPU, without what is reserved or kept free
+    # of the GPU, without what is reserved or kept free
+    available_bytes: float
 
     @property
     def largest_micro_batch(self) -> int:
@@ -72,27 +80,45 @@ class Room:
 
 
 def check_gpus(gpus: int, hardware: Hardware, stage: Stage) -> None:
-    """Raises: UserError if there are none, too many, no whole nodes of them, or they do not divide the stage's global batch; it names the nearest counts that would do."""
+    """Raises: UserError if there are none, too many, no whole nodes of them, or they do not divide the stage's global
+    batch; it names the nearest counts that would do.
+    """
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: at least 1")
     if gpus > MOST_GPUS:
-        raise UserError(f"--gpus {gpus}: plans go up to {MOST_GPUS}, beyond which nothing here was compared with anything; give at most {MOST_GPUS}")
+        raise UserError(
+            f"--gpus {gpus}: plans go up to {MOST_GPUS}, beyond which nothing here was compared with "
+            f"anything; give at most {MOST_GPUS}"
+        )
     node = hardware.gpus_per_node
     if gpus > node and gpus % node:
-        raise UserError(f"--gpus {gpus}: {hardware.name} stands in nodes of {node}, and {gpus} are {gpus / node:.2f} nodes; use {nearest_counts(stage, gpus, hardware)}, or a YAML of your own with gpus_per_node")
+        raise UserError(
+            f"--gpus {gpus}: {hardware.name} stands in nodes of {node}, and {gpus} are {gpus / node:.2f} "
+            f"nodes; use {nearest_counts(stage, gpus, hardware)}, or a YAML of your own with gpus_per_node"
+        )
     require_divides(stage, gpus, hardware)
 
 
 def nearest_counts(stage: Stage, gpus: int, hardware: Hardware) -> str:
     """The GPU counts next to `gpus`, below and above, that are whole nodes and divide the stage's batch, in words."""
     node = hardware.gpus_per_node
-    usable = [count for count in [*range(1, node), *range(node, MOST_GPUS + 1, node)] if not stage.trains or shares(stage, count)]
-    near = [max((count for count in usable if count < gpus), default=None), min((count for count in usable if count > gpus), default=None)]
+    usable = [
+        count
+        for count in [*range(1, node), *range(node, MOST_GPUS + 1, node)]
+        if not stage.trains or shares(stage, count)
+    ]
+    near = [
+        max((count for count in usable if count < gpus), default=None),
+        min((count for count in usable if count > gpus), default=None),
+    ]
     return " or ".join(str(count) for count in near if count)
 
 
 def shares(stage: Stage, gpus: int) -> list[int]:
-    """Micro-batches that divide each GPU's part of the global batch, smallest first; [] if the GPUs do not divide it."""
+    """Micro-batches that divide each GPU's part of the global batch, smallest first.
+
+    [] if the GPUs do not divide it.
+    """
     batch = stage.run.global_batch
     if batch % gpus:
         return []
@@ -104,10 +130,21 @@ def gpus_that_divide(stage: Stage, gpus: int, hardware: Hardware) -> int:
     """The most GPUs up to `gpus` that divide the stage's global batch: all of them, as a rule."""
     if not stage.trains:
         return gpus
-    whole = range(gpus, 0, -1) if gpus <= hardware.gpus_per_node else [*range(gpus - gpus % hardware.gpus_per_node, 0, -hardware.gpus_per_node), *range(hardware.gpus_per_node, 0, -1)]
+    whole = (
+        range(gpus, 0, -1)
+        if gpus <= hardware.gpus_per_node
+        else [
+            *range(gpus - gpus % hardware.gpus_per_node, 0, -hardware.gpus_per_node),
+            *range(hardware.gpus_per_node, 0, -1),
+        ]
+    )
     found = next((count for count in whole if shares(stage, count)), None)
-    if found is None:  # one GPU divides every batch, unless its pictures are mixed in pairs
-        raise UserError(f"{stage.name}: run.global_batch {stage.run.global_batch} is odd, and mixup pairs the pictures of a pass; make it even, or set augment.mixup=0 augment.cutmix=0")
+    # one GPU divides every batch, unless its pictures are mixed in pairs
+    if found is None:
+        raise UserError(
+            f"{stage.name}: run.global_batch {stage.run.global_batch} is odd, and mixup pairs the "
+            "pictures of a pass; make it even, or set augment.mixup=0 augment.cutmix=0"
+        )
     return found
 
 
@@ -116,15 +153,25 @@ def require_divides(stage: Stage, gpus: int, hardware: Hardware) -> None:
     if stage.trains and not shares(stage, gpus):
         batch = stage.run.global_batch
         gpus_that_divide(stage, gpus, hardware)  # refuses a batch that no count divides
-        reason = f"run.global_batch {batch} is not a multiple of it" if batch % gpus else f"run.global_batch {batch} leaves an odd {batch // gpus} pictures a GPU, and mixup pairs them"
-        raise UserError(f"--gpus {gpus}: {stage.name}: {reason}; use {nearest_counts(stage, gpus, hardware)}, or change run.global_batch")
+        reason = (
+            f"run.global_batch {batch} is not a multiple of it"
+            if batch % gpus
+            else f"run.global_batch {batch} leaves an odd {batch // gpus} pictures a GPU, and mixup pairs them"
+        )
+        raise UserError(
+            f"--gpus {gpus}: {stage.name}: {reason}; use {nearest_counts(stage, gpus, hardware)}, or "
+            "change run.global_batch"
+        )
 
 
 def require_known(choice: DeepSpeedChoice) -> None:
     """Raises: UserError for what a plan has no rates of."""
     for what in ("optimizer", "param"):
         if choice.offload_device(what) not in ("none", "cpu"):
-            raise UserError(f"{choice.name}: zero_optimization.offload_{what}.device {choice.offload_device(what)!r}: a plan knows offload to the host alone; set it to cpu, or take the block out")
+            raise UserError(
+                f"{choice.name}: zero_optimization.offload_{what}.device {choice.offload_device(what)!r}: a "
+                "plan knows offload to the host alone; set it to cpu, or take the block out"
+            )
 
 
 def room(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice) -> Room:
@@ -133,15 +180,29 @@ def room(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice) -
     a_picture = FRAGMENTATION * stage.activation_bytes
     if not stage.trains:
         return Room(GpuMemory(0.0, 0.0, 0.0, 0.0, 0.0), stage.fixed_bytes, a_picture, available)
-    state = gpu_memory(stage.parameters, stage=choice.stage, world_size=gpus, precision=stage.run.precision, ds_config=merged(stage, choice))
-    average = 0.0 if choice.offload_device("optimizer") != "none" else stage.average_bytes(stage=choice.stage, world_size=gpus)  # it lies where the optimiser's state does
+    state = gpu_memory(
+        stage.parameters,
+        stage=choice.stage,
+        world_size=gpus,
+        precision=stage.run.precision,
+        ds_config=merged(stage, choice),
+    )
+    # it lies where the optimiser's state does
+    average = (
+        0.0
+        if choice.offload_device("optimizer") != "none"
+        else stage.average_bytes(stage=choice.stage, world_size=gpus)
+    )
     fixed = stage.fixed_bytes + average
     return Room(state, fixed, a_picture, available)
 
 
 def merged(stage: Stage, choice: DeepSpeedChoice) -> dict:
     """The JSON with what the recipe owns filled in. The batch, which a plan varies, is left to the recipe."""
-    run, batch = replace(stage.run, global_batch=stage.run.micro_batch), ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    run, batch = (
+        replace(stage.run, global_batch=stage.run.micro_batch),
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+    )
     raw = {key: value for key, value in choice.raw.items() if key not in batch}
     made = merge_deepspeed(raw, choice.name, run, stage.recipe.optim, world_size=1)
     return {key: value for key, value in made.items() if key not in batch}

@@ -1,12 +1,16 @@
 """What failures and checkpoints take from a long run.
 
-Failures come by chance, at one rate for every node (exponential intervals). The run saves every `interval_s`, standing still for `stall_s` of it; the rest of the
-writing runs beside the steps, and the checkpoint counts `write_s` after the save began. A failure takes the run back to the newest complete checkpoint and costs
-`restart_s` before steps run again; a failure during a restart begins it anew. With failures at rate L of the whole machine, an interval of length t gets
-through with probability exp(-L t), so per second of running (t - stall) L exp(-L write) / (exp(L t) - 1) seconds of work are kept, and the wall clock is
-exp(L restart) times the running. No approximation beyond these rules; for few failures it is the familiar half interval lost each time.
+Failures come by chance, at one rate for every node (exponential intervals). The run saves every `interval_s`, standing
+still for `stall_s` of it; the rest of the writing runs beside the steps, and the checkpoint counts `write_s` after the
+save began. A failure takes the run back to the newest complete checkpoint and costs `restart_s` before steps run again;
+a failure during a restart begins it anew. With failures at rate L of the whole machine, an interval of length t gets
+through with probability exp(-L t), so per second of running (t - stall) L exp(-L write) / (exp(L t) - 1) seconds of
+work are kept, and the wall clock is
+exp(L restart) times the running. No approximation beyond these rules; for few failures it is the familiar half interval
+lost each time.
 
-The best interval is the one of Young (CACM 17(9), 1974) in Daly's higher-order form (FGCS 22(3), 2006): about sqrt(2 stall / L).
+The best interval is the one of Young (CACM 17(9), 1974) in Daly's higher-order form (FGCS 22(3), 2006): about sqrt(2
+stall / L).
 """
 
 from __future__ import annotations
@@ -17,16 +21,19 @@ from dataclasses import dataclass
 from peco_ds.errors import UserError
 
 SECONDS_A_DAY = 86400.0
-# Failures of 1000 nodes a day: low, typical, high. Meta's two research clusters: 2.3 and 6.5 (arXiv 2410.21680, section on reliability, from a report of it); Llama 3
-# 405B: 419 unexpected interruptions in 54 days on 2048 nodes of 8 (arXiv 2407.21783), 3.8.
+# Failures of 1000 nodes a day: low, typical, high. Meta's two research clusters: 2.3 and 6.5 (arXiv 2410.21680, section
+# on reliability, from a report of it); Llama 3 405B: 419 unexpected interruptions in 54 days on 2048 nodes of 8 (arXiv
+# 2407.21783), 3.8.
 FAILURES_PER_1000_NODE_DAYS = (2.3, 3.8, 6.5)
-# From a failure to the next step: fast, typical, slow. Assumed, no record of a GPU cluster of ours: noticing it (a dead rank at once, a hang after run.hang_timeout_s),
+# From a failure to the next step: fast, typical, slow. Assumed, no record of a GPU cluster of ours: noticing it (a dead
+# rank at once, a hang after run.hang_timeout_s),
 # Slurm's requeue, imports, process groups, reading the checkpoint, compiling the blocks.
 RESTART_S = (180.0, 420.0, 1200.0)
-# Device to host memory, a GPU: pageable copies of 8 GPUs at a time, PCIe 4 or 5. Assumed: a tenth to a quarter of the 25 to 50 GB/s of pinned copies.
+# Device to host memory, a GPU: pageable copies of 8 GPUs at a time, PCIe 4 or 5. Assumed: a tenth to a quarter of the
+# 25 to 50 GB/s of pinned copies.
 HOST_COPY_BYTES_S = 5e9
-# Beside bytes: ranks that wait for one another and gather what they save; then files opened, synced, listed and renamed. Assumed; on two CPU ranks the halt is 0.2 s in all
-# (benchmarks/checkpoint_save_cpu_202611.md).
+# Beside bytes: ranks that wait for one another and gather what they save; then files opened, synced, listed and
+# renamed. Assumed; on two CPU ranks the halt is 0.2 s in all (benchmarks/checkpoint_save_cpu_202611.md).
 SAVE_CALL_S, WRITE_CALL_S = 0.5, 5.0
 
 
@@ -40,7 +47,8 @@ class Goodput:
     lost_s: float  # work done again
     saving_s: float  # the loop standing still for saves
     restarting_s: float
-    best_interval_s: float  # of saves, for this stall and these failures; inf where nothing fails
+    # of saves, for this stall and these failures; inf where nothing fails
+    best_interval_s: float
 
 
 def goodput(
@@ -57,18 +65,32 @@ def goodput(
 
     Args:
         interval_s: from the beginning of a save to the beginning of the next.  stall_s: of it, the loop stands still.
-        write_s: from the beginning of a save until the checkpoint is complete; where it is longer than `interval_s`, saves wait for it.
+        write_s: from the beginning of a save until the checkpoint is complete; where it is longer than `interval_s`,
+            saves wait for it.
     Raises: UserError: the run stands still all the time between two saves, or fails too often to make progress.
     """
     interval_s = max(interval_s, write_s)
     if stall_s >= interval_s:
-        raise UserError(f"checkpoints every {interval_s:.3g} s, and each halts the run for {stall_s:.3g} s; save less often")
+        raise UserError(
+            f"checkpoints every {interval_s:.3g} s, and each halts the run for {stall_s:.3g} s; save less often"
+        )
     rate = failure_rate(nodes, failures_per_1000_node_days)
     per_interval = math.expm1(min(rate * interval_s, 700.0))
-    kept = (interval_s - stall_s) * rate * math.exp(-rate * write_s) / per_interval if rate else (interval_s - stall_s) / interval_s
+    kept = (
+        (interval_s - stall_s) * rate * math.exp(-rate * write_s) / per_interval
+        if rate
+        else (interval_s - stall_s) / interval_s
+    )
     if kept < 1e-3 or rate * restart_s > 7:
-        between = f"{nodes} nodes fail every {1 / rate:.3g} s, with checkpoints every {interval_s:.3g} s and restarts of {restart_s:.3g} s"
-        slow = f"; a checkpoint takes {write_s:.3g} s to write, a faster file system is what helps" if write_s > 600 else ""
+        between = (
+            f"{nodes} nodes fail every {1 / rate:.3g} s, with checkpoints every {interval_s:.3g} s and "
+            f"restarts of {restart_s:.3g} s"
+        )
+        slow = (
+            f"; a checkpoint takes {write_s:.3g} s to write, a faster file system is what helps"
+            if write_s > 600
+            else ""
+        )
         raise UserError(f"{between}: no progress{slow or '; save more often, or take fewer nodes'}")
     running = work_s / kept
     wall = running * math.exp(rate * restart_s)

@@ -1,12 +1,14 @@
 """Peak rates, memory, links and nodes of the machines a plan is made for, each with its source.
 
-A value that a data sheet gives is the data sheet's, dense (without sparsity) and in one direction; what is reached of it is a `*_share`. A range has three
+A value that a data sheet gives is the data sheet's, dense (without sparsity) and in one direction; what is reached of
+it is a `*_share`. A range has three
 values: slow, typical, fast. What has no public source says "assumed" and why.
 """
 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -24,7 +26,8 @@ class Hardware:
 
     name: str  # as --hardware takes it
     title: str
-    memory_bytes: float  # of a GPU, as torch reports it: without what the driver keeps for itself
+    # of a GPU, as torch reports it: without what the driver keeps for itself
+    memory_bytes: float
     peak_flops: dict[str, float]  # dense, by precision: bf16, fp16, fp32
     memory_bytes_s: float  # device memory of a GPU, read and written
     gpus_per_node: int
@@ -33,21 +36,42 @@ class Hardware:
     host_memory_bytes: float  # of a node
     cores_per_node: int  # real ones
     storage_bytes_s: float  # shared file system, a node
-    product_share: tuple[float, float, float] = (0.5, 0.6, 0.7)  # of the peak that the matrix products of a training step reach
-    attention_share: tuple[float, float, float] = (0.1, 0.15, 0.25)  # of the 16-bit peak that the attention kernel reaches, forward and backward
-    memory_share: float = 0.85  # of memory_bytes_s that kernels reach that only read and write
-    device_name: str = ""  # pattern of the name that the driver gives the GPU; "": none
+    # of the peak that the matrix products of a training step reach
+    product_share: tuple[float, float, float] = (0.5, 0.6, 0.7)
+    # of the 16-bit peak that the attention kernel reaches, forward and backward
+    attention_share: tuple[float, float, float] = (0.1, 0.15, 0.25)
+    # of memory_bytes_s that kernels reach that only read and write
+    memory_share: float = 0.85
+    # pattern of the name that the driver gives the GPU; "": none
+    device_name: str = ""
     sources: dict[str, str] = field(default_factory=dict)  # field -> where its value comes from
 
 
-_ASSUMED_MEMORY_SHARE = "assumed: copies reach 0.84 to 0.90 of HBM's data-sheet rate (public measurements of A100 and H100), reductions and ragged rows less"
-_ASSUMED_STORAGE = "assumed: 4 GB/s to a node, what reference designs of GPU clusters ask of a shared file system for training on pictures"
-_MATMUL_FLOPS = "table of maximum achievable matrix-product FLOP/s of 'Machine Learning Engineering' (github.com/stas00/ml-engineering, compute/accelerator)"
-_NARROW = "a step's products have shared dimensions of 768 to 5120, random values and a warm card, so less than that: the fast value is assumed"
-_CALIBRATED = "calibrated once (benchmarks/plan_world.py): slow is the share at which, all else typical, the published {row} comes out; typical lies half-way to fast"
+_ASSUMED_MEMORY_SHARE = (
+    "assumed: copies reach 0.84 to 0.90 of HBM's data-sheet rate (public measurements of A100 "
+    "and H100), reductions and ragged rows less"
+)
+_ASSUMED_STORAGE = (
+    "assumed: 4 GB/s to a node, what reference designs of GPU clusters ask of a shared file "
+    "system for training on pictures"
+)
+_MATMUL_FLOPS = (
+    "table of maximum achievable matrix-product FLOP/s of 'Machine Learning Engineering' "
+    "(github.com/stas00/ml-engineering, compute/accelerator)"
+)
+_NARROW = (
+    "a step's products have shared dimensions of 768 to 5120, random values and a warm card, so "
+    "less than that: the fast value is assumed"
+)
+_CALIBRATED = (
+    "calibrated once (benchmarks/plan_world.py): slow is the share at which, all else typical, "
+    "the published {row} comes out; typical lies half-way to fast"
+)
 _OWN_ATTENTION = (
-    "assumed: PyTorch's memory-efficient kernels, which alone take a learned bias, are written for Ampere's instructions; FlashAttention-2's paper (arXiv 2307.08691) "
-    "shows kernels of that kind at a quarter to a third of an A100's peak at 64 numbers a head and long rows, and 200 to 1000 tokens fill tiles badly"
+    "assumed: PyTorch's memory-efficient kernels, which alone take a learned bias, are written "
+    "for Ampere's instructions; FlashAttention-2's paper (arXiv 2307.08691) "
+    "shows kernels of that kind at a quarter to a third of an A100's peak at 64 numbers a head "
+    "and long rows, and 200 to 1000 tokens fill tiles badly"
 )
 
 
@@ -56,8 +80,11 @@ def _memory_source(gib: float) -> str:
 
 
 _HOPPER_SOURCES = {
-    "product_share": f"H100 SXM reaches 794.5 of 989 TFLOP/s (0.80) at its best shape, H200 the same: {_MATMUL_FLOPS}; {_NARROW}; {_CALIBRATED.format(row='training of ViT-g/14 on 8 H100 (NeMo)')}",
-    "attention_share": f"{_OWN_ATTENTION}; on Hopper they gain from clock and multiprocessors alone, so the share of its peak is less than half of Ampere's",
+    "product_share": "H100 SXM reaches 794.5 of 989 TFLOP/s (0.80) at its best shape, H200 the same: "
+    f"{_MATMUL_FLOPS}; {_NARROW}; "
+    f"{_CALIBRATED.format(row='training of ViT-g/14 on 8 H100 (NeMo)')}",
+    "attention_share": f"{_OWN_ATTENTION}; on Hopper they gain from clock and multiprocessors alone, so the share of "
+    "its peak is less than half of Ampere's",
     "memory_share": _ASSUMED_MEMORY_SHARE,
     "storage_bytes_s": _ASSUMED_STORAGE,
     "link_bytes_s": "NVLink 4: 900 GB/s in both directions together (data sheet)",
@@ -86,7 +113,8 @@ _H100 = Hardware(
     sources={
         **_HOPPER_SOURCES,
         "memory_bytes": _memory_source(79.1),
-        "peak_flops": "data sheet: 989.4 TFLOP/s dense in 16 bits, half of the sparse figure; 66.9 in fp32 without tensor cores, PyTorch's default",
+        "peak_flops": "data sheet: 989.4 TFLOP/s dense in 16 bits, half of the sparse figure; 66.9 in fp32 without "
+        "tensor cores, PyTorch's default",
         "memory_bytes_s": "data sheet: 3.35 TB/s",
     },
 )
@@ -116,7 +144,8 @@ _A100_80 = Hardware(
         "host_memory_bytes": "2 TB (DGX A100 640 GB data sheet)",
         "cores_per_node": "2 EPYC 7742 of 64 cores (DGX data sheet)",
         "storage_bytes_s": _ASSUMED_STORAGE,
-        "product_share": f"A100 SXM reaches 271.2 of 312 TFLOP/s (0.87) at its best shape: {_MATMUL_FLOPS}; {_NARROW}; {_CALIBRATED.format(row='training of ViT-g/14 on 8 A100 (NeMo)')}",
+        "product_share": f"A100 SXM reaches 271.2 of 312 TFLOP/s (0.87) at its best shape: {_MATMUL_FLOPS}; {_NARROW}; "
+        f"{_CALIBRATED.format(row='training of ViT-g/14 on 8 A100 (NeMo)')}",
         "attention_share": _OWN_ATTENTION,
         "memory_share": _ASSUMED_MEMORY_SHARE,
     },
@@ -131,7 +160,9 @@ _WORKSTATION = {
     "attention_share": _OWN_ATTENTION,
     "memory_share": "assumed: 0.85, as of the data-centre cards",
 }
-_WORKSTATION_NODE = dict(gpus_per_node=1, network_bytes_s=1.25e9, host_memory_bytes=64 * GIB, cores_per_node=16, storage_bytes_s=2e9)
+_WORKSTATION_NODE = dict(
+    gpus_per_node=1, network_bytes_s=1.25e9, host_memory_bytes=64 * GIB, cores_per_node=16, storage_bytes_s=2e9
+)
 
 _CATALOGUE = (
     _H100,
@@ -142,7 +173,12 @@ _CATALOGUE = (
         memory_bytes=139.8 * GIB,
         memory_bytes_s=4.8e12,
         device_name=r"(?<!G)H200",
-        sources={**_H100.sources, "memory_bytes": _memory_source(139.8), "memory_bytes_s": "data sheet: 4.8 TB/s", "peak_flops": f"{_H100.sources['peak_flops']}; the H200 computes with the same chip"},
+        sources={
+            **_H100.sources,
+            "memory_bytes": _memory_source(139.8),
+            "memory_bytes_s": "data sheet: 4.8 TB/s",
+            "peak_flops": f"{_H100.sources['peak_flops']}; the H200 computes with the same chip",
+        },
     ),
     replace(
         _A100_80,
@@ -152,7 +188,12 @@ _CATALOGUE = (
         memory_bytes_s=1.555e12,
         host_memory_bytes=1 * TIB,
         device_name=r"A100.*40GB",
-        sources={**_A100_80.sources, "memory_bytes": _memory_source(39.4), "memory_bytes_s": "data sheet: 1,555 GB/s", "host_memory_bytes": "1 TB (DGX A100 320 GB data sheet)"},
+        sources={
+            **_A100_80.sources,
+            "memory_bytes": _memory_source(39.4),
+            "memory_bytes_s": "data sheet: 1,555 GB/s",
+            "host_memory_bytes": "1 TB (DGX A100 320 GB data sheet)",
+        },
     ),
     _A100_80,
     replace(
@@ -169,13 +210,16 @@ _CATALOGUE = (
         sources={
             **_HOPPER_SOURCES,
             "memory_bytes": _memory_source(178.3),
-            "peak_flops": "data sheet: 2,250 TFLOP/s dense in 16 bits, half of the sparse figure; 75 in fp32 without tensor cores, PyTorch's default",
+            "peak_flops": "data sheet: 2,250 TFLOP/s dense in 16 bits, half of the sparse figure; 75 in fp32 without "
+            "tensor cores, PyTorch's default",
             "memory_bytes_s": "data sheet: 8 TB/s",
             "link_bytes_s": "NVLink 5: 1.8 TB/s in both directions together (data sheet)",
             "cores_per_node": "2 Xeon 8570 of 56 cores (DGX data sheet)",
             "host_memory_bytes": "2 TB, can be 4 (DGX data sheet)",
-            "product_share": f"B200 reaches 1,745 of 2,250 TFLOP/s (0.78) at its best shape: {_MATMUL_FLOPS}; {_NARROW}; slow and typical assumed in the H100's proportions",
-            "attention_share": f"{_OWN_ATTENTION}; on Blackwell they do not use its tensor cores' own instructions either",
+            "product_share": f"B200 reaches 1,745 of 2,250 TFLOP/s (0.78) at its best shape: {_MATMUL_FLOPS}; "
+            f"{_NARROW}; slow and typical assumed in the H100's proportions",
+            "attention_share": f"{_OWN_ATTENTION}; on Blackwell they do not use its tensor cores' own "
+            "instructions either",
         },
     ),
     Hardware(
@@ -204,7 +248,9 @@ _CATALOGUE = (
             "host_memory_bytes": "assumed: 1 TiB",
             "cores_per_node": "assumed: two processors of 32 cores",
             "storage_bytes_s": _ASSUMED_STORAGE,
-            "product_share": f"252 of 362 TFLOP/s (0.70) at the best shape, the card draws at most 350 W (github.com/mag-/gpu_benchmark); {_NARROW}; slow and typical assumed in the H100's proportions",
+            "product_share": "252 of 362 TFLOP/s (0.70) at the best shape, the card draws at most 350 W "
+            f"(github.com/mag-/gpu_benchmark); {_NARROW}; slow and typical assumed in the H100's "
+            "proportions",
             "attention_share": _OWN_ATTENTION,
             "memory_share": "assumed: 0.85, as of cards with HBM",
         },
@@ -227,7 +273,8 @@ _CATALOGUE = (
         device_name=r"V100",
         sources={
             "memory_bytes": _memory_source(31.7),
-            "peak_flops": "data sheet: 125 TFLOP/s in fp16; 15.7 in fp32; bf16 has no tensor cores there and runs at the pace of fp32 at best",
+            "peak_flops": "data sheet: 125 TFLOP/s in fp16; 15.7 in fp32; bf16 has no tensor cores there and runs at "
+            "the pace of fp32 at best",
             "memory_bytes_s": "data sheet: 900 GB/s",
             "gpus_per_node": "DGX-1",
             "link_bytes_s": "NVLink 2: 300 GB/s in both directions together (data sheet)",
@@ -235,7 +282,8 @@ _CATALOGUE = (
             "host_memory_bytes": "512 GB (DGX-1 data sheet)",
             "cores_per_node": "2 Xeon E5-2698 v4 of 20 cores (DGX-1 data sheet)",
             "storage_bytes_s": "assumed: a shared file system of its years",
-            "product_share": f"large products reach about 0.75 of the peak (assumed); {_NARROW}; {_CALIBRATED.format(row='53 hours of DeiT-B on 8 cards')}",
+            "product_share": f"large products reach about 0.75 of the peak (assumed); {_NARROW}; "
+            f"{_CALIBRATED.format(row='53 hours of DeiT-B on 8 cards')}",
             "attention_share": _OWN_ATTENTION,
             "memory_share": "assumed: a little below the A100's",
         },
@@ -256,7 +304,9 @@ _CATALOGUE = (
             "memory_bytes": _memory_source(23.7),
             "peak_flops": "GA102 white paper: 71 TFLOP/s dense in 16 bits with sums in fp32; 35.6 in fp32",
             "memory_bytes_s": "data sheet: 936 GB/s",
-            "product_share": "calibrated once (benchmarks/plan_world.py): typical brings timm's rows of ViT-B/16 and ViT-L/16 within 5%, which would need 1.01 and 0.97; GeForce sums in fp32 at half pace, so products come close to that lower peak; the range is assumed",
+            "product_share": "calibrated once (benchmarks/plan_world.py): typical brings timm's rows of ViT-B/16 and "
+            "ViT-L/16 within 5%, which would need 1.01 and 0.97; GeForce sums in fp32 at half pace, so "
+            "products come close to that lower peak; the range is assumed",
         },
     ),
     Hardware(
@@ -292,7 +342,8 @@ _CATALOGUE = (
         sources={
             **_WORKSTATION,
             "memory_bytes": _memory_source(94.9),
-            "peak_flops": "data sheet of the Max-Q edition: 3,511 TOPS sparse in fp4, an eighth of that dense in 16 bits; 109.7 in fp32",
+            "peak_flops": "data sheet of the Max-Q edition: 3,511 TOPS sparse in fp4, an eighth of that dense in 16 "
+            "bits; 109.7 in fp32",
             "memory_bytes_s": "data sheet: 1,792 GB/s",
             "product_share": f"assumed: at 300 W the clock of large products falls to about two thirds; {_NARROW}",
         },
@@ -312,18 +363,22 @@ ALIASES = {
     "3090": "rtx3090",
     "5090": "rtx5090",
 }
-# Cards by their driver's name that compute at another pace than the catalogue's of that chip. FLOP/s, dense, 16 bits; data sheets.
+# Cards by their driver's name that compute at another pace than the catalogue's of that chip. FLOP/s, dense, 16 bits;
+# data sheets.
 _OTHER_PEAKS = ((r"H100 PCIe", 756e12), (r"H[12]00 NVL", 835e12), (r"V100-PCIE", 112e12))
-_PART_OF_A_CARD = r"MIG|Laptop"  # a slice of one, or another chip under its name: the peak is not known
+# a slice of one, or another chip under its name: the peak is not known
+_PART_OF_A_CARD = r"MIG|Laptop"
 
 
 def find_hardware(text: str | Path) -> Hardware:
     """A machine of the catalogue by name, or one's own from a YAML file.
 
-    The file sets fields of `Hardware` by their names; `base: h100` starts from the catalogue's values, without it every field that has no default is needed.
-    peak_flops is a mapping of precisions, rates are in B/s and FLOP/s, the shares' three values a list.
+    The file sets fields of `Hardware` by their names; `base: h100` starts from the catalogue's values, without it every
+    field that has no default is needed. peak_flops is a mapping of precisions, rates are in B/s and FLOP/s, the shares'
+    three values a list.
 
-    Raises: UserError for an unknown name, with the nearest one; for a file that is none, is not YAML, or has a key or a value that is no field's.
+    Raises: UserError for an unknown name, with the nearest one; for a file that is none, is not YAML, or has a key or a
+        value that is no field's.
     """
     text = str(text)
     path = Path(text).expanduser()
@@ -334,11 +389,16 @@ def find_hardware(text: str | Path) -> Hardware:
     if name in HARDWARE:
         return HARDWARE[name]
     known = [*HARDWARE, *ALIASES]
-    raise UserError(f"hardware {short(text)}: not in the catalogue; known: {', '.join(HARDWARE)}, or give the path of a YAML file of your own{nearest(name, known)}")
+    raise UserError(
+        f"hardware {short(text)}: not in the catalogue; known: {', '.join(HARDWARE)}, or give the "
+        f"path of a YAML file of your own{nearest(name, known)}"
+    )
 
 
 def hardware_of_device(name: str) -> Hardware | None:
-    """The catalogue's machine by the name that the driver gives the GPU (`torch.cuda.get_device_name()`), with that card's own peak where it differs; None for one that is not known."""
+    """The catalogue's machine by the name that the driver gives the GPU (`torch.cuda.get_device_name()`), with that
+    card's own peak where it differs; None for one that is not known.
+    """
     if re.search(_PART_OF_A_CARD, name):
         return None
     found = next((hardware for hardware in _CATALOGUE if re.search(hardware.device_name, name)), None)
@@ -349,7 +409,10 @@ def hardware_of_device(name: str) -> Hardware | None:
 
 
 def hardware_table() -> str:
-    """The catalogue as aligned plain text: each machine's values, and under it where they come from; without a final newline."""
+    """The catalogue as aligned plain text: each machine's values, and under it where they come from.
+
+    Without a final newline.
+    """
     parts = []
     for hardware in _CATALOGUE:
         lines = [f"{hardware.name}: {hardware.title}"]
@@ -360,7 +423,7 @@ def hardware_table() -> str:
     return "\n\n".join([*parts, f"other names: {aliases}"])
 
 
-# ---------------------------------------------------------------------------------------------- a file of one's own
+# --------------------------------------------------------------------------------- a file of one's own
 
 _TEXTS = ("name", "title", "device_name")
 _WHOLE = ("gpus_per_node", "cores_per_node")
@@ -390,12 +453,15 @@ def _read(path: Path) -> Hardware:
     values = {key: _value(path, key, value, start) for key, value in raw.items()}
     missing = [key for key in _NUMBERS if key not in values and key not in _OPTIONAL] if start is None else []
     if missing:
-        raise UserError(f"{path}: {missing[0]} is not set; give {', '.join(missing)}, or start from a machine of the catalogue with base: {next(iter(HARDWARE))}")
+        raise UserError(
+            f"{path}: {missing[0]} is not set; give {', '.join(missing)}, or start from a machine of the "
+            f"catalogue with base: {next(iter(HARDWARE))}"
+        )
     values = {"name": path.stem, "title": f"{path.stem}, from {path.name}"} | values
     from_file = {key: f"{path}" for key in values if key in _NUMBERS}
     if start is not None:
         return replace(start, **values, sources=start.sources | from_file)
-    assumed = {key: "assumed: the default of a machine that says nothing of it" for key in _SHARES}
+    assumed = dict.fromkeys(_SHARES, "assumed: the default of a machine that says nothing of it")
     return Hardware(**values, sources=assumed | from_file)
 
 
@@ -407,10 +473,15 @@ def _value(path: Path, key: str, value, start: Hardware | None):
         return value
     if key == "peak_flops":
         if not isinstance(value, dict) or not value:
-            raise UserError(f"{path}: peak_flops {short(value)}: give FLOP/s by precision, as {{bf16: 989e12, fp32: 67e12}}")
+            raise UserError(
+                f"{path}: peak_flops {short(value)}: give FLOP/s by precision, as {{bf16: 989e12, fp32: 67e12}}"
+            )
         for precision in value:
             if precision not in PRECISIONS:
-                raise UserError(f"{path}: peak_flops.{short(precision)}: not a precision; known: {', '.join(PRECISIONS)}{nearest(str(precision), list(PRECISIONS))}")
+                raise UserError(
+                    f"{path}: peak_flops.{short(precision)}: not a precision; known: "
+                    f"{', '.join(PRECISIONS)}{nearest(str(precision), list(PRECISIONS))}"
+                )
         rates = {precision: _positive(path, f"peak_flops.{precision}", rate) for precision, rate in value.items()}
         rates = ({} if start is None else start.peak_flops) | rates
         missing = [precision for precision in PRECISIONS if precision not in rates]
@@ -419,7 +490,9 @@ def _value(path: Path, key: str, value, start: Hardware | None):
         return rates
     if key in _RANGES:
         if not isinstance(value, list) or len(value) != 3:
-            raise UserError(f"{path}: {key} {short(value)}: give three shares, slow, typical and fast, as [0.5, 0.6, 0.7]")
+            raise UserError(
+                f"{path}: {key} {short(value)}: give three shares, slow, typical and fast, as [0.5, 0.6, 0.7]"
+            )
         shares = tuple(_share(path, key, item) for item in value)
         if list(shares) != sorted(shares):
             raise UserError(f"{path}: {key} {short(value)}: slow, typical, fast, so none below the one before it")
@@ -435,11 +508,10 @@ def _value(path: Path, key: str, value, start: Hardware | None):
 
 
 def _positive(path: Path, key: str, value) -> float:
-    if isinstance(value, str):  # YAML reads 4e9 as a text, for want of a dot
-        try:
+    # YAML reads 4e9 as a text, for want of a dot
+    if isinstance(value, str):
+        with suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     unit, least = _UNITS.get(key.partition(".")[0], ("", 0.0))
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise UserError(f"{path}: {key} {short(value)}: give a number above 0{unit and f', in {unit}'}")

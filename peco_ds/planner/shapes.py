@@ -1,8 +1,8 @@
 """Parameters, multiply-accumulates and activation bytes of the networks, counted layer by layer from the settings.
 
-Letters: N patches, T = N + 1 tokens, n tokens that the encoder sees, M masked patches, D width, F hidden width of the MLP, H heads, L blocks, V codes. One
-multiply-accumulate (MAC) is two FLOPs. Norms, activations, softmax and biases are left out of the MACs, as is usual; all
-matrix products and convolutions are in, the quadratic part of attention too.
+Letters: N patches, T = N + 1 tokens, n tokens that the encoder sees, M masked patches, D width, F hidden width of the
+MLP, H heads, L blocks, V codes. One multiply-accumulate (MAC) is two FLOPs. Norms, activations, softmax and biases are
+left out of the MACs, as is usual; all matrix products and convolutions are in, the quadratic part of attention too.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from peco_ds.schedules import pictures_taken
 IMAGE_CHANNELS = 3
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 FLOPS_PER_MAC = 2
-# The backward pass computes a gradient for the input and one for the weight of every product. Recomputed activations are not
-# counted: FLOPs are the model's, the convention of MFU.
+# The backward pass computes a gradient for the input and one for the weight of every product. Recomputed activations
+# are not counted: FLOPs are the model's, the convention of MFU.
 TRAINING_OVER_FORWARD = 3
 
 
-# ---------------------------------------------------------------------------------------------- vision transformer
+# ---------------------------------------------------------------------------------- vision transformer
 
 
 FULL_ENCODING, NO_AGGREGATION = EncodingSettings(), AggregationSettings()
@@ -30,7 +30,8 @@ FULL_ENCODING, NO_AGGREGATION = EncodingSettings(), AggregationSettings()
 class MimParameters:
     """Parameters of the pre-training model by part; all of them are trained."""
 
-    backbone: int  # with its final norm and relative position table, without any head
+    # with its final norm and relative position table, without any head
+    backbone: int
     token_head: int
     mask_token: int
     aggregation: int = 0  # the second branch's extra blocks
@@ -42,19 +43,26 @@ class MimParameters:
 
 
 def mim_parameters(
-    model: ModelSettings, num_codes: int, *, encoding: EncodingSettings = FULL_ENCODING, aggregation: AggregationSettings = NO_AGGREGATION
+    model: ModelSettings,
+    num_codes: int,
+    *,
+    encoding: EncodingSettings = FULL_ENCODING,
+    aggregation: AggregationSettings = NO_AGGREGATION,
 ) -> MimParameters:
     """Parameters of backbone, mask token, linear head over `num_codes` codes, and what the variants add."""
     width, decoder = model.width, 0
     if encoding.kind == "visible":
         width = encoding.decoder_width
         blocks = encoding.decoder_depth * _block_parameters(width, _hidden(model, width), scaled=False)
-        decoder = (model.width + 1) * width + relative_positions(model.grid) * encoding.decoder_heads + blocks + 2 * width
+        decoder = (
+            (model.width + 1) * width + relative_positions(model.grid) * encoding.decoder_heads + blocks + 2 * width
+        )
     return MimParameters(
         backbone=backbone_parameters(model),
         token_head=width * num_codes + num_codes,
         mask_token=width,
-        aggregation=_extra_blocks(aggregation) * _block_parameters(model.width, _hidden(model), scaled=bool(model.layer_scale)),
+        aggregation=_extra_blocks(aggregation)
+        * _block_parameters(model.width, _hidden(model), scaled=bool(model.layer_scale)),
         decoder=decoder,
     )
 
@@ -101,7 +109,8 @@ class MimMacs:
     """Multiply-accumulates of one picture's forward pass."""
 
     backbone: int
-    token_head: int  # at masked patches only, of both branches where there are two
+    # at masked patches only, of both branches where there are two
+    token_head: int
     aggregation: int = 0
     decoder: int = 0
 
@@ -116,13 +125,19 @@ class MimMacs:
 
 
 def mim_macs(
-    model: ModelSettings, *, num_codes: int, masked: int, encoding: EncodingSettings = FULL_ENCODING, aggregation: AggregationSettings = NO_AGGREGATION
+    model: ModelSettings,
+    *,
+    num_codes: int,
+    masked: int,
+    encoding: EncodingSettings = FULL_ENCODING,
+    aggregation: AggregationSettings = NO_AGGREGATION,
 ) -> MimMacs:
     """MACs of one picture.
 
     Args:
         masked: hidden patches of the picture, the only ones the head sees.
-        encoding: full: every token, hidden or not, goes through the encoder; visible: the shown ones alone, and all of them through the decoder.
+        encoding: full: every token, hidden or not, goes through the encoder; visible: the shown ones alone, and all of
+            them through the decoder.
     """
     patches, width = model.grid**2, model.width
     patch_embed = patches * IMAGE_CHANNELS * model.patch_px**2 * width
@@ -131,7 +146,8 @@ def mim_macs(
         head = (2 if extra else 1) * masked * width * num_codes
         return MimMacs(backbone=patch_embed + model.depth * block, token_head=head, aggregation=extra * block)
     seen, narrow = patches - masked + 1, encoding.decoder_width
-    bias = model.heads * seen * (patches + 1) * (patches + 1 + seen)  # rows, then columns, of the table's T x T values
+    # rows, then columns, of the table's T x T values
+    bias = model.heads * seen * (patches + 1) * (patches + 1 + seen)
     decoder = seen * width * narrow + encoding.decoder_depth * _block_macs(patches + 1, narrow, _hidden(model, narrow))
     backbone = patch_embed + bias + model.depth * _block_macs(seen, width, _hidden(model))
     return MimMacs(backbone=backbone, token_head=masked * narrow * num_codes, decoder=decoder)
@@ -147,7 +163,8 @@ class ActivationBytes:
     """Device memory of one picture between its forward and its backward pass."""
 
     saved: int  # kept by autograd, and the model's outputs
-    working: int  # gradients and recomputed tensors alive beside them at the worst moment
+    # gradients and recomputed tensors alive beside them at the worst moment
+    working: int
 
     @property
     def total(self) -> int:
@@ -166,21 +183,24 @@ def mim_activation_bytes(
 ) -> ActivationBytes:
     """Activations of one picture, with an attention kernel that does not store the T x T weights.
 
-    A block keeps, of T rows each: input and output of both norms (4 D), query, key and value (3 D), attention's output (D), the two
-    branch outputs that layer scale multiplies (2 D), the MLP's hidden layer before and after GELU (2 F); and in 32 bits two
-    statistics a row of each norm and one log-sum-exp a row of each head. With F = 4 D that is 36 T D bytes in 16 bits; the classic
-    34 T D counts two dropout masks, which this network has not, and no layer scale. Beyond the blocks: the picture, input and
-    output of the final norm, and at M masked patches the head's input, its logits and the log-probabilities, these in 32 bits; a second
-    branch has a norm and logits of its own. An encoder that sees n tokens has a bias of its own for each picture, n x n a head.
+    A block keeps, of T rows each: input and output of both norms (4 D), query, key and value (3 D), attention's output
+    (D), the two branch outputs that layer scale multiplies (2 D), the MLP's hidden layer before and after GELU (2 F);
+    and in 32 bits two statistics a row of each norm and one log-sum-exp a row of each head. With F = 4 D that is 36 T D
+    bytes in 16 bits; the classic
+    34 T D counts two dropout masks, which this network has not, and no layer scale. Beyond the blocks: the picture,
+    input and output of the final norm, and at M masked patches the head's input, its logits and the log-probabilities,
+    these in 32 bits; a second branch has a norm and logits of its own. An encoder that sees n tokens has a bias of its
+    own for each picture, n x n a head.
 
-    The working part is an estimate of the worst moment: in a block's backward pass the gradients of the hidden layer before
-    and after GELU, of the block's input and of a branch, and of an attention bias that is a picture's own, [H, T, T]; that of a shared one is summed
-    some pictures at a time (at most 128 MiB a pass, not counted here); in the head's the gradient of the logits in both precisions. The caching allocator's fragmentation is not in it, nor is
+    The working part is an estimate of the worst moment: in a block's backward pass the gradients of the hidden layer
+    before and after GELU, of the block's input and of a branch, and of an attention bias that is a picture's own, [H,
+    T, T]; that of a shared one is summed some pictures at a time (at most 128 MiB a pass, not counted here); in the
+    head's the gradient of the logits in both precisions. The caching allocator's fragmentation is not in it, nor is
     what an objective keeps beside the log-probabilities (soft targets are made some pictures at a time and not kept).
 
     Args:
-        checkpointing: "none"; "full": every block keeps its input alone and is recomputed in the backward pass; "selective": beside it what the four
-            matrix products and attention give, the rest is recomputed.
+        checkpointing: "none"; "full": every block keeps its input alone and is recomputed in the backward pass;
+            "selective": beside it what the four matrix products and attention give, the rest is recomputed.
         precision: "bf16", "fp16" or "fp32".
     """
     assert checkpointing in ("none", "selective", "full"), checkpointing
@@ -191,30 +211,46 @@ def mim_activation_bytes(
         encoder = _BlockActivations(seen, model.width, _hidden(model), model.heads, scaled, element, own_bias=True)
         decoder = _BlockActivations(tokens, narrow, _hidden(model, narrow), encoding.decoder_heads, False, element)
         stacks = [(model.depth, encoder), (encoding.decoder_depth, decoder)]
-        places = seen * tokens * element + model.heads * seen**2 * element  # one-hot rows, and the bias they pick
-        places += (tokens - 1) * (model.width + narrow) * element  # patches before those that are shown are picked, and before each is put at its place
+        # one-hot rows, and the bias they pick
+        places = seen * tokens * element + model.heads * seen**2 * element
+        # patches before those that are shown are picked, and before each is put at its place
+        places += (tokens - 1) * (model.width + narrow) * element
         head, head_backward = _head_activations(masked, narrow, num_codes, element)
         ends = picture + places + encoder.norm + decoder.norm + head
     else:
-        block, extra = _BlockActivations(tokens, model.width, _hidden(model), model.heads, scaled, element), _extra_blocks(aggregation)
+        block, extra = (
+            _BlockActivations(tokens, model.width, _hidden(model), model.heads, scaled, element),
+            _extra_blocks(aggregation),
+        )
         stacks = [(model.depth + extra, block)]
         head, head_backward = _head_activations((2 if extra else 1) * masked, model.width, num_codes, element)
-        second_branch = block.input + masked * (model.width * element + 2 * 4) if extra else 0  # its last tokens; its norm, whose output goes into the head's input
+        # its last tokens; its norm, whose output goes into the head's input
+        second_branch = block.input + masked * (model.width * element + 2 * 4) if extra else 0
         ends = picture + block.norm + second_branch + head
     if checkpointing == "none":
-        return ActivationBytes(saved=ends + sum(depth * block.saved for depth, block in stacks), working=max(head_backward, *(block.backward for _, block in stacks)))
+        return ActivationBytes(
+            saved=ends + sum(depth * block.saved for depth, block in stacks),
+            working=max(head_backward, *(block.backward for _, block in stacks)),
+        )
     kept = {"selective": _BlockActivations.products.fget, "full": _BlockActivations.input.fget}[checkpointing]
     recomputed = max(block.saved + block.backward - kept(block) for _, block in stacks)
-    return ActivationBytes(saved=ends + sum(depth * kept(block) for depth, block in stacks), working=max(head_backward, recomputed))
+    return ActivationBytes(
+        saved=ends + sum(depth * kept(block) for depth, block in stacks), working=max(head_backward, recomputed)
+    )
 
 
 def own_bias_bytes(model: ModelSettings, checkpointing: str) -> int:
-    """What blocks with a bias table each keep of it, [H, T, T] in float32, whatever the number of pictures; recomputed, nothing."""
+    """What blocks with a bias table each keep of it, [H, T, T] in float32, whatever the number of pictures.
+
+    Recomputed, nothing.
+    """
     return model.depth * model.heads * (model.grid**2 + 1) ** 2 * 4 if checkpointing == "none" else 0
 
 
 def skipped_by_subsets(model: ModelSettings, micro_batch: int) -> float:
-    """Share of the blocks' work that model.drop_path_by = subset leaves out of a pass: whole pictures, at least one of them taken."""
+    """Share of the blocks' work that model.drop_path_by = subset leaves out of a pass: whole pictures, at least one of
+    them taken.
+    """
     rates = [model.drop_path * place / max(1, model.depth - 1) for place in range(model.depth)]
     return 1 - sum(pictures_taken(micro_batch, rate) for rate in rates) / (micro_batch * model.depth)
 
@@ -238,7 +274,9 @@ class _BlockActivations:
     @property
     def products(self) -> int:
         """Input; query, key and value; attention's output and log-sums; its projection; both layers of the MLP."""
-        return self.tokens * ((1 + 3 + 1 + 1 + 1) * self.width + self.hidden) * self.element + self.tokens * 4 * self.heads
+        return (
+            self.tokens * ((1 + 3 + 1 + 1 + 1) * self.width + self.hidden) * self.element + self.tokens * 4 * self.heads
+        )
 
     @property
     def norm(self) -> int:
@@ -252,7 +290,9 @@ class _BlockActivations:
 
     @property
     def backward(self) -> int:
-        return (self.tokens * (2 * self.hidden + 2 * self.width) + self.own_bias * self.heads * self.tokens**2) * self.element
+        return (
+            self.tokens * (2 * self.hidden + 2 * self.width) + self.own_bias * self.heads * self.tokens**2
+        ) * self.element
 
 
 def _head_activations(masked: int, width: int, num_codes: int, element: int) -> tuple[int, int]:
@@ -260,7 +300,7 @@ def _head_activations(masked: int, width: int, num_codes: int, element: int) -> 
     return masked * (width * element + num_codes * (element + 4)), masked * num_codes * (element + 4)
 
 
-# ---------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------- tokenizer
 
 
 @dataclass(frozen=True)
@@ -281,8 +321,10 @@ class Cost:
 @dataclass(frozen=True)
 class TokenizerCost:
     encoder: Cost  # with the layers to the code's dimension
-    decoder: Cost  # with the layers from it, and VQ-KD's to the teacher's
-    codebook_elements: int  # codes, and the moving averages of their counts and sums: buffers, not parameters
+    # with the layers from it, and VQ-KD's to the teacher's
+    decoder: Cost
+    # codes, and the moving averages of their counts and sums: buffers, not parameters
+    codebook_elements: int
     search_macs: int  # nearest-code search of a picture
 
     @property
@@ -295,25 +337,37 @@ class TokenizerCost:
 
     @property
     def training_flops(self) -> int:
-        """FLOPs of a picture's forward and backward pass, without frozen networks and the critic; the search has no backward."""
+        """FLOPs of a picture's forward and backward pass, without frozen networks and the critic.
+
+        The search has no backward.
+        """
         return FLOPS_PER_MAC * (TRAINING_OVER_FORWARD * (self.encoder.macs + self.decoder.macs) + self.search_macs)
 
 
 def tokenizer_cost(tokenizer: TokenizerSettings, image_px: int) -> TokenizerCost:
-    """Cost of a tokenizer on a picture of image_px x image_px. Of those that are read from released files (gumbel, dvae), who pick a code by its logit, the layer of
+    """Cost of a tokenizer on a picture of image_px x image_px.
+
+    Of those that are read from released files (gumbel, dvae), who pick a code by its logit, the layer of
     logits is the search; a dvae's decoder, which nothing here trains or runs at scale, is left out.
 
-    Source: of kind vqgan, VQGAN (arXiv 2012.09841), the f16 configuration of its released code, sizes of a PeCo stand-in; gumbel: its f8; vqkd: BEiT v2
-        (arXiv 2208.06366); dvae: DALL-E (arXiv 2102.12092).
+    Source: of kind vqgan, VQGAN (arXiv 2012.09841), the f16 configuration of its released code, sizes of a PeCo
+        stand-in; gumbel: its f8; vqkd: BEiT v2 (arXiv 2208.06366); dvae: DALL-E (arXiv 2102.12092).
     """
     grid = image_px // tokenizer.stride_px
-    parts = {"vqgan": (_encoder, _decoder), "gumbel": (_gumbel_encoder, _decoder), "vqkd": (_vqkd_encoder, _vqkd_decoder), "dvae": (_dvae_encoder, _nothing)}
+    parts = {
+        "vqgan": (_encoder, _decoder),
+        "gumbel": (_gumbel_encoder, _decoder),
+        "vqkd": (_vqkd_encoder, _vqkd_decoder),
+        "dvae": (_dvae_encoder, _nothing),
+    }
     encoder, decoder = parts[tokenizer.kind]
     searched = tokenizer.channels * tokenizer.channel_mults[-1] if tokenizer.kind == "dvae" else tokenizer.code_dim
     return TokenizerCost(
         encoder=encoder(tokenizer, image_px),
         decoder=decoder(tokenizer, image_px),
-        codebook_elements=tokenizer.num_codes * (2 * tokenizer.code_dim + 1) if tokenizer.kind in ("vqgan", "vqkd") else 0,
+        codebook_elements=tokenizer.num_codes * (2 * tokenizer.code_dim + 1)
+        if tokenizer.kind in ("vqgan", "vqkd")
+        else 0,
         search_macs=grid**2 * searched * tokenizer.num_codes,
     )
 
@@ -324,7 +378,9 @@ def _nothing(tokenizer: TokenizerSettings, image_px: int) -> Cost:
 
 def _gumbel_encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
     """VQGAN's, with a layer of logits behind it."""
-    return _encoder(tokenizer, image_px) + Cost((tokenizer.code_dim + 1) * tokenizer.num_codes, 0, tokenizer.code_dim * (image_px // tokenizer.stride_px) ** 2)
+    return _encoder(tokenizer, image_px) + Cost(
+        (tokenizer.code_dim + 1) * tokenizer.num_codes, 0, tokenizer.code_dim * (image_px // tokenizer.stride_px) ** 2
+    )
 
 
 def _dvae_encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
@@ -335,7 +391,9 @@ def _dvae_encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
         out = tokenizer.channels * mult
         for _ in range(tokenizer.blocks_per_level):
             hidden = out // 4
-            cost += _conv(width, hidden, 3, size) + _conv(hidden, hidden, 3, size).times(2) + _conv(hidden, out, 1, size)
+            cost += (
+                _conv(width, hidden, 3, size) + _conv(hidden, hidden, 3, size).times(2) + _conv(hidden, out, 1, size)
+            )
             cost += _conv(width, out, 1, size) if width != out else Cost()
             width = out
         size //= 1 if level == len(tokenizer.channel_mults) - 1 else 2
@@ -345,20 +403,31 @@ def _dvae_encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
 def _vqkd_encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
     vit = tokenizer.vit
     grid = image_px // vit.patch_px
-    return _patch_transformer(IMAGE_CHANNELS, grid, vit.patch_px, vit.width, vit.depth, int(vit.width * vit.mlp_ratio)) + _tanh_head(vit.width, tokenizer.code_dim, grid**2)
+    return _patch_transformer(
+        IMAGE_CHANNELS, grid, vit.patch_px, vit.width, vit.depth, int(vit.width * vit.mlp_ratio)
+    ) + _tanh_head(vit.width, tokenizer.code_dim, grid**2)
 
 
 def _vqkd_decoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
     vit = tokenizer.vit
     grid = image_px // vit.patch_px
-    blocks = _patch_transformer(tokenizer.code_dim, grid, 1, vit.decoder_width, vit.decoder_depth, int(vit.decoder_width * vit.mlp_ratio))
+    blocks = _patch_transformer(
+        tokenizer.code_dim, grid, 1, vit.decoder_width, vit.decoder_depth, int(vit.decoder_width * vit.mlp_ratio)
+    )
     return blocks + _tanh_head(vit.decoder_width, vit.target_width, grid**2)
 
 
 def _patch_transformer(channels: int, grid: int, patch_px: int, width: int, depth: int, hidden: int) -> Cost:
-    """A ViT with absolute positions and a class token, without layer scale, down to its normed patch tokens; what a block keeps: `mim_activation_bytes`."""
+    """A ViT with absolute positions and a class token, without layer scale, down to its normed patch tokens.
+
+    What a block keeps: `mim_activation_bytes`.
+    """
     patches, tokens = grid**2, grid**2 + 1
-    embedding = Cost(channels * patch_px**2 * width + width, patches * channels * patch_px**2 * width, channels * (grid * patch_px) ** 2)
+    embedding = Cost(
+        channels * patch_px**2 * width + width,
+        patches * channels * patch_px**2 * width,
+        channels * (grid * patch_px) ** 2,
+    )
     positions_and_norm = Cost((tokens + 1) * width + 2 * width, 0, tokens * width + patches * width)
     block = Cost(
         4 * width**2 + 3 * width + 2 * width * hidden + hidden + width + 4 * width,
@@ -370,7 +439,9 @@ def _patch_transformer(channels: int, grid: int, patch_px: int, width: int, dept
 
 def _tanh_head(width: int, out: int, positions: int) -> Cost:
     """Linear, tanh, linear at every position; keeps the input, tanh's output, and the output."""
-    return Cost(width**2 + width + width * out + out, positions * (width**2 + width * out), positions * (2 * width + out))
+    return Cost(
+        width**2 + width + width * out + out, positions * (width**2 + width * out), positions * (2 * width + out)
+    )
 
 
 def _encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
@@ -422,9 +493,14 @@ def _residual(width: int, out: int, size: int) -> Cost:
 
 
 def _attention(width: int, size: int) -> Cost:
-    """Single head over all positions: four 1x1 convolutions; keeps the norm's input, its output, query, key, value and the mixture."""
+    """Single head over all positions: four 1x1 convolutions.
+
+    Keeps the norm's input, its output, query, key, value and the mixture.
+    """
     positions = size**2
-    return Cost(2 * width + 4 * (width**2 + width), 4 * width**2 * positions + 2 * positions**2 * width, 6 * width * positions)
+    return Cost(
+        2 * width + 4 * (width**2 + width), 4 * width**2 * positions + 2 * positions**2 * width, 6 * width * positions
+    )
 
 
 def _norm_swish(width: int, size: int) -> Cost:

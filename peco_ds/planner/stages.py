@@ -6,7 +6,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from peco_ds.config import Durations, FinetuneRecipe, PretrainRecipe, Recipe, RunSettings, TokenizerRecipe, TokenizerSettings, resolve_durations
+from peco_ds.config import (
+    Durations,
+    FinetuneRecipe,
+    PretrainRecipe,
+    Recipe,
+    RunSettings,
+    TokenizerRecipe,
+    TokenizerSettings,
+    resolve_durations,
+)
 from peco_ds.errors import UserError
 from peco_ds.planner.memory import ema_bytes
 from peco_ds.planner.shapes import (
@@ -18,9 +27,17 @@ from peco_ds.planner.shapes import (
     own_bias_bytes,
     tokenizer_cost,
 )
-from peco_ds.planner.work import Segment, finetune_segments, frozen_net_bytes, pretrain_segments, tokenizer_segments, tokenizing_segments
+from peco_ds.planner.work import (
+    Segment,
+    finetune_segments,
+    frozen_net_bytes,
+    pretrain_segments,
+    tokenizer_segments,
+    tokenizing_segments,
+)
 
-IMAGENET_1K_TRAIN = 1_281_167  # training pictures: what is assumed where no set is packed yet
+# training pictures: what is assumed where no set is packed yet
+IMAGENET_1K_TRAIN = 1_281_167
 IMAGENET_1K_VAL = 50_000
 IMAGENET_1K_CLASSES = 1000
 
@@ -76,11 +93,17 @@ class Stage:
     @cached_property
     def pictures(self) -> int:
         """Pictures that pass through the network in training, every epoch anew; for tokenizing, views."""
-        return self.durations.total_steps * self.run.global_batch if self.trains else self.num_samples * self.recipe.views.count
+        return (
+            self.durations.total_steps * self.run.global_batch
+            if self.trains
+            else self.num_samples * self.recipe.views.count
+        )
 
     @cached_property
     def evaluated(self) -> int:
-        """Pictures that pass through the network beside training, forward alone: a classifier's evaluations, of the weights and of their moving average."""
+        """Pictures that pass through the network beside training, forward alone: a classifier's evaluations, of the
+        weights and of their moving average.
+        """
         if self.kind != "fine-tuning":
             return 0
         every = self.durations.evaluation_steps or self.durations.total_steps
@@ -102,7 +125,9 @@ class Stage:
         """Trained parameters; of tokenizing, the frozen encoder's."""
         if self.kind == "pre-training":
             recipe = self.recipe
-            return mim_parameters(recipe.model, recipe.objective.num_codes, encoding=recipe.encoding, aggregation=recipe.aggregation).total
+            return mim_parameters(
+                recipe.model, recipe.objective.num_codes, encoding=recipe.encoding, aggregation=recipe.aggregation
+            ).total
         if self.kind == "fine-tuning":
             return backbone_parameters(self.recipe.model, shared_bias=False, num_classes=self.num_classes)
         if self.kind == "tokenizer":  # with a critic where there is one
@@ -115,13 +140,21 @@ class Stage:
 
     @cached_property
     def model_flops(self) -> float:
-        """FLOP of one picture, forward and backward: the numerator of MFU. Recomputation is not counted, nor what subsets of stochastic depth leave out; a judge or teacher
+        """FLOP of one picture, forward and backward: the numerator of MFU.
+
+        Recomputation is not counted, nor what subsets of stochastic depth leave out; a judge or teacher
         is. Of tokenizing, forward alone."""
         recipe = self.recipe
         if self.kind in ("tokenizer", "tokenizing") or recipe.model.drop_path_by == "subset":
             return sum(segment.model_flops for segment in self.segments)
         if self.kind == "pre-training":
-            macs = mim_macs(recipe.model, num_codes=recipe.objective.num_codes, masked=recipe.mask.count, encoding=recipe.encoding, aggregation=recipe.aggregation)
+            macs = mim_macs(
+                recipe.model,
+                num_codes=recipe.objective.num_codes,
+                masked=recipe.mask.count,
+                encoding=recipe.encoding,
+                aggregation=recipe.aggregation,
+            )
         else:
             macs = mim_macs(recipe.model, num_codes=self.num_classes, masked=1)
         return macs.training_flops
@@ -132,23 +165,41 @@ class Stage:
         run = self.run
         if self.kind == "pre-training":
             recipe = self.recipe
-            sizes = dict(num_codes=recipe.objective.num_codes, masked=recipe.mask.count, encoding=recipe.encoding, aggregation=recipe.aggregation)
-            return mim_activation_bytes(recipe.model, checkpointing=run.activation_checkpointing, precision=run.precision, **sizes).total
+            sizes = dict(
+                num_codes=recipe.objective.num_codes,
+                masked=recipe.mask.count,
+                encoding=recipe.encoding,
+                aggregation=recipe.aggregation,
+            )
+            return mim_activation_bytes(
+                recipe.model, checkpointing=run.activation_checkpointing, precision=run.precision, **sizes
+            ).total
         if self.kind == "fine-tuning":
-            return mim_activation_bytes(self.recipe.model, num_codes=self.num_classes, masked=1, checkpointing=run.activation_checkpointing, precision=run.precision).total
+            return mim_activation_bytes(
+                self.recipe.model,
+                num_codes=self.num_classes,
+                masked=1,
+                checkpointing=run.activation_checkpointing,
+                precision=run.precision,
+            ).total
         cost = tokenizer_cost(self._tokenizer, self.recipe.views.tokenizer_px)
         if self.kind == "tokenizer":
-            return (cost.encoder.saved + cost.decoder.saved) * ELEMENT_BYTES[run.precision] + frozen_net_bytes(self.recipe).a_picture
+            return (cost.encoder.saved + cost.decoder.saved) * ELEMENT_BYTES[run.precision] + frozen_net_bytes(
+                self.recipe
+            ).a_picture
         return LAYERS_ALIVE * cost.encoder.saved * ELEMENT_BYTES[self.recipe.views.tokenizer_precision]
 
     @cached_property
     def fixed_bytes(self) -> float:
-        """Device memory beside ZeRO's state that neither pictures nor ranks change: frozen networks, codebooks, bias tables spread out; of tokenizing the network itself."""
+        """Device memory beside ZeRO's state that neither pictures nor ranks change: frozen networks, codebooks, bias
+        tables spread out; of tokenizing the network itself.
+        """
         if self.kind == "pre-training":
             return 0.0
         if self.kind == "fine-tuning":
             model = self.recipe.model
-            places = model.depth * (model.grid**2 + 1) ** 2 * 8  # which row of its table each block reads for each pair of tokens: int64
+            # which row of its table each block reads for each pair of tokens: int64
+            places = model.depth * (model.grid**2 + 1) ** 2 * 8
             return places + own_bias_bytes(model, self.run.activation_checkpointing)
         codebook = 4 * tokenizer_cost(self._tokenizer, self.recipe.views.tokenizer_px).codebook_elements
         if self.kind == "tokenizer":
@@ -175,5 +226,9 @@ class Stage:
 
 def training_flops(recipe: Recipe, num_classes: int = IMAGENET_1K_CLASSES) -> float:
     """`Stage.model_flops` of a training's recipe: what its MFU counts."""
-    kinds: dict[type, Kind] = {PretrainRecipe: "pre-training", FinetuneRecipe: "fine-tuning", TokenizerRecipe: "tokenizer"}
+    kinds: dict[type, Kind] = {
+        PretrainRecipe: "pre-training",
+        FinetuneRecipe: "fine-tuning",
+        TokenizerRecipe: "tokenizer",
+    }
     return Stage(kinds[type(recipe)], recipe, num_classes=num_classes).model_flops

@@ -1,24 +1,30 @@
 """Seconds of an optimiser step, in closed form.
 
-A rank has two queues: what it computes (segments of the forward pass, then of the backward pass, of each micro-batch) and its collectives, which NCCL runs one
-after another on one communicator, in the order in which they were posted. DeepSpeed 0.19.8 posts and awaits them so:
+A rank has two queues: what it computes (segments of the forward pass, then of the backward pass, of each micro-batch)
+and its collectives, which NCCL runs one after another on one communicator, in the order in which they were posted.
+DeepSpeed 0.19.8 posts and awaits them so:
 
-  gather, overlapping       posted where the pass of the segment begins in which the host asks for it (the prefetch); the segment it serves waits for it
+  gather, overlapping       posted where the pass of the segment begins in which the host asks for it (the prefetch);
+  the segment it serves waits for it
   gather, not overlapping   posted where its own segment would begin: nothing hides it
-  reduction, overlapping    posted when its segment's backward pass is over; awaited at the end of the micro-batch, where DeepSpeed waits for all it has posted
-  reduction, not            posted there too, and the next segment waits
+  reduction, overlapping    posted when its segment's backward pass is over; awaited at the end of the micro-batch,
+  where DeepSpeed waits for all it has posted reduction, not            posted there too, and the next segment waits
   after the step            nothing hides it
 
-The step is then the longest path through both queues. A path that leaves the computation at one point, runs through a chain of collectives and comes back at a
-later point costs, beyond the computation, `sum of the chain - what is computed between the two points`; the exposed time is the largest sum that chains which
-follow one another reach. Three simple cases: all hidden but the first gather and what is left of the last reduction (compute-bound); all of the collectives less
-all of the computation between the first call and the last (communication-bound); every collective (nothing overlaps).
+The step is then the longest path through both queues. A path that leaves the computation at one point, runs through a
+chain of collectives and comes back at a later point costs, beyond the computation, `sum of the chain - what is computed
+between the two points`; the exposed time is the largest sum that chains which
+follow one another reach. Three simple cases: all hidden but the first gather and what is left of the last reduction
+(compute-bound); all of the collectives less all of the computation between the first call and the last
+(communication-bound); every collective (nothing overlaps).
 
-Contention: a running collective keeps `contention` of a GPU's multiprocessors busy, so what a pass computes beside it takes longer by that share of the hidden time.
-The longest path is taken again with the pass so much longer, until the hidden time no longer changes.
+Contention: a running collective keeps `contention` of a GPU's multiprocessors busy, so what a pass computes beside it
+takes longer by that share of the hidden time. The longest path is taken again with the pass so much longer, until the
+hidden time no longer changes.
 
-Stragglers: a synchronous step lasts as long as its slowest rank. Each rank's passes are taken to vary by `noise` about their mean, independently; until a
-collective makes all ranks wait, the noise of several passes adds up as its square root. The slowest of n ranks is `expected_maximum(n)` deviations slow, and the
+Stragglers: a synchronous step lasts as long as its slowest rank. Each rank's passes are taken to vary by `noise` about
+their mean, independently; until a collective makes all ranks wait, the noise of several passes adds up as its square
+root. The slowest of n ranks is `expected_maximum(n)` deviations slow, and the
 same longest path is taken with the computation so much longer: where the links set the pace, a slow rank costs little.
 """
 
@@ -34,13 +40,16 @@ from peco_ds.planner.hardware import Hardware
 from peco_ds.planner.network import collective_seconds
 from peco_ds.planner.traffic import Collective
 
-# Standard deviation of a rank's pass over ranks and passes. Assumed: on five clusters the same program's time varied by 8% over GPUs of one model (at most 22%; Sinha et
-# al., SC22, arXiv 2208.11035), taken for the span of some hundred GPUs, which is five to six deviations. Single GPUs were up to 1.5 times slower: simulate_step's slow_nodes.
+# Standard deviation of a rank's pass over ranks and passes. Assumed: on five clusters the same program's time varied by
+# 8% over GPUs of one model (at most 22%; Sinha et al., SC22, arXiv 2208.11035), taken for the span of some hundred
+# GPUs, which is five to six deviations. Single GPUs were up to 1.5 times slower: simulate_step's slow_nodes.
 NOISE = 0.015
-# Assumed: an all-gather on an H100 was seen to hold 24 of its 132 multiprocessors (NVIDIA developer forum, topic 337991). A product that fills all of them exactly took
-# nearly twice as long beside it there; blocks' products fill them many times over.
+# Assumed: an all-gather on an H100 was seen to hold 24 of its 132 multiprocessors (NVIDIA developer forum, topic
+# 337991). A product that fills all of them exactly took nearly twice as long beside it there; blocks' products fill
+# them many times over.
 CONTENTION = 24 / 132
-_ROUNDS = 4  # each leaves CONTENTION of the error of the one before
+# each leaves CONTENTION of the error of the one before
+_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -50,17 +59,23 @@ class StepInputs:
     segments: tuple[SegmentSeconds, ...]  # of one micro-batch, in running order
     collectives: tuple[Collective, ...]  # of the whole optimiser step
     micro_steps: int
-    optimizer_s: float  # the optimiser's own work on this rank's partition
+    # the optimiser's own work on this rank's partition
+    optimizer_s: float
     ranks: int
     hardware: Hardware
     noise: float = NOISE  # 0: all ranks alike
-    contention: float = CONTENTION  # 0: collectives take nothing from what is computed beside them
-    link_share: float = 1.0  # of the bandwidths that collectives usually reach
+    # 0: collectives take nothing from what is computed beside them
+    contention: float = CONTENTION
+    # of the bandwidths that collectives usually reach
+    link_share: float = 1.0
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one optimiser step, on the slowest rank. `seconds` is the sum of compute_s, optimizer_s, exposed_s, contention_s and straggler_s."""
+    """Of one optimiser step, on the slowest rank.
+
+    `seconds` is the sum of compute_s, optimizer_s, exposed_s, contention_s and straggler_s.
+    """
 
     seconds: float
     compute_s: float  # forward and backward passes
@@ -73,7 +88,10 @@ class StepCost:
 
 def closed_form(inputs: StepInputs) -> StepCost:
     """One optimiser step as the module's docstring reckons it."""
-    forward, backward = sum(piece.forward for piece in inputs.segments), sum(piece.backward for piece in inputs.segments)
+    forward, backward = (
+        sum(piece.forward for piece in inputs.segments),
+        sum(piece.backward for piece in inputs.segments),
+    )
     passes = forward + backward
     seconds = durations(inputs)
     after = sum(duration for collective, duration in zip(inputs.collectives, seconds) if collective.when == "after")
@@ -91,7 +109,8 @@ def closed_form(inputs: StepInputs) -> StepCost:
         return known[key]
 
     for micro_step, queue in enumerate(queues):
-        waiting += 1  # micro-batches since all ranks last waited for one another
+        # micro-batches since all ranks last waited for one another
+        waiting += 1
         late, lost = added(queue, 1.0)
         exposed, contended = exposed + late, contended + lost
         if queue or (inputs.collectives and micro_step == inputs.micro_steps - 1):
@@ -112,13 +131,25 @@ def closed_form(inputs: StepInputs) -> StepCost:
 
 
 def _added(inputs: StepInputs, queue: Sequence[tuple[Collective, float]], stretch: float) -> tuple[float, float]:
-    """What the collectives of one micro-batch add to passes that are `stretch` times as long: seconds exposed, seconds lost to contention."""
-    computing = stretch * sum(piece.forward for piece in inputs.segments), stretch * sum(piece.backward for piece in inputs.segments)
-    communicating = [sum(duration for collective, duration in queue if collective.when == direction) for direction in ("forward", "backward")]
+    """What the collectives of one micro-batch add to passes that are `stretch` times as long: seconds exposed, seconds
+    lost to contention.
+    """
+    computing = (
+        stretch * sum(piece.forward for piece in inputs.segments),
+        stretch * sum(piece.backward for piece in inputs.segments),
+    )
+    communicating = [
+        sum(duration for collective, duration in queue if collective.when == direction)
+        for direction in ("forward", "backward")
+    ]
     lost, exposed = [0.0, 0.0], (0.0, 0.0)
     for _ in range(_ROUNDS if inputs.contention else 1):
-        forward, backward = (stretch * (1 + slower / length) if length else 1.0 for slower, length in zip(lost, computing))
-        exposed = exposed_seconds([SegmentSeconds(piece.forward * forward, piece.backward * backward) for piece in inputs.segments], queue)
+        forward, backward = (
+            stretch * (1 + slower / length) if length else 1.0 for slower, length in zip(lost, computing)
+        )
+        exposed = exposed_seconds(
+            [SegmentSeconds(piece.forward * forward, piece.backward * backward) for piece in inputs.segments], queue
+        )
         lost = [inputs.contention * (total - late) for total, late in zip(communicating, exposed)]
     return sum(exposed), sum(lost)
 
@@ -126,23 +157,31 @@ def _added(inputs: StepInputs, queue: Sequence[tuple[Collective, float]], stretc
 def durations(inputs: StepInputs) -> list[float]:
     """Seconds of each collective of `inputs`, in their order, with nothing else on the links."""
     known = {(each.operation, each.num_bytes) for each in inputs.collectives}
-    seconds = {call: collective_seconds(*call, inputs.ranks, inputs.hardware, share=inputs.link_share) for call in known}
+    seconds = {
+        call: collective_seconds(*call, inputs.ranks, inputs.hardware, share=inputs.link_share) for call in known
+    }
     return [seconds[each.operation, each.num_bytes] for each in inputs.collectives]
 
 
-def exposed_seconds(segments: Sequence[SegmentSeconds], queue: Sequence[tuple[Collective, float]]) -> tuple[float, float]:
-    """What the collectives of one micro-batch, with their seconds, add to its forward and to its backward pass: the heaviest chains of the module's docstring.
+def exposed_seconds(
+    segments: Sequence[SegmentSeconds], queue: Sequence[tuple[Collective, float]]
+) -> tuple[float, float]:
+    """What the collectives of one micro-batch, with their seconds, add to its forward and to its backward pass: the
+    heaviest chains of the module's docstring.
 
-    Points of the computation are counted from 0, before the forward pass of the first segment, to twice the number of segments.
+    Points of the computation are counted from 0, before the forward pass of the first segment, to twice the number of
+    segments.
     """
     pieces = [piece.forward for piece in segments] + [piece.backward for piece in reversed(segments)]
     computed = [0.0]
     for piece in pieces:
         computed.append(computed[-1] + piece)
-    delays = [0.0] * len(computed)  # added before each point by chains that have ended
+    # added before each point by chains that have ended
+    delays = [0.0] * len(computed)
     sent, opened = 0.0, -math.inf
     for post, need, duration in posted_in_order(queue, len(segments)):
-        opened = max(opened, delays[post] + computed[post] - sent)  # the best chain that runs on, or a new one from here
+        # the best chain that runs on, or a new one from here
+        opened = max(opened, delays[post] + computed[post] - sent)
         sent += duration
         late = opened + sent - computed[need]
         for point in range(need, len(delays)):
@@ -154,17 +193,23 @@ def exposed_seconds(segments: Sequence[SegmentSeconds], queue: Sequence[tuple[Co
 
 
 def posted_in_order(queue: Sequence[tuple[Collective, float]], num_segments: int) -> list[tuple[int, int, float]]:
-    """(point where it is posted, point where it is awaited, seconds) of each collective of a micro-batch, first posted first."""
+    """(point where it is posted, point where it is awaited, seconds) of each collective of a micro-batch, first posted
+    first.
+    """
     end, rows = 2 * num_segments, []
     for collective, duration in queue:
-        begin, asked = (place if collective.when == "forward" else end - 1 - place for place in (collective.segment, collective.asked))
+        begin, asked = (
+            place if collective.when == "forward" else end - 1 - place
+            for place in (collective.segment, collective.asked)
+        )
         gathers = collective.operation == "all_gather"
         if gathers:
             post, need = min(asked, begin) if collective.overlaps else begin, begin
         else:
             post, need = begin + 1, end if collective.overlaps else begin + 1
         rows.append((post, gathers, need, duration))
-    rows.sort(key=lambda row: row[:2])  # where both begin, what is done with the segment before comes first
+    # where both begin, what is done with the segment before comes first
+    rows.sort(key=lambda row: row[:2])
     return [(post, need, duration) for post, _, need, duration in rows]
 
 

@@ -1,19 +1,24 @@
 """Which collectives an optimiser step makes under a DeepSpeed JSON, and what they carry.
 
-The rules are those of DeepSpeed 0.19.8, read in its source (`stage3.py`, `partitioned_param_coordinator.py`, `stage_1_and_2.py`, `bf16_optimizer.py`, `engine.py`)
-and held against what its engine asks of the process group (tests/test_traffic.py). In steady state, from the third step on:
+The rules are those of DeepSpeed 0.19.8, read in its source (`stage3.py`, `partitioned_param_coordinator.py`,
+`stage_1_and_2.py`, `bf16_optimizer.py`, `engine.py`) and held against what its engine asks of the process group
+(tests/test_traffic.py). In steady state, from the third step on:
 
-  ZeRO-0, and ZeRO-1 in bf16 with gradients summed in fp32   all-reduces at the end of the last backward pass, of 5e8 elements and more each; no key changes that
-  ZeRO-1 else                                                all-reduces of buckets in the last micro-step alone; without `overlap_comm` all of them at its end
-  ZeRO-2                                                     the same in every micro-step; `use_multi_rank_bucket_allreduce` false: a reduce to each owner instead,
+  ZeRO-0, and ZeRO-1 in bf16 with gradients summed in fp32   all-reduces at the end of the last backward pass, of 5e8
+  elements and more each; no key changes that ZeRO-1 else                                                all-reduces of
+  buckets in the last micro-step alone; without `overlap_comm` all of them at its end ZeRO-2
+  the same in every micro-step; `use_multi_rank_bucket_allreduce` false: a reduce to each owner instead,
                                                              before each of which the host waits for the device
-  ZeRO-1 and 2, after the step                               one gather a parameter group, however large: `allgather_bucket_size` has no say where the process group
-                                                             gathers into one tensor, as NCCL and gloo do; a norm a group (not in the first case), an overflow flag
-  ZeRO-3                                                     weights gathered in every micro-step, gradients reduce-scattered in every micro-step; a norm a group
+  ZeRO-1 and 2, after the step                               one gather a parameter group, however large:
+      `allgather_bucket_size` has no say where the process group gathers into one tensor, as NCCL and gloo do; a norm a
+      group (not in the first case), an overflow flag
+  ZeRO-3                                                     weights gathered in every micro-step, gradients
+  reduce-scattered in every micro-step; a norm a group
 
-ZeRO-3 asks for a prefetch at every module it enters, so it runs ahead by one bucket a module and not by one bucket in all, as far as
-`stage3_max_live_parameters` allows. A block's weights stay from its forward to its backward pass if what lies behind it in the forward pass has fewer elements than
-`stage3_max_reuse_distance`. Quantised collectives and the secondary partitions of ZeRO++ are not modelled.
+ZeRO-3 asks for a prefetch at every module it enters, so it runs ahead by one bucket a module and not by one bucket in
+all, as far as `stage3_max_live_parameters` allows. A block's weights stay from its forward to its backward pass if what
+lies behind it in the forward pass has fewer elements than `stage3_max_reuse_distance`. Quantised collectives and the
+secondary partitions of ZeRO++ are not modelled.
 """
 
 from __future__ import annotations
@@ -24,13 +29,24 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Literal, NamedTuple
 
-from peco_ds.planner.memory import DTYPE_BYTES, MAX_LIVE, MAX_REUSE_DISTANCE, PREFETCH_BUCKET, REDUCE_BUCKET, offloads, zero_number, zero_stage
+from peco_ds.planner.memory import (
+    DTYPE_BYTES,
+    MAX_LIVE,
+    MAX_REUSE_DISTANCE,
+    PREFETCH_BUCKET,
+    REDUCE_BUCKET,
+    offloads,
+    zero_number,
+    zero_stage,
+)
 from peco_ds.planner.shapes import ELEMENT_BYTES
 from peco_ds.planner.work import Segment
 
-PERSISTENCE = 1e5  # DeepSpeed's default, in elements; others: memory.py
+# DeepSpeed's default, in elements; others: memory.py
+PERSISTENCE = 1e5
 GROUP_ALIGNMENT = 2  # elements
-WHOLE_REDUCTION = 5e8  # elements: `MEMORY_OPT_ALLREDUCE_SIZE` of its engine, which no key changes
+# elements: `MEMORY_OPT_ALLREDUCE_SIZE` of its engine, which no key changes
+WHOLE_REDUCTION = 5e8
 FLAG_BYTES, NORM_BYTES, DOUBLE_NORM_BYTES = 1, 4, 8
 
 Operation = Literal["all_gather", "reduce_scatter", "all_reduce", "reduce"]
@@ -41,20 +57,28 @@ class Collective:
     """One call of every rank."""
 
     operation: Operation
-    num_bytes: float  # of a gather the whole result, of a reduction the whole input
-    when: Literal["forward", "backward", "after"]  # after: beside the optimiser's own work, when no pass runs
-    segment: int  # a gather is over before the pass of this segment begins; a reduction begins when this segment's backward pass is over
+    # of a gather the whole result, of a reduction the whole input
+    num_bytes: float
+    # after: beside the optimiser's own work, when no pass runs
+    when: Literal["forward", "backward", "after"]
+    # a gather is over before the pass of this segment begins; a reduction begins when this segment's backward pass is
+    # over
+    segment: int
     micro_step: int  # from 0
-    overlaps: bool  # on a stream of its own, beside what is computed
-    asked: int = 0  # of a gather: the host asks for it when the pass of this segment begins; a reduction's is its segment
+    # on a stream of its own, beside what is computed
+    overlaps: bool
+    # of a gather: the host asks for it when the pass of this segment begins; a reduction's is its segment
+    asked: int = 0
 
 
 class TrainedTensor(NamedTuple):
     elements: int
-    decays: bool = True  # stands in the parameter group with weight decay, and not in the other
+    # stands in the parameter group with weight decay, and not in the other
+    decays: bool = True
 
 
-# Of a segment, in running order: modules with the tensors they hold themselves. A transformer block is one module, all else is met module by module.
+# Of a segment, in running order: modules with the tensors they hold themselves. A transformer block is one module, all
+# else is met module by module.
 Modules = Sequence[Sequence[TrainedTensor]]
 
 
@@ -68,34 +92,47 @@ def step_collectives(
     groups: Literal["whole", "segment"] = "whole",
     modules: Sequence[Modules] | None = None,
 ) -> tuple[Collective, ...]:
-    """Every collective of one optimiser step: of each micro-step the gathers, then the reductions, each in the order in which the host asks for them; then what follows.
+    """Every collective of one optimiser step: of each micro-step the gathers, then the reductions, each in the order in
+    which the host asks for them; then what follows.
 
     What a training loop asks for beside its engine (whether all ranks go on) is not in it: a few bytes a step.
 
     Args:
-        segments: of the trained network, in running order, blocks between an embedding and a head; frozen ones make no traffic.
-        ds_config: DeepSpeed JSON, read or merged; a type of reduction that it leaves to the recipe is fp32, as `deepspeed_json.merge_deepspeed` has it.
+        segments: of the trained network, in running order, blocks between an embedding and a head; frozen ones make no
+            traffic.
+        ds_config: DeepSpeed JSON, read or merged; a type of reduction that it leaves to the recipe is fp32, as
+            `deepspeed_json.merge_deepspeed` has it.
         precision: "bf16", "fp16" or "fp32".
         micro_steps: forward and backward passes a step.
-        ranks: that share the partitions; adds their padding and decides who owns what where gradients are reduced to owners. None: no padding, one owner a bucket.
-        groups: parameter groups of the optimiser: "whole": one with weight decay and one without; "segment": two a segment (layer decay).
+        ranks: that share the partitions; adds their padding and decides who owns what where gradients are reduced to
+            owners. None: no padding, one owner a bucket.
+        groups: parameter groups of the optimiser: "whole": one with weight decay and one without; "segment": two a
+            segment (layer decay).
         modules: of each segment; None: estimated from the sizes of its tensors.
     Returns: empty for one rank, and where nothing is trained.
     """
     assert micro_steps >= 1 and precision in ELEMENT_BYTES, (micro_steps, precision)
     if ranks == 1:
         return ()
-    held = [list(found) for found in modules] if modules else [_estimated_modules(segment, place, len(segments)) for place, segment in enumerate(segments)]
+    held = (
+        [list(found) for found in modules]
+        if modules
+        else [_estimated_modules(segment, place, len(segments)) for place, segment in enumerate(segments)]
+    )
     assert len(held) == len(segments), (len(held), len(segments))
     network = _Network(held, groups)
     if not network.tensors:
         return ()
     step = _Step(network, ds_config, precision, micro_steps, ranks)
-    return tuple({0: step.without_zero, 1: step.stage_1_or_2, 2: step.stage_1_or_2, 3: step.stage_3}[zero_stage(ds_config)]())
+    return tuple(
+        {0: step.without_zero, 1: step.stage_1_or_2, 2: step.stage_1_or_2, 3: step.stage_3}[zero_stage(ds_config)]()
+    )
 
 
 def sent_bytes(collective: Collective, ranks: int) -> float:
-    """What a rank sends, on average over ranks, by the algorithms that send least (a ring): (n - 1) / n of a gather or a reduction to owners, twice that of an all-reduce."""
+    """What a rank sends, on average over ranks, by the algorithms that send least (a ring): (n - 1) / n of a gather or
+    a reduction to owners, twice that of an all-reduce.
+    """
     return (2 if collective.operation == "all_reduce" else 1) * collective.num_bytes * (ranks - 1) / ranks
 
 
@@ -113,14 +150,18 @@ def traffic_by_operation(collectives: Sequence[Collective], ranks: int) -> dict[
     sums: dict[Operation, Traffic] = {}
     for collective in collectives:
         before = sums.get(collective.operation, Traffic(0, 0.0, 0.0))
-        sums[collective.operation] = Traffic(before.calls + 1, before.num_bytes + collective.num_bytes, before.sent + sent_bytes(collective, ranks))
+        sums[collective.operation] = Traffic(
+            before.calls + 1, before.num_bytes + collective.num_bytes, before.sent + sent_bytes(collective, ranks)
+        )
     return dict(sorted(sums.items(), key=lambda item: -item[1].sent))
 
 
-# ---------------------------------------------------------------------------------------------- the network, as DeepSpeed sees it
+# ------------------------------------------------------------------- the network, as DeepSpeed sees it
 
-BLOCK_TENSORS = 10  # a segment with as many is taken for a transformer block, which has 13 to 16
-BLOCK_MATRICES = (3, 1, 4, 4)  # in squares of the width: query, key and value; projection; both layers of the MLP at its usual ratio
+# a segment with as many is taken for a transformer block, which has 13 to 16
+BLOCK_TENSORS = 10
+# in squares of the width: query, key and value; projection; both layers of the MLP at its usual ratio
+BLOCK_MATRICES = (3, 1, 4, 4)
 
 
 def _estimated_modules(segment: Segment, place: int, segments: int) -> list[list[TrainedTensor]]:
@@ -132,9 +173,13 @@ def _estimated_modules(segment: Segment, place: int, segments: int) -> list[list
     tensors = [TrainedTensor(count, decays=count >= min(width**2, largest)) for count in elements]
     if len(tensors) >= BLOCK_TENSORS:
         return [tensors]
-    vectors, others = [tensor for tensor in tensors if tensor.elements == width], [tensor for tensor in tensors if tensor.elements != width]
+    vectors, others = (
+        [tensor for tensor in tensors if tensor.elements == width],
+        [tensor for tensor in tensors if tensor.elements != width],
+    )
     if place == 0 and segments > 1 and others:
-        # The model itself with its class and mask token; the patch embedding, its convolution, its norm (none); the bias table, if it is here.
+        # The model itself with its class and mask token; the patch embedding, its convolution, its norm (none); the
+        # bias table, if it is here.
         return [vectors[1:], [], [others[0], vectors[0]], [], *([other] for other in others[1:])]
     if place == segments - 1 and others:
         return [vectors, others]  # final norm, head
@@ -143,7 +188,8 @@ def _estimated_modules(segment: Segment, place: int, segments: int) -> list[list
 
 def _estimated_elements(segment: Segment) -> list[int]:
     if segment.tensors < BLOCK_TENSORS:
-        return [segment.parameters - 1, 1]  # a bias, however short, makes a parameter group
+        # a bias, however short, makes a parameter group
+        return [segment.parameters - 1, 1]
     square = isqrt(segment.parameters // sum(BLOCK_MATRICES)) ** 2
     vectors = segment.tensors - len(BLOCK_MATRICES)
     each, more = divmod(segment.parameters - sum(BLOCK_MATRICES) * square, vectors)
@@ -160,7 +206,8 @@ class _Tensor(NamedTuple):
 class _Module(NamedTuple):
     tensors: tuple[_Tensor, ...]
     segment: int
-    unit: bool  # gathered as one, and its gradients reduced together: a transformer block
+    # gathered as one, and its gradients reduced together: a transformer block
+    unit: bool
 
 
 class _Network:
@@ -195,7 +242,9 @@ class _Step:
         self.reduced = DTYPE_BYTES.get(ds_config.get("communication_data_type"), 4)
         summed = ds_config.get("data_types", {}).get("grad_accum_dtype")
         self.summed = DTYPE_BYTES.get(summed, 4 if self.stage else self.element)
-        self.flagged = precision == "fp16" or (precision == "bf16" and ds_config.get("bf16", {}).get("check_grad_overflow", self.stage in (1, 2)))
+        self.flagged = precision == "fp16" or (
+            precision == "bf16" and ds_config.get("bf16", {}).get("check_grad_overflow", self.stage in (1, 2))
+        )
         self.clips = ds_config.get("gradient_clipping", 1.0) != 0
         self.bucket = zero_number(self.zero, "reduce_bucket_size", REDUCE_BUCKET)
 
@@ -206,7 +255,12 @@ class _Step:
         return found + ([self._after("all_reduce", NORM_BYTES)] if self.precision == "fp32" and self.clips else [])
 
     def stage_1_or_2(self) -> list[Collective]:
-        if self.stage == 1 and self.precision == "bf16" and self.summed == 4 and not offloads(self.zero, "offload_optimizer"):
+        if (
+            self.stage == 1
+            and self.precision == "bf16"
+            and self.summed == 4
+            and not offloads(self.zero, "offload_optimizer")
+        ):
             found = self._after_backward(self._whole_reductions(self._group_elements()))
         else:
             found = self._bucket_reductions() + self._flag() + self._norms()
@@ -217,7 +271,9 @@ class _Step:
         persistent = [tensor for tensor in self.network.tensors if tensor.elements <= kept]
         found = []
         for micro_step in range(self.micro_steps):
-            found += _Gathers(self.network, self.zero, {tensor.number for tensor in persistent}, self._gathered, micro_step).run()
+            found += _Gathers(
+                self.network, self.zero, {tensor.number for tensor in persistent}, self._gathered, micro_step
+            ).run()
             found += self._scattered(micro_step)
         if self.precision == "fp16":
             found += self._flag()
@@ -281,7 +337,11 @@ class _Step:
         """ZeRO-1 reduces in the last micro-step alone; without overlap it does so when the backward pass is over."""
         at_end = self.stage == 1 and not self._overlaps()
         order = [tensor for group in self.network.groups for tensor in group] if at_end else self.network.tensors[::-1]
-        to_owners = self.stage == 2 and self.zero.get("reduce_scatter", True) and not self.zero.get("use_multi_rank_bucket_allreduce", True)
+        to_owners = (
+            self.stage == 2
+            and self.zero.get("reduce_scatter", True)
+            and not self.zero.get("use_multi_rank_bucket_allreduce", True)
+        )
         owned = self._owned() if to_owners else {}
         found = []
         for micro_step in range(self.micro_steps if self.stage == 2 else 1):
@@ -298,11 +358,23 @@ class _Step:
                     if at_end:
                         found.append(self._after("all_reduce", num_bytes))
                     else:
-                        found.append(Collective("reduce" if to_owners else "all_reduce", num_bytes, "backward", segment, micro_step, self._overlaps(), segment))
+                        found.append(
+                            Collective(
+                                "reduce" if to_owners else "all_reduce",
+                                num_bytes,
+                                "backward",
+                                segment,
+                                micro_step,
+                                self._overlaps(),
+                                segment,
+                            )
+                        )
         return found
 
     def _owned(self) -> dict[int, list[tuple[int, int]]]:
-        """Tensor -> (rank, elements of it that it owns): a group lies flat in forward order and is cut into equal parts."""
+        """Tensor -> (rank, elements of it that it owns): a group lies flat in forward order and is cut into equal
+        parts.
+        """
         found: dict[int, list[tuple[int, int]]] = {}
         for group, elements in zip(self.network.groups, self._group_elements()):
             part, begin = elements // (self.ranks or 1), 0
@@ -319,11 +391,23 @@ class _Step:
         order = []
         for module in reversed(self.network.modules):
             # A block's gradients are taken when its backward pass is over, group by group.
-            order += sorted(module.tensors, key=lambda tensor: (tensor.group, tensor.number)) if module.unit else module.tensors[::-1]
+            order += (
+                sorted(module.tensors, key=lambda tensor: (tensor.group, tensor.number))
+                if module.unit
+                else module.tensors[::-1]
+            )
         operation = "reduce_scatter" if self.zero.get("reduce_scatter", True) else "all_reduce"
         padded = self._padded if operation == "reduce_scatter" else int
         return [
-            Collective(operation, self.reduced * sum(padded(tensor.elements) for tensor in bucket), "backward", segment, micro_step, self._overlaps(), segment)
+            Collective(
+                operation,
+                self.reduced * sum(padded(tensor.elements) for tensor in bucket),
+                "backward",
+                segment,
+                micro_step,
+                self._overlaps(),
+                segment,
+            )
             for bucket, segment in self._buckets(order)
         ]
 
@@ -342,7 +426,8 @@ class _Gathers:
         self._max_live = zero_number(zero, "stage3_max_live_parameters", MAX_LIVE)
         self._reuse = zero_number(zero, "stage3_max_reuse_distance", MAX_REUSE_DISTANCE)
         self._available: dict[int, int] = {}
-        self._fetched_for: dict[int, int] = {}  # tensor -> the latest place in the order that a prefetch took it for, present or not
+        # tensor -> the latest place in the order that a prefetch took it for, present or not
+        self._fetched_for: dict[int, int] = {}
         self._queue = deque((tensor, place) for place, module in enumerate(self._order) for tensor in module.tensors)
         self._found: list[Collective] = []
 
@@ -353,7 +438,8 @@ class _Gathers:
             self._look_ahead(place)
             if place and place != self._forward:
                 self._release(module, place + 1)
-            if place == self._forward - 1:  # its forward pass is over, so is the model's
+            # its forward pass is over, so is the model's
+            if place == self._forward - 1:
                 self._release(self._order[0], place + 1)
         return self._found
 
@@ -367,10 +453,13 @@ class _Gathers:
         when = "forward" if needed < self._forward else "backward"
         segment = self._order[needed].segment
         asked_segment = self._order[asked].segment
-        if needed == self._forward or (when == "backward" and asked <= self._forward):  # the backward pass begins at the other end
+        # the backward pass begins at the other end
+        if needed == self._forward or (when == "backward" and asked <= self._forward):
             asked_segment = self._order[self._forward - 1].segment
             segment = asked_segment if needed == self._forward else segment
-        self._found.append(Collective("all_gather", self._gathered(tensors), when, segment, self._micro_step, True, asked_segment))
+        self._found.append(
+            Collective("all_gather", self._gathered(tensors), when, segment, self._micro_step, True, asked_segment)
+        )
 
     def _pop(self, module: _Module, place: int) -> None:
         waiting = sum(self._fetched_for.get(tensor.number, -1) < place for tensor in module.tensors)
@@ -399,7 +488,8 @@ class _Gathers:
             if passed >= self._reuse or not going:
                 break
             later = self._order[later_place]
-            if later_place == self._forward and module.unit:  # for a block the model itself holds all that is in it
+            # for a block the model itself holds all that is in it
+            if later_place == self._forward and module.unit:
                 going, passed = set(), passed + self._elements
             going -= {tensor.number for tensor in later.tensors}
             # What is no block sees of a block only what the block holds beside its parts: next to nothing.

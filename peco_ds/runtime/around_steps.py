@@ -37,10 +37,23 @@ def around_steps(
     """Guard, meter and saver of a run; what a checkpoint kept of them, and of `bad`, goes on.
 
     Args:
-        out: run folder.  num_samples: pictures of an epoch.  training_flops: of one picture.  bad: the loader's, counted in every row.  ema: the run's moving average, saved along.
+        out: run folder.
+        num_samples: pictures of an epoch.
+        training_flops: of one picture.
+        bad: the loader's, counted in every row.
+        ema: the run's moving average, saved along.
     """
     guard = StepGuard(engine, run, world)
-    meter = Meter(out, world, first_step=restored.progress.step, durations=durations, run=run, num_samples=num_samples, training_flops=training_flops, counters={"bad_pictures": lambda: bad.count})
+    meter = Meter(
+        out,
+        world,
+        first_step=restored.progress.step,
+        durations=durations,
+        run=run,
+        num_samples=num_samples,
+        training_flops=training_flops,
+        counters={"bad_pictures": lambda: bad.count},
+    )
     saver = Saver(
         out,
         engine,

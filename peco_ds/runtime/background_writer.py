@@ -1,6 +1,7 @@
 """Checkpoint files written beside training: the loop waits for a copy to host memory, a thread does the rest.
 
-`HostCopies` takes the place of DeepSpeed's checkpoint engine, the object that its `save_checkpoint` hands every file's content to.
+`HostCopies` takes the place of DeepSpeed's checkpoint engine, the object that its `save_checkpoint` hands every file's
+content to.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR,
 class HostCopies(CheckpointEngine):
     """Collects the files that DeepSpeed would write, their tensors copied to host memory; `take` hands them over.
 
-    The copies' memory is used again by the next save: as much as this rank's part of a checkpoint, pinned where there is a GPU (torch then rounds
-    every tensor's up to a power of two).
+    The copies' memory is used again by the next save: as much as this rank's part of a checkpoint, pinned where there
+    is a GPU (torch then rounds every tensor's up to a power of two).
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,8 @@ class HostCopies(CheckpointEngine):
         return load_known(Path(path))
 
     def preserves_storage_sharing(self) -> bool:
-        return False  # every tensor is copied by itself, so that DeepSpeed need not clone slices of its flat buffers first
+        # every tensor is copied by itself, so that DeepSpeed need not clone slices of its flat buffers first
+        return False
 
     def save(self, state_dict, path: str) -> None:
         """Keep a copy of what the file `path` will hold, as of now."""
@@ -68,12 +70,15 @@ class HostCopies(CheckpointEngine):
             return kind((key, self._copied(item, (*place, key))) for key, item in value.items())
         if type(value) in (list, tuple):
             return type(value)(self._copied(item, (*place, index)) for index, item in enumerate(value))
-        return copy.deepcopy(value)  # the loss scaler of fp16 is an object that the next step changes
+        # the loss scaler of fp16 is an object that the next step changes
+        return copy.deepcopy(value)
 
     def _host_copy(self, tensor: torch.Tensor, place: tuple) -> torch.Tensor:
         buffer = self._buffers.get(place)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = self._buffers[place] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
+            buffer = self._buffers[place] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available()
+            )
         return buffer.copy_(tensor, non_blocking=True)
 
 
@@ -81,7 +86,9 @@ class BackgroundWriter:
     """One thread that writes, fsyncs and hashes one rank's files of one checkpoint.
 
     Args:
-        folder: exists already.  files: name -> what torch.save is to write.  prepare: called first, in the thread; returns further files it wrote.
+        folder: exists already.
+        files: name -> what torch.save is to write.
+        prepare: called first, in the thread; returns further files it wrote.
     """
 
     def __init__(self, folder: Path, files: dict[str, object], prepare: Callable[[], Files] = dict) -> None:
@@ -107,7 +114,8 @@ class BackgroundWriter:
             self.fault = ""
         except OSError as error:
             self.fault = told(error)
-        except Exception as error:  # whatever it is: a part that is missing must not be taken for a checkpoint
+        except Exception as error:
+            # whatever it is: a part that is missing must not be taken for a checkpoint
             self.fault = f"{self._folder}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         finally:
             self._files = {}

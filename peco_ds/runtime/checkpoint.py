@@ -1,8 +1,11 @@
-"""Save and restore. A checkpoint is whole or absent, and the loop waits for no more than a copy of its state to host memory.
+"""Save and restore.
 
-Protocol: every rank copies its part and goes on training, while a thread of its own writes it into `checkpoints/.tmp-step_N`, fsyncs and hashes
-it. At the end of the first step by which all ranks have written, sizes and hashes are gathered, and rank 0 writes the manifest, renames the folder,
-and only then moves `latest`. DeepSpeed's own `latest` is never written: it would name a tag before other ranks have finished.
+A checkpoint is whole or absent, and the loop waits for no more than a copy of its state to host memory.
+
+Protocol: every rank copies its part and goes on training, while a thread of its own writes it into
+`checkpoints/.tmp-step_N`, fsyncs and hashes it. At the end of the first step by which all ranks have written, sizes and
+hashes are gathered, and rank 0 writes the manifest, renames the folder, and only then moves `latest`. DeepSpeed's own
+`latest` is never written: it would name a tag before other ranks have finished.
 """
 
 from __future__ import annotations
@@ -51,12 +54,16 @@ from peco_ds.schema import sha256_of_file, write_json
 
 logger = logging.getLogger("peco_ds")
 
-LEAST_MARGIN_S = 60.0  # before a job's time limit, beside what the last save took
+# before a job's time limit, beside what the last save took
+LEAST_MARGIN_S = 60.0
 
 
 @dataclass(frozen=True)
 class Restored:
-    """Where a run stands. `states`: name of a part -> the states that this rank's part goes on from; `shared` ones are the same on all ranks."""
+    """Where a run stands.
+
+    `states`: name of a part -> the states that this rank's part goes on from; `shared` ones are the same on all ranks.
+    """
 
     progress: Progress
     states: dict[str, list] = field(default_factory=dict)
@@ -96,7 +103,8 @@ class Saver:
             for name, part in of_run.items():
                 part.load_state(states.get(name, []))
         self._copies = engine.checkpoint_engine = HostCopies()
-        # DeepSpeed copies its zero_to_fp32.py beside the files; on a full disk that would fail on one rank while the others wait for it.
+        # DeepSpeed copies its zero_to_fp32.py beside the files; on a full disk that would fail on one rank while the
+        # others wait for it.
         engine._copy_recovery_script = lambda _folder: None
         self._writer: BackgroundWriter | None = None
         self._writing: Progress | None = None
@@ -105,13 +113,16 @@ class Saver:
         self._limit = TimeLimit(os.environ)
 
     def close_step(self, done: int) -> bool:
-        """After optimiser step number `done` (from 1): commit what all ranks have written, save if it is time to. Collective.
+        """After optimiser step number `done` (from 1): commit what all ranks have written, save if it is time to.
+
+        Collective.
 
         Returns: whether the run was asked to stop, by a signal or by its job's time limit; it is saved then, on disk.
         Raises: UserError if a checkpoint could not be written; the older ones stand.
         """
         world, now = self._world, time.monotonic()
-        self._longest_s, self._stepped = max(self._longest_s, now - self._stepped), now  # an evaluation lies between two steps, too
+        # an evaluation lies between two steps, too
+        self._longest_s, self._stepped = max(self._longest_s, now - self._stepped), now
         if world.is_main and self._limit.is_near(LEAST_MARGIN_S + 2 * self._save_s + self._longest_s):
             world.stop_seen = True
         late = self._settings.every_minutes > 0 and now - self._begun > 60 * self._settings.every_minutes
@@ -134,7 +145,8 @@ class Saver:
 
     def _begin(self, done: int) -> None:
         """Copy this rank's part, and leave the writing to a thread."""
-        if self._writer is not None:  # saves are asked for faster than the disk takes them
+        # saves are asked for faster than the disk takes them
+        if self._writer is not None:
             self._commit()
         with self._parts["meter"].paused("save"):
             self._begun = time.monotonic()
@@ -144,7 +156,8 @@ class Saver:
             self._engine.save_checkpoint(str(self._root), tag=temporary.name, save_latest=False)
             states = {"parts": _states(self._parts), "shared": _states(self._shared)}
             self._copies.save({"random": _random_states(self._world.device), **states}, rank_name(self._world.rank))
-            if self._ema is not None and (progress.zero_stage or self._world.is_main):  # without ZeRO every rank has the same whole average
+            # without ZeRO every rank has the same whole average
+            if self._ema is not None and (progress.zero_stage or self._world.is_main):
                 self._copies.save(self._ema.state(), ema_name(self._world.rank))
             records = (lambda: self._write_records(temporary, progress)) if self._world.is_main else dict
             self._writing, self._writer = progress, BackgroundWriter(temporary, self._copies.take(), records)
@@ -181,7 +194,9 @@ class Saver:
             if self._world.is_main:
                 try:
                     if not fault:
-                        commit(temporary, final, {name: entry for written, _ in ranks for name, entry in written.items()})
+                        commit(
+                            temporary, final, {name: entry for written, _ in ranks for name, entry in written.items()}
+                        )
                         retain(self._root, self._settings)
                 except OSError as error:
                     fault = told(error)
@@ -193,23 +208,36 @@ class Saver:
     def _cannot_save(self, fault: str) -> str:
         whole = list_checkpoints(self._run_folder)
         stands = f"{whole[0].name} stands" if whole else "there is none yet"
-        return f"a checkpoint could not be written ({fault}); {stands}: make room, or mend the disk, and start again to go on from it"
+        return (
+            f"a checkpoint could not be written ({fault}); {stands}: make room, or mend the disk, and "
+            "start again to go on from it"
+        )
 
 
 def _states(parts: dict) -> dict:
     return {name: part.state() for name, part in parts.items()}
 
 
-def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World, *, fingerprint: str, seed: int, ema: WeightEma | None = None) -> Restored:
+def restore(
+    run_folder: Path,
+    engine,
+    settings: CheckpointSettings,
+    world: World,
+    *,
+    fingerprint: str,
+    seed: int,
+    ema: WeightEma | None = None,
+) -> Restored:
     """Continue the newest checkpoint of the run folder that verifies, or start at step 0. Collective.
 
-    The same number of ranks under the same ZeRO stage goes on bit for bit. Another goes on with the same global batches, through DeepSpeed's
-    universal format; what each rank draws at random (stochastic depth) starts anew there, seeded by run, step and rank.
+    The same number of ranks under the same ZeRO stage goes on bit for bit. Another goes on with the same global
+    batches, through DeepSpeed's universal format; what each rank draws at random (stochastic depth) starts anew there,
+    seeded by run, step and rank.
 
     Args:
         fingerprint: of the image set that is read.  seed: of the run.  ema: the run's moving average, loaded along.
-    Raises: UserError if checkpoints exist but none is whole, or it was written on another image set or with another seed, or one of the two
-        runs is without ZeRO.
+    Raises: UserError if checkpoints exist but none is whole, or it was written on another image set or with another
+        seed, or one of the two runs is without ZeRO.
     """
     zero_stage = engine.zero_optimization_stage()
     start = Progress(0, Cursor(fingerprint, seed, 0), world.size, zero_stage)
@@ -219,7 +247,10 @@ def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World
     if folder is None:
         existing = world.gather_objects(len(list_checkpoints(run_folder)))[0]
         if existing and continues(settings):
-            raise UserError(f"{run_folder}: {existing} checkpoints, none of them whole; set checkpoint.resume=never to start from scratch, or a new --out")
+            raise UserError(
+                f"{run_folder}: {existing} checkpoints, none of them whole; set checkpoint.resume=never to "
+                "start from scratch, or a new --out"
+            )
         set_aside_after(run_folder, 0, world)
         return Restored(start)
     world.agree(_foreign(folder, world))
@@ -228,7 +259,8 @@ def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World
     saved.cursor.check(fingerprint, seed)
     set_aside_after(run_folder, saved.step, world)
     progress = Progress(saved.step, saved.cursor, world.size, zero_stage)
-    if saved == progress or saved.zero_stage == zero_stage == 0:  # without ZeRO every rank holds the same
+    # without ZeRO every rank holds the same
+    if saved == progress or saved.zero_stage == zero_stage == 0:
         loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
         assert loaded is not None, f"DeepSpeed found nothing in {folder}"
         if ema is not None:
@@ -242,7 +274,12 @@ def restore(run_folder: Path, engine, settings: CheckpointSettings, world: World
     else:
         mine = [read(rank) for rank in range(world.rank, saved.world_size, world.size)]
         seed_all(seed + 1 + world.rank + 1_000_003 * saved.step)
-    written_by = "" if saved == progress else f", written by {saved.world_size} ranks under ZeRO-{saved.zero_stage}, with {world.size} under ZeRO-{zero_stage}"
+    written_by = (
+        ""
+        if saved == progress
+        else f", written by {saved.world_size} ranks under ZeRO-{saved.zero_stage}, with {world.size} "
+        f"under ZeRO-{zero_stage}"
+    )
     logger.info("continuing %s at step %d, %d samples%s", folder, saved.step, saved.cursor.samples, written_by)
     first = read(0)
     states = {name: [state["parts"][name] for state in mine] for name in first["parts"]}
@@ -258,7 +295,10 @@ def _foreign(folder: Path, world: World) -> str:
 
 
 def continues(settings: CheckpointSettings) -> bool:
-    """Whether a start continues what the run folder holds. A job that Slurm started again does, whatever its first start was told."""
+    """Whether a start continues what the run folder holds.
+
+    A job that Slurm started again does, whatever its first start was told.
+    """
     return settings.resume == "auto" or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 

@@ -1,4 +1,7 @@
-"""What a checkpoint is on disk: a folder `checkpoints/step_N` with a manifest, whole or not there. Verified, listed, kept and removed here."""
+"""What a checkpoint is on disk: a folder `checkpoints/step_N` with a manifest, whole or not there.
+
+Verified, listed, kept and removed here.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,14 @@ from peco_ds.schema import sha256_of_file, write_json
 logger = logging.getLogger("peco_ds")
 
 FOLDER = "checkpoints"
-LATEST = "latest"  # for people and scripts; resuming looks at what verifies
+# for people and scripts; resuming looks at what verifies
+LATEST = "latest"
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
-RECORDS = (SETTINGS, PROVENANCE)  # of the run folder; a checkpoint that is moved elsewhere still tells what it is
-UNIVERSAL = "universal"  # checkpoints/universal/step_N: the same in DeepSpeed's universal format, made when the ranks or the ZeRO stage change
+# of the run folder; a checkpoint that is moved elsewhere still tells what it is
+RECORDS = (SETTINGS, PROVENANCE)
+# checkpoints/universal/step_N: the same in DeepSpeed's universal format, made when the ranks or the ZeRO stage change
+UNIVERSAL = "universal"
 
 _removals: list[threading.Thread] = []
 
@@ -68,7 +74,8 @@ def commit(temporary: Path, final: Path, files: Files) -> None:
     """
     write_json(temporary / MANIFEST, {"files": dict(sorted(files.items()))})
     flush_folder(temporary)
-    if final.is_dir():  # the same step saved again after a resume from an older checkpoint
+    # the same step saved again after a resume from an older checkpoint
+    if final.is_dir():
         _remove(final)
     os.rename(temporary, final)
     flush_folder(final.parent)
@@ -113,7 +120,14 @@ def _missing_part(folder: Path, files: Files) -> str:
         return f"{MANIFEST} lists no weights"
     if progress["zero_stage"] and optimizer_parts != progress["world_size"]:
         return f"{MANIFEST} lists {optimizer_parts} parts of the optimiser, {progress['world_size']} ranks wrote it"
-    return next((f"{MANIFEST} does not list {rank_name(rank)}" for rank in range(progress["world_size"]) if rank_name(rank) not in files), "")
+    return next(
+        (
+            f"{MANIFEST} does not list {rank_name(rank)}"
+            for rank in range(progress["world_size"])
+            if rank_name(rank) not in files
+        ),
+        "",
+    )
 
 
 def rank_name(rank: int) -> str:
@@ -122,7 +136,10 @@ def rank_name(rank: int) -> str:
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Committed checkpoints, newest first: a folder counts once it has its final name. Whether it still is whole, `verify` says."""
+    """Committed checkpoints, newest first: a folder counts once it has its final name.
+
+    Whether it still is whole, `verify` says.
+    """
     found = (run_folder / FOLDER).glob("step_*")
     return sorted((path for path in found if re.fullmatch(r"step_\d{8}", path.name) and path.is_dir()), reverse=True)
 
@@ -130,7 +147,8 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
 def newest_whole(run_folder: Path, world: World | None = None) -> Path | None:
     """The newest checkpoint that verifies; says which newer ones do not. Collective when `world` is given."""
     folders = list_checkpoints(run_folder)
-    if world:  # one rank's view of a shared file system may lag behind another's
+    # one rank's view of a shared file system may lag behind another's
+    if world:
         folders = world.gather_objects(folders)[0]
     for folder in folders:
         fault = verify(folder, world)
@@ -141,7 +159,10 @@ def newest_whole(run_folder: Path, world: World | None = None) -> Path | None:
 
 
 def retain(root: Path, settings: CheckpointSettings) -> None:
-    """Keep the newest `keep_last` and every multiple of `keep_every_steps`; remove the rest, and converted copies of what is gone."""
+    """Keep the newest `keep_last` and every multiple of `keep_every_steps`.
+
+    Remove the rest, and converted copies of what is gone.
+    """
     kept = set()
     for number, folder in enumerate(list_checkpoints(root.parent)):
         for_good = settings.keep_every_steps > 0 and step_of(folder) % settings.keep_every_steps == 0
@@ -163,7 +184,9 @@ def remove_leftovers(root: Path) -> None:
 
 
 def set_aside_after(run_folder: Path, step: int, world: World) -> None:
-    """Rename checkpoints beyond `step`, damaged or of a run that is started over: the newest of a folder must be the run's own. Collective."""
+    """Rename checkpoints beyond `step`, damaged or of a run that is started over: the newest of a folder must be the
+    run's own. Collective.
+    """
     fault = ""
     if world.is_main:
         try:
@@ -178,11 +201,13 @@ def set_aside_after(run_folder: Path, step: int, world: World) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # Renamed first: a removal that is cut short must not leave half a checkpoint under a good name. A parallel file system takes its time to
-    # remove gigabytes; nobody waits for that.
+    # Renamed first: a removal that is cut short must not leave half a checkpoint under a good name. A parallel file
+    # system takes its time to remove gigabytes; nobody waits for that.
     doomed = folder.with_name(f".old-{folder.name}-{os.getpid()}-{time.monotonic_ns()}")
     os.rename(folder, doomed)
-    thread = threading.Thread(target=shutil.rmtree, args=(doomed,), kwargs={"ignore_errors": True}, name="remove checkpoint", daemon=True)
+    thread = threading.Thread(
+        target=shutil.rmtree, args=(doomed,), kwargs={"ignore_errors": True}, name="remove checkpoint", daemon=True
+    )
     _removals.append(thread)
     thread.start()
 

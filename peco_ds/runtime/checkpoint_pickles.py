@@ -1,4 +1,7 @@
-"""DeepSpeed's checkpoint files are pickles. They are read only if they name no class beyond the few that DeepSpeed puts there."""
+"""DeepSpeed's checkpoint files are pickles.
+
+They are read only if they name no class beyond the few that DeepSpeed puts there.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from peco_ds.errors import UserError
 from peco_ds.models.weight_files import foreign_classes
 
-_CLASSES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]  # seen under ZeRO 0 to 3 in fp32, bf16 and fp16
+# seen under ZeRO 0 to 3 in fp32, bf16 and fp16
+_CLASSES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
 _NAMES = frozenset(f"{kind.__module__}.{kind.__name__}" for kind in _CLASSES)
 
 
@@ -27,7 +31,10 @@ def refuse_foreign_classes(path: Path, rank: int = 0, world_size: int = 1) -> No
     for file in files[rank::world_size]:
         foreign = foreign_classes(file, _NAMES)
         if foreign:
-            raise UserError(f"{file}: its pickle names {foreign[0]}, which no checkpoint of a run holds; it was not read, give another checkpoint")
+            raise UserError(
+                f"{file}: its pickle names {foreign[0]}, which no checkpoint of a run holds; it was not read, "
+                "give another checkpoint"
+            )
 
 
 def load_known(path: Path, *, mmap: bool = False):

@@ -1,4 +1,6 @@
-"""A checkpoint's sharded weights as one set of float32 tensors, whatever the ZeRO stage and number of ranks that wrote it."""
+"""A checkpoint's sharded weights as one set of float32 tensors, whatever the ZeRO stage and number of ranks that wrote
+it.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,11 @@ def fp32_weights(checkpoint: Path, *, average: bool = False) -> dict[str, torch.
         checkpoint: a complete checkpoint folder that was verified (`newest_whole`, `verify`).
         average: the moving average of the weights (`has_ema`) instead of the weights.
     """
-    refuse_foreign_classes(checkpoint)  # zero_to_fp32 reads some of the files by itself
-    optimizer_files = zero_to_fp32.get_optim_files(str(checkpoint)) if list(checkpoint.glob("*_optim_states.pt")) else []
+    # zero_to_fp32 reads some of the files by itself
+    refuse_foreign_classes(checkpoint)
+    optimizer_files = (
+        zero_to_fp32.get_optim_files(str(checkpoint)) if list(checkpoint.glob("*_optim_states.pt")) else []
+    )
     averages = [load_known(path, mmap=True) for path in sorted(checkpoint.glob("ema_rank_*.pt"))] if average else []
     if not optimizer_files:
         if average:
@@ -39,18 +44,24 @@ def fp32_weights(checkpoint: Path, *, average: bool = False) -> dict[str, torch.
         # ZeRO-0 writes whole modules and no partitioned optimiser.
         module = load_known(checkpoint / "mp_rank_00_model_states.pt", mmap=True)["module"]
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in module.items()}
-    # Read here and not by zero_to_fp32's own entry: it refuses ZeRO-1 in bf16, whose `BF16_Optimizer` keeps the same flat partitions but does not
-    # write which stage they are of, and it knows nothing of averages, which lie in memory as the weights do.
+    # Read here and not by zero_to_fp32's own entry: it refuses ZeRO-1 in bf16, whose `BF16_Optimizer` keeps the same
+    # flat partitions but does not write which stage they are of, and it knows nothing of averages, which lie in memory
+    # as the weights do.
     partitions = [load_known(path, mmap=True)["optimizer_state_dict"] for path in optimizer_files]
     stage_3 = "fp32_flat_groups" in partitions[0]
-    groups = [part["shards"] for part in averages] or [part["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"] for part in partitions]
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its progress bars are no news to whoever converts
+    groups = [part["shards"] for part in averages] or [
+        part["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"] for part in partitions
+    ]
+    # its progress bars are no news to whoever converts
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(checkpoint)))
         if stage_3:
             merged = zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint(len(groups), groups, states, False)
         else:
             paddings = partitions[0].get("param_alignment_paddings")
-            merged = zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(len(groups), groups, states, False, paddings)
+            merged = zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(
+                len(groups), groups, states, False, paddings
+            )
         return zero_to_fp32.to_torch_tensor(merged)
 
 

@@ -28,14 +28,18 @@ from peco_ds.errors import UserError
 
 logger = logging.getLogger("peco_ds")
 
-# Longer than any watchdog of a run (run.hang_timeout_s, an hour for start, saves and evaluation): that one says where each rank stands. DeepSpeed's
-# own default is ten minutes, less than a conversion of a large checkpoint or a first compilation may take on rank 0.
+# Longer than any watchdog of a run (run.hang_timeout_s, an hour for start, saves and evaluation): that one says where
+# each rank stands. DeepSpeed's own default is ten minutes, less than a conversion of a large checkpoint or a first
+# compilation may take on rank 0.
 COLLECTIVE_TIMEOUT_H = 2
 
 
 def import_muon_uncompiled() -> None:
-    """Given any optimiser, DeepSpeed imports its Muon to compare the two, and Muon hands its functions to torch.compile at once, which loads all of torch's compiler:
-    seconds of every start, also of one that compiles nothing. Runs are trained with AdamW alone, so Muon's functions may as well stay as they are."""
+    """Given any optimiser, DeepSpeed imports its Muon to compare the two, and Muon hands its functions to torch.compile
+    at once, which loads all of torch's compiler:
+    seconds of every start, also of one that compiles nothing. Runs are trained with AdamW alone, so Muon's functions
+    may as well stay as they are.
+    """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
@@ -53,12 +57,16 @@ import_muon_uncompiled()
 
 
 class Launcher:
-    """The `deepspeed` or `torchrun` that started this rank. A rank whose launcher was killed has nobody left who would tell it to stop."""
+    """The `deepspeed` or `torchrun` that started this rank.
+
+    A rank whose launcher was killed has nobody left who would tell it to stop.
+    """
 
     def __init__(self) -> None:
         self._chain = [psutil.Process(os.getppid())]
         words = " ".join(self._words(self._chain[0]))
-        if "deepspeed.launcher.launch" in words:  # the second of deepspeed's two processes; the first is the one that users see and end
+        # the second of deepspeed's two processes; the first is the one that users see and end
+        if "deepspeed.launcher.launch" in words:
             self._chain += self._chain[0].parents()[:1]
         elif not re.search(r"torchrun|torch\.distributed\.(run|launch)", words):
             self._chain = []  # a shell may end before what it started
@@ -143,7 +151,8 @@ class World:
     def watch_signals(self) -> None:
         """The stop signals only set a flag; the loop ends the step and saves. A second Ctrl-C is Python's own."""
         for number in STOP_SIGNALS:
-            ignored = signal.getsignal(number) is signal.SIG_IGN  # nohup, or a shell's job in the background
+            # nohup, or a shell's job in the background
+            ignored = signal.getsignal(number) is signal.SIG_IGN
             if not ignored or number in (signal.SIGUSR2, signal.SIGTERM):
                 signal.signal(number, self._on_signal)
 
@@ -164,10 +173,14 @@ class World:
         flags = torch.zeros(3, device=self.device)
         for place, flag in enumerate((self.stop_seen, busy, due)):
             if flag:
-                flags[place].fill_(1.0)  # a tensor made from host values would wait for the device
+                # a tensor made from host values would wait for the device
+                flags[place].fill_(1.0)
         self.all_reduce(flags)
         if self.device.type == "cuda":
-            asked, self._asked = self._asked, (torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True), torch.cuda.Event())
+            asked, self._asked = (
+                self._asked,
+                (torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True), torch.cuda.Event()),
+            )
             self._asked[1].record()
             if asked is None:
                 return Agreed(stop=False, busy=True, due=False)
@@ -185,23 +198,33 @@ class World:
 
 
 def start_world() -> World:
-    """Join the process group that the launcher described, or make one of this process alone; from here on stop signals only set a flag."""
+    """Join the process group that the launcher described, or make one of this process alone.
+
+    From here on stop signals only set a flag.
+    """
     _translate_environment()
     if torch.cuda.is_available():
         if torch.cuda.device_count() == 1:
-            os.environ["LOCAL_RANK"] = "0"  # each task was given sight of its own GPU only (--gpus-per-task)
+            # each task was given sight of its own GPU only (--gpus-per-task)
+            os.environ["LOCAL_RANK"] = "0"
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {local_rank}: {torch.cuda.device_count()} GPUs are visible on {socket.gethostname()}; start one task a GPU")
+            raise UserError(
+                f"local rank {local_rank}: {torch.cuda.device_count()} GPUs are visible on "
+                f"{socket.gethostname()}; start one task a GPU"
+            )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ or "LOCAL_SIZE" in os.environ:  # the deepspeed launcher forces one thread
+        # the deepspeed launcher forces one thread
+        if "OMP_NUM_THREADS" not in os.environ or "LOCAL_SIZE" in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _local_size()))
     rank = int(os.environ["RANK"])
     _configure_logging(rank)
-    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False, timeout=timedelta(hours=COLLECTIVE_TIMEOUT_H))
+    deepspeed.init_distributed(
+        dist_backend=None, auto_mpi_discovery=False, verbose=False, timeout=timedelta(hours=COLLECTIVE_TIMEOUT_H)
+    )
     # Left to the interpreter's end, gloo's threads now and then outlive what they need and abort a rank that was done.
     atexit.register(_leave)
     world = World(rank, int(os.environ["WORLD_SIZE"]), device, launcher=Launcher())
@@ -231,7 +254,8 @@ def _local_size() -> int:
 def _translate_environment() -> None:
     """Write RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT where the launcher did not.
 
-    Under srun one task is one rank. SLURM_STEP_ID tells a task of srun from the batch script itself, which sees the other SLURM_* variables too.
+    Under srun one task is one rank. SLURM_STEP_ID tells a task of srun from the batch script itself, which sees the
+    other SLURM_* variables too.
     """
     env = os.environ
     if "RANK" not in env and "SLURM_STEP_ID" in env:

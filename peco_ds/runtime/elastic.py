@@ -1,9 +1,12 @@
-"""Continue a checkpoint with another number of ranks or under another ZeRO stage, through DeepSpeed's universal checkpoints.
+"""Continue a checkpoint with another number of ranks or under another ZeRO stage, through DeepSpeed's universal
+checkpoints.
 
 The one place that knows what DeepSpeed's universal path (0.19.8) does not do by itself:
-- ZeRO-3 gives every parameter group the rate and weight decay of the first one, and all groups one Adam step counter, a single tensor that then
+- ZeRO-3 gives every parameter group the rate and weight decay of the first one, and all groups one Adam step counter, a
+single tensor that then
   advances once a group: `_own_settings_and_steps`.
-- Each stage reads only what its own kind was converted to: tensors bare or in a dict, the step beside each parameter or among the optimiser's global
+- Each stage reads only what its own kind was converted to: tensors bare or in a dict, the step beside each parameter or
+among the optimiser's global
   state, files by other names: `_serve_every_stage`.
 - Buffers (a codebook and its averages) are not loaded at all: `_load_buffers`.
 - It knows nothing of moving averages: `_load_average`.
@@ -38,9 +41,11 @@ from peco_ds.schema import sha256_of_file, write_json
 logger = logging.getLogger("peco_ds")
 
 AVERAGE = "ema.safetensors"
-COMPLETE = "converted_from.json"  # written last: sha256 of the source's manifest
+# written last: sha256 of the source's manifest
+COMPLETE = "converted_from.json"
 OPTIMIZER_STATE = Path("zero", "optimizer_state.pt")
-WORKERS = 8  # threads that convert; each holds one rank's part of the source at a time
+# threads that convert; each holds one rank's part of the source at a time
+WORKERS = 8
 
 
 def load_elastic(engine, folder: Path, saved: Progress, world: World, ema: WeightEma | None) -> None:
@@ -55,7 +60,8 @@ def load_elastic(engine, folder: Path, saved: Progress, world: World, ema: Weigh
     stage = engine.zero_optimization_stage()
     if 0 in (stage, saved.zero_stage):
         raise UserError(
-            f"{folder.name} was written under ZeRO-{saved.zero_stage}, this run has ZeRO-{stage}: DeepSpeed converts between stages 1, 2 and 3 only; "
+            f"{folder.name} was written under ZeRO-{saved.zero_stage}, this run has ZeRO-{stage}: "
+            "DeepSpeed converts between stages 1, 2 and 3 only; "
             "continue with the stage of the checkpoint, or start a new --out"
         )
     universal = folder.parent / UNIVERSAL / folder.name
@@ -72,7 +78,8 @@ def load_elastic(engine, folder: Path, saved: Progress, world: World, ema: Weigh
 
     own = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
     _load_average(engine, ema, universal)
-    engine._config.load_universal_checkpoint = True  # what "checkpoint": {"load_universal": true} sets
+    # what "checkpoint": {"load_universal": true} sets
+    engine._config.load_universal_checkpoint = True
     try:
         loaded, _ = engine.load_checkpoint(str(universal.parent), tag=universal.name)
     finally:
@@ -83,7 +90,10 @@ def load_elastic(engine, folder: Path, saved: Progress, world: World, ema: Weigh
 
 
 def _convert(folder: Path, universal: Path) -> None:
-    """Make the universal copy, whole or not at all. Memory: one rank's part of the source for each worker, plus the average."""
+    """Make the universal copy, whole or not at all.
+
+    Memory: one rank's part of the source for each worker, plus the average.
+    """
     source = sha256_of_file(folder / MANIFEST)
     if (universal / COMPLETE).is_file() and source in (universal / COMPLETE).read_text():
         return
@@ -101,14 +111,18 @@ def _convert(folder: Path, universal: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    # Threads in place of its processes: the fork of a process that has computed with OpenMP was seen to hang for ever. What takes the time is
-    # many small files.
+    # Threads in place of its processes: the fork of a process that has computed with OpenMP was seen to hang for ever.
+    # What takes the time is many small files.
     ds_to_universal.ProcessPoolExecutor = ThreadPoolExecutor
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its steps and progress bars are no news to whoever trains
+    # its steps and progress bars are no news to whoever trains
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         ds_to_universal.main(arguments)
     _serve_every_stage(folder, temporary)
     if has_ema(folder):
-        save_file({name: tensor.contiguous() for name, tensor in fp32_weights(folder, average=True).items()}, temporary / AVERAGE)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in fp32_weights(folder, average=True).items()},
+            temporary / AVERAGE,
+        )
     for path in filter(Path.is_file, temporary.rglob("*")):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -123,10 +137,21 @@ def _serve_every_stage(folder: Path, universal: Path) -> None:
     base = state.get("optimizer_state_dict") or state["base_optimizer_state"]  # ZeRO-3; the others
     step = base["state"][0].get("step")
     merged = load_known(universal / OPTIMIZER_STATE)
-    kept = {key: value for key, value in merged.items() if not isinstance(value, (torch.Tensor, list)) and key != "optimizer_state_dict"}
+    kept = {
+        key: value
+        for key, value in merged.items()
+        if not isinstance(value, (torch.Tensor, list)) and key != "optimizer_state_dict"
+    }
     kept |= {"ds_version": kept.get("ds_version") or load_known(first, mmap=True)["ds_version"]}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in base["param_groups"]]
-    torch.save({**kept, "param_groups": groups, "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": groups}}, universal / OPTIMIZER_STATE)
+    torch.save(
+        {
+            **kept,
+            "param_groups": groups,
+            "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": groups},
+        },
+        universal / OPTIMIZER_STATE,
+    )
     for parameter in filter(Path.is_dir, (universal / "zero").iterdir()):
         for part in parameter.glob("*.pt"):
             content = load_known(part) if part.name != "step.pt" else {}
@@ -144,7 +169,8 @@ def _serve_every_stage(folder: Path, universal: Path) -> None:
 def _own_settings_and_steps(engine, own: list[dict], universal: Path) -> None:
     """Each parameter group its own settings, each part of the optimiser its own step counter."""
     for group, settings in zip(engine.optimizer.param_groups, own, strict=True):
-        group |= {key: value for key, value in settings.items() if key != "step"}  # some optimisers count there: that is progress, not a setting
+        # some optimisers count there: that is progress, not a setting
+        group |= {key: value for key, value in settings.items() if key != "step"}
     step = load_known(universal / OPTIMIZER_STATE)["optimizer_state_dict"]["state"][0]["step"]
     for state in engine.basic_optimizer.state.values():
         if "exp_avg" in state and step is not None:
@@ -161,7 +187,10 @@ def _load_buffers(engine, universal: Path) -> None:
 
 @torch.no_grad()
 def _load_average(engine, ema: WeightEma | None, universal: Path) -> None:
-    """The average takes the masters' place for a moment: DeepSpeed knows which piece of a parameter lies where. Before the masters are loaded."""
+    """The average takes the masters' place for a moment: DeepSpeed knows which piece of a parameter lies where.
+
+    Before the masters are loaded.
+    """
     if ema is None:
         return
     with safe_open(universal / AVERAGE, framework="pt") as file:

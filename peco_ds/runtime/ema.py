@@ -17,7 +17,8 @@ from peco_ds.errors import UserError
 class WeightEma:
     """average = d * average + (1 - d) * weights, after every optimiser step t, with d = min(decay, (1 + t) / (10 + t)).
 
-    The ramp lets a short run forget its initial weights: at a plain 0.9998, two thirds of them would still be in the average after 2,000 steps.
+    The ramp lets a short run forget its initial weights: at a plain 0.9998, two thirds of them would still be in the
+    average after 2,000 steps.
 
     Memory: 4 bytes a parameter over all ranks together (under ZeRO-0 on each rank).
 
@@ -31,7 +32,10 @@ class WeightEma:
         self._engine, self._decay = engine, decay
         self.shards = [master.detach().clone() for master in local_masters(engine)]
         if any(not shard.numel() for shard in self.shards):
-            raise UserError("ema.decay: the DeepSpeed config keeps the optimiser's weights on NVMe, where they cannot be averaged; set ema.decay=0 or offload to cpu")
+            raise UserError(
+                "ema.decay: the DeepSpeed config keeps the optimiser's weights on NVMe, where they cannot be "
+                "averaged; set ema.decay=0 or offload to cpu"
+            )
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -43,7 +47,8 @@ class WeightEma:
     def applied(self) -> Iterator[None]:
         """The engine computes with the average inside; afterwards its weights are back, bit for bit. Collective.
 
-        Not put back when something raises inside: the other ranks would not be there to gather, and the run ends anyway.
+        Not put back when something raises inside: the other ranks would not be there to gather, and the run ends
+        anyway.
         """
         self._swap()
         yield
@@ -58,7 +63,10 @@ class WeightEma:
         refresh_weights(self._engine)
 
     def state(self) -> dict:
-        """What a checkpoint keeps of this rank's part. Under ZeRO-0 with the parameters' names and shapes, which no other file of the checkpoint tells."""
+        """What a checkpoint keeps of this rank's part.
+
+        Under ZeRO-0 with the parameters' names and shapes, which no other file of the checkpoint tells.
+        """
         return {"shards": self.shards, "names": _names_of_whole_masters(self._engine)}
 
     @torch.no_grad()
@@ -68,10 +76,18 @@ class WeightEma:
 
 
 def local_masters(engine) -> list[torch.Tensor]:
-    """The fp32 weights that this rank's optimiser steps on: flat partitions under ZeRO, whole parameters or flat groups without."""
+    """The fp32 weights that this rank's optimiser steps on: flat partitions under ZeRO, whole parameters or flat groups
+    without.
+    """
     optimizer = engine.optimizer
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_groups_flat"):
-        if getattr(optimizer, name, None):  # ZeRO-3; ZeRO-1 and 2; ZeRO-1 in bf16; without ZeRO in 16 bit with a fused optimiser
+    for name in (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+        "fp32_groups_flat",
+    ):
+        # ZeRO-3; ZeRO-1 and 2; ZeRO-1 in bf16; without ZeRO in 16 bit with a fused optimiser
+        if getattr(optimizer, name, None):
             return getattr(optimizer, name)
     if hasattr(optimizer, "fp32_groups"):  # without ZeRO in 16 bit
         return [master for group in optimizer.fp32_groups for master in group]
@@ -83,7 +99,8 @@ def refresh_weights(engine) -> None:
     """Bring changed masters into the weights that the model computes with. Collective."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        optimizer._partition_all_parameters()  # as its own step does; a gathered copy would stay as it was
+        # as its own step does; a gathered copy would stay as it was
+        optimizer._partition_all_parameters()
         for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
         if optimizer.persistent_parameters:  # small ones are kept whole on every rank
@@ -92,7 +109,9 @@ def refresh_weights(engine) -> None:
         optimizer.update_lp_params()
     elif hasattr(optimizer, "fp16_groups"):
         for master, parameters in zip(local_masters(engine), _parameters_of_whole_masters(engine)):
-            for parameter, part in zip(parameters, master.flatten().split([parameter.numel() for parameter in parameters])):
+            for parameter, part in zip(
+                parameters, master.flatten().split([parameter.numel() for parameter in parameters])
+            ):
                 parameter.copy_(part.view_as(parameter))
 
 
@@ -101,7 +120,11 @@ def _parameters_of_whole_masters(engine) -> list[list[nn.Parameter]]:
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_groups_flat"):
         return [list(group) for group in optimizer.fp16_groups]
-    groups = optimizer.fp16_groups if hasattr(optimizer, "fp16_groups") else [group["params"] for group in optimizer.param_groups]
+    groups = (
+        optimizer.fp16_groups
+        if hasattr(optimizer, "fp16_groups")
+        else [group["params"] for group in optimizer.param_groups]
+    )
     return [[parameter] for group in groups for parameter in group]
 
 
@@ -110,4 +133,7 @@ def _names_of_whole_masters(engine) -> list[list[list]] | None:
     if engine.zero_optimization_stage() or hasattr(engine.optimizer, "fp32_groups_flat_partition"):
         return None
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
-    return [[[names[parameter], list(parameter.shape)] for parameter in parameters] for parameters in _parameters_of_whole_masters(engine)]
+    return [
+        [[names[parameter], list(parameter.shape)] for parameter in parameters]
+        for parameters in _parameters_of_whole_masters(engine)
+    ]

@@ -1,4 +1,7 @@
-"""Recipe + ds_configs JSON -> one merged setting -> DeepSpeed engine. The one place that knows the order of wrapping."""
+"""Recipe + ds_configs JSON -> one merged setting -> DeepSpeed engine.
+
+The one place that knows the order of wrapping.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +36,23 @@ def start_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap a freshly initialised model.
 
-    The model is built whole on every rank and partitioned here. `zero.Init` is not used: up to 2 B parameters fit, and it would lose
-    BEiT's in-place depth scaling without a word.
+    The model is built whole on every rank and partitioned here. `zero.Init` is not used: up to 2 B parameters fit, and
+    it would lose BEiT's in-place depth scaling without a word.
 
     Args:
-        model: the same weights on every rank.  ds_config: merged with the recipe (`deepspeed_json.merge_deepspeed`).  source: its file, for messages.
-        leaf_modules: classes that ZeRO-3 gathers as one unit, and torch.compile sees as one where run.compile asks for it.  lr_scales: parameter-name prefix -> factor on the scheduled rate.
+        model: the same weights on every rank.
+        ds_config: merged with the recipe (`deepspeed_json.merge_deepspeed`).
+        source: its file, for messages.
+        leaf_modules: classes that ZeRO-3 gathers as one unit, and torch.compile sees as one where run.compile asks for
+            it.
+        lr_scales: parameter-name prefix -> factor on the scheduled rate.
     Raises: UserError if DeepSpeed refuses the config, or the device the precision.
     """
     if run.precision == "fp16" and not get_accelerator().is_fp16_supported():
-        raise UserError(f"run.precision = 'fp16': DeepSpeed does not train in fp16 on {get_accelerator().device_name()}; use bf16 or fp32")
+        raise UserError(
+            "run.precision = 'fp16': DeepSpeed does not train in fp16 on "
+            f"{get_accelerator().device_name()}; use bf16 or fp32"
+        )
     zero = ds_config.get("zero_optimization", {})
     if zero.get("stage", 0) == 3 and leaf_modules:
         set_z3_leaf_modules(model, list(leaf_modules))
@@ -58,19 +68,24 @@ def start_engine(
 
 def compiles(run: RunSettings) -> bool:
     """What run.compile comes to on this machine."""
-    return run.compile == "blocks" or (run.compile == "auto" and torch.cuda.is_available() and run.layer_norm == "torch")
+    return run.compile == "blocks" or (
+        run.compile == "auto" and torch.cuda.is_available() and run.layer_norm == "torch"
+    )
 
 
 def compile_each(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> None:
     """Compile the forward pass of every module of these classes, each by itself; they share the graphs.
 
-    ZeRO-3's hooks, which gather and free weights, lie around a module's forward pass and so outside of what is compiled. A graph that breaks would be slow
+    ZeRO-3's hooks, which gather and free weights, lie around a module's forward pass and so outside of what is
+    compiled. A graph that breaks would be slow
     without a word: it is an error here.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # training, evaluation, the sizes of subsets
+    # training, evaluation, the sizes of subsets
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for module in model.modules():
         if isinstance(module, classes):
-            # Sizes other than the first would make all sizes symbolic, and kernels slower: a decoder's after an encoder's. Only subsets have too many.
+            # Sizes other than the first would make all sizes symbolic, and kernels slower: a decoder's after an
+            # encoder's. Only subsets have too many.
             dynamic = None if getattr(module, "drop_path_by", "") == "subset" else False
             module.forward = torch.compile(module.forward, fullgraph=True, dynamic=dynamic)
 
@@ -84,17 +99,32 @@ def check_deepspeed_config(ds_config: dict, source: str | Path) -> None:
         deepspeed.DeepSpeedConfig(ds_config)
     except ValidationError as error:  # some blocks are checked with pydantic
         first = error.errors()[0]
-        raise UserError(f"{source}: {error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}; DeepSpeed {deepspeed.__version__} refuses it") from None
-    except (DeepSpeedConfigError, TypeError, AttributeError, ValueError, KeyError, AssertionError) as error:  # others by whatever breaks on them
-        raise UserError(f"{source}: DeepSpeed {deepspeed.__version__} refuses it: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(
+            f"{source}: {error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}; DeepSpeed "
+            f"{deepspeed.__version__} refuses it"
+        ) from None
+    except (DeepSpeedConfigError, TypeError, AttributeError, ValueError, KeyError, AssertionError) as error:
+        # others by whatever breaks on them
+        raise UserError(
+            f"{source}: DeepSpeed {deepspeed.__version__} refuses it: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from None
 
 
-def set_rate(engine: deepspeed.DeepSpeedEngine, optim: OptimSettings, schedule: ScheduleSettings, durations: Durations, step: int) -> float:
+def set_rate(
+    engine: deepspeed.DeepSpeedEngine, optim: OptimSettings, schedule: ScheduleSettings, durations: Durations, step: int
+) -> float:
     """Write the rate of this step into every parameter group; no DeepSpeed scheduler is configured beside it.
 
     Returns: the rate of groups with scale 1.
     """
-    rate = cosine_with_warmup(step, peak=optim.lr, floor=min(schedule.min_lr, optim.lr), warmup_steps=durations.warmup_steps, total_steps=durations.total_steps)
+    rate = cosine_with_warmup(
+        step,
+        peak=optim.lr,
+        floor=min(schedule.min_lr, optim.lr),
+        warmup_steps=durations.warmup_steps,
+        total_steps=durations.total_steps,
+    )
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     return rate

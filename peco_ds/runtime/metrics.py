@@ -1,4 +1,7 @@
-"""What a run reports: TensorBoard, metrics.jsonl, and one progress line. Values stay on the device until a step logs."""
+"""What a run reports: TensorBoard, metrics.jsonl, and one progress line.
+
+Values stay on the device until a step logs.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,8 @@ _TAGS = {
     "perplexity": "tokens/perplexity",
 }
 _NO_SCALARS = ("step", "time", "start", "up_s")
-_SHORTEST_S = 1e-3  # a pause shorter than this was none: the loop only asked whether something was due
+# a pause shorter than this was none: the loop only asked whether something was due
+_SHORTEST_S = 1e-3
 
 
 def _peak_flops(world: World, precision: str) -> float:
@@ -75,14 +79,18 @@ def _peak_flops(world: World, precision: str) -> float:
 
 
 class Meter:
-    """Means over the steps since the last log, over all ranks; one read of the device a log. Records the start, and the end by `close`.
+    """Means over the steps since the last log, over all ranks; one read of the device a log.
+
+    Records the start, and the end by `close`.
 
     As a context manager it records an exception that leaves the loop as the end of this start.
 
     Args:
         run_folder: metrics.jsonl, starts.jsonl and tensorboard/ are written there by rank 0.
-        first_step: rows after it, left by a run that went on past its last checkpoint, are dropped: no step is missing or there twice.
-        training_flops: FLOP of one picture, forward and backward: model FLOP utilisation is logged on a GPU whose peak is known.
+        first_step: rows after it, left by a run that went on past its last checkpoint, are dropped: no step is missing
+            or there twice.
+        training_flops: FLOP of one picture, forward and backward: model FLOP utilisation is logged on a GPU whose peak
+            is known.
         counters: name -> what this rank counted since the run began; every row has the sum over ranks.
     """
 
@@ -114,11 +122,19 @@ class Meter:
             from torch.utils.tensorboard import SummaryWriter
 
             drop_redone_steps(run_folder, first_step)
-            drop_rows_after(run_folder / EVALUATION_FILE, first_step - 1)  # the moment of the start is evaluated again
-            self._start = record_start(run_folder, ranks=world.size, step=first_step, total_steps=durations.total_steps, stop_step=durations.stop_step)
+            # the moment of the start is evaluated again
+            drop_rows_after(run_folder / EVALUATION_FILE, first_step - 1)
+            self._start = record_start(
+                run_folder,
+                ranks=world.size,
+                step=first_step,
+                total_steps=durations.total_steps,
+                stop_step=durations.stop_step,
+            )
             self._age_s = process_age_s() - time.monotonic()  # of the process, at monotonic time 0
             self._account = account_of(run_folder)
-            self._file = open(run_folder / METRICS_FILE, "ab", buffering=0)  # a row is one write: whole, or cut short by a kill
+            # a row is one write: whole, or cut short by a kill
+            self._file = open(run_folder / METRICS_FILE, "ab", buffering=0)
             self._tensorboard = SummaryWriter(str(run_folder / "tensorboard"), purge_step=first_step + 1)
 
     def __enter__(self) -> Meter:
@@ -131,7 +147,8 @@ class Meter:
             reason = f"lost the other ranks: {lost}" if lost else f"{kind.__name__}: {error}"
             try:
                 self.close(EXIT_BAD_INPUT if isinstance(error, UserError) else others, " ".join(reason.split())[:500])
-            except UserError as second:  # the disk that did not take a checkpoint does not take this either; what came first is what counts
+            except UserError as second:
+                # the disk that did not take a checkpoint does not take this either; what came first is what counts
                 logger.warning("%s", second)
 
     def _reset(self) -> None:
@@ -164,13 +181,21 @@ class Meter:
         self._step_passes += 1
 
     def close_step(
-        self, done: int, engine, rate: float, extra: Callable[[], dict[str, float]] = dict, *, applied: bool = True, skipped: int = 0
+        self,
+        done: int,
+        engine,
+        rate: float,
+        extra: Callable[[], dict[str, float]] = dict,
+        *,
+        applied: bool = True,
+        skipped: int = 0,
     ) -> None:
         """End of optimiser step number `done` (from 1); logs if it is time to. Collective when it logs.
 
         Args:
             rate: learning rate of the step.  extra: further numbers, asked for only when the step logs.
-            applied: False for a step that was skipped, on all ranks: its statistics do not enter the means.  skipped: such steps of the run so far.
+            applied: False for a step that was skipped, on all ranks: its statistics do not enter the means.
+            skipped: such steps of the run so far.
         """
         if applied:
             for name, value in self._step_sums.items():
@@ -187,8 +212,19 @@ class Meter:
         elapsed = time.perf_counter() - self._since
         images = done * self._run.global_batch
         row = {"step": done, "images": images, "epoch": round(images / self._num_samples, 4), **means}
-        row |= {"lr": rate, "grad_norm": grad_norm(engine), "skipped_steps": skipped, "memory_gib": memory_gib(self._world.device), **counts, **extra()}
-        row |= {"step_s": elapsed / self._steps, "images_per_s": self._steps * self._run.global_batch / elapsed, "data_wait_s": self._data_wait_s / self._steps}
+        row |= {
+            "lr": rate,
+            "grad_norm": grad_norm(engine),
+            "skipped_steps": skipped,
+            "memory_gib": memory_gib(self._world.device),
+            **counts,
+            **extra(),
+        }
+        row |= {
+            "step_s": elapsed / self._steps,
+            "images_per_s": self._steps * self._run.global_batch / elapsed,
+            "data_wait_s": self._data_wait_s / self._steps,
+        }
         if self._training_flops and self._peak_flops:
             row["mfu"] = row["images_per_s"] * self._training_flops / self._peak_flops
         row |= self._pauses()
@@ -218,7 +254,10 @@ class Meter:
         parts = self._world.gather_objects((sorted(self._sums), counts))
         names = sorted({name for names, _ in parts for name in names})
         zero = torch.zeros((), device=self._world.device)
-        sums = torch.stack([self._sums.get(name, zero) for name in names] + [torch.tensor(float(self._passes), device=self._world.device)])
+        sums = torch.stack(
+            [self._sums.get(name, zero) for name in names]
+            + [torch.tensor(float(self._passes), device=self._world.device)]
+        )
         *values, passes = self._world.all_reduce(sums).tolist()
         means = {name: value / passes for name, value in zip(names, values)} if passes else {"loss": None}
         return means, {name: sum(of_rank[name] for _, of_rank in parts) for name in counts}
@@ -245,7 +284,8 @@ class Meter:
     def state(self) -> dict:
         """This rank's sums between two steps; plain numbers, so that it loads with weights_only. Reads the device.
 
-        Rank 0's rows up to here are on disk when it returns: a checkpoint never holds a step whose row could still be lost.
+        Rank 0's rows up to here are on disk when it returns: a checkpoint never holds a step whose row could still be
+        lost.
         """
         assert not self._step_passes, "a step is open"
         names = sorted(self._sums)
@@ -270,8 +310,8 @@ class Meter:
         """Go on in the middle of a window, before the first step.
 
         Args:
-            states: what this rank takes over: its own part, [] for nothing. With another number of ranks every part of the run goes to exactly
-                one rank, for example `parts[rank :: world_size]`.
+            states: what this rank takes over: its own part, [] for nothing. With another number of ranks every part of
+                the run goes to exactly one rank, for example `parts[rank :: world_size]`.
         """
         for state in states:
             for name, value in state["sums"].items():
@@ -295,19 +335,27 @@ class Meter:
 
     @contextmanager
     def _curves(self):
-        """TensorBoard is for looking at: a disk that takes no more of it does not end a run whose rows and checkpoints it still takes."""
+        """TensorBoard is for looking at: a disk that takes no more of it does not end a run whose rows and checkpoints
+        it still takes.
+        """
         try:
             yield
         except OSError as error:
             self._tensorboard = None
-            logger.warning("%s: TensorBoard cannot be written (%s); this start goes on without", self._run_folder, error.strerror)
+            logger.warning(
+                "%s: TensorBoard cannot be written (%s); this start goes on without", self._run_folder, error.strerror
+            )
 
     def evaluation(self, step: int, quality: dict[str, float]) -> None:
         """One row of evaluation.jsonl, TensorBoard, and a line (rank 0 only)."""
         if self._file is not None:
             append_row(self._run_folder / EVALUATION_FILE, {"step": step, **quality})
             self.scalars({f"eval/{name}": value for name, value in quality.items()}, step)
-            sys.stdout.write(f"held-out at step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in quality.items()) + "\n")
+            sys.stdout.write(
+                f"held-out at step {step}: "
+                + "  ".join(f"{name} {value:.4g}" for name, value in quality.items())
+                + "\n"
+            )
             sys.stdout.flush()
 
     def picture(self, tag: str, image_u8: torch.Tensor, step: int) -> None:
@@ -324,7 +372,14 @@ class Meter:
         """
         if self._file is None:
             return
-        end = {"event": "end", "start": self._start, "time": round(time.time(), 3), "up_s": round(self._up_s(), 3), "code": code, "reason": reason}
+        end = {
+            "event": "end",
+            "start": self._start,
+            "time": round(time.time(), 3),
+            "up_s": round(self._up_s(), 3),
+            "code": code,
+            "reason": reason,
+        }
         end |= {"step": self._done, "open_steps": self._steps, **self._pauses()}
         if self._steps:
             end |= {"open_s": round(self._open_s(), 3), "open_wait_s": round(self._data_wait_s, 3)}
@@ -343,7 +398,11 @@ class Meter:
     def _progress_line(self, row: dict) -> None:
         total = self._durations.total_steps
         parts = [f"step {row['step']}/{total}", "no step applied" if row["loss"] is None else f"loss {row['loss']:.4f}"]
-        parts += [f"{name} {row[name]:.4g}" for name in ("accuracy", "train_top1", "psnr", "codes_used", "grad_norm", "lr") if name in row]
+        parts += [
+            f"{name} {row[name]:.4g}"
+            for name in ("accuracy", "train_top1", "psnr", "codes_used", "grad_norm", "lr")
+            if name in row
+        ]
         parts += [f"{row['skipped_steps']} skipped"] if row["skipped_steps"] else []
         parts += [f"{row['images_per_s']:.1f} images/s"] + ([f"MFU {row['mfu']:.1%}"] if "mfu" in row else [])
         parts += [f"ETA {clock((total - row['step']) * row['step_s'])}"]

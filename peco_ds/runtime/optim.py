@@ -22,8 +22,8 @@ def decay_groups(model: nn.Module, weight_decay: float, lr_scales: dict[str, flo
     Args:
         lr_scales: parameter-name prefix -> factor on the scheduled rate; 1 for the rest.
     Returns: groups with `lr_scale` and `name`; no parameter is in two, none is left out.
-    Source: released BEiT `optim_factory.py`: no decay on 1-D parameters, biases, position embedding and class token; the mask token and the
-        relative position table are decayed.
+    Source: released BEiT `optim_factory.py`: no decay on 1-D parameters, biases, position embedding and class token;
+        the mask token and the relative position table are decayed.
     """
     groups: dict[tuple[float, bool], dict] = {}
     for name, parameter in model.named_parameters():
@@ -33,16 +33,25 @@ def decay_groups(model: nn.Module, weight_decay: float, lr_scales: dict[str, flo
         # Under ZeRO-3 a partitioned parameter is an empty 1-D tensor; its own shape is kept in ds_shape.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         decays = len(shape) > 1 and not name.endswith(".bias") and name.split(".")[-1] not in ("cls_token", "pos_embed")
-        group = groups.setdefault((scale, decays), {"params": [], "lr_scale": scale, "weight_decay": weight_decay if decays else 0.0, "name": f"{'decay' if decays else 'no_decay'}_x{scale:g}"})
+        group = groups.setdefault(
+            (scale, decays),
+            {
+                "params": [],
+                "lr_scale": scale,
+                "weight_decay": weight_decay if decays else 0.0,
+                "name": f"{'decay' if decays else 'no_decay'}_x{scale:g}",
+            },
+        )
         group["params"].append(parameter)
     return list(groups.values())
 
 
 def layer_scales(depth: int, decay: float) -> dict[str, float]:
-    """Factors on the rate of a classifier's layers, for `decay_groups`: what lies `n` layers below the head learns at decay ** n of the rate.
+    """Factors on the rate of a classifier's layers, for `decay_groups`: what lies `n` layers below the head learns at
+    decay ** n of the rate.
 
-    Returns: parameter-name prefix -> factor. Patch embedding and class token are layer 0, block i (from 0) is layer i + 1, the pooling norm and the
-        head are layer depth + 1 and keep the full rate.
+    Returns: parameter-name prefix -> factor. Patch embedding and class token are layer 0, block i (from 0) is layer i +
+        1, the pooling norm and the head are layer depth + 1 and keep the full rate.
     Source: BEiT (arXiv 2106.08254), appendix; released `optim_factory.LayerDecayValueAssigner`.
     """
     scales = {"cls_token": decay ** (depth + 1), "patch_embed.": decay ** (depth + 1)}
@@ -53,7 +62,8 @@ def build_optimizer(groups: list[dict], settings: OptimSettings, *, offloaded: b
     """AdamW over the groups.
 
     Args:
-        offloaded: the DeepSpeed JSON keeps optimiser states on the host: DeepSpeed's CPU Adam is then the one that can step there.
+        offloaded: the DeepSpeed JSON keeps optimiser states on the host: DeepSpeed's CPU Adam is then the one that can
+            step there.
     Raises: UserError if apex is asked for and is missing, or is the other project of that name on PyPI.
     """
     arguments = dict(lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
@@ -90,7 +100,10 @@ def require_nvidia_apex(setting: str, *, module: str, extension: str) -> None:
     Args:
         setting: that asks for it.  module, extension: the part of it that is needed, and that part's CUDA kernels.
     """
-    remedy = f"build NVIDIA's from a clone of github.com/NVIDIA/apex (APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .) or set {setting}=torch"
+    remedy = (
+        "build NVIDIA's from a clone of github.com/NVIDIA/apex (APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip "
+        f"install -v --no-build-isolation .) or set {setting}=torch"
+    )
     if importlib.util.find_spec("apex") is None:
         raise UserError(f"{setting} = 'apex': apex is not installed; {remedy}")
     if importlib.util.find_spec(module) is None:
@@ -98,6 +111,9 @@ def require_nvidia_apex(setting: str, *, module: str, extension: str) -> None:
             version = importlib.metadata.version("apex")
         except importlib.metadata.PackageNotFoundError:
             version = "unknown"
-        raise UserError(f"{setting} = 'apex': the installed apex {version} is PyPI's web toolkit of the same name; pip uninstall apex, then {remedy}")
+        raise UserError(
+            f"{setting} = 'apex': the installed apex {version} is PyPI's web toolkit of the same name; "
+            f"pip uninstall apex, then {remedy}"
+        )
     if importlib.util.find_spec(extension) is None:
         raise UserError(f"{setting} = 'apex': apex was built without its CUDA extensions; {remedy}")

@@ -19,7 +19,8 @@ FOLDER = "logs"
 
 logger = logging.getLogger("peco_ds")
 
-_undo: list[Callable[[], None]] = []  # what the last `log_to` of this process changed
+# what the last `log_to` of this process changed
+_undo: list[Callable[[], None]] = []
 
 
 def log_path(run_folder: Path, rank: int) -> Path:
@@ -32,9 +33,11 @@ def stacks_path(run_folder: Path, rank: int) -> Path:
 
 
 def log_to(run_folder: Path, rank: int) -> Path:
-    """From here on the logger "peco_ds" (every level), Python warnings and uncaught tracebacks also go to RUN/logs/rank_NNNNN.log.
+    """From here on the logger "peco_ds" (every level), Python warnings and uncaught tracebacks also go to
+    RUN/logs/rank_NNNNN.log.
 
-    What stderr shows does not change. A file that is there is continued, under a header line of this start. A second call in one process moves the log.
+    What stderr shows does not change. A file that is there is continued, under a header line of this start. A second
+    call in one process moves the log.
 
     Returns: the file.
     """
@@ -43,7 +46,8 @@ def log_to(run_folder: Path, rank: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = _RankFile(path, _ends_cut_short(path))
     handler.setFormatter(_one_line_a_record(rank))
-    # A logger drops what is below its own level before any handler sees it; so the level moves to the handlers that were there.
+    # A logger drops what is below its own level before any handler sees it; so the level moves to the handlers that
+    # were there.
     shown = logger.getEffectiveLevel()
     levels = [(other, other.level) for other in logger.handlers]
     level = logger.level
@@ -51,9 +55,23 @@ def log_to(run_folder: Path, rank: int) -> Path:
         other.setLevel(max(other.level, shown))
     logger.setLevel(logging.DEBUG)
     logger.addHandler(handler)
-    _undo.append(lambda: [logger.removeHandler(handler), handler.close(), logger.setLevel(level), *(other.setLevel(was) for other, was in levels)])
+    _undo.append(
+        lambda: [
+            logger.removeHandler(handler),
+            handler.close(),
+            logger.setLevel(level),
+            *(other.setLevel(was) for other, was in levels),
+        ]
+    )
     _copy_hooks(handler)
-    logger.debug("==== start %s on %s pid %d: %s; %s", time.strftime("%Y-%m-%dT%H:%M:%S%z"), socket.gethostname(), os.getpid(), _versions(), shlex.join(sys.argv))
+    logger.debug(
+        "==== start %s on %s pid %d: %s; %s",
+        time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        socket.gethostname(),
+        os.getpid(),
+        _versions(),
+        shlex.join(sys.argv),
+    )
     return path
 
 
@@ -82,7 +100,11 @@ def _copy_hooks(handler: logging.Handler) -> None:
     def on_thread_error(args):
         thread_hook(args)
         if args.exc_value is not None:
-            record(logging.ERROR, f"uncaught in thread {args.thread.name if args.thread else '?'}", (args.exc_type, args.exc_value, args.exc_traceback))
+            record(
+                logging.ERROR,
+                f"uncaught in thread {args.thread.name if args.thread else '?'}",
+                (args.exc_type, args.exc_value, args.exc_traceback),
+            )
 
     warnings.showwarning, sys.excepthook, threading.excepthook = on_warning, on_error, on_thread_error
 
@@ -118,4 +140,9 @@ def _ends_cut_short(path: Path) -> bool:
 
 
 def _versions() -> str:
-    return ", ".join([f"python {platform.python_version()}", *(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))])
+    return ", ".join(
+        [
+            f"python {platform.python_version()}",
+            *(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed")),
+        ]
+    )

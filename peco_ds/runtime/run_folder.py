@@ -32,13 +32,38 @@ SETTINGS = "settings.yaml"
 DEEPSPEED = "deepspeed.json"
 PROVENANCE = "provenance.json"
 
-_WAS = {"pretrain": {"views.tokenizer_precision": "fp32"}}  # of runs from before there was a choice, where it was not today's default
+# of runs from before there was a choice, where it was not today's default
+_WAS = {"pretrain": {"views.tokenizer_precision": "fp32"}}
 
-# Settings that may differ between a run and its continuation. Paths are among them: what lies there is compared by fingerprint.
-_FREE = ("data.num_workers", "data.root", "data.images", "data.tokens", "data.tokenizer", "data.val_images", "data.verify", "data.max_bad_share", "run.log_every_steps", "run.micro_batch", "run.activation_checkpointing", "run.compile", "run.layer_norm", "run.max_skipped_steps", "run.spike_factor", "run.hang_timeout_s", "schedule.stop_at_step", "checkpoint.", "evaluation.", "name")
+# Settings that may differ between a run and its continuation. Paths are among them: what lies there is compared by
+# fingerprint.
+_FREE = (
+    "data.num_workers",
+    "data.root",
+    "data.images",
+    "data.tokens",
+    "data.tokenizer",
+    "data.val_images",
+    "data.verify",
+    "data.max_bad_share",
+    "run.log_every_steps",
+    "run.micro_batch",
+    "run.activation_checkpointing",
+    "run.compile",
+    "run.layer_norm",
+    "run.max_skipped_steps",
+    "run.spike_factor",
+    "run.hang_timeout_s",
+    "schedule.stop_at_step",
+    "checkpoint.",
+    "evaluation.",
+    "name",
+)
 
 
-def open_run_folder(folder: Path, stage: str, resolved: Resolved, ds_config: dict, provenance: dict, world: World) -> None:
+def open_run_folder(
+    folder: Path, stage: str, resolved: Resolved, ds_config: dict, provenance: dict, world: World
+) -> None:
     """Create the folder and record what the run is. Collective; rank 0 writes, a refusal is raised by all.
 
     Args:
@@ -54,20 +79,29 @@ def open_run_folder(folder: Path, stage: str, resolved: Resolved, ds_config: dic
         except OSError as error:
             fault = f"{folder}: cannot be written ({error.strerror}); give another --out"
     world.agree(fault)
-    # A folder that only rank 0 sees would give checkpoints that miss the other ranks' parts, found out when it is too late.
-    world.agree("" if (folder / SETTINGS).is_file() else f"{folder}: rank {world.rank} does not see it; --out must lie on a file system that all nodes share")
+    # A folder that only rank 0 sees would give checkpoints that miss the other ranks' parts, found out when it is too
+    # late.
+    world.agree(
+        ""
+        if (folder / SETTINGS).is_file()
+        else f"{folder}: rank {world.rank} does not see it; --out must lie on a file system that all nodes share"
+    )
 
 
 def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict, provenance: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _hold(folder)
-    settings = json.loads(json.dumps(resolved.as_dict()["recipe"]))  # tuples as lists, as YAML reads them back
-    begun = any((folder / "checkpoints").glob("step_*"))  # a start that failed before its first checkpoint binds nobody
+    # tuples as lists, as YAML reads them back
+    settings = json.loads(json.dumps(resolved.as_dict()["recipe"]))
+    # a start that failed before its first checkpoint binds nobody
+    begun = any((folder / "checkpoints").glob("step_*"))
     if begun and resolved.recipe.checkpoint.resume == "auto":
         _refuse_another_run(folder, stage, settings, provenance)
     text = yaml.safe_dump({"stage": stage, "recipe": settings, "sources": resolved.sources}, sort_keys=False)
     temporary = folder / f".{SETTINGS}.tmp"
-    temporary.write_text(f"# every setting of this run; `sources` names where each value that is no default came from\n{text}")
+    temporary.write_text(
+        f"# every setting of this run; `sources` names where each value that is no default came from\n{text}"
+    )
     os.replace(temporary, folder / SETTINGS)
     write_json(folder / DEEPSPEED, ds_config)
     with open(folder / "commands.txt", "a") as file:
@@ -76,7 +110,8 @@ def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict, proven
 
 
 def _hold(folder: Path) -> None:
-    """Keep other starts out of the folder for as long as this process lives: two would remove each other's half-written checkpoints.
+    """Keep other starts out of the folder for as long as this process lives: two would remove each other's half-written
+    checkpoints.
 
     A lock outlives its process for a while where a node was lost and the server has yet to notice; hence the patience.
     """
@@ -95,7 +130,9 @@ def _hold(folder: Path) -> None:
 
 
 def check_same_run(checkpoint: Path, run_folder: Path) -> None:
-    """A checkpoint keeps the settings it was trained with; those of a run that was started over and interrupted before its first save are another's.
+    """A checkpoint keeps the settings it was trained with.
+
+    Those of a run that was started over and interrupted before its first save are another's.
 
     Raises: UserError if they are not this run's.
     """
@@ -115,11 +152,17 @@ def _refuse_another_run(folder: Path, stage: str, settings: dict, provenance: di
     before = _WAS.get(stage, {}) | dict(flat(recorded["recipe"]))
     for key, value in flat(settings):
         if before.get(key, value) != value and not key.startswith(_FREE):
-            raise UserError(f"{folder}: holds a run with {key} = {before[key]!r}, this one has {value!r}; choose another --out, or set checkpoint.resume=never to start over")
+            raise UserError(
+                f"{folder}: holds a run with {key} = {before[key]!r}, this one has {value!r}; choose another "
+                "--out, or set checkpoint.resume=never to start over"
+            )
     was = read_provenance(folder)
     for name in ("images_fingerprint", "tokenizer_fingerprint", "judge"):
         if name in provenance and was.get(name) not in (None, provenance[name]):
-            raise UserError(f"{folder}: was trained with {name} {was[name][:40]}, this start reads {provenance[name][:40]}; continue with the same, or choose another --out")
+            raise UserError(
+                f"{folder}: was trained with {name} {was[name][:40]}, this start reads "
+                f"{provenance[name][:40]}; continue with the same, or choose another --out"
+            )
 
 
 def read_settings(folder: Path) -> dict:
@@ -134,7 +177,11 @@ def read_settings(folder: Path) -> dict:
         recorded = read_yaml(path)
     except (*NOT_YAML, OSError):
         recorded = None
-    if not isinstance(recorded, dict) or not isinstance(recorded.get("stage"), str) or not isinstance(recorded.get("recipe"), dict):
+    if (
+        not isinstance(recorded, dict)
+        or not isinstance(recorded.get("stage"), str)
+        or not isinstance(recorded.get("recipe"), dict)
+    ):
         raise UserError(f"{path}: is not what a run wrote there; restore it, or start a new --out")
     return recorded
 
@@ -174,8 +221,16 @@ def commit() -> str:
     """Commit of this checkout, with "+changes" if it is not clean; "unknown" outside of git."""
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, timeout=30).stdout.strip()
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        ).stdout.strip()
         return head + ("+changes" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
@@ -183,5 +238,13 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.processor() or platform.machine()}"
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}, "device": device}
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {platform.processor() or platform.machine()}"
+    )
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "device": device,
+    }

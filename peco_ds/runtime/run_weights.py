@@ -10,13 +10,23 @@ from pydantic import TypeAdapter, ValidationError
 from peco_ds.config import FinetuneRecipe, PretrainRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
-from peco_ds.runtime.checkpoint_files import FOLDER, PROGRESS, Progress, list_checkpoints, newest_whole, read_progress, verify
+from peco_ds.runtime.checkpoint_files import (
+    FOLDER,
+    PROGRESS,
+    Progress,
+    list_checkpoints,
+    newest_whole,
+    read_progress,
+    verify,
+)
 from peco_ds.runtime.consolidate import fp32_weights, has_ema
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS, read_provenance, read_settings
 
-_PREFIX = "backbone."  # of a masked image model; a classifier has the canonical names already
-_HEAD_NAMES = ("mask_token", "lm_head.weight", "lm_head.bias")  # of one whose head works on the backbone's tokens
+# of a masked image model; a classifier has the canonical names already
+_PREFIX = "backbone."
+# of one whose head works on the backbone's tokens
+_HEAD_NAMES = ("mask_token", "lm_head.weight", "lm_head.bias")
 _RECIPES = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
 
 
@@ -40,11 +50,27 @@ def read_run(path: Path, average: Literal["auto", "ema", "raw"] = "auto") -> Bei
     if isinstance(recipe, FinetuneRecipe):
         told = {"classes", "mean", "std"}
         if not told <= provenance.keys():
-            raise UserError(f"{checkpoint / PROVENANCE}: does not tell {', '.join(sorted(told - provenance.keys()))}; restore it, or give another checkpoint")
+            raise UserError(
+                f"{checkpoint / PROVENANCE}: does not tell {', '.join(sorted(told - provenance.keys()))}; "
+                "restore it, or give another checkpoint"
+            )
         classes = provenance["classes"]
         statistics = {name: tuple(provenance[name]) for name in ("mean", "std")}
-        return BeitWeights("classifier", recipe.model, tensors, source, classes=tuple(classes), crop=recipe.evaluation.crop, facts=facts, **statistics)
-    kept = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX) or name in _HEAD_NAMES}
+        return BeitWeights(
+            "classifier",
+            recipe.model,
+            tensors,
+            source,
+            classes=tuple(classes),
+            crop=recipe.evaluation.crop,
+            facts=facts,
+            **statistics,
+        )
+    kept = {
+        name.removeprefix(_PREFIX): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_PREFIX) or name in _HEAD_NAMES
+    }
     kind = "mim" if "mask_token" in kept else "features"
     facts |= _left_out(tensors.keys() - {_PREFIX + name for name in kept} - set(_HEAD_NAMES))
     return BeitWeights(kind, recipe.model, kept, source, facts=facts)
@@ -52,8 +78,18 @@ def read_run(path: Path, average: Literal["auto", "ema", "raw"] = "auto") -> Bei
 
 def _left_out(names: set[str]) -> dict[str, str]:
     """For the model card: the parts of a masked image model that only its pre-training needs."""
-    parts = {part: sum(name.startswith(f"{part}.") for name in names) for part in sorted({name.split(".")[0] for name in names})}
-    return {"left out": ", ".join(f"{part} ({count} tensors)" for part, count in parts.items()) + ", which only pre-training needs"} if parts else {}
+    parts = {
+        part: sum(name.startswith(f"{part}.") for name in names)
+        for part in sorted({name.split(".")[0] for name in names})
+    }
+    return (
+        {
+            "left out": ", ".join(f"{part} ({count} tensors)" for part, count in parts.items())
+            + ", which only pre-training needs"
+        }
+        if parts
+        else {}
+    )
 
 
 def _recipe_of(checkpoint: Path) -> PretrainRecipe | FinetuneRecipe:
@@ -64,11 +100,16 @@ def _recipe_of(checkpoint: Path) -> PretrainRecipe | FinetuneRecipe:
         return TypeAdapter(_RECIPES[recorded["stage"]]).validate_python(recorded["recipe"])
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{checkpoint / SETTINGS}: recipe.{'.'.join(map(str, first['loc']))}: {first['msg']}; restore it, or give another checkpoint") from None
+        raise UserError(
+            f"{checkpoint / SETTINGS}: recipe.{'.'.join(map(str, first['loc']))}: {first['msg']}; restore "
+            "it, or give another checkpoint"
+        ) from None
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """(run folder, checkpoint folder) of what the user named. A checkpoint that was moved elsewhere is its own run folder: it holds the run's records.
+    """(run folder, checkpoint folder) of what the user named.
+
+    A checkpoint that was moved elsewhere is its own run folder: it holds the run's records.
 
     Raises: UserError if there is no whole checkpoint of a pre-training or fine-tuning run.
     """
@@ -76,7 +117,10 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     run_folder = path.parent.parent if path.parent.name == FOLDER else path
     stage = read_settings(path if single else run_folder)["stage"]
     if stage not in _RECIPES:
-        raise UserError(f"{run_folder}: a run of {stage}; give a run of pretrain.py or finetune.py (a tokenizer's release lies in its run folder already)")
+        raise UserError(
+            f"{run_folder}: a run of {stage}; give a run of pretrain.py or finetune.py (a tokenizer's "
+            "release lies in its run folder already)"
+        )
     if single:
         fault = verify(path)
         if fault:
@@ -84,17 +128,31 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         return run_folder, path
     checkpoint = newest_whole(run_folder)
     if checkpoint is None:
-        raise UserError(f"{run_folder}: {len(list_checkpoints(run_folder))} checkpoints, none of them whole; let the run reach a checkpoint first")
+        raise UserError(
+            f"{run_folder}: {len(list_checkpoints(run_folder))} checkpoints, none of them whole; let the "
+            "run reach a checkpoint first"
+        )
     return run_folder, checkpoint
 
 
 def _objective(recipe: PretrainRecipe) -> str:
     """What was learnt, in words."""
-    objective, views, mask, encoding, aggregation = recipe.objective, recipe.views, recipe.mask, recipe.encoding, recipe.aggregation
+    objective, views, mask, encoding, aggregation = (
+        recipe.objective,
+        recipe.views,
+        recipe.mask,
+        recipe.encoding,
+        recipe.aggregation,
+    )
     parts = [objective.name, f"{objective.num_codes} codes"]
     if objective.name == "multi_choice":
-        parts.append(f"{views.topk} soft ones a patch at temperature {views.topk_temperature:g}, the rest {objective.rest}, omega {objective.omega:g}")
-    parts.append(f"{'' if mask.exact else 'at most '}{mask.count} of {recipe.model.grid**2} patches hidden ({mask.kind})")
+        parts.append(
+            f"{views.topk} soft ones a patch at temperature {views.topk_temperature:g}, the rest "
+            f"{objective.rest}, omega {objective.omega:g}"
+        )
+    parts.append(
+        f"{'' if mask.exact else 'at most '}{mask.count} of {recipe.model.grid**2} patches hidden ({mask.kind})"
+    )
     if encoding.kind == "visible":
         parts.append(f"encoder of shown patches alone, decoder {encoding.decoder_width} x {encoding.decoder_depth}")
     if aggregation.early_block:
@@ -102,31 +160,55 @@ def _objective(recipe: PretrainRecipe) -> str:
     return ", ".join(parts)
 
 
-def _facts(recipe: PretrainRecipe | FinetuneRecipe, progress: Progress, provenance: dict, run_folder: Path, averaged: bool) -> dict[str, str]:
+def _facts(
+    recipe: PretrainRecipe | FinetuneRecipe, progress: Progress, provenance: dict, run_folder: Path, averaged: bool
+) -> dict[str, str]:
     """What a model card says: name -> text."""
     facts = {"recipe": recipe.name, "optimiser steps": f"{progress.step}", "images seen": f"{progress.cursor.samples}"}
-    facts["images"] = f"{provenance.get('num_samples', '?')} pictures, fingerprint `{provenance.get('images_fingerprint', '?')}`"
+    facts["images"] = (
+        f"{provenance.get('num_samples', '?')} pictures, fingerprint `{provenance.get('images_fingerprint', '?')}`"
+    )
     if isinstance(recipe, PretrainRecipe):
         tokenizer = provenance.get("tokenizer", {})
         facts["objective"] = _objective(recipe)
         facts["tokenizer"] = f"fingerprint `{provenance.get('tokenizer_fingerprint', '?')}`"
         facts["tokenizer's judge"] = tokenizer.get("judge", "not recorded")
-        facts |= {name: tokenizer[key] for name, key in ((TOKENIZER_LICENCE, "licence"), (JUDGE_LICENCE, "judge_licence")) if tokenizer.get(key) and isinstance(tokenizer[key], str)}
-        measured, names = [row for row in read_metrics(run_folder) if row["step"] <= progress.step and row.get("loss") is not None], ("loss", "accuracy")
+        facts |= {
+            name: tokenizer[key]
+            for name, key in ((TOKENIZER_LICENCE, "licence"), (JUDGE_LICENCE, "judge_licence"))
+            if tokenizer.get(key) and isinstance(tokenizer[key], str)
+        }
+        measured, names = (
+            [row for row in read_metrics(run_folder) if row["step"] <= progress.step and row.get("loss") is not None],
+            ("loss", "accuracy"),
+        )
     else:
         facts["started from"] = provenance.get("init", "scratch")
         facts["weights"] = f"moving average, decay {recipe.ema.decay}" if averaged else "raw, no moving average"
         prefix = "ema_" if averaged else ""
-        measured, names = [row for row in read_evaluation(run_folder) if row["step"] == progress.step], (f"{prefix}top1", f"{prefix}top5")
-    facts |= {name.replace("ema_", ""): f"{measured[-1][name]:.4f}" for name in names if measured and isinstance(measured[-1].get(name), (int, float))}
-    facts |= {f"{name} of what it started from": text for name, text in provenance.get("init_facts", {}).items() if name in ("recipe", "tokenizer", "tokenizer's judge", "images seen")}
+        measured, names = (
+            [row for row in read_evaluation(run_folder) if row["step"] == progress.step],
+            (f"{prefix}top1", f"{prefix}top5"),
+        )
+    facts |= {
+        name.replace("ema_", ""): f"{measured[-1][name]:.4f}"
+        for name in names
+        if measured and isinstance(measured[-1].get(name), (int, float))
+    }
+    facts |= {
+        f"{name} of what it started from": text
+        for name, text in provenance.get("init_facts", {}).items()
+        if name in ("recipe", "tokenizer", "tokenizer's judge", "images seen")
+    }
     facts |= _licences_of_origin(provenance.get("init_facts", {}))
     facts["code"] = f"peco_ds, commit `{provenance.get('commit', '?')}`"
     return facts
 
 
 def _licences_of_origin(init_facts: dict[str, str]) -> dict[str, str]:
-    """What bound the weights that a run started from, over any number of runs: a fine-tuning of a fine-tuning is still bound by its tokenizer's terms."""
+    """What bound the weights that a run started from, over any number of runs: a fine-tuning of a fine-tuning is still
+    bound by its tokenizer's terms.
+    """
     names = {f"{name} of what it started from": name for name in (TOKENIZER_LICENCE, JUDGE_LICENCE)}
     found = {told: init_facts.get(name) or init_facts.get(told) for told, name in names.items()}
     return {told: text for told, text in found.items() if text and isinstance(text, str)}

@@ -1,8 +1,9 @@
 """Optimiser steps that must not be taken: a loss or gradient that is not finite, a gradient spike.
 
-All ranks agree before a weight moves, and at no collective of its own: a loss that is not finite makes its gradient NaN, and every rank judges by the
-norm of the gradient summed over all of them. DeepSpeed reads that norm back every step as it is, so looking at it makes no rank wait for its device
-anew. It drops a step with a norm that is not finite itself, except in fp32 without ZeRO; spikes it takes. Both are refused here, at the one place that
+All ranks agree before a weight moves, and at no collective of its own: a loss that is not finite makes its gradient
+NaN, and every rank judges by the norm of the gradient summed over all of them. DeepSpeed reads that norm back every
+step as it is, so looking at it makes no rank wait for its device anew. It drops a step with a norm that is not finite
+itself, except in fp32 without ZeRO; spikes it takes. Both are refused here, at the one place that
 every ZeRO stage goes through: the step of the wrapped optimiser.
 """
 
@@ -21,28 +22,34 @@ from peco_ds.runtime.distributed import World
 
 logger = logging.getLogger("peco_ds")
 
-WINDOW = 128  # steps looked back on, for the median and for the count of skipped ones
-LEAST = 32  # applied steps before a norm can be called a spike: the first ones of a run vary by themselves
+# steps looked back on, for the median and for the count of skipped ones
+WINDOW = 128
+# applied steps before a norm can be called a spike: the first ones of a run vary by themselves
+LEAST = 32
 NAMED = 4  # sample keys a rank names
 
 
 class StepGuard:
     """Skips bad steps on all ranks, counts them, and ends the run when they are too many.
 
-    A skipped step leaves weights, Adam's moments and average as they were; data and schedule go on. The search for a loss scale in fp16 also skips
+    A skipped step leaves weights, Adam's moments and average as they were; data and schedule go on. The search for a
+    loss scale in fp16 also skips
     steps: those are no fault and are not counted.
 
     Args:
-        engine: DeepSpeed engine; its optimiser's step is wrapped, and of ZeRO-0 in fp32 the clipping too, which else forgets the norm.
+        engine: DeepSpeed engine; its optimiser's step is wrapped, and of ZeRO-0 in fp32 the clipping too, which else
+            forgets the norm.
     """
 
     def __init__(self, engine, run: RunSettings, world: World) -> None:
         self._engine, self._run, self._world = engine, run, world
         self._norms: list[float] = []  # of applied steps, newest last
-        self._skipped: list[int] = []  # numbers of skipped steps, within the window
+        # numbers of skipped steps, within the window
+        self._skipped: list[int] = []
         self.total_skipped = 0
         self._passes: list[tuple[torch.Tensor, list[str]]] = []
-        self._norm: float | None = None  # of the step in hand, once the optimiser asked
+        # of the step in hand, once the optimiser asked
+        self._norm: float | None = None
         self._wrap(engine)
 
     def _wrap(self, engine) -> None:
@@ -54,12 +61,15 @@ class StepGuard:
                 return take_step(*args, **options)
 
         inner.step = guarded_step
-        self._plain = engine.optimizer is inner  # ZeRO-0 in fp32: no optimiser of DeepSpeed's around it, nobody looks at the norm
+        # ZeRO-0 in fp32: no optimiser of DeepSpeed's around it, nobody looks at the norm
+        self._plain = engine.optimizer is inner
         if self._plain:
             limit = engine.gradient_clipping() or math.inf
 
             def measured_clip():
-                engine._global_grad_norm = clip_grad_norm_(parameters=engine.module.parameters(), max_norm=limit, mpu=engine.mpu)
+                engine._global_grad_norm = clip_grad_norm_(
+                    parameters=engine.module.parameters(), max_norm=limit, mpu=engine.mpu
+                )
 
             engine.clip_fp32_gradients = measured_clip
 
@@ -69,11 +79,16 @@ class StepGuard:
             if self._plain and not self._engine.gradient_clipping():
                 self._engine.clip_fp32_gradients()  # limit infinite: measures only
             norm = (self._engine if self._plain else self._engine.optimizer)._global_grad_norm
-            self._norm = float(norm) if norm is not None else 0.0  # None: the JSON switched the norm off
+            # None: the JSON switched the norm off
+            self._norm = float(norm) if norm is not None else 0.0
         return math.isfinite(self._norm) and not self._is_spike(self._norm)
 
     def _is_spike(self, norm: float) -> bool:
-        return self._run.spike_factor > 0 and len(self._norms) >= LEAST and norm > self._run.spike_factor * statistics.median(self._norms)
+        return (
+            self._run.spike_factor > 0
+            and len(self._norms) >= LEAST
+            and norm > self._run.spike_factor * statistics.median(self._norms)
+        )
 
     def watch(self, loss: torch.Tensor, keys: list[str]) -> torch.Tensor:
         """The loss to call backward on: the same, bit for bit, or one whose gradient is NaN if the loss is not finite.
@@ -88,7 +103,8 @@ class StepGuard:
         """After the engine's step number `done` (from 1). Collective where the step was skipped.
 
         Returns: whether the weights moved, the same on every rank.
-        Raises: UserError naming step, ranks and samples when more than run.max_skipped_steps of the last 128 were skipped.
+        Raises: UserError naming step, ranks and samples when more than run.max_skipped_steps of the last 128 were
+            skipped.
         """
         passes, norm = self._passes, self._norm
         self._passes, self._norm = [], None
@@ -105,14 +121,26 @@ class StepGuard:
             return False
         self.total_skipped += 1
         self._skipped = [step for step in self._skipped if step > done - WINDOW] + [done]
-        reason = "; ".join(f"rank {rank}: loss {bad[0][0]}, samples {', '.join(key for _, keys in bad for key in keys)}" for rank, bad in enumerate(ranks) if bad)
+        reason = "; ".join(
+            f"rank {rank}: loss {bad[0][0]}, samples {', '.join(key for _, keys in bad for key in keys)}"
+            for rank, bad in enumerate(ranks)
+            if bad
+        )
         spike = not reason and norm is not None and math.isfinite(norm)
         if not reason:
-            reason = f"gradient norm {norm:.4g}, {norm / statistics.median(self._norms):.0f} times the median of the last {len(self._norms)}" if spike else "gradient not finite, losses finite"
+            reason = (
+                f"gradient norm {norm:.4g}, {norm / statistics.median(self._norms):.0f} times the median of "
+                f"the last {len(self._norms)}"
+                if spike
+                else "gradient not finite, losses finite"
+            )
         if len(self._skipped) > self._run.max_skipped_steps:
-            remedy = "raise run.spike_factor (0: take them)" if spike else "run.precision=fp32, or look at these samples"
+            remedy = (
+                "raise run.spike_factor (0: take them)" if spike else "run.precision=fp32, or look at these samples"
+            )
             raise UserError(
-                f"step {done}: {reason}; {len(self._skipped)} of the last {min(done, WINDOW)} steps were skipped, run.max_skipped_steps {self._run.max_skipped_steps}; "
+                f"step {done}: {reason}; {len(self._skipped)} of the last {min(done, WINDOW)} steps were "
+                f"skipped, run.max_skipped_steps {self._run.max_skipped_steps}; "
                 f"the last checkpoint is untouched: continue it with a lower optim.lr, or {remedy}"
             )
         if self._world.is_main:
@@ -120,7 +148,9 @@ class StepGuard:
         return False
 
     def _gather_persistent(self) -> None:
-        """ZeRO-3 partitions its small, persistent weights before a step and gathers them after; on a step that it drops it forgets the latter, and a
+        """ZeRO-3 partitions its small, persistent weights before a step and gathers them after.
+
+        On a step that it drops it forgets the latter, and a
         run that was resumed then breaks off at the next forward pass, whose fetches are not those it had recorded."""
         persistent = getattr(self._engine.optimizer, "persistent_parameters", None)
         if persistent:

@@ -10,14 +10,17 @@ from collections.abc import Callable, Mapping
 
 logger = logging.getLogger("peco_ds")
 
-ANSWER_S = 20.0  # a controller that is busy answers later; the step in hand waits no longer than this
+# a controller that is busy answers later; the step in hand waits no longer than this
+ANSWER_S = 20.0
 
 
 def seconds_left(environ: Mapping[str, str]) -> float | None:
     """What `squeue` says is left of this job, in seconds; inf for no limit, None where it does not answer."""
     command = ["squeue", "--noheader", f"--jobs={environ['SLURM_JOB_ID']}", "--states=all", "--format=%L"]
     try:
-        done = subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=ANSWER_S, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, env=dict(environ), capture_output=True, text=True, timeout=ANSWER_S, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.SubprocessError) as error:
         logger.info("squeue does not answer (%s)", error)
         return None
@@ -25,7 +28,10 @@ def seconds_left(environ: Mapping[str, str]) -> float | None:
 
 
 def parse_time_left(text: str) -> float | None:
-    """Seconds of Slurm's `days-hours:minutes:seconds`, its first parts left out where they are 0; inf for UNLIMITED, None for anything else."""
+    """Seconds of Slurm's `days-hours:minutes:seconds`, its first parts left out where they are 0.
+
+    Inf for UNLIMITED, None for anything else.
+    """
     text = text.strip()
     if text == "UNLIMITED":
         return float("inf")
@@ -45,16 +51,21 @@ class TimeLimit:
         environ: of this process.  ask: seconds left of the job of an environment; None: no answer.
     """
 
-    def __init__(self, environ: Mapping[str, str], ask: Callable[[Mapping[str, str]], float | None] = seconds_left) -> None:
+    def __init__(
+        self, environ: Mapping[str, str], ask: Callable[[Mapping[str, str]], float | None] = seconds_left
+    ) -> None:
         self._environ, self._ask = environ, ask
-        self._end: float | None = None  # on the monotonic clock; None: no limit, or not known
-        self._looked = not environ.get("SLURM_JOB_ID")  # outside of Slurm there is nothing to look for
+        # on the monotonic clock; None: no limit, or not known
+        self._end: float | None = None
+        # outside of Slurm there is nothing to look for
+        self._looked = not environ.get("SLURM_JOB_ID")
         self._over = False
 
     @property
     def left_s(self) -> float | None:
         """Seconds until the job ends; None outside of Slurm, without a limit, or where Slurm does not answer."""
-        if not self._looked:  # not before it matters: of thousands of ranks one asks
+        # not before it matters: of thousands of ranks one asks
+        if not self._looked:
             self._look()
         return None if self._end is None else self._end - time.monotonic()
 

@@ -1,14 +1,18 @@
-"""What a run folder tells about time: rows of metrics and evaluation, starts and ends, goodput. No torch, so that reading answers at once.
+"""What a run folder tells about time: rows of metrics and evaluation, starts and ends, goodput.
+
+No torch, so that reading answers at once.
 
 `starts.jsonl` is only ever appended to, by rank 0. Its rows:
-    start    number from 1, unix time at which the process began, seconds until the first step and which phase took how many of them, host, ranks, step
+    start    number from 1, unix time at which the process began, seconds until the first step and which phase took how
+    many of them, host, ranks, step
              resumed at, Slurm's job, command
-    first_step  its first optimiser step in this start is done: seconds waited for its pictures, seconds of the step itself, compilation included
-    dropped  a start whose last rows left metrics.jsonl because their steps are done again, and how long it was up by then
-    continued  a start whose last checkpoint holds steps that were in no row yet, and how long it was up by then
+    first_step  its first optimiser step in this start is done: seconds waited for its pictures, seconds of the step
+        itself, compilation included
+    dropped  a start whose last rows left metrics.jsonl because their steps are done again, and how long it was up by
+    then continued  a start whose last checkpoint holds steps that were in no row yet, and how long it was up by then
     end      how a start ended by itself; a start without one was killed, or still runs
-A row of metrics.jsonl carries the number of its start and `up_s`, seconds since that process began by a clock that never jumps. The wall clock is asked
-only for what lies between two processes.
+A row of metrics.jsonl carries the number of its start and `up_s`, seconds since that process began by a clock that
+never jumps. The wall clock is asked only for what lies between two processes.
 """
 
 from __future__ import annotations
@@ -95,7 +99,9 @@ def write_row(file: BinaryIO, row: dict) -> None:
 
     Raises: UserError if the disk does not take it, or not all of it.
     """
-    plain = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
     line = json.dumps(plain, allow_nan=False).encode() + b"\n"
     try:
         if file.write(line) != len(line):
@@ -113,7 +119,9 @@ def sync_rows(file: BinaryIO) -> None:
 
 
 def _not_written(path: Path, reason: str | None) -> UserError:
-    return UserError(f"{path}: cannot be written ({reason}); the newest checkpoint stands: mend that, then start again to go on")
+    return UserError(
+        f"{path}: cannot be written ({reason}); the newest checkpoint stands: mend that, then start again to go on"
+    )
 
 
 def drop_rows_after(path: Path, step: int) -> list[dict]:
@@ -129,7 +137,8 @@ def drop_rows_after(path: Path, step: int) -> list[dict]:
         row = _row(line)
         number = row.get("step") if row is not None else None
         if not isinstance(number, int):
-            continue  # a line that was cut short; its step is done again, else the checkpoint were older
+            # a line that was cut short; its step is done again, else the checkpoint were older
+            continue
         if last < number <= step:
             kept.append(line)
             last = number
@@ -157,7 +166,8 @@ def drop_redone_steps(run_folder: Path, step: int) -> None:
         if isinstance(row.get("step"), int) and row["step"] > step:
             number = _count(row, "start")
             up_s[number] = max(up_s.get(number, 0.0), _seconds(row, "up_s"))
-    for number, seconds in up_s.items():  # before the rows go: a kill in between loses nothing, and counting a start twice changes nothing
+    # before the rows go: a kill in between loses nothing, and counting a start twice changes nothing
+    for number, seconds in up_s.items():
         append_row(run_folder / STARTS_FILE, {"event": "dropped", "start": number, "after_step": step, "up_s": seconds})
     drop_rows_after(path, step)
 
@@ -176,7 +186,8 @@ class StartUp:
 
     def __init__(self) -> None:
         self._spent: dict[str, float] = {}
-        self._until_s = 0.0  # age of the process at the end of the last phase
+        # age of the process at the end of the last phase
+        self._until_s = 0.0
 
     def ends(self, phase: str) -> None:
         """What was done since the last phase ended is called `phase`; what has the same name is added up."""
@@ -239,17 +250,29 @@ class Goodput:
     """Where the wall time since a run's first start went, seconds; they add up to `wall_s`."""
 
     useful_s: float  # in steps that stand in metrics.jsonl
-    data_wait_s: float  # in which those steps stood still for their pictures
+    # in which those steps stood still for their pictures
+    data_wait_s: float
     save_s: float
     evaluation_s: float
-    startup_s: float  # of the first start: imports, opening the data, building the model
-    lost_s: float  # steps done again, and what else the process did beside its steps
-    restart_s: float  # between a process and the next, and start-up of every start after the first
+    # of the first start: imports, opening the data, building the model
+    startup_s: float
+    # steps done again, and what else the process did beside its steps
+    lost_s: float
+    # between a process and the next, and start-up of every start after the first
+    restart_s: float
     restarts: int
 
     @property
     def wall_s(self) -> float:
-        return self.useful_s + self.data_wait_s + self.save_s + self.evaluation_s + self.startup_s + self.lost_s + self.restart_s
+        return (
+            self.useful_s
+            + self.data_wait_s
+            + self.save_s
+            + self.evaluation_s
+            + self.startup_s
+            + self.lost_s
+            + self.restart_s
+        )
 
     def shares(self) -> dict[str, float]:
         """Name -> share of the wall time, in [0, 1]; their sum is 1."""
@@ -259,22 +282,33 @@ class Goodput:
     def line(self) -> str:
         """For people: "goodput 93.1 %: data wait 2.0 %, saves 0.8 %, ... over 3:12:07"."""
         share = {name: f"{100 * value:.1f} %" for name, value in self.shares().items()}
-        parts = [f"data wait {share['data_wait']}", f"saves {share['save']}", f"evaluation {share['evaluation']}", f"start-up {share['startup']}"]
+        parts = [
+            f"data wait {share['data_wait']}",
+            f"saves {share['save']}",
+            f"evaluation {share['evaluation']}",
+            f"start-up {share['startup']}",
+        ]
         parts += [f"lost work {share['lost']}", f"restarts {share['restart']} ({self.restarts})"]
         return f"goodput {share['useful']}: {', '.join(parts)} over {clock(self.wall_s)}"
 
 
 class Account:
-    """Adds up starts and rows to a goodput. Rows may be damaged, clocks may have jumped: what makes no sense counts as nothing."""
+    """Adds up starts and rows to a goodput.
+
+    Rows may be damaged, clocks may have jumped: what makes no sense counts as nothing.
+    """
 
     def __init__(self) -> None:
         self._began: dict[int, float] = {}  # start -> unix time
         self._startup: dict[int, float] = {}
-        self._up: dict[int, float] = {}  # start -> longest time it is known to have been up
-        self._done: set[int] = set()  # starts that reached their last step: nobody waited for the next
+        # start -> longest time it is known to have been up
+        self._up: dict[int, float] = {}
+        # starts that reached their last step: nobody waited for the next
+        self._done: set[int] = set()
         self._spent = dict.fromkeys(("useful", "data_wait", "save", "evaluation"), 0.0)
         self._last_step = 0
-        self._open: dict | None = None  # the last end, with the steps since its last row
+        # the last end, with the steps since its last row
+        self._open: dict | None = None
 
     def event(self, row: dict) -> None:
         """One row of starts.jsonl."""
@@ -307,16 +341,23 @@ class Account:
 
     def goodput(self) -> Goodput:
         spent = dict(self._spent)
-        if self._open is not None and _count(self._open, "step") > self._last_step:  # done and saved, not yet in a row
+        # done and saved, not yet in a row
+        if self._open is not None and _count(self._open, "step") > self._last_step:
             waited = min(_seconds(self._open, "open_wait_s"), _seconds(self._open, "open_s"))
             spent["useful"] += _seconds(self._open, "open_s") - waited
             spent["data_wait"] += waited
         numbers = sorted(self._began)
         first = self._startup[numbers[0]] if numbers else 0.0
         later = sum(self._startup[number] for number in numbers[1:])
-        down = sum(max(0.0, self._began[after] - self._began[before] - self._up[before]) for before, after in zip(numbers, numbers[1:]) if before not in self._done)
+        down = sum(
+            max(0.0, self._began[after] - self._began[before] - self._up[before])
+            for before, after in zip(numbers, numbers[1:])
+            if before not in self._done
+        )
         lost = max(0.0, sum(self._up.values()) - sum(spent.values()) - first - later)
-        return Goodput(*spent.values(), startup_s=first, lost_s=lost, restart_s=later + down, restarts=max(0, len(numbers) - 1))
+        return Goodput(
+            *spent.values(), startup_s=first, lost_s=lost, restart_s=later + down, restarts=max(0, len(numbers) - 1)
+        )
 
 
 def account_of(run_folder: Path) -> Account:

@@ -1,4 +1,6 @@
-"""Views of pictures -> token records -> token shards, with the device never waiting for the host: results are fetched, and shards written, beside it."""
+"""Views of pictures -> token records -> token shards, with the device never waiting for the host: results are fetched,
+and shards written, beside it.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,15 @@ from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord
 
 
-def record_batches(batches: Iterable[ViewsBatch], codes: Callable[[torch.Tensor], Codes]) -> Iterator[list[TokenRecord]]:
+def record_batches(
+    batches: Iterable[ViewsBatch], codes: Callable[[torch.Tensor], Codes]
+) -> Iterator[list[TokenRecord]]:
     """The records of each batch, a record a picture.
 
     Args:
         codes: images_11 [b * K, 3, T, T] -> Codes (`token_source.codes_function`).
-    A batch is queued on the device before the one ahead of it is waited for; what it breaks on is raised after the one ahead was handed out.
+    A batch is queued on the device before the one ahead of it is waited for; what it breaks on is raised after the one
+    ahead was handed out.
     """
     ahead, fault = None, None
     batches = iter(batches)
@@ -44,11 +49,18 @@ class _Fetched:
 
     def __init__(self, keys: list[str], rows: np.ndarray, codes: Codes) -> None:
         self._keys, self._rows = keys, rows
-        narrow = [values.to(kind) for values, kind in zip(codes, (torch.int32, torch.int32, torch.float16)) if values is not None]
+        narrow = [
+            values.to(kind)
+            for values, kind in zip(codes, (torch.int32, torch.int32, torch.float16))
+            if values is not None
+        ]
         self._done = None
         self._host = narrow
         if narrow[0].is_cuda:
-            self._host = [torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True) for values in narrow]
+            self._host = [
+                torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+                for values in narrow
+            ]
             self._done = torch.cuda.Event()
             self._done.record()
 
@@ -56,8 +68,14 @@ class _Fetched:
         if self._done is not None:
             self._done.synchronize()
         pictures, views = self._rows.shape[:2]
-        stored = [values.numpy().astype(kind).reshape(pictures, views, *values.shape[1:]) for values, kind in zip(self._host, (np.uint16, np.uint16, np.float16))]
-        return [TokenRecord(key, stored[0][place], self._rows[place], *(values[place] for values in stored[1:])) for place, key in enumerate(self._keys)]
+        stored = [
+            values.numpy().astype(kind).reshape(pictures, views, *values.shape[1:])
+            for values, kind in zip(self._host, (np.uint16, np.uint16, np.float16))
+        ]
+        return [
+            TokenRecord(key, stored[0][place], self._rows[place], *(values[place] for values in stored[1:]))
+            for place, key in enumerate(self._keys)
+        ]
 
 
 class _Batch(NamedTuple):
@@ -78,15 +96,16 @@ class ShardWriter:
                     writer.put(number, records)
                 writer.end(number)
 
-    Leaving the block waits for the shards that were ended; one that was not, as after an exception, is dropped whole. What the writing broke on is raised by
-    the next call, or at the end of the block.
+    Leaving the block waits for the shards that were ended; one that was not, as after an exception, is dropped whole.
+    What the writing broke on is raised by the next call, or at the end of the block.
     """
 
     AHEAD = 4  # batches that may lie waiting for the disk
 
     def __init__(self, parts: TokenParts) -> None:
         self._parts = parts
-        self._waiting: queue.Queue[_Batch | None] = queue.Queue(self.AHEAD)  # None: there will be no more
+        # None: there will be no more
+        self._waiting: queue.Queue[_Batch | None] = queue.Queue(self.AHEAD)
         self._fault: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="token shard writer", daemon=True)
 
@@ -94,7 +113,10 @@ class ShardWriter:
         return self
 
     def put(self, shard: int, records: list[TokenRecord]) -> None:
-        """The next records of a shard, whose others were put without another's between them. Waits while AHEAD batches are not written yet."""
+        """The next records of a shard, whose others were put without another's between them.
+
+        Waits while AHEAD batches are not written yet.
+        """
         self._hand_over(_Batch(shard, records))
 
     def end(self, shard: int) -> None:
@@ -113,7 +135,8 @@ class ShardWriter:
                 raise
 
     def _hand_over(self, batch: _Batch | None) -> None:
-        if self._thread.ident is None:  # not before the first batch: loader processes, forked for it, would inherit an open shard and its lock
+        # not before the first batch: loader processes, forked for it, would inherit an open shard and its lock
+        if self._thread.ident is None:
             self._thread.start()
         while True:
             self._raise_fault()

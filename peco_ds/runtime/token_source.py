@@ -22,7 +22,9 @@ from peco_ds.runtime.engine import compiles
 logger = logging.getLogger("peco_ds")
 
 
-def open_tokens(recipe: PretrainRecipe, pictures: Pictures, world: World, *, tokenizer_named: bool) -> TokenSet | Callable[[torch.Tensor], Codes]:
+def open_tokens(
+    recipe: PretrainRecipe, pictures: Pictures, world: World, *, tokenizer_named: bool
+) -> TokenSet | Callable[[torch.Tensor], Codes]:
     """The token set that the recipe names, or a function images_11 [B, 3, T, T] -> Codes for data.tokens = online.
 
     What stands on disk is compared with its manifests before the first step, the hashing shared by the ranks.
@@ -52,10 +54,16 @@ def open_tokens(recipe: PretrainRecipe, pictures: Pictures, world: World, *, tok
 
 
 def token_provenance(recipe: PretrainRecipe, tokens) -> dict:
-    """Which tokenizer the codes come from, and what it says of itself: in its release where that is at hand, else in the token set."""
+    """Which tokenizer the codes come from, and what it says of itself: in its release where that is at hand, else in
+    the token set.
+    """
     folder = data_path(recipe.data, recipe.data.tokenizer)
     card = read_card(folder) if folder.exists() else None
-    fingerprint, facts = (tokens.manifest.tokenizer_fingerprint, tokens.manifest.tokenizer_facts) if isinstance(tokens, TokenSet) else (card.fingerprint, {})
+    fingerprint, facts = (
+        (tokens.manifest.tokenizer_fingerprint, tokens.manifest.tokenizer_facts)
+        if isinstance(tokens, TokenSet)
+        else (card.fingerprint, {})
+    )
     return {"tokenizer_fingerprint": fingerprint, "tokenizer": facts | (card.extra if card else {})}
 
 
@@ -80,16 +88,23 @@ def check_pair(card: TokenizerCard, recipe: PretrainRecipe, where: str) -> None:
     own, wanted = card.settings.only_px, card.stride_px * grid
     if own not in (None, wanted):
         raise UserError(
-            f"{where}: its {card.settings.kind} tokenizer looks at {own} px alone, a {own // card.stride_px}x{own // card.stride_px} grid; the backbone has {grid}x{grid} patches; "
+            f"{where}: its {card.settings.kind} tokenizer looks at {own} px alone, a "
+            f"{own // card.stride_px}x{own // card.stride_px} grid; the backbone has {grid}x{grid} "
+            "patches; "
             "change model.image_px or model.patch_px, or take another tokenizer"
         )
     if views.tokenizer_px != wanted:
         found = views.tokenizer_px / card.stride_px
         raise UserError(
-            f"{where}: stride {card.stride_px} px on views.tokenizer_px {views.tokenizer_px} gives a {found:g}x{found:g} grid, the backbone has {grid}x{grid} patches; set views.tokenizer_px={wanted}"
+            f"{where}: stride {card.stride_px} px on views.tokenizer_px {views.tokenizer_px} gives a "
+            f"{found:g}x{found:g} grid, the backbone has {grid}x{grid} patches; set "
+            f"views.tokenizer_px={wanted}"
         )
     if card.num_codes != num_codes:
-        raise UserError(f"{where}: {card.num_codes} codes, the recipe has objective.num_codes {num_codes}; set it to {card.num_codes}")
+        raise UserError(
+            f"{where}: {card.num_codes} codes, the recipe has objective.num_codes {num_codes}; set it to "
+            f"{card.num_codes}"
+        )
     if views.topk > card.num_codes:
         raise UserError(f"{where}: views.topk {views.topk}, but the tokenizer has {card.num_codes} codes; lower it")
 
@@ -105,11 +120,18 @@ def online_tokenizer(folder: Path, recipe: PretrainRecipe, device: torch.device)
 
 
 def codes_function(tokenizer: ImageTokenizer, recipe: PretrainRecipe, pictures: int) -> Callable[[torch.Tensor], Codes]:
-    """The tokenizer as a function images_11 [B, 3, T, T] -> Codes, in views.tokenizer_precision and compiled as run.compile says: codes to be stored and codes
+    """The tokenizer as a function images_11 [B, 3, T, T] -> Codes, in views.tokenizer_precision and compiled as
+    run.compile says: codes to be stored and codes
     computed in the training loop both come from it.
 
     Args:
-        tokenizer: in eval mode, on its device.  pictures: a call has, most often; cut into passes of at most run.micro_batch.
+        tokenizer: in eval mode, on its device.
+        pictures: a call has, most often; cut into passes of at most run.micro_batch.
     """
-    passes = TokenPasses(tokenizer, precision=recipe.views.tokenizer_precision, pictures=even_pass(pictures, recipe.run.micro_batch), compiled=compiles(recipe.run))
+    passes = TokenPasses(
+        tokenizer,
+        precision=recipe.views.tokenizer_precision,
+        pictures=even_pass(pictures, recipe.run.micro_batch),
+        compiled=compiles(recipe.run),
+    )
     return lambda images_11: codes_of(passes, images_11, recipe.views)

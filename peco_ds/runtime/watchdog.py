@@ -1,4 +1,6 @@
-"""Ends a rank that hangs: no step for too long, whatever the main thread is stuck in, and the stacks of all threads are on disk."""
+"""Ends a rank that hangs: no step for too long, whatever the main thread is stuck in, and the stacks of all threads are
+on disk.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from pathlib import Path
 
 from peco_ds.errors import EXIT_INTERRUPTED
 
-LONG_S = 3600.0  # for what comes before the first step (start, conversion, compilation), for saves and evaluation
+# for what comes before the first step (start, conversion, compilation), for saves and evaluation
+LONG_S = 3600.0
 
 # The report may hang on the very file system that the run hangs on; the end of the process must not wait for it.
 REPORT_S = 20.0
@@ -22,21 +25,27 @@ REPORT_S = 20.0
 class Watchdog:
     """Watches that `beat` is called often enough; a thread of this process.
 
-    Time is what this thread itself sees pass: it wakes every few moments, and a wait that took far longer than asked for counts as one such wait. A process that was
-    stopped (SIGSTOP, a debugger, a laptop that slept) goes on where it was, though every clock ran on. The thread needs Python's interpreter lock, which torch gives
-    back while it waits for a device or for other ranks.
+    Time is what this thread itself sees pass: it wakes every few moments, and a wait that took far longer than asked
+    for counts as one such wait. A process that was stopped (SIGSTOP, a debugger, a laptop that slept) goes on where it
+    was, though every clock ran on. The thread needs Python's interpreter lock, which torch gives back while it waits
+    for a device or for other ranks.
 
-    As a context manager it is closed at the end. Until the first beat the limit is LONG_S, where `timeout_s` is no longer.
+    As a context manager it is closed at the end. Until the first beat the limit is LONG_S, where `timeout_s` is no
+    longer.
 
     Args:
-        timeout_s: longest time between two beats; 0 watches nothing.  dump_to: file that the stacks are appended to; made when needed.
+        timeout_s: longest time between two beats; 0 watches nothing.
+        dump_to: file that the stacks are appended to; made when needed.
         rank: for the messages.  on_hang: called with EXIT_INTERRUPTED when the stacks are written.
     """
 
-    def __init__(self, timeout_s: float, dump_to: Path, *, rank: int = 0, on_hang: Callable[[int], object] = os._exit) -> None:
+    def __init__(
+        self, timeout_s: float, dump_to: Path, *, rank: int = 0, on_hang: Callable[[int], object] = os._exit
+    ) -> None:
         assert timeout_s >= 0, timeout_s
         self._dump_to, self._rank, self._on_hang = Path(dump_to), rank, on_hang
-        self._limits: list[tuple[str, float]] = [("start", max(timeout_s, LONG_S))]  # innermost phase last
+        # innermost phase last
+        self._limits: list[tuple[str, float]] = [("start", max(timeout_s, LONG_S))]
         self._timeout_s = timeout_s
         self._beats = self._step = 0
         self._closed = threading.Event()
@@ -51,7 +60,8 @@ class Watchdog:
 
     @contextmanager
     def during(self, phase: str, timeout_s: float) -> Iterator[None]:
-        """A phase with a limit of its own, in seconds, in place of the usual one: an evaluation, a save, a first step that compiles. 0: no limit.
+        """A phase with a limit of its own, in seconds, in place of the usual one: an evaluation, a save, a first step
+        that compiles. 0: no limit.
 
         A beat inside starts the time anew; where it ends, it starts anew as well.
         """
@@ -74,7 +84,8 @@ class Watchdog:
         self._closed.set()
 
     def _watch(self) -> None:
-        before = time.monotonic()  # on Linux and macOS it stands still while the machine sleeps
+        # on Linux and macOS it stands still while the machine sleeps
+        before = time.monotonic()
         idle_s, seen = 0.0, self._beats
         while True:
             wait_s = min(1.0, self._timeout_s / 10)
@@ -97,7 +108,10 @@ class Watchdog:
 
     def _report(self, phase: str, idle_s: float) -> None:
         what = f"rank {self._rank}: nothing has moved for {idle_s:.0f} s in {phase} after step {self._step}"
-        sys.stderr.write(f"error: {what}; stacks of all threads in {self._dump_to}; the newest checkpoint stands, start again to go on\n")
+        sys.stderr.write(
+            f"error: {what}; stacks of all threads in {self._dump_to}; the newest checkpoint stands, "
+            "start again to go on\n"
+        )
         sys.stderr.flush()
         try:
             self._dump_to.parent.mkdir(parents=True, exist_ok=True)

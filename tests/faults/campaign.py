@@ -1,18 +1,22 @@
-"""Seeded faults against real runs of several ranks, and the promises that must hold after every start. Long version, on two cores about ten minutes:
+"""Seeded faults against real runs of several ranks, and the promises that must hold after every start.
+
+Long version, on two cores about ten minutes:
 
     python -m tests.faults.campaign --kills 120 --seed 0 --out report.md
 
-Runs are started, killed, stopped, stalled, fed with NaN, their disks filled and their checkpoints damaged; each is started again until it is done. After every
-start the judge looks at the run folder alone:
+Runs are started, killed, stopped, stalled, fed with NaN, their disks filled and their checkpoints damaged; each is
+started again until it is done. After every start the judge looks at the run folder alone:
 
-- a committed checkpoint (renamed, with its manifest) still verifies, unless the plan damaged it or retention removed it;
+- a committed checkpoint (renamed, with its manifest) still verifies, unless the plan damaged it or retention removed
+it;
 - a start continues the newest checkpoint that verifies, never a damaged one, and says so where it passes one over;
 - when one rank dies, the others end by themselves or at SIGTERM within a bound, not in success; none hangs;
 - every batch of every start holds the sample keys of the uninterrupted run at that step, in order;
-- in the end metrics.jsonl has every step once. At the same number of ranks its losses are those of the uninterrupted run bit for bit; else within a tolerance.
+- in the end metrics.jsonl has every step once. At the same number of ranks its losses are those of the uninterrupted
+run bit for bit; else within a tolerance.
 
-The table at the end, also written to --out, has a row a scenario; promises that were broken are listed below it with the plan that breaks them, and the exit
-code is 1.
+The table at the end, also written to --out, has a row a scenario; promises that were broken are listed below it with
+the plan that breaks them, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -43,8 +47,10 @@ from zygote import REPOSITORY, Ended, Zygote
 
 STEPS = 12
 KEEP_LAST = 3
-ELASTIC_TOLERANCE = 1e-5  # relative, float32, no stochastic depth: sums over ranks are taken in another order
-GRACE_S = 8.0  # of the launcher before SIGTERM, and then before SIGKILL; longer where the machine is slow
+# relative, float32, no stochastic depth: sums over ranks are taken in another order
+ELASTIC_TOLERANCE = 1e-5
+# of the launcher before SIGTERM, and then before SIGKILL; longer where the machine is slow
+GRACE_S = 8.0
 
 EXIT_BAD_INPUT, EXIT_REQUEUE, EXIT_INTERRUPTED = 2, 75, 76
 
@@ -56,7 +62,8 @@ class Stage:
     entry: str
     recipe: str
     overrides: tuple[str, ...]
-    stochastic: str  # override that makes random states matter, so that a resume that loses them shows
+    # override that makes random states matter, so that a resume that loses them shows
+    stochastic: str
 
 
 @dataclass
@@ -80,7 +87,19 @@ class Row:
     broken: list[str] = field(default_factory=list)
 
     def add(self, other: Row) -> None:
-        for name in ("faults", "kills", "kills_in_save", "starts", "resumed", "committed", "lost", "damaged", "accepted", "hangs", "seconds"):
+        for name in (
+            "faults",
+            "kills",
+            "kills_in_save",
+            "starts",
+            "resumed",
+            "committed",
+            "lost",
+            "damaged",
+            "accepted",
+            "hangs",
+            "seconds",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.worst = max(self.worst, other.worst)
         self.codes += other.codes
@@ -91,10 +110,12 @@ class Row:
 class Reference:
     """An uninterrupted run: what every interrupted one must come to."""
 
-    calls: Counter  # (rank, function) -> how often it touched a checkpoint in the making; of a whole run
+    # (rank, function) -> how often it touched a checkpoint in the making; of a whole run
+    calls: Counter
     losses: list[float]
     evaluations: list[dict]
-    keys: dict[int, list[list[str]]]  # step -> keys of each slice of the global batch; {} where a stage's batches name none
+    # step -> keys of each slice of the global batch; {} where a stage's batches name none
+    keys: dict[int, list[list[str]]]
     seconds: float
 
 
@@ -108,7 +129,10 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def fault_of(checkpoint: Path) -> str:
-    """What is wrong with a sealed checkpoint, "" if it is whole. Written apart from the product's own check, which is under trial."""
+    """What is wrong with a sealed checkpoint, "" if it is whole.
+
+    Written apart from the product's own check, which is under trial.
+    """
     try:
         files = json.loads((checkpoint / "manifest.json").read_bytes())["files"]
         for name, (size, sha256) in files.items():
@@ -122,7 +146,11 @@ def fault_of(checkpoint: Path) -> str:
 
 def checkpoints_of(run: Path) -> dict[int, Path]:
     """Step -> folder of everything that bears a checkpoint's final name."""
-    return {int(path.name[5:]): path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8}", path.name)}
+    return {
+        int(path.name[5:]): path
+        for path in (run / "checkpoints").glob("step_*")
+        if re.fullmatch(r"step_\d{8}", path.name)
+    }
 
 
 def evaluations_of(run: Path) -> list[dict]:
@@ -146,7 +174,16 @@ class Run:
         reference: what the run must come to.  row: where faults, starts and broken promises are counted.
     """
 
-    def __init__(self, zygote: Zygote, folder: Path, stage: Stage, row: Row, reference: Reference | None, *, overrides: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        zygote: Zygote,
+        folder: Path,
+        stage: Stage,
+        row: Row,
+        reference: Reference | None,
+        *,
+        overrides: tuple[str, ...] = (),
+    ) -> None:
         self.folder, self.stage, self.row, self.reference = folder, stage, row, reference
         self._zygote, self._overrides = zygote, overrides
         self._grace_s = patience_s(reference)
@@ -168,21 +205,42 @@ class Run:
 
         Args:
             faults, signals, grace_s: as `Zygote.start`.
-            codes: whether the ranks' exit codes are as promised; left out: the start has to succeed, or where a rank was killed, no rank hangs or pretends.
+            codes: whether the ranks' exit codes are as promised; left out: the start has to succeed, or where a rank
+                was killed, no rank hangs or pretends.
         """
         expected = max((step for step, path in checkpoints_of(self.folder).items() if not fault_of(path)), default=0)
         newer = sorted(step for step in self._damaged if step > expected)
         config = REPOSITORY / "ds_configs" / f"zero{zero}.json"
-        arguments = ["--recipe", self.stage.recipe, "--deepspeed_config", config, "--out", self.folder, *self.stage.overrides, *self._overrides]
-        ended = self._zygote.start(self.stage.entry, arguments, ranks=ranks, faults=faults, signals=signals, grace_s=grace_s or self._grace_s, term_s=self._grace_s)
+        arguments = [
+            "--recipe",
+            self.stage.recipe,
+            "--deepspeed_config",
+            config,
+            "--out",
+            self.folder,
+            *self.stage.overrides,
+            *self._overrides,
+        ]
+        ended = self._zygote.start(
+            self.stage.entry,
+            arguments,
+            ranks=ranks,
+            faults=faults,
+            signals=signals,
+            grace_s=grace_s or self._grace_s,
+            term_s=self._grace_s,
+        )
         self._starts.append(ended.logs)
         struck = rows_of(ended.logs / "struck.jsonl")
         killed = any(rank.code == -signal.SIGKILL and rank.by == "fault" for rank in ended.ranks)
         self.row.starts += 1
         self.row.faults += max(len({json.dumps(entry["fault"]) for entry in struck}), int(bool(signals)))
         self.row.kills += killed
-        in_save = any(entry["fault"]["kind"] == "call" and entry["fault"]["function"] != "shutil.rmtree" for entry in struck)
-        torn = any((self.folder / "checkpoints").glob(".tmp-step_*")) and (ended.logs / "resumed.jsonl").is_file()  # left-overs of earlier starts are gone by then
+        in_save = any(
+            entry["fault"]["kind"] == "call" and entry["fault"]["function"] != "shutil.rmtree" for entry in struck
+        )
+        # left-overs of earlier starts are gone by then
+        torn = any((self.folder / "checkpoints").glob(".tmp-step_*")) and (ended.logs / "resumed.jsonl").is_file()
         self.row.kills_in_save += killed and (in_save or torn)
         self.row.codes += Counter(ended.codes)
         self._judge_start(ended, expected, newer)
@@ -243,15 +301,23 @@ class Run:
             self._broken(f"losses differ by {worst:.1e} from the uninterrupted run, from step {first} on")
         if skipped and rows[-1]["skipped_steps"] != len(skipped):
             self._broken(f"{rows[-1]['skipped_steps']} skipped steps are counted, {len(skipped)} were spoilt")
-        moments = {row["step"] for row in self.reference.evaluations}  # a tokenizer is also measured at every start
-        if not tolerance and not skipped and [row for row in evaluations_of(self.folder) if row["step"] in moments] != self.reference.evaluations:
+        # a tokenizer is also measured at every start
+        moments = {row["step"] for row in self.reference.evaluations}
+        if (
+            not tolerance
+            and not skipped
+            and [row for row in evaluations_of(self.folder) if row["step"] in moments] != self.reference.evaluations
+        ):
             self._broken("evaluation.jsonl is not that of the uninterrupted run")
 
     def expect_saved_to_the_last_step(self) -> None:
         """After a stop in good order."""
         last = max((row["step"] for row in rows_of(self.folder / "metrics.jsonl")), default=0)
         if max(self._committed, default=0) != last:
-            self._broken(f"stopped in good order after step {last}, but the newest checkpoint is {max(self._committed, default=0)}")
+            self._broken(
+                f"stopped in good order after step {last}, but the newest checkpoint is "
+                f"{max(self._committed, default=0)}"
+            )
 
     def expect_one_line(self, ended: Ended, *words: str) -> None:
         """What the user reads of a start that ended with bad input: a line that begins with error:, no traceback."""
@@ -263,7 +329,9 @@ class Run:
                 self._broken(f"the error line does not tell {word!r}: {errors[0]}")
 
     def expect_stack_dump(self) -> None:
-        """Of at least one rank: the first to dump ends itself, and the others then lose it instead of waiting further."""
+        """Of at least one rank: the first to dump ends itself, and the others then lose it instead of waiting
+        further.
+        """
         dumps = "".join(path.read_text() for path in (self.folder / "logs").glob("rank_*.stacks.txt"))
         if "Thread" not in dumps:
             self._broken("no rank dumped its stacks")
@@ -315,7 +383,8 @@ class Run:
                 self._broken(f"step {step} bears its final name, but {fault_of(path)}")
         known = self._committed | renamed
         for step in sorted(known - whole - set(present)):
-            if len([newer for newer in known | set(present) if newer > step]) < KEEP_LAST:  # else retention may have removed it
+            # else retention may have removed it
+            if len([newer for newer in known | set(present) if newer > step]) < KEEP_LAST:
                 self.row.lost += 1
                 self._broken(f"committed step {step} is gone; there are {sorted(whole)}")
         self.row.committed += len(renamed)
@@ -325,7 +394,10 @@ class Run:
         for step, slices in keys_of(ended.logs).items() if self.reference else ():
             for number, keys in slices.items():
                 if step < STEPS and keys != self.reference.keys[step][number]:
-                    self._broken(f"slice {number} of the global batch of step {step} holds {keys}, the uninterrupted run had {self.reference.keys[step][number]}")
+                    self._broken(
+                        f"slice {number} of the global batch of step {step} holds {keys}, the uninterrupted run "
+                        f"had {self.reference.keys[step][number]}"
+                    )
                     return
 
     def _broken(self, what: str) -> None:
@@ -333,8 +405,7 @@ class Run:
         self.row.broken.append(f"{self.folder.name}, start {len(self._starts)} ({plan}): {what}")
 
 
-
-# --- scenarios ----------------------------------------------------------------------------------------------------------------------------------------
+# --- scenarios -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -371,7 +442,9 @@ class References:
         with self._lock:
             name = f"{stage.entry}_zero{zero}" + ("" if stochastic else "_elastic")
             if name not in self._made:
-                self._made[name] = self._make(zygote, stage, zero, stage.stochastic.split() if stochastic else ELASTIC, self._folder / name)
+                self._made[name] = self._make(
+                    zygote, stage, zero, stage.stochastic.split() if stochastic else ELASTIC, self._folder / name
+                )
             return self._made[name]
 
     @staticmethod
@@ -408,9 +481,17 @@ def kills(scene: Scene, stage: Stage, zero: int, most: int = 8) -> None:
     for _ in range(most):
         ranks = some_ranks(scene)
         if rng.random() < 0.6:
-            ended = run.start(zero=zero, faults={rank: [{**point_in_save(scene, run.reference, rank), "do": "kill"}] for rank in ranks})
+            ended = run.start(
+                zero=zero,
+                faults={rank: [{**point_in_save(scene, run.reference, rank), "do": "kill"}] for rank in ranks},
+            )
         else:
-            ended = run.start(zero=zero, signals=[{"at_s": rng.uniform(0.1, 1.0) * run.reference.seconds, "signal": signal.SIGKILL, "ranks": ranks}])
+            ended = run.start(
+                zero=zero,
+                signals=[
+                    {"at_s": rng.uniform(0.1, 1.0) * run.reference.seconds, "signal": signal.SIGKILL, "ranks": ranks}
+                ],
+            )
         if not any(ended.codes):
             run.compare()
             return
@@ -418,7 +499,10 @@ def kills(scene: Scene, stage: Stage, zero: int, most: int = 8) -> None:
 
 
 def stops(scene: Scene, stage: Stage, zero: int, most: int = 5) -> None:
-    """SIGTERM and SIGUSR2 to all ranks or one, inside a step or at a random instant; half the time a second one, during the save."""
+    """SIGTERM and SIGUSR2 to all ranks or one, inside a step or at a random instant.
+
+    Half the time a second one, during the save.
+    """
     run, rng = scene.run(stage, zero), scene.rng
     for number in range(most):
         signals, faults, codes, ranks = [], {}, stopped_in_good_order, some_ranks(scene)
@@ -431,7 +515,13 @@ def stops(scene: Scene, stage: Stage, zero: int, most: int = 5) -> None:
         else:
             signals = [{"at_s": rng.uniform(0.3, 1.0) * run.reference.seconds, "signal": warning, "ranks": ranks}]
         if rng.random() < 0.5:
-            again = {"kind": "call", "function": "torch.save", "nth": rng.randint(1, 6), "do": "signal", "number": rng.choice((signal.SIGTERM, signal.SIGUSR2))}
+            again = {
+                "kind": "call",
+                "function": "torch.save",
+                "nth": rng.randint(1, 6),
+                "do": "signal",
+                "number": rng.choice((signal.SIGTERM, signal.SIGUSR2)),
+            }
             faults = {rank: [*faults.get(rank, []), again] for rank in ranks}
         ended = run.start(zero=zero, faults=faults, signals=signals, codes=codes)
         if not any(ended.codes):
@@ -449,7 +539,9 @@ def requeued(codes: list[int]) -> bool:
 def stopped_in_good_order(codes: list[int]) -> bool:
     """All done, all to be requeued, or struck before the handlers were there: then nobody pretends to be done."""
     too_early = {-signal.SIGTERM, -signal.SIGUSR2}
-    return set(codes) in ({0}, {EXIT_REQUEUE}) or (bool(set(codes) & too_early) and set(codes) <= {EXIT_INTERRUPTED, *too_early})
+    return set(codes) in ({0}, {EXIT_REQUEUE}) or (
+        bool(set(codes) & too_early) and set(codes) <= {EXIT_INTERRUPTED, *too_early}
+    )
 
 
 def damaged(scene: Scene, stage: Stage, zero: int, most: int = 4) -> None:
@@ -457,7 +549,12 @@ def damaged(scene: Scene, stage: Stage, zero: int, most: int = 4) -> None:
     run, rng = scene.run(stage, zero), scene.rng
     for _ in range(most):
         first = max(checkpoints_of(run.folder), default=0)
-        run.start(zero=zero, faults={rng.randrange(2): [{"kind": "batch", "step": min(STEPS - 1, first + rng.randint(5, 7)), "do": "kill"}]})
+        run.start(
+            zero=zero,
+            faults={
+                rng.randrange(2): [{"kind": "batch", "step": min(STEPS - 1, first + rng.randint(5, 7)), "do": "kill"}]
+            },
+        )
         if run.whole > 1:
             run.damage_newest(rng)
     assert scene.row.damaged, "no start left two checkpoints to damage one of"
@@ -469,12 +566,21 @@ def failed_save(codes: list[int]) -> bool:
 
 
 def full_disk(scene: Scene, stage: Stage, zero: int, most: int = 4) -> None:
-    """Writing a checkpoint fails for want of space, in one rank, at a random call; or the system cuts its files short."""
+    """Writing a checkpoint fails for want of space, in one rank, at a random call.
+
+    Or the system cuts its files short.
+    """
     run, rng = scene.run(stage, zero), scene.rng
     for number in range(most):
         rank = rng.randrange(2)
         if number % 2:
-            fault = {"kind": "call", "function": "torch.save", "nth": rng.randint(1, 4), "do": "file_limit", "bytes": 100_000}
+            fault = {
+                "kind": "call",
+                "function": "torch.save",
+                "nth": rng.randint(1, 4),
+                "do": "file_limit",
+                "bytes": 100_000,
+            }
         else:
             fault = {**point_in_save(scene, run.reference, rank), "do": "full_disk", "when": "before"}
             if fault["function"] == "shutil.rmtree":  # removing needs no space
@@ -485,7 +591,10 @@ def full_disk(scene: Scene, stage: Stage, zero: int, most: int = 4) -> None:
 
 
 def full_file_system(scene: Scene, stage: Stage, zero: int) -> None:
-    """The checkpoints lie on a small file system of their own, with room for half a checkpoint more. Needs the right to mount."""
+    """The checkpoints lie on a small file system of their own, with room for half a checkpoint more.
+
+    Needs the right to mount.
+    """
     run = scene.run(stage, zero)
     place = run.folder / "checkpoints"
     place.mkdir(parents=True)
@@ -496,7 +605,8 @@ def full_file_system(scene: Scene, stage: Stage, zero: int) -> None:
         used = (usage.f_blocks - usage.f_bfree) * usage.f_frsize
         subprocess.run(["mount", "-o", f"remount,size={used + used // max(1, run.whole) // 2}", place], check=True)
         scene.row.faults += 1
-        for _ in range(2):  # the second start finds the disk as full as the first
+        # the second start finds the disk as full as the first
+        for _ in range(2):
             ended = run.start(zero=zero, codes=failed_save, grace_s=0.5)
             run.expect_one_line(ended)
         subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
@@ -520,15 +630,27 @@ def stalls(scene: Scene, stage: Stage, zero: int, kinds: tuple[str, ...] = ("sle
         fault = {"kind": "batch", "step": first + rng.randint(2, 4), "do": do, "seconds": 3600}
         # A process that was stopped answers to SIGKILL alone; the launcher's is no hang of ours.
         by_launcher = (-signal.SIGKILL,) if do == "stop" else ()
-        run.start(zero=zero, faults={rank: [fault]}, codes=lambda codes: codes[1 - rank] == EXIT_INTERRUPTED and codes[rank] in (EXIT_INTERRUPTED, *by_launcher))
+        run.start(
+            zero=zero,
+            faults={rank: [fault]},
+            codes=lambda codes: codes[1 - rank] == EXIT_INTERRUPTED and codes[rank] in (EXIT_INTERRUPTED, *by_launcher),
+        )
         run.expect_stack_dump()
     at_s = 0.8 * run.reference.seconds
-    run.start(zero=zero, signals=[{"at_s": at_s, "signal": signal.SIGSTOP, "ranks": [1]}, {"at_s": at_s + 1.0, "signal": signal.SIGCONT, "ranks": [1]}])
+    run.start(
+        zero=zero,
+        signals=[
+            {"at_s": at_s, "signal": signal.SIGSTOP, "ranks": [1]},
+            {"at_s": at_s + 1.0, "signal": signal.SIGCONT, "ranks": [1]},
+        ],
+    )
     run.compare()
 
 
 def spoilt_batch(scene: Scene, stage: Stage, zero: int) -> None:
-    """In a resumed start one rank's pictures of one step are NaN: the step is skipped by all, counted, and the run goes on, also over a kill."""
+    """In a resumed start one rank's pictures of one step are NaN: the step is skipped by all, counted, and the run goes
+    on, also over a kill.
+    """
     run, rng = scene.run(stage, zero), scene.rng
     rank = rng.randrange(2)
     run.start(zero=zero, faults={rank: [{"kind": "batch", "step": 4, "do": "kill"}]})
@@ -543,14 +665,22 @@ def spoilt_for_good(scene: Scene, stage: Stage, zero: int) -> None:
     """From a step on every batch of one rank is NaN: the run ends in one line that names it."""
     run, rng = scene.run(stage, zero, "run.max_skipped_steps=2"), scene.rng
     rank = rng.randrange(2)
-    ended = run.start(zero=zero, faults={rank: [{"kind": "batch", "step": rng.randint(3, 6), "for_good": True, "do": "nan"}]}, codes=failed_save, grace_s=0.5)
+    ended = run.start(
+        zero=zero,
+        faults={rank: [{"kind": "batch", "step": rng.randint(3, 6), "for_good": True, "do": "nan"}]},
+        codes=failed_save,
+        grace_s=0.5,
+    )
     run.expect_one_line(ended, f"rank {rank}")
 
 
 def dead_worker(scene: Scene, stage: Stage, zero: int) -> None:
     """A loader worker is killed in mid-run: no batch is lost or changed."""
     run, rng = scene.run(stage, zero, "data.num_workers=1"), scene.rng
-    run.start(zero=zero, faults={rng.randrange(2): [{"kind": "batch", "step": rng.randint(1, STEPS - 5), "do": "kill_worker"}]})
+    run.start(
+        zero=zero,
+        faults={rng.randrange(2): [{"kind": "batch", "step": rng.randint(1, STEPS - 5), "do": "kill_worker"}]},
+    )
     run.compare()
 
 
@@ -569,7 +699,8 @@ def elastic(scene: Scene, stage: Stage, zero: int, most: int = 4) -> None:
     """Every start after a kill has another number of ranks or another ZeRO stage."""
     run, rng = scene.run(stage, zero, *ELASTIC, stochastic=False), scene.rng
     ranks = None
-    for number in reversed(range(most + 1)):  # the last start is under ZeRO-3: DeepSpeed's traps lie on the way there
+    # the last start is under ZeRO-3: DeepSpeed's traps lie on the way there
+    for number in reversed(range(most + 1)):
         ranks, zero = rng.choice([other for other in (1, 2, 4) if other != ranks]), 1 if number % 2 else 3
         if not number:
             run.finish(zero=zero, ranks=ranks, tolerance=ELASTIC_TOLERANCE)
@@ -579,14 +710,18 @@ def elastic(scene: Scene, stage: Stage, zero: int, most: int = 4) -> None:
         run.start(zero=zero, ranks=ranks, faults={rng.randrange(ranks): [kill]})
 
 
-# --- the campaign -------------------------------------------------------------------------------------------------------------------------------------
+# --- the campaign ----------------------------------------------------------------------------------------
 
 
 COMMON = f"schedule.steps={STEPS} checkpoint.every_steps=2 checkpoint.keep_last={KEEP_LAST}".split()
 SMALL_TOKENIZER = (
-    "views.tokenizer_px=32 data.val_images= data.holdout=7 data.num_workers=0 tokenizer.channels=16 tokenizer.channel_mults=[1,1,2,2] tokenizer.blocks_per_level=1 tokenizer.z_channels=16 "
-    "tokenizer.num_codes=32 tokenizer.code_dim=8 tokenizer.l2_normalized=true tokenizer.decay=0.9 tokenizer.revive_below=0.5 tokenizer.kmeans_vectors=256 "
-    "optim.lr=2e-3 schedule.epochs=null schedule.warmup_epochs=null schedule.warmup_steps=1 run.precision=fp32 run.global_batch=8 run.micro_batch=4 run.log_every_steps=1 "
+    "views.tokenizer_px=32 data.val_images= data.holdout=7 data.num_workers=0 "
+    "tokenizer.channels=16 tokenizer.channel_mults=[1,1,2,2] tokenizer.blocks_per_level=1 "
+    "tokenizer.z_channels=16 "
+    "tokenizer.num_codes=32 tokenizer.code_dim=8 tokenizer.l2_normalized=true "
+    "tokenizer.decay=0.9 tokenizer.revive_below=0.5 tokenizer.kmeans_vectors=256 "
+    "optim.lr=2e-3 schedule.epochs=null schedule.warmup_epochs=null schedule.warmup_steps=1 "
+    "run.precision=fp32 run.global_batch=8 run.micro_batch=4 run.log_every_steps=1 "
     "evaluation.every_steps=6 perceptual.weight=0 checkpoint.every_epochs=null"
 ).split()
 
@@ -599,7 +734,9 @@ def stages_on(small: list[str], labelled: list[str]) -> dict[str, Stage]:
     """
     return {
         "pretrain": Stage("pretrain", "peco_vitb16", (*small, *COMMON), "model.drop_path=0.3"),
-        "finetune": Stage("finetune", "finetune_vitb16", (*labelled, *COMMON, "evaluation.every_epochs=0.5"), "model.drop_path=0.2"),
+        "finetune": Stage(
+            "finetune", "finetune_vitb16", (*labelled, *COMMON, "evaluation.every_epochs=0.5"), "model.drop_path=0.2"
+        ),
         "train_tokenizer": Stage("train_tokenizer", "peco_tokenizer", (small[0], *SMALL_TOKENIZER, *COMMON), ""),
     }
 
@@ -620,7 +757,18 @@ def make_stages(folder: Path) -> dict[str, Stage]:
 
 
 CHAINS = (("pretrain", 3), ("finetune", 1), ("pretrain", 1), ("finetune", 3), ("train_tokenizer", 1))
-SCENARIOS = (stops, damaged, full_disk, full_file_system, stalls, spoilt_batch, spoilt_for_good, dead_worker, clock_and_host, elastic)
+SCENARIOS = (
+    stops,
+    damaged,
+    full_disk,
+    full_file_system,
+    stalls,
+    spoilt_batch,
+    spoilt_for_good,
+    dead_worker,
+    clock_and_host,
+    elastic,
+)
 
 
 class Campaign:
@@ -646,7 +794,9 @@ class Campaign:
 
     def _next(self):
         with self._lock:
-            if sum(row.kills for row in self.rows.values()) < self._target and not (self._chains % 3 == 2 and not self._jobs.empty()):
+            if sum(row.kills for row in self.rows.values()) < self._target and not (
+                self._chains % 3 == 2 and not self._jobs.empty()
+            ):
                 entry, zero = CHAINS[self._chains % len(CHAINS)]
                 self._chains += 1
                 return kills, entry, zero, self._chains
@@ -667,7 +817,10 @@ class Campaign:
         row.seconds = time.monotonic() - begun
         with self._lock:
             self.rows.setdefault(name, Row(name)).add(row)
-        sys.stdout.write(f"{name} {number}: {row.starts} starts, {row.faults} faults, {row.seconds:.0f} s{', BROKEN' if row.broken else ''}\n")
+        sys.stdout.write(
+            f"{name} {number}: {row.starts} starts, {row.faults} faults, {row.seconds:.0f} "
+            f"s{', BROKEN' if row.broken else ''}\n"
+        )
         sys.stdout.flush()
         if not row.broken:
             shutil.rmtree(folder, ignore_errors=True)
@@ -678,31 +831,78 @@ def table(rows: list[Row], seed: int, seconds: float) -> str:
     total = Row("all")
     for row in rows:
         total.add(row)
-    header = ("scenario", "faults", "starts", "resumed", "kills", "of them in a save", "committed", "lost", "damaged", "accepted", "worst loss difference", "hangs", "seconds", "exit codes")
+    header = (
+        "scenario",
+        "faults",
+        "starts",
+        "resumed",
+        "kills",
+        "of them in a save",
+        "committed",
+        "lost",
+        "damaged",
+        "accepted",
+        "worst loss difference",
+        "hangs",
+        "seconds",
+        "exit codes",
+    )
     lines = [f"# Fault injection, seed {seed}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for row in (*rows, total):
         codes = ", ".join(f"{code}: {count}" for code, count in sorted(row.codes.items()))
-        values = (row.name, row.faults, row.starts, row.resumed, row.kills, row.kills_in_save, row.committed, row.lost, row.damaged, row.accepted, f"{row.worst:.1e}" if row.worst else "0", row.hangs, f"{row.seconds:.0f}", codes)
+        values = (
+            row.name,
+            row.faults,
+            row.starts,
+            row.resumed,
+            row.kills,
+            row.kills_in_save,
+            row.committed,
+            row.lost,
+            row.damaged,
+            row.accepted,
+            f"{row.worst:.1e}" if row.worst else "0",
+            row.hangs,
+            f"{row.seconds:.0f}",
+            codes,
+        )
         lines.append(f"| {' | '.join(map(str, values))} |")
     tried = "" if may_mount() else " Mounting is not permitted here: full file system was left out."
-    lines += ["", f"{total.kills} kills, {total.kills_in_save} of them inside a save, in {total.starts} starts and {seconds:.0f} s of wall time.{tried}"]
+    lines += [
+        "",
+        f"{total.kills} kills, {total.kills_in_save} of them inside a save, in {total.starts} starts "
+        f"and {seconds:.0f} s of wall time.{tried}",
+    ]
     lines += ["", f"Broken promises: {len(total.broken)}", *(f"- {text}" for text in total.broken)]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=120, help="at least so many starts are killed (default: %(default)s)")
+    parser.add_argument(
+        "--kills", type=int, default=120, help="at least so many starts are killed (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lanes", type=int, default=2, help="starts side by side (default: %(default)s)")
     parser.add_argument("--only", default="", help="regular expression of scenario names; kills are told by --kills")
-    parser.add_argument("--work", type=Path, default=None, help="folder for sets and runs; kept, sets are used again (default: a temporary one)")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=None,
+        help="folder for sets and runs; kept, sets are used again (default: a temporary one)",
+    )
     parser.add_argument("--out", type=Path, default=None, help="the table as Markdown")
     args = parser.parse_args(argv)
     begun = time.monotonic()
     work = (args.work or Path(tempfile.mkdtemp(prefix="peco_faults_"))).resolve()
     stages = make_stages(work)
-    campaign = Campaign(Path(tempfile.mkdtemp(prefix="runs_", dir=work)), stages, seed=args.seed, target_kills=args.kills, only=args.only)
+    campaign = Campaign(
+        Path(tempfile.mkdtemp(prefix="runs_", dir=work)),
+        stages,
+        seed=args.seed,
+        target_kills=args.kills,
+        only=args.only,
+    )
     lanes = [threading.Thread(target=campaign.work, args=(lane,)) for lane in range(args.lanes)]
     for lane in lanes:
         lane.start()

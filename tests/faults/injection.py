@@ -1,15 +1,21 @@
-"""What a plan breaks inside one rank, and what the rank notes down for the judge. Both are patches of the forked process, never hooks in the product.
+"""What a plan breaks inside one rank, and what the rank notes down for the judge.
+
+Both are patches of the forked process, never hooks in the product.
 
 A fault is a dict with "kind":
 
-    {"kind": "call", "function": NAME of SAVE_CALLS, "nth": 3, "when": "before" | "torn" | "after", "do": "kill" | "full_disk" | "file_limit" | "signal" | "note", "number": 15}
-        at the nth call that touches a checkpoint being written (or "match", another pattern); "full_disk" stays so for all later calls of the function
-    {"kind": "batch", "step": 7, "micro": 0, "for_good": false, "do": "kill" | "signal" | "sleep" | "stop" | "nan" | "kill_worker", "seconds": 3600, "number": 15}
+    {"kind": "call", "function": NAME of SAVE_CALLS, "nth": 3, "when": "before" | "torn" | "after", "do": "kill" |
+    "full_disk" | "file_limit" | "signal" | "note", "number": 15}
+        at the nth call that touches a checkpoint being written (or "match", another pattern); "full_disk" stays so for
+        all later calls of the function
+    {"kind": "batch", "step": 7, "micro": 0, "for_good": false, "do": "kill" | "signal" | "sleep" | "stop" | "nan" |
+    "kill_worker", "seconds": 3600, "number": 15}
         when the loop takes the batch of that optimiser step (counted from 0 over the whole run)
     {"kind": "clock", "offset_s": -3600}, {"kind": "host", "name": "node7"}
 
-Noted, one JSON object a line, in the start's logs: committed.jsonl (checkpoints renamed to their final name), resumed.jsonl (first step), keys_R.jsonl
-(sample keys of each batch that the loop took), struck.jsonl (faults that came to pass).
+Noted, one JSON object a line, in the start's logs: committed.jsonl (checkpoints renamed to their final name),
+resumed.jsonl (first step), keys_R.jsonl (sample keys of each batch that the loop took), struck.jsonl (faults that came
+to pass).
 """
 
 from __future__ import annotations
@@ -29,13 +35,15 @@ from pathlib import Path
 
 import torch
 
-# Where a checkpoint is made or unmade, by the names that any way of saving has to call: function -> which argument is the path, pattern of paths that count.
+# Where a checkpoint is made or unmade, by the names that any way of saving has to call: function -> which argument is
+# the path, pattern of paths that count.
 SAVE_CALLS = {
     "torch.save": (1, r"/checkpoints/\.tmp-"),
     "os.fsync": (0, r"/checkpoints(/|$)"),
     "sha256_of_file": (0, r"/checkpoints/\.tmp-"),
     "write_json": (0, r"/checkpoints/\.tmp-"),
-    "os.rename": (1, r"/checkpoints/(step_\d{8}|\.old-[^/]*)$"),  # the commit, and the first half of a removal
+    # the commit, and the first half of a removal
+    "os.rename": (1, r"/checkpoints/(step_\d{8}|\.old-[^/]*)$"),
     "os.replace": (1, r"/checkpoints/(latest$|\.tmp-)"),
     "shutil.rmtree": (0, r"/checkpoints/"),  # left-overs and retention
 }
@@ -71,7 +79,7 @@ class Notes:
         os.close(handle)
 
 
-# --- functions ----------------------------------------------------------------------------------------------------------------------------------------
+# --- functions -------------------------------------------------------------------------------------------
 
 
 def path_of(argument) -> str:
@@ -88,7 +96,9 @@ def path_of(argument) -> str:
 
 
 def wrap(function: str, make: Callable[[Callable], Callable]) -> None:
-    """Put `make(original)` in the place of a function: in its module if a dotted name, else in every module of ours that imported it."""
+    """Put `make(original)` in the place of a function: in its module if a dotted name, else in every module of ours
+    that imported it.
+    """
     module_name, _, name = function.rpartition(".")
     if module_name:
         module = sys.modules[module_name]
@@ -148,15 +158,17 @@ def break_call(notes: Notes, fault: dict) -> None:
         elif fault["do"] == "signal":
             os.kill(os.getpid(), fault["number"])
         elif fault["do"] == "full_disk":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([path] if position else []))  # a write or an fsync does not tell its file
-        elif fault["do"] == "file_limit":  # the system itself then cuts files short, also those that C++ writes
+            # a write or an fsync does not tell its file
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([path] if position else []))
+        elif fault["do"] == "file_limit":
+            # the system itself then cuts files short, also those that C++ writes
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY))
         return original(*arguments, **options) if fault.get("when", "before") == "before" else result
 
     wrap(fault["function"], make)
 
 
-# --- batches ------------------------------------------------------------------------------------------------------------------------------------------
+# --- batches ---------------------------------------------------------------------------------------------
 
 
 def watch_batches(notes: Notes, faults: list[dict]) -> None:
@@ -167,10 +179,13 @@ def watch_batches(notes: Notes, faults: list[dict]) -> None:
     place = {"step": 0, "micro_steps": 1, "trains": False}
 
     def positions(run, rank, world_size, *, first_step, last_step):
-        trains = last_step < sys.maxsize  # else the codebook's first look at the data, which is no step
+        # else the codebook's first look at the data, which is no step
+        trains = last_step < sys.maxsize
         place.update(step=first_step, micro_steps=run.global_batch // (run.micro_batch * world_size), trains=trains)
         if trains:
-            notes.write("resumed.jsonl", {"first_step": first_step, "world_size": world_size, "micro_batch": run.micro_batch})
+            notes.write(
+                "resumed.jsonl", {"first_step": first_step, "world_size": world_size, "micro_batch": run.micro_batch}
+            )
         return true_positions(run, rank, world_size, first_step=first_step, last_step=last_step)
 
     order.rank_positions = positions
@@ -199,7 +214,9 @@ def watch_batches(notes: Notes, faults: list[dict]) -> None:
 
 
 def due(fault: dict, step: int, micro: int) -> bool:
-    return micro == fault.get("micro", 0) and (step >= fault["step"] if fault.get("for_good") else step == fault["step"])
+    return micro == fault.get("micro", 0) and (
+        step >= fault["step"] if fault.get("for_good") else step == fault["step"]
+    )
 
 
 def break_batch(fault: dict, batch):
@@ -216,8 +233,8 @@ def break_batch(fault: dict, batch):
 
         workers = multiprocessing.active_children()
         assert workers, "the plan kills a loader worker, but this rank has none; set data.num_workers"
-        os.kill(workers[0].pid, signal.SIGKILL)  # not waited for: its death shows somewhere in the step that follows, as it would by itself
+        # not waited for: its death shows somewhere in the step that follows, as it would by itself
+        os.kill(workers[0].pid, signal.SIGKILL)
     elif fault["do"] == "nan":
         return batch._replace(images_norm=torch.full_like(batch.images_norm, float("nan")))
     return batch
-

@@ -1,4 +1,6 @@
-"""The short version of the campaign: every kind of fault once or twice against real runs of two ranks, and proof that the judge sees broken promises."""
+"""The short version of the campaign: every kind of fault once or twice against real runs of two ranks, and proof that
+the judge sees broken promises.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,25 @@ def references(tmp_path_factory):
 
 @pytest.fixture
 def scene(zygote, references, tmp_path, request):
-    return campaign.Scene(zygote, random.Random(request.node.name), tmp_path, campaign.Row(request.node.name), references)
+    return campaign.Scene(
+        zygote, random.Random(request.node.name), tmp_path, campaign.Row(request.node.name), references
+    )
 
 
 PRETRAIN, FINETUNE = ("pretrain", 3), ("finetune", 1)
 SHORT = [
-    pytest.param(campaign.kills, PRETRAIN, {"most": 2}, id="killed_at_any_instant_pretraining_comes_to_the_same_losses"),
-    pytest.param(campaign.kills, FINETUNE, {"most": 2}, id="killed_at_any_instant_fine_tuning_comes_to_the_same_losses"),
+    pytest.param(
+        campaign.kills, PRETRAIN, {"most": 2}, id="killed_at_any_instant_pretraining_comes_to_the_same_losses"
+    ),
+    pytest.param(
+        campaign.kills, FINETUNE, {"most": 2}, id="killed_at_any_instant_fine_tuning_comes_to_the_same_losses"
+    ),
     pytest.param(campaign.stops, FINETUNE, {"most": 2}, id="stop_signals_also_during_a_save_end_in_good_order"),
     pytest.param(campaign.damaged, PRETRAIN, {"most": 1}, id="a_damaged_newest_checkpoint_is_passed_over_aloud"),
     pytest.param(campaign.full_disk, PRETRAIN, {"most": 2}, id="a_full_disk_is_one_clear_line_and_costs_no_checkpoint"),
-    pytest.param(campaign.stalls, PRETRAIN, {"kinds": ("sleep",)}, id="a_rank_that_stands_still_ends_the_start_everywhere"),
+    pytest.param(
+        campaign.stalls, PRETRAIN, {"kinds": ("sleep",)}, id="a_rank_that_stands_still_ends_the_start_everywhere"
+    ),
     pytest.param(campaign.spoilt_batch, PRETRAIN, {}, id="a_batch_of_nan_is_skipped_by_all_and_counted"),
     pytest.param(campaign.dead_worker, PRETRAIN, {}, id="a_dead_loader_worker_changes_no_batch"),
     pytest.param(campaign.elastic, FINETUNE, {"most": 1}, id="another_number_of_ranks_sees_the_same_global_batches"),

@@ -1,11 +1,13 @@
-"""Starts of a training stage at a tenth of their price: one process imports everything once and forks the ranks of every start.
+"""Starts of a training stage at a tenth of their price: one process imports everything once and forks the ranks of
+every start.
 
     zygote = Zygote(folder)                                      # about ten seconds, once
     ended = zygote.start("pretrain", arguments, ranks=2)          # two to three seconds for a tiny model
     zygote.close()
 
-The served process (this file run as a program) plays the launcher as srun does: when a rank fails it waits a grace, then sends SIGTERM, then SIGKILL.
-It never runs an OpenMP region and never starts a thread, so that a fork of it is as good as a fresh process.
+The served process (this file run as a program) plays the launcher as srun does: when a rank fails it waits a grace,
+then sends SIGTERM, then SIGKILL. It never runs an OpenMP region and never starts a thread, so that a fork of it is as
+good as a fresh process.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +28,20 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # What the entries import inside their functions; paid once here instead of at every start.
 PRELOADED_FOLDERS = ("data", "models", "objectives", "runtime")
 PRELOADED = (
-    *("peco_ds.pretrain", "peco_ds.finetune", "peco_ds.convert.initialize", "peco_ds.convert.read", "peco_ds.evaluation.classification"),
-    *("torch.utils.tensorboard", "torch.utils.data", "torch.distributed.elastic", "deepspeed.checkpoint", "deepspeed.runtime.engine"),
+    *(
+        "peco_ds.pretrain",
+        "peco_ds.finetune",
+        "peco_ds.convert.initialize",
+        "peco_ds.convert.read",
+        "peco_ds.evaluation.classification",
+    ),
+    *(
+        "torch.utils.tensorboard",
+        "torch.utils.data",
+        "torch.distributed.elastic",
+        "deepspeed.checkpoint",
+        "deepspeed.runtime.engine",
+    ),
 )
 
 
@@ -35,7 +50,8 @@ class EndedRank:
     """How one rank of a start ended.
 
     Args:
-        code: exit code, or minus the signal that ended it.  by: "itself", "fault" (a signal of the plan), "term" or "kill" (the launcher's).
+        code: exit code, or minus the signal that ended it.
+        by: "itself", "fault" (a signal of the plan), "term" or "kill" (the launcher's).
         after_s: since the first rank of the start ended in failure; 0 for that one, and where none failed.
     """
 
@@ -46,7 +62,9 @@ class EndedRank:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a start ended: one entry a rank, wall time, and the folder with rank_R.out, rank_R.err and what the ranks' injections wrote."""
+    """How a start ended: one entry a rank, wall time, and the folder with rank_R.out, rank_R.err and what the ranks'
+    injections wrote.
+    """
 
     ranks: list[EndedRank]
     seconds: float
@@ -79,12 +97,31 @@ class Zygote:
         self._folder, self._number = Path(folder), 0
         self._folder.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PYTEST_"))}
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "LOCAL_SIZE",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        ):
             environment.pop(name, None)
-        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment |= {
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+        }
         self._errors = open(self._folder / "zygote.err", "w")
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment, cwd=REPOSITORY
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+            cwd=REPOSITORY,
         )
 
     def start(
@@ -110,7 +147,14 @@ class Zygote:
         self._number += 1
         logs = self._folder / f"start_{self._number:04d}"
         logs.mkdir()
-        plan = {"stage": stage, "arguments": list(map(str, arguments)), "ranks": ranks, "faults": faults or {}, "signals": signals or [], "logs": str(logs)}
+        plan = {
+            "stage": stage,
+            "arguments": list(map(str, arguments)),
+            "ranks": ranks,
+            "faults": faults or {},
+            "signals": signals or [],
+            "logs": str(logs),
+        }
         plan |= {"environment": environment or {}, "grace_s": grace_s, "term_s": term_s}
         (logs / "plan.json").write_text(json.dumps(plan, indent=1))
         self._process.stdin.write(json.dumps(plan) + "\n")
@@ -134,7 +178,7 @@ class Zygote:
         self.close()
 
 
-# --- the served process -------------------------------------------------------------------------------------------------------------------------------
+# --- the served process ----------------------------------------------------------------------------------
 
 
 def preload() -> None:
@@ -142,13 +186,19 @@ def preload() -> None:
     import importlib
 
     folders = [REPOSITORY / "peco_ds" / name for name in PRELOADED_FOLDERS]
-    ours = [f"peco_ds.{path.parent.name}.{path.stem}" for folder in folders for path in sorted(folder.glob("*.py")) if path.stem != "__init__"]
+    ours = [
+        f"peco_ds.{path.parent.name}.{path.stem}"
+        for folder in folders
+        for path in sorted(folder.glob("*.py"))
+        if path.stem != "__init__"
+    ]
     for name in (*PRELOADED, *ours):
         importlib.import_module(name)
     threads = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Threads:"))
     assert threads.split()[1] == "1", f"an import started threads ({threads}); forks of this process would miss them"
     gc.collect()
-    gc.freeze()  # a collection in a fork would copy every page that it only looks at
+    # a collection in a fork would copy every page that it only looks at
+    gc.freeze()
 
 
 def free_port() -> int:
@@ -173,7 +223,15 @@ def become_rank(plan: dict, rank: int, port: int) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(plan["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    os.environ.update(
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(plan["ranks"]),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    )
     os.environ.update(plan["environment"])
     sys.argv = [f"peco_ds/{plan['stage']}.py", *plan["arguments"]]
     import atexit
@@ -214,7 +272,10 @@ def launch(plan: dict) -> dict:
     signals = sorted(plan["signals"], key=lambda entry: entry["at_s"])
     struck: dict[int, str] = {}  # rank -> whose SIGKILL or SIGTERM it got
     failed_at = None
-    steps_of_launcher = [(plan["grace_s"], signal.SIGTERM, "term"), (plan["grace_s"] + plan["term_s"], signal.SIGKILL, "kill")]
+    steps_of_launcher = [
+        (plan["grace_s"], signal.SIGTERM, "term"),
+        (plan["grace_s"] + plan["term_s"], signal.SIGKILL, "kill"),
+    ]
     while len(ended) < len(pids):
         now = time.monotonic()
         while signals and now - begun >= signals[0]["at_s"]:
@@ -235,14 +296,17 @@ def launch(plan: dict) -> dict:
             if code and failed_at is None:
                 failed_at = now
             by_fault = code == -signal.SIGKILL and rank not in struck  # the rank's own injection
-            ended[rank] = {"code": code, "by": "fault" if by_fault else struck.get(rank, "itself"), "after_s": round(now - failed_at, 2) if code else 0.0}
+            ended[rank] = {
+                "code": code,
+                "by": "fault" if by_fault else struck.get(rank, "itself"),
+                "after_s": round(now - failed_at, 2) if code else 0.0,
+            }
         time.sleep(0.01)
     seconds = time.monotonic() - begun
-    for pid in pids:  # loader workers that a killed rank left behind
-        try:
+    # loader workers that a killed rank left behind
+    for pid in pids:
+        with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     return {"ranks": [ended[rank] for rank in range(len(pids))], "seconds": round(seconds, 2)}
 
 
