@@ -4,7 +4,7 @@ in the same run, by turns.
     python benchmarks/checkpoint_save.py [--folder SCRATCH] [--ranks 2] [--rounds 7] [--record
     benchmarks/checkpoint_save_HARDWARE_YYYYMM.md]
 
-The engine is masked pre-training of ViT-B/16 under ZeRO, on made-up pictures (values do not matter to a disk).
+The engine is masked pre-training of ViT-B/16 under ZeRO, on made-up images (values do not matter to a disk).
 Measured, as the slowest rank sees it: how long the training loop stands still for a save, how long until the checkpoint
 is complete (ours: hashed, fsynced and renamed; DeepSpeed's: handed to the system), how much longer the training steps
 beside the writing take, and how long it takes to resume (ours verifies every byte first). Before each measurement the

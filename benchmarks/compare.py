@@ -1,14 +1,14 @@
-"""Which target teaches most? A list of pre-training recipes on the same pictures, at equal compute, in one table and
+"""Which target teaches most? A list of pre-training recipes on the same images, at equal compute, in one table and
 one plot.
 
-    python benchmarks/compare.py benchmarks/compare/imagenette.yaml --pictures imagenette112 --out compare_out
+    python benchmarks/compare.py benchmarks/compare/imagenette.yaml --images imagenette112 --out compare_out
 
-PICTURES holds train/ and val/ with a folder a class. The file names tokenizers and arms (what it may hold: `Comparison`
+IMAGES holds train/ and val/ with a folder a class. The file names tokenizers and arms (what it may hold: `Comparison`
 in this file). Every arm is pre-trained with the same number of FLOPs (forward and backward of its own model, as the
 planner counts them; a cheaper encoder makes more steps), then probed and fine-tuned alike, once a seed. Equal is the
 compute of the arm's own pre-training; its tokenizer, and the arm that taught
 that, come on top: the table's stage minutes show them. All seeds of an arm share tokenizer and codes. The probe's best
-block and rate are picked on the pictures that
+block and rate are picked on the images that
 are reported, alike for all arms. Masked accuracy is not compared: it means another thing for every vocabulary. What is
 finished is not done again, so a stopped comparison continues. Ends in OUT/results.json, results.md and compare.png.
 With GPUs, raise it:
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         "this file says what it may hold",
     )
     parser.add_argument(
-        "--pictures", type=Path, required=True, metavar="FOLDER", help="train/ and val/, each with a folder a class"
+        "--images", type=Path, required=True, metavar="FOLDER", help="train/ and val/, each with a folder a class"
     )
     parser.add_argument(
         "--out",
@@ -166,9 +166,9 @@ def read_comparison(path: Path) -> Comparison:
 class Budget:
     """What an arm's pre-training is, in numbers."""
 
-    flops_a_picture: int
+    flops_per_image: int
     steps: int
-    pictures: int
+    images: int
 
 
 class Comparisons:
@@ -191,7 +191,7 @@ class Comparisons:
                 f"pack_{split}",
                 "pack_images.py",
                 "--images",
-                self.args.pictures / split,
+                self.args.images / split,
                 "--out",
                 self.out / "images" / split,
                 "--samples_per_shard",
@@ -323,8 +323,8 @@ class Comparisons:
     def budget(self, name: str) -> Budget:
         """As many steps as cost what the reference arm's schedule costs."""
         reference, mine = (self.resolved(arm) for arm in (self.comparison.budget_of, name))
-        pictures = json.loads((self.out / "images/train/manifest.json").read_text())["samples"]
-        steps = reference.schedule.steps or int(reference.schedule.epochs * pictures // reference.run.global_batch)
+        images = json.loads((self.out / "images/train/manifest.json").read_text())["samples"]
+        steps = reference.schedule.steps or int(reference.schedule.epochs * images // reference.run.global_batch)
         flops = training_flops(mine)
         steps = round(steps * reference.run.global_batch * training_flops(reference) / (flops * mine.run.global_batch))
         return Budget(flops, steps, steps * mine.run.global_batch)
@@ -353,7 +353,7 @@ class Comparisons:
                     "budget": vars(self.budget(name)),
                     "step": {
                         "images_per_s": costs[name].images_per_s,
-                        "saved_bytes_a_picture": costs[name].saved_bytes_a_picture,
+                        "saved_bytes_per_image": costs[name].saved_bytes_per_image,
                     },
                     "probe": probe["layers"],
                     "codes": codes["quality"],
@@ -385,10 +385,10 @@ def table(results: dict) -> str:
         "linear probe, best block",
         "k-NN, best block",
         "steps",
-        "GFLOP a picture",
+        "GFLOP an image",
         "TFLOP in all",
         "images/s",
-        "activations a picture",
+        "activations an image",
         "codes used",
     )
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
@@ -406,10 +406,10 @@ def table(results: dict) -> str:
                 f"{linear:.1f}",
                 f"{knn:.1f}",
                 f"{budget['steps']}",
-                f"{budget['flops_a_picture'] / 1e9:.2f}",
-                f"{budget['flops_a_picture'] * budget['pictures'] / 1e12:.1f}",
+                f"{budget['flops_per_image'] / 1e9:.2f}",
+                f"{budget['flops_per_image'] * budget['images'] / 1e12:.1f}",
                 f"{step['images_per_s']:.0f}",
-                f"{step['saved_bytes_a_picture'] / 1e6:.2f} MB",
+                f"{step['saved_bytes_per_image'] / 1e6:.2f} MB",
                 f"{arm['codes']['codes_used']} of {arm['num_codes']}",
             ]
         lines.append(f"| {' | '.join(cells + ['-'] * (len(heads) - len(cells)))} |")

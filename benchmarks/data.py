@@ -1,17 +1,17 @@
-"""How many pictures a second does one core make ready for masked pre-training, and how many cores feed a GPU? Our
+"""How many images/s does one core make ready for masked pre-training, and how many cores feed a GPU? Our
 loader against the BEiT transform, on the same JPEGs.
 
     python benchmarks/data.py [--images FOLDER] [--gpu] [--record FILE.md] [key.sub=value ...]
 
-Ours: what a loader process does for a picture of the recipe: tar read, decode, one crop-resize to uint8, mask, token
+Ours: what a loader process does for an image of the recipe: tar read, decode, one crop-resize to uint8, mask, token
 record; with an online tokenizer a second crop, BEiT's, instead of the record. Jitter and normalisation run in batches
 on the device and are timed apart. The reference: the two-view transform of BEiT (arXiv 2106.08254) on
-Pillow and torchvision: decode, colour jitter of the whole picture, flip, one box resized to 224 (bicubic) and 112
+Pillow and torchvision: decode, colour jitter of the whole image, flip, one box resized to 224 (bicubic) and 112
 (Lanczos), two tensors, normalisation, pixel map, mask.
 
 Both read the same bytes from the same tars, which are packed for this run and lie in the page cache, in one process on
-one thread; a chunk of pictures each by turns. Times are CPU seconds of this process, so they are per core, and other
-programs weigh less. Pictures are taken as they are, and packed with --short_side 320.
+one thread; a chunk of images each by turns. Times are CPU seconds of this process, so they are per core, and other
+programs weigh less. Images are taken as they are, and packed with --short_side 320.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ STEP_PRODUCTS, STEP_ROUNDS = 100, 3  # of the made-up step
 SHARES = (0.4, 0.5)  # of it that a training step may reach
 MODELS = {"B/16": "peco_vitb16", "L/16": "peco_vitl16", "H/14": "peco_vith14"}
 SHORT_SIDE_PX = 320
-# how the names of pictures begin that are no real ones
+# how the names of images begin that are no real ones
 DRAWN = "drawn_"
 STORED, ONLINE, BEIT = "ours, stored tokens", "ours, online tokens (two crops)", "BEiT transform"
 TOKENIZER_LOOK = dict(tokenizer_px=112, tokenizer_interpolation="lanczos")  # of BEiT's second crop
@@ -51,27 +51,27 @@ TOKENIZER_LOOK = dict(tokenizer_px=112, tokenizer_interpolation="lanczos")  # of
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a run: pictures packed.
+    """Of a run: images packed.
 
-    Rounds of so many pictures a chunk; pictures of a batch on the device, and batches of it that are timed.
+    Rounds of so many images a chunk; images of a batch on the device, and batches of it that are timed.
     """
 
-    pictures: int
+    images: int
     rounds: int
     chunk: int
     batch: int
     batches: int
 
 
-CPU_SIZES = Sizes(pictures=400, rounds=8, chunk=50, batch=32, batches=5)
-GPU_SIZES = Sizes(pictures=240, rounds=6, chunk=40, batch=256, batches=20)
+CPU_SIZES = Sizes(images=400, rounds=8, chunk=50, batch=32, batches=5)
+GPU_SIZES = Sizes(images=240, rounds=6, chunk=40, batch=256, batches=20)
 
 
 @dataclass
 class Timed:
-    """CPU seconds a picture of each way, an entry a round."""
+    """CPU seconds an image of each way, an entry a round."""
 
-    pictures: int
+    images: int
     mean_pixels: float
     mean_bytes: float
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -89,17 +89,17 @@ class Timed:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="peco_vitb16", help="views, mask and picture size (default: %(default)s)")
+    parser.add_argument("--recipe", default="peco_vitb16", help="views, mask and image size (default: %(default)s)")
     parser.add_argument(
         "--images",
         type=Path,
-        help="folder of pictures at any depth, or of image shards (default: the pictures that the tests find)",
+        help="folder of images at any depth, or of image shards (default: the images that the tests find)",
     )
     parser.add_argument("--gpu", action="store_true", help="the device's share on the GPU, in larger batches")
     parser.add_argument(
-        "--pictures",
+        "--images",
         type=at_least(1),
-        help=f"taken from --images, evenly spread (default: {CPU_SIZES.pictures}, with --gpu {GPU_SIZES.pictures})",
+        help=f"taken from --images, evenly spread (default: {CPU_SIZES.images}, with --gpu {GPU_SIZES.images})",
     )
     parser.add_argument(
         "--rounds",
@@ -109,17 +109,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--chunk",
         type=at_least(1),
-        help=f"pictures of a way in a round (default: {CPU_SIZES.chunk}, with --gpu {GPU_SIZES.chunk})",
+        help=f"images of a way in a round (default: {CPU_SIZES.chunk}, with --gpu {GPU_SIZES.chunk})",
     )
     parser.add_argument("--record", type=Path, help="also write the tables to this file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of the recipe")
     args = parser.parse_intermixed_args(argv)
     sizes = GPU_SIZES if args.gpu else CPU_SIZES
     sizes = replace(
-        sizes, **{name: getattr(args, name) for name in ("pictures", "rounds", "chunk") if getattr(args, name)}
+        sizes, **{name: getattr(args, name) for name in ("images", "rounds", "chunk") if getattr(args, name)}
     )
     body = measure(args, sizes)
-    title = "The data path: pictures a second of one core"
+    title = "The data path: images/s of one core"
     if args.record:
         from record import write_record
 
@@ -148,7 +148,7 @@ def measure(args: argparse.Namespace, sizes: Sizes) -> str:
     torch.set_num_threads(1)
     device = torch.device("cuda", 0) if args.gpu else torch.device("cpu")
     with tempfile.TemporaryDirectory(prefix="peco_data_") as folder:
-        files = chosen_files(args.images, sizes.pictures, Path(folder) / "files")
+        files = chosen_files(args.images, sizes.images, Path(folder) / "files")
         sets = {
             name: Bench(recipe, pack(files, Path(folder) / name, short_side), Path(folder) / f"{name}_tokens")
             for name, short_side in (("as_they_are", 0), ("short_side", SHORT_SIDE_PX))
@@ -167,7 +167,7 @@ def measure(args: argparse.Namespace, sizes: Sizes) -> str:
     whole = timed["as_they_are"]
     return "\n\n".join(
         [
-            f"One thread; pictures from {args.images or 'those that the tests find'}.{drawn}",
+            f"One thread; images from {args.images or 'those that the tests find'}.{drawn}",
             rate_table(timed),
             part_table(whole),
             device_table(whole, on_device, sizes, device),
@@ -177,39 +177,39 @@ def measure(args: argparse.Namespace, sizes: Sizes) -> str:
     )
 
 
-# --------------------------------------------------------------------------------- pictures and tokens
+# --------------------------------------------------------------------------------- images and tokens
 
 
 def chosen_files(images: Path | None, count: int, folder: Path) -> Path:
-    """A folder with at most `count` of the pictures, evenly spread, whatever they came in."""
+    """A folder with at most `count` of the images, evenly spread, whatever they came in."""
     from peco_ds.errors import UserError
     from peco_ds.schema import IMAGE_EXTENSIONS, MANIFEST_NAME
 
     folder.mkdir()
     if images is not None and (images / MANIFEST_NAME).is_file():
-        from peco_ds.data.loaders import Pictures
+        from peco_ds.data.loaders import ImageSet
 
-        shards = Pictures(images).shards
+        shards = ImageSet(images).shards
         for number in spread(shards.num_samples, count):
             _, members = shards.read(number, IMAGE_EXTENSIONS)
             extension, data = next(iter(members.items()))
             (folder / f"{number:08d}.{extension}").write_bytes(data)
         return folder
     if images is None:
-        paths = pictures_of_the_tests()
+        paths = images_of_the_tests()
         if not paths:
-            draw_pictures(folder, count)
+            draw_images(folder, count)
             return folder
     else:
         paths = sorted(path for path in images.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
     if not paths:
-        raise UserError(f"--images {images}: no picture and no image shard in it; name a folder that holds some")
+        raise UserError(f"--images {images}: no image and no image shard in it; name a folder that holds some")
     for number in spread(len(paths), count):
         (folder / f"{number:08d}{paths[number].suffix}").symlink_to(paths[number].resolve())
     return folder
 
 
-def pictures_of_the_tests() -> list[Path]:
+def images_of_the_tests() -> list[Path]:
     """Real ones that the tests find; none where neither their packs nor the packages they take some from are there."""
     sys.path.insert(0, str(HERE.parent / "tests"))
     try:
@@ -220,7 +220,7 @@ def pictures_of_the_tests() -> list[Path]:
         return []
 
 
-def draw_pictures(folder: Path, count: int) -> None:
+def draw_images(folder: Path, count: int) -> None:
     """JPEGs of ImageNet's usual size: smooth colours under noise."""
     import numpy as np
     from PIL import Image
@@ -265,7 +265,7 @@ def pack(files: Path, out: Path, short_side: int) -> Path:
     return out
 
 
-def write_tokens(pictures, recipe, folder: Path):
+def write_tokens(images, recipe, folder: Path):
     """A token set of drawn codes: values do not matter to the time."""
     import numpy as np
 
@@ -278,7 +278,7 @@ def write_tokens(pictures, recipe, folder: Path):
     drawn = np.random.default_rng(0)
     parts = TokenParts(
         folder,
-        pictures.manifest,
+        images.manifest,
         tokenizer_fingerprint="0" * 64,
         num_codes=codes,
         grid=grid,
@@ -289,7 +289,7 @@ def write_tokens(pictures, recipe, folder: Path):
     )
 
     def record(sample: int) -> TokenRecord:
-        key, image = pictures.decode(sample)
+        key, image = images.decode(sample)
         rows = np.stack([draw_recorded_view(image, views, sample, view) for view in range(views.count)])
         shape, soft = (views.count, grid * grid), ()
         # neighbouring codes: no code twice for one patch
@@ -301,11 +301,11 @@ def write_tokens(pictures, recipe, folder: Path):
             )
         return TokenRecord(key, drawn.integers(codes, size=shape).astype(np.uint16), rows, *soft)
 
-    ends = np.cumsum(pictures.shards.shard_sizes).tolist()
+    ends = np.cumsum(images.shards.shard_sizes).tolist()
     for number, (start, end) in enumerate(zip([0, *ends], ends)):
         parts.write(number, map(record, range(start, end)))
     parts.finish()
-    return TokenSet(folder, pictures.manifest, num_codes=codes, grid=grid, views=views)
+    return TokenSet(folder, images.manifest, num_codes=codes, grid=grid, views=views)
 
 
 # --------------------------------------------------------------------------------------- what is timed
@@ -314,21 +314,21 @@ def write_tokens(pictures, recipe, folder: Path):
 class Bench:
     """One packed set and everything that is timed on it.
 
-    A way takes sample numbers and works through their pictures.
+    A way takes sample numbers and works through their image_set.
     """
 
     def __init__(self, recipe, images: Path, tokens: Path) -> None:
         from peco_ds.data.decode import decode_rgb
-        from peco_ds.data.loaders import MaskedMaker, Pictures
+        from peco_ds.data.loaders import ImageSet, MaskedMaker
         from peco_ds.data.order import SampleOrder
         from peco_ds.schema import IMAGE_EXTENSIONS
 
-        self.recipe, self.pictures = recipe, Pictures(images)
-        self.tokens = write_tokens(self.pictures, recipe, tokens)
-        sizes = self.pictures.shards.shard_sizes
+        self.recipe, self.image_set = recipe, ImageSet(images)
+        self.tokens = write_tokens(self.image_set, recipe, tokens)
+        sizes = self.image_set.shards.shard_sizes
         order = SampleOrder(sizes, recipe.run.seed, recipe.data.shuffle_window_shards)
         make = dict(
-            pictures=self.pictures,
+            image_set=self.image_set,
             order=order,
             views=recipe.views,
             mask=recipe.mask,
@@ -343,8 +343,8 @@ class Bench:
         self.sample_at = order.sample_at
         # also brings the tars into the page cache
         self.files = [
-            next(iter(self.pictures.shards.read(sample, IMAGE_EXTENSIONS)[1].values()))
-            for sample in range(self.pictures.num_samples)
+            next(iter(self.image_set.shards.read(sample, IMAGE_EXTENSIONS)[1].values()))
+            for sample in range(self.image_set.num_samples)
         ]
         self.images = [decode_rgb(data) for data in self.files]
         self.rows = [self.tokens.read(sample, view=0).views[0] for sample in range(len(self.files))]
@@ -370,7 +370,7 @@ class Bench:
         look = backbone_look(self.recipe.model.image_px)
         reference = Reference(self.recipe)
         opened = [reference.decode(data) for data in self.files]
-        crops = [reference.crops(picture) for picture in opened]
+        crops = [reference.crops(image) for image in opened]
 
         def each(function: Callable) -> Callable:
             return lambda positions: [function(sample) for sample in map(self.sample_at, positions.tolist())]
@@ -390,7 +390,7 @@ class Bench:
     def _read(self, sample: int) -> bytes:
         from peco_ds.schema import IMAGE_EXTENSIONS
 
-        _, members = self.pictures.shards.read(sample, IMAGE_EXTENSIONS)
+        _, members = self.image_set.shards.read(sample, IMAGE_EXTENSIONS)
         return next(iter(members.values()))
 
     def rounds(self, ways: dict[str, Callable], sizes: Sizes) -> Timed:
@@ -420,7 +420,7 @@ class Bench:
         return raw.pin_memory() if device.type == "cuda" else raw
 
     def device_seconds(self, sizes: Sizes, device) -> dict[str, list[float]]:
-        """Seconds a picture of the device's share, an entry a batch: wall time on a GPU, CPU time on a CPU."""
+        """Seconds an image of the device's share, an entry a batch: wall time on a GPU, CPU time on a CPU."""
         from peco_ds.data.loaders import backbone_look
         from peco_ds.data.views import jitter, to_backbone
 
@@ -524,9 +524,9 @@ def draw_mask(mask, grid: int, seed: int, sample: int):
 
 class Reference:
     """BEiT's transform as its paper and its released settings describe it, on Pillow and torchvision: two tensors and a
-    mask of one picture.
+    mask of one image.
 
-    Its mask is drawn by our generator, so that the two differ in pictures alone.
+    Its mask is drawn by our generator, so that the two differ in images alone.
     """
 
     def __init__(self, recipe) -> None:
@@ -550,20 +550,20 @@ class Reference:
 
         return Image.open(io.BytesIO(data)).convert("RGB")
 
-    def jitter(self, picture):
-        return self._jitter(picture)
+    def jitter(self, image):
+        return self._jitter(image)
 
-    def crops(self, picture) -> tuple:
+    def crops(self, image) -> tuple:
         from PIL import Image
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.functional import resized_crop
 
         if random.random() < self._views.flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        box = self._box(picture, self._views.scale, self._views.ratio)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        box = self._box(image, self._views.scale, self._views.ratio)
         backbone_px = self._recipe.model.image_px
-        return resized_crop(picture, *box, (backbone_px, backbone_px), InterpolationMode.BICUBIC), resized_crop(
-            picture, *box, (112, 112), InterpolationMode.LANCZOS
+        return resized_crop(image, *box, (backbone_px, backbone_px), InterpolationMode.BICUBIC), resized_crop(
+            image, *box, (112, 112), InterpolationMode.LANCZOS
         )
 
     def tensors(self, backbone, tokenizer) -> tuple:
@@ -584,12 +584,12 @@ def table(header: tuple, rows: list[tuple]) -> str:
 
 
 def rate_table(timed: dict[str, Timed]) -> str:
-    """Pictures a second of a core, and how many times the reference's."""
+    """Images a second of a core, and how many times the reference's."""
     rows = []
     for name, result in timed.items():
         what = {"as_they_are": "as they are", "short_side": f"packed with --short_side {SHORT_SIDE_PX}"}[name]
         what += (
-            f": {result.pictures} pictures of {result.mean_pixels / 1e3:.0f} thousand pixels and "
+            f": {result.images} images of {result.mean_pixels / 1e3:.0f} thousand pixels and "
             f"{result.mean_bytes / 1e3:.0f} kB in the mean"
         )
         for way in (STORED, ONLINE, BEIT):
@@ -602,13 +602,11 @@ def rate_table(timed: dict[str, Timed]) -> str:
                     f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
                 )
             )
-    return table(
-        ("pictures", "way", "pictures a second and core", "times the BEiT transform (smallest to largest round)"), rows
-    )
+    return table(("images", "way", "images/s and core", "times the BEiT transform (smallest to largest round)"), rows)
 
 
 def part_table(timed: Timed) -> str:
-    """Where the time goes, in microseconds a picture."""
+    """Where the time goes, in microseconds an image."""
     names = [name for name in timed.seconds if name not in (STORED, ONLINE, BEIT)]
     ours = [name for name in names if not name.startswith("BEiT: ")]
     rest = {
@@ -620,7 +618,7 @@ def part_table(timed: Timed) -> str:
     }
     seconds = {name: timed.median(name) for name in ours} | rest | theirs
     return table(
-        ("part, pictures as they are", "microseconds a picture"),
+        ("part, images as they are", "microseconds an image"),
         [(name, f"{value * 1e6:.0f}") for name, value in seconds.items()],
     )
 
@@ -629,13 +627,13 @@ def device_table(timed: Timed, seconds: dict[str, list[float]], sizes: Sizes, de
     """The device's share in batches; on a CPU also what is left of the ratio where the same core has to do it."""
     clock = "wall" if device.type == "cuda" else "CPU"
     rows = [(name, f"{statistics.median(values) * 1e6:.1f}") for name, values in seconds.items()]
-    text = table((f"on the device ({device.type}), batches of {sizes.batch}", f"{clock} microseconds a picture"), rows)
+    text = table((f"on the device ({device.type}), batches of {sizes.batch}", f"{clock} microseconds an image"), rows)
     whole = sum(statistics.median(values) for values in seconds.values())
-    text += f"\n\nTogether {1 / whole:.0f} pictures a second."
+    text += f"\n\nTogether {1 / whole:.0f} images/s."
     if device.type != "cuda":
         both = timed.median(STORED) + whole
         text += (
-            f" Where the core that loads has to do this too: {1 / both:.0f} pictures a second, "
+            f" Where the core that loads has to do this too: {1 / both:.0f} images/s, "
             f"{timed.median(BEIT) / both:.2f} times the BEiT transform."
         )
     return text
@@ -648,7 +646,7 @@ def step_table(seconds: dict[str, list[float]], sizes: Sizes) -> str:
 
 
 def training_rates(recipe_name: str) -> tuple[float, ...]:
-    """Pictures a second that a step takes at each of SHARES of an H100's peak, without recomputation."""
+    """Images a second that a step takes at each of SHARES of an H100's peak, without recomputation."""
     from peco_ds.config import PretrainRecipe, load_recipe
     from peco_ds.planner.shapes import mim_macs
 
@@ -664,10 +662,10 @@ def training_rates(recipe_name: str) -> tuple[float, ...]:
 
 
 def core_table(timed: dict[str, Timed]) -> str:
-    """Cores that feed one GPU: pictures a second of a step over those of a core."""
+    """Cores that feed one GPU: images/s of a step over those of a core."""
     header = (
         "ViT at 224, one H100 or H200",
-        "pictures a second",
+        "images/s",
         "cores, as they are",
         f"cores, --short_side {SHORT_SIDE_PX}",
         "cores, BEiT transform as they are",

@@ -3,7 +3,7 @@ batch after a resume.
 
     python benchmarks/data_scale.py [--largest 1e8] [--record FILE.md] [--plot FILE.png]
 
-Each case is a pair of manifests (pictures, tokens) of shards that are not there, and is measured in a fresh process:
+Each case is a pair of manifests (images, tokens) of shards that are not there, and is measured in a fresh process:
 what a rank does between `import` and the first sample. A resume is asked for at places all over a run of 800 epochs;
 for one of them the shards of the first batch are put there, one small real tar under their names, and the batch's
 members are read. Peak memory is what comes on top of the imports. "copied" is what a forked loader worker has of its
@@ -394,7 +394,7 @@ def table(found: dict[Case, dict]) -> str:
             "A start, by parts: both manifests read and compared with each other, one shard opened, one "
             "sample's two members read by a process that has its shard open.",
             "",
-            "| shards x samples | samples | manifests MB | pictures s | fingerprint s | tokens and ties "
+            "| shards x samples | samples | manifests MB | images s | fingerprint s | tokens and ties "
             "s | start s | open a shard ms | parse its index ms | read a sample us | memory MB | sent MB "
             "| copied MB |",
             "|---|" + "---:|" * 12,
@@ -409,7 +409,7 @@ def table(found: dict[Case, dict]) -> str:
             "|---|" + "---:|" * (len(places) + 3),
             *resume,
             "",
-            "What opening shards costs a worker, of pictures and again of tokens: shards it opens for "
+            "What opening shards costs a worker, of images and again of tokens: shards it opens for "
             "each sample it reads, and the milliseconds a sample that come of it.",
             "",
             f"| shards x samples | {' | '.join(f'{name}: opens | ms' for name in WORKERS.values())} |",
@@ -433,7 +433,7 @@ def draw(path: Path, found: dict[Case, dict]) -> None:
         },
         "MB": {
             "peak beyond the imports": [row["peak_mb"] for row in found.values()],
-            "manifest of the pictures": [row["manifest_mb"][0] for row in found.values()],
+            "manifest of the images": [row["manifest_mb"][0] for row in found.values()],
         },
     }
     figure = Figure(figsize=(11, 4.5), layout="constrained")

@@ -47,7 +47,7 @@ PHASES = (
     "first step",
 )
 BARE = [sys.executable, "-c", "import torch, deepspeed"]
-PICTURES_PX = (320, 256)
+IMAGES_PX = (320, 256)
 LONGEST_START_S = 900.0
 SMALL = "run.micro_batch=4 run.precision=fp32 data.num_workers=1".split()
 
@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace, work: Path, keep: Callable[[dict], None]) 
     recipe = args.recipe or ("peco_vith14" if args.gpu else "peco_vittiny16")
     settings = [*([] if args.gpu else SMALL), *args.overrides]
     micro_batch = _micro_batch(recipe, settings)
-    data = make_set(work, recipe, settings, pictures=max(32, 4 * micro_batch))
+    data = make_set(work, recipe, settings, images=max(32, 4 * micro_batch))
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(work / "compiled")}
     if not torch.cuda.is_available():
         env["DS_ACCELERATOR"] = "cpu"
@@ -174,8 +174,8 @@ def _micro_batch(recipe: str, settings: list[str]) -> int:
     return load_recipe(PretrainRecipe, recipe, settings).recipe.run.micro_batch
 
 
-def make_set(work: Path, recipe: str, settings: list[str], *, pictures: int) -> list[str]:
-    """Draw pictures, pack them, and tokenize them with a tokenizer of random weights: a start does not look at what
+def make_set(work: Path, recipe: str, settings: list[str], *, images: int) -> list[str]:
+    """Draw images, pack them, and tokenize them with a tokenizer of random weights: a start does not look at what
     they show.
 
     Returns: the settings that make the recipe read them, for steps without end and without a save.
@@ -199,7 +199,7 @@ def make_set(work: Path, recipe: str, settings: list[str], *, pictures: int) -> 
     )
     torch.manual_seed(0)
     save_tokenizer(work / "tokenizer", build_tokenizer(tokenizer).state_dict(), tokenizer, {"judge": "none"})
-    draw_pictures(work / "pictures", pictures)
+    draw_images(work / "raw", images)
     own = [f"data.root={work}", "data.tokens=tokens/train", "views.count=1", "run.log_every_steps=1"]
     own += [
         "schedule.epochs=null",
@@ -214,7 +214,7 @@ def make_set(work: Path, recipe: str, settings: list[str], *, pictures: int) -> 
             sys.executable,
             str(stages / "pack_images.py"),
             "--images",
-            str(work / "pictures"),
+            str(work / "raw"),
             "--out",
             str(work / "images" / "train"),
             "--workers",
@@ -225,7 +225,7 @@ def make_set(work: Path, recipe: str, settings: list[str], *, pictures: int) -> 
     return own
 
 
-def draw_pictures(folder: Path, count: int) -> None:
+def draw_images(folder: Path, count: int) -> None:
     """JPEGs of soft random colours."""
     import numpy as np
     from PIL import Image
@@ -234,7 +234,7 @@ def draw_pictures(folder: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     for number in range(count):
         colours = Image.fromarray(rng.integers(0, 256, (16, 20, 3), dtype=np.uint8))
-        colours.resize(PICTURES_PX, Image.Resampling.BICUBIC).save(folder / f"{number:06d}.jpg", quality=90)
+        colours.resize(IMAGES_PX, Image.Resampling.BICUBIC).save(folder / f"{number:06d}.jpg", quality=90)
 
 
 def phases_of(out: Path, command: list[str], env: dict[str, str]) -> dict[str, float]:

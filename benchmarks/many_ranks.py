@@ -92,11 +92,11 @@ def measure(args: argparse.Namespace, work: Path) -> dict[int, list[dict[str, fl
     uneven = [ranks for ranks in numbers if batch % ranks]
     if uneven:
         raise UserError(
-            f"--ranks {uneven[0]}: the global batch of {batch} pictures cannot be shared by so many; give "
+            f"--ranks {uneven[0]}: the global batch of {batch} images cannot be shared by so many; give "
             "divisors of the largest number"
         )
     settings = [*settings, *args.overrides]
-    own = make_set(work, recipe, settings, pictures=4 * batch)
+    own = make_set(work, recipe, settings, images=4 * batch)
     settings += [
         *own,
         f"run.global_batch={batch}",

@@ -1,9 +1,9 @@
-"""The same masked pre-training step here, in Hugging Face transformers and in timm: pictures a second as ratios, and
+"""The same masked pre-training step here, in Hugging Face transformers and in timm: images/s as ratios, and
 memory.
 
     python benchmarks/peers.py [--gpu] [--record FILE.md] [--plot FILE.png] [--budget_s 300] [key.sub=value ...]
 
-All start from the same weights and take the same pictures, masks, codes, loss (cross-entropy at the hidden patches),
+All start from the same weights and take the same images, masks, codes, loss (cross-entropy at the masked patches),
 AdamW and clipping:
 
 ours          the recipe's model in the peers' own loop; and through DeepSpeed, as pretrain.py trains it
@@ -46,7 +46,7 @@ GPU_SIZES = {
     "H/14 at 448": ("peco_vith14", "run.micro_batch=16 model.image_px=448 views.tokenizer_px=512 mask.count=392"),
 }
 CPU_SIZES = {"B/16 at 224": ("peco_vitb16", "run.micro_batch=8 run.precision=fp32")}
-CHECKED_BLOCKS, CHECKED_PICTURES = 4, 2
+CHECKED_BLOCKS, CHECKED_IMAGES = 4, 2
 # Relative, float32. On a CPU differences are about 1e-7; a bias table that is not taken up shows as 1e-2, one block's
 # query bias as 1e-4 and 1e-3.
 LIBRARY_TOLERANCE = {
@@ -132,7 +132,7 @@ class Result:
 
     contender: Contender
     seconds: list[float] = field(default_factory=list)
-    # pictures a second over the reference's of the same turn
+    # images/s over the reference's of the same turn
     ratios: list[float] = field(default_factory=list)
     cpu_ratios: list[float] = field(default_factory=list)  # the same in CPU time
     kept_bytes: int = 0  # by the forward pass
@@ -298,12 +298,12 @@ class Comparison:
                 ]
                 for size, results in self.results.items()
             }
-            ratio_bars(self.args.plot, f"pictures a second over those of: {self.contenders[0].label}", panels)
+            ratio_bars(self.args.plot, f"images/s over those of: {self.contenders[0].label}", panels)
 
     def body(self) -> str:
         parts = [
             f"Turns of {self.steps} steps, {self.args.rounds} of each, {self.args.at_once} trainers in "
-            "memory at a time; medians (smallest to largest). Ratios are pictures a second "
+            "memory at a time; medians (smallest to largest). Ratios are images/s "
             "over the reference's, the first row's, of the same turns."
         ]
         if not self.has_hf:
@@ -317,7 +317,7 @@ class Comparison:
         for size, results in self.results.items():
             recipe = self.recipes[size]
             parts += [
-                f"## {size}, {recipe.run.micro_batch} pictures a step, {recipe.run.precision}",
+                f"## {size}, {recipe.run.micro_batch} images a step, {recipe.run.precision}",
                 self.checked[size],
                 table(results, recipe.run.micro_batch),
             ]
@@ -391,7 +391,7 @@ def our_loss(recipe, weights: dict, batch, contender: Contender):
 
 
 def hugging_face_loss(recipe, weights: dict, batch, contender: Contender):
-    """Its own loss: it picks the logits of hidden patches by a boolean mask."""
+    """Its own loss: it picks the logits of masked patches by a boolean mask."""
     import torch
     from transformers import BeitConfig, BeitForMaskedImageModeling
     from transformers.utils import logging
@@ -410,7 +410,7 @@ def hugging_face_loss(recipe, weights: dict, batch, contender: Contender):
     ).float()
     model = model.to(batch.images_norm.device).train()
     net = torch.compile(model) if contender.compiled else model
-    hidden, codes = hidden_patches(batch, recipe.model.grid**2), batch.targets.codes.flatten()
+    hidden, codes = masked_patches(batch, recipe.model.grid**2), batch.targets.codes.flatten()
     return (
         model,
         lambda: (
@@ -422,7 +422,7 @@ def hugging_face_loss(recipe, weights: dict, batch, contender: Contender):
 
 
 def timm_loss(recipe, weights: dict, batch, contender: Contender):
-    """What a user of timm's Beit would add to it: a mask token, and a head at the hidden patches."""
+    """What a user of timm's Beit would add to it: a mask token, and a head at the masked patches."""
     import torch
     import torch.nn.functional as F
     from timm.models.beit import Beit
@@ -452,7 +452,7 @@ def timm_loss(recipe, weights: dict, batch, contender: Contender):
     model.load_state_dict(weights)
     model.train()
     net = torch.compile(model) if contender.compiled else model
-    hidden, codes = hidden_patches(batch, recipe.model.grid**2), batch.targets.codes.flatten()
+    hidden, codes = masked_patches(batch, recipe.model.grid**2), batch.targets.codes.flatten()
     return model, lambda: F.cross_entropy(
         net(batch.images_norm.to(model.mask_token.dtype), hidden, batch.masked).flatten(0, 1).float(), codes
     )
@@ -461,7 +461,7 @@ def timm_loss(recipe, weights: dict, batch, contender: Contender):
 LIBRARIES: dict[str, Callable] = {OURS: our_loss, HF: hugging_face_loss, TIMM: timm_loss}
 
 
-def hidden_patches(batch, patches: int):
+def masked_patches(batch, patches: int):
     """bool [B, N]."""
     import torch
 
@@ -474,7 +474,7 @@ def hidden_patches(batch, patches: int):
 
 
 def check_libraries(recipe, libraries: list[Contender]) -> str:
-    """One line: by how much losses and gradient norms differ, float32, on a few pictures through a few blocks of this
+    """One line: by how much losses and gradient norms differ, float32, on a few images through a few blocks of this
     size.
 
     Raises: LossesDiffer.
@@ -485,7 +485,7 @@ def check_libraries(recipe, libraries: list[Contender]) -> str:
     small = replace(
         recipe,
         model=replace(recipe.model, depth=min(recipe.model.depth, CHECKED_BLOCKS), drop_path=0.0),
-        run=replace(recipe.run, micro_batch=CHECKED_PICTURES),
+        run=replace(recipe.run, micro_batch=CHECKED_IMAGES),
     )
     weights, batch = drawn_weights(small), drawn_batch(small, this_device())
     found: dict[str, dict[str, float]] = {}
@@ -509,7 +509,7 @@ def check_libraries(recipe, libraries: list[Contender]) -> str:
     return (
         "The same function, float32, "
         + compare(found, LIBRARY_TOLERANCE)
-        + f" ({small.model.depth} blocks, {CHECKED_PICTURES} pictures)."
+        + f" ({small.model.depth} blocks, {CHECKED_IMAGES} images)."
     )
 
 
@@ -697,9 +697,9 @@ def table(results: list[Result], batch: int) -> str:
         "",
         "ratio",
         *([] if on_gpu else ["ratio in CPU time"]),
-        "pictures/s",
+        "images/s",
         "s a step",
-        "activations a picture, MB",
+        "activations an image, MB",
     ]
     heads += [*(["step, GiB", "weights and moments, GiB"] if on_gpu else []), "first step, s"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]

@@ -593,7 +593,7 @@ FULL_WIDTH = {
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one picture."""
+    """Of one image."""
 
     forward: float
     training: float
@@ -647,7 +647,7 @@ def flops_recipes() -> dict[str, PretrainRecipe]:
 
 def flops_table() -> list[str]:
     lines = [
-        "FLOP of one picture, in millions.",
+        "FLOP of one image, in millions.",
         "",
         "| | blocks x width | forward | counted | error | forward and backward | counted | error |",
         "|---|---|---|---|---|---|---|---|",

@@ -269,7 +269,7 @@ def month_table(made: Estimate, seed: int) -> str:
 
 
 def scaling_plot(path: Path, stage: Stage, rows) -> None:
-    """Pictures a second over GPU counts: closed form as a line, simulated steps as points with nine of ten in the
+    """Images a second over GPU counts: closed form as a line, simulated steps as points with nine of ten in the
     whiskers, linear scaling dotted.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -291,7 +291,7 @@ def scaling_plot(path: Path, stage: Stage, rows) -> None:
     axes.set_yscale("log")
     axes.set_xticks(gpus, [str(count) for count in gpus])
     axes.set_xlabel("GPUs")
-    axes.set_ylabel("pictures a second")
+    axes.set_ylabel("images/s")
     axes.set_title(f"{stage.name} on {rows[0][0].hardware.name}, global batch {batch}", fontsize="medium")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

@@ -38,14 +38,14 @@ from peco_ds.planner.work import pretrain_segments
 GPU_ROWS = {
     "B/16": ("peco_vitb16", "run.micro_batch=256"),
     "B/16, eager": ("peco_vitb16", "run.micro_batch=256 run.compile=none"),
-    "B/16, 32 pictures": ("peco_vitb16", "run.micro_batch=32"),
+    "B/16, 32 images": ("peco_vitb16", "run.micro_batch=32"),
     "L/16": ("peco_vitl16", "run.micro_batch=128"),
     "L/16, eager": ("peco_vitl16", "run.micro_batch=128 run.compile=none"),
     "H/14": ("peco_vith14", "run.micro_batch=96"),
     "H/14, eager": ("peco_vith14", "run.micro_batch=96 run.compile=none"),
     "H/14, selective": ("peco_vith14", "run.micro_batch=96 run.activation_checkpointing=selective"),
     "H/14, full": ("peco_vith14", "run.micro_batch=96 run.activation_checkpointing=full"),
-    "H/14, 16 pictures": ("peco_vith14", "run.micro_batch=16"),
+    "H/14, 16 images": ("peco_vith14", "run.micro_batch=16"),
     "H/14, subsets": ("peco_vith14", "run.micro_batch=96 model.drop_path=0.4 model.drop_path_by=subset"),
     "H/14, visible": ("peco_vith14_visible", "run.micro_batch=256"),
     "H/14 at 448": ("peco_vith14", "run.micro_batch=24 model.image_px=448 views.tokenizer_px=512 mask.count=392"),
@@ -54,7 +54,7 @@ GPU_ROWS = {
 _SMALL = "run.precision=fp32 run.compile=none model.depth=3 model.width=384 model.heads=6 run.micro_batch=8"
 CPU_ROWS = {
     "width 384": ("peco_vitb16", _SMALL),
-    "width 384, 2 pictures": ("peco_vitb16", f"{_SMALL} run.micro_batch=2"),
+    "width 384, 2 images": ("peco_vitb16", f"{_SMALL} run.micro_batch=2"),
     "width 768": ("peco_vitb16", f"{_SMALL} model.width=768 model.heads=12 run.micro_batch=4"),
     "width 384, 6 blocks": ("peco_vitb16", f"{_SMALL} model.depth=6 run.micro_batch=4"),
     "width 384 at 384 px": (
@@ -79,7 +79,7 @@ ADAMW_VALUES = 7
 
 @dataclass(frozen=True)
 class Row:
-    """A prediction beside its measurement; seconds of a step, bytes of a picture."""
+    """A prediction beside its measurement; seconds of a step, bytes of an image."""
 
     name: str
     batch: int
@@ -245,7 +245,7 @@ def predict_then_run(name: str, recipe: PretrainRecipe, *, rounds: int) -> Row:
         predicted_seconds(recipe, known, "typical") if known else 0.0,
         min(cost.seconds if cost.peak_bytes else cost.cpu_seconds),
         kept.saved,
-        cost.saved_bytes_a_picture,
+        cost.saved_bytes_per_image,
         kept.total * run_.micro_batch,
         cost.peak_bytes,
     )
@@ -264,14 +264,14 @@ def report(rows: list[Row]) -> str:
     sheet = any(row.catalogue for row in rows)
     header = [
         "row",
-        "pictures",
+        "images",
         "predicted, ms (fast to slow)",
         *(["from the data sheet, ms"] if sheet else []),
         "fastest step, ms",
         "error",
         "inside",
     ]
-    header += ["saved a picture, MB: predicted", "measured"]
+    header += ["saved an image, MB: predicted", "measured"]
     header += ["peak, GiB: predicted", "measured"] if any(row.peak for row in rows) else []
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for row in rows:

@@ -46,8 +46,8 @@ class Vit:
 
     model: ModelSettings
     bias: bool = False  # relative positions, a table a block
-    tokens: int = 0  # in place of the picture's own
-    # numbers a picture that the head gives, over all of its tokens
+    tokens: int = 0  # in place of the image's own
+    # numbers an image that the head gives, over all of its tokens
     head: int = 1000
 
     @property
@@ -75,7 +75,7 @@ class Passes:
 
 
 def vit_passes(vit: Vit, how: Passes, element: int = 2) -> list[Work]:
-    """Forward and backward, or forward alone, of one picture."""
+    """Forward and backward, or forward alone, of one image."""
     model, tokens = vit.model, vit.num_tokens
     block = BlockShape(
         tokens,
@@ -169,7 +169,7 @@ class Published:
     group: str = ""
 
     def predicted(self, pace: str) -> float:
-        """Pictures a second of a GPU."""
+        """Images a second of a GPU."""
         hardware = find_hardware(self.hardware)
         passes = [
             [work_seconds(work, self.micro_batch, hardware, self.precision, pace) for work in vit_passes(vit, how)]
@@ -248,7 +248,7 @@ def inference_row(
 
 
 def dalle_tokens(hardware: Hardware, precision: str, micro_batch: int, pace: str) -> float:
-    """BEiT's released loop asks DALL-E's encoder for codes of a picture of 112 px.
+    """BEiT's released loop asks DALL-E's encoder for codes of an image of 112 px.
 
     That network casts its convolutions to fp16 by itself.
     """
@@ -272,9 +272,9 @@ def tokens_s(
     )
 
 
-def run_hours(epochs: float, hours: float, gpus: int, pictures: int = IMAGENET) -> float:
-    """Pictures a second of a GPU."""
-    return epochs * pictures / (hours * 3600 * gpus)
+def run_hours(epochs: float, hours: float, gpus: int, images: int = IMAGENET) -> float:
+    """Images a second of a GPU."""
+    return epochs * images / (hours * 3600 * gpus)
 
 
 def mae(size: tuple[int, int, int], patch: int) -> tuple[tuple[Vit, Passes], ...]:
@@ -490,7 +490,7 @@ def main(argv: list[str] | None = None) -> int:
 READING = """What the errors say. Where kernels alone were timed (timm's rows), the count of products and moved bytes
 holds over sizes, patch sizes, resolutions and position biases with one share of the peak a card: it is the form of
 the model that these rows test. GeForce cards clock above the data sheet, so compiled inference there is faster than
-predicted; pictures of 512 px with a micro-batch of 4 are slower, for a batch so small fills the card badly, which the
+predicted; images of 512 px with a micro-batch of 4 are slower, for a batch so small fills the card badly, which the
 model does not know.
 
 The three published runs on H100 (NeMo, ViT-5-S compiled, DINOv3) all lie below the typical pace and two of them at
@@ -509,7 +509,7 @@ over its prototypes are not counted."""
 def report(rows: list[Published]) -> str:
     """Markdown: the table, of every group how far off the typical pace is, and what that says."""
     lines = [
-        "| published | GPU | pictures/s a GPU | predicted (slow to fast) | error | inside | role |",
+        "| published | GPU | images/s a GPU | predicted (slow to fast) | error | inside | role |",
         "|---|---|---|---|---|---|---|",
     ]
     errors: dict[str, list[tuple[float, bool]]] = {}

@@ -6,7 +6,7 @@
 #   PECO_BENCH_DEVICE=cpu bash benchmarks/run_gpu.sh        # the same commands at small sizes on a machine without one
 #
 # OUT                 folder of records, plots and logs (default: benchmarks/out_gpu)
-# PECO_BENCH_IMAGES   folder of pictures for data.py and tokenizing.py (default: what they find)
+# PECO_BENCH_IMAGES   folder of images for data.py and tokenizing.py (default: what they find)
 # PYTHON              the interpreter (default: python)
 #
 # peers.py, step.py and plan_step.py write their records as they grow, so that one which is cut off leaves what it has measured. Exit code 1 if a part failed; 0 also where

@@ -1,9 +1,9 @@
 """Does the chain teach anything? Imagenette, a small ViT, fine-tuned from scratch, after masked pre-training on plain
 tokens, and on perceptual tokens.
 
-    python benchmarks/small_scale_proof.py --pictures imagenette112 --out proof_out
+    python benchmarks/small_scale_proof.py --images imagenette112 --out proof_out
 
-PICTURES holds train/ and val/ with a folder a class. The plain tokenizer is trained without a judge. The judge of the
+IMAGES holds train/ and val/ with a folder a class. The plain tokenizer is trained without a judge. The judge of the
 perceptual one is bootstrapped: the ViT that was pre-trained on plain tokens with the first seed; no label is seen
 before fine-tuning. Tokenizers, pre-trainings and fine-tunings have equal budgets, and every pre-training and
 fine-tuning runs once a seed. What is finished is not done again, so a stopped run continues. Ends in OUT/results.json,
@@ -32,7 +32,7 @@ STARTS = {"scratch": "scratch", "plain": "MIM, plain tokens", "perceptual": "MIM
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, required=True)
+    parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("proof_out"))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=1, help="1: plain python; more: the deepspeed launcher")
@@ -66,7 +66,7 @@ class Chain:
                 f"pack_{split}",
                 "pack_images.py",
                 "--images",
-                args.pictures / split,
+                args.images / split,
                 "--out",
                 self.out / "images" / split,
                 "--samples_per_shard",
@@ -205,7 +205,7 @@ def table(results: dict) -> str:
             results["probes"][target]["layers"],
             results["pretraining"][f"{target}_0"],
         )
-        quality, probes = codes["quality"], codes["code_probes"]["pictures_as"]
+        quality, probes = codes["quality"], codes["code_probes"]["images_as"]
         of_codes = " | ".join(
             f"{probes[form]['best_linear']:.1f} / {probes[form]['best_knn']:.1f}"
             for form in ("bag of codes", "mean code vector")
@@ -232,7 +232,7 @@ def table(results: dict) -> str:
 
 
 def plot(path: Path, curves: dict[str, list[list[dict]]]) -> None:
-    """Top-1 on the validation pictures over the steps of fine-tuning: a line a seed."""
+    """Top-1 on the validation images over the steps of fine-tuning: a line a seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peco_ds.command_line import Parser, run
 from peco_ds.data.central_squares import square_batches
-from peco_ds.data.loaders import Pictures
+from peco_ds.data.loaders import ImageSet
 from peco_ds.errors import EXIT_DONE, UserError
 from peco_ds.models.tokenizers import load_tokenizer
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         default=[8, 16, 32, 64],
         help="soft codes a patch (default: 8 16 32 64); those beyond the vocabulary are left out",
     )
-    parser.add_argument("--pictures", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--images", type=int, default=64, help="default: %(default)s")
     args = parser.parse_args(argv)
     tokenizer, card = load_tokenizer(args.tokenizer)
     if args.image_px % card.stride_px or card.settings.only_px not in (None, args.image_px):
@@ -55,17 +55,16 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer.to(device)
     batches = square_batches(
-        Pictures(args.images), rank=0, world_size=1, batch=8, size_px=args.image_px, num_workers=2, device=device
+        ImageSet(args.images), rank=0, world_size=1, batch=8, size_px=args.image_px, num_workers=2, device=device
     )
     images, kept = [], 0
     for batch in batches:
         images.append(batch.images_01[batch.samples.to(device) >= 0] * 2 - 1)
         kept += len(images[-1])
-        if kept >= args.pictures:
+        if kept >= args.images:
             break
     sys.stdout.write(
-        f"{kept} pictures, {card.num_codes} codes of {args.tokenizer} ({card.settings.kind}, "
-        f"{card.fingerprint[:12]})\n\n"
+        f"{kept} images, {card.num_codes} codes of {args.tokenizer} ({card.settings.kind}, {card.fingerprint[:12]})\n\n"
     )
     sys.stdout.write(
         "| temperature | k | mass kept, mean | least 5 % | total variation, rest renormalized | rest "

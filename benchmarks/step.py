@@ -3,12 +3,12 @@ checkpointing x torch.compile.
 
     python benchmarks/step.py [--gpu] [--record FILE.md] [--profile] [--budget_s 300] [key.sub=value ...]
 
-One rank, in this process, with the engine that pretrain.py trains with; drawn pictures and codes, masks by the recipe,
+One rank, in this process, with the engine that pretrain.py trains with; drawn images and codes, masks by the recipe,
 no data loading. The first value of each list (--zero, --checkpointing, --compile, --drop_by) makes the base; every
 other value is measured alone against it, or with --all every combination. On a CPU small models show that everything
 runs; --gpu takes the recipes' own sizes. The record is written anew after every row, so a time limit loses nothing.
 
-MFU: FLOPs of the model's forward and backward pass (the planner's count, recomputation not in it) x pictures a second,
+MFU: FLOPs of the model's forward and backward pass (the planner's count, recomputation not in it) x images/s,
 over what this device reaches in large matrix products of the same dtype, measured here, and over what its data sheet
 says. One process measures all rows in turn, each alone in memory.
 """
@@ -43,7 +43,7 @@ GPU_SIZES = {
     "H/14 at 448": ("peco_vith14", "run.micro_batch=32 model.image_px=448 views.tokenizer_px=512 mask.count=392"),
 }
 CPU_SIZES = {
-    # Subsets are of whole pictures: of 4 the recipes' rate would leave out none.
+    # Subsets are of whole images: of 4 the recipes' rate would leave out none.
     "B/16 of 3 blocks": ("peco_vitb16", "run.micro_batch=4 run.precision=fp32 model.depth=3 model.drop_path=0.5"),
     "H/14 of 3 narrow blocks": (
         "peco_vith14",
@@ -54,7 +54,7 @@ CPU_SIZES = {
 AXES = {
     "compile": ["blocks", "none"],
     "checkpointing": ["none", "selective", "full"],
-    "drop_by": ["picture", "subset"],
+    "drop_by": ["image", "subset"],
     "zero": ["3", "1", "2", "0"],
 }
 PACKAGES = ("deepspeed", "timm")
@@ -86,7 +86,7 @@ class Row:
 
     setting: Setting
     batch: int = 0
-    flops_a_picture: int = 0
+    flops_per_image: int = 0
     skips: bool = False  # some of those FLOPs are never done
     seconds: list[float] = field(default_factory=list)
     kept_bytes: int = 0  # by the forward pass for the backward pass
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         help="also say where the time of each size's base goes, and which attention kernels ran",
     )
     parser.add_argument("--record", type=Path, help="also write the tables to this file, anew after every row")
-    parser.add_argument("--plot", type=Path, help="also draw pictures a second against each size's base into this PNG")
+    parser.add_argument("--plot", type=Path, help="also draw images/s against each size's base into this PNG")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over every size's recipe")
     args = parser.parse_intermixed_args(argv)
     command = shlex.join(["python", "benchmarks/step.py", *(sys.argv[1:] if argv is None else argv)])
@@ -214,7 +214,7 @@ class Measurement:
         device, dtype = this_device(), DTYPES[recipe.run.precision]
         # anew for every row: others may have used the machine
         self.ceilings[dtype] = max(self.ceilings.get(dtype, 0.0), matmul_ceiling(dtype, device))
-        row.batch, row.flops_a_picture, row.skips = (
+        row.batch, row.flops_per_image, row.skips = (
             recipe.run.micro_batch,
             training_flops(recipe),
             recipe.model.drop_path_by == "subset" and recipe.model.drop_path > 0,
@@ -256,7 +256,7 @@ class Measurement:
         if self.args.plot:
             from plots import ratio_bars
 
-            ratio_bars(self.args.plot, "pictures a second, against the base of each size", plotted(self.rows))
+            ratio_bars(self.args.plot, "images/s, against the base of each size", plotted(self.rows))
 
     def text(self) -> str:
         return f"{self.body()}\n"
@@ -276,7 +276,7 @@ class Measurement:
         left = len(self.settings) - len(self.rows)
         notes = [
             f"Medians of {self.args.rounds} stretches of {self.steps} steps; one rank; "
-            f"{'; '.join(ceilings)}. The base of a size is its first row; `ratio` is pictures a second "
+            f"{'; '.join(ceilings)}. The base of a size is its first row; `ratio` is images/s "
             "against it, measured one after the other.",
             "Activations: what a forward pass leaves for the backward pass. `start` is what the first "
             "step took beyond later ones (compilation; a warm cache on disk makes it "
@@ -417,12 +417,12 @@ HEADS = (
     "compile",
     "stochastic depth by",
     "batch",
-    "pictures/s (slowest to fastest)",
+    "images/s (slowest to fastest)",
     "ratio",
     "MFU, measured ceiling",
     "MFU, data sheet",
 )
-HEADS += ("activations a picture, MB", "peak, GiB", "start, s", "graphs, breaks, recompiled")
+HEADS += ("activations an image, MB", "peak, GiB", "start, s", "graphs, breaks, recompiled")
 
 
 def table(rows: list[Row], ceilings: dict) -> str:
@@ -470,7 +470,7 @@ def utilisation(row: Row, ceilings: dict) -> tuple[float | None, float | None]:
     (dtype, ceiling), *others = ceilings.items()
     assert not others, "one precision a run"
     sheet = data_sheet_flops(torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", dtype)
-    rate = row.flops_a_picture * row.images_per_s
+    rate = row.flops_per_image * row.images_per_s
     return rate / ceiling, rate / sheet if sheet else None
 
 

@@ -39,8 +39,8 @@ class StepCost:
 
     batch: int
     parameters: int
-    flops_a_picture: int
-    saved_bytes_a_picture: float = 0.0  # kept from the forward to the backward pass
+    flops_per_image: int
+    saved_bytes_per_image: float = 0.0  # kept from the forward to the backward pass
     # of a step on the device, beyond weights, gradients and moments; 0 on a CPU
     peak_bytes: int = 0
     seconds: list[float] = field(default_factory=list)
@@ -52,7 +52,7 @@ class StepCost:
 
 
 class DrawnBatch(NamedTuple):
-    """Pictures and codes without meaning: values do not matter to the time."""
+    """Images and codes without meaning: values do not matter to the time."""
 
     images_norm: torch.Tensor  # [B, 3, S, S] float32
     masked: torch.Tensor  # int64 [B, M], by the recipe
@@ -64,7 +64,7 @@ def this_device() -> torch.device:
 
 
 def training_flops(recipe: PretrainRecipe) -> int:
-    """Of a picture's forward and backward pass, as the planner counts them."""
+    """Of an image's forward and backward pass, as the planner counts them."""
     return mim_macs(
         recipe.model,
         num_codes=recipe.objective.num_codes,
@@ -86,13 +86,13 @@ def build_model(recipe: PretrainRecipe, device: torch.device) -> torch.nn.Module
             recipe.encoding,
             recipe.aggregation,
             recipe.objective.num_codes,
-            recompute=recipe.run.activation_checkpointing,
+            activation_checkpointing=recipe.run.activation_checkpointing,
         )
     return model.train()
 
 
 def drawn_batch(recipe: PretrainRecipe, device: torch.device) -> DrawnBatch:
-    """run.micro_batch pictures."""
+    """run.micro_batch images."""
     generator = torch.Generator().manual_seed(0)
     model, mask, batch, codes, topk = (
         recipe.model,
@@ -238,14 +238,14 @@ def step_costs(recipes: dict[str, PretrainRecipe], *, rounds: int = 9) -> dict[s
     """Step by step by turns.
 
     Args:
-        rounds: steps of each that are counted; a step has run.micro_batch pictures.
+        rounds: steps of each that are counted; a step has run.micro_batch images.
     """
     trainees = {name: _Trainee(recipe, this_device()) for name, recipe in recipes.items()}
     for number in range(-WARM_UP, rounds):
         for trainee in list(trainees.values())[:: 1 if number % 2 else -1]:
             trainee.timed_step(counted=number >= 0)
     for trainee in trainees.values():
-        trainee.cost.saved_bytes_a_picture = trainee.saved_bytes() / trainee.cost.batch
+        trainee.cost.saved_bytes_per_image = trainee.saved_bytes() / trainee.cost.batch
     return {name: trainee.cost for name, trainee in trainees.items()}
 
 

@@ -1,13 +1,13 @@
-"""How fast do pictures become tokens? The way tokenize_shards.py takes, against one view at a time.
+"""How fast do images become tokens? The way tokenize_shards.py takes, against one view at a time.
 
 And the parts of the work, each alone.
 
     python benchmarks/tokenizing.py [--gpu] [--images DIR] [--rounds 3] [--both_compiled] [--record FILE.md]
     [key.sub=value ...]
 
-Ours: every picture decoded once, its K views cut, many views a pass, the network in views.tokenizer_precision and
+Ours: every image decoded once, its K views cut, many views a pass, the network in views.tokenizer_precision and
 compiled as run.compile says, results fetched
-while the next batch runs. Against it, as a plain loop would do it: for each view the picture is decoded again and the
+while the next batch runs. Against it, as a plain loop would do it: for each view the image is decoded again and the
 network sees that view alone, eager, in
 float32. Both end with codes in host memory and start from JPEG bytes in image shards. The parts: the network alone
 (eager or compiled, fp32 or bf16), the search for the code alone, decoding and cutting alone on one core. All take turns
@@ -75,7 +75,7 @@ class Found:
     """Views a second of each way and part, an entry a round."""
 
     about: str
-    views_a_picture: int
+    views_per_image: int
     start_s: float = 0.0  # of the first call of our way
     rates: dict[str, list[float]] = field(default_factory=dict)
 
@@ -103,9 +103,9 @@ def main(argv: list[str] | None = None) -> int:
         "--images",
         type=Path,
         metavar="DIR",
-        help="folder of pictures at any depth, or of image shards (default: the pictures that the tests find)",
+        help="folder of images at any depth, or of image shards (default: the images that the tests find)",
     )
-    parser.add_argument("--pictures", type=at_least(1), help="through our way in a round (default: 4; with --gpu 64)")
+    parser.add_argument("--images", type=at_least(1), help="through our way in a round (default: 4; with --gpu 64)")
     parser.add_argument(
         "--single_views", type=at_least(1), help="through the other way in a round (default: 8; with --gpu 64)"
     )
@@ -118,15 +118,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, help="also write the tables to this file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_args(argv)
-    args.pictures, args.single_views = (
-        args.pictures or (64 if args.gpu else 4),
+    args.images, args.single_views = (
+        args.images or (64 if args.gpu else 4),
         args.single_views or (64 if args.gpu else 8),
     )
     if args.gpu:
         require_gpu()
     tables = []
     with tempfile.TemporaryDirectory(prefix="peco_tokenizing_") as folder:
-        images = pack_pictures(args.images, Path(folder))
+        images = pack_images(args.images, Path(folder))
         for case in CASES:
             tables.append(table(case, measure(case, args, images)))
             sys.stdout.write(f"{tables[-1]}\n\n")
@@ -145,7 +145,7 @@ def record(args: argparse.Namespace, tables: list[str]) -> None:
         [
             "python benchmarks/tokenizing.py",
             *flags,
-            f"--pictures {args.pictures} --single_views {args.single_views} --rounds {args.rounds}",
+            f"--images {args.images} --single_views {args.single_views} --rounds {args.rounds}",
             *map(shlex.quote, args.overrides),
         ]
     )
@@ -156,8 +156,8 @@ def record(args: argparse.Namespace, tables: list[str]) -> None:
     write_record(args.record, "Tokenizing", command, "\n\n".join([about, *tables]), "torchvision", "timm")
 
 
-def pack_pictures(images: Path | None, folder: Path) -> Path:
-    """Image shards of some of the pictures, as they are."""
+def pack_images(images: Path | None, folder: Path) -> Path:
+    """Image shards of some of the images, as they are."""
     from data import chosen_files, pack
 
     return pack(chosen_files(images, 64, folder / "files"), folder / "images", 0)
@@ -167,7 +167,7 @@ def measure(case: Case, args: argparse.Namespace, images: Path) -> Found:
     import torch
 
     from peco_ds.config import PretrainRecipe, TokenizerRecipe, load_recipe
-    from peco_ds.data.loaders import Pictures
+    from peco_ds.data.loaders import ImageSet
     from peco_ds.models.token_passes import even_pass
     from peco_ds.models.tokenizers import build_tokenizer
     from peco_ds.runtime.engine import compiles
@@ -191,7 +191,7 @@ def measure(case: Case, args: argparse.Namespace, images: Path) -> Found:
     eager = build_tokenizer(network).eval().to(device)
     # each keeps the memory order of its own weights
     compiled = copy.deepcopy(eager) if compiles(recipe.run) else None
-    pictures, views = Pictures(images), recipe.views
+    image_set, views = ImageSet(images), recipe.views
     together = max(1, recipe.run.micro_batch // views.count)
     codes, a_pass = (
         codes_function(compiled or eager, recipe, together * views.count),
@@ -200,7 +200,7 @@ def measure(case: Case, args: argparse.Namespace, images: Path) -> Found:
     about = (
         f"{sum(p.numel() for p in eager.parameters()) / 1e6:.1f} M parameters with decoder, "
         f"{network.num_codes} codes of {network.code_dim}; {views.count} views of "
-        f"{views.tokenizer_px} px a picture; "
+        f"{views.tokenizer_px} px a pixels; "
         f"ours: {views.tokenizer_precision}, {'compiled' if compiled else 'not compiled'}, {a_pass} "
         f"views a pass, {recipe.data.num_workers} loader processes."
     )
@@ -209,11 +209,11 @@ def measure(case: Case, args: argparse.Namespace, images: Path) -> Found:
         precisions = ("fp32", "bf16") if args.both_compiled else (views.tokenizer_precision,)
         networks |= {f"network alone, {precision}, compiled": (compiled, precision, True) for precision in precisions}
     work = {
-        OURS: lambda: our_way(codes, pictures, recipe, together, device, args.pictures),
-        ONE_BY_ONE: lambda: one_by_one(eager, pictures, views, device, args.single_views),
+        OURS: lambda: our_way(codes, image_set, recipe, together, device, args.image_set),
+        ONE_BY_ONE: lambda: one_by_one(eager, image_set, views, device, args.single_views),
         **parts(networks, recipe, a_pass, device),
-        DECODE_ONCE: lambda: decoding(pictures, views, again=False),
-        DECODE_EACH: lambda: decoding(pictures, views, again=True),
+        DECODE_ONCE: lambda: decoding(image_set, views, again=False),
+        DECODE_EACH: lambda: decoding(image_set, views, again=True),
     }
     found = Found(about, views.count)
     for name, go in work.items():
@@ -227,13 +227,13 @@ def measure(case: Case, args: argparse.Namespace, images: Path) -> Found:
     return found
 
 
-def our_way(codes, pictures, recipe, together: int, device, number: int) -> float:
+def our_way(codes, images, recipe, together: int, device, number: int) -> float:
     """Views a second from image shards to records.
 
     The loader processes' start, and the batches they make ahead, are left out.
 
     Args:
-        together: pictures a batch.  number: of pictures that are counted, filled up to whole batches.
+        together: images a batch.  number: of images that are counted, filled up to whole batches.
     """
     import numpy as np
 
@@ -243,9 +243,9 @@ def our_way(codes, pictures, recipe, together: int, device, number: int) -> floa
     views = recipe.views
     ahead, counted = 1 + 2 * recipe.data.num_workers, -(-number // together)
     # when a batch's records come, the next one is under way: the last one is not asked for
-    samples = np.arange((ahead + counted + 1) * together) % pictures.num_samples
+    samples = np.arange((ahead + counted + 1) * together) % images.num_samples
     cut = [samples[first : first + together] for first in range(0, len(samples), together)]
-    made = record_batches(view_batches(pictures, cut, data=recipe.data, views=views, device=device), codes)
+    made = record_batches(view_batches(images, cut, data=recipe.data, views=views, device=device), codes)
     for _ in range(ahead):
         next(made)
     begun = time.perf_counter()
@@ -256,13 +256,13 @@ def our_way(codes, pictures, recipe, together: int, device, number: int) -> floa
     return counted * together * views.count / seconds
 
 
-def one_by_one(tokenizer, pictures, views, device, number: int) -> float:
+def one_by_one(tokenizer, images, views, device, number: int) -> float:
     """Views a second, as a plain loop makes their codes."""
     import torch
 
     from peco_ds.data.views import jitter, to_tokenizer
 
-    rows = Rows(pictures, views)
+    rows = Rows(images, views)
     begun = time.perf_counter()
     for count in range(number):
         image = rows.decoded(count // views.count)
@@ -275,16 +275,16 @@ def one_by_one(tokenizer, pictures, views, device, number: int) -> float:
 class Rows:
     """The steps of the loader, each by itself."""
 
-    def __init__(self, pictures, views) -> None:
-        self._pictures, self._views = pictures, views
+    def __init__(self, images, views) -> None:
+        self._images, self._views = images, views
 
     def decoded(self, number: int):
-        return self._pictures.decode(number % self._pictures.num_samples)[1]
+        return self._images.decode(number % self._images.num_samples)[1]
 
     def drawn(self, image, number: int, view: int):
         from peco_ds.data.loaders import draw_recorded_view
 
-        return draw_recorded_view(image, self._views, number % self._pictures.num_samples, view)
+        return draw_recorded_view(image, self._views, number % self._images.num_samples, view)
 
     def crop(self, image, row):
         from peco_ds.data.views import cut
@@ -292,11 +292,11 @@ class Rows:
         return cut(image, row, self._views.tokenizer_px, self._views.tokenizer_interpolation)
 
 
-def decoding(pictures, views, *, again: bool, number: int = 2) -> float:
+def decoding(images, views, *, again: bool, number: int = 2) -> float:
     """Views a second out of image shards, in this thread alone."""
     import torch
 
-    rows, threads = Rows(pictures, views), torch.get_num_threads()
+    rows, threads = Rows(images, views), torch.get_num_threads()
     torch.set_num_threads(1)
     begun = time.perf_counter()
     for place in range(number):
@@ -343,7 +343,7 @@ def parts(networks: dict[str, tuple], recipe, a_pass: int, device) -> dict[str, 
 
     work = {}
     for name, (network, precision, compiled) in networks.items():
-        passes = TokenPasses(network, precision=precision, pictures=a_pass, compiled=compiled)
+        passes = TokenPasses(network, precision=precision, images=a_pass, compiled=compiled)
         work[name] = lambda passes=passes: timed(lambda: list(passes.outputs(images_11)))
     return work | {SEARCH: lambda: timed(search)}
 
@@ -354,7 +354,7 @@ def table(case: Case, found: Found) -> str:
         "",
         f"{found.about} The first batches took {found.start_s:.0f} s, with what was compiled.",
         "",
-        "| | views/s | pictures/s | to the first of its kind |",
+        "| | views/s | images/s | to the first of its kind |",
         "|---|---|---|---|",
     ]
     networks = [name for name in found.rates if name.startswith("network")]
@@ -362,7 +362,7 @@ def table(case: Case, found: Found) -> str:
         for name in group:
             rate = found.median(name)
             lines.append(
-                f"| {name} | {rate:.4g} | {rate / found.views_a_picture:.3g} | "
+                f"| {name} | {rate:.4g} | {rate / found.views_per_image:.3g} | "
                 f"{found.ratio(name, group[0]) if name != group[0] else ''} |"
             )
     return "\n".join(lines)

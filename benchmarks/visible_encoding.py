@@ -1,12 +1,12 @@
-"""What does an encoder that sees the shown patches alone save? FLOPs and training steps of visible against full
+"""What does an encoder that sees the visible patches alone save? FLOPs and training steps of visible against full
 encoding, at the same size, by turns.
 
     python benchmarks/visible_encoding.py [--rounds 10] [--record benchmarks/visible_encoding_HARDWARE_YYYYMM.md]
     [key.sub=value ...]
 
-Both models are the recipe's (ViT-H/14 with 75 % of the patches hidden), apart from `encoding.kind`; they predict the
+Both models are the recipe's (ViT-H/14 with 75 % of the patches masked), apart from `encoding.kind`; they predict the
 codes of the same patches. A step is forward
-pass, cross-entropy, backward pass and AdamW on one device, without DeepSpeed, on drawn pictures: values do not matter
+pass, cross-entropy, backward pass and AdamW on one device, without DeepSpeed, on drawn images: values do not matter
 to the time. Both models take a step in each round, in turning order; two rounds before the first are not counted. A
 machine without the memory or the patience for the whole model takes fewer
 blocks of it, in encoder and decoder alike: model.depth=4 encoding.decoder_depth=1 run.micro_batch=2 run.precision=fp32.
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         "overrides",
         nargs="*",
         metavar="key.sub=value",
-        help="settings of the recipe; run.micro_batch pictures a step, in run.precision",
+        help="settings of the recipe; run.micro_batch images a step, in run.precision",
     )
     args = parser.parse_args(argv)
     text = record(args, *measure(args))
@@ -82,19 +82,19 @@ def record(args: argparse.Namespace, recipe, models: dict) -> str:
             f"{visible.parameters / full.parameters:.3f}",
         ),
         (
-            "GFLOP a picture, forward and backward (planner)",
-            *(f"{model.flops_a_picture / 1e9:.1f}" for model in (full, visible)),
-            f"{visible.flops_a_picture / full.flops_a_picture:.3f}",
+            "GFLOP an image, forward and backward (planner)",
+            *(f"{model.flops_per_image / 1e9:.1f}" for model in (full, visible)),
+            f"{visible.flops_per_image / full.flops_per_image:.3f}",
         ),
-        timed(f"step of {batch} pictures, s", full.seconds, visible.seconds),
+        timed(f"step of {batch} images, s", full.seconds, visible.seconds),
         (
-            "pictures a second",
+            "images/s",
             *(f"{model.images_per_s:.2f}" for model in (full, visible)),
             f"{visible.images_per_s / full.images_per_s:.2f}",
         ),
         (
             "TFLOP a second",
-            *(f"{model.flops_a_picture * model.images_per_s / 1e12:.3g}" for model in (full, visible)),
+            *(f"{model.flops_per_image * model.images_per_s / 1e12:.3g}" for model in (full, visible)),
             "",
         ),
     ]
@@ -125,7 +125,7 @@ def record(args: argparse.Namespace, recipe, models: dict) -> str:
             "# Visible against full encoding",
             "",
             f"`{command}`: ViT of width {model.width}, depth {model.depth}, patch {model.patch_px} at "
-            f"{model.image_px} px; {recipe.mask.count} of {model.grid**2} patches hidden; decoder of "
+            f"{model.image_px} px; {recipe.mask.count} of {model.grid**2} patches masked; decoder of "
             f"width {encoding.decoder_width}, depth {encoding.decoder_depth}; {recipe.run.precision}, "
             f"activation checkpointing {recipe.run.activation_checkpointing}. Forward pass, "
             "cross-entropy, "

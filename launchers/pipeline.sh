@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# The whole way as a chain of jobs: pictures -> image shards -> tokenizer -> token shards -> pre-training -> release; with validation
-# pictures on to fine-tuning -> release of the classifier -> top-1.
+# The whole way as a chain of jobs: images -> image shards -> tokenizer -> token shards -> pre-training -> release; with validation
+# images on to fine-tuning -> release of the classifier -> top-1.
 set -euo pipefail
 
 usage() {
     cat <<'EOF'
 usage: bash launchers/pipeline.sh IMAGES_DIR OUT_DIR [vitb|vitl|vith] [-- key.sub=value ...]
 
-  IMAGES_DIR   pictures: a folder a class, or any tree without labels
+  IMAGES_DIR   images: a folder a class, or any tree without labels
   OUT_DIR      seen by all nodes; gets images/ tokenizer_run/ tokens/ pretrain/ release/ logs/
   after --     settings of the masked pre-training recipe; they go to tokenization and pre-training, which read the same one
 
-VAL_DIR=DIR in the environment, validation pictures in the same class folders, takes the chain on to the final top-1: fine-tuning at
+VAL_DIR=DIR in the environment, validation images in the same class folders, takes the chain on to the final top-1: fine-tuning at
 224 px, for vith then at 448 px, release, evaluation. OUT_DIR gets val_images/ finetune/ finetune_448/ classifier/ top1.json too.
 
 Further arguments of one stage, split at spaces, from the environment:
-  PREPARE_ARGS       both sets of pictures; fine-tuning at 448 px wants them larger than tokenizer and pre-training do
+  PREPARE_ARGS       both sets of images; fine-tuning at 448 px wants them larger than tokenizer and pre-training do
   PREPARE_VAL_ARGS   after these, the set of VAL_DIR alone; ILSVRC's flat folder: "--synsets LOC_val_solution.csv"
   TOKENIZER_ARGS     the recipe wants "perceptual.weights=/path/to/vit-b-300ep.pth.tar"; the tokenizer is judged on the last 64
-                     pictures, which its training leaves out (data.holdout)
+                     images, which its training leaves out (data.holdout)
   TOKENIZE_ARGS PRETRAIN_ARGS EVALUATE_ARGS
   CONVERT_ARGS       the release; default "--to timm"
   CONVERT_CLASSIFIER_ARGS   the classifier's; default: CONVERT_ARGS
@@ -56,10 +56,10 @@ esac
 [ $# -eq 0 ] || [ "$1" = -- ] || fail "'$1': settings stand after --"
 [ $# -eq 0 ] || shift
 mim_settings=("$@")
-[ -d "$images_dir" ] || fail "$images_dir: no such folder of pictures"
+[ -d "$images_dir" ] || fail "$images_dir: no such folder of images"
 val_dir="${VAL_DIR:-}"
 if [ -n "$val_dir" ]; then
-    [ -d "$val_dir" ] || fail "VAL_DIR $val_dir: no such folder of pictures"
+    [ -d "$val_dir" ] || fail "VAL_DIR $val_dir: no such folder of images"
     [ -n "$(class_folders "$images_dir")" ] || fail "$images_dir: holds no class folders; fine-tuning needs them, leave VAL_DIR out to end at the release"
     if [[ "${PREPARE_ARGS:-} ${PREPARE_VAL_ARGS:-}" != *--synsets* ]]; then  # found out by fine-tuning, it would cost a pre-training of waiting
         differing="$(LC_ALL=C comm -3 <(class_folders "$images_dir") <(class_folders "$val_dir") | tr -d '\t')"

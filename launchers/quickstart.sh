@@ -2,7 +2,7 @@
 # The main job, small: photographs -> image shards -> perceptual tokenizer -> token shards -> masked pre-training under ZeRO-3 -> a release timm loads.
 usage="usage: bash launchers/quickstart.sh
 
-  IMAGES=DIR        your own pictures, any folder (default: the photographs inside scikit-image's wheel)
+  IMAGES=DIR        your own images, any folder (default: the photographs inside scikit-image's wheel)
   PERCEPTUAL=FILE   MoCo v3 weights (vit-b-300ep.pth.tar) or any timm ViT file as the tokenizer's judge (default: bootstrapped, see below)
                     (a ViT-B at 224 px judges slowly on a CPU: count on an hour there)
   OUT=DIR           where everything goes (default: quickstart_out); what is finished there is not done again
@@ -31,7 +31,7 @@ ranks() {
     [ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu
     [ "$gpus" != 1 ] || count=1
     set +e
-    deepspeed --num_gpus "$count" "$@" 2>&1 | tee "$out/logs/$name.log" | grep --line-buffered -E '^(step|held-out|tokenizer|error:|[0-9]+ pictures)'
+    deepspeed --num_gpus "$count" "$@" 2>&1 | tee "$out/logs/$name.log" | grep --line-buffered -E '^(step|held-out|tokenizer|error:|[0-9]+ images)'
     code="${PIPESTATUS[0]}"
     set -e
     [ "$code" = 0 ] || { echo "error: $name ended with $code; see $out/logs/$name.log" >&2; exit "$code"; }
@@ -39,11 +39,11 @@ ranks() {
 
 data=(data.root="$out")
 
-stage "pack the pictures"
+stage "pack the images"
 images="${IMAGES:-}"
 if [ -z "$images" ]; then
-    images="$out/pictures"
-    python launchers/quickstart_pictures.py "$images"
+    images="$out/images"
+    python launchers/quickstart_images.py "$images"
 fi
 python peco_ds/pack_images.py --images "$images" --labels none --out "$out/images/train" --short_side 256 --samples_per_shard 8 --workers 2
 

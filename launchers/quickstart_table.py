@@ -1,4 +1,4 @@
-"""The closing table and pictures of quickstart.sh.   python launchers/quickstart_table.py OUT [PERCEPTUAL]"""
+"""The closing table and images of quickstart.sh.   python launchers/quickstart_table.py OUT [PERCEPTUAL]"""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 
 from peco_ds.config import PretrainRecipe, data_path
-from peco_ds.data.loaders import Pictures, masked_batches
+from peco_ds.data.loaders import ImageSet, masked_batches
 from peco_ds.data.order import SampleOrder, view_at
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.evaluation.masked_prediction import masked_prediction_columns
@@ -26,17 +26,17 @@ recipe = TypeAdapter(PretrainRecipe).validate_python(read_settings(out / "pretra
 tokenizer, card = load_tokenizer(data_path(recipe.data, recipe.data.tokenizer))
 model = MaskedImageModel(recipe.model, recipe.objective.num_codes)
 model.load_state_dict(fp32_weights(newest_whole(out / "pretrain")))
-pictures = Pictures(data_path(recipe.data, recipe.data.images))
+images = ImageSet(data_path(recipe.data, recipe.data.images))
 tokens = TokenSet(
     data_path(recipe.data, recipe.data.tokens),
-    pictures.manifest,
+    images.manifest,
     num_codes=card.num_codes,
     grid=recipe.model.grid,
     views=recipe.views,
 )
 
-# One batch of the order's first epoch, every picture once, and the true codes of all its patches.
-shown = np.arange(min(8, pictures.num_samples))
+# One batch of the order's first epoch, every image once, and the true codes of all its patches.
+shown = np.arange(min(8, images.num_samples))
 arguments = dict(
     data=recipe.data,
     views=recipe.views,
@@ -45,8 +45,8 @@ arguments = dict(
     grid=recipe.model.grid,
     seed=recipe.run.seed,
 )
-batch = next(masked_batches(pictures, tokens, [shown], device=torch.device("cpu"), **arguments))
-order = SampleOrder(pictures.shards.shard_sizes, recipe.run.seed, recipe.data.shuffle_window_shards)
+batch = next(masked_batches(images, tokens, [shown], device=torch.device("cpu"), **arguments))
+order = SampleOrder(images.shards.shard_sizes, recipe.run.seed, recipe.data.shuffle_window_shards)
 samples = [order.sample_at(int(position)) for position in shown]
 codes = torch.tensor(
     np.stack([tokens.read(s).codes[view_at(recipe.run.seed, 0, s, recipe.views.count)] for s in samples]).astype(
@@ -68,11 +68,11 @@ rows = [row for row in read_metrics(out / "pretrain") if row["loss"] is not None
 accuracy = np.mean([row["accuracy"] for row in rows[-3:]])
 judge = card.extra["judge"] if perceptual else f"bootstrapped: {card.extra['judge']}"
 table = [
-    ("pictures", f"{pictures.num_samples}, {recipe.views.count} views each"),
+    ("images", f"{images.num_samples}, {recipe.views.count} views each"),
     ("judge of the tokenizer", judge),
     ("tokens used", f"{int((counts > 0).sum())} of {card.num_codes}"),
-    ("PSNR, held-out pictures", f"{first['psnr']:.2f} -> {last['psnr']:.2f} dB"),
-    ("SSIM, held-out pictures", f"{first['ssim']:.3f} -> {last['ssim']:.3f}"),
+    ("PSNR, held-out images", f"{first['psnr']:.2f} -> {last['psnr']:.2f} dB"),
+    ("SSIM, held-out images", f"{first['ssim']:.3f} -> {last['ssim']:.3f}"),
     ("pre-training loss", f"{rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}"),
     (
         "masked-token accuracy",
@@ -80,7 +80,7 @@ table = [
         f"{1 / card.num_codes:.1%}",
     ),
     ("original | round trip", out / "reconstructions.png"),
-    ("picture | masked | prediction | true tokens", out / "masked_prediction.png"),
+    ("image | masked | prediction | true tokens", out / "masked_prediction.png"),
     ("release for timm", out / "release"),
     ("curves", f"tensorboard --logdir {out}"),
     ("runs", f"{out / 'tokenizer_run'}, {out / 'pretrain'}"),

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from peco_ds.errors import UserError
-from peco_ds.schedules import pictures_taken
+from peco_ds.schedules import images_taken
 from peco_ds.schema import short
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -38,9 +38,9 @@ class DataSettings:
 
     root: str = "data"
     images: str = "images/train"  # folder of image shards (pack_images.py)
-    # held-out image shards; empty: the last `holdout` pictures of `images` judge the tokenizer
+    # held-out image shards; empty: the last `holdout` images of `images` judge the tokenizer
     val_images: str = ""
-    # pictures kept from tokenizer training and used to judge it, when val_images is empty
+    # images kept from tokenizer training and used to judge it, when val_images is empty
     holdout: int = 0
     # folder of token shards (tokenize_shards.py), or "online"
     tokens: str = "tokens/train"
@@ -50,7 +50,7 @@ class DataSettings:
     num_workers: int = 8
     # samples are permuted inside a window of so many permuted shards
     shuffle_window_shards: int = 16
-    # share of failed readings of pictures after which a rank ends the run, beyond its first 10; each one is named and
+    # share of failed readings of images after which a rank ends the run, beyond its first 10; each one is named and
     # counted
     max_bad_share: float = 1e-4
     # what is hashed at start; every record's CRC is checked when read
@@ -66,12 +66,12 @@ class ViewSettings:
     tokenizer_interpolation: Literal["bicubic", "lanczos"] = "bicubic"
     # of the tokenizer's network when codes are computed; the search for the nearest code is fp32 always
     tokenizer_precision: Literal["bf16", "fp32"] = "bf16"
-    scale: tuple[float, float] = (0.08, 1.0)  # share of the picture's area
+    scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (0.75, 4.0 / 3.0)
     flip: float = 0.5
-    # brightness, contrast, saturation; as in BEiT both views of a picture carry the same jitter
+    # brightness, contrast, saturation; as in BEiT both views of an image carry the same jitter
     color_jitter: float = 0.4
-    count: int = 1  # K, views recorded for each picture
+    count: int = 1  # K, views recorded for each image
     # soft codes kept for each patch beside the hard one; 0: none
     topk: int = 0
     # of the softmax over the tokenizer's logits that gives their probabilities; mc-BEiT has 4
@@ -90,9 +90,9 @@ class ModelSettings:
     layer_scale: float = 0.1  # initial value on both residual branches
     # stochastic depth of the last block; linear from 0 at the first
     drop_path: float = 0.1
-    # picture: each by its own coin; subset: a fixed share of a pass's pictures, drawn anew for each branch, skips it
+    # image: each by its own coin; subset: a fixed share of a pass's images, drawn anew for each branch, skips it
     # and saves its cost
-    drop_path_by: Literal["picture", "subset"] = "picture"
+    drop_path_by: Literal["image", "subset"] = "image"
     # truncated at one standard deviation, as BEiT
     init_std: float = 0.02
 
@@ -104,9 +104,9 @@ class ModelSettings:
 @dataclass(frozen=True, config=_strict)
 class MaskSettings:
     kind: Literal["block", "random"] = "block"
-    count: int = 75  # patches hidden in every picture
+    count: int = 75  # patches masked in every image
     # False: BEiT's first generator, which stops short of `count` when no further block fits; a pass's loss is the mean
-    # over its own hidden patches
+    # over its own masked patches
     exact: bool = True
     min_block: int = 16  # patches in the smallest block
     # block aspect is log-uniform in [min_aspect, 1 / min_aspect]
@@ -115,9 +115,10 @@ class MaskSettings:
 
 @dataclass(frozen=True, config=_strict)
 class EncodingSettings:
-    """What the encoder sees of a masked picture."""
+    """What the encoder sees of a masked image."""
 
-    # full: every place, a mask token at the hidden ones (BEiT); visible: shown patches alone, a decoder predicts (MAE)
+    # full: every place, a mask token at the masked ones (BEiT); visible: visible patches alone, a decoder predicts
+    # (MAE)
     kind: Literal["full", "visible"] = "full"
     decoder_width: int = 512  # of the decoder that `visible` needs
     decoder_depth: int = 8
@@ -176,8 +177,8 @@ class ScheduleSettings:
 class RunSettings:
     seed: int = 0
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    global_batch: int = 2048  # pictures an optimiser step, over all ranks
-    # pictures a forward pass, a rank; accumulation follows from it
+    global_batch: int = 2048  # images an optimiser step, over all ranks
+    # images a forward pass, a rank; accumulation follows from it
     micro_batch: int = 64
     # selective: products and attention are kept, what lies between is computed again; full: whole blocks are
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -233,7 +234,7 @@ class PretrainRecipe:
 
 @dataclass(frozen=True, config=_strict)
 class TokenizerVitSettings:
-    """VQ-KD's transformers (BEiT v2, arXiv 2208.06366): a ViT encodes pictures, a small one decodes codes to a
+    """VQ-KD's transformers (BEiT v2, arXiv 2208.06366): a ViT encodes images, a small one decodes codes to a
     teacher's features.
     """
 
@@ -272,7 +273,7 @@ class TokenizerSettings:
     z_channels: int = 256
     num_codes: int = 8192
     code_dim: int = 256
-    # False: a dvae of which only the encoder was given: codes, but no pictures
+    # False: a dvae of which only the encoder was given: codes, but no images
     decoder: bool = True
     # BEiT v2's cure for dead codes: unit codes and features; use with code_dim 32
     l2_normalized: bool = False
@@ -281,7 +282,7 @@ class TokenizerSettings:
     # v2's released code)
     average: Literal["sums", "directions"] = "sums"
     count_eps: float = 1e-5  # Laplace smoothing of the counts
-    # Lloyd iterations of the initialisation on the first pictures; 0: uniform random codes
+    # Lloyd iterations of the initialisation on the first images; 0: uniform random codes
     kmeans_iters: int = 10
     # encoder outputs gathered for it, over all ranks
     kmeans_vectors: int = 65536
@@ -294,7 +295,7 @@ class TokenizerSettings:
 
     @property
     def only_px(self) -> int | None:
-        """The one size of picture that it can look at; None: every multiple of the stride."""
+        """The one size of image that it can look at; None: every multiple of the stride."""
         return self.vit.image_px if self.kind == "vqkd" else None
 
 
@@ -380,9 +381,9 @@ class InitSettings:
     weights: str = ""
     # which weights of a fine-tuning run; auto: the moving average where the run kept one
     average: Literal["auto", "ema", "raw"] = "auto"
-    # mean and deviation of the pictures the weights know; half: 0.5, 0.5; auto: as their config says, else ImageNet's
+    # mean and deviation of the images the weights know; half: 0.5, 0.5; auto: as their config says, else ImageNet's
     statistics: Literal["auto", "imagenet", "half"] = "auto"
-    # auto: a classifier's head is kept, and has to have the pictures' classes; new: it starts afresh
+    # auto: a classifier's head is kept, and has to have the images' classes; new: it starts afresh
     head: Literal["auto", "new"] = "auto"
 
 
@@ -398,11 +399,11 @@ class ClassifierSettings:
 
 @dataclass(frozen=True, config=_strict)
 class AugmentSettings:
-    """Random pictures for training, all of it timm's: crop, flip, RandAugment, erasing, mixup, cutmix, repeated
+    """Random images for training, all of it timm's: crop, flip, RandAugment, erasing, mixup, cutmix, repeated
     augmentation.
     """
 
-    scale: tuple[float, float] = (0.08, 1.0)  # share of the picture's area
+    scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (0.75, 4.0 / 3.0)
     flip: float = 0.5
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
@@ -414,7 +415,7 @@ class AugmentSettings:
     cutmix: float = 1.0
     mix_probability: float = 1.0  # of mixing a batch at all
     switch_probability: float = 0.5  # of cutmix where both are on
-    # repeated augmentation: every picture so often in a row, an epoch sees 1 / repeats of the pictures; DeiT has 3
+    # repeated augmentation: every image so often in a row, an epoch sees 1 / repeats of the images; DeiT has 3
     repeats: int = 1
 
 
@@ -430,15 +431,15 @@ class ClassificationSettings:
     """Top-1 and top-5 on data.val_images while a classifier trains."""
 
     every_epochs: float = 1.0  # 0: only at the end
-    # share of the resized picture's short side that is seen; 1: the whole central square (BEiT from 384 px on)
+    # share of the resized image's short side that is seen; 1: the whole central square (BEiT from 384 px on)
     crop: float = 0.875
-    # pictures a forward pass, a rank; 0: run.micro_batch
+    # images a forward pass, a rank; 0: run.micro_batch
     batch: int = 0
 
 
 @dataclass(frozen=True, config=_strict)
 class FinetuneRecipe:
-    """One fine-tuning run: weights + labelled pictures -> classifier."""
+    """One fine-tuning run: weights + labelled images -> classifier."""
 
     name: str = "finetune"
     data: DataSettings = field(default_factory=DataSettings)
@@ -470,7 +471,7 @@ class ProbeSettings:
     weight_decay: float = 1e-4
     knn_k: tuple[int, ...] = (10, 20)
     knn_temperature: float = 0.07
-    # pictures a forward pass, a rank, while features are taken
+    # images a forward pass, a rank, while features are taken
     feature_batch: int = 128
     # of the frozen backbone; the classifiers train in fp32
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -479,7 +480,7 @@ class ProbeSettings:
 
 @dataclass(frozen=True, config=_strict)
 class ProbeRecipe:
-    """One linear probe: frozen weights + labelled pictures -> accuracy over layers."""
+    """One linear probe: frozen weights + labelled images -> accuracy over layers."""
 
     name: str = "probe"
     data: DataSettings = field(default_factory=DataSettings)
@@ -812,10 +813,10 @@ def _check_model(recipe) -> None:
     _require(0 <= model.drop_path < 1, f"model.drop_path {model.drop_path}: in [0, 1)")
     if model.drop_path_by == "subset" and model.drop_path > 0:
         _require(
-            pictures_taken(recipe.run.micro_batch, model.drop_path) < recipe.run.micro_batch,
-            f"model.drop_path_by subset: of run.micro_batch {recipe.run.micro_batch} pictures a rate of "
-            f"{model.drop_path} leaves out none, subsets are of whole pictures; raise one of the two, or "
-            "set model.drop_path_by=picture",
+            images_taken(recipe.run.micro_batch, model.drop_path) < recipe.run.micro_batch,
+            f"model.drop_path_by subset: of run.micro_batch {recipe.run.micro_batch} images a rate of "
+            f"{model.drop_path} leaves out none, subsets are of whole images; raise one of the two, or "
+            "set model.drop_path_by=image",
         )
 
 
@@ -824,7 +825,7 @@ def _check_pretrain(recipe: PretrainRecipe) -> None:
     _require_at_least(1, recipe, "mask.min_block objective.num_codes")
     _require(
         0 < mask.count < patches,
-        f"mask.count {mask.count}: the picture has {patches} patches, hide between 1 and {patches - 1}",
+        f"mask.count {mask.count}: the image has {patches} patches, hide between 1 and {patches - 1}",
     )
     _require(0 < mask.min_aspect <= 1, f"mask.min_aspect {mask.min_aspect}: in (0, 1]")
     _require(
@@ -874,7 +875,7 @@ def _check_variants(recipe: PretrainRecipe) -> None:
     )
     _require(
         not visible or recipe.mask.exact,
-        "encoding.kind visible needs the same number of shown patches in every picture; set mask.exact=true",
+        "encoding.kind visible needs the same number of visible patches in every image; set mask.exact=true",
     )
     _require(
         not (visible and aggregation.early_block),
@@ -898,7 +899,7 @@ def _check_finetune(recipe: FinetuneRecipe) -> None:
     mixes = augment.mix_probability > 0 and (augment.mixup > 0 or augment.cutmix > 0)
     _require(
         not mixes or recipe.run.micro_batch % 2 == 0,
-        f"run.micro_batch {recipe.run.micro_batch} is odd: mixup and cutmix pair the pictures of a "
+        f"run.micro_batch {recipe.run.micro_batch} is odd: mixup and cutmix pair the images of a "
         "pass; make it even, or set augment.mixup=0 augment.cutmix=0",
     )
     _require(0 <= classifier.smoothing < 1, f"classifier.smoothing {classifier.smoothing}: in [0, 1)")
@@ -909,7 +910,7 @@ def _check_finetune(recipe: FinetuneRecipe) -> None:
     _require(0 <= recipe.ema.decay < 1, f"ema.decay {recipe.ema.decay}: in [0, 1)")
     _require(0 < recipe.evaluation.crop <= 1, f"evaluation.crop {recipe.evaluation.crop}: in (0, 1]")
     _require(
-        recipe.data.val_images != "", "data.val_images is empty; give the labelled pictures that top-1 is measured on"
+        recipe.data.val_images != "", "data.val_images is empty; give the labelled images that top-1 is measured on"
     )
 
 
@@ -927,7 +928,7 @@ def _check_probe(recipe: ProbeRecipe) -> None:
     )
     _require(
         recipe.data.val_images != "",
-        "data.val_images is empty; give the labelled pictures that accuracy is measured on",
+        "data.val_images is empty; give the labelled images that accuracy is measured on",
     )
 
 
@@ -966,7 +967,7 @@ def _check_tokenizer(recipe: TokenizerRecipe) -> None:
         )
         _require(
             recipe.adversarial.weight == 0,
-            f"adversarial.weight {recipe.adversarial.weight}: a tokenizer of kind vqkd makes no pictures "
+            f"adversarial.weight {recipe.adversarial.weight}: a tokenizer of kind vqkd makes no images "
             "for a critic; set it to 0",
         )
     else:
@@ -982,8 +983,8 @@ def _check_tokenizer(recipe: TokenizerRecipe) -> None:
         )
     _require(
         recipe.data.val_images != "" or recipe.data.holdout > 0,
-        "no held-out picture to judge the tokenizer on; set data.val_images to an image set, or "
-        "data.val_images= data.holdout=N to keep N of the training pictures",
+        "no held-out image to judge the tokenizer on; set data.val_images to an image set, or "
+        "data.val_images= data.holdout=N to keep N of the training images",
     )
 
 

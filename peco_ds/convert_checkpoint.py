@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         "--statistics",
         choices=["auto", "imagenet", "half"],
         default="auto",
-        help="mean and standard deviation of the pictures, where SRC does not tell them or wrongly; half "
+        help="mean and standard deviation of the images, where SRC does not tell them or wrongly; half "
         "is 0.5 (default: what SRC tells, else imagenet)",
     )
     parser.add_argument(

@@ -72,13 +72,13 @@ def main(argv: list[str] | None = None) -> int:
         "--statistics",
         choices=["auto", "imagenet", "half"],
         default="auto",
-        help="mean and deviation of the pictures the weights know; half is 0.5 (default: as their config "
+        help="mean and deviation of the images the weights know; half is 0.5 (default: as their config "
         "says, else imagenet)",
     )
     parser.add_argument(
         "--image_px",
         type=int,
-        help="side of the picture (default: the model's own; of a tokenizer's release what gives 14 x 14 codes)",
+        help="side of the image (default: the model's own; of a tokenizer's release what gives 14 x 14 codes)",
     )
     parser.add_argument(
         "--crop",
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         "--image_px 0.875 below 384 px, 1 from there on)",
     )
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=64, help="pictures a forward pass, a rank (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="images a forward pass, a rank (default: %(default)s)")
     parser.add_argument(
         "--num_workers",
         type=int,
@@ -151,12 +151,12 @@ def write(path: Path, result: dict) -> None:
 
 def evaluate_classifier(args):
     from peco_ds.data.labelled import check_labels, evaluation_batches
-    from peco_ds.data.loaders import Pictures
+    from peco_ds.data.loaders import ImageSet
     from peco_ds.evaluation.classification import classification_quality
     from peco_ds.runtime.distributed import start_world
 
-    pictures = Pictures(args.images)
-    classes = check_labels(pictures, "--images")
+    images = ImageSet(args.images)
+    classes = check_labels(images, "--images")
     model, settings, source = load_classifier(args, classes)
 
     world = start_world()
@@ -164,7 +164,7 @@ def evaluate_classifier(args):
     forward = in_precision(model, args.precision, world.device)
     rate = throughput(forward, args.batch, settings["image_px"], world)
     batches = evaluation_batches(
-        pictures,
+        images,
         rank=world.rank,
         world_size=world.size,
         batch=args.batch,
@@ -177,26 +177,26 @@ def evaluate_classifier(args):
         forward, until_stopped(batches, world), num_classes=len(classes), device=world.device
     )
     elapsed_s = time.perf_counter() - begun
-    speed = {"forward_images_per_s": rate, "end_to_end_images_per_s": quality["pictures"] / elapsed_s}
+    speed = {"forward_images_per_s": rate, "end_to_end_images_per_s": quality["images"] / elapsed_s}
     result = {
         "target": args.target,
         "kind": "classifier",
         **source,
-        "images": described(pictures),
+        "images": described(images),
         "settings": {**settings, **running(args, world)},
         "quality": quality,
         "throughput": speed,
     }
     line = (
         f"{source['source']}: top-1 {quality['top1']:.2f}, top-5 {quality['top5']:.2f} on "
-        f"{quality['pictures']} pictures at {settings['image_px']} px, {rate:.1f} images/s "
+        f"{quality['images']} images at {settings['image_px']} px, {rate:.1f} images/s "
         f"({speed['end_to_end_images_per_s']:.1f} with decoding)"
     )
     return result, line, world
 
 
 def load_classifier(args, classes: tuple[str, ...]):
-    """The model on the CPU, what its pictures have to be (as `evaluation_batches` takes it), and where it comes
+    """The model on the CPU, what its images have to be (as `evaluation_batches` takes it), and where it comes
     from.
     """
     from peco_ds.convert.initialize import check_classes
@@ -245,7 +245,7 @@ def load_classifier(args, classes: tuple[str, ...]):
 
 
 def find_tokenizer(target: Path) -> tuple[Path, int | None] | None:
-    """(release folder, side of the pictures where a run tells it) where the target is a tokenizer's release or training
+    """(release folder, side of the images where a run tells it) where the target is a tokenizer's release or training
     run; None for anything else.
 
     Raises: UserError for a run that has written no release yet.
@@ -274,7 +274,7 @@ def find_tokenizer(target: Path) -> tuple[Path, int | None] | None:
 def evaluate_tokenizer(args, release: Path, own_px: int | None):
     from peco_ds.data.central_squares import square_batches
     from peco_ds.data.labelled import labelled_sets
-    from peco_ds.data.loaders import Pictures
+    from peco_ds.data.loaders import ImageSet
     from peco_ds.evaluation.perceptual_distance import load_lpips
     from peco_ds.evaluation.reconstruction import CodeSums, RoundTripSums, quality_line, round_trip_of
     from peco_ds.models.tokenizers import load_tokenizer
@@ -282,21 +282,21 @@ def evaluate_tokenizer(args, release: Path, own_px: int | None):
 
     train = None
     if args.train_images:
-        train, pictures, _ = labelled_sets(args.train_images, args.images, ("--train_images", "--images"))
+        train, images, _ = labelled_sets(args.train_images, args.images, ("--train_images", "--images"))
     else:
-        pictures = Pictures(args.images)
+        images = ImageSet(args.images)
     tokenizer, card = load_tokenizer(release)
     only_px = card.settings.only_px
     image_px = args.image_px or only_px or own_px or TOKENIZER_GRID * card.stride_px
     if only_px not in (None, image_px):
         raise UserError(
-            f"--image_px {image_px}: the tokenizer looks at pictures of {only_px} px alone; leave --image_px out"
+            f"--image_px {image_px}: the tokenizer looks at images of {only_px} px alone; leave --image_px out"
         )
     if image_px % card.stride_px:
         raise UserError(f"--image_px {image_px}: not a multiple of the tokenizer's stride {card.stride_px}")
-    if args.lpips and not tokenizer.makes_pictures:
+    if args.lpips and not tokenizer.makes_images:
         raise UserError(
-            f"--lpips {args.lpips}: the tokenizer {release} makes no pictures, so there is nothing to "
+            f"--lpips {args.lpips}: the tokenizer {release} makes no images, so there is nothing to "
             "compare; leave --lpips out"
         )
     distance = load_lpips(args.lpips) if args.lpips else None
@@ -308,7 +308,7 @@ def evaluate_tokenizer(args, release: Path, own_px: int | None):
     round_trip = in_precision(round_trip_of(tokenizer), args.precision, world.device)
     tokenize = in_precision(tokenizer.tokenize, args.precision, world.device)
 
-    def squares(of: Pictures):
+    def squares(of: ImageSet):
         batches = square_batches(
             of,
             rank=world.rank,
@@ -323,26 +323,26 @@ def evaluate_tokenizer(args, release: Path, own_px: int | None):
     rate = throughput(tokenize, args.batch, image_px, world)
     sums = (
         RoundTripSums(card.num_codes, world.device, distance)
-        if tokenizer.makes_pictures
+        if tokenizer.makes_images
         else CodeSums(card.num_codes, world.device)
     )
     kept = []
     begun = time.perf_counter()
-    for batch in squares(pictures):
+    for batch in squares(images):
         output = round_trip(batch.images_01 * 2 - 1)
         sums.add(batch.images_01, output, (batch.samples >= 0).to(world.device))
         kept.append((output.codes, batch.labels, batch.samples))
     quality = sums.result(world.all_reduce)
     speed = {
         "tokenize_images_per_s": rate,
-        "end_to_end_images_per_s": pictures.num_samples / (time.perf_counter() - begun),
+        "end_to_end_images_per_s": images.num_samples / (time.perf_counter() - begun),
     }
     result = {
         "target": args.target,
         "kind": "tokenizer",
         "fingerprint": card.fingerprint,
         "facts": card.extra,
-        "images": described(pictures),
+        "images": described(images),
     }
     result |= {
         "settings": {
@@ -356,7 +356,7 @@ def evaluate_tokenizer(args, release: Path, own_px: int | None):
     }
     line = (
         f"tokenizer {card.fingerprint[:12]}: {quality_line(quality, card.num_codes)} on "
-        f"{pictures.num_samples} pictures at {image_px} px"
+        f"{images.num_samples} images at {image_px} px"
     )
     if train is not None:
         seen = gathered(
@@ -366,7 +366,7 @@ def evaluate_tokenizer(args, release: Path, own_px: int | None):
         result["train_images"] = described(train)
         line += "".join(
             f"; {name}: linear {found['best_linear']:.2f}, k-NN {found['best_knn']:.2f}"
-            for name, found in result["code_probes"]["pictures_as"].items()
+            for name, found in result["code_probes"]["images_as"].items()
         )
     return result, line, world
 
@@ -389,7 +389,7 @@ def gathered(batches, world):
 def probe_codes(tokenizer, train, val, num_classes: int, world) -> dict:
     """What a linear classifier and nearest neighbours make of the codes alone, in percent.
 
-    Collective; the two forms of a picture are shared out.
+    Collective; the two forms of an image are shared out.
     """
     from peco_ds.config import ProbeSettings
     from peco_ds.evaluation.code_probes import bag_of_codes, mean_code_vector
@@ -419,7 +419,7 @@ def probe_codes(tokenizer, train, val, num_classes: int, world) -> dict:
         for key, value in asdict(settings).items()
         if key in ("lrs", "epochs", "global_batch", "weight_decay", "knn_k", "knn_temperature", "seed")
     }
-    return {"pictures_as": {name: everything[name] for name in forms}, "settings": used}
+    return {"images_as": {name: everything[name] for name in forms}, "settings": used}
 
 
 # ---------------------------------------------------------------------------------------------- common
@@ -438,7 +438,7 @@ def in_precision(forward, precision: str, device):
 
 
 def throughput(forward, batch: int, image_px: int, world) -> float:
-    """Pictures a second over all ranks at once. Collective."""
+    """Images a second over all ranks at once. Collective."""
     import torch
 
     from peco_ds.evaluation.throughput import forward_images_per_s
@@ -466,11 +466,11 @@ def until_stopped(batches, world):
         yield batch
 
 
-def described(pictures) -> dict:
+def described(images) -> dict:
     return {
-        "folder": str(pictures.folder),
-        "pictures": pictures.num_samples,
-        "fingerprint": pictures.manifest.fingerprint(),
+        "folder": str(images.folder),
+        "images": images.num_samples,
+        "fingerprint": images.manifest.fingerprint(),
     }
 
 

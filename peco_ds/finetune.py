@@ -1,4 +1,4 @@
-"""Fine-tune a classifier on labelled pictures, from a run, a release or a weights file, and measure its top-1.
+"""Fine-tune a classifier on labelled images, from a run, a release or a weights file, and measure its top-1.
 
 deepspeed peco_ds/finetune.py --recipe finetune_vith14 init.weights=runs/peco_vith14
 """
@@ -44,8 +44,8 @@ def dry_run(args, resolved) -> int:
     if assumed:
         num_samples, num_classes, classes = IMAGENET_1K_TRAIN, IMAGENET_1K_CLASSES, None
     else:
-        pictures, _, classes = labelled_sets(sets["images"], sets["val_images"])
-        num_samples, num_classes = pictures.num_samples, len(classes)
+        images, _, classes = labelled_sets(sets["images"], sets["val_images"])
+        num_samples, num_classes = images.num_samples, len(classes)
     start = "scratch: init.weights is empty"
     if cfg.init.weights:
         weights = read_weights(
@@ -70,7 +70,7 @@ def train(args, resolved) -> int:
     from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
     from peco_ds.data.labelled import evaluation_batches, labelled_sets, training_batches
-    from peco_ds.data.loaders import BadPictures
+    from peco_ds.data.loaders import BadImages
     from peco_ds.data.order import rank_positions
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.evaluation.classification import classification_quality
@@ -83,7 +83,7 @@ def train(args, resolved) -> int:
     from peco_ds.runtime.checkpoint_files import list_checkpoints
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.ema import WeightEma
-    from peco_ds.runtime.engine import set_rate, start_engine
+    from peco_ds.runtime.engine import set_lr, start_engine
     from peco_ds.runtime.optim import layer_scales, use_layer_norm
     from peco_ds.runtime.rank_log import log_to, stacks_path
     from peco_ds.runtime.run_folder import open_run_folder
@@ -96,12 +96,12 @@ def train(args, resolved) -> int:
     # bad input is refused before any rank joins another
     ds_config = read_deepspeed_json(args.deepspeed_config)
     use_layer_norm(run)
-    pictures, held_out, classes = labelled_sets(
+    images, held_out, classes = labelled_sets(
         data_path(cfg.data, cfg.data.images), data_path(cfg.data, cfg.data.val_images)
     )
     TrainCrop(cfg.augment, cfg.model.image_px)  # a misspelt augment.auto_augment shows here
-    durations = resolve_durations(cfg, pictures.num_samples)
-    fingerprint = pictures.manifest.fingerprint()
+    durations = resolve_durations(cfg, images.num_samples)
+    fingerprint = images.manifest.fingerprint()
     resumed = continues(cfg.checkpoint) and bool(list_checkpoints(args.out))
     weights = (
         read_weights(cfg.init.weights, average=cfg.init.average, statistics=cfg.init.statistics, read_run=read_run)
@@ -109,7 +109,9 @@ def train(args, resolved) -> int:
         else None
     )
     seed_all(run.seed)  # initial weights follow from the seed alone
-    model = build_classifier(cfg.model, cfg.classifier, len(classes), recompute=run.activation_checkpointing)
+    model = build_classifier(
+        cfg.model, cfg.classifier, len(classes), activation_checkpointing=run.activation_checkpointing
+    )
     fresh = start_classifier(model, weights, cfg.model, classes=classes, head=cfg.init.head) if weights else []
 
     START_UP.ends("data")
@@ -123,7 +125,7 @@ def train(args, resolved) -> int:
         else f"{args.out}: rank {world.rank} does not see the checkpoints that rank 0 sees; start again in a minute"
     )
     ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
-    provenance = {"images_fingerprint": fingerprint, "num_samples": pictures.num_samples, "classes": list(classes)}
+    provenance = {"images_fingerprint": fingerprint, "num_samples": images.num_samples, "classes": list(classes)}
     origin = origin_of(args.out) if resumed else origin_from(weights, fresh)
     if world.is_main:
         afresh = f"; afresh: {', '.join(origin['fresh'])}" if origin["fresh"] else ""
@@ -158,9 +160,9 @@ def train(args, resolved) -> int:
     first_step = restored.progress.step
 
     positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=durations.stop_step)
-    bad = BadPictures(cfg.data.max_bad_share)
+    bad = BadImages(cfg.data.max_bad_share)
     batches = training_batches(
-        pictures,
+        images,
         positions,
         data=cfg.data,
         augment=cfg.augment,
@@ -174,7 +176,7 @@ def train(args, resolved) -> int:
     )
 
     def accuracy() -> dict[str, float]:
-        """Top-1, top-5 and loss on the held-out pictures, with the weights as the engine holds them now. Collective."""
+        """Top-1, top-5 and loss on the held-out images, with the weights as the engine holds them now. Collective."""
         batches = evaluation_batches(
             held_out,
             rank=world.rank,
@@ -196,7 +198,7 @@ def train(args, resolved) -> int:
             quality = accuracy()
             if ema:
                 with ema.applied():
-                    quality |= {f"ema_{name}": value for name, value in accuracy().items() if name != "pictures"}
+                    quality |= {f"ema_{name}": value for name, value in accuracy().items() if name != "images"}
         meter.evaluation(step, quality)
         return quality
 
@@ -207,7 +209,7 @@ def train(args, resolved) -> int:
         run=run,
         checkpoint=cfg.checkpoint,
         durations=durations,
-        num_samples=pictures.num_samples,
+        num_samples=images.num_samples,
         training_flops=training_flops(cfg, len(classes)),
         bad=bad,
         world=world,
@@ -217,7 +219,7 @@ def train(args, resolved) -> int:
         # A run that was stopped between its save and its evaluation makes up for it here.
         quality = evaluate(first_step) if first_step and durations.evaluate_after(first_step) else {}
         for step in range(first_step, durations.stop_step):
-            rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
+            lr = set_lr(engine, cfg.optim, cfg.schedule, durations, step)
             for _ in range(micro_steps(run, world.size)):
                 batch = meter.next(batches)
                 loss, stats = soft_label_cross_entropy(engine(batch.images_norm), batch.targets)
@@ -228,7 +230,7 @@ def train(args, resolved) -> int:
             applied = guard.close_step(step + 1)
             if ema and applied:
                 ema.update(step + 1)
-            meter.close_step(step + 1, engine, rate, applied=applied, skipped=guard.total_skipped)
+            meter.close_step(step + 1, engine, lr, applied=applied, skipped=guard.total_skipped)
             with watchdog.during("saving", LONG_S):
                 stopping = saver.close_step(step + 1)
             # a stop has seconds, an evaluation may take minutes
@@ -247,7 +249,7 @@ def train(args, resolved) -> int:
         )
         if quality:
             average = f", moving average {quality['ema_top1']:.2f}" if ema else ""
-            sys.stdout.write(f"top-1 {quality['top1']:.2f}{average} on {quality['pictures']} pictures\n")
+            sys.stdout.write(f"top-1 {quality['top1']:.2f}{average} on {quality['images']} images\n")
     return EXIT_DONE
 
 
@@ -257,7 +259,7 @@ def origin_from(weights, fresh: list[str]) -> dict:
 
     if weights is None:
         return {"init": "scratch", "init_facts": {}, "fresh": [], "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    # Pictures go on as the weights know them: the BEiT files that timm and Hugging Face host have seen 0.5, 0.5, not
+    # Images go on as the weights know them: the BEiT files that timm and Hugging Face host have seen 0.5, 0.5, not
     # ImageNet's statistics.
     return {
         "init": weights.source,

@@ -62,7 +62,7 @@ def import_tokenizer(args: argparse.Namespace) -> int:
     if found.left_out:
         notes.append(f"{found.left_out} tensors left out that only its training needs")
     if settings.kind == "dvae" and not settings.decoder:
-        notes.append("without decoder.pkl it makes no pictures")
+        notes.append("without decoder.pkl it makes no images")
     sys.stdout.write("; ".join([line, *notes]) + "\n")
     return EXIT_DONE
 

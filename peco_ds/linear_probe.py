@@ -49,10 +49,10 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
     if assumed:
         sizes, num_classes = (IMAGENET_1K_TRAIN, IMAGENET_1K_VAL), IMAGENET_1K_CLASSES
     else:
-        train, val, classes = labelled_pictures(cfg)
+        train, val, classes = labelled_images(cfg)
         sizes, num_classes = (train.num_samples, val.num_samples), len(classes)
     width = feature_width(weights.model.width, settings.pooling)
-    size = feature_bytes(weights.model.width, settings.pooling, num_blocks=len(blocks), num_pictures=sum(sizes))
+    size = feature_bytes(weights.model.width, settings.pooling, num_blocks=len(blocks), num_images=sum(sizes))
     backbone = (
         FLOPS_PER_MAC
         * mim_macs(replace(weights.model, image_px=image_px_of(cfg, weights)), num_codes=0, masked=0).backbone
@@ -71,9 +71,9 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
     )
     lines = [
         f"{cfg.name}: linear probe of {weights.source} ({weights.kind})",
-        f"pictures            {sizes[0]:,} to train, {sizes[1]:,} to measure, {num_classes} classes"
+        f"images            {sizes[0]:,} to train, {sizes[1]:,} to measure, {num_classes} classes"
         + (" (assumed: ImageNet-1K; no set was read)" if assumed else ""),
-        f"features            {len(blocks)} blocks x {width} numbers a picture ({settings.pooling}), "
+        f"features            {len(blocks)} blocks x {width} numbers an image ({settings.pooling}), "
         f"{size / 1e9:.4g} GB in {args.out / 'features'}",
         f"compute             backbone {backbone:.3g} FLOP, once; {len(blocks) * len(settings.lrs)} "
         f"classifiers x {settings.epochs} epochs {classifiers:.3g} FLOP",
@@ -91,7 +91,7 @@ def take_and_probe(args, resolved) -> int:
     cfg: ProbeRecipe = resolved.recipe
     settings = cfg.probe
     # bad input is refused before any rank joins another
-    train, val, classes = labelled_pictures(cfg)
+    train, val, classes = labelled_images(cfg)
     weights = read(cfg)
     blocks = blocks_of(cfg, weights)
 
@@ -166,8 +166,8 @@ def blocks_of(cfg: ProbeRecipe, weights) -> tuple[int, ...]:
     return tuple(sorted(set(cfg.probe.blocks))) or tuple(range(1, depth + 1))
 
 
-def labelled_pictures(cfg: ProbeRecipe):
-    """Training and held-out pictures, and the class names that both have."""
+def labelled_images(cfg: ProbeRecipe):
+    """Training and held-out images, and the class names that both have."""
     from peco_ds.config import data_path
     from peco_ds.data.labelled import labelled_sets
 
@@ -196,7 +196,7 @@ def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train
 # -------------------------------------------------------------------------------------- the two halves
 
 
-def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], pictures: dict, world) -> None:
+def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], images: dict, world) -> None:
     """Take the features unless they lie there. Collective.
 
     Raises: Stopped.
@@ -208,12 +208,12 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], pic
     settings = cfg.probe
     state = world.gather_objects(files.state())[0]
     if state == "whole":
-        logger.info("features of these pictures and weights lie in %s and are read", files.folder)
+        logger.info("features of these images and weights lie in %s and are read", files.folder)
         return
     logger.info(
         "taking features into %s%s",
         files.folder,
-        "; those that lie there are of other pictures, weights or settings" if state == "other" else "",
+        "; those that lie there are of other images, weights or settings" if state == "other" else "",
     )
     fault = ""
     if world.is_main:
@@ -223,7 +223,7 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], pic
             fault = str(error)
     world.agree(fault)
     backbone = feature_backbone(weights, image_px_of(cfg, weights)).to(world.device)
-    for split, whole_set in pictures.items():
+    for split, whole_set in images.items():
         batches = evaluation_batches(
             whole_set,
             rank=world.rank,

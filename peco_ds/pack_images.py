@@ -1,9 +1,9 @@
 """Pack an image folder into indexed shards, or index WebDataset tars where they lie; either way one manifest.
 
-Pictures are spread over the shards by a hash of seed and path, so that a shard of class-folder data holds all classes
-and reading a few shards at a time still mixes them. Ordinary pictures are stored byte for byte; odd ones (CMYK, 16 bit,
+Images are spread over the shards by a hash of seed and path, so that a shard of class-folder data holds all classes
+and reading a few shards at a time still mixes them. Ordinary images are stored byte for byte; odd ones (CMYK, 16 bit,
 EXIF-rotated, transparent, animated, other formats) are re-encoded as upright RGB, so that any WebDataset reader sees
-the right picture. A picture that cannot be decoded is named in the manifest and left out. An interrupted run is
+the right image. An image that cannot be decoded is named in the manifest and left out. An interrupted run is
 continued by the same command.
 """
 
@@ -28,6 +28,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, T
 from concurrent.futures.process import BrokenProcessPool
 
 from peco_ds.command_line import Parser, run
+from peco_ds.data.image_folders import Image, list_images, printable
 from peco_ds.data.image_shards import (
     IndexJob,
     PackJob,
@@ -38,7 +39,6 @@ from peco_ds.data.image_shards import (
     sole_writer,
 )
 from peco_ds.data.indexed_tar import index_name
-from peco_ds.data.picture_folders import Picture, list_pictures, printable
 from peco_ds.errors import EXIT_INTERRUPTED, UserError
 from peco_ds.schema import ImageManifest, write_manifest
 
@@ -49,14 +49,14 @@ _FOLDER_ONLY = ("labels", "synsets", "short_side", "quality", "samples_per_shard
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     if args.images is not None:
-        pictures, classes = list_pictures(args.images, args.labels, args.synsets, args.classes)
-        jobs = plan_shards(pictures, args)
+        images, classes = list_images(args.images, args.labels, args.synsets, args.classes)
+        jobs = plan_shards(images, args)
         names = ("short_side", "quality", "samples_per_shard", "shuffle_seed")
         options = {"source": str(args.images.resolve())} | {name: str(getattr(args, name)) for name in names}
     else:
         jobs, classes = plan_indexes(args.index_tars), None
         options = {"source": args.index_tars, "in_place": "True"}
-    units = "pictures" if args.images is not None else "tars"
+    units = "images" if args.images is not None else "tars"
     total = sum(job.units for job in jobs)
     if args.dry_run:
         sys.stdout.write(f"would pack {total} {units} into {len(jobs)} shards in {args.out}\n")
@@ -76,13 +76,13 @@ def _pack(
         classes = classes_of_tars(records, args.classes)
     elif len(rejected) > args.max_bad_share * total:
         raise UserError(
-            f"{len(rejected)} of {total} pictures cannot be decoded, more than --max_bad_share "
+            f"{len(rejected)} of {total} images cannot be decoded, more than --max_bad_share "
             f"{args.max_bad_share}: {'; '.join(rejected[:3])}"
             f"{'; ...' if len(rejected) > 3 else ''}; repair or remove them, or raise --max_bad_share"
         )
     samples = sum(record.shard.samples for record in records)
     if samples == 0:
-        raise UserError(f"{args.images or args.index_tars}: holds no picture that can be decoded; correct the path")
+        raise UserError(f"{args.images or args.index_tars}: holds no image that can be decoded; correct the path")
     write_manifest(args.out, ImageManifest([record.shard for record in records], samples, classes, rejected, options))
     labels = "no labels" if classes is None else f"{len(classes)} classes"
     size_bytes = sum(record.shard.bytes for record in records)
@@ -103,12 +103,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--images",
         type=Path,
         metavar="DIR",
-        help="class-folder tree, or pictures at any depth; dot files are passed over",
+        help="class-folder tree, or images at any depth; dot files are passed over",
     )
     source.add_argument(
         "--index_tars",
         metavar="GLOB|DIR",
-        help="WebDataset tars, indexed in place, not rewritten; their pictures are not decoded",
+        help="WebDataset tars, indexed in place, not rewritten; their images are not decoded",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of the shards and their manifest"
@@ -117,7 +117,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--labels",
         choices=("auto", "folders", "none"),
         default="auto",
-        help="folders: one class a sub-folder; auto: that, where pictures lie in sub-folders and none "
+        help="folders: one class a sub-folder; auto: that, where images lie in sub-folders and none "
         "beside them (default: %(default)s)",
     )
     parser.add_argument(
@@ -125,7 +125,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="labels of a flat folder (ILSVRC val): LOC_val_solution.csv; 'name label' lines; one synset "
-        "a line in picture-name order; "
+        "a line in image-name order; "
         "or ILSVRC2012_validation_ground_truth.txt with --classes",
     )
     parser.add_argument(
@@ -140,16 +140,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="PX",
-        help="shrink pictures whose short side is longer (bicubic, antialiased); 0: keep (default)",
+        help="shrink images whose short side is longer (bicubic, antialiased); 0: keep (default)",
     )
     parser.add_argument(
-        "--quality", type=int, default=92, help="JPEG quality where a picture must be re-encoded (default: %(default)s)"
+        "--quality", type=int, default=92, help="JPEG quality where an image must be re-encoded (default: %(default)s)"
     )
     parser.add_argument(
         "--samples_per_shard",
         type=int,
         default=5000,
-        help="5000 ImageNet pictures are about 0.5 GB: few files for the filesystem, yet a lost shard is "
+        help="5000 ImageNet images are about 0.5 GB: few files for the filesystem, yet a lost shard is "
         "soon rebuilt (default: %(default)s)",
     )
     parser.add_argument(
@@ -165,7 +165,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--max_bad_share",
         type=float,
         default=0.01,
-        help="more undecodable pictures than this share are an error (default: %(default)s)",
+        help="more undecodable images than this share are an error (default: %(default)s)",
     )
     parser.add_argument("--dry_run", action="store_true", help="list and check the source, write nothing")
     args = parser.parse_args(argv)
@@ -198,15 +198,15 @@ def _num_cores() -> int:
 # -------------------------------------------------------------------------------------------- the plan
 
 
-def plan_shards(pictures: list[Picture], args: argparse.Namespace) -> list[PackJob]:
-    """Spread the pictures over shards, in an order that holds for every version of Python and of its random
+def plan_shards(images: list[Image], args: argparse.Namespace) -> list[PackJob]:
+    """Spread the images over shards, in an order that holds for every version of Python and of its random
     generators.
     """
 
-    def place(picture: Picture) -> bytes:
-        return hashlib.blake2b(os.fsencode(f"{args.shuffle_seed}:{picture.path}"), digest_size=16).digest()
+    def place(image: Image) -> bytes:
+        return hashlib.blake2b(os.fsencode(f"{args.shuffle_seed}:{image.path}"), digest_size=16).digest()
 
-    shuffled = sorted(pictures, key=place)
+    shuffled = sorted(images, key=place)
     size = args.samples_per_shard
     return [
         PackJob(

@@ -67,17 +67,17 @@ def main(argv: list[str] | None = None) -> int:
         "--samples",
         type=_count,
         default=None,
-        help="pictures of the training set (default: those of data.images where it is packed, else "
+        help="images of the training set (default: those of data.images where it is packed, else "
         "ImageNet-1K's 1,281,167)",
     )
     parser.add_argument(
-        "--finetune_samples", type=_count, default=None, help="labelled pictures of the fine-tunings (default: as many)"
+        "--finetune_samples", type=_count, default=None, help="labelled images of the fine-tunings (default: as many)"
     )
     parser.add_argument(
         "--val_samples",
         type=_count,
         default=None,
-        help="pictures that a classifier is measured on (default: ImageNet-1K's 50,000)",
+        help="images that a classifier is measured on (default: ImageNet-1K's 50,000)",
     )
     parser.add_argument(
         "--simulate",
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         default=None,
         metavar="FILE.png",
-        help="also draw pictures a second and days over the GPU counts",
+        help="also draw images/s and days over the GPU counts",
     )
     parser.add_argument(
         "--list_hardware", action="store_true", help="print the catalogue with its sources, and nothing else"
@@ -175,9 +175,7 @@ def plan(args) -> int:
     if single:
         lines.append(bill_text(bills[0], assumed=samples is None))
     else:
-        said = f"{main.num_samples:,} pictures" + (
-            " (assumed: ImageNet-1K; no set was read)" if samples is None else ""
-        )
+        said = f"{main.num_samples:,} images" + (" (assumed: ImageNet-1K; no set was read)" if samples is None else "")
         lines += [
             f"{main.name}{'' if len(chain.stages) == 1 else ' and what belongs to it'}, with the settings "
             f"recommended for each; {said}",
@@ -211,12 +209,12 @@ def plan(args) -> int:
 
 
 def _samples(given: int | None, recipe) -> int | None:
-    """Pictures of the training set: as given, or of the set that is packed; None: neither."""
+    """Images of the training set: as given, or of the set that is packed; None: neither."""
     from peco_ds.schema import ImageManifest, read_manifest
 
     if given is not None:
         if given < 1:
-            raise UserError(f"--samples {given}: at least 1 picture")
+            raise UserError(f"--samples {given}: at least 1 image")
         return given
     images = data_path(recipe.data, recipe.data.images)
     return read_manifest(images, ImageManifest).samples if images.exists() else None

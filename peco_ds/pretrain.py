@@ -58,7 +58,7 @@ def dry_run(args, resolved) -> int:
             views=cfg.views,
             tokenizer_fingerprint=fingerprint,
         )
-        found = "fit pictures and recipe" + ("" if fingerprint else "; the tokenizer is not at hand to compare")
+        found = "fit images and recipe" + ("" if fingerprint else "; the tokenizer is not at hand to compare")
     durations = resolve_durations(cfg, num_samples)
     report = pretrain_report(
         cfg,
@@ -74,7 +74,7 @@ def dry_run(args, resolved) -> int:
 
 def train(args, resolved) -> int:
     from peco_ds.config import data_path, micro_steps, resolve_durations
-    from peco_ds.data.loaders import BadPictures, Pictures, masked_batches
+    from peco_ds.data.loaders import BadImages, ImageSet, masked_batches
     from peco_ds.data.order import rank_positions
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.models.mim import build_mim
@@ -84,7 +84,7 @@ def train(args, resolved) -> int:
     from peco_ds.runtime.around_steps import around_steps
     from peco_ds.runtime.checkpoint import restore
     from peco_ds.runtime.distributed import seed_all, start_world
-    from peco_ds.runtime.engine import set_rate, start_engine
+    from peco_ds.runtime.engine import set_lr, start_engine
     from peco_ds.runtime.optim import use_layer_norm
     from peco_ds.runtime.rank_log import log_to, stacks_path
     from peco_ds.runtime.run_folder import open_run_folder
@@ -98,19 +98,19 @@ def train(args, resolved) -> int:
     # bad input is refused before any rank joins another
     ds_config = read_deepspeed_json(args.deepspeed_config)
     use_layer_norm(run)
-    pictures = Pictures(data_path(cfg.data, cfg.data.images))
-    fingerprint = pictures.manifest.fingerprint()
-    durations = resolve_durations(cfg, pictures.num_samples)
+    images = ImageSet(data_path(cfg.data, cfg.data.images))
+    fingerprint = images.manifest.fingerprint()
+    durations = resolve_durations(cfg, images.num_samples)
 
     START_UP.ends("data")
     world = start_world()
     START_UP.ends("ranks")
     ds_config = merge_deepspeed(ds_config, args.deepspeed_config, run, cfg.optim, world.size)
-    tokens = open_tokens(cfg, pictures, world, tokenizer_named="data.tokenizer" in resolved.sources)
+    tokens = open_tokens(cfg, images, world, tokenizer_named="data.tokenizer" in resolved.sources)
     START_UP.ends("data")
     provenance = {
         "images_fingerprint": fingerprint,
-        "num_samples": pictures.num_samples,
+        "num_samples": images.num_samples,
         **token_provenance(cfg, tokens),
     }
     open_run_folder(args.out, "pretrain", resolved, ds_config, provenance, world)
@@ -121,7 +121,11 @@ def train(args, resolved) -> int:
     # initial weights follow from the seed alone, whatever was drawn while the data were opened
     seed_all(run.seed)
     model = build_mim(
-        cfg.model, cfg.encoding, cfg.aggregation, cfg.objective.num_codes, recompute=run.activation_checkpointing
+        cfg.model,
+        cfg.encoding,
+        cfg.aggregation,
+        cfg.objective.num_codes,
+        activation_checkpointing=run.activation_checkpointing,
     )
     START_UP.ends("model")
     engine = start_engine(
@@ -135,9 +139,9 @@ def train(args, resolved) -> int:
     first_step = restored.progress.step
 
     positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=durations.stop_step)
-    bad = BadPictures(cfg.data.max_bad_share)
+    bad = BadImages(cfg.data.max_bad_share)
     batches = masked_batches(
-        pictures,
+        images,
         tokens,
         positions,
         data=cfg.data,
@@ -156,14 +160,14 @@ def train(args, resolved) -> int:
         run=run,
         checkpoint=cfg.checkpoint,
         durations=durations,
-        num_samples=pictures.num_samples,
+        num_samples=images.num_samples,
         training_flops=training_flops(cfg),
         bad=bad,
         world=world,
     )
     with meter, watchdog:
         for step in range(first_step, durations.stop_step):
-            rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
+            lr = set_lr(engine, cfg.optim, cfg.schedule, durations, step)
             for _ in range(micro_steps(run, world.size)):
                 batch = meter.next(batches)
                 outputs = engine(batch.images_norm, batch.masked)
@@ -173,7 +177,7 @@ def train(args, resolved) -> int:
                 engine.backward(guard.watch(loss, batch.keys))
                 engine.step()
             applied = guard.close_step(step + 1)
-            meter.close_step(step + 1, engine, rate, applied=applied, skipped=guard.total_skipped)
+            meter.close_step(step + 1, engine, lr, applied=applied, skipped=guard.total_skipped)
             with watchdog.during("saving", LONG_S):
                 stopping = saver.close_step(step + 1)
             watchdog.beat(step + 1)

@@ -103,7 +103,7 @@ def run_lines(folder: Path, *, verify: bool = False, now: float | None = None) -
     lines += _checkpoints(folder / CHECKPOINTS, verify)
     troubles = [
         f"{rows[-1][name]} {text}"
-        for name, text in (("skipped_steps", "steps skipped"), ("bad_pictures", "bad pictures"))
+        for name, text in (("skipped_steps", "steps skipped"), ("bad_images", "bad images"))
         if rows and rows[-1].get(name)
     ]
     lines += [", ".join(troubles)] if troubles else []
@@ -308,24 +308,24 @@ def token_lines(folder: Path) -> list[str]:
         shards = manifest.get("shards")
         count = len(shards) if isinstance(shards, list) else "?"
         return [
-            f"token set, finished: {count} shards, {manifest.get('samples', '?')} pictures, "
+            f"token set, finished: {count} shards, {manifest.get('samples', '?')} images, "
             f"{manifest.get('num_views', '?')} views each"
         ]
-    done, pictures, unreadable, totals, damaged = 0, 0, 0, set(), 0
+    done, images, unreadable, totals, damaged = 0, 0, 0, set(), 0
     for path in _entries(folder / PARTS):
         if path.suffix == ".json":
             part, _ = _object(path)
             shard = part.get("shard")
             if isinstance(shard, dict) and _has_size(folder / Path(str(shard.get("name"))).name, shard.get("bytes")):
                 done += 1
-                pictures += int(_number(shard, "samples") or 0)
+                images += int(_number(shard, "samples") or 0)
                 unreadable += int(_number(part, "unreadable") or 0)
                 totals |= {part["of"]} if isinstance(part.get("of"), int) else set()
             else:
                 damaged += 1
     total = f" of {max(totals)}" if totals else ""
     lines = [
-        f"token set in the making: {done}{total} shards done, {pictures} pictures"
+        f"token set in the making: {done}{total} shards done, {images} images"
         + (f", {unreadable} of them unreadable" if unreadable else "")
     ]
     lines += [f"note: {damaged} shards are damaged or gone; they are made again"] if damaged else []

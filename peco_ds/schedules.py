@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the optimiser step, and how many pictures stochastic depth by subsets takes."""
+"""Learning rate as a pure function of the optimiser step, and how many images stochastic depth by subsets takes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def cosine_with_warmup(step: int, *, peak: float, floor: float, warmup_steps: in
     return floor + 0.5 * (peak - floor) * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
-def pictures_taken(pictures: int, drop_path: float) -> int:
-    """Of a pass's pictures, those that take a branch under model.drop_path_by = subset: whole ones, at least one."""
-    return max(1, round(pictures * (1 - drop_path)))
+def images_taken(images: int, drop_path: float) -> int:
+    """Of a pass's images, those that take a branch under model.drop_path_by = subset: whole ones, at least one."""
+    return max(1, round(images * (1 - drop_path)))

@@ -32,7 +32,7 @@ from peco_ds.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pictures in [0, 1]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of images in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -89,7 +89,7 @@ class ImageManifest:
     samples: _Count
     # names in label order; None for an unlabelled set
     classes: list[str] | None = None
-    # "path: reason" for each picture that could not be packed
+    # "path: reason" for each image that could not be packed
     rejected: list[str] = field(default_factory=list)
     # source and options of the packing, for people
     packed_as: dict[str, str] = field(default_factory=dict)

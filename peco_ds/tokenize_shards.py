@@ -1,4 +1,4 @@
-"""Run a tokenizer once over image shards: K recorded views a picture -> token shards and their manifest.
+"""Run a tokenizer once over image shards: K recorded views an image -> token shards and their manifest.
 
 deepspeed peco_ds/tokenize_shards.py --recipe peco_vith14 data.tokenizer=runs/tokenizer/tokenizer
 srun ... python peco_ds/tokenize_shards.py --part $SLURM_ARRAY_TASK_ID --parts 8        # then once: --finish --parts 8
@@ -38,19 +38,19 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--part {args.part} of --parts {args.parts}: parts count from 0")
     cfg = resolved.recipe
 
-    from peco_ds.data.loaders import Pictures
+    from peco_ds.data.loaders import ImageSet
     from peco_ds.data.token_parts import TokenParts
     from peco_ds.models.tokenizers import load_tokenizer, read_card
     from peco_ds.runtime.token_source import check_pair
     from peco_ds.schema import ViewRecipe
 
-    pictures = Pictures(data_path(cfg.data, cfg.data.images))
+    images = ImageSet(data_path(cfg.data, cfg.data.images))
     folder = data_path(cfg.data, cfg.data.tokenizer)
     card, views = read_card(folder), cfg.views
     check_pair(card, cfg, str(folder))
     parts = TokenParts(
         data_path(cfg.data, cfg.data.tokens),
-        pictures.manifest,
+        images.manifest,
         tokenizer_fingerprint=card.fingerprint,
         num_codes=card.num_codes,
         grid=cfg.model.grid,
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
         tokenizer_facts=card.extra,
     )
-    num_shards = len(pictures.manifest.shards)
+    num_shards = len(images.manifest.shards)
     own = range(args.part, num_shards, args.parts)
     if args.dry_run:
         from peco_ds.planner.report import tokenizing_report
@@ -77,10 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         missing = [number for number in own if not parts.is_done(number)]
         sys.stdout.write(
             f"{len(missing)} of {num_shards} shards to tokenize into {parts.folder}, {views.count} views "
-            f"of {views.tokenizer_px} px a picture, the tokenizer's network in "
+            f"of {views.tokenizer_px} px an image, the tokenizer's network in "
             f"{views.tokenizer_precision}\n"
         )
-        left = sum(pictures.manifest.shards[number].samples for number in missing)
+        left = sum(images.manifest.shards[number].samples for number in missing)
         sys.stdout.write(tokenizing_report(cfg, card.settings, num_samples=left) + "\n" if left else "")
         return EXIT_DONE
     if args.finish:
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         done = sorted(set(own) - set(missing))
         tokenize_missing(
             cfg,
-            pictures,
+            images,
             tokenizer,
             parts,
             missing[world.rank :: world.size],
@@ -127,52 +127,50 @@ class Stopped(Exception):
     """This rank was asked to stop in the middle of a shard."""
 
 
-def tokenize_missing(
-    cfg, pictures, tokenizer, parts, shard_numbers: list[int], done: list[int], world, watchdog
-) -> None:
+def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], done: list[int], world, watchdog) -> None:
     """One shard after the other.
 
-    A shard is written when its last picture is tokenized, so an interruption costs one shard.
+    A shard is written when its last image is tokenized, so an interruption costs one shard.
 
     Args:
-        done: shards of earlier starts, whose unreadable pictures count on.
+        done: shards of earlier starts, whose unreadable images count on.
     """
     import numpy as np
     from tqdm import tqdm
 
-    from peco_ds.data.loaders import BadPictures, view_batches
+    from peco_ds.data.loaders import BadImages, view_batches
     from peco_ds.runtime.token_records import ShardWriter, record_batches
     from peco_ds.runtime.token_source import codes_function
 
-    starts = np.concatenate([[0], np.cumsum(pictures.shards.shard_sizes)])
-    pictures_a_batch = max(1, cfg.run.micro_batch // cfg.views.count)
+    starts = np.concatenate([[0], np.cumsum(images.shards.shard_sizes)])
+    images_per_batch = max(1, cfg.run.micro_batch // cfg.views.count)
     batches_of = {}
     for number in shard_numbers:
         samples = np.arange(starts[number], starts[number + 1])
         batches_of[number] = (
-            np.split(samples, range(pictures_a_batch, len(samples), pictures_a_batch)) if len(samples) else []
+            np.split(samples, range(images_per_batch, len(samples), images_per_batch)) if len(samples) else []
         )
-    bad = BadPictures(cfg.data.max_bad_share)
+    bad = BadImages(cfg.data.max_bad_share)
     bad.load_state([parts.reading(number) for number in done])
     loaded = view_batches(
-        pictures,
+        images,
         [batch for number in shard_numbers for batch in batches_of[number]],
         data=cfg.data,
         views=cfg.views,
         device=world.device,
         bad=bad,
     )
-    # Pictures may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
-    batches = record_batches(loaded, codes_function(tokenizer, cfg, pictures_a_batch * cfg.views.count))
+    # Images may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
+    batches = record_batches(loaded, codes_function(tokenizer, cfg, images_per_batch * cfg.views.count))
     bar = tqdm(
-        total=int(sum(pictures.shards.shard_sizes[n] for n in shard_numbers)),
-        unit="picture",
+        total=int(sum(images.shards.shard_sizes[n] for n in shard_numbers)),
+        unit="image",
         desc="tokenize",
         disable=not world.is_main,
         mininterval=5.0,
     )
 
-    # share of each picture's softmax that the stored soft codes hold
+    # share of each image's softmax that the stored soft codes hold
     kept = []
     try:
         with ShardWriter(parts) as writer:
@@ -212,7 +210,7 @@ def tokenize_missing(
 def report(manifest) -> int:
     total_bytes = sum(shard.bytes for shard in manifest.shards)
     sys.stdout.write(
-        f"{manifest.samples} pictures, {manifest.num_views} views each, in {len(manifest.shards)} "
+        f"{manifest.samples} images, {manifest.num_views} views each, in {len(manifest.shards)} "
         f"token shards, {total_bytes} bytes; tokenizer {manifest.tokenizer_fingerprint[:12]}\n"
     )
     return EXIT_DONE

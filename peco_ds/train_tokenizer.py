@@ -54,7 +54,7 @@ def dry_run(args, resolved) -> int:
 
 def train(args, resolved) -> int:
     from peco_ds.config import data_path, micro_steps, resolve_durations
-    from peco_ds.data.loaders import BadPictures, Pictures, crop_batches, held_out_pictures, training_order
+    from peco_ds.data.loaders import BadImages, ImageSet, crop_batches, held_out_images, training_order
     from peco_ds.data.order import rank_positions
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.evaluation.reconstruction import HeldOut
@@ -69,7 +69,7 @@ def train(args, resolved) -> int:
     from peco_ds.runtime.checkpoint_files import list_checkpoints
     from peco_ds.runtime.codebook_init import init_codebook
     from peco_ds.runtime.distributed import seed_all, start_world
-    from peco_ds.runtime.engine import set_rate, start_engine
+    from peco_ds.runtime.engine import set_lr, start_engine
     from peco_ds.runtime.optim import use_layer_norm
     from peco_ds.runtime.rank_log import log_to, stacks_path
     from peco_ds.runtime.run_folder import open_run_folder
@@ -81,12 +81,12 @@ def train(args, resolved) -> int:
     # bad input is refused before any rank joins another
     ds_config = read_deepspeed_json(args.deepspeed_config)
     use_layer_norm(run)
-    pictures = Pictures(data_path(cfg.data, cfg.data.images))
-    fingerprint = pictures.manifest.fingerprint()
-    order = training_order(pictures, cfg.data, run.seed)
+    images = ImageSet(data_path(cfg.data, cfg.data.images))
+    fingerprint = images.manifest.fingerprint()
+    order = training_order(images, cfg.data, run.seed)
     durations = resolve_durations(cfg, order.num_samples)
     frozen = load_frozen_net(cfg)
-    held_out = held_out_pictures(pictures, cfg.data, cfg.evaluation.max_images, cfg.views.tokenizer_px)
+    held_out = held_out_images(images, cfg.data, cfg.evaluation.max_images, cfg.views.tokenizer_px)
 
     START_UP.ends("data")
     world = start_world()
@@ -98,9 +98,9 @@ def train(args, resolved) -> int:
     log_to(args.out, world.rank)
     watchdog = Watchdog(run.hang_timeout_s, stacks_path(args.out, world.rank), rank=world.rank)
 
-    def crops(first_step: int, last_step: int, bad: BadPictures | None = None):
+    def crops(first_step: int, last_step: int, bad: BadImages | None = None):
         positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=last_step)
-        return crop_batches(pictures, order, positions, data=cfg.data, views=cfg.views, device=world.device, bad=bad)
+        return crop_batches(images, order, positions, data=cfg.data, views=cfg.views, device=world.device, bad=bad)
 
     START_UP.ends("records")
     # initial weights follow from the seed alone, whatever was drawn while the data were opened
@@ -127,7 +127,7 @@ def train(args, resolved) -> int:
 
     frozen = frozen.to(world.device) if frozen else None
     objective = build_tokenizer_objective(cfg, frozen)
-    bad = BadPictures(cfg.data.max_bad_share)
+    bad = BadImages(cfg.data.max_bad_share)
     guard, meter, saver = around_steps(
         args.out,
         engine,
@@ -159,7 +159,7 @@ def train(args, resolved) -> int:
         evaluate(first_step)
         batches = crops(first_step, durations.stop_step, bad)
         for step in range(first_step, durations.stop_step):
-            rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
+            lr = set_lr(engine, cfg.optim, cfg.schedule, durations, step)
             for _ in range(micro_steps(run, world.size)):
                 batch = meter.next(batches)
                 outputs = engine(batch.images_11)
@@ -173,7 +173,7 @@ def train(args, resolved) -> int:
             meter.close_step(
                 step + 1,
                 engine,
-                rate,
+                lr,
                 lambda counts=counts, applied=applied: usage(counts) if applied else {},
                 applied=applied,
                 skipped=guard.total_skipped,

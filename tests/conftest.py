@@ -1,4 +1,4 @@
-"""Real pictures for the tests, and one CPU thread a process so that files of tests can run beside launches."""
+"""Real images for the tests, and one CPU thread a process so that files of tests can run beside launches."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def wheel_photographs(folder: Path) -> RealData:
     names = ("astronaut", "chelsea", "coffee", "motorcycle_left", "camera", "coins", "moon", "grass")
     jpegs, pngs = [], []
     for number, name in enumerate(names):
-        picture = Image.open(Path(skimage.__file__).parent / "data" / f"{name}.png").convert("RGB")
-        picture = picture.resize((512, 512))
+        image = Image.open(Path(skimage.__file__).parent / "data" / f"{name}.png").convert("RGB")
+        image = image.resize((512, 512))
         class_folder = folder / "imagenet" / f"n{number:08d}"
         class_folder.mkdir(parents=True, exist_ok=True)
         (folder / "kodak").mkdir(exist_ok=True)
-        picture.save(folder / "kodak" / f"{name}.png")
+        image.save(folder / "kodak" / f"{name}.png")
         pngs.append(folder / "kodak" / f"{name}.png")
         for tile, corner in enumerate(np.random.default_rng(number).integers(0, 256, (16, 2))):
             left, top = map(int, corner)
             path = class_folder / f"n{number:08d}_{tile}.JPEG"
-            picture.crop((left, top, left + 256, top + 256)).save(path, quality=92)
+            image.crop((left, top, left + 256, top + 256)).save(path, quality=92)
             jpegs.append(path)
     return RealData(imagenet=jpegs, kodak=pngs, imagenette_tar=None)
 
@@ -105,8 +105,8 @@ def run_stage(
     return done
 
 
-# One small chain for all tests that need records: 96 real pictures in 4 shards, a stride-8 tokenizer of 64 codes, 3
-# views a picture.
+# One small chain for all tests that need records: 96 real images in 4 shards, a stride-8 tokenizer of 64 codes, 3
+# views an image.
 SMALL_VIT = (
     "views.tokenizer_px=32 views.tokenizer_precision=fp32 views.count=3 views.scale=[0.2,1.0] "
     "model.image_px=64 model.patch_px=16 model.width=48 model.depth=2 model.heads=3 "
@@ -138,14 +138,14 @@ def make_small_sets(real_data: RealData, root: Path) -> SmallSets:
     from peco_ds.config import TokenizerSettings
     from peco_ds.models.tokenizers import build_tokenizer, save_tokenizer
 
-    pictures = root / "pictures"
+    images = root / "raw"
     for path in real_data.imagenet[:96]:
-        (pictures / path.parent.name).mkdir(parents=True, exist_ok=True)
-        (pictures / path.parent.name / path.name).symlink_to(path)
+        (images / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (images / path.parent.name / path.name).symlink_to(path)
     run_stage(
         "pack_images",
         "--images",
-        pictures,
+        images,
         "--out",
         root / "images" / "train",
         "--samples_per_shard",
@@ -176,7 +176,7 @@ class LabelledSets:
 
     root: Path
     classes: int
-    val_pictures: int
+    val_images: int
     overrides: list[str]
 
 
@@ -197,7 +197,7 @@ def labelled_sets(real_data, tmp_path_factory) -> LabelledSets:
 
 
 def make_labelled_sets(real_data: RealData, root: Path) -> LabelledSets:
-    """Four classes of real pictures in an empty folder.
+    """Four classes of real images in an empty folder.
 
     25 to measure on, a number that neither 2 nor 3 ranks divide.
     """

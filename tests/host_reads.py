@@ -28,7 +28,7 @@ def main(out: Path) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from peco_ds.config import PretrainRecipe, load_recipe, resolve_durations
-    from peco_ds.data.loaders import BadPictures, Codes, MaskedBatch, masked_targets
+    from peco_ds.data.loaders import BadImages, Codes, MaskedBatch, masked_targets
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.models.mim import build_mim
     from peco_ds.models.vit import TransformerBlock
@@ -36,7 +36,7 @@ def main(out: Path) -> None:
     from peco_ds.runtime.around_steps import around_steps
     from peco_ds.runtime.checkpoint import restore
     from peco_ds.runtime.distributed import start_world
-    from peco_ds.runtime.engine import set_rate, start_engine
+    from peco_ds.runtime.engine import set_lr, start_engine
     from peco_ds.runtime.watchdog import Watchdog
 
     small = (
@@ -110,7 +110,7 @@ def main(out: Path) -> None:
             durations=durations,
             num_samples=100,
             training_flops=1.0,
-            bad=BadPictures(0.1),
+            bad=BadImages(0.1),
             world=world,
         )
         masked = torch.tensor([[0, 3], [1, 2]])
@@ -126,7 +126,7 @@ def main(out: Path) -> None:
             with meter, watchdog, Watching():
                 for step in range(STEPS):
                     step_now[0] = step + 1
-                    rate = set_rate(engine, cfg.optim, cfg.schedule, durations, step)
+                    rate = set_lr(engine, cfg.optim, cfg.schedule, durations, step)
                     for _ in range(2):
                         batch = meter.next(batches)
                         outputs = engine(batch.images_norm, batch.masked)

@@ -7,7 +7,7 @@ Exit codes of the runs are written to JSON + ".codes" by rank 0, a refusal as it
 "passes": [first, last], "factor": F}, rank R's losses of these forward passes (from 0) are multiplied by F, as a bad
 batch would do it; with "unmended", elastic resume leaves DeepSpeed's parameter groups as they come. With "statistics",
 the standard deviation of every parameter as the engine holds it before the first step is saved there; with "keys", the
-pictures of each pass, to FILE.RANK; with "rates", the groups of the engine's optimiser after the last step's rate was
+images of each pass, to FILE.RANK; with "rates", the groups of the engine's optimiser after the last step's rate was
 set.
 """
 
@@ -42,10 +42,10 @@ def record_statistics(path: str):
 
 
 def record_rates(path: str):
-    """Wrap set_rate so that what it left in the optimiser is written down."""
+    """Wrap set_lr so that what it left in the optimiser is written down."""
     from peco_ds.runtime import engine as module
 
-    original = module.set_rate
+    original = module.set_lr
 
     def wrapped(engine, *positional):
         rate = original(engine, *positional)
@@ -57,12 +57,12 @@ def record_rates(path: str):
             Path(path).write_text(json.dumps({"rate": rate, "groups": groups}))
         return rate
 
-    module.set_rate = wrapped
-    return lambda: setattr(module, "set_rate", original)
+    module.set_lr = wrapped
+    return lambda: setattr(module, "set_lr", original)
 
 
 def record_keys(path: str):
-    """Wrap the guard so that every rank writes down which pictures each of its passes had, in files of their own."""
+    """Wrap the guard so that every rank writes down which images each of its passes had, in files of their own."""
     from peco_ds.runtime import step_guard as module
 
     original = module.StepGuard.watch

@@ -1,4 +1,4 @@
-"""Attention with a learned bias that all pictures share, against the formula in float64."""
+"""Attention with a learned bias that all images share, against the formula in float64."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def drawn(dtype, *bias_shape):
     return qkv.to(dtype), bias.to(dtype), grad.to(dtype)
 
 
-@pytest.mark.parametrize("shape", [(H, T, T), (B, H, T, T)], ids=["shared", "a picture's own"])
+@pytest.mark.parametrize("shape", [(H, T, T), (B, H, T, T)], ids=["shared", "an image's own"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_values_and_gradients_are_those_of_the_formula(shape, dtype, tolerance):
     qkv, bias, grad = drawn(dtype, *shape)
@@ -42,15 +42,15 @@ def test_values_and_gradients_are_those_of_the_formula(shape, dtype, tolerance):
 def test_the_gradient_of_a_float32_bias_is_summed_in_float32_under_16_bit_training():
     """In bfloat16 a sum of many small equal parts stands still."""
     qkv, bias, _ = drawn(torch.bfloat16, H, T, T)
-    pictures = 512
-    qkv, bias = qkv[:1].expand(pictures, -1, -1, -1, -1), bias.float().requires_grad_()
+    images = 512
+    qkv, bias = qkv[:1].expand(images, -1, -1, -1, -1), bias.float().requires_grad_()
     grad = torch.randn(1, T, H * D, generator=torch.Generator().manual_seed(1)).bfloat16()
-    attend(qkv, bias).backward(grad.expand(pictures, -1, -1))
+    attend(qkv, bias).backward(grad.expand(images, -1, -1))
     many = bias.grad.clone()
     bias.grad = None
     attend(qkv[:1], bias).backward(grad)
     assert many.dtype == torch.float32
-    torch.testing.assert_close(many, pictures * bias.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(many, images * bias.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_evaluation_takes_the_same_values():
@@ -99,9 +99,9 @@ def test_the_gpu_path_asks_for_the_fused_kernels_with_shapes_and_alignment_they_
 
     monkeypatch.setattr(attention, "_efficient", seen)
     monkeypatch.setattr(attention, "_efficient_backward", seen_backward)
-    pictures = 64
+    images = 64
     with FakeTensorMode():
-        qkv = torch.empty(pictures, tokens, 3, heads, dim, dtype=torch.bfloat16, device="cuda")
+        qkv = torch.empty(images, tokens, 3, heads, dim, dtype=torch.bfloat16, device="cuda")
         bias = torch.empty(heads, tokens, tokens, device="cuda")
         out, kept = biased_attention._init_fn(qkv, bias)
         declared = biased_attention._abstract_fn(qkv, bias)
@@ -116,4 +116,4 @@ def test_the_gpu_path_asks_for_the_fused_kernels_with_shapes_and_alignment_they_
             and seen_bias.stride(-1) == 1
             and all(stride % ALIGNMENT == 0 for stride in seen_bias.stride()[:-1])
         )
-    assert sum(batches) == pictures and max(batches) * heads * tokens * tokens * 2 <= attention.GPU_BYTES
+    assert sum(batches) == images and max(batches) * heads * tokens * tokens * 2 <= attention.GPU_BYTES

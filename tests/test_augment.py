@@ -32,7 +32,7 @@ def global_states():
 
 
 @pytest.fixture(scope="module")
-def picture(real_data):
+def photograph(real_data):
     """A photograph that is not square, as PIL and as uint8 [3, H, W]."""
     image = Image.open(real_data.kodak[0]).convert("RGB").resize((300, 200))
     return image, torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -66,11 +66,11 @@ def test_the_global_generators_go_on_as_if_nothing_was_drawn_even_after_an_error
     assert global_states() == before
 
 
-def test_a_training_crop_is_the_one_that_beit_fine_tunes_with(picture):
+def test_a_training_crop_is_the_one_that_beit_fine_tunes_with(photograph):
     """Normalised in the worker as BEiT's `build_transform(is_train=True)` does it, with the same draws, against uint8
     normalised here.
     """
-    image, image_u8 = picture
+    image, image_u8 = photograph
     reference = create_transform(
         64,
         is_training=True,
@@ -92,8 +92,8 @@ def test_a_training_crop_is_the_one_that_beit_fine_tunes_with(picture):
     assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:]))
 
 
-def test_colour_jitter_serves_only_without_auto_augment(picture):
-    _, image_u8 = picture
+def test_colour_jitter_serves_only_without_auto_augment(photograph):
+    _, image_u8 = photograph
 
     def crop(**settings):
         with drawn_from(3):
@@ -112,25 +112,25 @@ def test_an_augmentation_that_timm_cannot_read_is_refused_in_one_line(text):
 
 
 @pytest.mark.parametrize("text", ["rand-m10-n1-p1.0-inc1", "rand-m0-n1-p1.0"])
-def test_the_strongest_posterize_is_black_whatever_pillow_thinks_of_it(picture, text):
+def test_the_strongest_posterize_is_black_whatever_pillow_thinks_of_it(photograph, text):
     crop, black = TrainCrop(AugmentSettings(auto_augment=text), 32), 0
     for number in range(90):  # one operation of 15 each
         with drawn_from(number):
-            black += int(crop(picture[1]).max() == 0)
+            black += int(crop(photograph[1]).max() == 0)
     assert 0 < black < 20
 
 
 @pytest.mark.parametrize("text", ["original-mstd0.5", "v0r", "3a", "augmix-m9-w2", "rand-m9-tweights"])
-def test_timms_other_augmentations_serve_as_well(picture, text):
+def test_timms_other_augmentations_serve_as_well(photograph, text):
     crop = TrainCrop(AugmentSettings(auto_augment=text), 32)
     for number in range(30):
         with drawn_from(number):
-            assert crop(picture[1]).shape == (3, 32, 32)
+            assert crop(photograph[1]).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("image_px, crop", [(64, 0.875), (64, 0.9), (96, 1.0)])
-def test_a_central_crop_keeps_the_aspect_as_beit_and_timm_do(picture, image_px, crop):
-    image, image_u8 = picture
+def test_a_central_crop_keeps_the_aspect_as_beit_and_timm_do(photograph, image_px, crop):
+    image, image_u8 = photograph
     beit = transforms.Compose(
         [
             transforms.Resize(int(image_px / crop), interpolation=transforms.InterpolationMode.BICUBIC),
@@ -201,7 +201,7 @@ def test_without_mixing_a_target_is_the_smoothed_label_also_of_an_odd_batch(off,
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
-def test_pictures_are_erased_at_the_stated_rate_with_noise_in_each_pixel(rate):
+def test_images_are_erased_at_the_stated_rate_with_noise_in_each_pixel(rate):
     images_u8 = torch.full((2000, 3, 16, 16), 128, dtype=torch.uint8)
     augment = AugmentSettings(erasing=rate, **NOT_MIXED)
     images_norm, _ = BatchMix(augment, smoothing=0.0, num_classes=2, seed=0)(

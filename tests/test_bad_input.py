@@ -75,10 +75,10 @@ def test_a_missing_folder_is_named(refused, small_sets, tmp_path, key, words):
 
 def test_an_empty_class_folder_is_named(refused, real_data, tmp_path):
     for name in ("cat", "dog"):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-    shutil.copy(real_data.imagenet[0], tmp_path / "pictures" / "cat")
+        (tmp_path / "raw" / name).mkdir(parents=True)
+    shutil.copy(real_data.imagenet[0], tmp_path / "raw" / "cat")
     assert "dog" in refused(
-        "pack_images", "--images", tmp_path / "pictures", "--labels", "folders", "--out", tmp_path / "out"
+        "pack_images", "--images", tmp_path / "raw", "--labels", "folders", "--out", tmp_path / "out"
     )
 
 
@@ -113,7 +113,7 @@ def test_a_json_that_is_no_deepspeed_config_is_refused(refused, small_sets, tmp_
 
 
 def test_more_views_than_stored_are_refused(refused, small_sets, tmp_path):
-    assert "3 views are stored for each picture, views.count asks for 5" in refused(
+    assert "3 views are stored for each image, views.count asks for 5" in refused(
         *pretrain(small_sets, tmp_path, "views.count=5")
     )
 

@@ -1,4 +1,4 @@
-"""The data benchmark at toy size: it runs as a user starts it, both ways see the same pictures, and its arithmetic is
+"""The data benchmark at toy size: it runs as a user starts it, both ways see the same images, and its arithmetic is
 right.
 """
 
@@ -28,16 +28,16 @@ def timed(benchmark, ours: list[float], theirs: list[float]):
     return benchmark.Timed(2, 1e4, 1e3, {benchmark.STORED: ours, benchmark.ONLINE: ours, benchmark.BEIT: theirs})
 
 
-def test_a_run_of_a_few_pictures_writes_every_table_and_how_it_was_made(real_data, tmp_path):
+def test_a_run_of_a_few_images_writes_every_table_and_how_it_was_made(real_data, tmp_path):
     for number, path in enumerate(real_data.imagenet[:6]):
-        (tmp_path / "pictures").mkdir(exist_ok=True)
-        (tmp_path / "pictures" / f"{number}.jpg").symlink_to(path)
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        (tmp_path / "raw" / f"{number}.jpg").symlink_to(path)
     record = tmp_path / "record.md"
     done = run_stage(
         "benchmarks/data.py",
         "--images",
-        tmp_path / "pictures",
-        "--pictures",
+        tmp_path / "raw",
+        "--images",
         4,
         "--rounds",
         1,
@@ -49,7 +49,7 @@ def test_a_run_of_a_few_pictures_writes_every_table_and_how_it_was_made(real_dat
     )
     text = record.read_text()
     assert text.strip() in done.stdout
-    assert text.count("4 pictures of") == 6 and "as they are" in text and "--short_side 320" in text
+    assert text.count("4 images of") == 6 and "as they are" in text and "--short_side 320" in text
     for words in (
         "ours, stored tokens",
         "ours, online tokens",
@@ -64,19 +64,19 @@ def test_a_run_of_a_few_pictures_writes_every_table_and_how_it_was_made(real_dat
         assert words in text, words
 
 
-def test_image_shards_give_the_pictures_they_hold(benchmark, small_sets, tmp_path):
-    from peco_ds.data.loaders import Pictures
+def test_image_shards_give_the_images_they_hold(benchmark, small_sets, tmp_path):
+    from peco_ds.data.loaders import ImageSet
 
     files = benchmark.chosen_files(small_sets.root / "images" / "train", 5, tmp_path / "files")
-    pictures = Pictures(small_sets.root / "images" / "train")
+    images = ImageSet(small_sets.root / "images" / "train")
     for path, sample in zip(sorted(files.iterdir()), benchmark.spread(96, 5), strict=True):
-        assert Image.open(path).size == tuple(reversed(pictures.decode(sample)[1].shape[1:]))
+        assert Image.open(path).size == tuple(reversed(images.decode(sample)[1].shape[1:]))
 
 
-def test_where_no_real_picture_is_found_some_are_drawn_that_every_path_can_read(benchmark, tmp_path, monkeypatch):
+def test_where_no_real_image_is_found_some_are_drawn_that_every_path_can_read(benchmark, tmp_path, monkeypatch):
     from peco_ds.data.decode import decode_rgb
 
-    monkeypatch.setattr(benchmark, "pictures_of_the_tests", lambda: [])
+    monkeypatch.setattr(benchmark, "images_of_the_tests", lambda: [])
     files = sorted(benchmark.chosen_files(None, 3, tmp_path / "files").iterdir())
     assert len(files) == 3 and all(path.name.startswith(benchmark.DRAWN) for path in files)
     assert all(decode_rgb(path.read_bytes()).shape == (3, 375, 500) for path in files)
@@ -95,7 +95,7 @@ def test_the_ratio_is_of_rates_round_by_round(benchmark):
     assert "| 1000 | 4.00 (2.00 to 6.00) |" in benchmark.rate_table({"as_they_are": result})
 
 
-def test_cores_are_the_pictures_a_step_takes_over_those_a_core_makes(benchmark):
+def test_cores_are_the_images_a_step_takes_over_those_a_core_makes(benchmark):
     result = timed(benchmark, [0.001], [0.004])
     lines = benchmark.core_table(
         {"as_they_are": result, "short_side": timed(benchmark, [0.0005], [0.004])}

@@ -33,7 +33,7 @@ def test_flops_at_a_toy_size_and_at_full_width_are_those_of_torchs_counter(name)
     recipe = flops_recipes()[name]
     said, seen = predicted_flops(recipe), counted_flops(recipe)
     assert said.forward == pytest.approx(seen.forward, rel=0.01)
-    # Three times the forward pass counts a gradient for the picture that nobody asks for: 0.8 percent of three blocks,
+    # Three times the forward pass counts a gradient for the image that nobody asks for: 0.8 percent of three blocks,
     # less of more.
     assert said.training == pytest.approx(seen.training, rel=0.01)
 

@@ -31,7 +31,7 @@ from peco_ds.planner.shapes import FLOPS_PER_MAC
 
 
 def flops(networks) -> float:
-    """Of one picture, forward alone."""
+    """Of one image, forward alone."""
     return sum(vit_passes(vit, how)[0].flops for vit, how in networks)
 
 
@@ -59,8 +59,8 @@ def test_inference_has_no_backward_pass_and_stored_attention_moves_more():
     assert stored > 1.3 * fused
 
 
-def test_a_run_of_so_many_hours_is_so_many_pictures_a_second():
-    assert run_hours(100, 10, 4, pictures=36_000) == 100 * 36_000 / 36_000 / 4
+def test_a_run_of_so_many_hours_is_so_many_images_a_second():
+    assert run_hours(100, 10, 4, images=36_000) == 100 * 36_000 / 36_000 / 4
 
 
 def test_every_row_is_predicted_in_order_of_pace_and_names_its_source():
@@ -73,7 +73,7 @@ def test_every_row_is_predicted_in_order_of_pace_and_names_its_source():
     assert 0 < sum(row.calibration for row in rows) < len(rows) / 4, "most rows are held out"
 
 
-def test_more_gpus_never_give_more_pictures_a_gpu():
+def test_more_gpus_never_give_more_images_a_gpu():
     row = next(row for row in published() if row.what == "ViT-g/14, training, 8 GPUs" and row.hardware == "h100")
     assert (
         replace(row, gpus=128).predicted("typical")

@@ -32,9 +32,9 @@ TOY = (
 CEILINGS = {torch.float32: 1e13}
 
 
-def row(seconds, *, batch=10, compile="none", drop_by="picture", **fields):
+def row(seconds, *, batch=10, compile="none", drop_by="image", **fields):
     return Row(
-        Setting("B/16", "3", "none", compile, drop_by), batch=batch, flops_a_picture=10**11, seconds=seconds, **fields
+        Setting("B/16", "3", "none", compile, drop_by), batch=batch, flops_per_image=10**11, seconds=seconds, **fields
     )
 
 
@@ -63,7 +63,7 @@ def test_every_row_is_trained_and_recorded_with_ratio_ceiling_activations_and_pr
         "--compile",
         "none",
         "--drop_by",
-        "picture",
+        "image",
         "--rounds",
         2,
         "--profile",
@@ -86,7 +86,7 @@ def test_the_base_of_every_size_comes_first_and_then_one_change_at_a_time():
     found = settings_of(arguments(zero="1,3", compile="none,blocks"))
     sizes = list(CPU_SIZES)
     assert found[:2] == [
-        Setting(size, zero="1", checkpointing="none", compile="none", drop_by="picture") for size in sizes
+        Setting(size, zero="1", checkpointing="none", compile="none", drop_by="image") for size in sizes
     ]
     base = found[0]
     changed = [
@@ -223,8 +223,8 @@ def test_two_recipes_step_by_turns_and_the_one_that_recomputes_keeps_less():
         cost.batch == 2 and len(cost.seconds) == len(cost.cpu_seconds) == 2 and cost.images_per_s > 0
         for cost in costs.values()
     )
-    assert 0 < costs["full"].saved_bytes_a_picture < costs["none"].saved_bytes_a_picture
-    assert costs["full"].flops_a_picture == costs["none"].flops_a_picture, "recomputation is no work of the model"
+    assert 0 < costs["full"].saved_bytes_per_image < costs["none"].saved_bytes_per_image
+    assert costs["full"].flops_per_image == costs["none"].flops_per_image, "recomputation is no work of the model"
 
 
 def test_kernels_are_sorted_by_what_they_do():

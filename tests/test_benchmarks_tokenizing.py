@@ -23,14 +23,14 @@ TOY = (
 
 
 def test_it_runs_and_records_both_ways_and_every_part(tmp_path):
-    """Three views in passes of at most two: two passes of two a picture, the last filled up where it is compiled."""
+    """Three views in passes of at most two: two passes of two an image, the last filled up where it is compiled."""
     record = tmp_path / "record.md"
     command = [
         sys.executable,
         "benchmarks/tokenizing.py",
         "--rounds",
         "1",
-        "--pictures",
+        "--images",
         "2",
         "--single_views",
         "2",
@@ -61,7 +61,7 @@ def test_ratios_are_taken_round_by_round():
     [
         (["--gpu"], "--gpu: torch finds no GPU"),
         (["views.count=0"], "views.count 0: must be at least 1"),
-        (["--images", "/nowhere"], "no picture"),
+        (["--images", "/nowhere"], "no image"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(words, told):

@@ -3,7 +3,7 @@ import torch
 
 from peco_ds.config import DataSettings
 from peco_ds.data.central_squares import square_batches
-from peco_ds.data.loaders import Pictures, held_out_pictures
+from peco_ds.data.loaders import ImageSet, held_out_images
 
 CPU = torch.device("cpu")
 
@@ -12,15 +12,13 @@ CPU = torch.device("cpu")
 def test_every_square_comes_once_over_all_ranks_as_the_training_of_a_tokenizer_cuts_it(
     small_sets, world_size, batch, num_workers
 ):
-    pictures = Pictures(small_sets.root / "images" / "train")
-    expected = held_out_pictures(
-        pictures, DataSettings(root=str(small_sets.root), val_images="images/train"), 10**6, 32
-    )
+    images = ImageSet(small_sets.root / "images" / "train")
+    expected = held_out_images(images, DataSettings(root=str(small_sets.root), val_images="images/train"), 10**6, 32)
     seen, lengths = {}, set()
     for rank in range(world_size):
         batches = list(
             square_batches(
-                pictures, rank=rank, world_size=world_size, batch=batch, size_px=32, num_workers=num_workers, device=CPU
+                images, rank=rank, world_size=world_size, batch=batch, size_px=32, num_workers=num_workers, device=CPU
             )
         )
         lengths.add(tuple(len(each.samples) for each in batches))
@@ -30,5 +28,5 @@ def test_every_square_comes_once_over_all_ranks_as_the_training_of_a_tokenizer_c
                     assert sample not in seen
                     seen[sample] = label
                     assert torch.equal(image, expected[sample].float() / 255)
-    assert sorted(seen) == list(range(96)) and seen == {sample: pictures.label(sample) for sample in seen}
+    assert sorted(seen) == list(range(96)) and seen == {sample: images.label(sample) for sample in seen}
     assert len(lengths) == 1, "equal batches on every rank"

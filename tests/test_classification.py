@@ -27,7 +27,7 @@ def test_top1_and_top5_are_counted_over_all_batches_and_padding_is_not(num_class
     quality = classification_quality(
         lambda images: images, batches, num_classes=num_classes, device=torch.device("cpu")
     )
-    assert quality["pictures"] == 23
+    assert quality["images"] == 23
     expected = (naive(logits, labels, 1), naive(logits, labels, min(5, num_classes)))
     assert (quality["top1"], quality["top5"]) == pytest.approx(expected, abs=1e-4)
     assert quality["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)

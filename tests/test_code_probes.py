@@ -15,7 +15,7 @@ def test_a_bag_counts_codes_wherever_they_lie_and_has_length_1():
     torch.testing.assert_close(moved(torch.tensor([2, 0])), rows(torch.tensor([2, 0])))
 
 
-def test_the_mean_vector_is_that_of_the_pictures_codes():
+def test_the_mean_vector_is_that_of_the_images_codes():
     vectors = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     rows = mean_code_vector(CODES, vectors, CPU)
     torch.testing.assert_close(rows(torch.tensor([1, 0])), torch.stack([vectors[1], (vectors[0] + vectors[3]) / 2]))

@@ -31,7 +31,7 @@ MACHINE = Hardware(
 
 
 def seconds(recipe: str, hardware: Hardware, pace: str = "typical", *overrides: str) -> tuple[float, float]:
-    """Of one picture in a micro-batch of the recipe's, and its model FLOP."""
+    """Of one image in a micro-batch of the recipe's, and its model FLOP."""
     cfg = load_recipe(PretrainRecipe, recipe, list(overrides)).recipe
     segments = pretrain_segments(cfg)
     found = [segment_seconds(segment, cfg.run.micro_batch, hardware, cfg.run.precision, pace) for segment in segments]
@@ -43,7 +43,7 @@ def test_products_take_their_share_of_the_peak_and_attention_its_own():
     assert work_seconds(work, 10, MACHINE, "bf16") == pytest.approx(10 * (2e9 / (0.5 * 1e12) + 1e9 / (0.2 * 1e12)))
 
 
-def test_moved_bytes_take_the_memorys_share_and_what_is_moved_once_a_pass_does_not_grow_with_the_pictures():
+def test_moved_bytes_take_the_memorys_share_and_what_is_moved_once_a_pass_does_not_grow_with_the_images():
     work = Work(moved_bytes=1e6, pass_bytes=5e6)
     assert work_seconds(work, 10, MACHINE, "bf16") == pytest.approx(1.5e7 / (0.5 * 1e10))
     assert work_seconds(work, 20, MACHINE, "bf16") - work_seconds(work, 10, MACHINE, "bf16") == pytest.approx(

@@ -185,7 +185,7 @@ def test_subsets_that_would_leave_out_nobody_are_refused_with_both_ways_out(reci
         "run.micro_batch=4",
         "run.global_batch=8",
     )
-    assert "run.micro_batch 4" in message and "0.1" in message and "model.drop_path_by=picture" in message
+    assert "run.micro_batch 4" in message and "0.1" in message and "model.drop_path_by=image" in message
     load(recipe_file(""), "model.drop_path_by=subset", "model.drop_path=0.1", "run.micro_batch=8", "run.global_batch=8")
     load(recipe_file(""), "model.drop_path_by=subset", "model.drop_path=0", "run.micro_batch=4", "run.global_batch=8")
 

@@ -41,7 +41,7 @@ def flava(tensors, channels: int, codes: int) -> FlavaImageCodebook:
     return net.eval()
 
 
-def pictures_01(paths, px: int) -> torch.Tensor:
+def read_01(paths, px: int) -> torch.Tensor:
     arrays = [np.asarray(Image.open(path).convert("RGB").resize((px, px), Image.Resampling.LANCZOS)) for path in paths]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
@@ -49,9 +49,9 @@ def pictures_01(paths, px: int) -> torch.Tensor:
 @torch.no_grad()
 # the second is the released size
 @pytest.mark.parametrize(("channels", "codes"), [(8, 32), (256, 8192)])
-def test_logits_and_codes_of_real_pictures_are_those_of_transformers_implementation(real_data, channels, codes):
+def test_logits_and_codes_of_real_images_are_those_of_transformers_implementation(real_data, channels, codes):
     tensors = dalle_tensors("encoder", channels=channels, codes=codes)
-    images_01 = pictures_01(real_data.imagenet[:1], 112)
+    images_01 = read_01(real_data.imagenet[:1], 112)
     tokenizer = built({f"encoder.{name}": tensor for name, tensor in tensors.items()})
     theirs = flava(tensors, channels, codes)(0.8 * images_01 + 0.1)
     ours = tokenizer.logits(2 * images_01 - 1)
@@ -71,7 +71,7 @@ def test_the_residual_branch_counts_in_the_comparison_with_transformers():
 
 
 def decoded(tensors, codes: torch.Tensor, grid) -> torch.Tensor:
-    """Pictures in [0, 1] from the released decoder's formula, on one-hot codes."""
+    """Images in [0, 1] from the released decoder's formula, on one-hot codes."""
 
     def convolution(x, name):
         weight = tensors[f"decoder.blocks.{name}.w"]
@@ -91,13 +91,13 @@ def decoded(tensors, codes: torch.Tensor, grid) -> torch.Tensor:
     return ((mean - 0.1) / 0.8).clamp(0, 1)
 
 
-def test_decoded_codes_are_the_released_decoders_pictures():
+def test_decoded_codes_are_the_released_decoders_images():
     tensors = both()
     codes = torch.randint(0, 32, (2, 6), generator=torch.Generator().manual_seed(0))
-    pictures_11 = built(tensors).decode_codes(codes, (2, 3))
-    assert pictures_11.shape == (2, 3, 16, 24) and pictures_11.dtype == torch.float32
+    images_11 = built(tensors).decode_codes(codes, (2, 3))
+    assert images_11.shape == (2, 3, 16, 24) and images_11.dtype == torch.float32
     expected = 2 * decoded(tensors, codes, (2, 3)) - 1
-    torch.testing.assert_close(pictures_11, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(images_11, expected, atol=1e-4, rtol=0)
     assert expected.std() > 0.05
 
 
@@ -121,16 +121,16 @@ def test_codes_stand_for_what_the_decoder_makes_of_them_or_for_the_rows_of_the_l
     assert not built(tensors).code_vectors.requires_grad and not built(alone).code_vectors.requires_grad
 
 
-def test_a_release_without_decoder_has_the_same_codes_and_says_that_it_makes_no_pictures(tmp_path):
+def test_a_release_without_decoder_has_the_same_codes_and_says_that_it_makes_no_images(tmp_path):
     tensors, images_11 = both(), torch.rand(2, 3, 16, 16) * 2 - 1
     settings, state = read_dvae({name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")})
     save_tokenizer(tmp_path, state, settings, {"judge": "none"})
     loaded, card = load_tokenizer(tmp_path)
-    assert not loaded.makes_pictures and not card.settings.decoder and card.stride_px == 8
+    assert not loaded.makes_images and not card.settings.decoder and card.stride_px == 8
     assert torch.equal(loaded.tokenize(images_11), built(tensors).tokenize(images_11))
     with pytest.raises(AssertionError, match="no decoder"):
         loaded.decode_codes(torch.zeros(1, 4, dtype=torch.int64), (2, 2))
-    assert built(tensors).makes_pictures
+    assert built(tensors).makes_images
 
 
 @torch.no_grad()

@@ -35,10 +35,10 @@ from peco_ds.convert.release import write_release
 from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
+from peco_ds.data.image_folders import labels_from_list, read_classes
 from peco_ds.data.image_shards import IndexJob, make_shard, prepare_folder
 from peco_ds.data.indexed_tar import IndexedTar, build_index, index_name, write_index
-from peco_ds.data.loaders import Pictures, masked_batches
-from peco_ds.data.picture_folders import labels_from_list, read_classes
+from peco_ds.data.loaders import ImageSet, masked_batches
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.data.views import cut
 from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
@@ -84,7 +84,7 @@ def flipped(data: bytes, place: float = 0.5, bit: int = 1) -> bytes:
     return bytes(changed)
 
 
-# -------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------- images
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -101,11 +101,11 @@ def shard_of(tar: Path) -> Shard:
     return Shard(tar.name, samples, tar.stat().st_size, sha256_of_file(tar), index_sha256)
 
 
-def image_set(folder: Path, members: list[tuple[str, bytes]], classes: list[str] | None = None) -> Pictures:
+def image_set(folder: Path, members: list[tuple[str, bytes]], classes: list[str] | None = None) -> ImageSet:
     folder.mkdir(exist_ok=True)
     shard = shard_of(tar_of(folder / "a.tar", members))
     write_manifest(folder, ImageManifest([shard], shard.samples, classes))
-    return Pictures(folder)
+    return ImageSet(folder)
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +144,7 @@ def jpeg_of_many_scans(image: Image.Image) -> bytes:
     return data[:last] + data[last:-2] * 500 + b"\xff\xd9"
 
 
-BAD_PICTURES = {
+BAD_IMAGES = {
     "a JPEG cut in the middle": (lambda p: saved(p, "JPEG")[: len(saved(p, "JPEG")) // 2], "jpg", "end mark"),
     "a JPEG whose end is a hole of zeros": (
         lambda p: saved(p, "JPEG")[:900] + bytes(len(saved(p, "JPEG")) - 900),
@@ -197,21 +197,21 @@ BAD_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("how", BAD_PICTURES)
-def test_a_bad_picture_is_named_and_counted_and_the_next_one_takes_its_place(photograph, tmp_path, how):
-    make, extension, words = BAD_PICTURES[how]
+@pytest.mark.parametrize("how", BAD_IMAGES)
+def test_a_bad_image_is_named_and_counted_and_the_next_one_takes_its_place(photograph, tmp_path, how):
+    make, extension, words = BAD_IMAGES[how]
     good, other = saved(photograph, "PNG"), saved(photograph.rotate(90, expand=True), "PNG")
-    pictures = image_set(
+    images = image_set(
         tmp_path / "set", [("first.png", good), (f"damaged.{extension}", make(photograph)), ("last.png", other)]
     )
-    used, key, image, bad = pictures.decode_or_next(1)
+    used, key, image, bad = images.decode_or_next(1)
     assert (used, key) == (2, "last") and len(bad) == 1 and bad[0].startswith("damaged: ") and words in bad[0], bad
-    assert torch.equal(image, pictures.decode(2)[1]) and np.array_equal(
+    assert torch.equal(image, images.decode(2)[1]) and np.array_equal(
         image.permute(1, 2, 0).numpy(), np.asarray(photograph.rotate(90, expand=True))
     )
 
 
-ODD_PICTURES = {
+ODD_IMAGES = {
     "CMYK": (lambda p: saved(p.convert("CMYK"), "JPEG", quality=98), "jpg"),
     "grey": (lambda p: saved(p.convert("L"), "JPEG", quality=98), "jpg"),
     "16 bits": (lambda p: saved(Image.fromarray(np.asarray(p.convert("L")).astype(np.uint16) * 257), "PNG"), "png"),
@@ -230,9 +230,9 @@ ODD_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("how", ODD_PICTURES)
-def test_an_odd_picture_is_read_as_what_it_shows(photograph, tmp_path, how):
-    make, extension = ODD_PICTURES[how]
+@pytest.mark.parametrize("how", ODD_IMAGES)
+def test_an_odd_image_is_read_as_what_it_shows(photograph, tmp_path, how):
+    make, extension = ODD_IMAGES[how]
     _, image = image_set(tmp_path / "set", [(f"odd.{extension}", make(photograph))]).decode(0)
     shown = np.asarray(photograph.convert("L").convert("RGB") if how in ("grey", "16 bits") else photograph).astype(
         float
@@ -240,20 +240,20 @@ def test_an_odd_picture_is_read_as_what_it_shows(photograph, tmp_path, how):
     assert image.shape == (3, 64, 96) and np.abs(image.permute(1, 2, 0).numpy() - shown).mean() < 8
 
 
-def test_a_picture_of_one_pixel_is_read(tmp_path):
+def test_an_image_of_one_pixel_is_read(tmp_path):
     _, image = image_set(tmp_path / "set", [("dot.png", saved(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG"))]).decode(0)
     assert image.flatten().tolist() == [9, 8, 7]
 
 
-def test_a_byte_flipped_on_disk_is_a_bad_picture_and_never_another_one(photograph, tmp_path):
-    pictures = image_set(
+def test_a_byte_flipped_on_disk_is_a_bad_image_and_never_another_one(photograph, tmp_path):
+    images = image_set(
         tmp_path / "set", [("a.png", saved(photograph, "PNG")), ("b.png", saved(photograph.rotate(180), "PNG"))]
     )
     tar = tmp_path / "set" / "a.tar"
     data = bytearray(tar.read_bytes())
     data[tarfile.BLOCKSIZE + 3000] ^= 4
     tar.write_bytes(data)
-    _, key, _, bad = Pictures(pictures.folder).decode_or_next(0)
+    _, key, _, bad = ImageSet(images.folder).decode_or_next(0)
     assert key == "b" and "'a'" in bad[0] and "CRC-32" in bad[0]
 
 
@@ -272,15 +272,15 @@ LABELS = {
 
 @pytest.mark.parametrize("label", LABELS, ids=LABELS.get)
 def test_a_label_that_is_none_stops_the_run_and_names_the_key(photograph, tmp_path, label):
-    pictures = image_set(
+    images = image_set(
         tmp_path / "set", [("a.png", saved(photograph, "PNG")), ("a.cls", label)], classes=["cat", "dog"]
     )
-    refused(lambda: pictures.label(0), "a.tar", "a", ".cls holds", "classes 0 to 1")
+    refused(lambda: images.label(0), "a.tar", "a", ".cls holds", "classes 0 to 1")
 
 
 def test_a_label_that_is_missing_stops_the_run_and_names_the_key(photograph, tmp_path):
-    pictures = image_set(tmp_path / "set", [("a.png", saved(photograph, "PNG"))], classes=["cat", "dog"])
-    refused(lambda: pictures.label(0), "a.tar: a: has no .cls")
+    images = image_set(tmp_path / "set", [("a.png", saved(photograph, "PNG"))], classes=["cat", "dog"])
+    refused(lambda: images.label(0), "a.tar: a: has no .cls")
 
 
 @pytest.mark.parametrize(
@@ -296,10 +296,10 @@ def test_tars_with_a_label_that_is_none_are_not_indexed(photograph, tmp_path, la
     )
 
 
-def test_a_sample_without_a_picture_is_not_indexed(tmp_path):
+def test_a_sample_without_an_image_is_not_indexed(tmp_path):
     tar = tar_of(tmp_path / "a.tar", [("a.txt", b"a caption")])
     (tmp_path / "out" / ".pack").mkdir(parents=True)
-    refused(lambda: make_shard(tmp_path / "out", IndexJob("a.tar", str(tar)), lambda: None), "'a' has no picture")
+    refused(lambda: make_shard(tmp_path / "out", IndexJob("a.tar", str(tar)), lambda: None), "'a' has no image")
 
 
 LISTS = {
@@ -321,10 +321,10 @@ LISTS = {
         b"a.jpg -1",
         "'-1' is not in",
     ),
-    "one line for two pictures": (
+    "one line for two images": (
         lambda f: labels_from_list(["a.jpg", "b.jpg"], f, None),
         b"cat\n",
-        "1 lines for 2 pictures",
+        "1 lines for 2 images",
     ),
 }
 
@@ -396,7 +396,7 @@ TARS = {
     "with a wrong checksum": (lambda t: changed_bytes(t, lambda d: d[:1600] + b"X" + d[1601:]), "damaged header"),
     "of zero bytes": (lambda t: t.write_bytes(b""), "not a whole, uncompressed tar at its start"),
     "compressed": (lambda t: changed_bytes(t, gzip.compress), "not a whole, uncompressed tar at its start"),
-    "really a picture": (
+    "really an image": (
         lambda t: t.write_bytes(b"\xff\xd8\xff\xe0" + bytes(range(256)) * 20),
         "not a whole, uncompressed tar at its start",
     ),
@@ -615,7 +615,7 @@ OF_TOKENS = {
 
 @pytest.fixture
 def manifests(tmp_path):
-    """The manifests of a set of pictures and of its tokens, without the tars."""
+    """The manifests of a set of images and of its tokens, without the tars."""
     shard = Shard("a.tar", 3, 4096, "a" * 64, "b" * 64)
     images = ImageManifest([shard], 3, ["cat", "dog"])
     tokens = TokenManifest(
@@ -636,16 +636,16 @@ def manifests(tmp_path):
 
 
 @pytest.mark.parametrize("how", ANY_MANIFEST)
-def test_a_damaged_manifest_of_pictures_is_refused(manifests, how):
+def test_a_damaged_manifest_of_images_is_refused(manifests, how):
     change, words = ANY_MANIFEST[how]
     written(manifests / "images" / "manifest.json", change)
-    refused(lambda: Pictures(manifests / "images"), str(manifests / "images" / "manifest.json"), words)
+    refused(lambda: ImageSet(manifests / "images"), str(manifests / "images" / "manifest.json"), words)
 
 
 @pytest.mark.parametrize("how", [*ANY_MANIFEST, *OF_TOKENS])
 def test_a_damaged_manifest_of_tokens_is_refused(manifests, how):
     change, words = (ANY_MANIFEST | OF_TOKENS)[how]
-    images = Pictures(manifests / "images").manifest
+    images = ImageSet(manifests / "images").manifest
     written(manifests / "tokens" / "manifest.json", change)
     views = ViewSettings(tokenizer_px=32, tokenizer_precision="fp32", scale=(0.2, 1.0), ratio=(0.75, 1.3), count=2)
     refused(
@@ -774,7 +774,7 @@ RECORDS = {
     "views of another type": ([("codes.npy", CODES), ("views.npy", npy(np.array([ROW, ROW], np.float64)))], "float64"),
     "a view that is no number": ([("codes.npy", CODES), ("views.npy", rows_with(brightness=np.nan))], "not finite"),
     "a view without a height": ([("codes.npy", CODES), ("views.npy", rows_with(height=0))], "view 1 has the box"),
-    "a view above the picture": ([("codes.npy", CODES), ("views.npy", rows_with(top=-4))], "view 1 has the box"),
+    "a view above the image": ([("codes.npy", CODES), ("views.npy", rows_with(top=-4))], "view 1 has the box"),
     "a view between two pixels": ([("codes.npy", CODES), ("views.npy", rows_with(left=0.5))], "view 1 has the box"),
     "a view in no order of jitter": (
         [("codes.npy", CODES), ("views.npy", rows_with(jitter_order=77))],
@@ -814,22 +814,22 @@ def token_set(
     *,
     key: str = "a",
     topk: int = 0,
-    picture: bytes = b"",
+    image: bytes = b"",
     tokenizer: str = "c" * 64,
-) -> tuple[Pictures, TokenSet]:
-    """One picture and its record, made by hand."""
-    pictures = image_set(folder / "images", [("a.png", picture)])
+) -> tuple[ImageSet, TokenSet]:
+    """One image and its record, made by hand."""
+    images = image_set(folder / "images", [("a.png", image)])
     (folder / "tokens").mkdir()
     shard = shard_of(tar_of(folder / "tokens" / "a.tar", [(f"{key}.{name}", data) for name, data in members]))
-    images = pictures.manifest
+    packed = images.manifest
     views = ViewRecipe(32, (0.2, 1.0), (0.75, 4 / 3), 0.5, 0.4, 0)
     manifest = TokenManifest(
-        [shard], 1, images.fingerprint(), {"a.tar": images.shards[0].sha256}, tokenizer, 64, (4, 4), 2, views, topk
+        [shard], 1, packed.fingerprint(), {"a.tar": packed.shards[0].sha256}, tokenizer, 64, (4, 4), 2, views, topk
     )
     write_manifest(folder / "tokens", manifest)
-    return pictures, TokenSet(
+    return images, TokenSet(
         folder / "tokens",
-        images,
+        packed,
         num_codes=64,
         grid=4,
         views=ViewSettings(tokenizer_px=32, tokenizer_precision="fp32", scale=(0.2, 1.0), count=2, topk=topk),
@@ -852,9 +852,9 @@ def test_a_pickle_in_a_token_record_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_record_of_another_picture_is_refused(tmp_path):
+def test_a_record_of_another_image_is_refused(tmp_path):
     _, tokens = token_set(tmp_path, [("codes.npy", CODES), ("views.npy", ROWS)], key="b")
-    refused(lambda: tokens.read(0, "a"), "a.tar: b", "the picture at this place is a")
+    refused(lambda: tokens.read(0, "a"), "a.tar: b", "the image at this place is a")
 
 
 def test_a_flipped_byte_of_a_token_record_is_refused_when_it_is_read(tmp_path):
@@ -866,19 +866,19 @@ def test_a_flipped_byte_of_a_token_record_is_refused_when_it_is_read(tmp_path):
     refused(lambda: tokens.read(0, "a"), "a.tar", "'a'", "codes.npy", "CRC-32")
 
 
-def test_a_view_that_is_not_in_its_picture_stops_the_run(photograph, tmp_path):
-    pictures, tokens = token_set(
-        tmp_path, [("codes.npy", CODES), ("views.npy", rows_with(height=65))], picture=saved(photograph, "PNG")
+def test_a_view_that_is_not_in_its_image_stops_the_run(photograph, tmp_path):
+    images, tokens = token_set(
+        tmp_path, [("codes.npy", CODES), ("views.npy", rows_with(height=65))], image=saved(photograph, "PNG")
     )
-    record, (_, image) = tokens.read(0, "a"), pictures.decode(0)
+    record, (_, image) = tokens.read(0, "a"), images.decode(0)
     assert cut(image, record.views[0], 32).shape == (3, 32, 32)
-    refused(lambda: cut(image, record.views[1], 32), "is not in a picture of 64 x 96", "tokenize")
+    refused(lambda: cut(image, record.views[1], 32), "is not in an image of 64 x 96", "tokenize")
     recipe = load_recipe(PretrainRecipe, "peco_vitb16", []).recipe
     data = dataclasses.replace(recipe.data, num_workers=0)
     mask = dataclasses.replace(recipe.mask, count=4, min_block=2)
-    places = [np.arange(epoch, epoch + 1) for epoch in range(2)]  # both views of the one picture
+    places = [np.arange(epoch, epoch + 1) for epoch in range(2)]  # both views of the one image
     batches = masked_batches(
-        pictures,
+        images,
         tokens,
         places,
         data=data,
@@ -889,7 +889,7 @@ def test_a_view_that_is_not_in_its_picture_stops_the_run(photograph, tmp_path):
         seed=0,
         device=torch.device("cpu"),
     )
-    refused(lambda: list(batches), "is not in a picture of 64 x 96")
+    refused(lambda: list(batches), "is not in an image of 64 x 96")
 
 
 def tokens_views() -> ViewSettings:
@@ -1542,7 +1542,7 @@ def test_the_entries_of_the_stages_answer_damaged_sets_in_one_line(photograph, t
     token_set(
         tmp_path,
         [("codes.npy", CODES), ("views.npy", ROWS)],
-        picture=saved(photograph, "PNG"),
+        image=saved(photograph, "PNG"),
         tokenizer=load_tokenizer(tokenizer_release)[1].fingerprint,
     )
     sizes = (
@@ -1586,7 +1586,7 @@ def test_the_entries_of_the_stages_answer_damaged_sets_in_one_line(photograph, t
 
 
 TABLES = (
-    BAD_PICTURES,
+    BAD_IMAGES,
     LABELS,
     LISTS,
     TARS,

@@ -13,18 +13,18 @@ from peco_ds.planner.memory import checkpoint_bytes
 TOKENIZER, TOKENIZING, PRETRAINING, FINETUNING, LARGE = read_chain("peco_vith14", []).stages
 
 
-def test_larger_pictures_and_augmentation_cost_cores():
+def test_larger_images_and_augmentation_cost_cores():
     assert loader_core_s(PRETRAINING, 300_000) > loader_core_s(PRETRAINING, 100_000)
     assert loader_core_s(LARGE) > 2 * loader_core_s(FINETUNING) > 2 * loader_core_s(PRETRAINING)
 
 
-def test_a_picture_is_decoded_once_for_all_of_its_views():
+def test_an_image_is_decoded_once_for_all_of_its_views():
     few = replace(TOKENIZING, recipe=replace(TOKENIZING.recipe, views=replace(TOKENIZING.recipe.views, count=1)))
     assert loader_core_s(few) > 3 * loader_core_s(TOKENIZING)
     assert loader_core_s(few) == pytest.approx(loader_core_s(TOKENIZER), rel=0.2)
 
 
-def test_tokens_of_a_hundred_views_of_imagenet_take_less_than_its_pictures():
+def test_tokens_of_a_hundred_views_of_imagenet_take_less_than_its_images():
     assert 1_281_167 * 100 * 256 * 2 < token_set_bytes(TOKENIZING) < 1_281_167 * 115_000
 
 

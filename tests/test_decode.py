@@ -1,4 +1,4 @@
-"""Every kind of picture file comes out as the upright RGB a person sees, or is refused with a reason."""
+"""Every kind of image file comes out as the upright RGB a person sees, or is refused with a reason."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from peco_ds.data import decode
-from peco_ds.data.decode import DecodeError, decode_rgb, picture_kind
+from peco_ds.data.decode import DecodeError, decode_rgb, image_kind
 
 
 @pytest.fixture(scope="module")
 def photograph(real_data) -> Image.Image:
-    """A real picture, small and not square, so that a wrong rotation shows."""
+    """A real image, small and not square, so that a wrong rotation shows."""
     return Image.open(real_data.kodak[0]).convert("RGB").resize((96, 64), Image.Resampling.BICUBIC)
 
 
@@ -59,7 +59,7 @@ def test_ordinary_jpegs_decode_natively_to_what_pillow_gives(real_data):
     differences = []
     for path in real_data.imagenet[:60]:
         data = path.read_bytes()
-        assert picture_kind(data) == decode.PictureKind("jpg", plain=True, lossless=False)
+        assert image_kind(data) == decode.ImageKind("jpg", plain=True, lossless=False)
         reference = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         differences.append(worst(pixels_of(data), reference))
     # 0 where both link the same libjpeg; another one may round the colour transform otherwise
@@ -87,13 +87,13 @@ def decode_by_pillow_alone(monkeypatch) -> ModuleType:
     return module
 
 
-def test_without_torchvision_s_decoder_pillow_serves_the_same_pictures(real_data, decode_by_pillow_alone):
+def test_without_torchvision_s_decoder_pillow_serves_the_same_images(real_data, decode_by_pillow_alone):
     for path in real_data.imagenet[:60]:
         data = path.read_bytes()
         decoded, native = decode_by_pillow_alone.decode_rgb(data), decode_rgb(data)
         assert decoded.dtype == torch.uint8 and decoded.shape == native.shape and decoded.stride() == native.stride()
         assert worst(decoded, native) <= 2  # as above
-        assert decode_by_pillow_alone.picture_kind(data).plain
+        assert decode_by_pillow_alone.image_kind(data).plain
 
 
 def test_without_torchvision_s_decoder_a_jpeg_cut_short_is_still_refused(real_data, decode_by_pillow_alone):
@@ -112,7 +112,7 @@ def test_grey_jpeg_gets_three_equal_channels(photograph):
 def test_cmyk_jpeg_is_not_a_negative(photograph):
     data = encoded(photograph.convert("CMYK"), "JPEG", quality=95)
     assert b"Adobe" in data  # stored inverted, as Photoshop does
-    assert not picture_kind(data).plain
+    assert not image_kind(data).plain
     assert np.abs(pixels_of(data) - np.asarray(photograph, dtype=int)).mean() < 4
 
 
@@ -122,7 +122,7 @@ def test_exif_orientation_is_applied(photograph, orientation):
     exif[0x0112] = orientation
     for image_format, options in (("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
         data = encoded(photograph, image_format, exif=exif, **options)
-        assert not picture_kind(data).plain
+        assert not image_kind(data).plain
         with Image.open(io.BytesIO(encoded(photograph, image_format, **options))) as unrotated:
             tagged = unrotated.convert("RGB")
         tagged.getexif()[0x0112] = orientation
@@ -133,7 +133,7 @@ def test_exif_that_says_upright_keeps_a_jpeg_ordinary(photograph):
     for orientation in (0, 1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        assert picture_kind(encoded(photograph, "JPEG", exif=exif)).plain
+        assert image_kind(encoded(photograph, "JPEG", exif=exif)).plain
 
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(photograph):
@@ -143,14 +143,14 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(photograph):
         encoded(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF"),
     ):
         assert worst(pixels_of(data), np.repeat(grey[..., None], 3, axis=2)) == 0
-        assert not picture_kind(data).plain
+        assert not image_kind(data).plain
 
 
 def test_sixteen_bit_colour_is_scaled_and_not_clipped(photograph):
     deep = np.asarray(photograph).astype(np.uint16) * 257
     data = png_16_bit(deep, color_type=2)
     assert worst(pixels_of(data), photograph) <= 1
-    kind = picture_kind(data)
+    kind = image_kind(data)
     assert not kind.plain and kind.lossless
 
 
@@ -164,7 +164,7 @@ def test_transparency_is_laid_over_white(photograph):
     for data in (encoded(layered, "PNG"), encoded(layered, "WEBP", lossless=True, exact=True)):
         expected = np.asarray(photograph) * share + 255 * (1 - share)
         assert worst(pixels_of(data), expected.round()) <= 1
-        assert not picture_kind(data).plain
+        assert not image_kind(data).plain
     grey = np.asarray(photograph.convert("L"))
     data = encoded(Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha))), "PNG")
     assert worst(pixels_of(data)[..., 0], (grey * share[..., 0] + 255 * (1 - share[..., 0])).round()) <= 1
@@ -179,7 +179,7 @@ def test_palettes_give_their_colours_and_transparent_entries_white(photograph):
     for image_format in ("PNG", "GIF"):
         data = encoded(palette, image_format, transparency=5)
         assert worst(pixels_of(data), expected) == 0, image_format
-        assert not picture_kind(data).plain
+        assert not image_kind(data).plain
 
 
 @pytest.mark.parametrize("image_format, options", [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})])
@@ -188,26 +188,24 @@ def test_of_an_animation_the_first_frame_is_taken(photograph, image_format, opti
     second = ImageOps.mirror(ImageOps.invert(first))
     data = encoded(first, image_format, save_all=True, append_images=[second], **options)
     assert worst(pixels_of(data), first) == 0
-    assert not picture_kind(data).plain
+    assert not image_kind(data).plain
 
 
 def test_plain_png_and_webp_may_be_passed_on_as_they_are(real_data, photograph):
     png = real_data.kodak[0].read_bytes()
-    assert picture_kind(png) == decode.PictureKind("png", plain=True, lossless=True)
+    assert image_kind(png) == decode.ImageKind("png", plain=True, lossless=True)
     assert worst(pixels_of(png), Image.open(real_data.kodak[0]).convert("RGB")) == 0
     webp = encoded(photograph, "WEBP", lossless=True)
-    assert picture_kind(webp) == decode.PictureKind("webp", plain=True, lossless=True)
+    assert image_kind(webp) == decode.ImageKind("webp", plain=True, lossless=True)
     assert worst(pixels_of(webp), photograph) == 0
-    assert picture_kind(encoded(photograph, "WEBP", quality=80)) == decode.PictureKind(
-        "webp", plain=True, lossless=False
-    )
+    assert image_kind(encoded(photograph, "WEBP", quality=80)) == decode.ImageKind("webp", plain=True, lossless=False)
 
 
 def test_other_formats_decode_but_are_not_for_shards(photograph):
     for image_format in ("BMP", "TIFF", "PPM"):
         data = encoded(photograph, image_format)
         assert worst(pixels_of(data), photograph) == 0
-        assert picture_kind(data) == decode.PictureKind("", plain=False, lossless=True)
+        assert image_kind(data) == decode.ImageKind("", plain=False, lossless=True)
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -230,7 +228,7 @@ def test_other_formats_cut_short_are_refused(photograph, image_format):
             decode_rgb(data[: int(len(data) * share)])
 
 
-def test_bytes_behind_the_end_of_a_picture_do_no_harm(real_data):
+def test_bytes_behind_the_end_of_an_image_do_no_harm(real_data):
     data = real_data.imagenet[0].read_bytes()
     assert torch.equal(decode_rgb(data + b"camera notes" * 9), decode_rgb(data))
 
@@ -244,7 +242,7 @@ def test_the_reason_is_readable(photograph):
         decode_rgb(encoded(photograph.convert("F"), "TIFF"))
 
 
-def test_absurdly_large_pictures_are_refused_before_they_are_decoded(photograph, monkeypatch):
+def test_absurdly_large_images_are_refused_before_they_are_decoded(photograph, monkeypatch):
     monkeypatch.setattr(decode, "MAX_PIXELS", 96 * 64 - 1)
     for image_format in ("JPEG", "PNG", "WEBP"):
         with pytest.raises(DecodeError, match="96 x 64"):
@@ -265,12 +263,12 @@ def test_a_bomb_of_two_hundred_million_pixels_is_refused():
 @given(data=st.data())
 def test_damaged_bytes_decode_or_raise_decode_error_and_nothing_else(real_data, data):
     image_format = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]))
-    picture = Image.open(real_data.imagenet[1]).convert("RGB").resize((24, 16))
-    damaged = bytearray(encoded(picture, image_format))
+    image = Image.open(real_data.imagenet[1]).convert("RGB").resize((24, 16))
+    damaged = bytearray(encoded(image, image_format))
     for _ in range(data.draw(st.integers(1, 6))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     try:
-        picture_kind(bytes(damaged))
+        image_kind(bytes(damaged))
         assert decode_rgb(bytes(damaged)).shape[0] == 3
     except DecodeError as error:
         assert "\n" not in str(error) and "0x" not in str(error)

@@ -9,7 +9,7 @@ import torch
 
 from peco_ds.data import device_feed
 from peco_ds.data.device_feed import SideStream, device_batches, handed_out
-from peco_ds.data.loaders import BadPictures
+from peco_ds.data.loaders import BadImages
 from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
 
@@ -105,20 +105,20 @@ def test_a_fault_of_the_preparation_is_raised_in_its_turn_too():
         next(batches)
 
 
-def test_unreadable_pictures_of_a_batch_that_was_only_begun_are_in_no_checkpoint():
+def test_unreadable_images_of_a_batch_that_was_only_begun_are_in_no_checkpoint():
     counts = {}
     for name, lane in (("in turn", None), ("ahead", StandIn())):
-        bad, seen = BadPictures(max_share=1.0), []
-        raws = (RawBatch(keys=["a", "b"], bad=[f"picture {number}"]) for number in range(5))
+        bad, seen = BadImages(max_share=1.0), []
+        raws = (RawBatch(keys=["a", "b"], bad=[f"image {number}"]) for number in range(5))
         for _ in handed_out(raws, lambda raw: raw.keys, lambda keys, raw: keys, lane=lane, in_turn=bad.add_batch):
             seen.append(bad.state())
         counts[name] = seen
     assert counts["ahead"] == counts["in turn"] == [{"count": number, "read": 2 * number} for number in range(1, 6)]
 
 
-def test_too_many_unreadable_pictures_end_the_run_at_the_batch_that_has_them():
-    bad = BadPictures(max_share=0.0)
-    raws = (RawBatch(keys=["a"] * 20, bad=[f"picture {number}"] * (11 * (number == 2))) for number in range(4))
+def test_too_many_unreadable_images_end_the_run_at_the_batch_that_has_them():
+    bad = BadImages(max_share=0.0)
+    raws = (RawBatch(keys=["a"] * 20, bad=[f"image {number}"] * (11 * (number == 2))) for number in range(4))
     batches = handed_out(raws, lambda raw: raw.keys, lambda keys, raw: keys, lane=StandIn(), in_turn=bad.add_batch)
     next(batches), next(batches)
     with pytest.raises(UserError, match="11 of 60 readings"):

@@ -142,7 +142,7 @@ def test_without_its_mending_the_universal_path_gives_every_group_the_first_ones
 
 
 def test_mixed_batches_do_not_depend_on_ranks_where_the_pass_is_the_same(runs):
-    """Four ranks, passes of two pictures: mixup pairs others than in passes of four, so only the step at hand is
+    """Four ranks, passes of two images: mixup pairs others than in passes of four, so only the step at hand is
     compared, in its size.
     """
     assert [row["step"] for row in read_metrics(runs[0] / "finetune_2z3_4z1")] == [1, 2, 3, 4, 5, 6]

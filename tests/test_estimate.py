@@ -20,7 +20,7 @@ PRETRAINING = CHAIN.main
 TOKENIZING, FINETUNING = CHAIN.stages[1], CHAIN.stages[3]
 
 
-def test_pictures_a_second_hours_and_mfu_follow_from_the_step():
+def test_images_a_second_hours_and_mfu_follow_from_the_step():
     made = estimate(PRETRAINING, H100, 64, JSON["zero3.json"])
     step = made.costs["typical"].seconds
     assert made.images_s() == pytest.approx(4096 / step)
@@ -41,7 +41,7 @@ def test_more_gpus_take_fewer_hours_and_more_gpu_hours(name):
     made = [estimate(PRETRAINING, H100, count, JSON[name]) for count in (8, 16, 32, 64, 128, 256)]
     for fewer, more in zip(made, made[1:]):
         assert more.hours() < fewer.hours()
-        assert more.gpu_hours() > 0.98 * fewer.gpu_hours(), "a pass of fewer pictures may be quicker by a hair, no more"
+        assert more.gpu_hours() > 0.98 * fewer.gpu_hours(), "a pass of fewer images may be quicker by a hair, no more"
 
 
 @pytest.mark.parametrize("gpus", [8, 64, 512])
@@ -61,7 +61,7 @@ def test_few_cores_hold_the_gpus_up():
 def test_evaluations_add_forward_passes():
     with_average = estimate(FINETUNING, H100, 8, JSON["zero1.json"])
     assert 0 < with_average.evaluation_hours() < 0.02 * with_average.training_hours(), (
-        "a million of sixty-four million pictures, forward alone"
+        "a million of sixty-four million images, forward alone"
     )
 
 

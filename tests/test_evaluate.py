@@ -1,4 +1,4 @@
-"""Finished models measured by path, on one rank and on two, on 27 pictures: a number that no batch and no two ranks
+"""Finished models measured by path, on one rank and on two, on 27 images: a number that no batch and no two ranks
 divide.
 """
 
@@ -21,7 +21,7 @@ from peco_ds.models.classifier import build_classifier
 from peco_ds.models.mim import MaskedImageModel
 from peco_ds.pack_images import main as pack
 
-CLASSES, PICTURES = 3, 27
+CLASSES, IMAGES = 3, 27
 MODEL = ModelSettings(image_px=32, patch_px=8, width=24, depth=2, heads=2, layer_scale=1.0, drop_path=0)
 
 
@@ -29,7 +29,7 @@ MODEL = ModelSettings(image_px=32, patch_px=8, width=24, depth=2, heads=2, layer
 def root(real_data, tmp_path_factory):
     """images/train and images/val in three classes, an unlabelled set, classifiers, and AlexNet's layout for LPIPS."""
     root = tmp_path_factory.mktemp("evaluate")
-    for split, paths in (("train", real_data.imagenet[:40]), ("val", real_data.imagenet[40 : 40 + PICTURES])):
+    for split, paths in (("train", real_data.imagenet[:40]), ("val", real_data.imagenet[40 : 40 + IMAGES])):
         for number, path in enumerate(paths):
             folder = root / split / f"class{number % CLASSES}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def results(root):
 
 @torch.no_grad()
 def right_answers(model, root, image_px, crop, mean, std):
-    """Of timm's own model on timm's own evaluation transform, one picture after the other."""
+    """Of timm's own model on timm's own evaluation transform, one image after the other."""
     transform = create_transform(
         image_px, is_training=False, crop_pct=crop, interpolation="bicubic", mean=mean, std=std
     )
@@ -140,8 +140,8 @@ def right_answers(model, root, image_px, crop, mean, std):
 
 def test_top1_is_an_exact_count_and_the_same_on_one_rank_and_on_two(root, results):
     one, two = (results["classifier", ranks] for ranks in (1, 2))
-    assert one["quality"]["pictures"] == two["quality"]["pictures"] == PICTURES
-    count = one["quality"]["top1"] * PICTURES / 100
+    assert one["quality"]["images"] == two["quality"]["images"] == IMAGES
+    count = one["quality"]["top1"] * IMAGES / 100
     assert count == pytest.approx(round(count), abs=1e-4) and one["quality"] == pytest.approx(two["quality"], rel=1e-5)
     assert one["quality"]["top5"] == 100 and (one["settings"]["ranks"], two["settings"]["ranks"]) == (1, 2)
 
@@ -150,8 +150,8 @@ def test_top1_is_that_of_timms_model_under_timms_transform(root, results):
     model = build_classifier(MODEL, ClassifierSettings(), CLASSES).eval()
     model.load_state_dict(torch.load(root / "classifier.pth", weights_only=True)["model"])
     expected = right_answers(model, root, 32, 0.875, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    found = results["classifier", 1]["quality"]["top1"] * PICTURES / 100
-    assert found == pytest.approx(expected, abs=1e-4) and 0 < expected < PICTURES
+    found = results["classifier", 1]["quality"]["top1"] * IMAGES / 100
+    assert found == pytest.approx(expected, abs=1e-4) and 0 < expected < IMAGES
 
 
 def test_settings_come_from_the_weights_unless_they_are_given(results):
@@ -162,7 +162,7 @@ def test_settings_come_from_the_weights_unless_they_are_given(results):
     assert (
         named["image_px"] == cfg.input_size[-1]
         and tuple(named["mean"]) == cfg.mean
-        and results["named", 1]["quality"]["pictures"] == PICTURES
+        and results["named", 1]["quality"]["images"] == IMAGES
     )
 
 
@@ -172,13 +172,13 @@ def test_throughput_and_provenance_stand_beside_the_accuracy(results):
         assert found["throughput"]["forward_images_per_s"] > 0 and found["throughput"]["end_to_end_images_per_s"] > 0
         assert len(found["images"]["fingerprint"]) == 64 and {"command", "commit", "versions"} <= found.keys()
     lines = [line for line in results["lines", 1].splitlines() if line.endswith(".json")]
-    assert len(lines) == 6 and "on 27 pictures at 32 px" in lines[0]
+    assert len(lines) == 6 and "on 27 images at 32 px" in lines[0]
     assert sum("PSNR" in line or "top-1" in line for line in results["lines", 2].splitlines()) == 2, (
         "one line a start, not one a rank"
     )
 
 
-def test_a_tokenizers_numbers_are_those_its_training_reported_on_the_same_pictures(root, results):
+def test_a_tokenizers_numbers_are_those_its_training_reported_on_the_same_images(root, results):
     reported = [json.loads(line) for line in (root / "run" / "evaluation.jsonl").read_text().splitlines()][-1]
     reported.pop("step")
     for name, ranks in (("run", 1), ("run", 2), ("release", 1)):
@@ -194,18 +194,18 @@ def test_lpips_is_measured_where_its_network_is_given(results):
 
 
 def test_codes_alone_are_probed_in_two_forms_alike_on_one_rank_and_on_two(results):
-    one, two = (results["run", ranks]["code_probes"]["pictures_as"] for ranks in (1, 2))
+    one, two = (results["run", ranks]["code_probes"]["images_as"] for ranks in (1, 2))
     assert list(one) == ["bag of codes", "mean code vector"] and one == two
     for found in one.values():
         assert found["best_linear"] == max(row["top1"] for row in found["linear"]) and 0 <= found["best_knn"] <= 100
     assert "code_probes" not in results["release", 1]
 
 
-def test_a_tokenizer_without_pictures_is_measured_by_its_codes_and_their_probes(root, results):
+def test_a_tokenizer_without_images_is_measured_by_its_codes_and_their_probes(root, results):
     found = results["vqkd", 1]
     assert found["quality"].keys() == {"codes_used", "perplexity"} and 1 < found["quality"]["codes_used"] <= 32
     assert found["settings"]["image_px"] == 32, "the one size that it looks at"
-    assert list(found["code_probes"]["pictures_as"]) == ["bag of codes", "mean code vector"]
+    assert list(found["code_probes"]["images_as"]) == ["bag of codes", "mean code vector"]
     trained, measured = (
         next(line for line in results["lines", 1].splitlines() if line.endswith(str(root / end)))
         for end in ("vqkd/tokenizer", "vqkd_1.json")
@@ -222,7 +222,7 @@ def test_a_tokenizer_without_pictures_is_measured_by_its_codes_and_their_probes(
 BAD = [
     (["mim.pth"], "has no classifier .kind mim.; fine-tune it with finetune.py, or probe"),
     (["five.pth"], "its head has 5 classes, .* has 3"),
-    (["classifier.pth", "--images", "images/unlabelled"], "holds pictures without labels"),
+    (["classifier.pth", "--images", "images/unlabelled"], "holds images without labels"),
     (["classifier.pth", "--images", "val"], "no manifest.json"),
     (["classifier.pth", "--image_px", "36"], "not a multiple of the patch size 8"),
     (["classifier.pth", "--crop", "1.5"], "--crop 1.5"),
@@ -231,9 +231,9 @@ BAD = [
     (["classifier.pth", "--out", "nowhere/result.json"], "no folder"),
     (["run", "--image_px", "36"], "not a multiple of the tokenizer's stride 8"),
     (["run", "--lpips", "classifier.pth"], "neither torchvision's AlexNet"),
-    (["vqkd", "--lpips", "alexnet.pth"], "makes no pictures, so there is nothing to compare; leave --lpips out"),
-    (["vqkd", "--image_px", "64"], "--image_px 64: the tokenizer looks at pictures of 32 px alone"),
-    (["run", "--train_images", "images/unlabelled"], "holds pictures without labels"),
+    (["vqkd", "--lpips", "alexnet.pth"], "makes no images, so there is nothing to compare; leave --lpips out"),
+    (["vqkd", "--image_px", "64"], "--image_px 64: the tokenizer looks at images of 32 px alone"),
+    (["run", "--train_images", "images/unlabelled"], "holds images without labels"),
     (["runs/nowhere"], "nor the name of a timm model"),
 ]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peco_ds.config import PretrainRecipe, TokenizerSettings, TokenizerVitSettings, data_path, load_recipe
-from peco_ds.data.loaders import Pictures, masked_batches
+from peco_ds.data.loaders import ImageSet, masked_batches
 from peco_ds.data.order import rank_positions
 from peco_ds.errors import UserError
 from peco_ds.models.mim import build_mim
@@ -71,16 +71,16 @@ def recipe_of(small_sets, releases, kind, *overrides):
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def batch(request, small_sets, releases):
-    """Real pictures with hard and soft codes of one kind of tokenizer."""
+    """Real images with hard and soft codes of one kind of tokenizer."""
     recipe = recipe_of(small_sets, releases, request.param, "views.topk=4")
-    pictures, tokens = (
-        Pictures(data_path(recipe.data, recipe.data.images)),
+    images, tokens = (
+        ImageSet(data_path(recipe.data, recipe.data.images)),
         online_tokenizer(releases / request.param, recipe, CPU),
     )
     positions = rank_positions(recipe.run, 0, 1, first_step=0, last_step=1)
     return next(
         masked_batches(
-            pictures,
+            images,
             tokens,
             positions,
             data=recipe.data,
@@ -152,7 +152,7 @@ REFUSED = {
         ["encoding.kind=visible", "aggregation.early_block=9"],
         "drop one",
     ),
-    "shown patches that differ in number": (["encoding.kind=visible", "mask.exact=false"], "set mask.exact=true"),
+    "visible patches that differ in number": (["encoding.kind=visible", "mask.exact=false"], "set mask.exact=true"),
     "a decoder that its heads do not divide": (
         ["encoding.decoder_width=500"],
         "not a multiple of encoding.decoder_heads 16",

@@ -1,4 +1,4 @@
-"""The faster step computes the same function: 50 optimiser steps on real pictures, two ranks, ZeRO-3, against the plain
+"""The faster step computes the same function: 50 optimiser steps on real images, two ranks, ZeRO-3, against the plain
 one.
 """
 

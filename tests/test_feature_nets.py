@@ -57,9 +57,9 @@ def tokens_by_hand(net, images_01: torch.Tensor, blocks) -> list[torch.Tensor]:
     return [found[number] for number in blocks]
 
 
-def picture_01(path, px: int) -> torch.Tensor:
-    picture = Image.open(path).convert("RGB").resize((px, px))
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).unsqueeze(0).float() / 255
+def image_01(path, px: int) -> torch.Tensor:
+    image = Image.open(path).convert("RGB").resize((px, px))
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).unsqueeze(0).float() / 255
 
 
 def assert_same_features(judge, net, images_01, blocks=(3, 12)):
@@ -77,7 +77,7 @@ def test_a_moco_v3_small_file_gives_the_features_of_its_base_encoder_with_twelve
     net = vit("vit_small_patch16_224", 0, num_heads=12)
     moco_v3_file(tmp_path / "vit-s-300ep.pth.tar", net)
     judge = load_feature_net(str(tmp_path / "vit-s-300ep.pth.tar"), architecture)
-    assert_same_features(judge, net, picture_01(real_data.imagenet[0], 224))
+    assert_same_features(judge, net, image_01(real_data.imagenet[0], 224))
     assert "vit-s-300ep.pth.tar" in judge.description and "\n" not in judge.description
 
 
@@ -94,15 +94,15 @@ def test_a_moco_v3_small_file_gives_the_features_of_its_base_encoder_with_twelve
 def test_vit_files_of_other_origins_load_by_their_shapes(tmp_path, real_data, wrap):
     net = vit("vit_tiny_patch16_224", 1)
     torch.save(wrap({**net.state_dict(), "head.weight": torch.zeros(10, 192)}), tmp_path / "vit.pth")
-    assert_same_features(load_feature_net(str(tmp_path / "vit.pth")), net, picture_01(real_data.imagenet[1], 224))
+    assert_same_features(load_feature_net(str(tmp_path / "vit.pth")), net, image_01(real_data.imagenet[1], 224))
 
 
-def test_picture_size_and_patch_size_are_read_off_a_safetensors_file(tmp_path, real_data):
+def test_image_size_and_patch_size_are_read_off_a_safetensors_file(tmp_path, real_data):
     net = vit("vit_tiny_patch16_224", 2, img_size=64, patch_size=8, depth=4)
     save_file(net.state_dict(), tmp_path / "vit.safetensors")
     judge = load_feature_net(str(tmp_path / "vit.safetensors"))
     assert judge.image_px == 64 and judge.depth == 4
-    assert_same_features(judge, net, picture_01(real_data.imagenet[2], 64), blocks=(4, 1))
+    assert_same_features(judge, net, image_01(real_data.imagenet[2], 64), blocks=(4, 1))
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch14_dinov2"])
@@ -123,7 +123,7 @@ def tiny_file(tmp_path):
     return str(tmp_path / "tiny.pth")
 
 
-def test_the_judge_is_frozen_and_the_gradient_reaches_the_pictures(tiny_file):
+def test_the_judge_is_frozen_and_the_gradient_reaches_the_images(tiny_file):
     judge = load_feature_net(tiny_file)
     images = torch.rand(2, 3, 64, 64, requires_grad=True)
     sum(tokens.square().mean() for tokens in judge.features(images, (1, 3))).backward()
@@ -132,14 +132,14 @@ def test_the_judge_is_frozen_and_the_gradient_reaches_the_pictures(tiny_file):
     assert not any(module.training for module in torch.nn.ModuleList([judge]).train()[0].modules())
 
 
-def test_pictures_of_another_size_are_resized_as_antialiased_bilinear(tiny_file):
+def test_images_of_another_size_are_resized_as_antialiased_bilinear(tiny_file):
     judge = load_feature_net(tiny_file)
     images = torch.rand(1, 3, 160, 96, generator=torch.Generator().manual_seed(0))
     resized = torch.nn.functional.interpolate(images, size=(64, 64), mode="bilinear", antialias=True)
     torch.testing.assert_close(judge.features(images, (2,)), judge.features(resized, (2,)))
 
 
-def test_the_judge_can_be_asked_to_look_at_a_larger_picture(tiny_file):
+def test_the_judge_can_be_asked_to_look_at_a_larger_image(tiny_file):
     judge = load_feature_net(tiny_file, image_px=96)
     assert judge.features(torch.rand(1, 3, 96, 96), (2,))[0].shape == (1, 36, 192)
     with pytest.raises(UserError, match="patch size 16"):
@@ -342,7 +342,7 @@ class PlainClipBlock(torch.nn.Module):
 
 
 class PlainClip(torch.nn.Module):
-    """CLIP's picture tower from torch's own parts, under the names of OpenAI's files.
+    """CLIP's image tower from torch's own parts, under the names of OpenAI's files.
 
     Every patch normed and projected, the class token left out.
     """
@@ -413,8 +413,8 @@ def test_openais_archive_gives_its_projected_patch_tokens_with_quickgelu(tmp_pat
     tower = plain_clip(QuickGelu())
     save_torchscript(WholeClip(tower).eval(), tmp_path / "ViT-B-16.pt")
     teacher = load_feature_net(str(tmp_path / "ViT-B-16.pt"), section="teacher")
-    picture = picture_01(real_data.imagenet[0], 32)
-    assert_targets(teacher, picture, clip_answer(tower, picture))
+    image = image_01(real_data.imagenet[0], 32)
+    assert_targets(teacher, image, clip_answer(tower, image))
     assert (teacher.grid, teacher.image_px, teacher.target_width, teacher.depth) == (4, 32, OUT, DEPTH)
     assert teacher.licence.startswith("MIT") and "QuickGELU" in teacher.description
 
@@ -785,7 +785,7 @@ def test_a_foreign_tensor_of_clip_is_named(tmp_path):
         load_feature_net(str(folder))
 
 
-def test_gradient_reaches_the_pictures_through_targets_and_bf16_gives_float32(tiny_file):
+def test_gradient_reaches_the_images_through_targets_and_bf16_gives_float32(tiny_file):
     teacher = load_feature_net(tiny_file)
     images = torch.rand(1, 3, 64, 64, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):

@@ -88,7 +88,7 @@ def test_features_written_in_any_order_are_read_in_the_order_of_the_samples_and_
     for block, expected in zip((1, 3), pooled_features(backbone, images, (1, 3), "class_mean")):
         torch.testing.assert_close(files.features("train", block).float(), expected, rtol=1e-3, atol=1e-3)
     on_disk = sum((tmp_path / "features" / f"train_block_{block:02d}.npy").stat().st_size - 128 for block in (1, 3))
-    assert on_disk == feature_bytes(24, "class_mean", num_blocks=2, num_pictures=5)
+    assert on_disk == feature_bytes(24, "class_mean", num_blocks=2, num_images=5)
 
 
 def test_features_of_something_else_are_seen_and_replaced(tmp_path):

@@ -14,7 +14,7 @@ from peco_ds.config import ModelSettings
 from peco_ds.convert.initialize import classifier_of
 from peco_ds.convert.read import read_weights
 from peco_ds.data.labelled import evaluation_batches
-from peco_ds.data.loaders import Pictures
+from peco_ds.data.loaders import ImageSet
 from peco_ds.errors import UserError
 from peco_ds.evaluation.classification import classification_quality
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
@@ -84,7 +84,7 @@ def losses(folder):
     return [row["loss"] for row in read_metrics(folder)]
 
 
-def test_the_loss_falls_on_real_pictures(runs):
+def test_the_loss_falls_on_real_images(runs):
     curve = losses(runs / "long")
     assert curve[-1] < curve[0] - 0.1
 
@@ -92,7 +92,7 @@ def test_the_loss_falls_on_real_pictures(runs):
 @pytest.mark.parametrize("ranks", (1, 2))
 @pytest.mark.parametrize("zero", STAGES)
 def test_every_zero_stage_at_one_and_two_ranks_gives_the_same_losses_and_the_same_average(runs, zero, ranks):
-    """Mixing, erasing and RandAugment included: their draws belong to the picture and the slice of the batch, not to
+    """Mixing, erasing and RandAugment included: their draws belong to the image and the slice of the batch, not to
     the rank.
     """
     ours, reference = losses(runs / f"zero{zero}_{ranks}"), losses(runs / "zero0_1")
@@ -124,7 +124,7 @@ def test_the_average_is_its_own_and_a_fresh_model_scores_with_it_what_the_engine
         if name.startswith("bf16"):
             model = model.bfloat16()
         batches = evaluation_batches(
-            Pictures(labelled_sets.root / "images" / "val"),
+            ImageSet(labelled_sets.root / "images" / "val"),
             rank=0,
             world_size=1,
             batch=4,
@@ -145,8 +145,8 @@ def test_the_average_is_its_own_and_a_fresh_model_scores_with_it_what_the_engine
 
 
 @pytest.mark.parametrize("name", ("zero3_1", "zero3_2", "three"))
-def test_every_held_out_picture_is_counted_once_on_one_two_and_three_ranks(runs, labelled_sets, name):
-    assert read_evaluation(runs / name)[-1]["pictures"] == labelled_sets.val_pictures
+def test_every_held_out_image_is_counted_once_on_one_two_and_three_ranks(runs, labelled_sets, name):
+    assert read_evaluation(runs / name)[-1]["images"] == labelled_sets.val_images
 
 
 def test_the_share_of_right_answers_does_not_depend_on_the_ranks(runs):
@@ -342,7 +342,7 @@ def test_one_step_from_an_official_layout_moves_every_weight_a_little(from_offic
     assert 0 < max(moved.values()) < 3e-4 and sum(change > 0 for change in moved.values()) > 0.9 * len(moved)
 
 
-def test_pictures_go_on_in_the_statistics_that_the_weights_know(from_official):
+def test_images_go_on_in_the_statistics_that_the_weights_know(from_official):
     recorded = [
         json.loads((from_official[0] / f"run_{name}" / "provenance.json").read_text())["mean"]
         for name in ("hf_classifier", "v2")
@@ -380,12 +380,12 @@ def test_a_classifier_of_other_classes_is_refused_unless_a_new_head_is_asked_for
     assert "4 classes" in message and "init.head=new" in message
 
 
-def test_pictures_without_labels_are_refused(labelled_sets, real_data, tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def test_images_without_labels_are_refused(labelled_sets, real_data, tmp_path):
+    images = tmp_path / "raw"
+    images.mkdir()
     for path in real_data.imagenet[:8]:
-        (pictures / path.name).symlink_to(path)
-    run_stage("pack_images", "--images", pictures, "--labels", "none", "--out", tmp_path / "unlabelled", "--workers", 1)
+        (images / path.name).symlink_to(path)
+    run_stage("pack_images", "--images", images, "--labels", "none", "--out", tmp_path / "unlabelled", "--workers", 1)
     assert "without labels" in refusal(start(labelled_sets, tmp_path / "out", f"data.images={tmp_path / 'unlabelled'}"))
     assert "data.val_images" in refusal(
         start(labelled_sets, tmp_path / "out", f"data.val_images={tmp_path / 'unlabelled'}")
@@ -439,7 +439,7 @@ def test_an_odd_micro_batch_cannot_be_mixed(labelled_sets, tmp_path):
     assert "even" in refusal(start(labelled_sets, tmp_path / "out", "run.micro_batch=3", "run.global_batch=6"))
 
 
-def test_a_dry_run_without_pictures_counts_the_full_size_model(capsys):
+def test_a_dry_run_without_images_counts_the_full_size_model(capsys):
     """ViT-H/14 at 448 with 1000 classes: the count of timm's Beit of these sizes."""
     assert finetune.main(["--recipe", "finetune_vith14_448", "--dry_run", "data.root=/nowhere"]) == 0
     text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What fits: GPUs into a batch, pictures into memory."""
+"""What fits: GPUs into a batch, images into memory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_offload_to_a_disk_is_refused_for_want_of_rates():
 def test_micro_batches_divide_each_gpus_part_of_the_batch():
     assert shares(PRETRAINING, 512) == [1, 2, 4, 8]
     assert shares(PRETRAINING, 24) == []
-    assert shares(FINETUNING, 64) == [2, 4, 8, 16], "mixup pairs the pictures of a pass"
+    assert shares(FINETUNING, 64) == [2, 4, 8, 16], "mixup pairs the images of a pass"
 
 
 def test_gpus_that_do_not_divide_the_batch_are_refused_with_those_that_do():
@@ -79,7 +79,7 @@ def test_the_largest_micro_batch_is_the_last_that_fits(name):
     assert found.used_bytes(largest) <= (1 - KEPT_FREE) * H100.memory_bytes < found.used_bytes(largest + 1)
 
 
-def test_no_picture_fits_where_not_even_the_state_does():
+def test_no_image_fits_where_not_even_the_state_does():
     found = room(PRETRAINING, replace(H100, memory_bytes=5e9), 1, JSON["zero0.json"])
     assert found.largest_micro_batch <= 0
 

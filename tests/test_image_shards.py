@@ -1,4 +1,4 @@
-"""One shard: each picture as a person sees it, the shard whole or absent."""
+"""One shard: each image as a person sees it, the shard whole or absent."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import pytest
 from PIL import Image, ImageOps
 
 from peco_ds.data.decode import decode_rgb
+from peco_ds.data.image_folders import list_images
 from peco_ds.data.image_shards import PackJob, make_shard, prepare_folder
 from peco_ds.data.indexed_tar import IndexedTar, index_name
-from peco_ds.data.picture_folders import list_pictures
 from peco_ds.errors import UserError
 
 OPTIONS = {"source": "here"}
 
 
 def job_of(source: Path, short_side_px: int = 0, quality: int = 92) -> PackJob:
-    pictures, _ = list_pictures(source, "auto", None, None)
-    return PackJob("shard-000000.tar", str(source), pictures, short_side_px, quality)
+    images, _ = list_images(source, "auto", None, None)
+    return PackJob("shard-000000.tar", str(source), images, short_side_px, quality)
 
 
 def packed(source: Path, out: Path, **options) -> dict[str, dict[str, bytes]]:
-    """The samples of one shard that holds every picture of a folder."""
+    """The samples of one shard that holds every image of a folder."""
     job = job_of(source, **options)
     prepare_folder(out, [job], OPTIONS)
     record = make_shard(out, job, lambda: None)
@@ -77,7 +77,7 @@ def save_odd_kinds(folder: Path, photograph: Image.Image) -> dict[str, tuple[np.
     return expected
 
 
-def test_odd_pictures_are_stored_as_upright_rgb_that_any_reader_understands(real_data, tmp_path):
+def test_odd_images_are_stored_as_upright_rgb_that_any_reader_understands(real_data, tmp_path):
     source = tmp_path / "odd"
     source.mkdir()
     photograph = Image.open(real_data.kodak[1]).convert("RGB").resize((120, 80))
@@ -97,7 +97,7 @@ def test_plain_png_and_webp_are_kept_and_named_by_content_not_by_file_name(real_
     source = tmp_path / "in"
     source.mkdir()
     png = real_data.kodak[0].read_bytes()
-    (source / "disguised.JPEG").write_bytes(png)  # as one picture of ILSVRC is
+    (source / "disguised.JPEG").write_bytes(png)  # as one image of ILSVRC is
     Image.open(real_data.kodak[1]).convert("RGB").resize((60, 40)).save(source / "small.webp", quality=80)
     assert packed(source, tmp_path / "out") == {
         "disguised": {"png": png},
@@ -128,7 +128,7 @@ def test_short_side_shrinks_and_never_enlarges(real_data, tmp_path):
 
 @pytest.fixture
 def photographs(real_data, tmp_path) -> Path:
-    """Five pictures and one that is none."""
+    """Five images and one that is none."""
     folder = tmp_path / "in"
     folder.mkdir()
     for number, path in enumerate(real_data.imagenet[:5]):
@@ -140,10 +140,10 @@ def photographs(real_data, tmp_path) -> Path:
 def test_a_shard_that_was_interrupted_is_absent_and_made_by_the_next_run(photographs, tmp_path):
     out, job = tmp_path / "out", job_of(photographs)
     prepare_folder(out, [job], OPTIONS)
-    pictures_until_the_end = iter(range(3))
+    images_until_the_end = iter(range(3))
 
     def count_one() -> None:
-        if next(pictures_until_the_end, None) is None:
+        if next(images_until_the_end, None) is None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -155,7 +155,7 @@ def test_a_shard_that_was_interrupted_is_absent_and_made_by_the_next_run(photogr
     assert prepare_folder(out, [job], OPTIONS) == ([record], [])
 
 
-def test_every_picture_is_counted_once_whether_it_can_be_read_or_not(photographs, tmp_path):
+def test_every_image_is_counted_once_whether_it_can_be_read_or_not(photographs, tmp_path):
     out, job, counted = tmp_path / "out", job_of(photographs), []
     prepare_folder(out, [job], OPTIONS)
     record = make_shard(out, job, lambda: counted.append(1))

@@ -33,7 +33,7 @@ def test_dalles_full_size_encoder_becomes_a_release_whose_codes_are_its_own(tmp_
         said.count("\n") == 1
         and all(
             words in said
-            for words in ("dvae tokenizer, 8192 codes, stride 8 px", "licence: MIT, modified", "makes no pictures")
+            for words in ("dvae tokenizer, 8192 codes, stride 8 px", "licence: MIT, modified", "makes no images")
         )
         and "trained with" not in said
     )

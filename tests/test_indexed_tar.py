@@ -18,7 +18,7 @@ from peco_ds.data.indexed_tar import DamagedRecord, IndexedTar, ShardSet, build_
 from peco_ds.errors import UserError
 from peco_ds.schema import ImageManifest, Shard, sha256_of_file
 
-PICTURES_A_SHARD = (3, 0, 5, 1, 4)  # an empty shard among them
+IMAGES_A_SHARD = (3, 0, 5, 1, 4)  # an empty shard among them
 
 
 def make_tar(path: Path, members: list[tuple[str, bytes]], tar_format: int = tarfile.PAX_FORMAT) -> Path:
@@ -32,38 +32,38 @@ def make_tar(path: Path, members: list[tuple[str, bytes]], tar_format: int = tar
 
 @pytest.fixture
 def tar_of_three(tmp_path, real_data) -> tuple[Path, Path, str, list[bytes]]:
-    pictures = [path.read_bytes() for path in real_data.imagenet[:3]]
+    images = [path.read_bytes() for path in real_data.imagenet[:3]]
     path = tmp_path / "three.tar"
     with webdataset.TarWriter(str(path), encoder=False) as writer:
-        for number, data in enumerate(pictures):
-            writer.write({"__key__": f"picture{number}", "jpg": data, "cls": str(number).encode()})
+        for number, data in enumerate(images):
+            writer.write({"__key__": f"image{number}", "jpg": data, "cls": str(number).encode()})
     index_path = tmp_path / index_name(path.name)
     samples, index_sha256 = write_index(path, index_path)
     assert samples == 3
-    return path, index_path, index_sha256, pictures
+    return path, index_path, index_sha256, images
 
 
 @pytest.fixture
 def shard_set(tmp_path, real_data) -> tuple[Path, ImageManifest, list[tuple[str, bytes]]]:
-    pictures = [(path.stem, path.read_bytes()) for path in real_data.imagenet[: sum(PICTURES_A_SHARD)]]
-    shards, remaining = [], iter(pictures)
-    for number, count in enumerate(PICTURES_A_SHARD):
+    images = [(path.stem, path.read_bytes()) for path in real_data.imagenet[: sum(IMAGES_A_SHARD)]]
+    shards, remaining = [], iter(images)
+    for number, count in enumerate(IMAGES_A_SHARD):
         path = make_tar(
             tmp_path / f"shard-{number:06d}.tar",
             [(f"{key}.jpg", data) for key, data in (next(remaining) for _ in range(count))],
         )
         samples, index_sha256 = write_index(path, tmp_path / index_name(path.name))
         shards.append(Shard(path.name, samples, path.stat().st_size, sha256_of_file(path), index_sha256))
-    return tmp_path, ImageManifest(shards, len(pictures)), pictures
+    return tmp_path, ImageManifest(shards, len(images)), images
 
 
 def test_every_member_comes_back_byte_for_byte_in_any_order(tar_of_three):
-    path, index_path, index_sha256, pictures = tar_of_three
+    path, index_path, index_sha256, images = tar_of_three
     tar = IndexedTar(path, index_path, index_sha256)
     assert len(tar) == 3
     for number in (2, 0, 1, 2):
-        assert tar.key(number) == f"picture{number}"
-        assert tar.read(number) == {"jpg": pictures[number], "cls": str(number).encode()}
+        assert tar.key(number) == f"image{number}"
+        assert tar.read(number) == {"jpg": images[number], "cls": str(number).encode()}
         assert tar.read(number, ["cls", "absent"]) == {"cls": str(number).encode()}
 
 
@@ -98,7 +98,7 @@ def test_an_index_of_one_tar_is_the_same_every_time(tar_of_three, tmp_path):
 
 
 def test_a_flipped_byte_is_found_and_named(tar_of_three):
-    path, index_path, index_sha256, pictures = tar_of_three
+    path, index_path, index_sha256, images = tar_of_three
     offset = build_index(path)["samples"][1]["members"]["jpg"][0]
     with open(path, "r+b") as file:
         file.seek(offset + 1000)
@@ -106,8 +106,8 @@ def test_a_flipped_byte_is_found_and_named(tar_of_three):
         file.seek(offset + 1000)
         file.write(bytes([byte[0] ^ 1]))
     tar = IndexedTar(path, index_path, index_sha256)
-    assert tar.read(0)["jpg"] == pictures[0]
-    with pytest.raises(DamagedRecord, match=r"three\.tar: key 'picture1', member \.jpg"):
+    assert tar.read(0)["jpg"] == images[0]
+    with pytest.raises(DamagedRecord, match=r"three\.tar: key 'image1', member \.jpg"):
         tar.read(1)
     assert tar.read(1, ["cls"]) == {"cls": b"1"}
 
@@ -116,7 +116,7 @@ def test_a_tar_cut_while_it_is_read_is_a_damaged_record(tar_of_three):
     path, index_path, index_sha256, _ = tar_of_three
     tar = IndexedTar(path, index_path, index_sha256)
     os.truncate(path, build_index(path)["samples"][2]["members"]["jpg"][0] + 10)
-    with pytest.raises(DamagedRecord, match="picture2.*ends .* early"):
+    with pytest.raises(DamagedRecord, match="image2.*ends .* early"):
         tar.read(2)
 
 
@@ -220,29 +220,29 @@ def test_another_process_reads_through_an_instance_already_in_use(tar_of_three, 
 
 
 def test_a_set_is_one_long_list_over_its_shards(shard_set):
-    folder, manifest, pictures = shard_set
+    folder, manifest, images = shard_set
     shards = ShardSet(folder, manifest)
-    assert shards.num_samples == len(pictures)
-    assert shards.shard_sizes.dtype == np.int64 and shards.shard_sizes.tolist() == list(PICTURES_A_SHARD)
-    expected_places = [(shard, index) for shard, count in enumerate(PICTURES_A_SHARD) for index in range(count)]
-    assert [shards.locate(sample) for sample in range(len(pictures))] == expected_places
-    for sample in np.random.default_rng(0).permutation(len(pictures)):
+    assert shards.num_samples == len(images)
+    assert shards.shard_sizes.dtype == np.int64 and shards.shard_sizes.tolist() == list(IMAGES_A_SHARD)
+    expected_places = [(shard, index) for shard, count in enumerate(IMAGES_A_SHARD) for index in range(count)]
+    assert [shards.locate(sample) for sample in range(len(images))] == expected_places
+    for sample in np.random.default_rng(0).permutation(len(images)):
         key, members = shards.read(sample)
-        assert (key, members["jpg"]) == pictures[sample]
+        assert (key, members["jpg"]) == images[sample]
         assert shards.key(sample) == key
 
 
 def test_open_files_stay_bounded_and_a_pickled_set_reads_on(shard_set):
-    folder, manifest, pictures = shard_set
+    folder, manifest, images = shard_set
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     shards = ShardSet(folder, manifest, max_open=2)
     for _ in range(2):
-        for sample, (key, _) in enumerate(pictures):
+        for sample, (key, _) in enumerate(images):
             assert shards.read(sample)[0] == key
     if before:
         assert len(os.listdir("/proc/self/fd")) <= before + 2
     copy = pickle.loads(pickle.dumps(shards))
-    assert [copy.read(sample)[0] for sample in range(len(pictures))] == [key for key, _ in pictures]
+    assert [copy.read(sample)[0] for sample in range(len(images))] == [key for key, _ in images]
 
 
 def test_a_hundred_thousand_shards_need_no_file_at_construction(tmp_path):

@@ -9,10 +9,10 @@ def rows(features):
 
 
 def naive_top1(train, train_labels, val, val_labels, k, temperature, num_classes):
-    """One picture after the other, in float64."""
+    """One image after the other, in float64."""
     hits = 0
-    for picture, truth in zip(val.double(), val_labels):
-        similarity = torch.nn.functional.cosine_similarity(picture[None], train.double())
+    for image, truth in zip(val.double(), val_labels):
+        similarity = torch.nn.functional.cosine_similarity(image[None], train.double())
         nearest = similarity.argsort(descending=True)[:k]
         votes = [
             sum(float((similarity[i] / temperature).exp()) for i in nearest if train_labels[i] == label)
@@ -56,7 +56,7 @@ def test_neighbours_vote_as_in_a_plain_loop_whatever_the_chunks(clouds, chunk, t
     assert 30 < found[20] < 100, "the clouds overlap, so neither chance nor perfection"
 
 
-def test_more_neighbours_than_pictures_are_all_pictures(clouds):
+def test_more_neighbours_than_images_are_all_images(clouds):
     train, train_labels, val, val_labels = clouds
     found = knn_top1(
         rows(train[:9]),

@@ -1,4 +1,4 @@
-"""Labelled batches are a function of the run alone; evaluation sees every picture exactly once."""
+"""Labelled batches are a function of the run alone; evaluation sees every image exactly once."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from peco_ds.config import AugmentSettings, DataSettings, RunSettings
 from peco_ds.data.indexed_tar import index_name, write_index
 from peco_ds.data.labelled import check_labels, evaluation_batches, training_batches
-from peco_ds.data.loaders import Pictures
+from peco_ds.data.loaders import ImageSet
 from peco_ds.data.order import SampleOrder, rank_positions
 from peco_ds.errors import UserError
 from peco_ds.schema import MANIFEST_NAME, ImageManifest, Shard, write_manifest
@@ -27,16 +27,16 @@ RUN = RunSettings(global_batch=8, micro_batch=4)
 
 
 @pytest.fixture
-def pictures(small_sets) -> Pictures:
-    return Pictures(small_sets.root / "images" / "train")
+def images(small_sets) -> ImageSet:
+    return ImageSet(small_sets.root / "images" / "train")
 
 
-def train(pictures, positions, *, num_workers=0, seed=0, augment=None, max_bad_share=0.0):
+def train(images, positions, *, num_workers=0, seed=0, augment=None, max_bad_share=0.0):
     augment = augment or AugmentSettings()
     data = DataSettings(num_workers=num_workers, shuffle_window_shards=2, max_bad_share=max_bad_share)
-    num_classes = len(pictures.manifest.classes)
+    num_classes = len(images.manifest.classes)
     return training_batches(
-        pictures,
+        images,
         positions,
         data=data,
         augment=augment,
@@ -48,22 +48,20 @@ def train(pictures, positions, *, num_workers=0, seed=0, augment=None, max_bad_s
     )
 
 
-def of_run(pictures, *, world_size=1, first_step=0, last_step=3, **options):
+def of_run(images, *, world_size=1, first_step=0, last_step=3, **options):
     """What all ranks together train on, pass by pass, in the order of the passes."""
     ranks = [
         list(
-            train(
-                pictures, rank_positions(RUN, rank, world_size, first_step=first_step, last_step=last_step), **options
-            )
+            train(images, rank_positions(RUN, rank, world_size, first_step=first_step, last_step=last_step), **options)
         )
         for rank in range(world_size)
     ]
     return [batch for passes in zip(*ranks) for batch in passes]
 
 
-def evaluate(pictures, *, rank=0, world_size=1, batch=8, num_workers=0, crop=0.875):
+def evaluate(images, *, rank=0, world_size=1, batch=8, num_workers=0, crop=0.875):
     place = dict(rank=rank, world_size=world_size, num_workers=num_workers, device=CPU)
-    return list(evaluation_batches(pictures, batch=batch, image_px=32, crop=crop, mean=HALF, std=HALF, **place))
+    return list(evaluation_batches(images, batch=batch, image_px=32, crop=crop, mean=HALF, std=HALF, **place))
 
 
 def assert_equal_batches(found, expected):
@@ -72,21 +70,21 @@ def assert_equal_batches(found, expected):
         assert torch.equal(a.images_norm, b.images_norm) and torch.equal(a.targets, b.targets)
 
 
-def copy_of(pictures: Pictures, folder, **manifest_changes) -> Pictures:
+def copy_of(images: ImageSet, folder, **manifest_changes) -> ImageSet:
     """The set in another folder, with other entries in its manifest."""
-    shutil.copytree(pictures.folder, folder)
+    shutil.copytree(images.folder, folder)
     path = folder / MANIFEST_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | manifest_changes))
-    return Pictures(folder)
+    return ImageSet(folder)
 
 
-def damage(pictures: Pictures, sample: int) -> str:
-    """Change a byte of a picture on disk. Returns: its key."""
-    shard, place = pictures.shards.locate(sample)
-    name = pictures.manifest.shards[shard].name
-    entry = json.loads((pictures.folder / index_name(name)).read_text())["samples"][place]
+def damage(images: ImageSet, sample: int) -> str:
+    """Change a byte of an image on disk. Returns: its key."""
+    shard, place = images.shards.locate(sample)
+    name = images.manifest.shards[shard].name
+    entry = json.loads((images.folder / index_name(name)).read_text())["samples"][place]
     offset = next(span[0] for extension, span in entry["members"].items() if extension != "cls")
-    with open(pictures.folder / name, "r+b") as file:
+    with open(images.folder / name, "r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
         file.seek(offset)
@@ -95,45 +93,45 @@ def damage(pictures: Pictures, sample: int) -> str:
 
 
 @pytest.mark.parametrize("world_size, num_workers", [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2)])
-def test_global_batches_are_bit_identical_for_any_ranks_and_workers(pictures, world_size, num_workers):
-    expected = of_run(pictures)
-    found = of_run(pictures, world_size=world_size, num_workers=num_workers)
+def test_global_batches_are_bit_identical_for_any_ranks_and_workers(images, world_size, num_workers):
+    expected = of_run(images)
+    found = of_run(images, world_size=world_size, num_workers=num_workers)
     assert len(found) == 6
     assert_equal_batches(found, expected)
 
 
-def test_a_run_that_starts_in_the_middle_reads_what_the_uninterrupted_one_reads(pictures):
-    # step 11 starts inside the repeats of a picture, step 12 in the next epoch of 96
+def test_a_run_that_starts_in_the_middle_reads_what_the_uninterrupted_one_reads(images):
+    # step 11 starts inside the repeats of an image, step 12 in the next epoch of 96
     augment = AugmentSettings(repeats=3)
-    whole = of_run(pictures, last_step=14, augment=augment)
-    assert_equal_batches(of_run(pictures, first_step=11, last_step=14, augment=augment), whole[22:])
+    whole = of_run(images, last_step=14, augment=augment)
+    assert_equal_batches(of_run(images, first_step=11, last_step=14, augment=augment), whole[22:])
 
 
-def test_another_seed_and_another_epoch_augment_and_mix_anew(pictures):
-    epochs = of_run(pictures, last_step=24)
+def test_another_seed_and_another_epoch_augment_and_mix_anew(images):
+    epochs = of_run(images, last_step=24)
     by_key = {}
-    for batch in of_run(pictures, last_step=24, augment=AugmentSettings(mixup=0.0, cutmix=0.0)):
+    for batch in of_run(images, last_step=24, augment=AugmentSettings(mixup=0.0, cutmix=0.0)):
         for key, image in zip(batch.keys, batch.images_norm):
             by_key.setdefault(key, []).append(image)
-    assert len(by_key) == 96 and all(len(images) == 2 and not torch.equal(*images) for images in by_key.values())
-    assert [batch.keys for batch in epochs] != [batch.keys for batch in of_run(pictures, last_step=24, seed=1)]
+    assert len(by_key) == 96 and all(len(seen) == 2 and not torch.equal(*seen) for seen in by_key.values())
+    assert [batch.keys for batch in epochs] != [batch.keys for batch in of_run(images, last_step=24, seed=1)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_loop_keeps_its_own_random_states(pictures, num_workers):
+def test_the_loop_keeps_its_own_random_states(images, num_workers):
     """Stochastic depth draws from the global generators: loading may not move them."""
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(3)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    batches = train(pictures, rank_positions(RUN, 0, 1, first_step=0, last_step=2), num_workers=num_workers)
+    batches = train(images, rank_positions(RUN, 0, 1, first_step=0, last_step=2), num_workers=num_workers)
     next(batches), next(batches)
-    evaluate(pictures, num_workers=num_workers)
+    evaluate(images, num_workers=num_workers)
     assert (random.random(), np.random.rand()) == expected[:2] and torch.equal(torch.rand(3), expected[2])
 
 
-def test_labels_are_those_of_the_pictures_folders(pictures):
-    classes = check_labels(pictures, "data.images")
-    for batch in of_run(pictures, augment=AugmentSettings(mixup=0.0, cutmix=0.0)):
+def test_labels_are_those_of_the_images_folders(images):
+    classes = check_labels(images, "data.images")
+    for batch in of_run(images, augment=AugmentSettings(mixup=0.0, cutmix=0.0)):
         assert batch.targets.shape == (4, len(classes))
         for key, target in zip(batch.keys, batch.targets):
             assert classes[int(target.argmax())] in key
@@ -158,33 +156,33 @@ def test_an_epoch_of_repeated_augmentation_has_the_counts_of_timms_sampler(repea
         assert len({(order.sample_at(place), order.repeat_of(place)) for place in places}) == 100
 
 
-def test_repeats_of_a_picture_are_augmented_each_in_its_own_way(pictures):
+def test_repeats_of_an_image_are_augmented_each_in_its_own_way(images):
     augment = AugmentSettings(repeats=3, mixup=0.0, cutmix=0.0)
-    batches = of_run(pictures, last_step=12, augment=augment)
+    batches = of_run(images, last_step=12, augment=augment)
     by_key = {}
     for batch in batches:
         for key, image in zip(batch.keys, batch.images_norm):
             by_key.setdefault(key, []).append(image)
     assert len(by_key) == 32
-    for images in by_key.values():
-        assert len(images) == 3
-        assert not any(torch.equal(images[a], images[b]) for a, b in ((0, 1), (1, 2), (0, 2)))
+    for seen in by_key.values():
+        assert len(seen) == 3
+        assert not any(torch.equal(seen[a], seen[b]) for a, b in ((0, 1), (1, 2), (0, 2)))
 
 
-def test_an_unreadable_picture_is_named_and_the_next_one_comes_with_its_own_label(pictures, tmp_path, caplog):
-    order = SampleOrder(pictures.shards.shard_sizes, 0, 2)
+def test_an_unreadable_image_is_named_and_the_next_one_comes_with_its_own_label(images, tmp_path, caplog):
+    order = SampleOrder(images.shards.shard_sizes, 0, 2)
     hit = order.sample_at(2)
-    spoilt = copy_of(pictures, tmp_path / "spoilt")
+    spoilt = copy_of(images, tmp_path / "spoilt")
     key = damage(spoilt, hit)
     batch = of_run(spoilt, last_step=1, augment=AugmentSettings(mixup=0.0, cutmix=0.0))[0]
     substitute = (hit + 1) % 96
-    assert batch.keys[2] == pictures.key(substitute) and int(batch.targets[2].argmax()) == pictures.label(substitute)
+    assert batch.keys[2] == images.key(substitute) and int(batch.targets[2].argmax()) == images.label(substitute)
     assert key in caplog.text
 
 
-def test_a_set_without_labels_is_refused(pictures, tmp_path):
+def test_a_set_without_labels_is_refused(images, tmp_path):
     with pytest.raises(UserError, match="data.val_images .*without labels; pack"):
-        check_labels(copy_of(pictures, tmp_path / "unlabelled", classes=None), "data.val_images")
+        check_labels(copy_of(images, tmp_path / "unlabelled", classes=None), "data.val_images")
 
 
 @pytest.mark.parametrize("label, complaint", [(b"cat", "'cat'"), (b"7", "'7'"), (b"-1", "'-1'"), (None, "has no .cls")])
@@ -199,19 +197,17 @@ def test_a_label_that_is_no_class_of_the_set_is_refused_with_its_key(real_data, 
     shard = Shard("a.tar", samples, (tmp_path / "a.tar").stat().st_size, "0" * 64, index_sha256)
     write_manifest(tmp_path, ImageManifest([shard], samples, classes=["first", "second"]))
     for read in (
-        lambda: evaluate(Pictures(tmp_path)),
-        lambda: list(train(Pictures(tmp_path), [np.zeros(2, dtype=np.int64)], num_workers=1)),
+        lambda: evaluate(ImageSet(tmp_path)),
+        lambda: list(train(ImageSet(tmp_path), [np.zeros(2, dtype=np.int64)], num_workers=1)),
     ):
         with pytest.raises(UserError, match=f"a.tar: one: .*{complaint}"):
             read()
 
 
 @pytest.mark.parametrize("world_size, batch, num_workers", [(1, 8, 0), (1, 7, 2), (2, 5, 0), (3, 7, 1), (5, 96, 0)])
-def test_evaluation_sees_every_picture_exactly_once_in_equally_many_equal_batches(
-    pictures, world_size, batch, num_workers
-):
+def test_evaluation_sees_every_image_exactly_once_in_equally_many_equal_batches(images, world_size, batch, num_workers):
     ranks = [
-        evaluate(pictures, rank=rank, world_size=world_size, batch=batch, num_workers=num_workers)
+        evaluate(images, rank=rank, world_size=world_size, batch=batch, num_workers=num_workers)
         for rank in range(world_size)
     ]
     assert len({tuple(found.images_norm.shape for found in found_batches) for found_batches in ranks}) == 1
@@ -223,28 +219,26 @@ def test_evaluation_sees_every_picture_exactly_once_in_equally_many_equal_batche
     assert torch.equal(samples < 0, labels < 0)
     real = samples[samples >= 0]
     assert real.tolist() == list(range(96))
-    assert labels[labels >= 0].tolist() == [pictures.label(sample) for sample in range(96)]
+    assert labels[labels >= 0].tolist() == [images.label(sample) for sample in range(96)]
     assert all(found.images_norm.isfinite().all() for found_batches in ranks for found in found_batches)
 
 
 @pytest.mark.parametrize("crop", [0.875, 1.0])
-def test_an_evaluation_picture_is_timms_evaluation_transform(pictures, crop):
+def test_an_evaluation_image_is_timms_evaluation_transform(images, crop):
     from torchvision.transforms.functional import to_pil_image
 
     reference = create_transform(32, is_training=False, crop_pct=crop, interpolation="bicubic", mean=HALF, std=HALF)
-    for found in evaluate(pictures, crop=crop, batch=16)[:2]:
+    for found in evaluate(images, crop=crop, batch=16)[:2]:
         for image_norm, sample in zip(found.images_norm, found.samples):
-            assert torch.allclose(image_norm, reference(to_pil_image(pictures.decode(int(sample))[1])), atol=1e-5)
+            assert torch.allclose(image_norm, reference(to_pil_image(images.decode(int(sample))[1])), atol=1e-5)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_unreadable_picture_stops_evaluation_with_its_name(pictures, tmp_path, num_workers):
-    spoilt = copy_of(pictures, tmp_path / "spoilt")
+def test_an_unreadable_image_stops_evaluation_with_its_name(images, tmp_path, num_workers):
+    spoilt = copy_of(images, tmp_path / "spoilt")
     key = damage(spoilt, 40)
     with pytest.raises(UserError) as caught:
         evaluate(spoilt, num_workers=num_workers)
     assert (
-        key in str(caught.value)
-        and "accuracy needs every picture" in str(caught.value)
-        and "\n" not in str(caught.value)
+        key in str(caught.value) and "accuracy needs every image" in str(caught.value) and "\n" not in str(caught.value)
     )

@@ -50,7 +50,7 @@ def shell(*arguments: str | Path, cwd: Path = REPOSITORY, **env: str) -> subproc
     )
 
 
-def test_there_is_a_launcher_for_every_stage_of_the_way_from_pictures_to_top_1():
+def test_there_is_a_launcher_for_every_stage_of_the_way_from_images_to_top_1():
     assert {path.stem for path in BATCH_FILES} >= {
         *("prepare_data", "train_tokenizer", "tokenize", "tokenize_finish", "convert", "evaluate", "probe"),
         *("pretrain_vitb", "pretrain_vitl", "pretrain_vith"),
@@ -200,7 +200,7 @@ def test_pipeline_chains_every_job_to_the_one_before_and_cancels_what_cannot_run
 
 def labelled_folders(tmp_path: Path) -> dict[str, Path]:
     """Training and validation folder of two classes each, names with spaces."""
-    folders = {"train": tmp_path / "my pictures", "val": tmp_path / "my validation"}
+    folders = {"train": tmp_path / "my images", "val": tmp_path / "my validation"}
     for folder in folders.values():
         for name in ("n01440764", "n01443537"):
             (folder / name).mkdir(parents=True)
@@ -214,7 +214,7 @@ FINE_TUNING = {
 
 
 @pytest.mark.parametrize("size", FINE_TUNING)
-def test_pipeline_with_validation_pictures_goes_on_from_the_release_to_the_top_1(recording_sbatch, tmp_path, size):
+def test_pipeline_with_validation_images_goes_on_from_the_release_to_the_top_1(recording_sbatch, tmp_path, size):
     labelled_folders(tmp_path)
     stages = {
         "PREPARE_ARGS": "--workers 2",
@@ -224,7 +224,7 @@ def test_pipeline_with_validation_pictures_goes_on_from_the_release_to_the_top_1
         "EVALUATE_ARGS": "--batch 8",
     }
     stages |= {"FINETUNE_448_ARGS": "ema.decay=0.8"} if size == "vith" else {}
-    done = pipeline(recording_sbatch, "my pictures", "out", size, VAL_DIR="my validation", **stages)
+    done = pipeline(recording_sbatch, "my images", "out", size, VAL_DIR="my validation", **stages)
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()]
     assert names == [
@@ -250,7 +250,7 @@ def test_pipeline_with_validation_pictures_goes_on_from_the_release_to_the_top_1
         in submitted["prepare_val"]
     )
     assert (
-        f"|--images|{tmp_path}/my pictures|--out|{out}/images|--workers|2|" in submitted["prepare_data"]
+        f"|--images|{tmp_path}/my images|--out|{out}/images|--workers|2|" in submitted["prepare_data"]
         and "max_bad_share" not in submitted["prepare_data"]
     )
     assert (
@@ -274,7 +274,7 @@ def test_pipeline_takes_a_flat_validation_folder_whose_labels_are_listed(recordi
     labelled_folders(tmp_path)
     (tmp_path / "flat").mkdir()
     done = pipeline(
-        recording_sbatch, "my pictures", "out", VAL_DIR="flat", PREPARE_VAL_ARGS="--synsets LOC_val_solution.csv"
+        recording_sbatch, "my images", "out", VAL_DIR="flat", PREPARE_VAL_ARGS="--synsets LOC_val_solution.csv"
     )
     assert done.returncode == 0, done.stderr
     assert "|--synsets|LOC_val_solution.csv|" in (recording_sbatch / "sbatch.log").read_text().splitlines()[1]
@@ -297,13 +297,13 @@ def test_pipeline_refuses_what_would_fail_after_days_of_pretraining(recording_sb
     (tmp_path / "fewer" / "n01440764").mkdir(parents=True)
     shutil.copytree(folders["val"], tmp_path / "more")
     (tmp_path / "more" / "n99999999").mkdir()
-    done = pipeline(recording_sbatch, "my pictures", "out", size, **env)
+    done = pipeline(recording_sbatch, "my images", "out", size, **env)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and word in done.stderr
     assert not (recording_sbatch / "sbatch.log").read_text()
 
 
-def test_pipeline_refuses_to_fine_tune_on_pictures_without_classes(recording_sbatch, tmp_path):
+def test_pipeline_refuses_to_fine_tune_on_images_without_classes(recording_sbatch, tmp_path):
     labelled_folders(tmp_path)
     (tmp_path / "flat").mkdir()
     done = pipeline(recording_sbatch, "flat", "out", VAL_DIR="my validation")
@@ -311,11 +311,11 @@ def test_pipeline_refuses_to_fine_tune_on_pictures_without_classes(recording_sba
 
 
 def test_pipeline_keeps_folder_names_with_spaces_in_one_piece(recording_sbatch, tmp_path):
-    (tmp_path / "my pictures").mkdir()
-    done = pipeline(recording_sbatch, "my pictures", "my run")
+    (tmp_path / "my images").mkdir()
+    done = pipeline(recording_sbatch, "my images", "my run")
     assert done.returncode == 0, done.stderr
     submitted = (recording_sbatch / "sbatch.log").read_text().splitlines()
-    assert f"|--images|{tmp_path}/my pictures|--out|{tmp_path}/my run/images|" in submitted[0]
+    assert f"|--images|{tmp_path}/my images|--out|{tmp_path}/my run/images|" in submitted[0]
     assert f"|data.tokens={tmp_path}/my run/tokens|" in submitted[2]
 
 

@@ -1,6 +1,6 @@
 """Linear probing by path on one rank and on two.
 
-Photographs are the classes, crops of them the pictures, so that features of any network carry the label.
+Photographs are the classes, crops of them the images, so that features of any network carry the label.
 """
 
 import json
@@ -28,12 +28,12 @@ SMALL = (
 
 
 def pack(root, name, labels_of):
-    """Two image sets: root/NAME/train of 40 pictures and root/NAME/val of 21."""
+    """Two image sets: root/NAME/train of 40 images and root/NAME/val of 21."""
     for split, number in (("train", 40), ("val", 21)):
-        folder = root / "pictures" / name / split
-        for picture, label in enumerate(labels_of[split]):
+        folder = root / "raw" / name / split
+        for image, label in enumerate(labels_of[split]):
             (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
-            (folder / f"class{label}" / f"{picture:02d}.jpg").symlink_to(root / "crops" / split / f"{picture:02d}.jpg")
+            (folder / f"class{label}" / f"{image:02d}.jpg").symlink_to(root / "crops" / split / f"{image:02d}.jpg")
         assert len(labels_of[split]) == number
         pack_images(
             ["--images", str(folder), "--out", str(root / name / split), "--samples_per_shard", "16", "--workers", "1"]
@@ -48,18 +48,18 @@ def root(real_data, tmp_path_factory):
     draw, labels = random.Random(0), {}
     for split, number in (("train", 40), ("val", 21)):
         (root / "crops" / split).mkdir(parents=True)
-        labels[split] = [picture % CLASSES for picture in range(number)]
-        for picture, label in enumerate(labels[split]):
+        labels[split] = [image % CLASSES for image in range(number)]
+        for image, label in enumerate(labels[split]):
             left, top = draw.randrange(64), draw.randrange(64)
             photographs[label].crop((left, top, left + 64, top + 64)).save(
-                root / "crops" / split / f"{picture:02d}.jpg", quality=95
+                root / "crops" / split / f"{image:02d}.jpg", quality=95
             )
     pack(root, "true", labels)
     pack(root, "shuffled", {split: draw.sample(values, len(values)) for split, values in labels.items()})
     for label in range(2):
-        (root / "pictures" / "two").mkdir(exist_ok=True)
-        (root / "pictures" / "two" / f"class{label}").symlink_to(root / "pictures" / "true" / "val" / f"class{label}")
-    pack_images(["--images", str(root / "pictures" / "two"), "--out", str(root / "two_classes"), "--workers", "1"])
+        (root / "raw" / "two").mkdir(exist_ok=True)
+        (root / "raw" / "two" / f"class{label}").symlink_to(root / "raw" / "true" / "val" / f"class{label}")
+    pack_images(["--images", str(root / "raw" / "two"), "--out", str(root / "two_classes"), "--workers", "1"])
     pack_images(["--images", str(root / "crops" / "val"), "--out", str(root / "unlabelled"), "--workers", "1"])
     torch.manual_seed(0)
     model = MaskedImageModel(
@@ -122,7 +122,7 @@ def test_two_ranks_give_the_table_of_one(runs, name):
     assert (runs / f"{name}_1" / "probe.md").read_text() == (runs / f"{name}_2" / "probe.md").read_text()
 
 
-def test_the_record_names_weights_pictures_settings_and_the_best_layer(runs):
+def test_the_record_names_weights_images_settings_and_the_best_layer(runs):
     found = record(runs, "true_1")
     best = max(row["top1"] for layer in found["layers"] for row in layer["linear"])
     assert found["best"]["top1"] == best and found["num_classes"] == CLASSES
@@ -144,7 +144,7 @@ def test_chosen_blocks_and_pooling_decide_what_is_kept(runs):
     }
 
 
-def test_a_second_start_reads_the_features_and_other_pictures_make_them_anew(runs):
+def test_a_second_start_reads_the_features_and_other_images_make_them_anew(runs):
     file = runs / "true_2" / "features" / "train_block_01.npy"
     before = file.stat().st_mtime_ns
     again = run_stage(
@@ -154,7 +154,7 @@ def test_a_second_start_reads_the_features_and_other_pictures_make_them_anew(run
     assert [row["lr"] for row in record(runs, "true_2")["layers"][0]["linear"]] == [2e-3]
     assert again.stdout.splitlines()[-1].startswith("best block ")
     other = run_stage("linear_probe", *case(runs, "true_2", "shuffled")["arguments"], environment=ONE_THREAD)
-    assert "are of other pictures, weights or settings" in other.stderr and file.stat().st_mtime_ns > before
+    assert "are of other images, weights or settings" in other.stderr and file.stat().st_mtime_ns > before
     assert record(runs, "true_2")["layers"] == record(runs, "shuffled_1")["layers"]
 
 
@@ -162,7 +162,7 @@ def test_a_dry_run_says_what_lies_on_disk_and_writes_nothing(root, capsys, tmp_p
     arguments = case(root, "unused", "true", "--dry_run", "--out", str(tmp_path / "out"))["arguments"]
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    assert f"{DEPTH} blocks x 128 numbers a picture" in text and f"{61 * DEPTH * 128 * 2 / 1e9:.4g} GB" in text
+    assert f"{DEPTH} blocks x 128 numbers an image" in text and f"{61 * DEPTH * 128 * 2 / 1e9:.4g} GB" in text
     assert not (tmp_path / "out").exists()
     main([*arguments, "data.images=not_packed"])
     assert "1,281,167 to train" in capsys.readouterr().out
@@ -176,7 +176,7 @@ def test_a_dry_run_says_what_lies_on_disk_and_writes_nothing(root, capsys, tmp_p
         ("init.weights=", "init.weights is empty"),
         ("init.weights=nowhere.pth", "nowhere.pth: no such file"),
         ("data.val_images=two_classes", "its classes are not those of"),
-        ("data.val_images=unlabelled", "holds pictures without labels"),
+        ("data.val_images=unlabelled", "holds images without labels"),
     ],
 )
 def test_bad_input_is_one_line(root, override, said):

@@ -15,14 +15,14 @@ import torch
 from conftest import run_stage
 
 from peco_ds.config import PretrainRecipe, data_path, load_recipe
-from peco_ds.data import patient_reads
+from peco_ds.data import retry
 from peco_ds.data.indexed_tar import IndexedTar
 from peco_ds.data.loaders import (
-    BadPictures,
+    BadImages,
     Codes,
-    Pictures,
+    ImageSet,
     crop_batches,
-    held_out_pictures,
+    held_out_images,
     masked_batches,
     training_order,
 )
@@ -39,17 +39,17 @@ CPU = torch.device("cpu")
 
 def open_sets(small_sets, *overrides):
     recipe = load_recipe(PretrainRecipe, "peco_vitb16", [*small_sets.overrides, *overrides]).recipe
-    pictures = Pictures(data_path(recipe.data, recipe.data.images))
+    images = ImageSet(data_path(recipe.data, recipe.data.images))
     tokens = TokenSet(
-        data_path(recipe.data, recipe.data.tokens), pictures.manifest, num_codes=64, grid=4, views=recipe.views
+        data_path(recipe.data, recipe.data.tokens), images.manifest, num_codes=64, grid=4, views=recipe.views
     )
-    return recipe, pictures, tokens
+    return recipe, images, tokens
 
 
-def batches_of(recipe, pictures, tokens, *, rank=0, world_size=1, first_step=0, last_step=6):
+def batches_of(recipe, images, tokens, *, rank=0, world_size=1, first_step=0, last_step=6):
     positions = rank_positions(recipe.run, rank, world_size, first_step=first_step, last_step=last_step)
     return masked_batches(
-        pictures,
+        images,
         tokens,
         positions,
         data=recipe.data,
@@ -64,10 +64,8 @@ def batches_of(recipe, pictures, tokens, *, rank=0, world_size=1, first_step=0, 
 
 def global_batches(small_sets, *, world_size, num_workers, micro_batch):
     """What all ranks together train on, pass by pass, in the order of the passes."""
-    recipe, pictures, tokens = open_sets(
-        small_sets, f"data.num_workers={num_workers}", f"run.micro_batch={micro_batch}"
-    )
-    ranks = [list(batches_of(recipe, pictures, tokens, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    recipe, images, tokens = open_sets(small_sets, f"data.num_workers={num_workers}", f"run.micro_batch={micro_batch}")
+    ranks = [list(batches_of(recipe, images, tokens, rank=rank, world_size=world_size)) for rank in range(world_size)]
     passes = [batch for passes in zip(*ranks) for batch in passes]
     assert all(batch.masked.shape == (micro_batch, 6) for batch in passes)
     return [key for b in passes for key in b.keys], *(
@@ -96,18 +94,18 @@ def test_global_batches_are_the_same_for_any_ranks_and_workers(
 
 
 def test_a_run_that_starts_in_the_middle_reads_what_the_uninterrupted_one_reads(small_sets):
-    recipe, pictures, tokens = open_sets(small_sets)
+    recipe, images, tokens = open_sets(small_sets)
     # 240 samples: past the end of the first and second epoch of 96
-    whole = list(batches_of(recipe, pictures, tokens, last_step=30))
-    tail = list(batches_of(recipe, pictures, tokens, first_step=11, last_step=30))
+    whole = list(batches_of(recipe, images, tokens, last_step=30))
+    tail = list(batches_of(recipe, images, tokens, first_step=11, last_step=30))
     assert len(whole) == 60 and len(tail) == 38
     for a, b in zip(whole[22:], tail):
         assert a.keys == b.keys and all(torch.equal(mine, other) for mine, other in zip(tensors(a), tensors(b)))
 
 
 def test_stored_codes_equal_codes_computed_online_for_every_view(small_sets):
-    """All 96 pictures, all 3 views: 13,824 codes at 4 x 4 a view, plus the replayed crops themselves."""
-    recipe, pictures, tokens = open_sets(small_sets)
+    """All 96 images, all 3 views: 13,824 codes at 4 x 4 a view, plus the replayed crops themselves."""
+    recipe, images, tokens = open_sets(small_sets)
     tokenizer, _ = load_tokenizer(data_path(recipe.data, recipe.data.tokenizer))
 
     @torch.no_grad()
@@ -115,7 +113,7 @@ def test_stored_codes_equal_codes_computed_online_for_every_view(small_sets):
         return Codes(tokenizer.tokenize(images_11))
 
     seen, compared = set(), 0
-    epochs = zip(batches_of(recipe, pictures, tokens, last_step=36), batches_of(recipe, pictures, online, last_step=36))
+    epochs = zip(batches_of(recipe, images, tokens, last_step=36), batches_of(recipe, images, online, last_step=36))
     for stored, computed in epochs:
         assert stored.keys == computed.keys
         assert torch.equal(stored.images_norm, computed.images_norm), (
@@ -131,10 +129,10 @@ def test_every_stored_code_and_crop_is_what_the_record_replays(small_sets):
     from peco_ds.data.loaders import draw_recorded_view
     from peco_ds.data.views import cut, jitter, to_tokenizer
 
-    recipe, pictures, tokens = open_sets(small_sets)
+    recipe, images, tokens = open_sets(small_sets)
     tokenizer, _ = load_tokenizer(data_path(recipe.data, recipe.data.tokenizer))
     for sample in range(96):
-        key, image = pictures.decode(sample)
+        key, image = images.decode(sample)
         record = tokens.read(sample, key)
         drawn = np.stack([draw_recorded_view(image, recipe.views, sample, view) for view in range(3)])
         assert np.array_equal(drawn, record.views)
@@ -151,10 +149,10 @@ def test_soft_codes_are_the_tokenizers_for_all_patches_stored_or_computed_online
         "views.tokenizer_interpolation=lanczos",
     ]
     run_stage("tokenize_shards", "--recipe", "peco_vitb16", *small_sets.overrides, *soft)
-    recipe, pictures, tokens = open_sets(small_sets, *soft)
+    recipe, images, tokens = open_sets(small_sets, *soft)
     online = online_tokenizer(data_path(recipe.data, recipe.data.tokenizer), recipe, CPU)
     compared = 0
-    for stored, computed in zip(batches_of(recipe, pictures, tokens), batches_of(recipe, pictures, online)):
+    for stored, computed in zip(batches_of(recipe, images, tokens), batches_of(recipe, images, online)):
         assert torch.equal(stored.images_norm, computed.images_norm) and torch.equal(
             stored.targets.codes, computed.targets.codes
         )
@@ -169,18 +167,18 @@ def test_soft_codes_are_the_tokenizers_for_all_patches_stored_or_computed_online
     assert compared == 6 * 2 * 4 * 16 * 6
     fewer, _, _ = open_sets(small_sets, *soft, "views.topk=2")
     first, all_six = (
-        next(batches_of(fewer, pictures, tokens)).targets,
-        next(batches_of(recipe, pictures, tokens)).targets,
+        next(batches_of(fewer, images, tokens)).targets,
+        next(batches_of(recipe, images, tokens)).targets,
     )
     assert torch.equal(first.topk_probs, all_six.topk_probs[..., :2]), (
         "a set with more soft codes than are asked for gives the likeliest"
     )
 
 
-def test_a_picture_with_fewer_hidden_patches_repeats_its_last_one_and_has_no_target_there(small_sets):
-    recipe, pictures, tokens = open_sets(small_sets, "mask.exact=false", "mask.count=7", "mask.min_block=4")
+def test_an_image_with_fewer_hidden_patches_repeats_its_last_one_and_has_no_target_there(small_sets):
+    recipe, images, tokens = open_sets(small_sets, "mask.exact=false", "mask.count=7", "mask.min_block=4")
     filled = 0
-    for batch in batches_of(recipe, pictures, tokens, last_step=36):
+    for batch in batches_of(recipe, images, tokens, last_step=36):
         for key, masked, codes in zip(batch.keys, batch.masked.tolist(), batch.targets.codes.tolist()):
             shown = len(set(masked))
             assert masked == sorted(masked) and masked[shown:] == [masked[-1]] * (7 - shown), key
@@ -197,24 +195,24 @@ def test_the_tokenizers_crop_is_resized_as_the_recipe_says_and_the_backbones_is_
             "peco_vitb16",
             [*small_sets.overrides, f"views.tokenizer_interpolation={interpolation}", "views.tokenizer_px=64"],
         ).recipe
-        pictures = Pictures(data_path(recipe.data, recipe.data.images))
+        images = ImageSet(data_path(recipe.data, recipe.data.images))
         seen = []
 
         def online(images_11):
             seen.append(images_11)
             return Codes(torch.zeros(len(images_11), 16, dtype=torch.int64))
 
-        batch = next(batches_of(recipe, pictures, online))
+        batch = next(batches_of(recipe, images, online))
         crops[interpolation] = (seen[0], batch.images_norm)
     assert torch.equal(crops["bicubic"][1], crops["lanczos"][1])
     assert not torch.equal(crops["bicubic"][0], crops["lanczos"][0])
 
 
 def test_every_epoch_shows_another_view_until_all_were_seen(small_sets):
-    recipe, pictures, tokens = open_sets(small_sets)
+    recipe, image_set, tokens = open_sets(small_sets)
     targets: dict[str, list] = {}
     order = []
-    for batch in batches_of(recipe, pictures, tokens, last_step=36):
+    for batch in batches_of(recipe, image_set, tokens, last_step=36):
         for key, image in zip(batch.keys, batch.images_norm):
             targets.setdefault(key, []).append(image)
             order.append(key)
@@ -228,56 +226,56 @@ def test_every_epoch_shows_another_view_until_all_were_seen(small_sets):
     assert order[:96] != order[96:192]
 
 
-def test_unreadable_pictures_are_named_and_too_many_stop_the_run(caplog):
-    bad = BadPictures(max_share=0.01)
+def test_unreadable_images_are_named_and_too_many_stop_the_run(caplog):
+    bad = BadImages(max_share=0.01)
     bad.add(1000, ["a: truncated"] * 10)
-    with pytest.raises(UserError, match="12 of 1100 readings of pictures failed"):
+    with pytest.raises(UserError, match="12 of 1100 readings of images failed"):
         bad.add(100, ["b: truncated"] * 2)
     assert bad.count == 12
 
 
-def test_a_picture_is_named_once_a_start_and_counted_every_time(caplog):
-    bad = BadPictures(max_share=1.0)
+def test_an_image_is_named_once_a_start_and_counted_every_time(caplog):
+    bad = BadImages(max_share=1.0)
     for _ in range(3):
         bad.add(4, ["a: truncated"])
     assert (bad.count, bad.read) == (3, 12)
     assert len([record for record in caplog.records if "a: truncated" in record.getMessage()]) == 1
 
 
-def test_the_first_few_unreadable_pictures_are_not_granted_anew_by_a_restart():
-    before = BadPictures(max_share=0.001)
+def test_the_first_few_unreadable_images_are_not_granted_anew_by_a_restart():
+    before = BadImages(max_share=0.001)
     before.add(500, ["a: truncated"] * 10)
-    after = BadPictures(max_share=0.001)
+    after = BadImages(max_share=0.001)
     after.load_state([before.state()])
     assert (after.count, after.read) == (10, 500)
     after.add(100, [])
-    with pytest.raises(UserError, match="11 of 700 readings of pictures failed"):
+    with pytest.raises(UserError, match="11 of 700 readings of images failed"):
         after.add(100, ["b: truncated"])
 
 
 def test_the_counts_of_several_ranks_are_continued_by_one():
     states = [{"count": 2, "read": 100}, {"count": 3, "read": 200}]
-    one = BadPictures(max_share=0.5)
+    one = BadImages(max_share=0.5)
     one.load_state(states)
     assert one.state() == {"count": 5, "read": 300}
     one.load_state([])
     assert one.state() == {"count": 0, "read": 0}
 
 
-def test_held_out_pictures_are_kept_from_training(small_sets):
-    recipe, pictures, _ = open_sets(small_sets, "data.holdout=10")
-    order = training_order(pictures, recipe.data, 0)
+def test_held_out_images_are_kept_from_training(small_sets):
+    recipe, images, _ = open_sets(small_sets, "data.holdout=10")
+    order = training_order(images, recipe.data, 0)
     assert order.num_samples == 86
     trained = {order.sample_at(position) for position in range(86)}
     assert trained == set(range(86))
-    crops = held_out_pictures(pictures, recipe.data, 100, 32)
+    crops = held_out_images(images, recipe.data, 100, 32)
     assert crops.shape == (10, 3, 32, 32) and crops.dtype == torch.uint8
     batch = next(
-        crop_batches(pictures, order, [np.arange(4)], data=recipe.data, views=recipe.views, device=CPU)
+        crop_batches(images, order, [np.arange(4)], data=recipe.data, views=recipe.views, device=CPU)
     ).images_11
     assert batch.shape == (4, 3, 32, 32) and batch.min() >= -1 and batch.max() <= 1
     with pytest.raises(UserError, match="holdout"):
-        training_order(pictures, load_recipe(PretrainRecipe, "peco_vitb16", ["data.holdout=96"]).recipe.data, 0)
+        training_order(images, load_recipe(PretrainRecipe, "peco_vitb16", ["data.holdout=96"]).recipe.data, 0)
 
 
 # ------------------------------------------------------------------------------------ workers that die
@@ -361,9 +359,9 @@ def test_deaths_far_apart_do_not_add_up(tmp_path):
 
 
 def test_batches_of_a_run_whose_worker_was_killed_are_those_of_an_undisturbed_one(small_sets, reference):
-    recipe, pictures, tokens = open_sets(small_sets, "data.num_workers=2", "run.micro_batch=8")
+    recipe, images, tokens = open_sets(small_sets, "data.num_workers=2", "run.micro_batch=8")
     found = []
-    for batch in batches_of(recipe, pictures, tokens):
+    for batch in batches_of(recipe, images, tokens):
         found.append(batch)
         if len(found) == 2:
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -401,9 +399,9 @@ def own_images(small_sets, tmp_path):
 def read_all(small_sets, folder, *, num_workers, disturb, after=2):
     """Keys of the batches that were handed out, `disturb` called when `after` were."""
     recipe, _, tokens = open_sets(small_sets, f"data.num_workers={num_workers}", "data.max_bad_share=0.02")
-    pictures = Pictures(folder)
+    images = ImageSet(folder)
     keys = []
-    for batch in batches_of(recipe, pictures, tokens, last_step=24):
+    for batch in batches_of(recipe, images, tokens, last_step=24):
         keys.append(batch.keys)
         if len(keys) == after:
             disturb()
@@ -429,8 +427,8 @@ def test_a_shard_removed_during_the_run_is_named_when_it_is_next_opened(small_se
         read_all(small_sets, own_images, num_workers=0, disturb=remove, after=1)
 
 
-def test_a_shard_replaced_by_another_of_its_size_gives_no_picture_of_the_other(small_sets, own_images):
-    """Every picture of it differs from the index: a few are passed over, then the run ends.
+def test_a_shard_replaced_by_another_of_its_size_gives_no_image_of_the_other(small_sets, own_images):
+    """Every image of it differs from the index: a few are passed over, then the run ends.
 
     No batch holds what is not in the manifest.
     """
@@ -445,8 +443,8 @@ def test_a_shard_replaced_by_another_of_its_size_gives_no_picture_of_the_other(s
             shard.write_bytes(data)
 
     recipe, _, tokens = open_sets(small_sets, "data.max_bad_share=0.02")
-    with pytest.raises(UserError, match="CRC-32 differs|readings of pictures failed|none of 96 pictures"):
-        for batch in batches_of(recipe, Pictures(own_images), tokens, last_step=24):
+    with pytest.raises(UserError, match="CRC-32 differs|readings of images failed|none of 96 images"):
+        for batch in batches_of(recipe, ImageSet(own_images), tokens, last_step=24):
             taken.append(batch.keys)
             if len(taken) == 2:
                 replace()
@@ -469,7 +467,7 @@ class Flaky:
             return read(tar, i, extensions)
 
         monkeypatch.setattr(IndexedTar, "read", flaky)
-        monkeypatch.setattr(patient_reads, "WAITS_S", (0.01, 0.01, 0.01))
+        monkeypatch.setattr(retry, "WAITS_S", (0.01, 0.01, 0.01))
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
@@ -481,24 +479,24 @@ def test_a_read_that_fails_a_few_times_changes_nothing(small_sets, reference, mo
     assert os.strerror(number) in caplog.text and "read again" in caplog.text
 
 
-def test_a_picture_that_cannot_be_read_at_all_counts_as_unreadable_and_a_token_record_ends_the_run(
+def test_an_image_that_cannot_be_read_at_all_counts_as_unreadable_and_a_token_record_ends_the_run(
     small_sets, monkeypatch, caplog
 ):
     Flaky(monkeypatch, errno.EIO, times=99, only_tar="images")
-    recipe, pictures, tokens = open_sets(small_sets)
-    bad = BadPictures(max_share=0.1)
+    recipe, images, tokens = open_sets(small_sets)
+    bad = BadImages(max_share=0.1)
     make = dict(data=recipe.data, views=recipe.views, mask=recipe.mask, image_px=64, grid=4, seed=0, device=CPU)
     keys = [
         key
         for batch in masked_batches(
-            pictures, tokens, rank_positions(recipe.run, 0, 1, first_step=0, last_step=12), bad=bad, **make
+            images, tokens, rank_positions(recipe.run, 0, 1, first_step=0, last_step=12), bad=bad, **make
         )
         for key in batch.keys
     ]
-    # one picture in each of four shards
+    # one image in each of four shards
     assert len(keys) == 96 and (bad.count, bad.read) == (4, 96)
     assert "4 times in 0.03 s" in caplog.text
     monkeypatch.undo()
     Flaky(monkeypatch, errno.EIO, times=99, only_tar="tokens")
     with pytest.raises(UserError, match=r"tokens/train/shard-\d+\.tar: Input/output error, 4 times"):
-        list(batches_of(recipe, pictures, tokens, last_step=12))
+        list(batches_of(recipe, images, tokens, last_step=12))

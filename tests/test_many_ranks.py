@@ -57,7 +57,7 @@ def launch_by_deepspeed(listing: Path, ranks: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(small_sets, tmp_path_factory) -> Path:
-    """Folder of run folders; beside each NAME, NAME.keys.RANKS.RANK with the pictures of every pass of a rank."""
+    """Folder of run folders; beside each NAME, NAME.keys.RANKS.RANK with the images of every pass of a rank."""
     folder = tmp_path_factory.mktemp("many_ranks")
     fixed = [
         "--recipe",
@@ -139,7 +139,7 @@ def tensors_of(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield from walk(load_known(path), path.name)
 
 
-def test_sixteen_ranks_train_on_the_pictures_of_one_rank_in_its_order(runs):
+def test_sixteen_ranks_train_on_the_images_of_one_rank_in_its_order(runs):
     alone = global_batches(runs, "of_1", 1)
     assert len(alone) == STEPS and all(len(set(keys)) == BATCH for keys in alone)
     assert global_batches(runs, "of_16", RANKS) == alone == global_batches(runs, "of_2", 2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peco_ds.config import EncodingSettings, ModelSettings
-from peco_ds.models.masked_decoder import MaskedDecoder, bias_at, shown_first, tokens_at
+from peco_ds.models.masked_decoder import MaskedDecoder, bias_at, tokens_at, visible_first
 
 GRID, M, V = 4, 6, 50
 PATCHES = GRID**2
@@ -22,45 +22,45 @@ def decoder_with_trained_look() -> MaskedDecoder:
     return decoder
 
 
-def hidden_patches(batch=2) -> torch.Tensor:
+def masked_patches(batch=2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.stack([torch.randperm(PATCHES, generator=generator)[:M].sort().values for _ in range(batch)])
 
 
 def test_shown_patches_come_first_and_both_kinds_increase():
-    masked = hidden_patches()
-    for order, hidden in zip(shown_first(masked, PATCHES).tolist(), masked.tolist()):
+    masked = masked_patches()
+    for order, hidden in zip(visible_first(masked, PATCHES).tolist(), masked.tolist()):
         assert order == [patch for patch in range(PATCHES) if patch not in hidden] + hidden
 
 
 def test_the_bias_of_some_patches_is_the_whole_ones_rows_and_columns():
-    bias, masked = torch.randn(3, 1 + PATCHES, 1 + PATCHES), hidden_patches()
+    bias, masked = torch.randn(3, 1 + PATCHES, 1 + PATCHES), masked_patches()
     for found, patches in zip(bias_at(bias, masked), masked):
         tokens = [0, *(patches + 1).tolist()]
         assert torch.equal(found, bias[:, tokens][:, :, tokens])
 
 
-def test_the_gradient_of_a_place_that_several_pictures_show_is_their_sum():
-    bias, masked = torch.randn(3, 1 + PATCHES, 1 + PATCHES, dtype=torch.float64, requires_grad=True), hidden_patches()
+def test_the_gradient_of_a_place_that_several_images_show_is_their_sum():
+    bias, masked = torch.randn(3, 1 + PATCHES, 1 + PATCHES, dtype=torch.float64, requires_grad=True), masked_patches()
     weights = torch.randn(2, 3, 1 + M, 1 + M, dtype=torch.float64)
     (bias_at(bias, masked) * weights).sum().backward()
     expected = torch.zeros_like(bias)
-    for picture, patches in enumerate(masked):
+    for image, patches in enumerate(masked):
         tokens = [0, *(patches + 1).tolist()]
         for i, row in enumerate(tokens):
             for j, column in enumerate(tokens):
-                expected[:, row, column] += weights[picture, :, i, j]
+                expected[:, row, column] += weights[image, :, i, j]
     torch.testing.assert_close(bias.grad, expected)
 
 
 def test_every_token_is_put_at_its_place():
-    """Written out place by place: shown tokens where they were, the mask token elsewhere, then blocks, norm and
+    """Written out place by place: visible tokens where they were, the mask token elsewhere, then blocks, norm and
     head.
     """
-    decoder, masked = decoder_with_trained_look(), hidden_patches()
+    decoder, masked = decoder_with_trained_look(), masked_patches()
     encoded = torch.randn(2, 1 + PATCHES - M, 96)
     with torch.no_grad():
-        logits, features = decoder(encoded, shown_first(masked, PATCHES), masked)
+        logits, features = decoder(encoded, visible_first(masked, PATCHES), masked)
         rows = []
         for tokens, hidden in zip(decoder.embed(encoded), masked.tolist()):
             shown = iter(tokens[1:])
@@ -84,7 +84,7 @@ def test_every_token_is_put_at_its_place():
 
 
 def test_tokens_are_taken_at_patch_numbers_behind_the_class_token():
-    tokens, masked = torch.randn(2, 1 + PATCHES, 5), hidden_patches()
+    tokens, masked = torch.randn(2, 1 + PATCHES, 5), masked_patches()
     assert torch.equal(
         tokens_at(tokens, masked), torch.stack([row[1:][patches] for row, patches in zip(tokens, masked)])
     )

@@ -27,7 +27,7 @@ def test_a_mask_follows_from_seed_epoch_and_sample_alone():
 
 
 def neighbours_hidden(masked, grid):
-    """Share of hidden patches whose right neighbour is hidden too."""
+    """Share of masked patches whose right neighbour is hidden too."""
     mask = np.zeros((grid, grid), bool)
     mask.flat[masked] = True
     return (mask[:, :-1] & mask[:, 1:]).sum() / mask[:, :-1].sum()
@@ -108,6 +108,6 @@ def test_random_masks_are_exact_whatever_is_asked():
     assert all(len(beit_v1(sample, kind="random", count=147)) == 147 for sample in range(20))
 
 
-def test_a_picture_where_no_block_fits_still_hides_one_patch():
+def test_an_image_where_no_block_fits_still_hides_one_patch():
     """On a grid of 2 a block of 3 has a side of 2 at least, which is not smaller than the grid's."""
     assert {len(beit_v1(sample, grid=2, count=3, min_block=3)) for sample in range(20)} == {1}

@@ -74,7 +74,7 @@ def reloaded(state: dict) -> dict:
     return torch.load(file, weights_only=True)
 
 
-def test_the_first_step_of_a_start_tells_apart_waiting_for_its_pictures_and_computing(tmp_path, monkeypatch):
+def test_the_first_step_of_a_start_tells_apart_waiting_for_its_images_and_computing(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("peco_ds.runtime.metrics.time.perf_counter", lambda: now[0])
 
@@ -178,22 +178,22 @@ def test_parts_of_two_ranks_are_one_window_on_one_rank(tmp_path):
 
 def test_a_rank_that_took_over_nothing_agrees_with_one_that_did(tmp_path):
     world = Ranks(
-        size=2, others=[(["accuracy", "loss", "psnr"], {"bad_pictures": 4})], sums=torch.tensor([1.0, 2.0, 3.0, 4.0])
+        size=2, others=[(["accuracy", "loss", "psnr"], {"bad_images": 4})], sums=torch.tensor([1.0, 2.0, 3.0, 4.0])
     )
-    main = meter(tmp_path, world, first_step=9, counters={"bad_pictures": lambda: 3})
+    main = meter(tmp_path, world, first_step=9, counters={"bad_images": lambda: 3})
     main.load_state([])
     train(main, [10])
     (row,) = read_metrics(tmp_path)
-    assert row["psnr"] == pytest.approx(3.0 / 6) and row["bad_pictures"] == 7
+    assert row["psnr"] == pytest.approx(3.0 / 6) and row["bad_images"] == 7
 
 
 def test_counters_are_asked_for_at_every_row_and_summed_over_ranks(tmp_path):
-    world, bad = Ranks(size=2, others=[([], {"bad_pictures": 10})]), [3]
-    running = meter(tmp_path, world, counters={"bad_pictures": lambda: bad[0]})
+    world, bad = Ranks(size=2, others=[([], {"bad_images": 10})]), [3]
+    running = meter(tmp_path, world, counters={"bad_images": lambda: bad[0]})
     train(running, range(1, 12))
     bad[0] = 4
     train(running, range(12, 21))
-    assert [row["bad_pictures"] for row in read_metrics(tmp_path)] == [13, 14]
+    assert [row["bad_images"] for row in read_metrics(tmp_path)] == [13, 14]
 
 
 @pytest.mark.parametrize("cut", [1, 10, 60])
@@ -309,7 +309,7 @@ def test_an_evaluation_of_the_moment_of_the_start_is_made_again_and_older_ones_s
 def test_shares_of_the_wall_time_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    running = meter(tmp_path, counters={"bad_pictures": lambda: 1})
+    running = meter(tmp_path, counters={"bad_images": lambda: 1})
     train(running, range(1, 11), skip=range(1, 11))
     running.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -317,7 +317,7 @@ def test_shares_of_the_wall_time_reach_tensorboard(tmp_path):
     assert {
         f"goodput/{name}" for name in ("useful", "data_wait", "save", "evaluation", "startup", "lost", "restart")
     } <= tags
-    assert {"optim/skipped_steps", "data/bad_pictures", "time/step_s"} <= tags and not {
+    assert {"optim/skipped_steps", "data/bad_images", "time/step_s"} <= tags and not {
         "loss/total",
         "loss/time",
         "loss/up_s",

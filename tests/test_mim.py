@@ -31,7 +31,7 @@ def model_with_trained_look(variant="full", settings=SMALL):
     return model
 
 
-def pictures_and_masks(settings=SMALL, batch=2, count=6):
+def images_and_masks(settings=SMALL, batch=2, count=6):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, settings.image_px, settings.image_px, generator=generator)
     masked = torch.stack(
@@ -112,7 +112,7 @@ def test_token_logits_equal_hugging_face(tmp_path):
     )
     theirs, report = BeitForMaskedImageModeling.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    images, masked = pictures_and_masks()
+    images, masked = images_and_masks()
     hidden = torch.zeros(2, SMALL.grid**2, dtype=torch.bool).scatter_(1, masked, True)
     with torch.no_grad():
         expected = theirs.eval()(images, bool_masked_pos=hidden).logits.gather(
@@ -125,7 +125,7 @@ def test_token_logits_equal_hugging_face(tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_hidden_patches_are_invisible_and_shown_ones_are_not(variant):
     model = model_with_trained_look(variant)
-    images, masked = pictures_and_masks(batch=1)
+    images, masked = images_and_masks(batch=1)
     changed = images.clone()
     row, column = divmod(int(masked[0, 0]), SMALL.grid)
     changed[:, :, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] += 1.0
@@ -137,10 +137,10 @@ def test_hidden_patches_are_invisible_and_shown_ones_are_not(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_checkpointing_blocks_changes_no_logit_and_no_gradient_and_every_parameter_has_one(variant):
     settings = ModelSettings(image_px=64, patch_px=16, width=96, depth=3, heads=3, drop_path=0.2)
-    images, masked = pictures_and_masks()
+    images, masked = images_and_masks()
     results = []
-    for recompute in ("none", "selective", "full"):
-        model = build(variant, settings, recompute=recompute).train()
+    for kind in ("none", "selective", "full"):
+        model = build(variant, settings, activation_checkpointing=kind).train()
         torch.manual_seed(5)  # stochastic depth draws the same in both
         outputs = model(images, masked)
         logits = torch.cat([branch for branch in (outputs.logits, outputs.aggregated_logits) if branch is not None])
@@ -154,11 +154,11 @@ def test_checkpointing_blocks_changes_no_logit_and_no_gradient_and_every_paramet
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_features_of_whole_pictures_are_the_backbones_alone(variant):
+def test_features_of_whole_images_are_the_backbones_alone(variant):
     model = model_with_trained_look(variant)
     theirs = Beit(**timm_arguments(SMALL)).eval()
     theirs.load_state_dict(model.backbone.state_dict())
-    images, _ = pictures_and_masks()
+    images, _ = images_and_masks()
     with torch.no_grad():
         assert (model.features(images) - theirs.forward_features(images)).abs().max() <= 1e-5
 
@@ -169,7 +169,7 @@ def test_the_first_branch_of_an_aggregating_model_is_the_plain_model():
     plain.load_state_dict(
         {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("aggregation_blocks.")}
     )
-    images, masked = pictures_and_masks()
+    images, masked = images_and_masks()
     with torch.no_grad():
         ours, theirs = model(images, masked), plain(images, masked)
     assert torch.allclose(ours.logits, theirs.logits, atol=1e-6) and torch.equal(ours.features, theirs.features)
@@ -178,12 +178,12 @@ def test_the_first_branch_of_an_aggregating_model_is_the_plain_model():
 def test_the_second_branch_is_a_deeper_model_whose_patches_skip_the_late_blocks():
     """Written out from the paper: early patches and final class token, extra blocks, the same norm and head."""
     model = model_with_trained_look("aggregating")
-    images, masked = pictures_and_masks()
+    images, masked = images_and_masks()
     with torch.no_grad():
         bias, backbone = model.backbone.rel_pos_bias(), model.backbone
         x = backbone.patch_embed(images)
-        for picture, places in enumerate(masked):
-            x[picture, places] = model.mask_token[0, 0]
+        for image, places in enumerate(masked):
+            x[image, places] = model.mask_token[0, 0]
         x = torch.cat([backbone.cls_token.expand(2, -1, -1), x], dim=1)
         after = []
         for block in backbone.blocks:
@@ -211,11 +211,11 @@ def test_extra_blocks_have_the_depth_and_the_stochastic_depth_of_their_place():
 
 
 def test_a_visible_encoder_is_a_full_one_whose_shown_tokens_attend_to_no_hidden_one():
-    """The same backbone with the hidden patches' keys masked out of every block: what the shown tokens are must not
+    """The same backbone with the masked patches' keys masked out of every block: what the visible tokens are must not
     differ.
     """
     model = model_with_trained_look("visible")
-    images, masked = pictures_and_masks()
+    images, masked = images_and_masks()
     hidden = torch.zeros(2, 1 + SMALL.grid**2, dtype=torch.bool).scatter_(1, masked + 1, True)
     seen = []
     model.decoder.embed.register_forward_hook(lambda module, given, out: seen.append(given[0]))
@@ -234,7 +234,7 @@ def test_a_visible_encoder_is_a_full_one_whose_shown_tokens_attend_to_no_hidden_
 @pytest.mark.parametrize("variant", ("full", "aggregating"))
 def test_a_place_that_fills_a_row_up_changes_nothing_elsewhere(variant):
     model = model_with_trained_look(variant)
-    images, masked = pictures_and_masks()
+    images, masked = images_and_masks()
     filled = torch.cat([masked, masked[:, -1:].expand(-1, 2)], dim=1)
     with torch.no_grad():
         ours, theirs = model(images, filled), model(images, masked)

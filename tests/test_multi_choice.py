@@ -68,7 +68,7 @@ def drawn():
     topk_codes = np.argsort(-probs, axis=-1)[..., :T]
     masked = np.stack([np.sort(draw.permutation(N)[:M]) for _ in range(B)])
     codes = np.take_along_axis(topk_codes[..., 0], masked, 1)
-    # the second picture has one hidden patch less
+    # the second image has one masked patch less
     masked[1, 2:], codes[1, 3:] = masked[1, 2], IGNORED
     batch = SimpleNamespace(
         codes=codes, masked=masked, topk_codes=topk_codes, topk_probs=np.take_along_axis(probs, topk_codes, -1)
@@ -137,11 +137,11 @@ def test_what_is_reported_is_accuracy_by_the_hard_code_and_the_mass_that_was_kep
     assert stats["kept_mass"].item() == pytest.approx(batch.topk_probs.sum(-1).mean())
 
 
-def test_dividing_the_pictures_into_blocks_changes_neither_loss_nor_gradient(monkeypatch):
+def test_dividing_the_images_into_blocks_changes_neither_loss_nor_gradient(monkeypatch):
     settings = ObjectiveSettings(name="multi_choice", num_codes=V, omega=0.6, rest="uniform")
     logits, features, batch = drawn()
     results = []
-    # all three pictures at once, one by one, two and one
+    # all three images at once, one by one, two and one
     for elements in (2**26, 1, 2 * N * V):
         monkeypatch.setattr(multi_choice, "BLOCK_ELEMENTS", elements)
         loss, branches, given, _ = computed(logits, features, batch, settings)

@@ -65,7 +65,7 @@ def test_global_batches_are_the_same_for_any_ranks_and_micro_batch(world_size, m
         assert batch.tolist() == list(range((5 + step) * 32, (6 + step) * 32))
 
 
-def test_a_cursor_of_other_pictures_or_another_seed_is_refused():
+def test_a_cursor_of_other_images_or_another_seed_is_refused():
     cursor = Cursor("a" * 64, 0, 100)
     cursor.check("a" * 64, 0)
     with pytest.raises(UserError, match="image set"):

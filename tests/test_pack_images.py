@@ -1,4 +1,4 @@
-"""What lies in an image folder lies in its shards: the same pictures, the right labels, nothing lost in silence."""
+"""What lies in an image folder lies in its shards: the same images, the right labels, nothing lost in silence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE
 from peco_ds.pack_images import main
 from peco_ds.schema import ImageManifest, read_manifest
 
-NUM_PICTURES = 60
+NUM_IMAGES = 60
 NUM_CLASSES = 6
 
 
@@ -54,7 +54,7 @@ def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
     return samples
 
 
-def picture_in(members: dict[str, bytes]) -> np.ndarray:
+def image_in(members: dict[str, bytes]) -> np.ndarray:
     (extension,) = set(members) - {"cls"}
     assert extension in ("jpg", "png", "webp")
     return decode_rgb(members[extension]).permute(1, 2, 0).numpy().astype(int)
@@ -62,9 +62,9 @@ def picture_in(members: dict[str, bytes]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def tree(real_data, tmp_path_factory) -> Path:
-    """60 real pictures in 6 class folders, in the layout of ILSVRC's training set."""
+    """60 real images in 6 class folders, in the layout of ILSVRC's training set."""
     root = tmp_path_factory.mktemp("ilsvrc") / "train"
-    for number, path in enumerate(real_data.imagenet[:NUM_PICTURES]):
+    for number, path in enumerate(real_data.imagenet[:NUM_IMAGES]):
         folder = root / f"n{number % NUM_CLASSES:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / f"{folder.name}_{number}.JPEG")
@@ -73,7 +73,7 @@ def tree(real_data, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def flat(tree, tmp_path) -> tuple[Path, list[str]]:
-    """The layout of ILSVRC's validation set, and the synset of each picture in name order."""
+    """The layout of ILSVRC's validation set, and the synset of each image in name order."""
     folder = tmp_path / "val"
     folder.mkdir()
     synsets = []
@@ -96,7 +96,7 @@ def test_a_class_folder_tree_comes_back_byte_for_byte_with_its_labels(tree, tmp_
     pack("--images", tree, "--out", tmp_path, "--samples_per_shard", 16)
     manifest = read_manifest(tmp_path, ImageManifest)
     assert manifest.classes == sorted(path.name for path in tree.iterdir())
-    assert manifest.rejected == [] and manifest.samples == NUM_PICTURES
+    assert manifest.rejected == [] and manifest.samples == NUM_IMAGES
     assert [shard.samples for shard in manifest.shards] == [16, 16, 16, 12]
     expected = {path.stem: (path.read_bytes(), path.parent.name) for path in tree.glob("*/*.JPEG")}
     found = {
@@ -105,7 +105,7 @@ def test_a_class_folder_tree_comes_back_byte_for_byte_with_its_labels(tree, tmp_
     assert found == expected
     last_line = capsys.readouterr().out.splitlines()[-1]
     for part in (
-        f"{NUM_PICTURES} samples",
+        f"{NUM_IMAGES} samples",
         f"{NUM_CLASSES} classes",
         "4 shards",
         "0 rejected",
@@ -160,13 +160,13 @@ def test_the_stage_starts_by_path_and_says_one_line(tree, tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == EXIT_DONE, done.stderr
-    assert len(done.stdout.splitlines()) == 1 and f"{NUM_PICTURES} samples" in done.stdout
-    assert len(samples_of(tmp_path / "out")) == NUM_PICTURES
+    assert len(done.stdout.splitlines()) == 1 and f"{NUM_IMAGES} samples" in done.stdout
+    assert len(samples_of(tmp_path / "out")) == NUM_IMAGES
 
 
 def test_dry_run_counts_and_writes_nothing(tree, tmp_path, capsys):
     pack("--images", tree, "--out", tmp_path / "out", "--samples_per_shard", 25, "--dry_run")
-    assert f"{NUM_PICTURES} pictures into 3 shards" in capsys.readouterr().out
+    assert f"{NUM_IMAGES} images into 3 shards" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
@@ -174,10 +174,10 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tree, tmp_pa
     monkeypatch.setattr(pack_images, "PROGRESS_EVERY_S", 0.0)
     pack("--images", tree, "--out", tmp_path, "--samples_per_shard", 30)
     lines = capsys.readouterr().err.splitlines()
-    assert lines and all(f" of {NUM_PICTURES} pictures, " in line and line.endswith("s left") for line in lines)
+    assert lines and all(f" of {NUM_IMAGES} images, " in line and line.endswith("s left") for line in lines)
 
 
-def test_short_side_and_quality_reach_the_stored_pictures(real_data, tmp_path):
+def test_short_side_and_quality_reach_the_stored_images(real_data, tmp_path):
     source = tmp_path / "in"
     source.mkdir()
     Image.open(real_data.kodak[0]).convert("RGB").save(source / "large.jpg", quality=95)
@@ -185,12 +185,12 @@ def test_short_side_and_quality_reach_the_stored_pictures(real_data, tmp_path):
     for quality in (90, 30):
         pack("--images", source, "--out", tmp_path / f"quality{quality}", "--short_side", 128, "--quality", quality)
         (members,) = samples_of(tmp_path / f"quality{quality}").values()
-        assert min(picture_in(members).shape[:2]) == 128
+        assert min(image_in(members).shape[:2]) == 128
         num_bytes.append(len(members["jpg"]))
     assert num_bytes[1] < num_bytes[0]
 
 
-# ---------------------------------------------------------------------------------------- bad pictures
+# ---------------------------------------------------------------------------------------- bad images
 
 
 def spoil(tree: Path, folder: Path) -> tuple[Path, set[str]]:
@@ -204,7 +204,7 @@ def spoil(tree: Path, folder: Path) -> tuple[Path, set[str]]:
     return source, {f"{path.parent.name}/{path.name}" for path in (first, second, third)}
 
 
-def test_unreadable_pictures_are_named_and_left_out(tree, tmp_path, capsys):
+def test_unreadable_images_are_named_and_left_out(tree, tmp_path, capsys):
     source, spoilt = spoil(tree, tmp_path)
     pack("--images", source, "--out", tmp_path / "out", "--max_bad_share", 0.05, "--samples_per_shard", 25)
     manifest = read_manifest(tmp_path / "out", ImageManifest)
@@ -216,7 +216,7 @@ def test_unreadable_pictures_are_named_and_left_out(tree, tmp_path, capsys):
     assert "3 rejected" in capsys.readouterr().out
 
 
-def test_too_many_unreadable_pictures_are_an_error_and_leave_no_manifest(tree, tmp_path, capsys):
+def test_too_many_unreadable_images_are_an_error_and_leave_no_manifest(tree, tmp_path, capsys):
     source, spoilt = spoil(tree, tmp_path)
     options = ["--images", source, "--out", tmp_path / "out", "--workers", 1]
     line = refusal(capsys, *options)
@@ -261,7 +261,7 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_next_byte_for_byte(tree, 
         }
 
     source = tmp_path / "source"
-    shutil.copytree(sorted(tree.iterdir())[0], source / "a")  # ten pictures
+    shutil.copytree(sorted(tree.iterdir())[0], source / "a")  # ten images
     options = ["--images", source, "--samples_per_shard", 4]
     pack(*options, "--out", tmp_path / "undisturbed")
     expected = contents(tmp_path / "undisturbed")
@@ -330,13 +330,13 @@ def test_workers_end_with_a_killed_run(tree, tmp_path):
         raise AssertionError("workers outlive the run they work for")
 
 
-def test_a_changed_picture_rebuilds_only_its_shard(tree, tmp_path, real_data):
+def test_a_changed_image_rebuilds_only_its_shard(tree, tmp_path, real_data):
     source, out = tmp_path / "in", tmp_path / "out"
     shutil.copytree(tree, source)
     pack("--images", source, "--out", out, "--samples_per_shard", 15)
     before = stamps(out)
     changed = sorted(source.glob("*/*.JPEG"))[7]
-    shutil.copyfile(real_data.imagenet[NUM_PICTURES], changed)
+    shutil.copyfile(real_data.imagenet[NUM_IMAGES], changed)
     pack("--images", source, "--out", out, "--samples_per_shard", 15)
     after = stamps(out)
     assert sum(after[name] != before[name] for name in after) == 1
@@ -353,7 +353,7 @@ def test_an_unfinished_set_is_made_anew_with_other_options_and_a_finished_one_is
     pack(*options, "--samples_per_shard", 30)
     # none of the old ones is left to mislead
     assert sorted(stamps(tmp_path)) == ["shard-000000.tar", "shard-000001.tar"]
-    assert len(samples_of(tmp_path)) == NUM_PICTURES
+    assert len(samples_of(tmp_path)) == NUM_IMAGES
 
 
 def test_tars_of_unknown_origin_are_not_overwritten(tree, tmp_path, capsys):
@@ -372,7 +372,7 @@ def test_a_flat_folder_takes_its_labels_from_any_form_in_which_ilsvrc_has_them(f
     devkit_order = sorted_synsets[::-1]
     (tmp_path / "devkit.txt").write_text("\n".join(f"{synset} some words" for synset in devkit_order))
     (tmp_path / "mapping.txt").write_text("\n".join(f"{synset} some words" for synset in sorted_synsets))
-    # the lists that name pictures come in any order
+    # the lists that name images come in any order
     backwards = list(zip(names, synsets))[::-1]
     forms = {
         "lines": ("\n".join(synsets), None),
@@ -395,15 +395,15 @@ def test_a_flat_folder_takes_its_labels_from_any_form_in_which_ilsvrc_has_them(f
         assert read_manifest(tmp_path / form, ImageManifest).classes == sorted_synsets, form
 
 
-def test_unlabelled_pictures_at_any_depth_have_no_labels(tree, tmp_path):
+def test_unlabelled_images_at_any_depth_have_no_labels(tree, tmp_path):
     source = tmp_path / "in"
     shutil.copytree(tree, source / "deep" / "deeper")
     shutil.copyfile(next(tree.glob("*/*.JPEG")), source / "on top.jpg")
-    (source / "README.txt").write_text("no picture")
-    (source / ".thumb.jpg").write_bytes(b"no picture either")
+    (source / "README.txt").write_text("no image")
+    (source / ".thumb.jpg").write_bytes(b"no image either")
     pack("--images", source, "--out", tmp_path / "out")
     manifest = read_manifest(tmp_path / "out", ImageManifest)
-    assert manifest.classes is None and manifest.samples == NUM_PICTURES + 1 and manifest.rejected == []
+    assert manifest.classes is None and manifest.samples == NUM_IMAGES + 1 and manifest.rejected == []
     assert all(set(members) == {"jpg"} for members in samples_of(tmp_path / "out").values())
 
 
@@ -425,9 +425,9 @@ def test_odd_file_names_and_equal_names_get_keys_of_their_own(real_data, tmp_pat
         "a/" + "x" * 200 + ".jpg",
     ]
     encoded = [os.fsencode(source / name) for name in names] + [os.fsencode(source) + b"/a/latin\xe9.jpg"]
-    for path, picture in zip(encoded, real_data.imagenet):
+    for path, image in zip(encoded, real_data.imagenet):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        shutil.copyfile(picture, path)
+        shutil.copyfile(image, path)
     pack("--images", source, "--out", tmp_path / "out")
     samples = samples_of(tmp_path / "out")
     assert sorted(members["jpg"] for members in samples.values()) == sorted(
@@ -446,10 +446,10 @@ def tars(tree, tmp_path) -> Path:
     """The layout of timm/imagenet-1k-wds: jpg, json and cls a sample."""
     folder = tmp_path / "wds"
     folder.mkdir()
-    pictures = sorted(tree.glob("*/*.JPEG"))
+    images = sorted(tree.glob("*/*.JPEG"))
     for number in range(2):
         with webdataset.TarWriter(str(folder / f"imagenet1k-train-{number:04d}.tar")) as writer:
-            for path in pictures[number * 10 : number * 10 + 10]:
+            for path in images[number * 10 : number * 10 + 10]:
                 label = int(path.parent.name[1:])
                 writer.write(
                     {
@@ -516,7 +516,7 @@ def test_tars_that_cannot_serve_are_refused_by_name(tars, tree, tmp_path, capsys
     last.write_bytes(whole[:100_000])
     assert last.name in refusal(capsys, *options)
     for extra, reason in (
-        ({"txt": "caption"}, "has no picture"),
+        ({"txt": "caption"}, "has no image"),
         ({"jpg": b"x", "cls": "cat"}, "not a class number"),
         ({"jpg": b"x"}, "labelled"),
     ):
@@ -543,7 +543,7 @@ def test_bad_folders_are_refused_in_one_line(tree, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "no such folder" in refusal(capsys, "--images", tmp_path / "absent", "--out", out)
-    assert "holds no picture" in refusal(capsys, "--images", empty, "--out", out)
+    assert "holds no image" in refusal(capsys, "--images", empty, "--out", out)
     assert "no tar there" in refusal(capsys, "--index_tars", empty, "--out", out)
     source = tmp_path / "in"
     shutil.copytree(tree, source)
@@ -559,12 +559,12 @@ def test_bad_folders_are_refused_in_one_line(tree, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_a_folder_of_nothing_but_broken_pictures_is_no_set(tmp_path, capsys):
+def test_a_folder_of_nothing_but_broken_images_is_no_set(tmp_path, capsys):
     source = tmp_path / "in"
     source.mkdir()
     (source / "a.jpg").write_bytes(b"broken")
     line = refusal(capsys, "--images", source, "--out", tmp_path / "out", "--max_bad_share", 1, "--workers", 1)
-    assert "no picture that can be decoded" in line
+    assert "no image that can be decoded" in line
 
 
 @pytest.mark.parametrize(

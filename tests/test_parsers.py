@@ -48,11 +48,11 @@ from peco_ds.convert.release import write_release
 from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
-from peco_ds.data.decode import DecodeError, decode_rgb, picture_kind
+from peco_ds.data.decode import DecodeError, decode_rgb, image_kind
+from peco_ds.data.image_folders import labels_from_list, read_classes
 from peco_ds.data.image_shards import packed_bytes, prepare_folder
 from peco_ds.data.indexed_tar import DamagedRecord, IndexedTar, build_index, write_index
-from peco_ds.data.loaders import Pictures
-from peco_ds.data.picture_folders import labels_from_list, read_classes
+from peco_ds.data.loaders import ImageSet
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord, read_npy, write_token_shard
 from peco_ds.data.views import fault_of_views
@@ -109,7 +109,7 @@ class Parser:
 # --------------------------------------------------------------------------------------- what is valid
 
 
-def picture(folder: Path, kind: str, name: str, **options) -> None:
+def image(folder: Path, kind: str, name: str, **options) -> None:
     grey = np.add.outer(np.arange(24), np.arange(32)).astype(np.uint8) * 4
     Image.fromarray(np.stack([grey, grey.T[:24, :24].repeat(2, 1)[:, :32], grey[::-1]], axis=-1)).save(
         folder / name, kind, **options
@@ -436,10 +436,10 @@ def every_member(folder: Path) -> None:
 
 
 def labels_of(folder: Path) -> None:
-    pictures = Pictures(folder)
-    for number in range(pictures.num_samples):
-        pictures.key(number)
-    pictures.label(0)
+    images = ImageSet(folder)
+    for number in range(images.num_samples):
+        images.key(number)
+    images.label(0)
 
 
 def rows_of(folder: Path) -> None:
@@ -472,41 +472,41 @@ def status_of(folder: Path) -> None:
 
 PARSERS = {
     "a JPEG": Parser(
-        lambda f: picture(f, "JPEG", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100
+        lambda f: image(f, "JPEG", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100
     ),
     "a JPEG with EXIF": Parser(
-        lambda f: picture(f, "JPEG", "x", exif=b"Exif\0\0MM\0*\0\0\0\b\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"),
+        lambda f: image(f, "JPEG", "x", exif=b"Exif\0\0MM\0*\0\0\0\b\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"),
         "x",
         lambda f: decode_rgb((f / "x").read_bytes()),
         (DecodeError,),
         100,
     ),
     "a progressive JPEG": Parser(
-        lambda f: picture(f, "JPEG", "x", progressive=True),
+        lambda f: image(f, "JPEG", "x", progressive=True),
         "x",
         lambda f: decode_rgb((f / "x").read_bytes()),
         (DecodeError,),
         100,
     ),
     "a PNG": Parser(
-        lambda f: picture(f, "PNG", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100
+        lambda f: image(f, "PNG", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100
     ),
     "a WebP": Parser(
-        lambda f: picture(f, "WEBP", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100
+        lambda f: image(f, "WEBP", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100
     ),
     "a TIFF": Parser(
-        lambda f: picture(f, "TIFF", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100
+        lambda f: image(f, "TIFF", "x"), "x", lambda f: decode_rgb((f / "x").read_bytes()), (DecodeError,), 100
     ),
-    "the kind of a picture": Parser(
-        lambda f: picture(f, "PNG", "x"), "x", lambda f: picture_kind((f / "x").read_bytes()), (DecodeError,), 100
+    "the kind of an image": Parser(
+        lambda f: image(f, "PNG", "x"), "x", lambda f: image_kind((f / "x").read_bytes()), (DecodeError,), 100
     ),
-    "a picture to be packed": Parser(
-        lambda f: picture(f, "GIF", "x"), "x", lambda f: packed_bytes(f / "x", 16, 90), (DecodeError,)
+    "an image to be packed": Parser(
+        lambda f: image(f, "GIF", "x"), "x", lambda f: packed_bytes(f / "x", 16, 90), (DecodeError,)
     ),
     "a tar": Parser(tar, "a.tar", lambda f: build_index(f / "a.tar"), examples=150),
     "an index": Parser(indexed_tar, "a.index.json", every_member, (UserError, DamagedRecord), 100),
     "an indexed tar": Parser(indexed_tar, "a.tar", every_member, (UserError, DamagedRecord)),
-    "a manifest of pictures": Parser(
+    "a manifest of images": Parser(
         labelled_set, "manifest.json", lambda f: read_manifest(f, ImageManifest), examples=60
     ),
     "a labelled set": Parser(labelled_set, "manifest.json", labels_of),

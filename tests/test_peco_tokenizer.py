@@ -24,7 +24,7 @@ def tiny():
     return build_tokenizer(TINY)
 
 
-def pictures_11(paths, px: int) -> torch.Tensor:
+def images_11(paths, px: int) -> torch.Tensor:
     arrays = [np.asarray(Image.open(path).convert("RGB").resize((px, px), Image.Resampling.BICUBIC)) for path in paths]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -80,8 +80,8 @@ def test_sixteen_bit_parameters_give_a_float32_reconstruction_close_to_full_prec
     assert (half - full).abs().mean() < 0.05 * full.abs().mean()
 
 
-def test_a_tiny_tokenizer_learns_four_real_pictures(tiny, real_data):
-    images = pictures_11(real_data.imagenet[:4], 32)
+def test_a_tiny_tokenizer_learns_four_real_images(tiny, real_data):
+    images = images_11(real_data.imagenet[:4], 32)
     tiny.eval()
     with torch.no_grad():
         features = tiny.encode(images)
@@ -113,7 +113,7 @@ def release(tiny, tmp_path):
     return tmp_path / "release"
 
 
-def test_a_saved_tokenizer_comes_back_with_the_same_codes_and_pictures(tiny, release):
+def test_a_saved_tokenizer_comes_back_with_the_same_codes_and_images(tiny, release):
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     loaded, card = load_tokenizer(release)
     tiny.eval()

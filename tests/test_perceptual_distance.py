@@ -19,12 +19,12 @@ def alexnet(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(real_data):
+def images(real_data):
     crops = [np.asarray(Image.open(path).convert("RGB").resize((64, 64))) for path in real_data.kodak[:3]]
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2) / 255
 
 
-def test_the_distance_is_torchmetrics_with_the_files_network(alexnet, pictures):
+def test_the_distance_is_torchmetrics_with_the_files_network(alexnet, images):
     lpips = load_lpips(alexnet)
     assert lpips.network == "alex"
     reference = _NoTrainLpips(net="alex", pnet_rand=True)
@@ -32,18 +32,18 @@ def test_the_distance_is_torchmetrics_with_the_files_network(alexnet, pictures):
     torchvision_net.load_state_dict(torch.load(alexnet, weights_only=True))
     for number, layers in enumerate(((0, 2), (2, 5), (5, 8), (8, 10), (10, 12)), start=1):
         setattr(reference.net, f"slice{number}", torchvision_net.features[slice(*layers)])
-    other = (pictures * 0.7 + 0.1).clamp(0, 1)
-    torch.testing.assert_close(lpips(other, pictures), reference(other * 2 - 1, pictures * 2 - 1).reshape(-1))
+    other = (images * 0.7 + 0.1).clamp(0, 1)
+    torch.testing.assert_close(lpips(other, images), reference(other * 2 - 1, images * 2 - 1).reshape(-1))
 
 
-def test_equal_pictures_have_no_distance_and_blur_has_more_the_stronger_it_is(alexnet, pictures):
+def test_equal_images_have_no_distance_and_blur_has_more_the_stronger_it_is(alexnet, images):
     lpips = load_lpips(alexnet)
-    blurred = [torchvision.transforms.functional.gaussian_blur(pictures, 9, sigma) for sigma in (0.5, 3.0)]
-    same, little, much = (lpips(restored, pictures) for restored in (pictures, *blurred))
+    blurred = [torchvision.transforms.functional.gaussian_blur(images, 9, sigma) for sigma in (0.5, 3.0)]
+    same, little, much = (lpips(restored, images) for restored in (images, *blurred))
     assert torch.equal(same, torch.zeros(3)) and (little > 0).all() and (much > little).all()
 
 
-def test_vgg16_is_told_from_its_shapes(tmp_path, pictures):
+def test_vgg16_is_told_from_its_shapes(tmp_path, images):
     state = {
         name: tensor
         for name, tensor in torchvision.models.vgg16(weights=None).state_dict().items()
@@ -51,7 +51,7 @@ def test_vgg16_is_told_from_its_shapes(tmp_path, pictures):
     }
     torch.save(state, tmp_path / "vgg16.pth")
     lpips = load_lpips(tmp_path / "vgg16.pth")
-    assert lpips.network == "vgg" and lpips(pictures, pictures.flip(0)).shape == (3,)
+    assert lpips.network == "vgg" and lpips(images, images.flip(0)).shape == (3,)
     torch.save({**state, "features.30.weight": torch.zeros(2)}, tmp_path / "vgg19.pth")
     with pytest.raises(UserError, match="features.30.weight is missing, unexpected"):
         load_lpips(tmp_path / "vgg19.pth")

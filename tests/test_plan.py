@@ -38,7 +38,7 @@ def test_a_plan_imports_no_torch_and_names_its_assumptions(tmp_path):
     assert "Recommended for these GPUs" in done.stdout and "assumed" in done.stdout and "data sheet" in done.stdout
 
 
-def test_several_counts_and_machines_make_a_table_values_and_a_picture(tmp_path, capsys):
+def test_several_counts_and_machines_make_a_table_values_and_an_image(tmp_path, capsys):
     assert (
         main(
             [
@@ -66,8 +66,8 @@ def test_several_counts_and_machines_make_a_table_values_and_a_picture(tmp_path,
         ("h200", 8),
         ("h200", 64),
     ]
-    with Image.open(tmp_path / "plan.png") as picture:
-        assert picture.width > 500 and len(picture.convert("L").resize((50, 20)).getcolors()) > 5
+    with Image.open(tmp_path / "plan.png") as image:
+        assert image.width > 500 and len(image.convert("L").resize((50, 20)).getcolors()) > 5
 
 
 def test_settings_after_a_list_of_counts_are_settings(tmp_path):
@@ -170,14 +170,14 @@ def test_a_machine_of_ones_own_and_a_json_of_ones_own_count(tmp_path, capsys):
     assert "mine" in capsys.readouterr().out
 
 
-def test_pictures_of_the_set_that_is_packed_are_counted(tmp_path, capsys):
+def test_images_of_the_set_that_is_packed_are_counted(tmp_path, capsys):
     shards = [Shard(f"{number}.tar", 40_000, 1, "0" * 64, "0" * 64) for number in range(3)]
     write_manifest(tmp_path, ImageManifest(shards=shards, samples=120_000))
     assert main(["--recipe", "peco_vittiny16", "--gpus", "1", f"data.images={tmp_path}"]) == 0
     text = capsys.readouterr().out
-    assert "120,000 pictures" in text and "assumed: ImageNet-1K" not in text
+    assert "120,000 images" in text and "assumed: ImageNet-1K" not in text
     assert main(["--recipe", "peco_vittiny16", "--gpus", "1", "--samples", "123456"]) == 0
-    assert "123,456 pictures" in capsys.readouterr().out
+    assert "123,456 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_pictures_of_the_set_that_is_packed_are_counted(tmp_path, capsys):
         (["--gpus", "0"], "at least 1"),
         (["--gpus", "24"], "not a multiple"),
         (["--gpus", "12"], "use 8 or 16"),
-        (["--samples", "0"], "at least 1 picture"),
+        (["--samples", "0"], "at least 1 image"),
         (
             ["--gpus", "8", "model.width=8192", "model.heads=64", "model.depth=64", "--hardware", "l40s"],
             "needs .* GiB a GPU",

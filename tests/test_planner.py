@@ -167,7 +167,7 @@ def forward_and_training_flops(call) -> tuple[int, int]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("masked", [10, 40])
 def test_flops_of_pretraining_are_those_a_counter_sees(masked, variant):
-    # Three times the forward pass counts a gradient for the picture, and one for the places of the bias, that nobody
+    # Three times the forward pass counts a gradient for the image, and one for the places of the bias, that nobody
     # asks for; twelve blocks deep it is below one percent.
     batch, codes, settings = 2, 512, replace(SMALL, width=192, depth=12)
     module = mim_of(settings, codes, variant)
@@ -230,7 +230,7 @@ def bytes_kept(module: torch.nn.Module, call) -> int:
 def test_saved_activation_bytes_are_those_autograd_keeps(precision, checkpointing, layer_scale, variant):
     batch, masked, codes = 16, 25, 512
     settings = replace(SMALL, layer_scale=layer_scale)
-    module = mim_of(settings, codes, variant, recompute=checkpointing).to(
+    module = mim_of(settings, codes, variant, activation_checkpointing=checkpointing).to(
         torch.bfloat16 if precision == "bf16" else torch.float32
     )
     for name, parameter in module.named_parameters():
@@ -258,7 +258,7 @@ def test_saved_activation_bytes_are_those_autograd_keeps(precision, checkpointin
 def test_bytes_of_blocks_under_every_checkpointing_are_those_a_profiler_sees(checkpointing, layer_scale):
     settings, batch = replace(SMALL, layer_scale=layer_scale), 16
     tokens = settings.grid**2 + 1
-    blocks = build_blocks(settings, recompute=checkpointing).train()
+    blocks = build_blocks(settings, activation_checkpointing=checkpointing).train()
     x, bias = (
         torch.randn(batch, tokens, settings.width, requires_grad=True),
         torch.zeros(settings.heads, tokens, tokens),
@@ -318,7 +318,7 @@ def test_the_report_of_vit_h_names_its_sizes_schedule_storage_and_the_assumed_se
     lines = {line[:20].strip(): line[20:] for line in text.splitlines()}
     assert "backbone 630.5 M" in lines["parameters"]
     assert "16 x 16 = 256 patches" in lines["grid"] and "98 (38.3%)" in lines["grid"]
-    assert "GFLOP a picture" in lines["training"]
+    assert "GFLOP an image" in lines["training"]
     assert (
         f"{durations.total_steps:,} steps" in lines["schedule"]
         and f"{durations.warmup_steps:,} steps" in lines["schedule"]
@@ -360,7 +360,7 @@ def test_a_set_that_was_read_is_not_called_assumed():
     text = pretrain_report(
         recipe, num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000), ds_config={}
     )
-    assert "assumed" not in text and "5,000 pictures" in text
+    assert "assumed" not in text and "5,000 images" in text
 
 
 def test_the_memory_table_has_aligned_rows_that_add_up_and_marks_the_chosen_stage():
@@ -405,10 +405,10 @@ def test_offloaded_bytes_have_their_own_column():
 @pytest.mark.parametrize("topk", [0, 4])
 @pytest.mark.parametrize("views", [1, 10, 100])
 def test_token_storage_is_what_a_tar_of_records_takes(topk, views):
-    patches, pictures, file = 196, 64, io.BytesIO()
+    patches, images, file = 196, 64, io.BytesIO()
     # a fractional time would add a header a member
     with TarWriter(file, user="peco", group="peco", mtime=0) as writer:
-        for number in range(pictures):
+        for number in range(images):
             record = {
                 "__key__": f"{number:08d}",
                 "codes.npy": np.zeros((views, patches), np.uint16),
@@ -421,7 +421,7 @@ def test_token_storage_is_what_a_tar_of_records_takes(topk, views):
     data, in_tar = token_bytes(views, patches, topk)
     assert data == sum(array.nbytes for array in record.values() if isinstance(array, np.ndarray))
     # a tar ends on a 10 KiB block
-    assert pictures * in_tar <= file.getbuffer().nbytes <= pictures * in_tar + 2 * 10240
+    assert images * in_tar <= file.getbuffer().nbytes <= images * in_tar + 2 * 10240
 
 
 def test_the_tokenizers_report_names_sizes_schedule_and_memory():
@@ -436,7 +436,7 @@ def test_the_report_of_a_tokenizing_counts_what_is_left_and_predicts_its_hours()
     hours = []
     for left in (100_000, 200_000):
         text = tokenizing_report(recipe, TokenizerSettings(), num_samples=left)
-        assert f"{left:,} pictures x 100 = {100 * left:,}" in text and "views/s" in text
+        assert f"{left:,} images x 100 = {100 * left:,}" in text and "views/s" in text
         hours.append(float(next(line for line in text.splitlines() if line.startswith("64 ")).split()[7]))
     assert hours[1] == pytest.approx(2 * hours[0], rel=0.02)
 

@@ -104,7 +104,7 @@ def largest_difference(a, b):
     return max(abs(x - y) / abs(y) for x, y in zip(a, b))
 
 
-def test_the_loss_falls_on_real_pictures(runs):
+def test_the_loss_falls_on_real_images(runs):
     curve = losses(runs, "zero3_1")
     assert sum(curve[-3:]) < sum(curve[:3]) - 0.3
 
@@ -341,7 +341,7 @@ def family_losses(family, name):
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_every_member_of_the_family_learns_on_real_pictures_and_continues_bit_for_bit(family, name):
+def test_every_member_of_the_family_learns_on_real_images_and_continues_bit_for_bit(family, name):
     whole = family_losses(family, f"{name}_whole")
     assert len(whole) == 10 and sum(whole[-3:]) < sum(whole[:3]) - 0.1
     assert family_losses(family, f"{name}_half") == whole

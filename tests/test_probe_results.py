@@ -36,7 +36,7 @@ def test_the_table_has_a_row_a_block_and_a_column_a_rate_and_k():
     assert rows[2:] == ["| 1 | 20.00 | 21.25 | 50.00 |", "| 2 | 30.00 | 31.00 | 44.40 |"]
 
 
-def test_the_plot_is_a_picture_with_something_on_it(tmp_path):
+def test_the_plot_is_an_image_with_something_on_it(tmp_path):
     plot(tmp_path / "layers.png", [layer(1, 20.0, 21.0), layer(2, 30.0, 31.0)], "weights")
-    picture = Image.open(tmp_path / "layers.png").convert("RGB")
-    assert picture.size == (700, 400) and len(picture.getcolors(10**6)) > 20
+    image = Image.open(tmp_path / "layers.png").convert("RGB")
+    assert image.size == (700, 400) and len(image.getcolors(10**6)) > 20

@@ -26,12 +26,12 @@ class Rounded:
 
 
 @pytest.fixture(scope="module")
-def pictures(real_data):
+def images(real_data):
     crops = [np.asarray(Image.open(path).convert("RGB").resize((64, 64))) for path in real_data.kodak[:7]]
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
 
 
-def measure(pictures, *, world_size=1, batch=3, sums=lambda: RoundTripSums(6, torch.device("cpu"))):
+def measure(images, *, world_size=1, batch=3, sums=lambda: RoundTripSums(6, torch.device("cpu"))):
     """All ranks one after the other: the sums each hands to all_reduce are what the last one adds up."""
     handed: list[list[torch.Tensor]] = []
     for rank in range(world_size):
@@ -43,7 +43,7 @@ def measure(pictures, *, world_size=1, batch=3, sums=lambda: RoundTripSums(6, to
 
         found = held_out_quality(
             Rounded,
-            pictures,
+            images,
             sums(),
             batch=batch,
             rank=rank,
@@ -55,14 +55,14 @@ def measure(pictures, *, world_size=1, batch=3, sums=lambda: RoundTripSums(6, to
     return found
 
 
-def test_psnr_and_ssim_are_scikit_images(pictures):
-    found = measure(pictures)
-    restored = ((Rounded(pictures.float() / 127.5 - 1).reconstruction + 1) / 2).numpy()
-    originals = (pictures.float() / 255).numpy()
+def test_psnr_and_ssim_are_scikit_images(images):
+    found = measure(images)
+    restored = ((Rounded(images.float() / 127.5 - 1).reconstruction + 1) / 2).numpy()
+    originals = (images.float() / 255).numpy()
     psnr = np.mean([peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(originals, restored)])
     # scikit-image leaves out the rim of half a window; mirrored outwards by as much, what it leaves out is not the
-    # picture's
-    padded = [np.pad(images, ((0, 0), (0, 0), (5, 5), (5, 5)), mode="reflect") for images in (originals, restored)]
+    # image's
+    padded = [np.pad(each, ((0, 0), (0, 0), (5, 5), (5, 5)), mode="reflect") for each in (originals, restored)]
     arguments = dict(data_range=1.0, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     ssim = np.mean([structural_similarity(a, b, **arguments) for a, b in zip(*padded)])
     assert found["psnr"] == pytest.approx(psnr, abs=1e-3)
@@ -71,8 +71,8 @@ def test_psnr_and_ssim_are_scikit_images(pictures):
 
 
 @pytest.mark.parametrize("world_size, batch", [(1, 2), (2, 3), (3, 1), (4, 2)])
-def test_ranks_and_batches_divide_the_held_out_set_without_counting_twice(pictures, world_size, batch):
-    assert measure(pictures, world_size=world_size, batch=batch) == pytest.approx(measure(pictures), rel=1e-6)
+def test_ranks_and_batches_divide_the_held_out_set_without_counting_twice(images, world_size, batch):
+    assert measure(images, world_size=world_size, batch=batch) == pytest.approx(measure(images), rel=1e-6)
 
 
 def colours(images_01):
@@ -80,13 +80,13 @@ def colours(images_01):
 
 
 @pytest.mark.parametrize("world_size, batch", [(1, 3), (3, 1), (4, 2)])
-def test_the_cosine_to_a_teacher_is_averaged_over_patches_and_pictures(pictures, world_size, batch):
+def test_the_cosine_to_a_teacher_is_averaged_over_patches_and_images(images, world_size, batch):
     found = measure(
-        pictures, world_size=world_size, batch=batch, sums=lambda: CosineSums(6, torch.device("cpu"), colours)
+        images, world_size=world_size, batch=batch, sums=lambda: CosineSums(6, torch.device("cpu"), colours)
     )
     mine, target = (
-        Rounded(pictures.float() / 127.5 - 1).features.double().numpy(),
-        colours(pictures.double() / 255).numpy(),
+        Rounded(images.float() / 127.5 - 1).features.double().numpy(),
+        colours(images.double() / 255).numpy(),
     )
     cosines = (mine * target).sum(-1) / np.maximum(
         np.linalg.norm(mine, axis=-1) * np.linalg.norm(target, axis=-1), 1e-8
@@ -99,8 +99,8 @@ def test_the_cosine_to_a_teacher_is_averaged_over_patches_and_pictures(pictures,
     assert 0.5 < found["cosine"] < 1
 
 
-def test_without_pictures_or_teacher_the_codes_are_measured_and_said(pictures):
-    found = measure(pictures, sums=lambda: CodeSums(6, torch.device("cpu")))
+def test_without_images_or_teacher_the_codes_are_measured_and_said(images):
+    found = measure(images, sums=lambda: CodeSums(6, torch.device("cpu")))
     assert found == {"codes_used": 4, "perplexity": pytest.approx(4.0)}
     assert quality_line(found, 6) == "4 of 6 codes, perplexity 4.0"
     assert quality_line({"cosine": 0.51234, **found}, 6) == "cosine to the teacher 0.512, 4 of 6 codes, perplexity 4.0"
@@ -110,13 +110,13 @@ def test_without_pictures_or_teacher_the_codes_are_measured_and_said(pictures):
     )
 
 
-def test_a_grid_holds_every_picture_in_its_place(pictures):
-    grid = comparison_grid([pictures[:3], 255 - pictures[:3]])
+def test_a_grid_holds_every_image_in_its_place(images):
+    grid = comparison_grid([images[:3], 255 - images[:3]])
     assert grid.shape == (3, 3 * 72, 2 * 72)
-    assert torch.equal(grid[:, 72 + 4 : 72 + 68, 4:68], pictures[1]) and torch.equal(
-        grid[:, 4:68, 76:140], 255 - pictures[0]
+    assert torch.equal(grid[:, 72 + 4 : 72 + 68, 4:68], images[1]) and torch.equal(
+        grid[:, 4:68, 76:140], 255 - images[0]
     )
 
 
-def test_pictures_survive_the_way_to_the_tokenizers_range_and_back(pictures):
-    assert torch.equal(to_u8(pictures.float() / 127.5 - 1), pictures)
+def test_images_survive_the_way_to_the_tokenizers_range_and_back(images):
+    assert torch.equal(to_u8(images.float() / 127.5 - 1), images)

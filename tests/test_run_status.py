@@ -69,9 +69,7 @@ def run_folder(tmp_path) -> Path:
             "data_wait_s": 0.3,
             "skipped_steps": 2,
         }
-        append(
-            run / "metrics.jsonl", row | {"bad_pictures": 5, "time": second, "start": start, "up_s": 30 + 60 * number}
-        )
+        append(run / "metrics.jsonl", row | {"bad_images": 5, "time": second, "start": start, "up_s": 30 + 60 * number})
     for step in (60, 100):
         checkpoint(run, step)
     return run
@@ -86,7 +84,7 @@ def test_a_running_run_shows_step_measures_speed_time_to_go_checkpoints_and_good
         in text
     )
     assert "checkpoint step_00000100: 1.0 MiB, whole by its sizes" in text
-    assert "2 steps skipped, 5 bad pictures" in text
+    assert "2 steps skipped, 5 bad images" in text
     assert "goodput " in text and "note:" not in text
 
 
@@ -217,12 +215,12 @@ def token_set(folder: Path, done: int, of: int | None) -> Path:
 
 def test_a_token_set_in_the_making_shows_how_many_shards_are_done(tmp_path):
     folder = token_set(tmp_path / "tokens", 3, of=8)
-    assert token_lines(folder) == ["token set in the making: 3 of 8 shards done, 72 pictures, 3 of them unreadable"]
+    assert token_lines(folder) == ["token set in the making: 3 of 8 shards done, 72 images, 3 of them unreadable"]
     (folder / "train-000001.tar").write_bytes(b"")
     (folder / ".parts" / "train-000002.json").write_text("{")
     lines = token_lines(folder)
     assert (
-        lines[0] == "token set in the making: 1 of 8 shards done, 24 pictures"
+        lines[0] == "token set in the making: 1 of 8 shards done, 24 images"
         and "2 shards are damaged or gone" in lines[1]
     )
 
@@ -233,7 +231,7 @@ def test_a_finished_token_set_says_so(tmp_path):
     (folder / "manifest.json").write_text(
         json.dumps({"kind": "tokens", "shards": [1, 2, 3], "samples": 72, "num_views": 4})
     )
-    assert token_lines(folder) == ["token set, finished: 3 shards, 72 pictures, 4 views each"]
+    assert token_lines(folder) == ["token set, finished: 3 shards, 72 images, 4 views each"]
 
 
 def test_a_folder_that_is_neither_is_refused_in_one_line_before_anything_is_printed(run_folder, tmp_path, capsys):

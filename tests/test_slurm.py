@@ -202,8 +202,8 @@ def test_array_tasks_divide_the_tokenization(cluster: SlurmCluster, stand_ins: S
 
 @pytest.mark.slurm
 def test_pipeline_runs_the_stages_in_order_on_each_others_output(cluster: SlurmCluster, stand_ins: StandIns, tmp_path):
-    pictures, out = tmp_path / "pictures", tmp_path / "out"
-    pictures.mkdir()
+    images, out = tmp_path / "raw", tmp_path / "out"
+    images.mkdir()
     env = stand_ins.env | {
         "TOKENIZE_PARTS": "2",
         "PECO_SBATCH_TRAIN_ARGS": "--nodes=2",
@@ -215,7 +215,7 @@ def test_pipeline_runs_the_stages_in_order_on_each_others_output(cluster: SlurmC
     done = cluster.command(
         "bash",
         "launchers/pipeline.sh",
-        pictures,
+        images,
         "../out",
         "vitb",
         "--",
@@ -243,7 +243,7 @@ def test_pipeline_runs_the_stages_in_order_on_each_others_output(cluster: SlurmC
     for before, after in zip(by_job, by_job[1:]):
         assert max(record["ended"] for record in before) <= min(record["began"] for record in after)
     argv = [records[0]["argv"] for records in by_job]
-    assert f"--images {pictures} --out {out}/images" in " ".join(argv[0])
+    assert f"--images {images} --out {out}/images" in " ".join(argv[0])
     assert (
         f"--out {out}/tokenizer_run data.images={out}/images data.val_images= data.holdout=64 "
         "perceptual.weight=0 schedule.steps=3" in " ".join(argv[1])
@@ -265,11 +265,11 @@ def test_pipeline_runs_the_stages_in_order_on_each_others_output(cluster: SlurmC
 def test_bad_input_of_one_stage_stops_the_chain_with_its_one_line_in_the_log(
     cluster: SlurmCluster, stand_ins: StandIns, tmp_path
 ):
-    pictures, out = tmp_path / "pictures", tmp_path / "out"
-    pictures.mkdir()
+    images, out = tmp_path / "raw", tmp_path / "out"
+    images.mkdir()
     stand_ins.exit_with("train_tokenizer", 2)
     env = stand_ins.env | {"PECO_SBATCH_TRAIN_ARGS": "--nodes=2"}
-    done = cluster.command("bash", "launchers/pipeline.sh", pictures, out, cwd=stand_ins.home, env=env)
+    done = cluster.command("bash", "launchers/pipeline.sh", images, out, cwd=stand_ins.home, env=env)
     assert done.returncode == 0, done.stderr
     ids = [int(line.split()[1]) for line in done.stdout.splitlines()]
     states = list(cluster.wait(*ids, timeout_s=90).values())
@@ -342,7 +342,7 @@ def test_each_task_of_an_array_starts_again_by_itself_after_a_rank_was_killed(
     assert not list(stand_ins.home.glob(".peco_*")), "the launcher leaves a file behind"
 
 
-# The real stages, small enough for two CPU cores: 56 px pictures, patch 14, a 4x4 grid, 32 codes, 2 optimiser steps.
+# The real stages, small enough for two CPU cores: 56 px images, patch 14, a 4x4 grid, 32 codes, 2 optimiser steps.
 TINY_TOKENIZER = """
     views.tokenizer_px=64 tokenizer.channels=8 tokenizer.blocks_per_level=1 tokenizer.attention=false
     tokenizer.z_channels=8 tokenizer.code_dim=8 tokenizer.num_codes=32
@@ -368,7 +368,7 @@ TINY_CLASSIFIER = f"""
 
 @pytest.fixture(scope="module")
 def real_run(cluster: SlurmCluster, labelled_sets, tmp_path_factory):
-    """The pipeline over class folders of real pictures on two nodes: its folder, the states of its jobs by stage, its
+    """The pipeline over class folders of real images on two nodes: its folder, the states of its jobs by stage, its
     environment.
     """
     folder = tmp_path_factory.mktemp("pipeline")
@@ -416,7 +416,7 @@ def logs(folder: Path) -> str:
 
 @pytest.mark.slurm
 @pytest.mark.timeout(900)
-def test_pipeline_takes_real_pictures_to_a_converted_release(real_run):
+def test_pipeline_takes_real_images_to_a_converted_release(real_run):
     import timm
 
     out, states, _ = real_run
@@ -435,7 +435,7 @@ def test_pipeline_goes_on_to_the_top_1_of_the_released_classifier_at_twice_the_s
     model = timm.create_model(f"local-dir:{out}/classifier", pretrained=True)
     assert model.num_classes == labelled_sets.classes and model.patch_embed.grid_size == (8, 8)
     quality = json.loads((out / "top1.json").read_text())["quality"]
-    assert quality["pictures"] == labelled_sets.val_pictures
+    assert quality["images"] == labelled_sets.val_images
     trained = read_evaluation(out / "finetune_448")[-1]
     assert quality["top1"] == pytest.approx(trained["ema_top1"]) and quality["loss"] == pytest.approx(
         trained["ema_loss"], rel=1e-5

@@ -1,4 +1,4 @@
-"""The stages of a chain: how many pictures, what a picture costs, what stays in memory."""
+"""The stages of a chain: how many images, what an image costs, what stays in memory."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_the_pieces_of_every_recipe_add_up_to_its_parameters_and_its_flops(name)
 
 
 def test_training_passes_whole_epochs_and_tokenizing_every_view_once():
-    assert stage("peco_vith14", num_samples=10_000).pictures == pytest.approx(800 * 10_000, rel=0.001)
+    assert stage("peco_vith14", num_samples=10_000).images == pytest.approx(800 * 10_000, rel=0.001)
     tokenizing = next(
         found for found in read_chain("peco_vith14", [], num_samples=10_000).stages if found.kind == "tokenizing"
     )
-    assert tokenizing.pictures == 100 * 10_000
+    assert tokenizing.images == 100 * 10_000
 
 
 def test_evaluations_are_counted_for_the_weights_and_for_their_average():
@@ -74,7 +74,7 @@ def test_a_judge_takes_memory_and_flops_of_the_tokenizers_training():
     )
     assert with_judge.fixed_bytes - without.fixed_bytes == pytest.approx(4 * 86e6, rel=0.02), "ViT-B/16 in float32"
     assert with_judge.activation_bytes > without.activation_bytes
-    # Three passes of 17.6 GMAC: both pictures forward, one of them backward to its pixels.
+    # Three passes of 17.6 GMAC: both images forward, one of them backward to its pixels.
     assert with_judge.model_flops - without.model_flops == pytest.approx(3 * 2 * 17.6e9, rel=0.05)
 
 

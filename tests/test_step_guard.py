@@ -8,7 +8,7 @@ import json
 import pytest
 from conftest import REPOSITORY, run_stage
 
-from peco_ds.data.loaders import Pictures
+from peco_ds.data.loaders import ImageSet
 from peco_ds.runtime.metrics import read_metrics
 
 STAGES = (0, 1, 2, 3)
@@ -104,8 +104,8 @@ def test_a_run_whose_batches_stay_bad_ends_naming_step_rank_and_samples_and_keep
         and "3 of the last 6 steps were skipped" in said
         and "run.max_skipped_steps 2" in said
     )
-    pictures = Pictures(small_sets.root / "images" / "train")
-    assert any(pictures.key(sample) in said for sample in range(pictures.num_samples))
+    images = ImageSet(small_sets.root / "images" / "train")
+    assert any(images.key(sample) in said for sample in range(images.num_samples))
     assert [folder.name for folder in sorted((runs[0] / "for_good" / "checkpoints").glob("step_*"))] == [
         "step_00000002",
         "step_00000004",

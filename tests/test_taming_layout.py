@@ -108,9 +108,9 @@ def test_vqgan_f16_encodes_chooses_and_decodes_as_its_formulas_say():
     vectors = tensors["quantize.embedding.weight"]
     codes = torch.cdist(features.flatten(2).transpose(1, 2), vectors).argmin(dim=2)
     assert torch.equal(tokenizer.tokenize(images_11), codes) and len(codes.unique()) > 3
-    pictures = reference.decode(vectors[codes].transpose(1, 2).unflatten(2, (4, 6)))
-    torch.testing.assert_close(tokenizer.decode_codes(codes, (4, 6)), pictures, atol=1e-4, rtol=0)
-    torch.testing.assert_close(tokenizer(images_11).reconstruction, pictures, atol=1e-4, rtol=0)
+    images = reference.decode(vectors[codes].transpose(1, 2).unflatten(2, (4, 6)))
+    torch.testing.assert_close(tokenizer.decode_codes(codes, (4, 6)), images, atol=1e-4, rtol=0)
+    torch.testing.assert_close(tokenizer(images_11).reconstruction, images, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -125,8 +125,8 @@ def test_gumbel_f8_encodes_chooses_and_decodes_as_its_formulas_say():
     assert torch.equal(tokenizer.tokenize(images_11), codes) and len(codes.unique()) > 3
     assert torch.equal(tokenizer.tokenize(images_11), tokenizer.tokenize(images_11)), "codes are drawn at random"
     vectors = tensors["quantize.embed.weight"]
-    pictures = reference.decode(vectors[codes].transpose(1, 2).unflatten(2, (4, 6)))
-    torch.testing.assert_close(tokenizer.decode_codes(codes, (4, 6)), pictures, atol=1e-4, rtol=0)
+    images = reference.decode(vectors[codes].transpose(1, 2).unflatten(2, (4, 6)))
+    torch.testing.assert_close(tokenizer.decode_codes(codes, (4, 6)), images, atol=1e-4, rtol=0)
     assert torch.equal(tokenizer.code_vectors, vectors) and not tokenizer.code_vectors.requires_grad
 
 
@@ -178,7 +178,7 @@ def test_a_released_tokenizer_survives_its_release_on_disk(tmp_path, kind, px):
     codes = loaded.tokenize(images_11)
     assert codes.shape == (1, 196) and card.settings == settings
     assert torch.equal(codes, built(kind, taming_tensors(kind, **SIZES[kind])).tokenize(images_11))
-    assert loaded.makes_pictures and loaded.decode_codes(codes, (14, 14)).shape == images_11.shape
+    assert loaded.makes_images and loaded.decode_codes(codes, (14, 14)).shape == images_11.shape
 
 
 def test_vqgans_codes_stay_where_they_are_in_a_training_that_chooses_none_of_them():

@@ -6,7 +6,7 @@ import torch
 from peco_ds.evaluation.throughput import forward_images_per_s
 
 
-def test_throughput_is_pictures_over_time_and_the_slow_first_pass_is_not_in_it():
+def test_throughput_is_images_over_time_and_the_slow_first_pass_is_not_in_it():
     sizes = []
 
     def forward(images):

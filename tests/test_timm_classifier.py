@@ -29,13 +29,13 @@ def test_a_local_file_gives_the_named_model_with_the_files_own_head(trained):
     assert (loaded.mean, loaded.std, loaded.crop) == (cfg.mean, cfg.std, cfg.crop_pct)
 
 
-def test_another_picture_size_resamples_a_transformers_positions_and_suits_a_convolutional_network(trained, tmp_path):
+def test_another_image_size_resamples_a_transformers_positions_and_suits_a_convolutional_network(trained, tmp_path):
     loaded = load_timm_classifier(NAME, trained[1], image_px=96)
     assert loaded.image_px == 96 and loaded.model(torch.randn(1, 3, 96, 96)).shape == (1, 7)
     net = timm.create_model("test_resnet", pretrained=False)
     torch.save(net.state_dict(), tmp_path / "resnet.pth")
     assert load_timm_classifier("test_resnet", tmp_path / "resnet.pth", image_px=64).image_px == 64
-    with pytest.raises(UserError, match="--image_px 97.*takes no such picture"):
+    with pytest.raises(UserError, match="--image_px 97.*takes no such image"):
         load_timm_classifier(NAME, trained[1], image_px=97)
 
 

@@ -80,10 +80,10 @@ def test_its_processor_shows_the_model_what_timms_evaluation_shows(tmp_path, rea
     processor = transformers.AutoImageProcessor.from_pretrained(released(tmp_path / "hf", weights))
     model = timm.create_model(f"local-dir:{released(tmp_path / 'timm', weights, to_timm)}", pretrained=True)
     view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    picture = Image.open(real_data.kodak[0]).convert("RGB")
-    theirs = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    image = Image.open(real_data.kodak[0]).convert("RGB")
+    theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
     assert theirs.shape == (3, SMALL.image_px, SMALL.image_px)
-    assert (theirs - view(picture)).abs().mean() < 0.02, "of values that spread by about 1"
+    assert (theirs - view(image)).abs().mean() < 0.02, "of values that spread by about 1"
 
 
 def test_a_half_precision_model_is_written_and_declared_so(tmp_path):

@@ -78,9 +78,9 @@ def test_a_backbone_that_was_trained_on_reads_as_features_with_a_warning(tmp_pat
 def test_timm_shows_a_released_classifier_what_our_evaluation_shows(tmp_path, real_data, crop):
     model = timm.create_model(f"local-dir:{released(tmp_path, sample('classifier', crop=crop))}", pretrained=True)
     view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    picture = Image.open(real_data.kodak[0]).convert("RGB")
-    ours = CenterCrop(64, crop)(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1))
-    torch.testing.assert_close(view(picture), to_backbone(ours[None])[0], rtol=0, atol=1e-5)
+    image = Image.open(real_data.kodak[0]).convert("RGB")
+    ours = CenterCrop(64, crop)(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1))
+    torch.testing.assert_close(view(image), to_backbone(ours[None])[0], rtol=0, atol=1e-5)
 
 
 def test_others_may_read_a_release(tmp_path):

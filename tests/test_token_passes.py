@@ -1,4 +1,4 @@
-"""One way from pictures to codes for stored and online ones: passes, precision, compilation."""
+"""One way from images to codes for stored and online ones: passes, precision, compilation."""
 
 from functools import partial
 
@@ -51,8 +51,8 @@ def images_11():
     return torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
-def test_pictures_get_the_same_codes_in_passes_as_in_one_piece(tokenizer, images_11):
-    passes = TokenPasses(tokenizer, precision="fp32", pictures=3, compiled=False)
+def test_images_get_the_same_codes_in_passes_as_in_one_piece(tokenizer, images_11):
+    passes = TokenPasses(tokenizer, precision="fp32", images=3, compiled=False)
     assert torch.equal(passes.tokenize(images_11), tokenizer.tokenize(images_11))
     in_passes, whole = (
         passes.tokenize_soft(images_11, 5, temperature=0.5),
@@ -64,7 +64,7 @@ def test_pictures_get_the_same_codes_in_passes_as_in_one_piece(tokenizer, images
 
 def test_hard_codes_do_not_depend_on_whether_soft_ones_are_asked_for(tokenizer, images_11):
     for precision in ("fp32", "bf16"):
-        passes = TokenPasses(tokenizer, precision=precision, pictures=4, compiled=False)
+        passes = TokenPasses(tokenizer, precision=precision, images=4, compiled=False)
         assert torch.equal(passes.tokenize(images_11), passes.tokenize_soft(images_11, 2).codes)
 
 
@@ -75,7 +75,7 @@ def test_a_codebook_is_searched_once_for_hard_and_soft_codes(tokenizer, images_1
     else:
         calls, last = [], tokenizer.codebook._similarity
         monkeypatch.setattr(tokenizer.codebook, "_similarity", lambda rows: calls.append(len(rows)) or last(rows))
-    TokenPasses(tokenizer, precision="fp32", pictures=7, compiled=False).tokenize_soft(images_11, 3)
+    TokenPasses(tokenizer, precision="fp32", images=7, compiled=False).tokenize_soft(images_11, 3)
     assert len(calls) == 1
 
 
@@ -83,7 +83,7 @@ def test_in_bf16_the_network_is_rounded_and_the_choice_is_not(tokenizer, images_
     seen = {}
     choose, soft = tokenizer.choose, tokenizer.choose_soft
     tokenizer.choose = lambda outputs: seen.setdefault("codes", choose(seen.setdefault("outputs", outputs)))
-    passes = TokenPasses(tokenizer, precision="bf16", pictures=7, compiled=False)
+    passes = TokenPasses(tokenizer, precision="bf16", images=7, compiled=False)
     codes = passes.tokenize(images_11)
     with torch.no_grad():
         exact = tokenizer.trunk(images_11)
@@ -96,11 +96,11 @@ def test_in_bf16_the_network_is_rounded_and_the_choice_is_not(tokenizer, images_
     assert probs.dtype == torch.float32 and not torch.equal(probs, probs.bfloat16().float())
 
 
-def test_a_compiled_network_is_compiled_once_whatever_the_number_of_pictures(tokenizer, images_11, monkeypatch):
+def test_a_compiled_network_is_compiled_once_whatever_the_number_of_images(tokenizer, images_11, monkeypatch):
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     torch._dynamo.reset()
-    passes = TokenPasses(tokenizer, precision="fp32", pictures=3, compiled=True)
+    passes = TokenPasses(tokenizer, precision="fp32", images=3, compiled=True)
     found = [passes.tokenize(images_11[:number]) for number in (7, 3, 1, 2, 6)]
     assert counter.frame_count == 1
     for number, codes in zip((7, 3, 1, 2, 6), found):
@@ -108,14 +108,14 @@ def test_a_compiled_network_is_compiled_once_whatever_the_number_of_pictures(tok
 
 
 @pytest.mark.parametrize(
-    "pictures, at_most, each", [(64, 64, 64), (60, 64, 60), (100, 64, 50), (67, 64, 34), (1, 64, 1), (130, 64, 44)]
+    "images, at_most, each", [(64, 64, 64), (60, 64, 60), (100, 64, 50), (67, 64, 34), (1, 64, 1), (130, 64, 44)]
 )
-def test_passes_are_as_equal_as_can_be(pictures, at_most, each):
-    assert even_pass(pictures, at_most) == each
-    passes = -(-pictures // each)
-    assert passes == -(-pictures // at_most) and passes * each - pictures < passes
+def test_passes_are_as_equal_as_can_be(images, at_most, each):
+    assert even_pass(images, at_most) == each
+    passes = -(-images // each)
+    assert passes == -(-images // at_most) and passes * each - images < passes
 
 
 def test_a_tokenizer_in_training_mode_is_refused():
     with pytest.raises(AssertionError, match="eval"):
-        TokenPasses(build_tokenizer(KINDS["vqgan"]), precision="fp32", pictures=1, compiled=False)
+        TokenPasses(build_tokenizer(KINDS["vqgan"]), precision="fp32", images=1, compiled=False)

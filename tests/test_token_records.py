@@ -13,12 +13,12 @@ from peco_ds.runtime.token_records import ShardWriter, record_batches
 from peco_ds.schema import VIEW_COLUMNS
 
 
-def batch(first: int, pictures: int, views: int = 3) -> ViewsBatch:
-    rows = np.full((pictures, views, len(VIEW_COLUMNS)), first, np.float32)
+def batch(first: int, images: int, views: int = 3) -> ViewsBatch:
+    rows = np.full((images, views, len(VIEW_COLUMNS)), first, np.float32)
     return ViewsBatch(
-        [f"k{first + place}" for place in range(pictures)],
+        [f"k{first + place}" for place in range(images)],
         rows,
-        torch.arange(pictures * views).view(-1, 1, 1, 1).expand(-1, 3, 2, 2) + 100.0 * first,
+        torch.arange(images * views).view(-1, 1, 1, 1).expand(-1, 3, 2, 2) + 100.0 * first,
     )
 
 
@@ -27,7 +27,7 @@ def codes_like(images_11: torch.Tensor) -> Codes:
     return Codes(value + torch.arange(4), (value + torch.arange(4)).unsqueeze(-1), torch.full((len(value), 4, 1), 0.5))
 
 
-def test_a_record_holds_its_own_pictures_codes_view_by_view():
+def test_a_record_holds_its_own_images_codes_view_by_view():
     records = [record for made in record_batches([batch(0, 2), batch(2, 1)], codes_like) for record in made]
     assert [record.key for record in records] == ["k0", "k1", "k2"]
     assert (
@@ -99,7 +99,7 @@ def test_shards_are_written_in_order_and_all_are_there_at_the_end():
         writer.put(4, records("a", "b"))
         writer.put(4, records("c"))
         writer.end(4)
-        writer.end(5)  # a shard without pictures
+        writer.end(5)  # a shard without images
         writer.put(7, records("d"))
         writer.end(7)
     assert (
@@ -130,7 +130,7 @@ def test_a_stop_in_the_middle_drops_the_shard_in_hand_and_keeps_those_that_were_
 
 
 @pytest.mark.parametrize(
-    "fault", [UserError("7 records for 9 pictures"), OSError(28, "No space left on device", "x.tar")]
+    "fault", [UserError("7 records for 9 images"), OSError(28, "No space left on device", "x.tar")]
 )
 def test_what_the_writing_breaks_on_ends_the_loop_that_feeds_it(fault):
     disk = Disk(fault)

@@ -1,4 +1,4 @@
-"""A token set is used only with the pictures and the tokenizer it was made from, and only undamaged."""
+"""A token set is used only with the images and the tokenizer it was made from, and only undamaged."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import pytest
 import webdataset
 
 from peco_ds.config import ViewSettings
-from peco_ds.data.loaders import Pictures
+from peco_ds.data.loaders import ImageSet
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord, TokenSet, read_npy, write_token_shard
 from peco_ds.errors import UserError
@@ -29,7 +29,7 @@ def copied(small_sets, tmp_path):
 
 @pytest.fixture
 def images(small_sets):
-    return Pictures(small_sets.root / "images" / "train").manifest
+    return ImageSet(small_sets.root / "images" / "train").manifest
 
 
 def open_set(folder, images, **change):
@@ -40,9 +40,9 @@ def test_a_webdataset_reader_reads_token_shards_beside_image_shards(small_sets):
     """The sibling-folder convention: same shard names, same keys, same order, readable by plain webdataset."""
     tokens, images = small_sets.root / "tokens" / "train", small_sets.root / "images" / "train"
     for shard in sorted(images.glob("*.tar")):
-        pictures = [sample["__key__"] for sample in webdataset.WebDataset(str(shard), shardshuffle=False)]
+        keys = [sample["__key__"] for sample in webdataset.WebDataset(str(shard), shardshuffle=False)]
         records = list(webdataset.WebDataset(str(tokens / shard.name), shardshuffle=False).decode())
-        assert [record["__key__"] for record in records] == pictures
+        assert [record["__key__"] for record in records] == keys
         assert all(
             record["codes.npy"].shape == (3, 16) and record["codes.npy"].dtype == np.uint16 for record in records
         )
@@ -70,7 +70,7 @@ def test_tokens_of_another_tokenizer_are_refused(copied, images, small_sets):
         open_set(copied, images, tokenizer_fingerprint="0" * 64)
 
 
-def test_tokens_of_other_pictures_are_refused_by_shard(copied, images):
+def test_tokens_of_other_images_are_refused_by_shard(copied, images):
     changed = dataclasses.replace(
         images, shards=[dataclasses.replace(images.shards[0], sha256="1" * 64), *images.shards[1:]]
     )
@@ -92,7 +92,7 @@ def test_tokens_of_other_pictures_are_refused_by_shard(copied, images):
         (dict(grid=14), "4x4 grid, the backbone has 14x14"),
         (
             dict(views=dataclasses.replace(VIEWS, count=4)),
-            "3 views are stored for each picture, views.count asks for 4",
+            "3 views are stored for each image, views.count asks for 4",
         ),
         (
             dict(views=dataclasses.replace(VIEWS, color_jitter=0.1)),
@@ -138,8 +138,8 @@ def test_a_flipped_byte_is_found_at_start_and_when_read(copied, images):
             tokens.read(sample)
 
 
-def test_a_record_under_another_pictures_key_is_refused(copied, images):
-    with pytest.raises(UserError, match="the picture at this place is somebody_else"):
+def test_a_record_under_another_images_key_is_refused(copied, images):
+    with pytest.raises(UserError, match="the image at this place is somebody_else"):
         open_set(copied, images).read(0, "somebody_else")
 
 
@@ -237,7 +237,7 @@ def test_soft_codes_are_stored_with_their_mass(small_sets, tmp_path):
     )
     manifest = json.loads((tmp_path / "soft" / "manifest.json").read_text())
     assert manifest["topk"] == 8
-    images = Pictures(small_sets.root / "images" / "train").manifest
+    images = ImageSet(small_sets.root / "images" / "train").manifest
     record = open_set(tmp_path / "soft", images, views=dataclasses.replace(VIEWS, count=1, topk=8)).read(5)
     assert record.topk_codes.shape == record.topk_probs.shape == (1, 16, 8)
     assert np.array_equal(record.topk_codes[..., 0], record.codes), "the likeliest soft code is the hard one"

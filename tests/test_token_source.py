@@ -7,7 +7,7 @@ import pytest
 
 from peco_ds import tokenize_shards
 from peco_ds.config import PretrainRecipe, data_path, load_recipe
-from peco_ds.data.loaders import Pictures
+from peco_ds.data.loaders import ImageSet
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.models.tokenizers import CARD_NAME
 from peco_ds.runtime.token_source import token_provenance
@@ -31,9 +31,9 @@ def sets(small_sets, tmp_path):
 
 def opened(small_sets, root):
     recipe = load_recipe(PretrainRecipe, "peco_vitb16", [*small_sets.overrides, f"data.root={root}"]).recipe
-    pictures = Pictures(data_path(recipe.data, recipe.data.images))
+    images = ImageSet(data_path(recipe.data, recipe.data.images))
     return recipe, TokenSet(
-        data_path(recipe.data, recipe.data.tokens), pictures.manifest, num_codes=64, grid=4, views=recipe.views
+        data_path(recipe.data, recipe.data.tokens), images.manifest, num_codes=64, grid=4, views=recipe.views
     )
 
 

@@ -13,7 +13,7 @@ from conftest import run_stage
 
 from peco_ds import tokenize_shards
 from peco_ds.config import PretrainRecipe, data_path, load_recipe
-from peco_ds.data.loaders import Pictures
+from peco_ds.data.loaders import ImageSet
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
@@ -89,8 +89,8 @@ def test_the_networks_precision_is_told_before_recorded_after_and_compared_when_
     assert "network in bf16" in capsys.readouterr().out
     run_stage("tokenize_shards", "--recipe", "peco_vitb16", *in_bf16)
     recipe = load_recipe(PretrainRecipe, "peco_vitb16", in_bf16).recipe
-    pictures = Pictures(data_path(recipe.data, recipe.data.images))
-    opened = lambda views, folder: TokenSet(folder, pictures.manifest, num_codes=64, grid=4, views=views)  # noqa: E731
+    images = ImageSet(data_path(recipe.data, recipe.data.images))
+    opened = lambda views, folder: TokenSet(folder, images.manifest, num_codes=64, grid=4, views=views)  # noqa: E731
     rounded, exact = (
         opened(recipe.views, tmp_path / "tokens"),
         opened(replace(recipe.views, tokenizer_precision="fp32"), small_sets.root / "tokens" / "train"),

@@ -63,14 +63,14 @@ def test_cosine_loss_and_gradient_follow_the_formula():
 
 
 class Halves:
-    """A teacher whose features are the pictures themselves, cut in two."""
+    """A teacher whose features are the images themselves, cut in two."""
 
     def targets(self, images_01):
         assert not torch.is_grad_enabled() and images_01.min() >= 0 and images_01.max() <= 1
         return images_01.flatten(1).unflatten(1, (2, -1))
 
 
-def test_distillation_adds_weighted_commitment_and_shows_the_teacher_pictures_in_its_own_range():
+def test_distillation_adds_weighted_commitment_and_shows_the_teacher_images_in_its_own_range():
     images_11 = normal(0, 3, 3, 4, 4).clamp(-1, 1)
     output = SimpleNamespace(
         features=normal(1, 3, 2, 24).bfloat16().requires_grad_(), commitment=torch.tensor(0.5, requires_grad=True)
@@ -212,7 +212,7 @@ def test_the_tokenizer_feels_no_critic_at_weight_zero_but_the_critic_learns():
     assert all(p.grad.abs().sum() > 0 for p in model.critic.parameters())
 
 
-def test_the_critic_judges_a_picture_alike_in_any_batch():
+def test_the_critic_judges_an_image_alike_in_any_batch():
     model, images = adversarial_parts()
     torch.testing.assert_close(model.critic(images)[:1], model.critic(images[:1]))
 

@@ -128,7 +128,7 @@ def evaluations(runs, name):
     return [json.loads(line) for line in (runs / name / "evaluation.jsonl").read_text().splitlines()]
 
 
-def test_held_out_reconstructions_get_better_on_real_pictures(runs):
+def test_held_out_reconstructions_get_better_on_real_images(runs):
     first, *_, last = evaluations(runs, "plain_1")
     assert (first["step"], last["step"]) == (0, 12)
     assert last["psnr"] > first["psnr"] + 1 and last["ssim"] > first["ssim"]
@@ -183,9 +183,9 @@ def test_bf16_training_keeps_the_codebook_in_float32_and_follows_the_curve(runs)
     assert losses(runs, "bf16_2") == pytest.approx(losses(runs, "plain_1"), rel=0.1)
 
 
-def test_the_picture_grid_shows_original_and_round_trip(runs):
+def test_the_image_grid_shows_original_and_round_trip(runs):
     grid = Image.open(runs / "plain_1" / "reconstructions.png")
-    # two columns, seven held-out pictures, a gap of 4 px around each
+    # two columns, seven held-out images, a gap of 4 px around each
     assert grid.size == (2 * (32 + 8), 7 * (32 + 8))
 
 
@@ -201,7 +201,7 @@ def cosines(runs, name):
     return [row["cosine"] for row in read_metrics(runs / name)]
 
 
-def test_a_vqkd_tokenizer_comes_to_look_like_its_teacher_on_real_pictures(runs):
+def test_a_vqkd_tokenizer_comes_to_look_like_its_teacher_on_real_images(runs):
     assert (
         cosines(runs, "vqkd_1")[-1] > cosines(runs, "vqkd_1")[0] + 0.2
         and losses(runs, "vqkd_1")[-1] < losses(runs, "vqkd_1")[0] - 0.2

@@ -21,7 +21,7 @@ RECIPE = dict(scale=(0.08, 1.0), ratio=(0.75, 4 / 3), flip=0.5, color_jitter=0.4
 
 
 @pytest.fixture(scope="module")
-def picture(real_data):
+def photograph(real_data):
     image = Image.open(real_data.imagenet[3]).convert("RGB")
     return image, torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
@@ -40,7 +40,7 @@ def test_a_view_follows_from_seed_sample_and_view_alone():
 
 
 @pytest.mark.parametrize("size", [(300, 400), (40, 500), (500, 33), (1, 1), (16, 16)])
-def test_every_box_lies_inside_the_picture_within_scale_and_ratio(size):
+def test_every_box_lies_inside_the_image_within_scale_and_ratio(size):
     for view in range(200):
         top, left, height, width, flip, *factors, order = draw_view(*size, seed=0, sample=0, view=view, **RECIPE)
         assert (
@@ -56,8 +56,8 @@ def test_every_box_lies_inside_the_picture_within_scale_and_ratio(size):
             assert 0.07 < height * width / 120000 <= 1.0 and 0.73 < width / height < 1.37
 
 
-def test_a_cut_is_the_crop_that_pil_makes(picture):
-    image, tensor = picture
+def test_a_cut_is_the_crop_that_pil_makes(photograph):
+    image, tensor = photograph
     row = draw_view(image.height, image.width, seed=0, sample=0, view=4, **{**RECIPE, "flip": 1.0})
     top, left, height, width = (int(v) for v in row[:4])
     reference = (
@@ -71,8 +71,8 @@ def test_a_cut_is_the_crop_that_pil_makes(picture):
 
 
 @pytest.mark.parametrize("size_px", [112, 32, 700])
-def test_a_lanczos_cut_is_pils_pixel_for_pixel(picture, size_px):
-    image, tensor = picture
+def test_a_lanczos_cut_is_pils_pixel_for_pixel(photograph, size_px):
+    image, tensor = photograph
     for view in range(4):
         row = draw_view(image.height, image.width, seed=0, sample=1, view=view, **RECIPE)
         top, left, height, width, flip = (int(v) for v in row[:5])
@@ -83,8 +83,8 @@ def test_a_lanczos_cut_is_pils_pixel_for_pixel(picture, size_px):
         assert np.array_equal(ours.permute(1, 2, 0).numpy(), np.asarray(reference))
 
 
-def test_jitter_is_pils_on_the_same_crop(picture):
-    image, _ = picture
+def test_jitter_is_pils_on_the_same_crop(photograph):
+    image, _ = photograph
     crop = image.crop((10, 10, 150, 150)).resize((64, 64))
     tensor = torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None]
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
@@ -99,8 +99,8 @@ def test_jitter_is_pils_on_the_same_crop(picture):
         assert difference.max() <= 3 and difference.float().mean() < 0.5, order
 
 
-def test_a_replayed_view_does_not_depend_on_its_batch(picture):
-    _, tensor = picture
+def test_a_replayed_view_does_not_depend_on_its_batch(photograph):
+    _, tensor = photograph
     rows = np.stack([draw_view(*tensor.shape[1:], seed=0, sample=0, view=v, **RECIPE) for v in range(8)])
     crops = torch.stack([cut(tensor, row, 96) for row in rows])
     together = jitter(crops, torch.from_numpy(rows))
@@ -109,8 +109,8 @@ def test_a_replayed_view_does_not_depend_on_its_batch(picture):
         assert torch.equal(alone[0], together[number])
 
 
-def test_the_central_view_of_held_out_pictures_is_upright_and_unjittered(picture):
-    _, tensor = picture
+def test_the_central_view_of_held_out_images_is_upright_and_unjittered(photograph):
+    _, tensor = photograph
     row = center_view(*tensor.shape[1:])
     side = min(tensor.shape[1:])
     crop = cut(tensor, row, side)
@@ -136,16 +136,16 @@ def test_a_row_survives_the_npy_format_exactly():
 
 
 @pytest.mark.parametrize("size_px, interpolation", [(224, "bicubic"), (64, "bicubic"), (112, "lanczos")])
-def test_a_cut_does_not_depend_on_how_the_pictures_memory_is_laid_out(picture, size_px, interpolation):
-    _, planes = picture
+def test_a_cut_does_not_depend_on_how_the_images_memory_is_laid_out(photograph, size_px, interpolation):
+    _, planes = photograph
     channels_last = planes.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     for view in range(6):
         row = draw_view(*planes.shape[1:], seed=1, sample=0, view=view, **RECIPE)
         assert torch.equal(cut(planes, row, size_px, interpolation), cut(channels_last, row, size_px, interpolation))
 
 
-def test_batches_of_either_memory_format_become_the_same_planes(picture):
-    _, tensor = picture
+def test_batches_of_either_memory_format_become_the_same_planes(photograph):
+    _, tensor = photograph
     rows = np.stack([draw_view(*tensor.shape[1:], seed=0, sample=0, view=v, **RECIPE) for v in range(4)])
     channels_last = room_for_cuts(4, 64)
     for place, row in enumerate(rows):

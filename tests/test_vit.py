@@ -14,17 +14,17 @@ from peco_ds.runtime.engine import compile_each
 SMALL = ModelSettings(image_px=64, patch_px=16, width=48, depth=3, heads=3, layer_scale=0.1, drop_path=0.5)
 
 
-def blocks_and_tokens(pictures=8, **settings):
+def blocks_and_tokens(images=8, **settings):
     torch.manual_seed(0)
     backbone = build_backbone(ModelSettings(**{**SMALL.__dict__, **settings}))
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return backbone, torch.randn(pictures, 17, 48, requires_grad=True)
+    return backbone, torch.randn(images, 17, 48, requires_grad=True)
 
 
 def seen_by_branches(backbone):
-    """Lists that grow by the number of pictures that attention, and MLP, of every block get."""
+    """Lists that grow by the number of images that attention, and MLP, of every block get."""
     seen = [[], []]
     for block in backbone.blocks:
         block.norm1.register_forward_hook(lambda _module, _inputs, out: seen[0].append(len(out)))
@@ -32,30 +32,30 @@ def seen_by_branches(backbone):
     return seen
 
 
-def test_subset_stochastic_depth_computes_a_fixed_share_of_the_pictures_and_leaves_the_others_as_they_were():
+def test_subset_stochastic_depth_computes_a_fixed_share_of_the_images_and_leaves_the_others_as_they_were():
     backbone, x = blocks_and_tokens(drop_path_by="subset")
     seen = seen_by_branches(backbone)
     backbone.train()
     run_blocks(backbone.blocks, x, backbone.rel_pos_bias())
-    assert seen == [[8, 6, 4], [8, 6, 4]], "rates 0, 0.25 and 0.5 of 8 pictures"
+    assert seen == [[8, 6, 4], [8, 6, 4]], "rates 0, 0.25 and 0.5 of 8 images"
     assert skipped_by_subsets(SMALL, 8) == 1 - 18 / 24, "what a dry run says of it"
     last = backbone.blocks[-1]
     attention, mlp = last.draw_paths(x)
     out = last(x, backbone.rel_pos_bias(), attention, mlp)
     untouched = sorted(set(range(8)) - set(attention.tolist()) - set(mlp.tolist()))
-    changed = [picture for picture in range(8) if not torch.equal(out[picture], x[picture])]
+    changed = [image for image in range(8) if not torch.equal(out[image], x[image])]
     assert changed == sorted(set(attention.tolist()) | set(mlp.tolist())) and len(changed) + len(untouched) == 8
     backbone.eval()
     assert last.draw_paths(x) == (None, None)
 
 
-def test_a_path_takes_every_picture_equally_often_and_keeps_the_expectation_of_a_branch():
-    for kind in ("picture", "subset"):
+def test_a_path_takes_every_image_equally_often_and_keeps_the_expectation_of_a_branch():
+    for kind in ("image", "subset"):
         backbone, x = blocks_and_tokens(drop_path_by=kind)
         block = backbone.blocks[-1].train()
         torch.manual_seed(1)
         drawn = [path for _ in range(1000) for path in block.draw_paths(x)]
-        if kind == "picture":
+        if kind == "image":
             factors = torch.stack(drawn).flatten(1)
         else:
             assert all(len(path.unique()) == 4 for path in drawn)
@@ -65,7 +65,7 @@ def test_a_path_takes_every_picture_equally_often_and_keeps_the_expectation_of_a
 
 
 def test_subsets_of_everything_are_everything():
-    """At rate 0, and where the rate is less than half a picture, the function is the one without stochastic depth."""
+    """At rate 0, and where the rate is less than half an image, the function is the one without stochastic depth."""
     for rate in (0.0, 0.05):
         backbone, x = blocks_and_tokens(drop_path_by="subset", drop_path=rate)
         backbone.train()
@@ -75,7 +75,7 @@ def test_subsets_of_everything_are_everything():
             assert torch.equal(subset, run_blocks(backbone.blocks, x, backbone.rel_pos_bias()))
 
 
-def test_a_gradient_through_a_subset_reaches_its_pictures_scaled_and_the_others_straight():
+def test_a_gradient_through_a_subset_reaches_its_images_scaled_and_the_others_straight():
     backbone, x = blocks_and_tokens(drop_path_by="subset")
     block, bias = backbone.blocks[-1].train(), backbone.rel_pos_bias().detach()
     taken = torch.tensor([1, 4, 6, 7])
@@ -92,12 +92,12 @@ def test_a_gradient_through_a_subset_reaches_its_pictures_scaled_and_the_others_
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_blocks_are_compiled_without_a_break_into_one_graph_for_all_of_them(recompute):
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_blocks_are_compiled_without_a_break_into_one_graph_for_all_of_them(kind):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
-    eager, compiled = (build_backbone(SMALL, recompute=recompute) for _ in range(2))
+    eager, compiled = (build_backbone(SMALL, activation_checkpointing=kind) for _ in range(2))
     compiled.load_state_dict(eager.state_dict())
     compile_each(compiled, (TransformerBlock,))
     x, results = torch.randn(4, 17, 48, requires_grad=True), []
@@ -137,8 +137,8 @@ def test_a_compiled_classifier_trains_and_is_evaluated_in_batches_of_any_size():
             found.append(logits)
             with torch.no_grad():
                 found += [
-                    model.eval()(torch.randn(pictures, 3, 64, 64, generator=torch.Generator().manual_seed(pictures)))
-                    for pictures in (4, 3, 1)
+                    model.eval()(torch.randn(images, 3, 64, 64, generator=torch.Generator().manual_seed(images)))
+                    for images in (4, 3, 1)
                 ]
         results.append([*found, *(parameter.grad for parameter in model.parameters())])
     for ours, theirs in zip(*results):
@@ -151,7 +151,7 @@ def test_a_compiled_classifier_trains_and_is_evaluated_in_batches_of_any_size():
 def test_subsets_of_other_sizes_share_one_more_graph():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    backbone, x = blocks_and_tokens(pictures=16, drop_path_by="subset", depth=6)
+    backbone, x = blocks_and_tokens(images=16, drop_path_by="subset", depth=6)
     compile_each(backbone, (TransformerBlock,))
     backbone.train()
     run_blocks(backbone.blocks, x, backbone.rel_pos_bias()).sum().backward()
@@ -172,15 +172,15 @@ class Products(TorchDispatchMode):
 
 def test_selective_recomputation_repeats_no_product_and_keeps_no_more_for_autograd_than_full():
     products, kept = {}, {}
-    for recompute in ("none", "selective", "full"):
+    for kind in ("none", "selective", "full"):
         torch.manual_seed(0)
-        backbone = build_backbone(SMALL, recompute=recompute).train()
+        backbone = build_backbone(SMALL, activation_checkpointing=kind).train()
         bias, x = backbone.rel_pos_bias(), torch.randn(8, 17, 48)
-        kept[recompute] = bytes_kept(backbone, lambda: (run_blocks(backbone.blocks, x, bias),))
+        kept[kind] = bytes_kept(backbone, lambda: (run_blocks(backbone.blocks, x, bias),))
         out = run_blocks(backbone.blocks, x, bias).sum()
         with Products() as counted:
             out.backward()
-        products[recompute] = counted.count
+        products[kind] = counted.count
     assert products["selective"] == products["none"] and products["full"] == products["none"] + 5 * SMALL.depth, (
         "query to value, attention, output, and the MLP's two"
     )

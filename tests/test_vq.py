@@ -129,11 +129,11 @@ def test_the_update_does_not_depend_on_micro_batches_or_ranks(options):
     for features in steps:
         whole(features)
         plain(features)
-        for picture in features.split(1):
-            parts(picture)
+        for image in features.split(1):
+            parts(image)
         for rank, share in zip(ranks, features.split(2)):
-            for picture in share.split(1):
-                rank(picture)
+            for image in share.split(1):
+                rank(image)
         whole.update()
         plain.update()
         parts.update()

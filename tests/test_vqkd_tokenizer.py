@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_peco_tokenizer import pictures_11
+from test_peco_tokenizer import images_11
 from test_planner import bytes_kept, count, forward_and_training_flops
 from transformers import BeitConfig, BeitModel
 from vqkd_samples import released_layout
@@ -144,7 +144,7 @@ def test_a_released_file_gives_the_codes_and_features_of_independent_networks(na
     )
     tokenizer = build_tokenizer(settings).eval()
     tokenizer.load_state_dict(state)
-    images = pictures_11(real_data.imagenet[:1], vit.image_px)
+    images = images_11(real_data.imagenet[:1], vit.image_px)
     grid = vit.image_px // vit.patch_px
 
     (tmp_path / "encoder").mkdir()
@@ -180,8 +180,8 @@ def test_a_released_file_gives_the_codes_and_features_of_independent_networks(na
         heads=vit.decoder_heads,
         folder=tmp_path / "decoder",
     )
-    picture = torch.from_numpy(table[codes[0].numpy()].T.reshape(1, code_dim, grid, grid)).float()
-    features = tanh_head(file, "decode_task_layer", decoder(picture).last_hidden_state[0, 1:].double().numpy())
+    image = torch.from_numpy(table[codes[0].numpy()].T.reshape(1, code_dim, grid, grid)).float()
+    features = tanh_head(file, "decode_task_layer", decoder(image).last_hidden_state[0, 1:].double().numpy())
     np.testing.assert_allclose(tokenizer(images).features[0].numpy(), features, atol=1e-4)
 
 
@@ -251,7 +251,7 @@ def test_an_imported_tokenizer_is_a_release_like_a_trained_one(tmp_path, real_da
     assert (card.settings, card.stride_px, card.settings.only_px) == (TINY, 8, 32)
     direct = build_tokenizer(settings).eval()
     direct.load_state_dict(state)
-    images = pictures_11(real_data.imagenet[:3], 32)
+    images = images_11(real_data.imagenet[:3], 32)
     codes = loaded.tokenize(images)
     assert torch.equal(codes, direct.tokenize(images)) and codes.unique().numel() > 2
     assert json.loads((tmp_path / "tokenizer.json").read_text())["settings"]["kind"] == "vqkd"
@@ -313,7 +313,7 @@ def test_initial_weights_are_the_released_ones():
 @pytest.mark.parametrize("precision", ["module", "autocast"])
 def test_codes_are_chosen_in_float32_under_bf16(precision, real_data):
     tokenizer = tiny().eval()
-    images = pictures_11(real_data.imagenet[:2], 32)
+    images = images_11(real_data.imagenet[:2], 32)
     if precision == "module":
         tokenizer.bfloat16()
         for module in tokenizer.modules():
@@ -337,7 +337,7 @@ def test_codes_are_chosen_in_float32_under_bf16(precision, real_data):
 
 def test_soft_codes_are_the_head_of_the_softmax_over_cosines(real_data):
     tokenizer = tiny().eval()
-    images = pictures_11(real_data.imagenet[:2], 32)
+    images = images_11(real_data.imagenet[:2], 32)
     soft = tokenizer.tokenize_soft(images, 5, temperature=0.1)
     with torch.no_grad():
         rows = torch.nn.functional.normalize(tokenizer.encode(images).flatten(2).transpose(1, 2), dim=-1)
@@ -346,13 +346,13 @@ def test_soft_codes_are_the_head_of_the_softmax_over_cosines(real_data):
     assert torch.equal(soft.codes, tokenizer.tokenize(images)) and torch.equal(soft.topk_codes[..., 0], soft.codes)
 
 
-def test_a_picture_of_another_size_and_training_mode_are_refused():
+def test_an_image_of_another_size_and_training_mode_are_refused():
     tokenizer = tiny()
     with pytest.raises(AssertionError, match="eval"):
         tokenizer.tokenize(torch.zeros(1, 3, 32, 32))
     with pytest.raises(AssertionError, match="positions are those of 32 px"):
         tokenizer.eval().tokenize(torch.zeros(1, 3, 40, 40))
-    assert not tokenizer.makes_pictures
+    assert not tokenizer.makes_images
 
 
 class EdgesTeacher:
@@ -364,8 +364,8 @@ class EdgesTeacher:
         return features - 0.4
 
 
-def test_a_tiny_tokenizer_learns_its_teachers_features_on_real_pictures(real_data):
-    tokenizer, images = tiny(), pictures_11(real_data.imagenet[:4], 32)
+def test_a_tiny_tokenizer_learns_its_teachers_features_on_real_images(real_data):
+    tokenizer, images = tiny(), images_11(real_data.imagenet[:4], 32)
     with torch.no_grad():
         rows = tokenizer.eval().encode(images).flatten(2).transpose(1, 2).reshape(-1, 8)
     tokenizer.codebook.init_kmeans(rows, 10, torch.Generator().manual_seed(0))
@@ -402,7 +402,7 @@ def test_planned_flops_and_kept_elements_are_those_that_torch_counts():
     cost = tokenizer_cost(TINY, 32)
     forward, training = forward_and_training_flops(lambda: module(images).features.sum())
     assert FLOPS_PER_MAC * cost.forward_macs * 2 == pytest.approx(forward, rel=0.01)
-    # the picture gets no gradient, which two blocks make up for less than twelve
+    # the image gets no gradient, which two blocks make up for less than twelve
     assert cost.training_flops * 2 == pytest.approx(training, rel=0.05)
     # Norms' statistics and copies of the small codes are not planned: more than elsewhere at these widths
     assert 2 * 4 * (cost.encoder.saved + cost.decoder.saved) == pytest.approx(

@@ -52,7 +52,7 @@ from peco_ds.planner.work import (
     tokenizer_segments,
     tokenizing_segments,
 )
-from peco_ds.schedules import pictures_taken
+from peco_ds.schedules import images_taken
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 FINETUNE = [name for name in NAMES if name.startswith("finetune")]
@@ -78,7 +78,7 @@ def mim_variants(recipe: PretrainRecipe) -> dict:
 
 @pytest.mark.parametrize("name", PRETRAIN)
 def test_segments_of_pretraining_hold_the_parameters_and_flops_that_shapes_counts(name):
-    recipe = recipe_of(name, "model.drop_path_by=picture")
+    recipe = recipe_of(name, "model.drop_path_by=image")
     segments = pretrain_segments(recipe)
     codes = recipe.objective.num_codes
     assert (
@@ -93,7 +93,7 @@ def test_segments_of_pretraining_hold_the_parameters_and_flops_that_shapes_count
 
 @pytest.mark.parametrize("name", FINETUNE)
 def test_segments_of_fine_tuning_hold_the_parameters_and_flops_that_shapes_counts(name):
-    recipe = recipe_of(name, "model.drop_path_by=picture")
+    recipe = recipe_of(name, "model.drop_path_by=image")
     segments = finetune_segments(recipe, num_classes=1000)
     assert sum(segment.parameters for segment in segments) == backbone_parameters(
         recipe.model, shared_bias=False, num_classes=1000
@@ -176,14 +176,14 @@ def test_checkpointing_adds_recomputation_and_leaves_the_models_flops():
     assert total(full).flops == total(none).flops + blocks
 
 
-def test_subsets_take_away_the_share_of_work_that_their_pictures_skip():
+def test_subsets_take_away_the_share_of_work_that_their_images_skip():
     whole = recipe_of("peco_vith14", "model.drop_path=0.5", "run.micro_batch=64")
     subset = replace(whole, model=replace(whole.model, drop_path_by="subset"))
     blocks = [
         [segment.forward.flops for segment in pretrain_segments(recipe) if segment.name.startswith("block")]
         for recipe in (whole, subset)
     ]
-    assert blocks[1][-1] == pytest.approx(pictures_taken(64, 0.5) / 64 * blocks[0][-1])
+    assert blocks[1][-1] == pytest.approx(images_taken(64, 0.5) / 64 * blocks[0][-1])
     assert blocks[1][0] == blocks[0][0]
 
 
@@ -217,11 +217,11 @@ def test_attentions_backward_pass_computes_the_scores_again():
     assert backward.products - again.products == 2 * forward.products
 
 
-def test_a_judge_sees_both_pictures_in_float32_and_is_no_part_of_the_model():
+def test_a_judge_sees_both_images_in_float32_and_is_no_part_of_the_model():
     recipe = recipe_of("peco_tokenizer")
     *_, judge = tokenizer_segments(recipe)
     assert (judge.name, judge.parameters, judge.frozen, judge.precision) == ("judge", 0, True, "fp32")
-    # ViT-B/16: 17.6 GMAC, of both pictures; backward the gradient of inputs alone, which for attention's two products
+    # ViT-B/16: 17.6 GMAC, of both images; backward the gradient of inputs alone, which for attention's two products
     # is four, and the scores once more.
     assert judge.forward.flops == pytest.approx(2 * FLOPS_PER_MAC * 17.6e9, rel=0.01)
     assert judge.backward.flops == pytest.approx((judge.forward.flops + 1.5 * judge.forward.attention) / 2, rel=0.01)
@@ -238,7 +238,7 @@ def test_a_judge_costs_no_more_than_the_blocks_that_are_asked_for():
 def test_without_a_judge_there_is_no_frozen_network():
     recipe = recipe_of("peco_tokenizer", "perceptual.weight=0")
     assert not any(segment.frozen for segment in tokenizer_segments(recipe))
-    assert (frozen_net_bytes(recipe).weights, frozen_net_bytes(recipe).a_picture) == (0, 0)
+    assert (frozen_net_bytes(recipe).weights, frozen_net_bytes(recipe).a_image) == (0, 0)
 
 
 def test_a_teacher_runs_forward_alone():
@@ -257,7 +257,7 @@ def test_a_teacher_runs_forward_alone():
 def test_a_frozen_network_weighs_what_its_architecture_weighs(architecture, parameters):
     recipe = recipe_of("peco_tokenizer", f"perceptual.architecture={architecture}")
     assert frozen_net_bytes(recipe).weights == pytest.approx(4 * parameters, rel=0.01)
-    assert frozen_net_bytes(recipe).a_picture > 0
+    assert frozen_net_bytes(recipe).a_image > 0
 
 
 @pytest.mark.parametrize(

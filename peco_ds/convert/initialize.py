@@ -42,7 +42,7 @@ def start_classifier(
     alone needs is left behind.
 
     Args:
-        settings: of `model`.  classes: of the pictures, in label order.  head: see `InitSettings.head`.
+        settings: of `model`.  classes: of the images, in label order.  head: see `InitSettings.head`.
     Returns: names of the parameters that keep their fresh values.
     Raises: UserError if width, depth, heads or patch size differ, or a classifier that is to be kept has other classes.
     """
@@ -62,7 +62,7 @@ def start_classifier(
 
 
 def classifier_of(weights: BeitWeights, image_px: int | None = None) -> Classifier:
-    """A fine-tuned classifier in eval mode, float32, for pictures of `image_px` (None: those it was trained on).
+    """A fine-tuned classifier in eval mode, float32, for images of `image_px` (None: those it was trained on).
 
     Raises: UserError if the weights have no classifier.
     """
@@ -78,14 +78,14 @@ def classifier_of(weights: BeitWeights, image_px: int | None = None) -> Classifi
 
 
 def feature_backbone(weights: BeitWeights, image_px: int) -> Beit:
-    """The frozen backbone without head, float32, for pictures of `image_px`.
+    """The frozen backbone without head, float32, for images of `image_px`.
 
     Its `norm` is the final norm of pre-training; a classifier's weights, which
     have none, leave it at identity scale: take features before it."""
     settings = replace(weights.model, image_px=image_px, drop_path=0.0)
     if image_px % settings.patch_px:
         raise UserError(
-            f"pictures of {image_px} px: not a multiple of the patch size {settings.patch_px} of {weights.source}"
+            f"images of {image_px} px: not a multiple of the patch size {settings.patch_px} of {weights.source}"
         )
     model = Beit(**timm_arguments(settings, shared_bias=False))
     tensors = {
@@ -99,13 +99,13 @@ def feature_backbone(weights: BeitWeights, image_px: int) -> Beit:
 
 
 def check_head(weights: BeitWeights, classes: tuple[str, ...]) -> None:
-    """Raises: UserError if a classifier's head, which is to be kept, cannot be the pictures'."""
+    """Raises: UserError if a classifier's head, which is to be kept, cannot be the images'."""
     check_classes(
         weights.source,
         weights.num_classes,
         weights.classes,
         classes,
-        what="the picture set",
+        what="the image set",
         remedy="or set init.head=new",
     )
 
@@ -126,20 +126,20 @@ def check_classes(
     """
     if num_classes != len(classes):
         raise UserError(
-            f"{source}: its head has {num_classes} classes, {what} has {len(classes)}; give pictures of "
+            f"{source}: its head has {num_classes} classes, {what} has {len(classes)}; give images of "
             f"the classes it was trained for, {remedy}"
         )
     if names is None or names == classes:
         return
-    number = next(i for i, (head, picture) in enumerate(zip(names, classes)) if head != picture)
+    number = next(i for i, (head, image) in enumerate(zip(names, classes)) if head != image)
     differs = f"{source}: class {number} of its head is {names[number]!r}, of {what} {classes[number]!r}"
     if sorted(names) == sorted(classes) or all(_SYNSET.fullmatch(name) for name in (*names, *classes)):
-        raise UserError(f"{differs}; give pictures of its classes in the head's order, {remedy}")
+        raise UserError(f"{differs}; give images of its classes in the head's order, {remedy}")
     logger.warning("%s; they are taken for two spellings of the same classes, in the same order", differs)
 
 
 def check_sizes(weights: BeitWeights, settings: ModelSettings) -> None:
-    """Raises: UserError naming the sizes in which the weights and the recipe's model differ; picture size may."""
+    """Raises: UserError naming the sizes in which the weights and the recipe's model differ; image size may."""
     names = [
         name
         for name in ("patch_px", "width", "depth", "heads", "mlp_ratio")
@@ -157,7 +157,7 @@ def check_sizes(weights: BeitWeights, settings: ModelSettings) -> None:
 
 
 def per_block(weights: BeitWeights, grid: int) -> dict[str, torch.Tensor]:
-    """Tensors of a model with a bias table in every block, for a grid x grid picture.
+    """Tensors of a model with a bias table in every block, for a grid x grid image.
 
     Without what pre-training alone needs.
     """

@@ -36,7 +36,7 @@ logger = logging.getLogger("peco_ds")
 Layout = Literal["auto", "run", "timm", "hf", "unilm"]
 _RUN_FILES = ("settings.yaml", "progress.json")  # of a run folder, of a checkpoint in it
 _PICKLED = "pytorch_model.bin"
-# mean and deviation of the first BEiT's pictures
+# mean and deviation of the first BEiT's images
 HALF = (0.5, 0.5, 0.5)
 # where training scripts put the weights inside their checkpoint
 _CONTAINERS = ("model", "module", "state_dict")
@@ -60,7 +60,7 @@ def read_weights(
             (the same) from Hugging Face.
         layout: what it must be; auto: what it is.
         average: the moving average of the weights or the last ones; auto: the average where there is one.
-        statistics: mean and deviation of the pictures that the weights know; auto: what their config says, else
+        statistics: mean and deviation of the images that the weights know; auto: what their config says, else
             ImageNet's.
         read_run: reads a run (`runtime.run_weights.read_run`); None where runs are not taken.
     What a bare file does not tell: mean and standard deviation are ImageNet's, the crop is 0.875 below 384 px and 1
@@ -352,7 +352,7 @@ def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
     if grid is None:
         raise UserError(
             f"{where}: a bias table of shape {tuple(table.shape)}, which is for no square grid of "
-            "patches; give weights of a square picture"
+            "patches; give weights of a square image"
         )
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
     # blocks.0 is there

@@ -79,7 +79,7 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _WHAT = {
-    "mim": "Vision transformer, pre-trained to predict the codes of hidden patches (BEiT, arXiv "
+    "mim": "Vision transformer, pre-trained to predict the codes of masked patches (BEiT, arXiv "
     "2106.08254, and its successors PeCo, mc-BEiT, BEiT v2), no classifier.",
     "features": "Pre-trained vision transformer of the BEiT family (arXiv 2106.08254), no head.",
     "classifier": "Vision transformer of the BEiT family (arXiv 2106.08254), fine-tuned to classify.",
@@ -123,7 +123,7 @@ license: other
 
 {release.usage}
 
-Input: {model.image_px} px, RGB, {statistics}; in evaluation {weights.crop:g} of the resized picture's side is seen.
+Input: {model.image_px} px, RGB, {statistics}; in evaluation {weights.crop:g} of the resized image's side is seen.
 
 {_licence(weights.facts)}
 """
@@ -136,10 +136,10 @@ def _licence(facts: dict[str, str]) -> str:
     terms = "\n".join(f"- {what}: {text}" for what, text in known.items() if text)
     if not terms:
         return (
-            "Licence: to be stated by whoever publishes these weights. It is bound by the terms of the pictures and of "
+            "Licence: to be stated by whoever publishes these weights. It is bound by the terms of the images and of "
             "the tokenizer's judge, if it had one\n(the weights that MoCo v3 released are CC BY-NC 4.0)."
         )
     return (
         "Licence: to be stated by whoever publishes these weights. It is bound by the terms of the "
-        f"pictures, and of the networks that it was trained with:\n\n{terms}"
+        f"images, and of the networks that it was trained with:\n\n{terms}"
     )

@@ -1,6 +1,6 @@
-"""Relative position bias of one picture size for another.
+"""Relative position bias of one image size for another.
 
-Only the bias tables depend on the picture size. Weights of another patch size are another model and are never
+Only the bias tables depend on the image size. Weights of another patch size are another model and are never
 resampled.
 """
 
@@ -19,13 +19,13 @@ CLASS_ROWS = 3
 
 
 def grid_of(table: torch.Tensor) -> int | None:
-    """Patches a side of the picture that a table [(2 g - 1)^2 + 3, heads] is for; None if it is for no square grid."""
+    """Patches a side of the image that a table [(2 g - 1)^2 + 3, heads] is for; None if it is for no square grid."""
     width = math.isqrt(max(len(table) - CLASS_ROWS, 0))
     return (width + 1) // 2 if width % 2 and width**2 + CLASS_ROWS == len(table) else None
 
 
 def resize_bias_table(table: torch.Tensor, grid: int) -> torch.Tensor:
-    """The table for a grid x grid picture, as the released BEiT code resizes it: neighbours keep their bias, far
+    """The table for a grid x grid image, as the released BEiT code resizes it: neighbours keep their bias, far
     patches share what is left.
 
     The old distances are laid over the new ones in geometric progression (1, 1 + q, 1 + q + q^2, ...) so that the
@@ -33,7 +33,7 @@ def resize_bias_table(table: torch.Tensor, grid: int) -> torch.Tensor:
     class token are kept.
 
     Args:
-        table: [(2 g - 1)^2 + 3, heads] of any floating dtype.  grid: patches a side of the new picture.
+        table: [(2 g - 1)^2 + 3, heads] of any floating dtype.  grid: patches a side of the new image.
     Returns: [(2 grid - 1)^2 + 3, heads] in the same dtype, on the same device; the same tensor where grid is g.
     Raises: UserError if the table is for no square grid, or for one of a single patch.
     Source: BEiT (arXiv 2106.08254), released `run_class_finetuning.py`. timm's own resizing lies the same points but
@@ -45,7 +45,7 @@ def resize_bias_table(table: torch.Tensor, grid: int) -> torch.Tensor:
     if old_grid is None or old_grid < 2:
         raise UserError(
             f"a bias table of {len(table)} rows is for no square grid of patches that could be resized; "
-            "give weights of a square picture"
+            "give weights of a square image"
         )
     width, new_width = 2 * old_grid - 1, 2 * grid - 1
     points = geometric_points(width, new_width)
@@ -64,7 +64,7 @@ def geometric_points(width: int, new_width: int) -> np.ndarray:
     """Where `width` old distances lie on the axis of `new_width` new ones: float64 [width], ascending, symmetric about
     0, steps growing by one ratio.
 
-    The ratio is searched in [1.01, 1.5], as in the released code; towards a smaller picture it ends at 1.01, which cuts
+    The ratio is searched in [1.01, 1.5], as in the released code; towards a smaller image it ends at 1.01, which cuts
     far distances off.
     """
     half, reach = width // 2, new_width // 2

@@ -187,7 +187,7 @@ def hf_config(weights: BeitWeights) -> dict:
 
 
 def preprocessor_config(weights: BeitWeights) -> dict:
-    """The evaluation's view of a picture: short side to image_px / crop, then the central square.
+    """The evaluation's view of an image: short side to image_px / crop, then the central square.
 
     BEiT's own processor cannot keep the aspect ratio,
     CLIP's does just this."""
@@ -251,15 +251,15 @@ def _side(size: int | dict) -> int:
 def _usage(weights: BeitWeights) -> str:
     name = CLASSES[weights.kind]
     call = {
-        "mim": "model(**pictures, bool_masked_pos=hidden).logits    # [B, N, codes]",
-        "features": "model(**pictures).last_hidden_state",
-        "classifier": "model(**pictures).logits",
+        "mim": "model(**images, bool_masked_pos=hidden).logits    # [B, N, codes]",
+        "features": "model(**images).last_hidden_state",
+        "classifier": "model(**images).logits",
     }[weights.kind]
     return f"""```python
 from transformers import AutoImageProcessor, {name}
 
 processor = AutoImageProcessor.from_pretrained("PATH_OF_THIS_FOLDER")
 model = {name}.from_pretrained("PATH_OF_THIS_FOLDER").eval()
-pictures = processor(images=image, return_tensors="pt")
+images = processor(images=image, return_tensors="pt")
 {call}
 ```"""

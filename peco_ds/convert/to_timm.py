@@ -103,7 +103,7 @@ def timm_config(weights: BeitWeights) -> dict:
 def _usage(weights: BeitWeights) -> str:
     load = 'timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True'
     if weights.kind == "classifier":
-        return f"```python\nimport timm\n\nmodel = {load}).eval()    # pictures -> {weights.num_classes} logits\n```"
+        return f"```python\nimport timm\n\nmodel = {load}).eval()    # images -> {weights.num_classes} logits\n```"
     head = f"\n\n`{HEAD_FILE}` holds the mask token and the token head." if weights.kind == "mim" else ""
     return f"""```python
 import timm

@@ -30,7 +30,7 @@ from peco_ds.models.vit import timm_arguments
 TOLERANCE = 1e-5
 COMPARED = {"mim": "token logits and features", "features": "features", "classifier": "class logits"}
 LOADERS = {"timm": "timm", "transformers": "transformers", "unilm": "timm's port of unilm"}
-_HIDDEN_SHARE = 0.4
+_MASKED_SHARE = 0.4
 
 _START = """
 import sys
@@ -43,7 +43,7 @@ import json, numpy, torch
 import torch.nn.functional as F
 folder, kind, inputs, outputs = sys.argv[1:]
 given = numpy.load(inputs)
-images, hidden = torch.from_numpy(given["images"]), torch.from_numpy(given["hidden"])
+images, is_masked = torch.from_numpy(given["images"]), torch.from_numpy(given["is_masked"])
 torch.set_grad_enabled(False)
 def answers_of_timm(model, head):
     if kind == "classifier":
@@ -52,7 +52,8 @@ def answers_of_timm(model, head):
     if kind == "features":
         return {"tokens": tokens, "pooled": model(images)}
     mask_token = head["mask_token"].float()
-    model.patch_embed.register_forward_hook(lambda module, given, out: torch.where(hidden[..., None], mask_token, out))
+    where = is_masked[..., None]
+    model.patch_embed.register_forward_hook(lambda module, given, out: torch.where(where, mask_token, out))
     patches = model.forward_features(images)[:, 1:]
     return {"tokens": tokens, "logits": F.linear(patches, head["lm_head.weight"].float(), head["lm_head.bias"].float())}
 """
@@ -72,7 +73,7 @@ if any(report.values()):
 model = model.float().eval()
 if kind == "mim":
     tokens = model.layernorm(model.beit(images).last_hidden_state)
-    found = {"tokens": tokens, "logits": model(images, bool_masked_pos=hidden).logits}
+    found = {"tokens": tokens, "logits": model(images, bool_masked_pos=is_masked).logits}
 elif kind == "features":
     out = model(images)
     found = {"tokens": out.last_hidden_state, "pooled": out.pooler_output}
@@ -108,14 +109,14 @@ _SCRIPTS = {"timm": _TIMM, "transformers": _TRANSFORMERS, "unilm": _UNILM}
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says to drawn pictures: float32 arrays by name.
+    """What a model says to drawn images: float32 arrays by name.
 
-    `tokens` with nothing hidden, token `logits` with `hidden` patches hidden.
+    `tokens` with nothing masked, token `logits` with the patches of `is_masked` masked.
     """
 
     kind: str
     images_norm: torch.Tensor  # [B, 3, S, S]
-    hidden: torch.Tensor  # bool [B, N]
+    is_masked: torch.Tensor  # bool [B, N]
     values: dict[str, np.ndarray]
 
 
@@ -127,9 +128,9 @@ def answers_of(weights: BeitWeights) -> Answers:
     images = torch.randn(2, 3, settings.image_px, settings.image_px, generator=generator)
     places = settings.grid**2
     masked = torch.stack(
-        [torch.randperm(places, generator=generator)[: max(1, int(_HIDDEN_SHARE * places))] for _ in images]
+        [torch.randperm(places, generator=generator)[: max(1, int(_MASKED_SHARE * places))] for _ in images]
     )
-    hidden = torch.zeros(len(images), places, dtype=torch.bool).scatter_(1, masked, True)
+    is_masked = torch.zeros(len(images), places, dtype=torch.bool).scatter_(1, masked, True)
     tensors = {name: tensor.float() for name, tensor in weights.tensors.items()}
     if weights.kind == "mim":
         outside = ("mask_token", "lm_head.")
@@ -149,7 +150,7 @@ def answers_of(weights: BeitWeights) -> Answers:
     broken = next((name for name, value in values.items() if not value.isfinite().all()), None)
     if broken:
         raise UserError(f"{weights.source}: its {broken} are not finite; do not publish it, take an older checkpoint")
-    return Answers(weights.kind, images, hidden, {name: value.numpy() for name, value in values.items()})
+    return Answers(weights.kind, images, is_masked, {name: value.numpy() for name, value in values.items()})
 
 
 def _assembled(build: Callable[[], nn.Module], tensors: dict[str, torch.Tensor]) -> nn.Module:
@@ -175,7 +176,7 @@ def compare(release: Path, library: str, expected: Answers) -> float:
     """
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
-        np.savez(inputs, images=expected.images_norm.numpy(), hidden=expected.hidden.numpy())
+        np.savez(inputs, images=expected.images_norm.numpy(), is_masked=expected.is_masked.numpy())
         # -I: no PYTHONPATH and no current folder, as on a stranger's machine
         command = [
             sys.executable,

@@ -1,8 +1,8 @@
-"""Random pictures for classifiers, and the plain crop they are judged on: timm's parts, each draw a pure function of
+"""Random images for classifiers, and the plain crop they are judged on: timm's parts, each draw a pure function of
 its words.
 
 timm draws from the global generators of Python, numpy and torch. `drawn_from` lends it seeded ones and gives the
-process its own back, so that neither worker, rank nor restart changes a picture, and no picture changes the model's
+process its own back, so that neither worker, rank nor restart changes an image, and no image changes the model's
 stochastic depth.
 """
 
@@ -145,9 +145,9 @@ class BatchMix:
     Args:
         smoothing: share of a label spread evenly over all classes, in [0, 1).
         seed: of the run.
-        mean, std: of pictures in [0, 1].
-    Source: timm's RandomErasing (per-pixel noise, before mixing, as BEiT) and Mixup (one mixture a batch; picture i
-        meets picture B - 1 - i).
+        mean, std: of images in [0, 1].
+    Source: timm's RandomErasing (per-pixel noise, before mixing, as BEiT) and Mixup (one mixture a batch; image i
+        meets image B - 1 - i).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a tokenizer is judged on: the central square of every picture, exactly once over all ranks, with its label where
+"""What a tokenizer is judged on: the central square of every image, exactly once over all ranks, with its label where
 the set has any.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 from peco_ds.data.device_feed import device_batches
 from peco_ds.data.labelled import CropMaker, rank_samples
-from peco_ds.data.loaders import Pictures
+from peco_ds.data.loaders import ImageSet
 from peco_ds.data.views import center_view, cut
 from peco_ds.data.workers import RawBatch
 
@@ -31,13 +31,13 @@ def _central_square(size_px: int, image_u8: torch.Tensor) -> torch.Tensor:
 
 
 def square_batches(
-    pictures: Pictures, *, rank: int, world_size: int, batch: int, size_px: int, num_workers: int, device: torch.device
+    images: ImageSet, *, rank: int, world_size: int, batch: int, size_px: int, num_workers: int, device: torch.device
 ) -> Iterator[SquareBatch]:
-    """The squares that `held_out_pictures` cuts, of a set of any size.
+    """The squares that `held_out_images` cuts, of a set of any size.
 
     Every rank gets equally many batches of equal size, filled up with padding.
 
-    Raises: UserError for a picture that cannot be read, or a label that is not one of the set's.
+    Raises: UserError for an image that cannot be read, or a label that is not one of the set's.
     """
 
     def prepare(raw: RawBatch) -> torch.Tensor:
@@ -46,10 +46,10 @@ def square_batches(
     def finish(images_01: torch.Tensor, raw: RawBatch) -> SquareBatch:
         return SquareBatch(images_01, raw.labels, raw.samples)
 
-    make = CropMaker(pictures, partial(_central_square, size_px), size_px)
+    make = CropMaker(images, partial(_central_square, size_px), size_px)
     yield from device_batches(
         make,
-        list(rank_samples(pictures.num_samples, rank, world_size, batch)),
+        list(rank_samples(images.num_samples, rank, world_size, batch)),
         prepare,
         finish,
         num_workers=num_workers,

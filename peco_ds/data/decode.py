@@ -1,4 +1,4 @@
-"""Bytes of a picture file -> upright 8-bit RGB, or a stated reason why not.
+"""Bytes of an image file -> upright 8-bit RGB, or a stated reason why not.
 
 Ordinary JPEGs (grey or three channels, no EXIF rotation) are decoded natively by torchvision, where it still can.
 Everything else
@@ -21,11 +21,11 @@ from PIL import Image, ImageOps
 try:
     from torchvision.io import ImageReadMode
 
-    # The operator behind torchvision.io.decode_jpeg. The function warns of its removal at every picture, which takes a
+    # The operator behind torchvision.io.decode_jpeg. The function warns of its removal at every image, which takes a
     # twentieth of the decoding's time.
     decode_jpeg = torch.ops.image.decode_jpeg
 except (ImportError, AttributeError):
-    # once it is removed the careful path serves every picture, only slower
+    # once it is removed the careful path serves every image, only slower
     decode_jpeg = None
 
 # Pillow warns of a decompression bomb from this size on; here it is a refusal, since a loader process would hold 3
@@ -45,11 +45,11 @@ _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 class DecodeError(ValueError):
-    """The bytes are no picture that can be trusted; the message says why."""
+    """The bytes are no image that can be trusted; the message says why."""
 
 
 @dataclass(frozen=True)
-class PictureKind:
+class ImageKind:
     """What a file is by its content; its name is not asked."""
 
     # jpg, png, webp; empty for a format that image shards do not hold
@@ -60,14 +60,14 @@ class PictureKind:
 
 
 def decode_rgb(data: bytes) -> torch.Tensor:
-    """Decode a picture file.
+    """Decode an image file.
 
     EXIF orientation is applied. Of an animation the first frame is taken. 16 bits are scaled to 8. Transparency is laid
-    over white, the background such pictures are drawn for; dropping alpha would show what lies under it, most often
+    over white, the background such images are drawn for; dropping alpha would show what lies under it, most often
     black or noise.
 
     Returns: [3, H, W] uint8, RGB, channels last in memory.
-    Raises: DecodeError if the bytes are no picture, end early, are empty or hold more than MAX_PIXELS pixels or
+    Raises: DecodeError if the bytes are no image, end early, are empty or hold more than MAX_PIXELS pixels or
         MAX_SCANS scans.
     """
     header = _read_jpeg_header(data)
@@ -86,14 +86,14 @@ def decode_rgb(data: bytes) -> torch.Tensor:
         return torch.from_numpy(_upright_rgb(image)).permute(2, 0, 1)
 
 
-def picture_kind(data: bytes) -> PictureKind:
+def image_kind(data: bytes) -> ImageKind:
     """Look at the header only.
 
     Raises: DecodeError if the header is of no known format; a damaged body is found by `decode_rgb`.
     """
     header = _read_jpeg_header(data)
     if header is not None and header.ordinary:
-        return PictureKind("jpg", plain=True, lossless=False)
+        return ImageKind("jpg", plain=True, lossless=False)
     with _opened(data) as image:
         one_upright_opaque_frame = (
             image.mode in ("L", "RGB")
@@ -103,11 +103,11 @@ def picture_kind(data: bytes) -> PictureKind:
         )
         if image.format == "PNG":
             bit_depth = data[24]
-            return PictureKind("png", plain=one_upright_opaque_frame and bit_depth == 8, lossless=True)
+            return ImageKind("png", plain=one_upright_opaque_frame and bit_depth == 8, lossless=True)
         if image.format == "WEBP":
-            return PictureKind("webp", plain=one_upright_opaque_frame, lossless=b"VP8L" in data[:1024])
+            return ImageKind("webp", plain=one_upright_opaque_frame, lossless=b"VP8L" in data[:1024])
         is_jpeg = image.format in ("JPEG", "MPO")
-        return PictureKind("jpg" if is_jpeg else "", plain=False, lossless=not is_jpeg)
+        return ImageKind("jpg" if is_jpeg else "", plain=False, lossless=not is_jpeg)
 
 
 class _opened:
@@ -153,9 +153,9 @@ def _upright_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ("I", "F"):
         raise DecodeError(f"pixels of mode {image.mode} have no stated range to map to 8 bits")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        picture = image.convert("RGBA")
-        canvas = Image.new("RGBA", picture.size, "white")
-        canvas.alpha_composite(picture)
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, "white")
+        canvas.alpha_composite(rgba)
         image = canvas
     return np.array(image.convert("RGB"))
 

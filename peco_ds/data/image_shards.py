@@ -1,4 +1,4 @@
-"""An image set in the making: shards written from pictures, or tars indexed where they lie, each whole or absent.
+"""An image set in the making: shards written from images, or tars indexed where they lie, each whole or absent.
 
 A restart knows them.
 
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from peco_ds.data.atomic_files import alone, draft, flush_folder, flush_to_disk, remove_leftovers
+from peco_ds.data.image_folders import Image, printable, read_classes
 from peco_ds.data.indexed_tar import INDEX_SUFFIX, IndexedTar, index_name, write_index
-from peco_ds.data.picture_folders import Picture, printable, read_classes
-from peco_ds.data.whole_files import alone, draft, flush_folder, flush_to_disk, remove_leftovers
 from peco_ds.errors import UserError
 from peco_ds.schema import IMAGE_EXTENSIONS, MANIFEST_NAME, Shard, read_json, sha256_of_file, sha256_of_json, write_json
 
@@ -32,17 +32,17 @@ class PackJob:
 
     name: str
     folder: str
-    pictures: list[Picture]
+    images: list[Image]
     short_side_px: int
     quality: int
 
     @property
     def units(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def digest(self) -> str:
         return sha256_of_json(
-            [self.name, self.short_side_px, self.quality, [list(asdict(picture).values()) for picture in self.pictures]]
+            [self.name, self.short_side_px, self.quality, [list(asdict(image).values()) for image in self.images]]
         )
 
 
@@ -179,7 +179,7 @@ def make_shard(out: Path, job: PackJob | IndexJob, count_one: Callable[[], None]
     """Do one job and leave its record in `out`.
 
     Args:
-        count_one: called after each picture, or once for a tar.
+        count_one: called after each image, or once for a tar.
     Raises: UserError if something cannot be written, or a tar cannot serve.
     """
     record_path = out / _RECORDS / f"{job.name}.record.json"
@@ -203,17 +203,17 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
     with draft(tar_path) as file:
         # Fixed owner and time: the same folder gives the same bytes. PAX, since USTAR refuses long or accented keys.
         with TarWriter(file, user="peco", group="peco", mtime=0, encoder=False, format="PAX_FORMAT") as writer:
-            for picture in job.pictures:
+            for image in job.images:
                 try:
                     extension, data, changed = packed_bytes(
-                        Path(job.folder) / picture.path, job.short_side_px, job.quality
+                        Path(job.folder) / image.path, job.short_side_px, job.quality
                     )
                 except (ValueError, OSError) as error:
                     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-                    rejected.append(f"{printable(picture.path)}: {reason}")
+                    rejected.append(f"{printable(image.path)}: {reason}")
                 else:
-                    label = {"cls": str(picture.label).encode()} if picture.label >= 0 else {}
-                    writer.write({"__key__": picture.key, extension: data, **label})
+                    label = {"cls": str(image.label).encode()} if image.label >= 0 else {}
+                    writer.write({"__key__": image.key, extension: data, **label})
                     reencoded += changed
                 count_one()
         flush_to_disk(file)
@@ -226,19 +226,19 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
 
 
 def packed_bytes(path: Path, short_side_px: int, quality: int) -> tuple[str, bytes, bool]:
-    """What is stored for a picture file.
+    """What is stored for an image file.
 
     Returns: extension, bytes, whether they differ from the file's.
-    Raises: DecodeError (a ValueError) or OSError if the picture cannot be read to its end.
+    Raises: DecodeError (a ValueError) or OSError if the image cannot be read to its end.
     """
     from PIL import Image
 
-    from peco_ds.data.decode import DecodeError, decode_rgb, picture_kind
+    from peco_ds.data.decode import DecodeError, decode_rgb, image_kind
 
     if path.exists() and not path.is_file():
         raise DecodeError("not a regular file")
     data = path.read_bytes()
-    kind = picture_kind(data)
+    kind = image_kind(data)
     # also where the bytes are kept: a damaged body shows only here
     pixels = decode_rgb(data)
     height_px, width_px = pixels.shape[1:]
@@ -247,7 +247,7 @@ def packed_bytes(path: Path, short_side_px: int, quality: int) -> tuple[str, byt
         return kind.extension, data, False
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     if shrink < 1:
-        # Rounding may not take the long side of a very thin picture below the short one.
+        # Rounding may not take the long side of a very thin image below the short one.
         size = [max(short_side_px, round(side * shrink)) for side in (width_px, height_px)]
         image = image.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
@@ -270,7 +270,7 @@ def _index_in_place(out: Path, job: IndexJob, count_one: Callable[[], None]) -> 
         if not any(extension in IMAGE_EXTENSIONS for extension in tar.extensions(i)):
             known = " .".join(IMAGE_EXTENSIONS)
             raise UserError(
-                f"{job.tar_path}: key {tar.key(i)!r} has no picture (.{known}); leave this tar out, or unpack "
+                f"{job.tar_path}: key {tar.key(i)!r} has no image (.{known}); leave this tar out, or unpack "
                 "it and use --images"
             )
         text = tar.read(i, ("cls",)).get("cls")

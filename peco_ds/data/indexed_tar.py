@@ -192,7 +192,7 @@ class IndexedTar:
                 "or copy it whole"
             )
         # Among hundreds of ranks a worker reads a few samples of every shard it opens: to parse and check all the
-        # others would take as long as decoding those few pictures. One that the manifest vouches for is cut at the line
+        # others would take as long as decoding those few images. One that the manifest vouches for is cut at the line
         # breaks we wrote, and a sample is parsed when it is read.
         self._tar_bytes, self._samples = (_cut(text) if index_sha256 else None) or self._checked(text)
         self._parsed: tuple[int, dict] | None = None  # the sample read last

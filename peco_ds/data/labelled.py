@@ -1,4 +1,4 @@
-"""Labelled batches: augmented and mixed for training, plain and each picture exactly once for evaluation."""
+"""Labelled batches: augmented and mixed for training, plain and each image exactly once for evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peco_ds.config import AugmentSettings, DataSettings
 from peco_ds.data.augment import BatchMix, CenterCrop, TrainCrop, drawn_from
 from peco_ds.data.decode import DecodeError
 from peco_ds.data.device_feed import device_batches
-from peco_ds.data.loaders import BadPictures, Pictures
+from peco_ds.data.loaders import BadImages, ImageSet
 from peco_ds.data.order import AUGMENT, SampleOrder
 from peco_ds.data.views import normalize
 from peco_ds.data.workers import RawBatch
@@ -43,45 +43,45 @@ class EvalBatch(NamedTuple):
     samples: torch.Tensor
 
 
-def check_labels(pictures: Pictures, what: str) -> tuple[str, ...]:
+def check_labels(images: ImageSet, what: str) -> tuple[str, ...]:
     """Class names of a labelled set, in label order.
 
     Args:
         what: the setting or option that named the set, for the message.
     Raises: UserError if the set has no labels.
     """
-    if not pictures.manifest.classes:
+    if not images.manifest.classes:
         raise UserError(
-            f"{what} {pictures.folder}: holds pictures without labels; pack class folders with "
+            f"{what} {images.folder}: holds images without labels; pack class folders with "
             "pack_images.py --labels folders, or index tars with .cls members"
         )
-    return tuple(pictures.manifest.classes)
+    return tuple(images.manifest.classes)
 
 
 def labelled_sets(
     images: Path, val_images: Path, names: tuple[str, str] = ("data.images", "data.val_images")
-) -> tuple[Pictures, Pictures, tuple[str, ...]]:
+) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     """A set to train on, a set to measure on, and the class names of both.
 
     Args:
         names: the settings or options that named the sets, for messages.
     Raises: UserError if one is missing or unlabelled, or their classes differ.
     """
-    pictures, held_out = Pictures(images), Pictures(val_images)
-    classes = check_labels(pictures, names[0])
+    image_set, held_out = ImageSet(images), ImageSet(val_images)
+    classes = check_labels(image_set, names[0])
     if check_labels(held_out, names[1]) != classes:
         raise UserError(
-            f"{names[1]} {held_out.folder}: its classes are not those of {pictures.folder}, or stand in "
+            f"{names[1]} {held_out.folder}: its classes are not those of {image_set.folder}, or stand in "
             "another order; pack both from the same class folders"
         )
-    return pictures, held_out, classes
+    return image_set, held_out, classes
 
 
 @dataclass
 class _TrainMaker:
-    """Positions of the run -> augmented pictures and labels. Travels to the workers, so it holds no open file."""
+    """Positions of the run -> augmented images and labels. Travels to the workers, so it holds no open file."""
 
-    pictures: Pictures
+    images: ImageSet
     order: SampleOrder
     crop: TrainCrop
     image_px: int
@@ -92,10 +92,10 @@ class _TrainMaker:
         shown = -1
         for position in map(int, positions):
             sample = self.order.sample_at(position)
-            # repeats of a picture stand side by side; it is decoded once
+            # repeats of an image stand side by side; it is decoded once
             if sample != shown:
-                substitute, key, image, bad = self.pictures.decode_or_next(sample)
-                label, shown = self.pictures.label(substitute), sample
+                substitute, key, image, bad = self.images.decode_or_next(sample)
+                label, shown = self.images.label(substitute), sample
                 raw.bad += bad
             with drawn_from(AUGMENT, self.seed, self.order.epoch_of(position), sample, self.order.repeat_of(position)):
                 cuts.append(self.crop(image))
@@ -108,7 +108,7 @@ class _TrainMaker:
 
 
 def training_batches(
-    pictures: Pictures,
+    images: ImageSet,
     positions,
     *,
     data: DataSettings,
@@ -120,27 +120,27 @@ def training_batches(
     device: torch.device,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
-    bad: BadPictures | None = None,
+    bad: BadImages | None = None,
 ) -> Iterator[LabelledBatch]:
     """Batches of classifier training.
 
-    An unreadable picture is named and counted, and the next one takes its place with its own label.
+    An unreadable image is named and counted, and the next one takes its place with its own label.
 
     Args:
-        pictures: a labelled set (`check_labels`).
+        images: a labelled set (`check_labels`).
         positions: iterable of position arrays of one length, one a batch (`order.rank_positions`).
         smoothing: of the labels, in [0, 1).  num_classes: C; as many as the set has, or more.
-        mean, std: statistics of pictures in [0, 1] that the weights expect.
-        bad: the run's count of unreadable pictures; None: one of this call's own.
+        mean, std: statistics of images in [0, 1] that the weights expect.
+        bad: the run's count of unreadable images; None: one of this call's own.
     Yields: LabelledBatch on `device`.
-    Raises: UserError for a label that is not one of the set's, too many unreadable pictures, or an augmentation that
+    Raises: UserError for a label that is not one of the set's, too many unreadable images, or an augmentation that
         timm does not know.
     """
-    assert len(pictures.manifest.classes) <= num_classes, (
-        f"{len(pictures.manifest.classes)} classes in the set, {num_classes} in the head"
+    assert len(images.manifest.classes) <= num_classes, (
+        f"{len(images.manifest.classes)} classes in the set, {num_classes} in the head"
     )
-    order = SampleOrder(pictures.shards.shard_sizes, seed, data.shuffle_window_shards, augment.repeats)
-    make = _TrainMaker(pictures, order, TrainCrop(augment, image_px), image_px, seed)
+    order = SampleOrder(images.shards.shard_sizes, seed, data.shuffle_window_shards, augment.repeats)
+    make = _TrainMaker(images, order, TrainCrop(augment, image_px), image_px, seed)
     mix = BatchMix(augment, smoothing=smoothing, num_classes=num_classes, seed=seed, mean=mean, std=std)
 
     def prepare(raw: RawBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,7 +150,7 @@ def training_batches(
     def finish(ready: tuple[torch.Tensor, torch.Tensor], raw: RawBatch) -> LabelledBatch:
         return LabelledBatch(*ready, raw.keys)
 
-    bad = bad or BadPictures(data.max_bad_share)
+    bad = bad or BadImages(data.max_bad_share)
     yield from device_batches(
         make, positions, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch
     )
@@ -158,12 +158,12 @@ def training_batches(
 
 @dataclass
 class CropMaker:
-    """Sample numbers -> a crop of each picture, and its label where the set has any.
+    """Sample numbers -> a crop of each image, and its label where the set has any.
 
     Travels to the workers, so it holds no open file.
     """
 
-    pictures: Pictures
+    images: ImageSet
     # uint8 [3, H, W] -> uint8 [3, image_px, image_px]
     crop: Callable[[torch.Tensor], torch.Tensor]
     image_px: int
@@ -175,20 +175,20 @@ class CropMaker:
             if sample == PADDING:
                 continue
             try:
-                _, image = self.pictures.decode(sample)
+                _, image = self.images.decode(sample)
             except DecodeError as error:
                 raise UserError(
-                    f"{self.pictures.folder}: unreadable picture {error}; accuracy needs every picture of the "
+                    f"{self.images.folder}: unreadable image {error}; accuracy needs every image of the "
                     "set, repair it or pack it again"
                 ) from None
             images_u8[row] = self.crop(image)
-            if self.pictures.manifest.classes:
-                labels[row] = self.pictures.label(sample)
+            if self.images.manifest.classes:
+                labels[row] = self.images.label(sample)
         return RawBatch(cuts={self.image_px: images_u8}, labels=labels, samples=torch.from_numpy(samples))
 
 
 def evaluation_batches(
-    pictures: Pictures,
+    images: ImageSet,
     *,
     rank: int,
     world_size: int,
@@ -200,19 +200,19 @@ def evaluation_batches(
     num_workers: int,
     device: torch.device,
 ) -> Iterator[EvalBatch]:
-    """Central crops of this rank's share of a labelled set; every picture exactly once over all ranks.
+    """Central crops of this rank's share of a labelled set; every image exactly once over all ranks.
 
     Every rank gets equally many batches of equal size, filled up with padding, since under ZeRO-3 a forward pass is
     collective.
 
     Args:
-        batch: pictures a forward pass; fewer where a rank's whole share is smaller.
+        batch: images a forward pass; fewer where a rank's whole share is smaller.
         crop: share of the resized short side that is seen, in (0, 1].
         mean, std: statistics of images in [0, 1] that the weights expect.
     Yields: EvalBatch on `device`; a rank's samples are consecutive and increasing.
-    Raises: UserError for a picture that cannot be read, or a label that is not one of the set's.
+    Raises: UserError for an image that cannot be read, or a label that is not one of the set's.
     """
-    places = rank_samples(pictures.num_samples, rank, world_size, batch)
+    places = rank_samples(images.num_samples, rank, world_size, batch)
 
     def prepare(raw: RawBatch) -> EvalBatch:
         images_norm = normalize(raw.cuts[image_px].to(device, non_blocking=True), mean, std)
@@ -220,7 +220,7 @@ def evaluation_batches(
             images_norm, raw.labels.to(device, non_blocking=True), raw.samples.to(device, non_blocking=True)
         )
 
-    make = CropMaker(pictures, CenterCrop(image_px, crop), image_px)
+    make = CropMaker(images, CenterCrop(image_px, crop), image_px)
     yield from device_batches(
         make, list(places), prepare, lambda batch, _: batch, num_workers=num_workers, device=device
     )

@@ -1,6 +1,6 @@
 """One function a stage -> typed batches, in an order that no worker, rank or micro-batch can change.
 
-Workers decode and cut; jitter and normalisation run in batches on the device. A picture that cannot be read is named
+Workers decode and cut; jitter and normalisation run in batches on the device. An image that cannot be read is named
 and counted and its place taken by the next one of the set; a token record that cannot be trusted, or a shard that is no
 longer the one of the manifest, stops the run.
 """
@@ -22,7 +22,7 @@ from peco_ds.data.device_feed import device_batches
 from peco_ds.data.indexed_tar import DamagedRecord, ShardSet
 from peco_ds.data.masking import draw_masked
 from peco_ds.data.order import SampleOrder, view_at
-from peco_ds.data.patient_reads import UnreadableRecord, read_patiently
+from peco_ds.data.retry import UnreadableRecord, read_with_retries
 from peco_ds.data.token_shards import TokenRecord, TokenSet
 from peco_ds.data.views import center_view, cut, draw_view, jitter, room_for_cuts, to_backbone, to_tokenizer
 from peco_ds.data.workers import RawBatch
@@ -31,7 +31,7 @@ from peco_ds.schema import IGNORED, IMAGE_EXTENSIONS, VIEW_COLUMNS, ImageManifes
 
 logger = logging.getLogger("peco_ds")
 
-# view row of a picture that could not be read: a box without height
+# view row of an image that could not be read: a box without height
 UNREADABLE = np.zeros(len(VIEW_COLUMNS), dtype=np.float32)
 
 
@@ -62,7 +62,7 @@ def codes_of(tokenizer, images_11: torch.Tensor, views: ViewSettings) -> Codes:
 class MaskedTargets(NamedTuple):
     """What an objective compares a model's outputs with."""
 
-    # int64 [B, M], of the hidden patches; IGNORED where `masked` only repeats its last one
+    # int64 [B, M], of the masked patches; IGNORED where `masked` only repeats its last one
     codes: torch.Tensor
     masked: torch.Tensor  # int64 [B, M]
     # int64 [B, N, T], of all patches: a target may mix in what its neighbours are
@@ -74,7 +74,7 @@ class MaskedBatch(NamedTuple):
     """What a masked pre-training step needs, on the device."""
 
     images_norm: torch.Tensor  # float32 [B, 3, S, S], ImageNet statistics
-    # int64 [B, M], hidden patches, increasing; a picture with fewer repeats its last one
+    # int64 [B, M], masked patches, increasing; an image with fewer repeats its last one
     masked: torch.Tensor
     targets: MaskedTargets
     keys: list[str]
@@ -87,8 +87,8 @@ class CropBatch(NamedTuple):
     keys: list[str]
 
 
-class Pictures:
-    """Decoded pictures of an image set by global sample number.
+class ImageSet:
+    """Decoded images of an image set by global sample number.
 
     Args:
         folder: of image shards, with its manifest.
@@ -103,16 +103,16 @@ class Pictures:
     def decode(self, sample: int) -> tuple[str, torch.Tensor]:
         """Key and uint8 [3, H, W].
 
-        Raises: DecodeError (names the key) if the record is damaged, cannot be read or is no picture; UserError if its
-            whole shard is missing or has another size than the manifest says: that is no single bad picture.
+        Raises: DecodeError (names the key) if the record is damaged, cannot be read or is no image; UserError if its
+            whole shard is missing or has another size than the manifest says: that is no single bad image.
         """
         try:
-            key, members = read_patiently(self.shards, sample, IMAGE_EXTENSIONS)
+            key, members = read_with_retries(self.shards, sample, IMAGE_EXTENSIONS)
         except (DamagedRecord, UnreadableRecord) as error:
             self.shards.check_shards([self.shards.locate(sample)[0]], "size")
             raise DecodeError(str(error)) from None
         if not members:
-            raise DecodeError(f"{key}: has no picture ({', '.join(IMAGE_EXTENSIONS)})")
+            raise DecodeError(f"{key}: has no image ({', '.join(IMAGE_EXTENSIONS)})")
         try:
             return key, decode_rgb(next(iter(members.values())))
         except DecodeError as error:
@@ -122,12 +122,12 @@ class Pictures:
         return self.shards.key(sample)
 
     def label(self, sample: int) -> int:
-        """Class number of a picture of a labelled set.
+        """Class number of an image of a labelled set.
 
         Raises: UserError naming key and value if the record has no label, or one outside the manifest's classes.
         """
         try:
-            key, members = read_patiently(self.shards, sample, ("cls",))
+            key, members = read_with_retries(self.shards, sample, ("cls",))
         except UnreadableRecord as error:
             raise UserError(f"{error}; its label is needed: repair the set or the file system") from None
         shard, _ = self.shards.locate(sample)
@@ -135,7 +135,7 @@ class Pictures:
         if "cls" not in members:
             raise UserError(
                 f"{place}: has no .cls, but the set has {len(self.manifest.classes)} classes; make the set "
-                "again with a label for every picture"
+                "again with a label for every image"
             )
         text = members["cls"].strip()
         if not text.isdigit() or len(text) > 9 or int(text) >= len(self.manifest.classes):
@@ -146,11 +146,11 @@ class Pictures:
         return int(text)
 
     def decode_or_next(self, sample: int) -> tuple[int, str, torch.Tensor, list[str]]:
-        """As `decode`, or the next readable picture of the set.
+        """As `decode`, or the next readable image of the set.
 
         The same substitute on every rank and after every restart.
 
-        Returns: sample number used, key, picture, and what was unreadable on the way.
+        Returns: sample number used, key, image, and what was unreadable on the way.
         """
         bad: list[str] = []
         for step in range(self.num_samples):
@@ -159,30 +159,30 @@ class Pictures:
                 return candidate, *self.decode(candidate), bad
             except DecodeError as error:
                 bad.append(str(error))
-        raise UserError(f"{self.folder}: none of {self.num_samples} pictures can be read; first: {bad[0]}")
+        raise UserError(f"{self.folder}: none of {self.num_samples} images can be read; first: {bad[0]}")
 
 
-class BadPictures:
-    """Names and counts the unreadable pictures that this rank met in the whole run, and stops the run when they are too
+class BadImages:
+    """Names and counts the unreadable images that this rank met in the whole run, and stops the run when they are too
     many.
 
     Its state is kept in checkpoints, so that no restart grants the first few anew.
 
     Args:
-        max_share: of the pictures read; the first `tolerated` are always allowed.
+        max_share: of the images read; the first `tolerated` are always allowed.
     """
 
     tolerated = 10
 
     def __init__(self, max_share: float) -> None:
         self._max_share = max_share
-        # readings of a picture that failed: one picture counts once an epoch
+        # readings of an image that failed: one image counts once an epoch
         self.count = 0
         self.read = 0
         self._named: set[str] = set()  # since this start
 
     def add(self, read: int, bad: list[str]) -> None:
-        """One batch: pictures in it, and a text for each unreadable one.
+        """One batch: images in it, and a text for each unreadable one.
 
         Raises: UserError when they have become too many.
         """
@@ -191,10 +191,10 @@ class BadPictures:
         for text in bad:
             if text not in self._named:
                 self._named.add(text)
-                logger.warning("unreadable picture, the next one takes its place: %s", text)
+                logger.warning("unreadable image, the next one takes its place: %s", text)
         if bad and self.count > max(self.tolerated, self._max_share * self.read):
             raise UserError(
-                f"{self.count} of {self.read} readings of pictures failed on this rank, more than "
+                f"{self.count} of {self.read} readings of images failed on this rank, more than "
                 f"{self.tolerated} and more than data.max_bad_share {self._max_share}; last: {bad[-1]}; "
                 "repair the image set or raise the share"
             )
@@ -219,7 +219,7 @@ class MaskedMaker:
     Travels to the workers, so it holds no open file.
     """
 
-    pictures: Pictures
+    images: ImageSet
     # None: views are drawn here and codes computed in the loop
     tokens: TokenSet | None
     order: SampleOrder
@@ -232,32 +232,32 @@ class MaskedMaker:
     def _read(
         self, epoch: int, sample: int, view: int
     ) -> tuple[int, str, torch.Tensor, int, TokenRecord | None, list[str]]:
-        """The first picture from `sample` on that can be read here and could be read by the tokenizer.
+        """The first image from `sample` on that can be read here and could be read by the tokenizer.
 
         Its view of this epoch (`view` if it is the first), and the record of that view.
         """
         bad: list[str] = []
         first = sample
         while True:
-            sample, key, image, unreadable = self.pictures.decode_or_next(sample)
+            sample, key, image, unreadable = self.images.decode_or_next(sample)
             bad += unreadable
             own_view = view if sample == first else view_at(self.seed, epoch, sample, self.views.count)
             record = self.tokens.read(sample, key, own_view) if self.tokens is not None else None
             if record is None or record.is_usable:
                 return sample, key, image, own_view, record, bad
             bad.append(f"{key}: the tokenizer could not read it")
-            if len(bad) > self.pictures.num_samples:
+            if len(bad) > self.images.num_samples:
                 raise UserError(
-                    f"{self.tokens.folder}: no picture of the set was readable when it was tokenized; tokenize again"
+                    f"{self.tokens.folder}: no image of the set was readable when it was tokenized; tokenize again"
                 )
-            sample = (sample + 1) % self.pictures.num_samples
+            sample = (sample + 1) % self.images.num_samples
 
     def __call__(self, positions: np.ndarray) -> RawBatch:
         raw = RawBatch()
         looks = {backbone_look(self.image_px)} | ({tokenizer_look(self.views)} if self.tokens is None else set())
         raw.cuts, rows = {look: room_for_cuts(len(positions), look[0]) for look in looks}, []
         stored: list[tuple[np.ndarray, ...]] = []
-        # What needs no pixel is drawn for the whole batch at once: between two pictures, whose pixels have filled the
+        # What needs no pixel is drawn for the whole batch at once: between two images, whose pixels have filled the
         # caches, it takes several times as long.
         chosen = [(self.order.epoch_of(position), self.order.sample_at(position)) for position in positions.tolist()]
         first_views = [view_at(self.seed, epoch, sample, self.views.count) for epoch, sample in chosen]
@@ -335,7 +335,7 @@ def draw_recorded_view(image: torch.Tensor, views: ViewSettings, sample: int, vi
 
 
 def masked_batches(
-    pictures: Pictures,
+    image_set: ImageSet,
     tokens: TokenSet | Callable[[torch.Tensor], Codes],
     positions,
     *,
@@ -346,19 +346,19 @@ def masked_batches(
     grid: int,
     seed: int,
     device: torch.device,
-    bad: BadPictures | None = None,
+    bad: BadImages | None = None,
 ) -> Iterator[MaskedBatch]:
     """Batches of masked pre-training.
 
     Args:
         tokens: a token set, or a tokenizer `images_11 [B, 3, T, T] -> Codes` that computes them online.
         positions: iterable of position arrays, one a batch (`order.rank_positions`).
-        bad: the run's count of unreadable pictures; None: one of this call's own.
+        bad: the run's count of unreadable images; None: one of this call's own.
     Yields: MaskedBatch on `device`.
     """
     stored = tokens if isinstance(tokens, TokenSet) else None
-    order = SampleOrder(pictures.shards.shard_sizes, seed, data.shuffle_window_shards)
-    make = MaskedMaker(pictures, stored, order, views, mask, image_px, grid, seed)
+    order = SampleOrder(image_set.shards.shard_sizes, seed, data.shuffle_window_shards)
+    make = MaskedMaker(image_set, stored, order, views, mask, image_px, grid, seed)
 
     def prepare(raw: RawBatch) -> tuple:
         images = {look: jitter(images.to(device, non_blocking=True), raw.rows) for look, images in raw.cuts.items()}
@@ -376,7 +376,7 @@ def masked_batches(
         codes = Codes(*known) if stored is not None else tokens(*known)
         return MaskedBatch(images_norm, masked, masked_targets(codes, masked), raw.keys)
 
-    bad = bad or BadPictures(data.max_bad_share)
+    bad = bad or BadImages(data.max_bad_share)
     yield from device_batches(
         make, positions, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch
     )
@@ -384,16 +384,16 @@ def masked_batches(
 
 def masked_targets(codes: Codes, masked: torch.Tensor) -> MaskedTargets:
     """Args: masked: int64 [B, M], increasing; repeated at the end of a row that has fewer."""
-    hidden = codes.codes.gather(1, masked)
-    hidden[:, 1:].masked_fill_(masked[:, 1:] == masked[:, :-1], IGNORED)
-    return MaskedTargets(hidden, masked, codes.topk_codes, codes.topk_probs)
+    masked_codes = codes.codes.gather(1, masked)
+    masked_codes[:, 1:].masked_fill_(masked[:, 1:] == masked[:, :-1], IGNORED)
+    return MaskedTargets(masked_codes, masked, codes.topk_codes, codes.topk_probs)
 
 
 @dataclass
 class _CropMaker:
-    """Positions of the run -> one random crop of each picture, another one every epoch."""
+    """Positions of the run -> one random crop of each image, another one every epoch."""
 
-    pictures: Pictures
+    images: ImageSet
     order: SampleOrder
     views: ViewSettings
 
@@ -401,7 +401,7 @@ class _CropMaker:
         raw, cuts, rows = RawBatch(), room_for_cuts(len(positions), self.views.tokenizer_px), []
         for place, position in enumerate(positions):
             epoch = self.order.epoch_of(int(position))
-            sample, key, image, bad = self.pictures.decode_or_next(self.order.sample_at(int(position)))
+            sample, key, image, bad = self.images.decode_or_next(self.order.sample_at(int(position)))
             row = draw_recorded_view(image, self.views, sample, epoch)
             cuts[place] = cut(image, row, *tokenizer_look(self.views))
             rows.append(row)
@@ -413,14 +413,14 @@ class _CropMaker:
 
 
 def crop_batches(
-    pictures: Pictures,
+    images: ImageSet,
     order: SampleOrder,
     positions,
     *,
     data: DataSettings,
     views: ViewSettings,
     device: torch.device,
-    bad: BadPictures | None = None,
+    bad: BadImages | None = None,
 ) -> Iterator[CropBatch]:
     """Batches of tokenizer training; `bad` as in `masked_batches`. Yields: CropBatch on `device`."""
 
@@ -430,9 +430,9 @@ def crop_batches(
     def finish(images_11: torch.Tensor, raw: RawBatch) -> CropBatch:
         return CropBatch(images_11, raw.keys)
 
-    bad = bad or BadPictures(data.max_bad_share)
+    bad = bad or BadImages(data.max_bad_share)
     yield from device_batches(
-        _CropMaker(pictures, order, views),
+        _CropMaker(images, order, views),
         positions,
         prepare,
         finish,
@@ -444,20 +444,20 @@ def crop_batches(
 
 @dataclass
 class _ViewsMaker:
-    """Sample numbers -> all K recorded views of each picture; every picture is decoded once."""
+    """Sample numbers -> all K recorded views of each image; every image is decoded once."""
 
-    pictures: Pictures
+    images: ImageSet
     views: ViewSettings
 
     def __call__(self, samples: np.ndarray) -> RawBatch:
         raw, rows, look = RawBatch(), [], tokenizer_look(self.views)
         cuts = room_for_cuts(len(samples) * self.views.count, look[0])
         for sample in samples:
-            key = self.pictures.key(int(sample))
+            key = self.images.key(int(sample))
             try:
-                _, image = self.pictures.decode(int(sample))
+                _, image = self.images.decode(int(sample))
             except DecodeError as error:
-                # Token records keep the pictures' places: an unreadable one is recorded without a box and never used.
+                # Token records keep the images' places: an unreadable one is recorded without a box and never used.
                 raw.bad.append(str(error))
                 image = None
             for view in range(self.views.count):
@@ -471,22 +471,22 @@ class _ViewsMaker:
 
 
 class ViewsBatch(NamedTuple):
-    """All K views of b pictures."""
+    """All K views of b images."""
 
     keys: list[str]
     rows: np.ndarray  # float32 [b, K, len(VIEW_COLUMNS)]
-    # float32 [b * K, 3, T, T] on the device, views of a picture adjacent
+    # float32 [b * K, 3, T, T] on the device, views of an image adjacent
     images_11: torch.Tensor
 
 
 def view_batches(
-    pictures: Pictures,
+    images: ImageSet,
     samples: list[np.ndarray],
     *,
     data: DataSettings,
     views: ViewSettings,
     device: torch.device,
-    bad: BadPictures | None = None,
+    bad: BadImages | None = None,
 ) -> Iterator[ViewsBatch]:
     """Batches of tokenizing: `samples` is a list of arrays of sample numbers, one a batch.
 
@@ -499,9 +499,9 @@ def view_batches(
     def finish(images_11: torch.Tensor, raw: RawBatch) -> ViewsBatch:
         return ViewsBatch(raw.keys, raw.rows.numpy().reshape(len(raw.keys), views.count, -1), images_11)
 
-    bad = bad or BadPictures(data.max_bad_share)
+    bad = bad or BadImages(data.max_bad_share)
     yield from device_batches(
-        _ViewsMaker(pictures, views),
+        _ViewsMaker(images, views),
         samples,
         prepare,
         finish,
@@ -511,42 +511,42 @@ def view_batches(
     )
 
 
-def training_order(pictures: Pictures, data: DataSettings, seed: int) -> SampleOrder:
-    """The order of a run over an image set, without the last `data.holdout` pictures when they are the held-out set.
+def training_order(images: ImageSet, data: DataSettings, seed: int) -> SampleOrder:
+    """The order of a run over an image set, without the last `data.holdout` images when they are the held-out set.
 
     Raises: UserError if nothing would be left to train on.
     """
     holdout = 0 if data.val_images else data.holdout
-    ends = np.cumsum(pictures.shards.shard_sizes)
-    if holdout >= pictures.num_samples:
-        raise UserError(f"data.holdout {holdout}: the set has {pictures.num_samples} pictures; keep fewer")
-    kept = np.minimum(ends, pictures.num_samples - holdout)
+    ends = np.cumsum(images.shards.shard_sizes)
+    if holdout >= images.num_samples:
+        raise UserError(f"data.holdout {holdout}: the set has {images.num_samples} images; keep fewer")
+    kept = np.minimum(ends, images.num_samples - holdout)
     return SampleOrder(np.diff(kept, prepend=0), seed, data.shuffle_window_shards)
 
 
-def held_out_pictures(pictures: Pictures, data: DataSettings, max_images: int, size_px: int) -> torch.Tensor:
-    """Central squares of the held-out pictures: of data.val_images (spread over the set), or the last data.holdout of
+def held_out_images(images: ImageSet, data: DataSettings, max_images: int, size_px: int) -> torch.Tensor:
+    """Central squares of the held-out images: of data.val_images (spread over the set), or the last data.holdout of
     the training set.
 
     Returns: uint8 [n, 3, size_px, size_px]; unreadable ones are named and left out.
     Raises: UserError if there is none.
     """
     if data.val_images:
-        pictures = Pictures(data_path(data, data.val_images))
-        samples = np.unique(np.linspace(0, pictures.num_samples - 1, max_images).astype(int))
+        images = ImageSet(data_path(data, data.val_images))
+        samples = np.unique(np.linspace(0, images.num_samples - 1, max_images).astype(int))
     else:
-        samples = np.arange(pictures.num_samples - min(data.holdout, max_images), pictures.num_samples)
+        samples = np.arange(images.num_samples - min(data.holdout, max_images), images.num_samples)
     crops = []
     for sample in samples:
         try:
-            _, image = pictures.decode(int(sample))
+            _, image = images.decode(int(sample))
         except DecodeError as error:
-            logger.warning("unreadable held-out picture, left out: %s", error)
+            logger.warning("unreadable held-out image, left out: %s", error)
             continue
         crops.append(cut(image, center_view(*image.shape[1:]), size_px))
     if not crops:
         raise UserError(
-            "no held-out picture to judge the tokenizer on; set data.val_images to an image set or "
-            "data.holdout to a number of pictures"
+            "no held-out image to judge the tokenizer on; set data.val_images to an image set or "
+            "data.holdout to a number of images"
         )
     return torch.stack(crops)

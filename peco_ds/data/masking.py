@@ -1,4 +1,4 @@
-"""Which patches are hidden: block masks and random masks, from an explicit generator."""
+"""Which patches are masked: block masks and random masks, from an explicit generator."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def draw_masked(
     min_aspect: float,
     exact: bool = True,
 ) -> np.ndarray:
-    """Hidden positions of one picture, as a pure function of (seed, epoch, sample).
+    """Masked positions of one image, as a pure function of (seed, epoch, sample).
 
     Args:
         grid: patches a side.
         kind: "block" or "random".
-        count: patches hidden.
+        count: patches masked.
         exact: False: of blocks at most `count` patches; see `block_mask`.
     Returns: int64 [M], increasing row-major patch numbers; M = count, or 1 <= M <= count for blocks that are not exact.
     """
@@ -42,40 +42,40 @@ def draw_masked(
 def block_mask(
     draw: np.random.Generator, grid: int, count: int, min_block: int, min_aspect: float, *, exact: bool = True
 ) -> np.ndarray:
-    """Rectangles of patches until `count` are hidden or ten tries add nothing, then filled up at random to exactly
+    """Rectangles of patches until `count` are masked or ten tries add nothing, then filled up at random to exactly
     `count`.
 
     Args:
-        exact: False: not filled up. Where no block fits at all one patch is hidden, so that every picture has something
+        exact: False: not filled up. Where no block fits at all one patch is masked, so that every image has something
             to predict.
-    Returns: bool [grid, grid]; True = hidden.
+    Returns: bool [grid, grid]; True = masked.
     Source: blocks as BEiT (arXiv 2106.08254, algorithm 1; released `masking_generator.py`): area uniform between
         `min_block` and what is missing, aspect log-uniform, sides strictly smaller than the grid, a block is taken if
         it adds at least one and at most the missing number of patches. The exact count is BEiT v2's: a fixed number of
-        hidden patches keeps shapes static.
+        masked patches keeps shapes static.
     """
     # bit r * grid + c: a whole block is counted in one step, where an array of patches would cost most of a mask's time
-    hidden = 0
+    covered = 0
     missing = count
     while missing > 0:
-        block = _draw_block(draw, hidden, grid, missing, min_block, min_aspect)
+        block = _draw_block(draw, covered, grid, missing, min_block, min_aspect)
         if block == 0:
             break
-        missing -= (block & ~hidden).bit_count()
-        hidden |= block
-    bits = np.array(bytearray(hidden.to_bytes(-(-grid * grid // 8), "little")))
+        missing -= (block & ~covered).bit_count()
+        covered |= block
+    bits = np.array(bytearray(covered.to_bytes(-(-grid * grid // 8), "little")))
     mask = np.unpackbits(bits, count=grid * grid, bitorder="little").astype(bool).reshape(grid, grid)
     if not exact:
         missing = 1 if missing == count else 0
     if missing > 0:
-        shown = np.flatnonzero(~mask)
-        mask.flat[draw.choice(shown, missing, replace=False)] = True
+        visible = np.flatnonzero(~mask)
+        mask.flat[draw.choice(visible, missing, replace=False)] = True
     assert 0 < mask.sum() <= count and (mask.sum() == count or not exact)
     return mask
 
 
 def _draw_block(
-    draw: np.random.Generator, hidden: int, grid: int, missing: int, min_block: int, min_aspect: float
+    draw: np.random.Generator, covered: int, grid: int, missing: int, min_block: int, min_aspect: float
 ) -> int:
     """One more block, as bits; 0 if no try fitted."""
     log_aspect = math.log(1.0 / min_aspect)
@@ -89,7 +89,7 @@ def _draw_block(
             continue
         top, left = int(draw.integers(grid - height + 1)), int(draw.integers(grid - width + 1))
         block = _rectangle(grid, height, width) << (top * grid + left)
-        if 0 < (block & ~hidden).bit_count() <= missing:
+        if 0 < (block & ~covered).bit_count() <= missing:
             return block
     return 0
 

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
+from peco_ds.data.atomic_files import alone, find_drafts, remove_dead
 from peco_ds.data.indexed_tar import index_name
 from peco_ds.data.token_shards import TokenRecord, write_token_shard
-from peco_ds.data.whole_files import alone, find_drafts, remove_dead
 from peco_ds.errors import UserError
 from peco_ds.schema import (
     MANIFEST_NAME,
@@ -100,13 +100,13 @@ class TokenParts:
 
         A part file that cannot be read counts as none.
         """
-        pictures = self._images.shards[number]
+        images = self._images.shards[number]
         try:
             part = read_json(self._part_file(number))
             shard = Shard(**part["shard"])
             expected = part["made_from"] == self._made_from and (shard.name, shard.samples, shard.path) == (
-                pictures.name,
-                pictures.samples,
+                images.name,
+                images.samples,
                 "",
             )
             # The index tells every member's checksum; a tar that was replaced without it does not go with it, and has
@@ -160,7 +160,7 @@ class TokenParts:
 
         shard = write_token_shard(self.folder, image_shard.name, counted(), self._alone)
         assert shard.samples == image_shard.samples, (
-            f"{shard.name}: {shard.samples} records for {image_shard.samples} pictures"
+            f"{shard.name}: {shard.samples} records for {image_shard.samples} images"
         )
         with self._alone():
             write_json(
@@ -174,7 +174,7 @@ class TokenParts:
             )
 
     def reading(self, number: int) -> dict[str, int]:
-        """What reading the pictures of a finished shard came to: a state of `loaders.BadPictures`."""
+        """What reading the images of a finished shard came to: a state of `loaders.BadImages`."""
         unreadable = read_json(self._part_file(number)).get("unreadable")
         return {"count": unreadable if type(unreadable) is int else 0, "read": self._images.shards[number].samples}
 

@@ -1,4 +1,4 @@
-"""Token records: writing them whole or not at all, and opening a set only if it belongs to the pictures and the
+"""Token records: writing them whole or not at all, and opening a set only if it belongs to the images and the
 tokenizer at hand.
 """
 
@@ -18,10 +18,10 @@ import numpy as np
 import webdataset
 
 from peco_ds.config import ViewSettings
+from peco_ds.data.atomic_files import draft, flush_folder, flush_to_disk
 from peco_ds.data.indexed_tar import ShardSet, build_index, index_name
-from peco_ds.data.patient_reads import UnreadableRecord, read_patiently
+from peco_ds.data.retry import UnreadableRecord, read_with_retries
 from peco_ds.data.views import fault_of_views
-from peco_ds.data.whole_files import draft, flush_folder, flush_to_disk
 from peco_ds.errors import UserError
 from peco_ds.schema import (
     VIEW_COLUMNS,
@@ -37,7 +37,7 @@ from peco_ds.schema import (
 
 @dataclass(frozen=True)
 class TokenRecord:
-    """What is stored for one picture."""
+    """What is stored for one image."""
 
     key: str
     codes: np.ndarray  # uint16 [K, N], row-major patches
@@ -49,7 +49,7 @@ class TokenRecord:
 
     @property
     def is_usable(self) -> bool:
-        """False for a picture that could not be read when it was tokenized: its views have no box."""
+        """False for an image that could not be read when it was tokenized: its views have no box."""
         return bool(self.views[0, VIEW_COLUMNS.index("height")] > 0)
 
     def __post_init__(self) -> None:
@@ -231,7 +231,7 @@ class TokenSet:
             )
         if views.count > found.num_views:
             raise UserError(
-                f"{folder}: {found.num_views} views are stored for each picture, views.count asks for "
+                f"{folder}: {found.num_views} views are stored for each image, views.count asks for "
                 f"{views.count}; lower it or tokenize with more"
             )
         if views.topk > found.topk:
@@ -259,19 +259,18 @@ class TokenSet:
         Args:
             view: this one alone, as a record with K = 1: what is not used is neither copied nor looked through; the
                 checksums are of the whole record.
-        Raises: UserError (with shard and key) for a damaged record, a key that is not the picture's, or a code out of
+        Raises: UserError (with shard and key) for a damaged record, a key that is not the image's, or a code out of
             range.
         """
         try:
-            key, members = read_patiently(self.shards, sample, self._members)
+            key, members = read_with_retries(self.shards, sample, self._members)
         except UnreadableRecord as error:
             raise UserError(f"{error}; repair the file system or copy the token set again") from None
         shard, _ = self.shards.locate(sample)
         place = f"{self.folder}/{self.manifest.shards[shard].name}: {key}"
         if expected_key is not None and key != expected_key:
             raise UserError(
-                f"{place}: the picture at this place is {expected_key}; the shards do not belong together, "
-                "tokenize again"
+                f"{place}: the image at this place is {expected_key}; the shards do not belong together, tokenize again"
             )
         num_views = self.manifest.num_views
         for name in ("codes.npy", "views.npy"):

@@ -2,13 +2,13 @@
 
 A view is a row of numbers (`schema.VIEW_COLUMNS`), drawn once and recorded. From the row both crops come out of the
 source
-picture: same box, same flip, same colour jitter, each at its own size. Crops are cut and resized once to uint8 on the
+image: same box, same flip, same colour jitter, each at its own size. Crops are cut and resized once to uint8 on the
 CPU; jitter runs on whole batches on the device, in integer steps, so a replayed crop equals the recorded one pixel for
 pixel whatever the batch.
 
 Source: BEiT's two-view transform (arXiv 2106.08254; released `datasets.py`). One difference, for speed: BEiT jitters
-    the whole picture
-before it cuts, here the cut is jittered, so contrast pivots on the mean grey of the crop and not of the picture.
+    the whole image
+before it cuts, here the cut is jittered, so contrast pivots on the mean grey of the crop and not of the image.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _ORDER = VIEW_COLUMNS.index("jitter_order")
 def draw_view(
     height: int, width: int, *, seed: int, sample: int, view: int, scale, ratio, flip: float, color_jitter: float
 ) -> np.ndarray:
-    """One view of one picture, as a pure function of (seed, sample, view).
+    """One view of one image, as a pure function of (seed, sample, view).
 
     Args:
-        height, width: of the upright source picture, px.
+        height, width: of the upright source image, px.
         scale: (low, high) share of its area.
         ratio: (low, high) aspect,
         log-uniform.  flip: probability.  color_jitter: factors are uniform in [1 - j, 1 + j].
@@ -69,7 +69,7 @@ def _draw_box(draw, height: int, width: int, scale, ratio) -> tuple[int, int, in
 
 
 def center_view(height: int, width: int) -> np.ndarray:
-    """The central square, upright and unjittered: what held-out pictures are judged on."""
+    """The central square, upright and unjittered: what held-out images are judged on."""
     side = min(height, width)
     return np.array([(height - side) // 2, (width - side) // 2, side, side, 0, 1, 1, 1, 0], dtype=np.float32)
 
@@ -77,7 +77,7 @@ def center_view(height: int, width: int) -> np.ndarray:
 def fault_of_views(rows: np.ndarray, first: int = 0) -> str:
     """What recorded rows [K, len(VIEW_COLUMNS)] hold that `draw_view` never draws; "" if there is nothing.
 
-    All zeros is a picture that could not be read.
+    All zeros is an image that could not be read.
 
     Args:
         first: number of the first row's view.
@@ -89,7 +89,7 @@ def fault_of_views(rows: np.ndarray, first: int = 0) -> str:
             continue
         top, left, height, width = row[_BOX]
         if not all(value.is_integer() for value in row[_BOX]) or min(top, left) < 0 or min(height, width) < 1:
-            return f"view {number} has the box {row[_BOX]}, which is in no picture"
+            return f"view {number} has the box {row[_BOX]}, which is in no image"
         if row[_FLIP] not in (0, 1) or row[_ORDER] not in range(len(_JITTER_ORDERS)) or min(row[_FACTORS]) < 0:
             return (
                 f"view {number} has flip {row[_FLIP]:g}, factors {row[_FACTORS]} and jitter order "
@@ -105,14 +105,14 @@ def cut(image: torch.Tensor, row: np.ndarray, size_px: int, interpolation: str =
         image: uint8 [3, H, W].
         row: a view.
         interpolation: "bicubic", torch's on uint8; or "lanczos", which torch has not and Pillow does.
-    Returns: uint8 [3, size_px, size_px], channels last in memory where the picture is, as decoders make it.
-    Raises: UserError if the box is not in the picture: the row was recorded of another one.
+    Returns: uint8 [3, size_px, size_px], channels last in memory where the image is, as decoders make it.
+    Raises: UserError if the box is not in the image: the row was recorded of another one.
     """
     top, left, height, width = map(int, row[_BOX].tolist())
     crop = image[:, top : top + height, left : left + width]
     if crop.shape[1:] != (height, width):
         raise UserError(
-            f"view box {row[_BOX].tolist()} (top, left, height, width) is not in a picture of "
+            f"view box {row[_BOX].tolist()} (top, left, height, width) is not in an image of "
             f"{image.shape[1]} x {image.shape[2]}: it was recorded of another one; tokenize this image set"
         )
     if (height, width) != (size_px, size_px):
@@ -128,28 +128,28 @@ def room_for_cuts(count: int, size_px: int) -> torch.Tensor:
 
 
 def _bicubic(crop: torch.Tensor, size_px: int) -> torch.Tensor:
-    # The picture axis is put before the rows, not before the channels: torch then sees that the channels are last, and
+    # The image axis is put before the rows, not before the channels: torch then sees that the channels are last, and
     # leaves them there.
     one = crop.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return F.interpolate(one, size=(size_px, size_px), mode="bicubic", antialias=True)[0]
 
 
 def _lanczos(crop: torch.Tensor, size_px: int) -> torch.Tensor:
-    picture = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
-    return torch.from_numpy(np.array(picture.resize((size_px, size_px), Image.Resampling.LANCZOS))).permute(2, 0, 1)
+    image = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
+    return torch.from_numpy(np.array(image.resize((size_px, size_px), Image.Resampling.LANCZOS))).permute(2, 0, 1)
 
 
 _RESIZE = {"bicubic": _bicubic, "lanczos": _lanczos}
 
 
 def jitter(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Brightness, contrast and saturation of each picture in its own recorded order.
+    """Brightness, contrast and saturation of each image in its own recorded order.
 
     Args:
         images: uint8 [B, 3, S, S] on any device.
         rows: float32 [B, len(VIEW_COLUMNS)] on the CPU, so that looking at them waits for nothing; pinned, so that
             their copy does not either.
-    Returns: uint8 [B, 3, S, S]. Each of the three steps ends in uint8, as the reference on PIL pictures does, so no
+    Returns: uint8 [B, 3, S, S]. Each of the three steps ends in uint8, as the reference on PIL images does, so no
         rounding of a batched reduction can leak into a pixel.
     """
     if bool((rows[:, _FACTORS] == 1).all()):
@@ -184,7 +184,7 @@ def to_backbone(images: torch.Tensor) -> torch.Tensor:
 
 
 def normalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 [B, 3, S, S] -> float32; mean and std of pictures in [0, 1]."""
+    """uint8 [B, 3, S, S] -> float32; mean and std of images in [0, 1]."""
     mean, std = _on_device(tuple(mean), images.device), _on_device(tuple(std), images.device)
     return (_floats(images).div_(255).sub_(mean)).div_(std)
 

@@ -87,7 +87,7 @@ _DEATHS = {  # signal -> likely reason, remedy
     signal.SIGBUS: ("most often shared memory, /dev/shm, is full", "lower data.num_workers or enlarge /dev/shm"),
     signal.SIGSEGV: (
         "a crash inside a native decoder",
-        "find the picture and repair it, or run with data.num_workers=0 to see more",
+        "find the image and repair it, or run with data.num_workers=0 to see more",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 of a classifier over a labelled set, every picture counted once over all ranks."""
+"""Top-1 and top-5 of a classifier over a labelled set, every image counted once over all ranks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def classification_quality(
     Args:
         forward: images_norm [B, 3, S, S] -> logits [B, C].
         batches: have `.images_norm` and `.labels` (int64 [B], -1 where a row only fills the batch up).
-    Returns: top1, top5 (percent; of fewer than five classes: top-C), loss (cross-entropy), pictures (how many were
+    Returns: top1, top5 (percent; of fewer than five classes: top-C), loss (cross-entropy), images (how many were
         counted).
     """
     accuracies = {
         f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)
     }
     metrics = MetricCollection(
-        {**accuracies, "loss": MeanMetric(nan_strategy="disable"), "pictures": SumMetric()}, compute_groups=False
+        {**accuracies, "loss": MeanMetric(nan_strategy="disable"), "images": SumMetric()}, compute_groups=False
     ).to(device)
     for batch in batches:
         logits = forward(batch.images_norm).float()
@@ -36,11 +36,11 @@ def classification_quality(
             metrics["top1"].update(logits, labels)
             metrics["top5"].update(logits, labels)
             metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
-            metrics["pictures"].update(len(labels))
+            metrics["images"].update(len(labels))
     values = {name: float(value) for name, value in metrics.compute().items()}
     return {
         "top1": round(100 * values["top1"], 4),
         "top5": round(100 * values["top5"], 4),
         "loss": values["loss"],
-        "pictures": int(values["pictures"]),
+        "images": int(values["images"]),
     }

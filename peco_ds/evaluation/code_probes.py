@@ -1,6 +1,6 @@
-"""Pictures as nothing but their codes: what a classifier can read off the tokens themselves.
+"""Images as nothing but their codes: what a classifier can read off the tokens themselves.
 
-PeCo classifies pictures straight from code vectors to show how much meaning its tokens carry. The text of that
+PeCo classifies images straight from code vectors to show how much meaning its tokens carry. The text of that
 experiment leaves the pooling open; two plain ones are taken here, and both are reported.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 
 def bag_of_codes(codes: torch.Tensor, num_codes: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Which codes a picture has, wherever they lie: square roots of their shares, so that every picture has length 1.
+    """Which codes an image has, wherever they lie: square roots of their shares, so that every image has length 1.
 
     Args:
         codes: integers [n, N].
@@ -30,7 +30,7 @@ def bag_of_codes(codes: torch.Tensor, num_codes: int, device: torch.device) -> C
 def mean_code_vector(
     codes: torch.Tensor, vectors: torch.Tensor, device: torch.device
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The mean of a picture's code vectors.
+    """The mean of an image's code vectors.
 
     Args:
         codes: integers [n, N].  vectors: [V, C], the codebook.

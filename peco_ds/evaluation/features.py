@@ -24,13 +24,13 @@ LARGEST = float(np.finfo(STORED).max)
 
 
 def feature_width(width: int, pooling: str) -> int:
-    """F, numbers a picture and block."""
+    """F, numbers an image and block."""
     return 2 * width if pooling == "class_mean" else width
 
 
-def feature_bytes(width: int, pooling: str, *, num_blocks: int, num_pictures: int) -> int:
+def feature_bytes(width: int, pooling: str, *, num_blocks: int, num_images: int) -> int:
     """Size of the features on disk."""
-    return np.dtype(STORED).itemsize * feature_width(width, pooling) * num_blocks * num_pictures
+    return np.dtype(STORED).itemsize * feature_width(width, pooling) * num_blocks * num_images
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ class FeatureFiles:
     manifest.json appears last and says what the features were made from, so a folder with one is whole.
 
     Args:
-        made_from: JSON-able; all that decides the numbers (pictures, weights, settings).  sizes: split -> n.  width: F.
+        made_from: JSON-able; all that decides the numbers (images, weights, settings).  sizes: split -> n.  width: F.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class FeatureFiles:
                 ).flush()
 
     def write(self, split: str, rows: Iterable[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]) -> None:
-        """Write rows of any number of pictures, in any order.
+        """Write rows of any number of images, in any order.
 
         Args:
             rows: samples int64 [b], labels int64 [b], and float16 [b, F] a block.
@@ -209,7 +209,7 @@ def take_features(
     device: torch.device,
     stop_requested: Callable[[], bool],
 ):
-    """Features of this rank's pictures, for `FeatureFiles.write`. Collective where `stop_requested` is.
+    """Features of this rank's images, for `FeatureFiles.write`. Collective where `stop_requested` is.
 
     Args:
         batches: have `.images_norm`, `.labels`, `.samples` (int64 [B], -1 where a row only fills the batch up).

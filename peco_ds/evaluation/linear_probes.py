@@ -62,17 +62,17 @@ def train_linear_probes(
     device: torch.device,
     stop: Callable[[], None] = lambda: None,
 ) -> LinearProbes:
-    """Cross-entropy, AdamW, half a cosine from each rate to 0.
+    """Cross-entropy, AdamW, half a cosine from each learning rate to 0.
 
     Every feature is standardised over the training set first, as the parameter-free BatchNorm of MAE's probe does batch
-    by batch: the scale of the residual stream grows with the layer, and without it one rate would not fit two layers.
-    The whole set's statistics depend on no batch. The weights
+    by batch: the scale of the residual stream grows with the layer, and without it one learning rate would not fit two
+    layers. The whole set's statistics depend on no batch. The weights
     start at zero: the problem is convex, and no draw has to be named.
 
     Args:
         rows: int64 [b] on the CPU -> float32 [b, F] on `device`.
         labels: int64 [n].
-        batch: pictures a step; an epoch's last one may be smaller.
+        batch: images a step; an epoch's last one may be smaller.
         stop: called before every epoch; may raise.
     Source: BEiT (arXiv 2106.08254), table 9: AdamW, 50 epochs, batch 1024; MAE (arXiv 2111.06377), appendix, for the
         normalisation.
@@ -81,7 +81,7 @@ def train_linear_probes(
     weight = torch.zeros(len(lrs), num_classes, len(mean), device=device, requires_grad=True)
     bias = torch.zeros(len(lrs), num_classes, device=device, requires_grad=True)
     probes = LinearProbes(weight, bias, mean, scale)
-    # The optimiser moves each rate's slice; slices and their gradients share memory with the whole tensors.
+    # The optimiser moves each learning rate's slice; slices and their gradients share memory with the whole tensors.
     weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
     groups, peaks = [], []
     for whole, decay in ((weight, weight_decay), (bias, 0.0)):
@@ -104,7 +104,7 @@ def train_linear_probes(
             weight.grad.zero_()
             bias.grad.zero_()
             logits = probes.logits(rows(index))
-            # A sum over the rates: none feels another's gradient.
+            # A sum over the learning rates: none feels another's gradient.
             loss = F.cross_entropy(
                 logits.flatten(0, 1), truth[index.to(device)].repeat_interleave(len(lrs)), reduction="sum"
             ) / len(index)

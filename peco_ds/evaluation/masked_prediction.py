@@ -12,23 +12,23 @@ from peco_ds.evaluation.reconstruction import to_u8
 
 @torch.no_grad()
 def masked_prediction_columns(model, tokenizer, batch: MaskedBatch, codes: torch.Tensor) -> list[torch.Tensor]:
-    """Picture | masked | decoded prediction | decoded true tokens.
+    """Image | masked | decoded prediction | decoded true tokens.
 
     Args:
         model: of `build_mim`.
-        tokenizer: an ImageTokenizer that makes pictures.
-        batch: B pictures with their hidden patches.
-        codes: int64 [B, N], the true codes of all patches. The prediction keeps them where the picture is shown.
+        tokenizer: an ImageTokenizer that makes images.
+        batch: B images with their masked patches.
+        codes: int64 [B, N], the true codes of all patches. The prediction keeps them where the image is visible.
     Returns: four uint8 [B, 3, S, S] at the backbone's size, on the CPU.
     """
     side = batch.images_norm.shape[-1]
     grid = int(codes.shape[1] ** 0.5)
-    pictures_11 = from_backbone(batch.images_norm)
-    hidden = torch.zeros(codes.shape, device=codes.device).scatter_(1, batch.masked, 1.0).view(-1, 1, grid, grid)
-    grey_11 = torch.where(F.interpolate(hidden, size=side) > 0, 0.0, pictures_11)
+    images_11 = from_backbone(batch.images_norm)
+    is_masked = torch.zeros(codes.shape, device=codes.device).scatter_(1, batch.masked, 1.0).view(-1, 1, grid, grid)
+    grey_11 = torch.where(F.interpolate(is_masked, size=side) > 0, 0.0, images_11)
     predicted = codes.scatter(1, batch.masked, model(batch.images_norm, batch.masked).logits.argmax(dim=-1))
     decoded = [
         F.interpolate(tokenizer.decode_codes(c, (grid, grid)), size=side, mode="bilinear", antialias=True)
         for c in (predicted, codes)
     ]
-    return [to_u8(images).cpu() for images in (pictures_11, grey_11, *decoded)]
+    return [to_u8(images).cpu() for images in (images_11, grey_11, *decoded)]

@@ -52,9 +52,9 @@ class LayerResults:
 
 
 def table(cfg: ProbeRecipe, layers: list[dict], source: str, image_px: int) -> str:
-    """Markdown: one row a block, top-1 of every rate and every k."""
-    rates, ks = [row["lr"] for row in layers[0]["linear"]], list(layers[0]["knn"])
-    heads = ["block", *(f"linear, lr {rate:g}" for rate in rates), *(f"{k}-NN" for k in ks)]
+    """Markdown: one row a block, top-1 of every lr and every k."""
+    lrs, ks = [row["lr"] for row in layers[0]["linear"]], list(layers[0]["knn"])
+    heads = ["block", *(f"linear, lr {lr:g}" for lr in lrs), *(f"{k}-NN" for k in ks)]
     rows = [
         [
             str(layer["block"]),

@@ -1,4 +1,4 @@
-"""How well a tokenizer's round trip keeps a picture, or its teacher's features, and how much of its codebook it
+"""How well a tokenizer's round trip keeps an image, or its teacher's features, and how much of its codebook it
 uses.
 """
 
@@ -18,11 +18,11 @@ from peco_ds.models.vq import usage
 
 class RoundTrip(NamedTuple):
     codes: torch.Tensor  # int64 [b, N]
-    reconstruction: torch.Tensor | None  # [b, 3, S, S] in [-1, 1]; None of a tokenizer that makes no pictures
+    reconstruction: torch.Tensor | None  # [b, 3, S, S] in [-1, 1]; None of a tokenizer that makes no images
 
 
 def round_trip_of(tokenizer) -> Callable[[torch.Tensor], RoundTrip]:
-    """images_11 [b, 3, S, S] -> codes and, where the tokenizer makes pictures, what it makes of the codes alone.
+    """images_11 [b, 3, S, S] -> codes and, where the tokenizer makes images, what it makes of the codes alone.
 
     In eval mode.
     """
@@ -31,19 +31,19 @@ def round_trip_of(tokenizer) -> Callable[[torch.Tensor], RoundTrip]:
     def round_trip(images_11: torch.Tensor) -> RoundTrip:
         codes = tokenizer.tokenize(images_11)
         grid = (images_11.shape[-2] // stride, images_11.shape[-1] // stride)
-        return RoundTrip(codes, tokenizer.decode_codes(codes, grid) if tokenizer.makes_pictures else None)
+        return RoundTrip(codes, tokenizer.decode_codes(codes, grid) if tokenizer.makes_images else None)
 
     return round_trip
 
 
 class CodeSums:
-    """Code usage, summed over a rank's pictures: what every tokenizer can be measured by."""
+    """Code usage, summed over a rank's images: what every tokenizer can be measured by."""
 
-    # of the values that `_measured` gives, averaged over pictures
+    # of the values that `_measured` gives, averaged over images
     names: tuple[str, ...] = ()
 
     def __init__(self, num_codes: int, device: torch.device) -> None:
-        # the last one counts pictures
+        # the last one counts images
         self._sums = torch.zeros(len(self.names) + 1, device=device, dtype=torch.float64)
         self._counts = torch.zeros(num_codes, device=device, dtype=torch.float64)
 
@@ -64,13 +64,13 @@ class CodeSums:
         return []
 
     def result(self, all_reduce: Callable) -> dict[str, float]:
-        """The names, averaged over pictures; codes_used, perplexity (exp of the entropy of the code counts).
+        """The names, averaged over images; codes_used, perplexity (exp of the entropy of the code counts).
 
         Collective.
         """
-        *totals, pictures = all_reduce(self._sums).tolist()
+        *totals, images = all_reduce(self._sums).tolist()
         return {
-            **{name: total / pictures for name, total in zip(self.names, totals)},
+            **{name: total / images for name, total in zip(self.names, totals)},
             **usage(all_reduce(self._counts)),
         }
 
@@ -98,7 +98,7 @@ class RoundTripSums(CodeSums):
 
 
 class CosineSums(CodeSums):
-    """Cosine to a teacher's features, averaged over a picture's patches, beside code usage.
+    """Cosine to a teacher's features, averaged over an image's patches, beside code usage.
 
     `output` has .features [b, N, D] too.
 
@@ -124,13 +124,11 @@ def training_sums(tokenizer, device: torch.device, frozen) -> CodeSums:
     """Fresh sums of what a tokenizer learns: round trips, or the teacher's features.
 
     Args:
-        frozen: what it learns from, on the device: of a tokenizer that makes no pictures the teacher,
+        frozen: what it learns from, on the device: of a tokenizer that makes no images the teacher,
             `.targets(images_01) -> [b, N, D]`.
     """
     num_codes = tokenizer.settings.num_codes
-    return (
-        RoundTripSums(num_codes, device) if tokenizer.makes_pictures else CosineSums(num_codes, device, frozen.targets)
-    )
+    return RoundTripSums(num_codes, device) if tokenizer.makes_images else CosineSums(num_codes, device, frozen.targets)
 
 
 def quality_line(quality: dict[str, float], num_codes: int) -> str:
@@ -170,15 +168,15 @@ def held_out_quality(
     each = -(-total // world_size)
     for start in range(0, each, batch):
         places = torch.arange(rank * each + start, rank * each + min(start + batch, each))
-        # Every rank makes the same number of calls: past the end the last picture stands in and counts nothing.
+        # Every rank makes the same number of calls: past the end the last image stands in and counts nothing.
         originals = images_u8[places.clamp(max=total - 1)].to(device).float() / 255
         sums.add(originals, round_trip(originals * 2 - 1), (places < total).to(device))
     return sums.result(all_reduce)
 
 
 class HeldOut:
-    """Quality on held-out pictures while a tokenizer trains: evaluation.jsonl, TensorBoard and, of one that makes
-    pictures, reconstructions.png. Collective.
+    """Quality on held-out images while a tokenizer trains: evaluation.jsonl, TensorBoard and, of one that makes
+    images, reconstructions.png. Collective.
 
     Args:
         images_u8: uint8 [n, 3, S, S], the same on every rank.  tokenizer, frozen: as `training_sums`.
@@ -226,23 +224,23 @@ class HeldOut:
         )
         if world.is_main:
             self._meter.evaluation(step, self.last)
-        if self._tokenizer.makes_pictures:
+        if self._tokenizer.makes_images:
             self._show(round_trip, step)
         engine.train()
 
     def _show(self, round_trip: Callable, step: int) -> None:
-        """Every rank makes the pictures, which may be a collective; the first one keeps them."""
+        """Every rank makes the images, which may be a collective; the first one keeps them."""
         shown = self._images_u8[: self._settings.grid_images]
         restored = round_trip(shown.to(self._world.device).float() / 127.5 - 1).reconstruction
         if self._world.is_main:
             grid = comparison_grid([shown, to_u8(restored).cpu()])
-            self._meter.picture("original | round trip", grid, step)
+            self._meter.image("original | round trip", grid, step)
             save_png(self._out / "reconstructions.png", grid)
 
 
 @torch.no_grad()
 def comparison_grid(columns: list[torch.Tensor]) -> torch.Tensor:
-    """Pictures side by side: one row a picture, one column a tensor.
+    """Images side by side: one row an image, one column a tensor.
 
     Args:
         columns: each uint8 [n, 3, S, S].

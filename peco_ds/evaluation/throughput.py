@@ -1,4 +1,4 @@
-"""Pictures a second of a forward pass alone: no decoding, no copies, kernels warm."""
+"""Images a second of a forward pass alone: no decoding, no copies, kernels warm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @torch.no_grad()
 def forward_images_per_s(forward: Callable, images: torch.Tensor, *, seconds: float = 1.0, warm_up: int = 2) -> float:
-    """Pictures a second of one rank.
+    """Images a second of one rank.
 
     Args:
         images: [B, 3, S, S] on the device; the same batch again and again.

@@ -1,10 +1,10 @@
-"""Attention with an additive bias that is learned and the same for every picture of a batch.
+"""Attention with an additive bias that is learned and the same for every image of a batch.
 
-PyTorch's own attention hands back such a bias's gradient once a picture, [B, H, T, T], and leaves it to be summed: for
-ViT-H/14 at 448 px that is 34 MB a picture and layer. Here the backward pass goes through some pictures at a time and
+PyTorch's own attention hands back such a bias's gradient once an image, [B, H, T, T], and leaves it to be summed: for
+ViT-H/14 at 448 px that is 34 MB an image and layer. Here the backward pass goes through some images at a time and
 adds up, in float32. On a GPU the kernels are PyTorch's memory-efficient
 ones, forward and backward: its flash kernels take no bias, cuDNN's give it no gradient. On a CPU, where PyTorch has no
-fused kernel with a gradient for the bias, one picture at a time stays in the cache.
+fused kernel with a gradient for the bias, one image at a time stays in the cache.
 
 Both operators are opaque to torch.compile: a compiled block runs the same attention as one that is not. On a GPU the
 backward kernel adds up the query's gradient in the device's order, unless `torch.use_deterministic_algorithms` is set.
@@ -31,8 +31,8 @@ def attend(qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
     Args:
         qkv: [B, T, 3, H, D].
-        bias: [H, T, T], the same for all pictures, in any float dtype; its gradient is float32 where it is. Or [B, H,
-            T, T], one a picture.
+        bias: [H, T, T], the same for all images, in any float dtype; its gradient is float32 where it is. Or [B, H,
+            T, T], one an image.
     Returns: [B, T, H * D].
     """
     batch, tokens, _, heads, dim = qkv.shape
@@ -62,9 +62,9 @@ def biased_attention(qkv: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tenso
         return out.transpose(1, 2).reshape(batch, tokens, heads * dim), log_sums
     weights, out = qkv.new_empty(batch, heads, tokens, tokens), qkv.new_empty(batch, tokens, heads, dim)
     shared = bias.to(qkv.dtype)
-    for q, k, v, of_picture, output in zip(query, key, value, weights, out):
-        torch.softmax(torch.baddbmm(shared, q, k.transpose(1, 2), alpha=dim**-0.5), -1, out=of_picture)
-        output.copy_(torch.bmm(of_picture, v).transpose(0, 1))
+    for q, k, v, of_image, output in zip(query, key, value, weights, out):
+        torch.softmax(torch.baddbmm(shared, q, k.transpose(1, 2), alpha=dim**-0.5), -1, out=of_image)
+        output.copy_(torch.bmm(of_image, v).transpose(0, 1))
     return out.view(batch, tokens, heads * dim), weights
 
 
@@ -152,14 +152,14 @@ def _backward_flops(_grad_shape, qkv_shape, bias_shape, *_args, **_options) -> i
 
 def _kernel_bias(bias: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
     """[H, T, T] -> a view [B, H, T, T] of the kernel's dtype and alignment, with one copy in memory for all
-    pictures.
+    images.
     """
     padded = F.pad(bias.to(qkv.dtype), (0, -bias.shape[-1] % ALIGNMENT))
     return padded[..., : bias.shape[-1]].expand(len(qkv), -1, -1, -1)
 
 
 def _even_slices(batch: int, at_most: int) -> list[slice]:
-    """A last call of a few pictures would leave most of a GPU idle."""
+    """A last call of a few images would leave most of a GPU idle."""
     calls = math.ceil(batch / max(1, at_most))
     ends = [batch * call // calls for call in range(calls + 1)]
     return [slice(first, last) for first, last in zip(ends, ends[1:])]

@@ -25,7 +25,7 @@ TOKENIZER_LICENCE, JUDGE_LICENCE = "tokenizer's licence", "judge's licence"  # n
 
 
 def usual_crop(image_px: int) -> float:
-    """Share of the resized picture's side that BEiT's evaluation sees: all of it from 384 px on."""
+    """Share of the resized image's side that BEiT's evaluation sees: all of it from 384 px on."""
     return 1.0 if image_px >= 384 else 0.875
 
 
@@ -39,9 +39,9 @@ class BeitWeights:
     # one line for logs and cards: file or run, with a hash or a step
     source: str
     classes: tuple[str, ...] | None = None  # names in label order, where they are known
-    mean: tuple[float, ...] = IMAGENET_MEAN  # of the pictures the model wants, in [0, 1]
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of the images the model wants, in [0, 1]
     std: tuple[float, ...] = IMAGENET_STD
-    # share of the resized picture's side that is seen in evaluation
+    # share of the resized image's side that is seen in evaluation
     crop: float = 0.875
     facts: dict = field(default_factory=dict)  # for the model card: name -> text
 

@@ -10,7 +10,7 @@ from timm.models.beit import Beit
 
 from peco_ds.config import ClassifierSettings, ModelSettings
 from peco_ds.models.vit import (
-    Recompute,
+    ActivationCheckpointing,
     build_blocks,
     init_as_beit,
     patches_of,
@@ -22,7 +22,7 @@ from peco_ds.models.vit import (
 
 
 class Classifier(Beit):
-    """images_norm [B, 3, S, S] -> logits [B, C]; pictures are cast to the parameters' dtype here."""
+    """images_norm [B, 3, S, S] -> logits [B, C]; images are cast to the parameters' dtype here."""
 
     def forward(self, images_norm: torch.Tensor) -> torch.Tensor:
         tokens = with_class_token(self, patches_of(self, images_norm))
@@ -30,12 +30,16 @@ class Classifier(Beit):
 
 
 def build_classifier(
-    settings: ModelSettings, classifier: ClassifierSettings, num_classes: int, *, recompute: Recompute = "none"
+    settings: ModelSettings,
+    classifier: ClassifierSettings,
+    num_classes: int,
+    *,
+    activation_checkpointing: ActivationCheckpointing = "none",
 ) -> Classifier:
     """A freshly initialised classifier.
 
     Args:
-        recompute: of each block in the backward pass.
+        activation_checkpointing: of each block in the backward pass.
     Source: BEiT (arXiv 2106.08254) and its released `modeling_finetune.py`: mean over patches, LayerNorm, head weights
         scaled down.
     """
@@ -43,7 +47,7 @@ def build_classifier(
         **timm_arguments(settings, shared_bias=False, num_classes=num_classes, pooling=classifier.pooling)
         | {"depth": 0}
     )
-    model.blocks = build_blocks(settings, own_bias=True, recompute=recompute)
+    model.blocks = build_blocks(settings, own_bias=True, activation_checkpointing=activation_checkpointing)
     init_as_beit(model, settings.init_std)
     with torch.no_grad():
         trunc_normal(model.head.weight, settings.init_std)

@@ -13,13 +13,13 @@ from peco_ds.models.peco_tokenizer import PecoTokenizer, TokenizerOutput, group_
 
 
 class PatchCritic(nn.Sequential):
-    """Pictures [B, 3, H, W] in [-1, 1] -> one logit a patch, [B, 1, about H / 2 ** layers, W / 2 ** layers].
+    """Images [B, 3, H, W] in [-1, 1] -> one logit a patch, [B, 1, about H / 2 ** layers, W / 2 ** layers].
 
     Args:
         channels: of the first convolution; doubled at each further one, up to eight times.
         layers: convolutions of stride 2.
-    GroupNorm stands where the published critic has BatchNorm: batch statistics would make a picture's logits, and so
-    the loss, depend on its micro-batch and rank, and would mix real pictures with reconstructions.
+    GroupNorm stands where the published critic has BatchNorm: batch statistics would make an image's logits, and so
+    the loss, depend on its micro-batch and rank, and would mix real images with reconstructions.
     Source: pix2pix (arXiv 1611.07004), the "PatchGAN" of appendix 6.1.2; VQGAN (arXiv 2012.09841) for its use here.
     """
 
@@ -66,7 +66,7 @@ class TokenizerWithCritic(nn.Module):
         self.critic = critic
 
     def forward(self, images_11: torch.Tensor) -> TokenizerWithCriticOutput:
-        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the tokenizer's stride."""
+        """Images [B, 3, H, W] in [-1, 1], sides multiples of the tokenizer's stride."""
         output = self.tokenizer(images_11)
         dtype = self.critic[0].weight.dtype
         real = self.critic(images_11.to(dtype))

@@ -16,7 +16,7 @@ from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import LogitTokenizer
 from peco_ds.models.weight_files import count_of, rename_tensors, size_of
 
-# The logit-Laplace likelihood has no mass at 0 and 1: pictures of [0, 1] are put into [0.1, 0.9].
+# The logit-Laplace likelihood has no mass at 0 and 1: images of [0, 1] are put into [0.1, 0.9].
 MARGIN = 0.1
 
 
@@ -61,7 +61,7 @@ def _stack(
 
 
 class Encoder(nn.Sequential):
-    """Pictures [B, 3, H, W] in [MARGIN, 1 - MARGIN] -> logits [B, V, H / stride, W / stride]."""
+    """Images [B, 3, H, W] in [MARGIN, 1 - MARGIN] -> logits [B, V, H / stride, W / stride]."""
 
     def __init__(self, settings: TokenizerSettings) -> None:
         widths = [settings.channels * mult for mult in settings.channel_mults]
@@ -87,7 +87,7 @@ class Decoder(nn.Sequential):
 
 
 class DalleTokenizer(LogitTokenizer):
-    """The discrete VAE. Without a decoder (settings.decoder) it has codes, but makes no pictures.
+    """The discrete VAE. Without a decoder (settings.decoder) it has codes, but makes no images.
 
     Args:
         seed: not used; nothing here is random.
@@ -95,7 +95,7 @@ class DalleTokenizer(LogitTokenizer):
 
     def __init__(self, settings: TokenizerSettings, *, seed: int = 0) -> None:
         super().__init__(settings)
-        self.makes_pictures = settings.decoder
+        self.makes_images = settings.decoder
         self.encoder = Encoder(settings)
         if settings.decoder:
             self.decoder = Decoder(settings)
@@ -115,10 +115,10 @@ class DalleTokenizer(LogitTokenizer):
 
     @torch.no_grad()
     def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Codes int64 [B, N] of a (height, width) grid -> pictures float32 [B, 3, H, W] in [-1, 1]: the likeliest
+        """Codes int64 [B, N] of a (height, width) grid -> images float32 [B, 3, H, W] in [-1, 1]: the likeliest
         ones.
         """
-        assert self.makes_pictures, "this release holds no decoder"
+        assert self.makes_images, "this release holds no decoder"
         first, *others = self.decoder
         # The first convolution of one-hot codes picks columns of its weight; the one-hot tensor would have V channels.
         chosen = (F.embedding(codes, self.code_vectors) + first.bias).transpose(1, 2).unflatten(2, grid)
@@ -134,7 +134,7 @@ class DalleTokenizer(LogitTokenizer):
 
         Without a decoder the weights that each code's logit is read off with.
         """
-        vectors = self.decoder[0].weight[:, :, 0, 0].T if self.makes_pictures else self.encoder[-1].weight[:, :, 0, 0]
+        vectors = self.decoder[0].weight[:, :, 0, 0].T if self.makes_images else self.encoder[-1].weight[:, :, 0, 0]
         return vectors.detach()
 
 

@@ -49,11 +49,11 @@ class FeatureNet(nn.Module):
 
     Args:
         net: timm `VisionTransformer` or `Beit`.
-        mean, std: of its input, for pictures in [0, 1].
+        mean, std: of its input, for images in [0, 1].
         description: one line for the log.
         projection: float [T, D] that CLIP puts behind its final norm, or None.
         licence: what the weights are published under, "" unknown.
-    Attributes: image_px, the side of the square picture it looks at; grid, patches a side of it; depth, its number of
+    Attributes: image_px, the side of the square image it looks at; grid, patches a side of it; depth, its number of
     blocks;
         target_width, numbers a patch of `targets`.
     """
@@ -157,10 +157,10 @@ def load_feature_net(
         weights: a file in a layout of `vit_layouts` (.pth, .pt, .pth.tar, .bin, .safetensors: MoCo v3, DINO, DINOv2,
             CLIP of OpenAI, open_clip and Hugging Face, any timm ViT), a folder of timm's, Hugging Face's or open_clip's
             with its config, or, where no such path exists, the name of a timm model, which is downloaded.
-        architecture: timm name; "auto" reads width, depth, patch size and picture size off the file. Folders and timm
+        architecture: timm name; "auto" reads width, depth, patch size and image size off the file. Folders and timm
             names bring theirs. CLIP weights that stand without a config and are not OpenAI's own file need it, for it
             tells GELU from QuickGELU.
-        image_px: side of the picture it shall look at, position embeddings resampled; 0: the one it was trained on.
+        image_px: side of the image it shall look at, position embeddings resampled; 0: the one it was trained on.
         section: of the recipe, for messages: "perceptual" or "teacher".
     Raises: UserError if the file is missing or unreadable, does not hold a ViT, does not fit the architecture, misses a
         tensor or has one left over, if one is not finite, if its activation cannot be told, or if a download fails.

@@ -1,4 +1,4 @@
-"""The frozen network that a tokenizer learns from, by the tokenizer's kind: a judge of its pictures, or a teacher of
+"""The frozen network that a tokenizer learns from, by the tokenizer's kind: a judge of its images, or a teacher of
 its features.
 """
 
@@ -12,7 +12,7 @@ from peco_ds.models.feature_nets import FeatureNet, load_feature_net
 
 
 def load_frozen_net(recipe: TokenizerRecipe) -> FeatureNet | None:
-    """The judge or the teacher that the recipe names, on the CPU; None for pictures without a judge.
+    """The judge or the teacher that the recipe names, on the CPU; None for images without a judge.
 
     Raises: UserError if its file is none, it lacks one of perceptual.blocks, or a teacher's features have another width
         or grid than the tokenizer gives.

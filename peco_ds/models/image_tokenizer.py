@@ -1,5 +1,5 @@
-"""What every tokenizer of the family can do, whatever its network: pictures -> codes, hard or soft, and where it can,
-codes -> pictures.
+"""What every tokenizer of the family can do, whatever its network: images -> codes, hard or soft, and where it can,
+codes -> images.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ class SoftTokens(NamedTuple):
 
 
 class ImageTokenizer(nn.Module):
-    """Base of the tokenizers. Letters: B pictures, N patches row-major, V codes, C numbers a code.
+    """Base of the tokenizers. Letters: B images, N patches row-major, V codes, C numbers a code.
 
-    Every tokenizer takes pictures float [B, 3, H, W] in [-1, 1], sides multiples of `settings.stride_px`, and maps them
+    Every tokenizer takes images float [B, 3, H, W] in [-1, 1], sides multiples of `settings.stride_px`, and maps them
     to the range its own network knows. Those that are trained here have a `codebook` too, and a `forward` that gives
     codes and commitment.
     """
 
     # False: `decode_codes` is not there, codes stand for features and not for pixels
-    makes_pictures = True
+    makes_images = True
 
     def __init__(self, settings: TokenizerSettings) -> None:
         super().__init__()
         self.settings = settings
 
     def trunk(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Nearly all of the work, in the precision that autocast asks for: pictures -> what `choose` tells the codes
+        """Nearly all of the work, in the precision that autocast asks for: images -> what `choose` tells the codes
         from, [B, ..., H / stride, W / stride].
         """
         raise NotImplementedError
@@ -69,7 +69,7 @@ class ImageTokenizer(nn.Module):
         return self.choose_soft(self.trunk(images_11), k, temperature=temperature)
 
     def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Codes int64 [B, N] of a (height, width) grid -> pictures float32 [B, 3, H, W], about [-1, 1]."""
+        """Codes int64 [B, N] of a (height, width) grid -> images float32 [B, 3, H, W], about [-1, 1]."""
         raise NotImplementedError
 
     @property
@@ -79,13 +79,13 @@ class ImageTokenizer(nn.Module):
 
     def check_eval(self) -> None:
         assert not self.training, (
-            "call eval() before tokenizing: in training mode the codebook would count these pictures"
+            "call eval() before tokenizing: in training mode the codebook would count these images"
         )
 
     def check_sides(self, images_11: torch.Tensor) -> None:
         stride = self.settings.stride_px
         assert images_11.shape[-2] % stride == 0 and images_11.shape[-1] % stride == 0, (
-            f"picture {tuple(images_11.shape)}, stride {stride}"
+            f"image {tuple(images_11.shape)}, stride {stride}"
         )
 
 
@@ -100,7 +100,7 @@ class LogitTokenizer(ImageTokenizer):
         raise NotImplementedError
 
     def logits(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> float32 [B, V, H / stride, W / stride]."""
+        """Images [B, 3, H, W] in [-1, 1], sides multiples of the stride -> float32 [B, V, H / stride, W / stride]."""
         return self._logits(self.trunk(images_11))
 
     def _logits(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -126,7 +126,7 @@ class CodebookTokenizer(ImageTokenizer):
         raise NotImplementedError
 
     def encode(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], sides multiples of the stride -> features [B, C, H / stride, W /
+        """Images [B, 3, H, W] in [-1, 1], sides multiples of the stride -> features [B, C, H / stride, W /
         stride].
         """
         return self.to_features(self.trunk(images_11))

@@ -1,6 +1,7 @@
-"""The small decoder behind an encoder that saw the shown patches alone, and the index work on hidden and shown places.
+"""The small decoder behind an encoder that saw the visible patches alone, and the index work on masked and visible
+places.
 
-Selections are gathers of places that differ within a picture, and products with one-hot rows: no two gradients are
+Selections are gathers of places that differ within an image, and products with one-hot rows: no two gradients are
 added in an order that the device picks, so a run that was stopped continues bit for bit.
 """
 
@@ -14,8 +15,8 @@ from torch import nn
 from peco_ds.config import EncodingSettings, ModelSettings
 from peco_ds.models.attention import ALIGNMENT
 from peco_ds.models.vit import (
+    ActivationCheckpointing,
     PositionBias,
-    Recompute,
     TransformerBlock,
     init_projections,
     run_blocks,
@@ -25,7 +26,7 @@ from peco_ds.models.vit import (
 
 
 class MaskedDecoder(nn.Module):
-    """Linear to its own width, a mask token at each hidden place, blocks with a relative position bias of their own,
+    """Linear to its own width, a mask token at each masked place, blocks with a relative position bias of their own,
     norm, token head.
 
     Source: MAE (arXiv 2111.06377), section 3 and released `models_mae.py` for width, depth, heads and the place of the
@@ -34,7 +35,12 @@ class MaskedDecoder(nn.Module):
     """
 
     def __init__(
-        self, settings: ModelSettings, encoding: EncodingSettings, num_codes: int, *, recompute: Recompute = "none"
+        self,
+        settings: ModelSettings,
+        encoding: EncodingSettings,
+        num_codes: int,
+        *,
+        activation_checkpointing: ActivationCheckpointing = "none",
     ) -> None:
         super().__init__()
         width, heads = encoding.decoder_width, encoding.decoder_heads
@@ -42,7 +48,9 @@ class MaskedDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.rel_pos_bias = PositionBias((settings.grid, settings.grid), heads)
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, heads, mlp_ratio=settings.mlp_ratio, recompute=recompute)
+            TransformerBlock(
+                width, heads, mlp_ratio=settings.mlp_ratio, activation_checkpointing=activation_checkpointing
+            )
             for _ in range(encoding.decoder_depth)
         )
         self.norm = LayerNorm(width, eps=1e-6)
@@ -56,14 +64,14 @@ class MaskedDecoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            encoded: [B, 1 + n, D] of class token and shown patches.
-            order: `shown_first`.
+            encoded: [B, 1 + n, D] of class token and visible patches.
+            order: `visible_first`.
             masked: int64 [B, M], n + M = N.
         Returns: logits [B, M, V] at `masked`, and the tokens [B, 1 + N, decoder width] after the norm.
         """
         x = self.embed(encoded)
-        hidden = self.mask_token.to(x.dtype).expand(len(x), masked.shape[1], -1)
-        patches = torch.cat([x[:, 1:], hidden], dim=1)
+        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), masked.shape[1], -1)
+        patches = torch.cat([x[:, 1:], mask_tokens], dim=1)
         back = order.argsort(dim=1).unsqueeze(-1).expand_as(patches)
         tokens = torch.cat([x[:, :1], patches.gather(1, back)], dim=1)
         features = self.norm(run_blocks(self.blocks, tokens, self.rel_pos_bias()))
@@ -75,10 +83,10 @@ def tokens_at(tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     return tokens.gather(1, (patches + 1).unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def shown_first(masked: torch.Tensor, num_patches: int) -> torch.Tensor:
-    """int64 [B, N]: the shown patches of each picture, then the hidden ones of `masked` [B, M], each increasing."""
-    hidden = torch.zeros(len(masked), num_patches, dtype=torch.uint8, device=masked.device).scatter_(1, masked, 1)
-    return hidden.argsort(dim=1, stable=True)
+def visible_first(masked: torch.Tensor, num_patches: int) -> torch.Tensor:
+    """int64 [B, N]: the visible patches of each image, then the masked ones of `masked` [B, M], each increasing."""
+    is_masked = torch.zeros(len(masked), num_patches, dtype=torch.uint8, device=masked.device).scatter_(1, masked, 1)
+    return is_masked.argsort(dim=1, stable=True)
 
 
 def bias_at(bias: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Masked image models: pictures with hidden patches -> logits over the codebook at the hidden patches.
+"""Masked image models: images with masked patches -> logits over the codebook at the masked patches.
 
-MaskedImageModel       BEiT: backbone, mask token, token head; the encoder sees a mask token at each hidden place
-AggregatingImageModel  BEiT v2: a second branch beside it, which makes the class token carry what the picture shows
-VisibleImageModel      MAE's asymmetry: the encoder sees the shown patches alone, a small decoder fills in the rest
+MaskedImageModel       BEiT: backbone, mask token, token head; the encoder sees a mask token at each masked place
+AggregatingImageModel  BEiT v2: a second branch beside it, which makes the class token carry what the image shows
+VisibleImageModel      MAE's asymmetry: the encoder sees the visible patches alone, a small decoder fills in the rest
 
 A release holds `backbone.*`, and `mask_token` and `lm_head.*` where they work on the backbone's own tokens; all else
 serves pre-training alone.
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from peco_ds.config import AggregationSettings, EncodingSettings, ModelSettings
-from peco_ds.models.masked_decoder import MaskedDecoder, bias_at, shown_first, tokens_at
+from peco_ds.models.masked_decoder import MaskedDecoder, bias_at, tokens_at, visible_first
 from peco_ds.models.vit import (
-    Recompute,
+    ActivationCheckpointing,
     TransformerBlock,
     build_backbone,
     patches_of,
@@ -30,7 +30,7 @@ from peco_ds.models.vit import (
 
 
 class MimOutput(NamedTuple):
-    logits: torch.Tensor  # [B, M, V] at the hidden patches, in the order of `masked`
+    logits: torch.Tensor  # [B, M, V] at the masked patches, in the order of `masked`
     # [B, 1 + N, D] after the norm that the token head sees, class token first
     features: torch.Tensor
     aggregated_logits: torch.Tensor | None = None  # [B, M, V] of a second branch
@@ -42,32 +42,34 @@ def build_mim(
     aggregation: AggregationSettings,
     num_codes: int,
     *,
-    recompute: Recompute = "none",
+    activation_checkpointing: ActivationCheckpointing = "none",
 ) -> MaskedImageModel | VisibleImageModel:
     """The model that a recipe asks for: `forward(images_norm, masked) -> MimOutput`, `features(images_norm) -> [B, 1 +
     N, D]`.
 
     Args:
-        num_codes: V.  recompute: what of each transformer block is computed again in the backward pass.
+        num_codes: V.  activation_checkpointing: what of each transformer block is computed again in the backward pass.
     """
     if encoding.kind == "visible":
-        return VisibleImageModel(model, encoding, num_codes, recompute=recompute)
+        return VisibleImageModel(model, encoding, num_codes, activation_checkpointing=activation_checkpointing)
     if aggregation.early_block:
-        return AggregatingImageModel(model, aggregation, num_codes, recompute=recompute)
-    return MaskedImageModel(model, num_codes, recompute=recompute)
+        return AggregatingImageModel(model, aggregation, num_codes, activation_checkpointing=activation_checkpointing)
+    return MaskedImageModel(model, num_codes, activation_checkpointing=activation_checkpointing)
 
 
 class MaskedImageModel(nn.Module):
     """BEiT's pre-training model.
 
     Args:
-        settings: size of the backbone.  num_codes: V.  recompute: of each block in the backward pass.
+        settings: size of the backbone.  num_codes: V.  activation_checkpointing: of each block in the backward pass.
     Source: BEiT (arXiv 2106.08254), released `modeling_pretrain.py`.
     """
 
-    def __init__(self, settings: ModelSettings, num_codes: int, *, recompute: Recompute = "none") -> None:
+    def __init__(
+        self, settings: ModelSettings, num_codes: int, *, activation_checkpointing: ActivationCheckpointing = "none"
+    ) -> None:
         super().__init__()
-        self.backbone = build_backbone(settings, recompute=recompute)
+        self.backbone = build_backbone(settings, activation_checkpointing=activation_checkpointing)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, settings.width))
         self.lm_head = nn.Linear(settings.width, num_codes)
         trunc_normal(self.mask_token, settings.init_std)
@@ -78,23 +80,25 @@ class MaskedImageModel(nn.Module):
         """
         Args:
             images_norm: [B, 3, S, S], ImageNet statistics; cast to the parameters' dtype here.
-            masked: int64 [B, M], hidden patches of each picture; the same count M for all, so that shapes are static
-                and no boolean index makes the host wait for the device. A picture with fewer repeats one of its own.
+            masked: int64 [B, M], masked patches of each image; the same count M for all, so that shapes are static
+                and no boolean index makes the host wait for the device. An image with fewer repeats one of its own.
         """
         features = self.features(images_norm, masked)
         return MimOutput(self.lm_head(tokens_at(features, masked)), features)
 
     def features(self, images_norm: torch.Tensor, masked: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, 1 + N, D] after the final norm, with the patches of `masked` (none if None) hidden from the encoder."""
+        """[B, 1 + N, D] after the final norm, with the patches of `masked` (none if None) masked."""
         tokens = self._embed(images_norm, masked)
         return self.backbone.norm(run_blocks(self.backbone.blocks, tokens, self.backbone.rel_pos_bias()))
 
     def _embed(self, images_norm: torch.Tensor, masked: torch.Tensor | None) -> torch.Tensor:
-        """[B, 1 + N, D]: class token and patches, the hidden ones replaced by the mask token."""
+        """[B, 1 + N, D]: class token and patches, the masked ones replaced by the mask token."""
         patches = patches_of(self.backbone, images_norm)
         if masked is not None:
-            hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter_(1, masked, True)
-            patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+            is_masked = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter_(
+                1, masked, True
+            )
+            patches = torch.where(is_masked.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         return with_class_token(self.backbone, patches)
 
 
@@ -116,16 +120,16 @@ class AggregatingImageModel(MaskedImageModel):
         aggregation: AggregationSettings,
         num_codes: int,
         *,
-        recompute: Recompute = "none",
+        activation_checkpointing: ActivationCheckpointing = "none",
     ) -> None:
-        super().__init__(settings, num_codes, recompute=recompute)
+        super().__init__(settings, num_codes, activation_checkpointing=activation_checkpointing)
         first, self.early_block = aggregation.early_block, aggregation.early_block
         last_place = max(settings.depth, first + aggregation.blocks) - 1
         sizes = dict(
             mlp_ratio=settings.mlp_ratio,
             layer_scale=settings.layer_scale,
             drop_path_by=settings.drop_path_by,
-            recompute=recompute,
+            activation_checkpointing=activation_checkpointing,
         )
         self.aggregation_blocks = nn.ModuleList(
             TransformerBlock(settings.width, settings.heads, drop_path=settings.drop_path * place / last_place, **sizes)
@@ -141,48 +145,53 @@ class AggregatingImageModel(MaskedImageModel):
         late = run_blocks(blocks[self.early_block :], early, bias)
         second = run_blocks(self.aggregation_blocks, torch.cat([late[:, :1], early[:, 1:]], dim=1), bias)
         features = backbone.norm(late)
-        hidden = torch.cat([tokens_at(features, masked), backbone.norm(tokens_at(second, masked))])
-        logits, aggregated_logits = self.lm_head(hidden).chunk(2)
+        picked = torch.cat([tokens_at(features, masked), backbone.norm(tokens_at(second, masked))])
+        logits, aggregated_logits = self.lm_head(picked).chunk(2)
         return MimOutput(logits, features, aggregated_logits)
 
 
 class VisibleImageModel(nn.Module):
-    """The encoder sees class token and shown patches, so that it costs what they cost.
+    """The encoder sees class token and visible patches, so that it costs what they cost.
 
-    A decoder predicts the codes of the hidden ones.
+    A decoder predicts the codes of the masked ones.
 
     PeCo's text discusses MAE's asymmetry and does not say that its ViT-H was trained so: this is our reading of an open
-    question. The encoder is the BEiT backbone with its relative position bias taken at the shown places; nothing else
+    question. The encoder is the BEiT backbone with its relative position bias taken at the visible places; nothing else
     tells it where a patch lies.
 
     Source: MAE (arXiv 2111.06377), section 3, with codes as targets.
     """
 
     def __init__(
-        self, settings: ModelSettings, encoding: EncodingSettings, num_codes: int, *, recompute: Recompute = "none"
+        self,
+        settings: ModelSettings,
+        encoding: EncodingSettings,
+        num_codes: int,
+        *,
+        activation_checkpointing: ActivationCheckpointing = "none",
     ) -> None:
         super().__init__()
-        self.backbone = build_backbone(settings, recompute=recompute)
-        self.decoder = MaskedDecoder(settings, encoding, num_codes, recompute=recompute)
+        self.backbone = build_backbone(settings, activation_checkpointing=activation_checkpointing)
+        self.decoder = MaskedDecoder(settings, encoding, num_codes, activation_checkpointing=activation_checkpointing)
 
     def forward(self, images_norm: torch.Tensor, masked: torch.Tensor) -> MimOutput:
         """
         Args:
             images_norm: [B, 3, S, S], ImageNet statistics; cast to the parameters' dtype here.
-            masked: int64 [B, M], M different hidden patches of each picture.
+            masked: int64 [B, M], M different masked patches of each image.
         Returns: logits and features of the decoder; D is its width.
         """
         backbone = self.backbone
         patches = patches_of(backbone, images_norm)
-        order = shown_first(masked, patches.shape[1])
+        order = visible_first(masked, patches.shape[1])
         places = order[:, : patches.shape[1] - masked.shape[1]]
-        shown = patches.gather(1, places.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
-        bias = bias_at(backbone.rel_pos_bias().to(shown.dtype), places)
-        encoded = backbone.norm(run_blocks(backbone.blocks, with_class_token(backbone, shown), bias))
+        visible = patches.gather(1, places.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+        bias = bias_at(backbone.rel_pos_bias().to(visible.dtype), places)
+        encoded = backbone.norm(run_blocks(backbone.blocks, with_class_token(backbone, visible), bias))
         return MimOutput(*self.decoder(encoded, order, masked))
 
     def features(self, images_norm: torch.Tensor) -> torch.Tensor:
-        """[B, 1 + N, D] of the whole picture after the backbone's final norm."""
+        """[B, 1 + N, D] of the whole image after the backbone's final norm."""
         backbone = self.backbone
         tokens = with_class_token(backbone, patches_of(backbone, images_norm))
         return backbone.norm(run_blocks(backbone.blocks, tokens, backbone.rel_pos_bias()))

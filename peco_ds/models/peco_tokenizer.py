@@ -106,7 +106,7 @@ def middle(channels: int, *, attention: bool) -> list[nn.Module]:
 
 
 class Encoder(nn.Sequential):
-    """Pictures [B, 3, H, W] -> [B, z_channels, H / stride, W / stride]."""
+    """Images [B, 3, H, W] -> [B, z_channels, H / stride, W / stride]."""
 
     def __init__(self, settings: TokenizerSettings) -> None:
         widths = [settings.channels * mult for mult in settings.channel_mults]
@@ -125,7 +125,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """[B, z_channels, h, w] -> pictures [B, 3, h * stride, w * stride].
+    """[B, z_channels, h, w] -> images [B, 3, h * stride, w * stride].
 
     One residual block more a level than the encoder.
     """
@@ -163,7 +163,7 @@ class PecoTokenizer(CodebookTokenizer):
         self.decoder = Decoder(settings)
 
     def forward(self, images_11: torch.Tensor) -> TokenizerOutput:
-        """Pictures [B, 3, H, W] in [-1, 1] -> reconstruction, codes, commitment.
+        """Images [B, 3, H, W] in [-1, 1] -> reconstruction, codes, commitment.
 
         In training mode the codebook counts.
         """
@@ -178,7 +178,7 @@ class PecoTokenizer(CodebookTokenizer):
         return self.to_code(outputs.to(self.to_code.weight.dtype))
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
-        """Code vectors [B, C, h, w] -> pictures float32 [B, 3, h * stride, w * stride], about [-1, 1]."""
+        """Code vectors [B, C, h, w] -> images float32 [B, 3, h * stride, w * stride], about [-1, 1]."""
         return self.decoder(self.from_code(quantized.to(self.from_code.weight.dtype))).float()
 
     def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -27,7 +27,7 @@ class TimmClassifier(NamedTuple):
     num_classes: int
     source: str
     image_px: int
-    # side of the pictures that the model is evaluated at unless another is asked for
+    # side of the images that the model is evaluated at unless another is asked for
     own_px: int
     crop: float
     mean: tuple[float, ...]
@@ -39,7 +39,7 @@ def load_timm_classifier(name: str, checkpoint: Path | None = None, *, image_px:
     Args:
         name: of a timm model, with or without a tag.
         checkpoint: local weights of it, of any number of classes; None: downloaded.
-        image_px: side of the pictures, position embeddings resampled; None: the model's own for evaluation.
+        image_px: side of the images, position embeddings resampled; None: the model's own for evaluation.
     Raises: UserError if timm does not know the name, the weights cannot be had or do not fit, or the model takes no
         other size.
     """
@@ -90,7 +90,7 @@ def load_timm_classifier(name: str, checkpoint: Path | None = None, *, image_px:
 
 
 def _resize(model: nn.Module, name: str, image_px: int) -> None:
-    """Make the model take pictures of another size: transformers are told, convolutional networks take any."""
+    """Make the model take images of another size: transformers are told, convolutional networks take any."""
     try:
         if hasattr(model, "set_input_size"):
             model.set_input_size(img_size=(image_px, image_px))
@@ -99,5 +99,5 @@ def _resize(model: nn.Module, name: str, image_px: int) -> None:
     except Exception as error:  # timm's models refuse in many ways
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"--image_px {image_px}: {name} takes no such picture ({reason}); leave it out for the model's own size"
+            f"--image_px {image_px}: {name} takes no such image ({reason}); leave it out for the model's own size"
         ) from None

@@ -1,4 +1,4 @@
-"""A tokenizer as a fast function of many pictures: one precision, passes of one size, the network compiled where asked.
+"""A tokenizer as a fast function of many images: one precision, passes of one size, the network compiled where asked.
 
 Stored and online codes both come from here.
 """
@@ -15,29 +15,29 @@ from peco_ds.models.image_tokenizer import ImageTokenizer, SoftTokens
 
 class TokenPasses:
     """Stands for the tokenizer where only codes are wanted: the same `tokenize` and `tokenize_soft`, for any number of
-    pictures of one size.
+    images of one size.
 
     In bf16 the trunk runs under autocast: products in bf16, statistics of norms in float32. The last layer and the
     search for the code are in the precision of
-    the weights, float32. A compiled trunk has one static shape: a last pass with fewer pictures is filled up, so that
+    the weights, float32. A compiled trunk has one static shape: a last pass with fewer images is filled up, so that
     nothing is compiled again for it.
 
     Args:
         tokenizer: in eval mode, on its device.
-        pictures: of a pass, at most.
+        images: of a pass, at most.
         compiled: by torch.compile, which the first pass waits for.
     """
 
     def __init__(
-        self, tokenizer: ImageTokenizer, *, precision: Literal["bf16", "fp32"], pictures: int, compiled: bool
+        self, tokenizer: ImageTokenizer, *, precision: Literal["bf16", "fp32"], images: int, compiled: bool
     ) -> None:
         tokenizer.check_eval()
-        assert pictures >= 1
-        # Eager group norms give pictures back channels first, and the next convolution would turn them round again;
+        assert images >= 1
+        # Eager group norms give images back channels first, and the next convolution would turn them round again;
         # compiled ones keep the order they find.
         self._layout = torch.channels_last if compiled else torch.contiguous_format
         self._tokenizer = tokenizer.to(memory_format=self._layout)
-        self._bf16, self._pictures, self._compiled = precision == "bf16", pictures, compiled
+        self._bf16, self._images, self._compiled = precision == "bf16", images, compiled
         self._trunk = torch.compile(tokenizer.trunk, fullgraph=True, dynamic=False) if compiled else tokenizer.trunk
 
     @torch.no_grad()
@@ -56,18 +56,18 @@ class TokenPasses:
     @torch.no_grad()
     def outputs(self, images_11: torch.Tensor) -> Iterator[torch.Tensor]:
         """The trunk's, pass by pass."""
-        for piece in images_11.split(self._pictures):
+        for piece in images_11.split(self._images):
             number = len(piece)
-            if self._compiled and number < self._pictures:
-                piece = torch.cat([piece, piece.new_zeros(self._pictures - number, *piece.shape[1:])])
+            if self._compiled and number < self._images:
+                piece = torch.cat([piece, piece.new_zeros(self._images - number, *piece.shape[1:])])
             with torch.autocast(piece.device.type, torch.bfloat16, enabled=self._bf16):
                 outputs = self._trunk(piece.contiguous(memory_format=self._layout))
             yield outputs[:number]
 
 
-def even_pass(pictures: int, at_most: int) -> int:
-    """Pictures of each pass when `pictures` are cut into the fewest of at most `at_most`: as equal as can be, so that
+def even_pass(images: int, at_most: int) -> int:
+    """Images of each pass when `images` are cut into the fewest of at most `at_most`: as equal as can be, so that
     next to nothing is filled up.
     """
-    passes = -(-pictures // at_most)
-    return -(-pictures // passes)
+    passes = -(-images // at_most)
+    return -(-images // passes)

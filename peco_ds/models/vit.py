@@ -23,9 +23,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from peco_ds.config import ModelSettings
 from peco_ds.models.attention import attend, bias_of_positions
-from peco_ds.schedules import pictures_taken
+from peco_ds.schedules import images_taken
 
-Recompute = Literal["none", "selective", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class TransformerBlock(Block):
@@ -36,7 +36,8 @@ class TransformerBlock(Block):
     Args:
         layer_scale: initial gammas; 0: none.  grid: patches a side, for a bias table of its own; None: it is given one.
         drop_path, drop_path_by: stochastic depth, see `draw_paths`.
-        recompute: in the backward pass, "selective": all but the matrix products and attention, "full": all.
+        activation_checkpointing: in the backward pass, "selective": all but the matrix products and attention, "full":
+            all.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class TransformerBlock(Block):
         layer_scale: float = 0.0,
         grid: int | None = None,
         drop_path: float = 0.0,
-        drop_path_by: Literal["picture", "subset"] = "picture",
-        recompute: Recompute = "none",
+        drop_path_by: Literal["image", "subset"] = "image",
+        activation_checkpointing: ActivationCheckpointing = "none",
     ) -> None:
         super().__init__(
             width,
@@ -59,26 +60,30 @@ class TransformerBlock(Block):
             init_values=layer_scale or None,
             window_size=(grid, grid) if grid else None,
         )
-        self.drop_path, self.drop_path_by, self.recompute = drop_path, drop_path_by, recompute
+        self.drop_path, self.drop_path_by, self.activation_checkpointing = (
+            drop_path,
+            drop_path_by,
+            activation_checkpointing,
+        )
 
     def draw_paths(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What stochastic depth does to attention and MLP in this pass, in training; None where nothing.
 
-        "picture": factors [B, 1, 1], 0 with probability drop_path, else 1 / (1 - drop_path). "subset": int64 [n], the
-        pictures that take the branch; n is B (1 - drop_path), rounded, at least 1, so the share is exact in every pass
+        "image": factors [B, 1, 1], 0 with probability drop_path, else 1 / (1 - drop_path). "subset": int64 [n], the
+        images that take the branch; n is B (1 - drop_path), rounded, at least 1, so the share is exact in every pass
         and branch, and the others cost nothing; what comes out is multiplied by B / n.
 
         Source: stochastic depth (arXiv 1603.09382); subsets: DINOv2 (arXiv 2304.07193), section 5.
         """
         if not self.training or not self.drop_path:
             return None, None
-        if self.drop_path_by == "picture":
+        if self.drop_path_by == "image":
             taken = torch.rand(2, len(x), 1, 1, device=x.device) >= self.drop_path
             return (taken.to(x.dtype) / (1 - self.drop_path)).unbind(0)
-        pictures = pictures_taken(len(x), self.drop_path)
-        if pictures == len(x):
+        images = images_taken(len(x), self.drop_path)
+        if images == len(x):
             return None, None
-        return torch.rand(2, len(x), device=x.device).argsort(dim=1)[:, :pictures].unbind(0)
+        return torch.rand(2, len(x), device=x.device).argsort(dim=1)[:, :images].unbind(0)
 
     def forward(
         self,
@@ -90,15 +95,15 @@ class TransformerBlock(Block):
         """Tokens [B, T, D] -> the same.
 
         Args:
-            shared_rel_pos_bias: [H, T, T], or one a picture [B, H, T, T]; not needed where the block has a table of its
+            shared_rel_pos_bias: [H, T, T], or one an image [B, H, T, T]; not needed where the block has a table of its
                 own.
             attention_path, mlp_path: of `draw_paths`.
         """
-        if self.recompute == "none" or not self.training:
+        if self.activation_checkpointing == "none" or not self.training:
             return self._run(x, shared_rel_pos_bias, attention_path, mlp_path)
         # Non-reentrant: the recomputed forward takes the same kernels as the first, so no loss changes. What is random
         # was drawn before.
-        contexts = {"context_fn": _keep_products} if self.recompute == "selective" else {}
+        contexts = {"context_fn": _keep_products} if self.activation_checkpointing == "selective" else {}
         return checkpoint(
             self._run,
             x,
@@ -135,7 +140,7 @@ class TransformerBlock(Block):
         # ZeRO-3 puts a function of its own in the place of F.linear, which saves the weight and not a view that would
         # keep it gathered. That one adds the bias in place, to the very product that selective recomputation has kept,
         # and would add it again. There nothing is saved, so the plain operator will do.
-        return torch.ops.aten.linear if self.recompute == "selective" else F.linear
+        return torch.ops.aten.linear if self.activation_checkpointing == "selective" else F.linear
 
 
 def _add(x: torch.Tensor, branch, path: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
@@ -170,7 +175,9 @@ def _policy(_context, operator, *_args, **_options) -> CheckpointPolicy:
 _keep_products = partial(create_selective_checkpoint_contexts, _policy)
 
 
-def build_blocks(settings: ModelSettings, *, own_bias: bool = False, recompute: Recompute = "none") -> nn.ModuleList:
+def build_blocks(
+    settings: ModelSettings, *, own_bias: bool = False, activation_checkpointing: ActivationCheckpointing = "none"
+) -> nn.ModuleList:
     """The backbone's blocks; stochastic depth grows linearly from 0 in the first to its rate in the last."""
     return nn.ModuleList(
         TransformerBlock(
@@ -181,7 +188,7 @@ def build_blocks(settings: ModelSettings, *, own_bias: bool = False, recompute: 
             grid=settings.grid if own_bias else None,
             drop_path=rate,
             drop_path_by=settings.drop_path_by,
-            recompute=recompute,
+            activation_checkpointing=activation_checkpointing,
         )
         for rate in calculate_drop_path_rates(settings.drop_path, settings.depth)
     )
@@ -197,7 +204,7 @@ class PositionBias(RelativePositionBias):
         return bias_of_positions(self.relative_position_bias_table, self.relative_position_index)
 
 
-def build_backbone(settings: ModelSettings, *, recompute: Recompute = "none") -> Beit:
+def build_backbone(settings: ModelSettings, *, activation_checkpointing: ActivationCheckpointing = "none") -> Beit:
     """A `Beit` without head that ends in its final norm, to be run by `run_blocks`.
 
     Source: BEiT (arXiv 2106.08254) and its released `modeling_pretrain.py`: shared bias table, no absolute position
@@ -205,7 +212,7 @@ def build_backbone(settings: ModelSettings, *, recompute: Recompute = "none") ->
     """
     backbone = Beit(**timm_arguments(settings) | {"depth": 0})
     backbone.blocks, backbone.rel_pos_bias = (
-        build_blocks(settings, recompute=recompute),
+        build_blocks(settings, activation_checkpointing=activation_checkpointing),
         PositionBias((settings.grid, settings.grid), settings.heads),
     )
     init_as_beit(backbone, settings.init_std)
@@ -294,5 +301,5 @@ def with_class_token(backbone: Beit, patches: torch.Tensor) -> torch.Tensor:
 
 
 def patches_of(backbone: Beit, images_norm: torch.Tensor) -> torch.Tensor:
-    """Pictures [B, 3, S, S], cast to the parameters' dtype here -> [B, N, D]."""
+    """Images [B, 3, S, S], cast to the parameters' dtype here -> [B, N, D]."""
     return backbone.patch_embed(images_norm.to(backbone.cls_token.dtype))

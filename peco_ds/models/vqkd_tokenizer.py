@@ -76,7 +76,7 @@ class VqkdTokenizer(CodebookTokenizer):
         seed: decides at which encoder outputs dead codes restart.
     """
 
-    makes_pictures = False
+    makes_images = False
 
     def __init__(self, settings: TokenizerSettings, *, seed: int = 0) -> None:
         super().__init__(settings)
@@ -94,7 +94,7 @@ class VqkdTokenizer(CodebookTokenizer):
             Fp32Linear(vit.width, vit.width), nn.Tanh(), Fp32Linear(vit.width, settings.code_dim)
         )
         self.codebook = Codebook.from_settings(settings, seed=seed)
-        # The grid of codes is the decoder's picture, one code a patch.
+        # The grid of codes is the decoder's image, one code a patch.
         self.decoder = PatchTransformer(
             image_px=grid,
             patch_px=1,
@@ -113,15 +113,15 @@ class VqkdTokenizer(CodebookTokenizer):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, images_11: torch.Tensor) -> VqkdOutput:
-        """Pictures [B, 3, S, S] in [-1, 1] -> features, codes, commitment; in training mode the codebook counts."""
+        """Images [B, 3, S, S] in [-1, 1] -> features, codes, commitment; in training mode the codebook counts."""
         quantized = self.codebook(self.encode(images_11))
         return VqkdOutput(self.decode(quantized.quantized), quantized.codes, quantized.commitment)
 
     def trunk(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, S, S] in [-1, 1] of the encoder's own size -> patch tokens [B, N, D]."""
+        """Images [B, 3, S, S] in [-1, 1] of the encoder's own size -> patch tokens [B, N, D]."""
         size = self.settings.only_px
         assert images_11.shape[-2:] == (size, size), (
-            f"picture {tuple(images_11.shape)}, the encoder's positions are those of {size} px"
+            f"image {tuple(images_11.shape)}, the encoder's positions are those of {size} px"
         )
         return self.encoder(images_11.to(self.encoder.cls_token.dtype))
 

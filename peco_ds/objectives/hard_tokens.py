@@ -1,4 +1,4 @@
-"""Cross-entropy on the tokenizer's codes at hidden patches: BEiT, PeCo, both terms of BEiT v2."""
+"""Cross-entropy on the tokenizer's codes at masked patches: BEiT, PeCo, both terms of BEiT v2."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from peco_ds.schema import IGNORED
 
 
 def hard_tokens(outputs, targets) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean cross-entropy over the hidden patches of the batch, of each branch; the branches are summed.
+    """Mean cross-entropy over the masked patches of the batch, of each branch; the branches are summed.
 
     Args:
         outputs: has `.logits` [B, M, V] and `.aggregated_logits`, the same or None; any float dtype, the softmax runs
             in float32.
-        targets: has `.codes` int64 [B, M], of the hidden patches; IGNORED where there is none.
-    Returns: scalar loss, and on the device {"accuracy": share of hidden patches whose code is the most likely one};
+        targets: has `.codes` int64 [B, M], of the masked patches; IGNORED where there is none.
+    Returns: scalar loss, and on the device {"accuracy": share of masked patches whose code is the most likely one};
         with a second branch its "aggregated_accuracy" too, and the terms of the loss, "mim_loss" and "aggregated_loss".
     Source: BEiT (arXiv 2106.08254), eq. 3; BEiT v2 (arXiv 2208.06366), released `engine_for_pretraining.py` for the
         sum.

@@ -17,10 +17,10 @@ BLOCK_ELEMENTS = 2**26
 
 
 class MultiChoice:
-    """Every hidden patch predicts a mixture of its own soft code and of those of patches with similar features.
+    """Every masked patch predicts a mixture of its own soft code and of those of patches with similar features.
 
-    With q the choices [N, V] of one picture and f its patch features: W = softmax(f f^T / similarity_temperature) of
-    L2-normalised f, targets t = omega * W q + (1 - omega) * q, loss = mean over hidden patches of -sum_v t_v log
+    With q the choices [N, V] of one image and f its patch features: W = softmax(f f^T / similarity_temperature) of
+    L2-normalised f, targets t = omega * W q + (1 - omega) * q, loss = mean over masked patches of -sum_v t_v log
     softmax(logits)_v. All of it in float32.
 
     Args:
@@ -63,12 +63,12 @@ class MultiChoice:
         return loss + aggregated, stats
 
     def _cross_entropy(self, logits: torch.Tensor, mixture: torch.Tensor, targets) -> torch.Tensor:
-        """-sum over i, j, v of mixture[i, j] q[j, v] log softmax(logits)[i, v], some pictures at a time: q is never
+        """-sum over i, j, v of mixture[i, j] q[j, v] log softmax(logits)[i, v], some images at a time: q is never
         there whole.
         """
         patches, num_codes = targets.topk_codes.shape[1], logits.shape[-1]
-        pictures = max(1, BLOCK_ELEMENTS // (patches * num_codes))
-        parts = zip(*(tensor.split(pictures) for tensor in (logits, mixture, targets.topk_codes, targets.topk_probs)))
+        images = max(1, BLOCK_ELEMENTS // (patches * num_codes))
+        parts = zip(*(tensor.split(images) for tensor in (logits, mixture, targets.topk_codes, targets.topk_probs)))
         return sum(
             checkpoint(_block_loss, *part, self._settings.rest, use_reentrant=False, preserve_rng_state=False)
             for part in parts
@@ -76,7 +76,7 @@ class MultiChoice:
 
 
 def refinement(features: torch.Tensor, masked: torch.Tensor, settings: ObjectiveSettings) -> torch.Tensor:
-    """Rows of omega * W + (1 - omega) * identity at the hidden patches: how much of each patch's choice goes into a
+    """Rows of omega * W + (1 - omega) * identity at the masked patches: how much of each patch's choice goes into a
     target.
 
     Args:

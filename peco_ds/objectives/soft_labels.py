@@ -14,7 +14,7 @@ def soft_label_cross_entropy(
     """
     Args:
         logits: [B, C]; taken to float32 here.  targets: float32 [B, C], each row sums to 1.
-    Returns: mean loss; {"train_top1"}: percent of pictures whose first guess is the largest part of the mixture.
+    Returns: mean loss; {"train_top1"}: percent of images whose first guess is the largest part of the mixture.
     """
     logits = logits.float()
     top1 = 100 * (logits.argmax(dim=-1) == targets.argmax(dim=-1)).float().mean()

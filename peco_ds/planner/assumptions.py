@@ -56,13 +56,13 @@ def _common() -> list[str]:
         f"an offloaded optimiser: {compute.HOST_MEMORY_BYTES_S / 1e9:g} GB/s of a node's memory, "
         f"{compute.HOST_LINK_BYTES_S / 1e9:g} GB/s between a GPU and its host: assumed",
         f"loaders: decoding {1e9 * data_side.DECODE_S_A_PIXEL:.1f} ns a pixel and core, ImageNet's "
-        f"mean picture {data_side.SOURCE_PIXELS:,} pixels and {data_side.SOURCE_BYTES / 1e3:.0f} kB; "
+        f"mean image {data_side.SOURCE_PIXELS:,} pixels and {data_side.SOURCE_BYTES / 1e3:.0f} kB; "
         f"measured on one AMD EPYC core (benchmarks/data.py), {data_side.LOADER_PACE['slow']:g} and "
         f"{data_side.LOADER_PACE['fast']:g} times that at a slow and a fast pace: assumed; after the "
-        "first epoch pictures are taken to come from the node's memory or disk",
+        "first epoch images are taken to come from the node's memory or disk",
         f"without checkpoint.every_minutes a save every {estimate.NO_INTERVAL_MINUTES:g} minutes; "
         f"tokenizing redoes {estimate.SHARD_S:g} s of work after an interruption: assumed",
-        "not in the hours: the queue, packing the pictures, conversion; and nothing here was "
+        "not in the hours: the queue, packing the images, conversion; and nothing here was "
         "compared with a GPU of ours yet (benchmarks/plan_step.py does it)",
     ]
 

@@ -132,7 +132,7 @@ HEADS = (
     "micro-batch x passes",
     "GiB a GPU",
     "step s",
-    "pictures/s",
+    "images/s",
     "MFU",
     "hours",
     "GPU-hours",
@@ -181,7 +181,7 @@ def bill_text(bill: Bill, *, assumed: bool) -> str:
     """One bill in full, without a final newline.
 
     Args:
-        assumed: the number of pictures is a guess.
+        assumed: the number of images is a guess.
     """
     main, hardware = bill.chain.main, bill.hardware
     nodes = -(-bill.gpus // hardware.gpus_per_node)
@@ -189,7 +189,7 @@ def bill_text(bill: Bill, *, assumed: bool) -> str:
     lines = [
         f"{main.name}{'' if len(bill.chain.stages) == 1 else ' and what belongs to it'}, on "
         f"{bill.gpus} {hardware.title} ({nodes} node{'s' if nodes > 1 else ''}); {main.num_samples:,} "
-        "pictures" + (" (assumed: ImageNet-1K; no set was read)" if assumed else ""),
+        "images" + (" (assumed: ImageNet-1K; no set was read)" if assumed else ""),
         *(
             [
                 "No tokenizer and no fine-tuning are known for this recipe; name them by --tokenizer_recipe "
@@ -241,12 +241,12 @@ def _total_row(made: Sequence[Estimate]) -> list[str]:
 
 
 def _notes(bill: Bill, made: Sequence[Estimate]) -> list[str]:
-    notes = [f"  {each.stage.name}: pictures are views there" for each in made if not each.stage.trains]
+    notes = [f"  {each.stage.name}: images are views there" for each in made if not each.stage.trains]
     for each, stage in zip(made, bill.chain.stages):
         if each.loader_bound:
             notes.append(
                 f"* {each.stage.name}: data run short: {each.loader_cores:.0f} cores a node would feed "
-                f"{each.computed_images_s():,.0f} pictures a second; {_more_cores(each)}"
+                f"{each.computed_images_s():,.0f} images/s; {_more_cores(each)}"
             )
         asked = stage.run.micro_batch
         if stage.trains and each.micro_batch < asked:
@@ -271,8 +271,7 @@ def _more_cores(made: Estimate) -> str:
     if needed * ranks <= made.hardware.cores_per_node:
         return f"set data.num_workers={needed} in place of {made.stage.recipe.data.num_workers}"
     return (
-        f"the node has {made.hardware.cores_per_node}; pack the pictures smaller (--short_side), or "
-        "take nodes with more"
+        f"the node has {made.hardware.cores_per_node}; pack the images smaller (--short_side), or take nodes with more"
     )
 
 
@@ -285,7 +284,7 @@ def detail_lines(made: Estimate) -> list[str]:
         "optimiser": state.optimizer,
         "buffers": state.buffers,
         "fixed": made.room.fixed_bytes,
-        f"activations of {made.micro_batch}": made.micro_batch * made.room.a_picture_bytes,
+        f"activations of {made.micro_batch}": made.micro_batch * made.room.bytes_per_image,
         "reserved": made.room.used_bytes(0) - state.state - made.room.fixed_bytes,
         "total": made.room.used_bytes(made.micro_batch),
     }
@@ -301,8 +300,8 @@ def detail_lines(made: Estimate) -> list[str]:
         ),
         _line(
             "FLOP",
-            f"{made.stage.model_flops / 1e9:,.1f} GFLOP a picture, "
-            f"{made.stage.model_flops * made.stage.pictures:.3g} in all ({made.stage.pictures:,} pictures)",
+            f"{made.stage.model_flops / 1e9:,.1f} GFLOP an image, "
+            f"{made.stage.model_flops * made.stage.images:.3g} in all ({made.stage.images:,} images)",
         ),
     ]
     if made.host_bytes:
@@ -331,7 +330,7 @@ def detail_lines(made: Estimate) -> list[str]:
         _line(
             "loaders",
             f"{made.loader_cores:.1f} of {made.hardware.cores_per_node} cores a node "
-            f"({1e3 * loader_core_s(made.stage):.2f} ms a picture and core)",
+            f"({1e3 * loader_core_s(made.stage):.2f} ms an image and core)",
         ),
         _line(
             "failures",
@@ -411,7 +410,7 @@ SCAN_HEADS = (
     "hardware",
     "settings",
     "step s",
-    "pictures/s",
+    "images/s",
     "scaling",
     "MFU",
     "goodput",
@@ -484,15 +483,15 @@ def estimate_facts(made: Estimate) -> dict:
         "stage": stage.kind,
         "recipe": stage.recipe.name,
         "gpus": made.gpus,
-        "pictures": stage.pictures,
+        "images": stage.images,
         "parameters": stage.parameters,
-        "model_flops_a_picture": stage.model_flops,
+        "model_flops_per_image": stage.model_flops,
         "micro_batch": made.micro_batch,
         "largest_micro_batch": made.room.largest_micro_batch,
         "memory_bytes": {
             **{name: getattr(made.room.state, name) for name in ("weights", "gradients", "optimizer", "buffers")},
             "fixed": made.room.fixed_bytes,
-            "activations": made.micro_batch * made.room.a_picture_bytes,
+            "activations": made.micro_batch * made.room.bytes_per_image,
             "total": made.room.used_bytes(made.micro_batch),
         },
         "loader_cores_a_node": made.loader_cores,

@@ -81,7 +81,7 @@ def read_chain(
         overrides: "key.sub=value" of that recipe, or "RECIPE:key.sub=value" of another one of the chain.
         tokenizer, finetune: recipes in place of the usual neighbours, which take over the model's size where it was
             changed.
-        num_samples: pictures of the training set.
+        num_samples: images of the training set.
         finetune_samples: of the labelled one; None: the same.
         val_samples: of the set that a classifier is measured on.
     Raises: UserError as `load_recipe`, for a probe's recipe, for an override of a recipe that is not in the chain.

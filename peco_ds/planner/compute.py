@@ -47,12 +47,12 @@ class SegmentSeconds:
 
 
 def segment_seconds(
-    segment: Segment, pictures: int, hardware: Hardware, precision: str, pace: str = "typical"
+    segment: Segment, images: int, hardware: Hardware, precision: str, pace: str = "typical"
 ) -> SegmentSeconds:
     """Seconds of one micro-batch in one segment, forward and backward.
 
     Args:
-        pictures: of the micro-batch.
+        images: of the micro-batch.
         precision: of the run; a segment that computes in another one says so itself.
         pace: one of PACES.
     Raises: UserError if the machine has no peak in that precision.
@@ -60,12 +60,12 @@ def segment_seconds(
     assert pace in PACES, pace
     used = segment.precision or precision
     return SegmentSeconds(
-        *(work_seconds(work, pictures, hardware, used, pace) for work in (segment.forward, segment.backward))
+        *(work_seconds(work, images, hardware, used, pace) for work in (segment.forward, segment.backward))
     )
 
 
-def work_seconds(work: Work, pictures: int, hardware: Hardware, precision: str, pace: str = "typical") -> float:
-    """Of one pass of `pictures`."""
+def work_seconds(work: Work, images: int, hardware: Hardware, precision: str, pace: str = "typical") -> float:
+    """Of one pass of `images`."""
     if precision not in hardware.peak_flops:
         raise UserError(f"{hardware.name} has no peak_flops in {precision}; known: {', '.join(hardware.peak_flops)}")
     place = PACES.index(pace)
@@ -76,10 +76,10 @@ def work_seconds(work: Work, pictures: int, hardware: Hardware, precision: str, 
         + work.attention / attention_share
         + work.convolutions / (CONVOLUTION_SHARE[pace] * share)
     )
-    moving = (work.moved_bytes * pictures + work.pass_bytes) / (
+    moving = (work.moved_bytes * images + work.pass_bytes) / (
         hardware.memory_bytes_s * hardware.memory_share * MEMORY_PACE[pace]
     )
-    return max(pictures * computing / peak + moving, work.kernels * LAUNCH_S[pace])
+    return max(images * computing / peak + moving, work.kernels * LAUNCH_S[pace])
 
 
 def optimizer_seconds(num_parameters: float, hardware: Hardware) -> float:

@@ -1,4 +1,4 @@
-"""Pictures a second and days over GPU counts, drawn."""
+"""Images a second and days over GPU counts, drawn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIMULATED_STEPS = 50
 
 
 def scaling_plot(path: Path, bills: Sequence[Bill]) -> None:
-    """Two panels over GPU counts, a line a kind of GPU, with a band from the slow to the fast pace: pictures a second
+    """Two panels over GPU counts, a line a kind of GPU, with a band from the slow to the fast pace: images/s
     of the main stage beside linear scaling and the simulation,
     and days of the whole chain."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,7 +50,7 @@ def scaling_plot(path: Path, bills: Sequence[Bill]) -> None:
         (
             speed,
             f"{main.name}, {main.recipe.schedule.epochs or 0:g} epochs; dotted: linear, band: fast to slow pace",
-            "pictures a second",
+            "images/s",
         ),
         (days, "all stages, with evaluations, saves and failures", "days"),
     ):

@@ -6,7 +6,7 @@ from peco_ds.planner.memory import checkpoint_bytes, zero_stage
 from peco_ds.planner.stages import Stage
 from peco_ds.schema import VIEW_COLUMNS
 
-# Seconds of one core (AMD EPYC, torchvision's decoder), measured on ImageNet pictures of 87 thousand pixels:
+# Seconds of one core (AMD EPYC, torchvision's decoder), measured on ImageNet images of 87 thousand pixels:
 # benchmarks/data.py for pre-training's parts;
 # RandAugment through Pillow at 224 and 448 px gave 2.1 and 5.9 ms.
 DECODE_S_A_PIXEL = 5.2e-9
@@ -14,9 +14,9 @@ RECORD_S = 424e-6  # read, order, mask, token record, batch
 # box, resize and flip, by the pixels of the crop
 CROP_S_A_PIXEL = 4.3e-9
 AUGMENT_S, AUGMENT_S_A_PIXEL = 850e-6, 25e-9
-# ImageNet's mean picture, as the literature has it
+# ImageNet's mean image, as the literature has it
 SOURCE_PIXELS = 469 * 387
-# 147.9 GB of ILSVRC2012_img_train.tar over 1,281,167 pictures
+# 147.9 GB of ILSVRC2012_img_train.tar over 1,281,167 images
 SOURCE_BYTES = 115_400
 
 
@@ -25,7 +25,7 @@ LOADER_PACE = {"slow": 1.6, "typical": 1.0, "fast": 0.8}
 
 
 def loader_core_s(stage: Stage, source_pixels: float = SOURCE_PIXELS) -> float:
-    """Seconds that one core works for one picture of the stage (of tokenizing: for one view, a picture being decoded
+    """Seconds that one core works for one image of the stage (of tokenizing: for one view, an image being decoded
     once for all of its views).
     """
     decode, recipe = DECODE_S_A_PIXEL * source_pixels, stage.recipe
@@ -38,7 +38,7 @@ def loader_core_s(stage: Stage, source_pixels: float = SOURCE_PIXELS) -> float:
 
 
 def token_bytes(num_views: int, patches: int, topk: int = 0) -> tuple[int, int]:
-    """Bytes of one picture's token record: (array data, room in the tar with npy and tar headers).
+    """Bytes of one image's token record: (array data, room in the tar with npy and tar headers).
 
     Args:
         topk: soft codes a patch, with float16 probabilities; 0: none.

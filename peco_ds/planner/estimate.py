@@ -151,13 +151,13 @@ class Estimate:
         return {pace: self.cost(pace) for pace in PACES} if self.stage.trains else {}
 
     def loader_images_s(self, pace: str = "typical") -> float:
-        """Pictures (of tokenizing: views) a second that all loader processes give."""
+        """Images (of tokenizing: views) a second that all loader processes give."""
         node_gpus = min(self.gpus, self.hardware.gpus_per_node)
         workers = min(self.hardware.cores_per_node, max(1, self.stage.recipe.data.num_workers) * node_gpus)
         return self.nodes * workers / (LOADER_PACE[pace] * loader_core_s(self.stage))
 
     def computed_images_s(self, pace: str = "typical") -> float:
-        """Pictures a second over all GPUs if data never ran short."""
+        """Images a second over all GPUs if data never ran short."""
         if self.stage.trains:
             return self.stage.run.global_batch / self.cost(pace).seconds
         passed = sum(
@@ -167,7 +167,7 @@ class Estimate:
         return self.gpus * self.micro_batch / passed
 
     def images_s(self, pace: str = "typical") -> float:
-        """Pictures (of tokenizing: views) a second over all GPUs."""
+        """Images (of tokenizing: views) a second over all GPUs."""
         return min(self.computed_images_s(pace), self.loader_images_s(pace))
 
     def step_s(self, pace: str = "typical") -> float:
@@ -191,7 +191,7 @@ class Estimate:
 
     def training_hours(self, pace: str = "typical") -> float:
         """Without evaluations, saves, failures."""
-        return self.stage.pictures / self.images_s(pace) / 3600
+        return self.stage.images / self.images_s(pace) / 3600
 
     def evaluation_hours(self, pace: str = "typical") -> float:
         """Of a classifier's evaluations: forward passes alone."""
@@ -345,5 +345,5 @@ def _remedy(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice
     return (
         f"no number of them up to {MOST_GPUS} fits; {' or '.join(larger)} would"
         if larger
-        else "no GPU of the catalogue fits; make the model, the picture or the micro-batch smaller"
+        else "no GPU of the catalogue fits; make the model, the image or the micro-batch smaller"
     )

@@ -65,18 +65,18 @@ class Room:
     state: GpuMemory  # without activations
     # beside ZeRO's state: frozen networks, codebooks, moving average
     fixed_bytes: float
-    a_picture_bytes: float  # activations, with the allocator's loss
+    bytes_per_image: float  # activations, with the allocator's loss
     # of the GPU, without what is reserved or kept free
     available_bytes: float
 
     @property
     def largest_micro_batch(self) -> int:
-        """Pictures of a pass that fit; 0 or less: not even the state does."""
-        return int((self.available_bytes - self.state.state - self.fixed_bytes) // self.a_picture_bytes)
+        """Images of a pass that fit; 0 or less: not even the state does."""
+        return int((self.available_bytes - self.state.state - self.fixed_bytes) // self.bytes_per_image)
 
     def used_bytes(self, micro_batch: int) -> float:
         """Of one GPU, with what is reserved."""
-        return RESERVED_BYTES + self.state.state + self.fixed_bytes + micro_batch * self.a_picture_bytes
+        return RESERVED_BYTES + self.state.state + self.fixed_bytes + micro_batch * self.bytes_per_image
 
 
 def check_gpus(gpus: int, hardware: Hardware, stage: Stage) -> None:
@@ -139,11 +139,11 @@ def gpus_that_divide(stage: Stage, gpus: int, hardware: Hardware) -> int:
         ]
     )
     found = next((count for count in whole if shares(stage, count)), None)
-    # one GPU divides every batch, unless its pictures are mixed in pairs
+    # one GPU divides every batch, unless its images are mixed in pairs
     if found is None:
         raise UserError(
             f"{stage.name}: run.global_batch {stage.run.global_batch} is odd, and mixup pairs the "
-            "pictures of a pass; make it even, or set augment.mixup=0 augment.cutmix=0"
+            "images of a pass; make it even, or set augment.mixup=0 augment.cutmix=0"
         )
     return found
 
@@ -156,7 +156,7 @@ def require_divides(stage: Stage, gpus: int, hardware: Hardware) -> None:
         reason = (
             f"run.global_batch {batch} is not a multiple of it"
             if batch % gpus
-            else f"run.global_batch {batch} leaves an odd {batch // gpus} pictures a GPU, and mixup pairs them"
+            else f"run.global_batch {batch} leaves an odd {batch // gpus} images a GPU, and mixup pairs them"
         )
         raise UserError(
             f"--gpus {gpus}: {stage.name}: {reason}; use {nearest_counts(stage, gpus, hardware)}, or "
@@ -177,9 +177,9 @@ def require_known(choice: DeepSpeedChoice) -> None:
 def room(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice) -> Room:
     """How a GPU's memory is divided, whether or not it suffices."""
     available = (1 - KEPT_FREE) * hardware.memory_bytes - RESERVED_BYTES
-    a_picture = FRAGMENTATION * stage.activation_bytes
+    a_image = FRAGMENTATION * stage.activation_bytes
     if not stage.trains:
-        return Room(GpuMemory(0.0, 0.0, 0.0, 0.0, 0.0), stage.fixed_bytes, a_picture, available)
+        return Room(GpuMemory(0.0, 0.0, 0.0, 0.0, 0.0), stage.fixed_bytes, a_image, available)
     state = gpu_memory(
         stage.parameters,
         stage=choice.stage,
@@ -194,7 +194,7 @@ def room(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice) -
         else stage.average_bytes(stage=choice.stage, world_size=gpus)
     )
     fixed = stage.fixed_bytes + average
-    return Room(state, fixed, a_picture, available)
+    return Room(state, fixed, a_image, available)
 
 
 def merged(stage: Stage, choice: DeepSpeedChoice) -> dict:

@@ -53,7 +53,7 @@ _ASSUMED_MEMORY_SHARE = (
 )
 _ASSUMED_STORAGE = (
     "assumed: 4 GB/s to a node, what reference designs of GPU clusters ask of a shared file "
-    "system for training on pictures"
+    "system for training on images"
 )
 _MATMUL_FLOPS = (
     "table of maximum achievable matrix-product FLOP/s of 'Machine Learning Engineering' "

@@ -49,7 +49,7 @@ def pretrain_report(
     """Model, compute, schedule, storage and memory of a pre-training run.
 
     Args:
-        num_samples: pictures of the set.  num_views: recorded views of each.
+        num_samples: images of the set.  num_views: recorded views of each.
         durations: `resolve_durations(recipe, num_samples)`.
         ds_config: DeepSpeed JSON, read or merged: stage, buckets, offload and the type of summed gradients count.
         assumed: `num_samples` is a guess because no set was read; the report says so.
@@ -67,7 +67,7 @@ def pretrain_report(
         _line(
             "model",
             f"width {model.width}, depth {model.depth}, heads {model.heads}, patch {model.patch_px} px, "
-            f"picture {model.image_px} px",
+            f"image {model.image_px} px",
         ),
         _line("parameters", _parameter_text(parameters, num_codes)),
         _line(
@@ -86,7 +86,7 @@ def pretrain_report(
         *_schedule_lines(recipe, durations, num_samples, assumed),
         _line(
             "token storage",
-            f"{payload:,} B a picture ({num_views} views: codes {2 * num_views * patches:,} B), "
+            f"{payload:,} B an image ({num_views} views: codes {2 * num_views * patches:,} B), "
             f"{_decimal(num_samples * payload)} for the set, {_decimal(num_samples * in_tar)} in tars",
         ),
         *_checkpoint_lines(recipe, parameters.total, durations, ds_config),
@@ -112,11 +112,11 @@ def finetune_report(
     The moving average of the weights stands on a line of its own, beside the memory table.
 
     Args:
-        num_classes: of the pictures.  The other arguments and the result: as `pretrain_report`.
+        num_classes: of the images.  The other arguments and the result: as `pretrain_report`.
     """
     model, run = recipe.model, recipe.run
     stage = Stage("fine-tuning", recipe, num_samples, num_classes)
-    # A classifier's head sees one token a picture, where pre-training's sees the masked patches.
+    # A classifier's head sees one token an image, where pre-training's sees the masked patches.
     macs, parameters = mim_macs(model, num_codes=num_classes, masked=1), stage.parameters
     classifier, augment = recipe.classifier, recipe.augment
     lowest = recipe.optim.lr * classifier.layer_decay ** (model.depth + 1)
@@ -125,7 +125,7 @@ def finetune_report(
         _line(
             "model",
             f"width {model.width}, depth {model.depth}, heads {model.heads}, patch {model.patch_px} px, "
-            f"picture {model.image_px} px",
+            f"image {model.image_px} px",
         ),
         _line("parameters", f"{_millions(parameters)} with a head of {num_classes} classes"),
         _line(
@@ -174,7 +174,7 @@ def tokenizer_report(
     lines = [
         f"{recipe.name}: tokenizer training",
         _line(
-            "picture",
+            "image",
             f"{size} px, stride {tokenizer.stride_px} px: {grid} x {grid} = {grid**2} codes of "
             f"{tokenizer.num_codes}, {tokenizer.code_dim} wide",
         ),
@@ -205,7 +205,7 @@ def tokenizing_report(recipe: PretrainRecipe, tokenizer: TokenizerSettings, *, n
     """What the rest of a tokenizing costs.
 
     Args:
-        num_samples: pictures that have no tokens yet.
+        num_samples: images that have no tokens yet.
     """
     stage, views = Stage("tokenizing", recipe, num_samples, tokenizer=tokenizer), recipe.views
     lines = [
@@ -216,7 +216,7 @@ def tokenizing_report(recipe: PretrainRecipe, tokenizer: TokenizerSettings, *, n
         ),
         _line(
             "views",
-            f"{num_samples:,} pictures x {views.count} = {stage.pictures:,}; "
+            f"{num_samples:,} images x {views.count} = {stage.images:,}; "
             f"{_decimal(num_samples * token_bytes(views.count, recipe.model.grid**2, views.topk)[1])} in "
             "tars",
         ),
@@ -241,7 +241,7 @@ def _parameter_text(parameters: MimParameters, num_codes: int) -> str:
 
 
 def _variant_lines(recipe: PretrainRecipe, macs: MimMacs) -> list[str]:
-    """What differs from an encoder with a mask token at each hidden place and one branch, and its share of that one's
+    """What differs from an encoder with a mask token at each masked place and one branch, and its share of that one's
     forward pass.
     """
     model, encoding, aggregation, masked = recipe.model, recipe.encoding, recipe.aggregation, recipe.mask.count
@@ -270,7 +270,7 @@ def _subset_lines(model: ModelSettings, micro_batch: int) -> list[str]:
     return [
         _line(
             "stochastic depth",
-            f"subsets of {micro_batch} pictures: {skipped_by_subsets(model, micro_batch):.1%} of the "
+            f"subsets of {micro_batch} images: {skipped_by_subsets(model, micro_batch):.1%} of the "
             "blocks' work is left out (not taken off above)",
         )
     ]
@@ -281,11 +281,11 @@ def _compute_lines(
 ) -> list[str]:
     total = training_flops * durations.total_steps * global_batch
     return [
-        _line("forward", f"{forward_macs / 1e9:.1f} GMAC = {FLOPS_PER_MAC * forward_macs / 1e9:.1f} GFLOP a picture"),
+        _line("forward", f"{forward_macs / 1e9:.1f} GMAC = {FLOPS_PER_MAC * forward_macs / 1e9:.1f} GFLOP an image"),
         _line(
             "training",
             f"{training_flops / 1e9:.1f} GFLOP a "
-            f"picture{' with its judge or teacher' if with_frozen else ''}, "
+            f"image{' with its judge or teacher' if with_frozen else ''}, "
             f"{training_flops * global_batch / 1e12:.1f} TFLOP a step, {total:.3g} FLOP the run "
             "(recomputation not counted)",
         ),
@@ -305,10 +305,10 @@ def _schedule_lines(
     )
     stop = f"; this run stops at step {durations.stop_step:,}" if durations.stop_step < durations.total_steps else ""
     return [
-        _line("set", f"{num_samples:,} pictures{source}"),
+        _line("set", f"{num_samples:,} images{source}"),
         _line(
             "schedule",
-            f"{durations.total_steps:,} steps of {recipe.run.global_batch:,} pictures, warm-up "
+            f"{durations.total_steps:,} steps of {recipe.run.global_batch:,} images, warm-up "
             f"{durations.warmup_steps:,} steps{stop}",
         ),
         _line("images seen", f"{seen:,} = {seen / num_samples:.2f} epochs"),
@@ -421,7 +421,7 @@ def _time_lines(planned: Stage, ds_config: dict) -> list[str]:
 
 
 def _columns(found: Room, micro_batch: int, offloads: bool) -> list[float]:
-    state, other, activations = found.state, RESERVED_BYTES + found.fixed_bytes, micro_batch * found.a_picture_bytes
+    state, other, activations = found.state, RESERVED_BYTES + found.fixed_bytes, micro_batch * found.bytes_per_image
     columns = [
         state.weights,
         state.gradients,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peco_ds.config import AggregationSettings, EncodingSettings, ModelSettings, TokenizerSettings
-from peco_ds.schedules import pictures_taken
+from peco_ds.schedules import images_taken
 
 IMAGE_CHANNELS = 3
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -92,7 +92,7 @@ def _block_parameters(width: int, hidden: int, *, scaled: bool) -> int:
 
 
 def relative_positions(grid: int) -> int:
-    """Rows of a relative position table of a grid x grid picture; three are for pairs with the class token."""
+    """Rows of a relative position table of a grid x grid image; three are for pairs with the class token."""
     return (2 * grid - 1) ** 2 + 3
 
 
@@ -106,7 +106,7 @@ def _extra_blocks(aggregation: AggregationSettings) -> int:
 
 @dataclass(frozen=True)
 class MimMacs:
-    """Multiply-accumulates of one picture's forward pass."""
+    """Multiply-accumulates of one image's forward pass."""
 
     backbone: int
     # at masked patches only, of both branches where there are two
@@ -120,7 +120,7 @@ class MimMacs:
 
     @property
     def training_flops(self) -> int:
-        """FLOPs of forward and backward, a picture."""
+        """FLOPs of forward and backward, an image."""
         return TRAINING_OVER_FORWARD * FLOPS_PER_MAC * self.total
 
 
@@ -132,10 +132,10 @@ def mim_macs(
     encoding: EncodingSettings = FULL_ENCODING,
     aggregation: AggregationSettings = NO_AGGREGATION,
 ) -> MimMacs:
-    """MACs of one picture.
+    """MACs of one image.
 
     Args:
-        masked: hidden patches of the picture, the only ones the head sees.
+        masked: masked patches of the image, the only ones the head sees.
         encoding: full: every token, hidden or not, goes through the encoder; visible: the shown ones alone, and all of
             them through the decoder.
     """
@@ -160,7 +160,7 @@ def _block_macs(tokens: int, width: int, hidden: int) -> int:
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Device memory of one picture between its forward and its backward pass."""
+    """Device memory of one image between its forward and its backward pass."""
 
     saved: int  # kept by autograd, and the model's outputs
     # gradients and recomputed tensors alive beside them at the worst moment
@@ -181,22 +181,22 @@ def mim_activation_bytes(
     encoding: EncodingSettings = FULL_ENCODING,
     aggregation: AggregationSettings = NO_AGGREGATION,
 ) -> ActivationBytes:
-    """Activations of one picture, with an attention kernel that does not store the T x T weights.
+    """Activations of one image, with an attention kernel that does not store the T x T weights.
 
     A block keeps, of T rows each: input and output of both norms (4 D), query, key and value (3 D), attention's output
     (D), the two branch outputs that layer scale multiplies (2 D), the MLP's hidden layer before and after GELU (2 F);
     and in 32 bits two statistics a row of each norm and one log-sum-exp a row of each head. With F = 4 D that is 36 T D
     bytes in 16 bits; the classic
-    34 T D counts two dropout masks, which this network has not, and no layer scale. Beyond the blocks: the picture,
+    34 T D counts two dropout masks, which this network has not, and no layer scale. Beyond the blocks: the image,
     input and output of the final norm, and at M masked patches the head's input, its logits and the log-probabilities,
     these in 32 bits; a second branch has a norm and logits of its own. An encoder that sees n tokens has a bias of its
-    own for each picture, n x n a head.
+    own for each image, n x n a head.
 
     The working part is an estimate of the worst moment: in a block's backward pass the gradients of the hidden layer
-    before and after GELU, of the block's input and of a branch, and of an attention bias that is a picture's own, [H,
-    T, T]; that of a shared one is summed some pictures at a time (at most 128 MiB a pass, not counted here); in the
+    before and after GELU, of the block's input and of a branch, and of an attention bias that is an image's own, [H,
+    T, T]; that of a shared one is summed some images at a time (at most 128 MiB a pass, not counted here); in the
     head's the gradient of the logits in both precisions. The caching allocator's fragmentation is not in it, nor is
-    what an objective keeps beside the log-probabilities (soft targets are made some pictures at a time and not kept).
+    what an objective keeps beside the log-probabilities (soft targets are made some images at a time and not kept).
 
     Args:
         checkpointing: "none"; "full": every block keeps its input alone and is recomputed in the backward pass;
@@ -205,7 +205,7 @@ def mim_activation_bytes(
     """
     assert checkpointing in ("none", "selective", "full"), checkpointing
     element, tokens, scaled = ELEMENT_BYTES[precision], model.grid**2 + 1, bool(model.layer_scale)
-    picture = IMAGE_CHANNELS * model.image_px**2 * element
+    image = IMAGE_CHANNELS * model.image_px**2 * element
     if encoding.kind == "visible":
         seen, narrow = tokens - masked, encoding.decoder_width
         encoder = _BlockActivations(seen, model.width, _hidden(model), model.heads, scaled, element, own_bias=True)
@@ -216,7 +216,7 @@ def mim_activation_bytes(
         # patches before those that are shown are picked, and before each is put at its place
         places += (tokens - 1) * (model.width + narrow) * element
         head, head_backward = _head_activations(masked, narrow, num_codes, element)
-        ends = picture + places + encoder.norm + decoder.norm + head
+        ends = image + places + encoder.norm + decoder.norm + head
     else:
         block, extra = (
             _BlockActivations(tokens, model.width, _hidden(model), model.heads, scaled, element),
@@ -226,7 +226,7 @@ def mim_activation_bytes(
         head, head_backward = _head_activations((2 if extra else 1) * masked, model.width, num_codes, element)
         # its last tokens; its norm, whose output goes into the head's input
         second_branch = block.input + masked * (model.width * element + 2 * 4) if extra else 0
-        ends = picture + block.norm + second_branch + head
+        ends = image + block.norm + second_branch + head
     if checkpointing == "none":
         return ActivationBytes(
             saved=ends + sum(depth * block.saved for depth, block in stacks),
@@ -240,7 +240,7 @@ def mim_activation_bytes(
 
 
 def own_bias_bytes(model: ModelSettings, checkpointing: str) -> int:
-    """What blocks with a bias table each keep of it, [H, T, T] in float32, whatever the number of pictures.
+    """What blocks with a bias table each keep of it, [H, T, T] in float32, whatever the number of images.
 
     Recomputed, nothing.
     """
@@ -248,16 +248,16 @@ def own_bias_bytes(model: ModelSettings, checkpointing: str) -> int:
 
 
 def skipped_by_subsets(model: ModelSettings, micro_batch: int) -> float:
-    """Share of the blocks' work that model.drop_path_by = subset leaves out of a pass: whole pictures, at least one of
+    """Share of the blocks' work that model.drop_path_by = subset leaves out of a pass: whole images, at least one of
     them taken.
     """
     rates = [model.drop_path * place / max(1, model.depth - 1) for place in range(model.depth)]
-    return 1 - sum(pictures_taken(micro_batch, rate) for rate in rates) / (micro_batch * model.depth)
+    return 1 - sum(images_taken(micro_batch, rate) for rate in rates) / (micro_batch * model.depth)
 
 
 @dataclass(frozen=True)
 class _BlockActivations:
-    """Bytes of one picture in one block, as `mim_activation_bytes` describes them."""
+    """Bytes of one image in one block, as `mim_activation_bytes` describes them."""
 
     tokens: int
     width: int
@@ -265,7 +265,7 @@ class _BlockActivations:
     heads: int
     scaled: bool
     element: int
-    own_bias: bool = False  # one a picture
+    own_bias: bool = False  # one an image
 
     @property
     def input(self) -> int:
@@ -305,7 +305,7 @@ def _head_activations(masked: int, width: int, num_codes: int, element: int) -> 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of some layers of a tokenizer: parameters, forward MACs a picture, elements a picture kept for backward."""
+    """Of some layers of a tokenizer: parameters, forward MACs an image, elements an image kept for backward."""
 
     parameters: int = 0
     macs: int = 0
@@ -325,7 +325,7 @@ class TokenizerCost:
     decoder: Cost
     # codes, and the moving averages of their counts and sums: buffers, not parameters
     codebook_elements: int
-    search_macs: int  # nearest-code search of a picture
+    search_macs: int  # nearest-code search of an image
 
     @property
     def parameters(self) -> int:
@@ -337,7 +337,7 @@ class TokenizerCost:
 
     @property
     def training_flops(self) -> int:
-        """FLOPs of a picture's forward and backward pass, without frozen networks and the critic.
+        """FLOPs of an image's forward and backward pass, without frozen networks and the critic.
 
         The search has no backward.
         """
@@ -345,7 +345,7 @@ class TokenizerCost:
 
 
 def tokenizer_cost(tokenizer: TokenizerSettings, image_px: int) -> TokenizerCost:
-    """Cost of a tokenizer on a picture of image_px x image_px.
+    """Cost of a tokenizer on an image of image_px x image_px.
 
     Of those that are read from released files (gumbel, dvae), who pick a code by its logit, the layer of
     logits is the search; a dvae's decoder, which nothing here trains or runs at scale, is left out.

@@ -1,4 +1,4 @@
-"""The stages of the chain as a plan sees them: what each trains, how much of it, and what a picture costs."""
+"""The stages of the chain as a plan sees them: what each trains, how much of it, and what an image costs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from peco_ds.planner.work import (
     tokenizing_segments,
 )
 
-# training pictures: what is assumed where no set is packed yet
+# training images: what is assumed where no set is packed yet
 IMAGENET_1K_TRAIN = 1_281_167
 IMAGENET_1K_VAL = 50_000
 IMAGENET_1K_CLASSES = 1000
@@ -48,10 +48,10 @@ LAYERS_ALIVE = 0.1
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: what it trains, on how many pictures, and what one of them costs.
+    """One stage: what it trains, on how many images, and what one of them costs.
 
     Args:
-        num_samples: pictures of the training set.  num_classes, val_samples: of a fine-tuning.
+        num_samples: images of the training set.  num_classes, val_samples: of a fine-tuning.
         tokenizer: of tokenizing, whose recipe is the pre-training's.
     """
 
@@ -91,8 +91,8 @@ class Stage:
             raise UserError(f"{self.recipe.name}: {error}") from None
 
     @cached_property
-    def pictures(self) -> int:
-        """Pictures that pass through the network in training, every epoch anew; for tokenizing, views."""
+    def images(self) -> int:
+        """Images that pass through the network in training, every epoch anew; for tokenizing, views."""
         return (
             self.durations.total_steps * self.run.global_batch
             if self.trains
@@ -101,7 +101,7 @@ class Stage:
 
     @cached_property
     def evaluated(self) -> int:
-        """Pictures that pass through the network beside training, forward alone: a classifier's evaluations, of the
+        """Images that pass through the network beside training, forward alone: a classifier's evaluations, of the
         weights and of their moving average.
         """
         if self.kind != "fine-tuning":
@@ -140,7 +140,7 @@ class Stage:
 
     @cached_property
     def model_flops(self) -> float:
-        """FLOP of one picture, forward and backward: the numerator of MFU.
+        """FLOP of one image, forward and backward: the numerator of MFU.
 
         Recomputation is not counted, nor what subsets of stochastic depth leave out; a judge or teacher
         is. Of tokenizing, forward alone."""
@@ -161,7 +161,7 @@ class Stage:
 
     @cached_property
     def activation_bytes(self) -> float:
-        """Device memory of one picture between its forward and its backward pass."""
+        """Device memory of one image between its forward and its backward pass."""
         run = self.run
         if self.kind == "pre-training":
             recipe = self.recipe
@@ -186,12 +186,12 @@ class Stage:
         if self.kind == "tokenizer":
             return (cost.encoder.saved + cost.decoder.saved) * ELEMENT_BYTES[run.precision] + frozen_net_bytes(
                 self.recipe
-            ).a_picture
+            ).a_image
         return LAYERS_ALIVE * cost.encoder.saved * ELEMENT_BYTES[self.recipe.views.tokenizer_precision]
 
     @cached_property
     def fixed_bytes(self) -> float:
-        """Device memory beside ZeRO's state that neither pictures nor ranks change: frozen networks, codebooks, bias
+        """Device memory beside ZeRO's state that neither images nor ranks change: frozen networks, codebooks, bias
         tables spread out; of tokenizing the network itself.
         """
         if self.kind == "pre-training":
@@ -217,7 +217,7 @@ class Stage:
 
     @property
     def mixes(self) -> bool:
-        """Whether the pictures of a pass are mixed in pairs, so that it needs an even number."""
+        """Whether the images of a pass are mixed in pairs, so that it needs an even number."""
         if self.kind != "fine-tuning":
             return False
         augment = self.recipe.augment

@@ -36,13 +36,13 @@ from peco_ds.planner.shapes import (
     relative_positions,
     tokenizer_cost,
 )
-from peco_ds.schedules import pictures_taken
+from peco_ds.schedules import images_taken
 
 # autocast: eager, weights and residual stream in float32, products in 16 bits
 Kernels = Literal["compiled", "eager", "autocast"]
 
 FP32_BYTES = 4
-# models/attention.py: rows of the bias start at multiples of ALIGNMENT elements; its gradient is summed some pictures
+# models/attention.py: rows of the bias start at multiples of ALIGNMENT elements; its gradient is summed some images
 # at a time, of at most SUM_BYTES.
 ALIGNMENT, SUM_BYTES = 16, 2**27
 # PyTorch sorts the T x T places of a bias table to add its gradient up: assumed 8 passes of a radix sort over keys and
@@ -52,17 +52,17 @@ SORT_BYTES = 8 * 2 * (8 + 8)
 
 @dataclass(frozen=True)
 class Work:
-    """Of one picture, in one direction."""
+    """Of one image, in one direction."""
 
     # FLOP in matrix products, those of attention too
     products: float = 0.0
     convolutions: float = 0.0  # FLOP
     # read and written in device memory by the kernels that are neither
     moved_bytes: float = 0.0
-    kernels: float = 0.0  # launched a pass, whatever its pictures
+    kernels: float = 0.0  # launched a pass, whatever its images
     # FLOP of `products` that run inside the attention kernel
     attention: float = 0.0
-    # moved once a pass, whatever its pictures: bias tables, gradients of weights
+    # moved once a pass, whatever its images: bias tables, gradients of weights
     pass_bytes: float = 0.0
 
     def __add__(self, other: Work) -> Work:
@@ -103,12 +103,12 @@ class Segment:
 
     @property
     def model_flops(self) -> float:
-        """FLOP of one picture's forward and backward pass, recomputation not counted."""
+        """FLOP of one image's forward and backward pass, recomputation not counted."""
         return self.forward.flops + self.backward.flops - self.recomputed.flops
 
 
 def model_flops(segments: Iterable[Segment]) -> float:
-    """FLOP of one picture's forward and backward pass.
+    """FLOP of one image's forward and backward pass.
 
     Frozen networks beside the model and recomputation not counted.
     """
@@ -129,9 +129,9 @@ class BlockShape:
     element: int  # E
     kernels: Kernels
     scaled: bool = False  # layer scale
-    dropped: bool = False  # stochastic depth, by picture
-    # a table for all blocks; one of this block; values of each picture, made outside
-    bias: Literal["none", "shared", "own", "picture"] = "none"
+    dropped: bool = False  # stochastic depth, by image
+    # a table for all blocks; one of this block; values of each image, made outside
+    bias: Literal["none", "shared", "own", "image"] = "none"
     trained: bool = True
 
     @property
@@ -169,13 +169,13 @@ class Kernel:
 
     what: str
     launches: float
-    moved_bytes: float  # of one picture
-    # False: on the residual stream, for every picture
+    moved_bytes: float  # of one image
+    # False: on the residual stream, for every image
     in_branch: bool = True
 
 
 def block_kernels(block: BlockShape) -> tuple[list[Kernel], list[Kernel]]:
-    """What moves data in a block's forward and backward pass beside the products, a picture.
+    """What moves data in a block's forward and backward pass beside the products, an image.
 
     Rows are of T D elements, of T F for the MLP's hidden layer. Attention reads and writes its operands while it
     multiplies, as products do.
@@ -267,7 +267,7 @@ def _attention_moves(block: BlockShape) -> list[Kernel]:
     found = [Kernel("gradients of query, key and value copied together", 3, row * 6 * E)]
     if block.bias == "none":
         return found
-    if block.bias == "picture":
+    if block.bias == "image":
         return [
             *found,
             Kernel(
@@ -281,7 +281,7 @@ def _attention_moves(block: BlockShape) -> list[Kernel]:
     return [
         *found,
         Kernel(
-            "gradient of the bias: written once a picture, read, summed some pictures at a time",
+            "gradient of the bias: written once an image, read, summed some images at a time",
             3,
             2 * padded * E + 4 * FP32_BYTES * block.scores / together,
         ),
@@ -293,10 +293,10 @@ def _aligned(tokens: int) -> int:
 
 
 def block_work(block: BlockShape, *, share: float = 1.0) -> tuple[Work, Work, Work]:
-    """Forward, backward, and what the backward pass computes again by itself, of one picture.
+    """Forward, backward, and what the backward pass computes again by itself, of one image.
 
     Args:
-        share: of a pass's pictures that take a branch (model.drop_path_by = subset). They are gathered before it and
+        share: of a pass's images that take a branch (model.drop_path_by = subset). They are gathered before it and
             added at their places behind it.
     """
     tokens, width = block.tokens, block.width
@@ -344,7 +344,7 @@ def _table_bytes(block: BlockShape) -> tuple[float, float]:
     Forward: cast, padded, and for a table of the block's own spread out. Backward: the same casts, zeros for its
     gradient, and that added to the
     other blocks' or summed into the table."""
-    if block.bias in ("none", "picture"):
+    if block.bias in ("none", "image"):
         return 0.0, 0.0
     padded = block.heads * block.tokens * _aligned(block.tokens)
     cast = block.scores * (FP32_BYTES + block.element) + padded * 2 * block.element
@@ -442,7 +442,7 @@ def _block_of(model: ModelSettings, run: RunSettings, number: int) -> BlockShape
         element=ELEMENT_BYTES[run.precision],
         kernels=kernels_of(run),
         scaled=bool(model.layer_scale),
-        dropped=model.drop_path_by == "picture" and _rate(model, number) > 0,
+        dropped=model.drop_path_by == "image" and _rate(model, number) > 0,
         bias="shared",
     )
 
@@ -458,7 +458,7 @@ def _block_segment(name: str, block: BlockShape, model: ModelSettings | None, ru
     """
     share = 1.0
     if model is not None and model.drop_path_by == "subset" and _rate(model, number) > 0:
-        share = pictures_taken(run.micro_batch, _rate(model, number)) / run.micro_batch
+        share = images_taken(run.micro_batch, _rate(model, number)) / run.micro_batch
     forward, backward, again = block_work(block, share=share)
     if run.activation_checkpointing == "full":
         again += forward
@@ -474,20 +474,20 @@ def _block_segment(name: str, block: BlockShape, model: ModelSettings | None, ru
     return Segment(name, sum(elements), len(elements), forward, backward, again, elements)
 
 
-def _embedding(model: ModelSettings, element: int, elements: tuple[int, ...], *, hidden: bool = True) -> Segment:
-    """Picture read in float32 and cast, patches by a convolution, mask tokens put in their places, class token put
+def _embedding(model: ModelSettings, element: int, elements: tuple[int, ...], *, mask_tokens: bool = True) -> Segment:
+    """Image read in float32 and cast, patches by a convolution, mask tokens put in their places, class token put
     before them.
     """
     patches, width = model.grid**2, model.width
     flops = FLOPS_PER_MAC * patches * _patch_weights(model)
-    row, picture = patches * width * element, IMAGE_CHANNELS * model.image_px**2
-    moves = 4 if hidden else 2
+    row, image = patches * width * element, IMAGE_CHANNELS * model.image_px**2
+    moves = 4 if mask_tokens else 2
     return Segment(
         "embedding",
         sum(elements),
         len(elements),
-        forward=Work(convolutions=flops, moved_bytes=picture * (FP32_BYTES + element) + moves * row, kernels=14),
-        # The picture wants no gradient: the weight's alone.
+        forward=Work(convolutions=flops, moved_bytes=image * (FP32_BYTES + element) + moves * row, kernels=14),
+        # The image wants no gradient: the weight's alone.
         backward=Work(
             convolutions=flops,
             moved_bytes=(moves + 1) * row,
@@ -499,7 +499,7 @@ def _embedding(model: ModelSettings, element: int, elements: tuple[int, ...], *,
 
 
 def _head(recipe: PretrainRecipe, width: int, tokens: int, predicted: int, element: int) -> Segment:
-    """Final norm, the hidden places picked, token head, cross-entropy and accuracy; of soft codes also the targets."""
+    """Final norm, the masked places picked, token head, cross-entropy and accuracy; of soft codes also the targets."""
     codes, patches = recipe.objective.num_codes, recipe.model.grid**2
     logits, flops = predicted * codes, FLOPS_PER_MAC * predicted * width * codes
     # Logits cast to float32, log-softmax, arg max; backward the loss's gradient, that of log-softmax, cast, the bias's
@@ -508,7 +508,7 @@ def _head(recipe: PretrainRecipe, width: int, tokens: int, predicted: int, eleme
     backward_bytes = logits * (FP32_BYTES + 3 * FP32_BYTES + (FP32_BYTES + element) + element)
     kernels, targets = 14, 0.0
     if recipe.objective.name == "multi_choice":
-        # The dense choices [N, V] in float32, filled, scattered into, read by a product with every hidden patch; all of
+        # The dense choices [N, V] in float32, filled, scattered into, read by a product with every masked patch; all of
         # it again in the backward pass.
         targets, forward_bytes = (
             FLOPS_PER_MAC * predicted * patches * codes,
@@ -542,8 +542,10 @@ def _visible_segments(recipe: PretrainRecipe) -> tuple[Segment, ...]:
         encoding.decoder_width,
     )
     seen, table = tokens - masked, relative_positions(model.grid)
-    embedding = _embedding(model, element, (_patch_weights(model), width, width, table * model.heads), hidden=False)
-    # The bias of the shown places: rows, then columns, of the whole one, picked by products with one-hot rows.
+    embedding = _embedding(
+        model, element, (_patch_weights(model), width, width, table * model.heads), mask_tokens=False
+    )
+    # The bias of the visible places: rows, then columns, of the whole one, picked by products with one-hot rows.
     picks = FLOPS_PER_MAC * model.heads * seen * tokens * (tokens + seen)
     picked = (2 * model.heads * seen * tokens + 4 * model.heads * seen**2) * element + 3 * seen * width * element
     embedding = replace(
@@ -560,7 +562,7 @@ def _visible_segments(recipe: PretrainRecipe) -> tuple[Segment, ...]:
         element,
         kernels_of(run),
         bool(model.layer_scale),
-        bias="picture",
+        bias="image",
     )
     decoder = BlockShape(
         tokens, narrow, int(narrow * model.mlp_ratio), encoding.decoder_heads, element, kernels_of(run), bias="shared"
@@ -568,7 +570,7 @@ def _visible_segments(recipe: PretrainRecipe) -> tuple[Segment, ...]:
     blocks = [
         _block_segment(
             f"block {number}",
-            replace(encoder, dropped=model.drop_path_by == "picture" and _rate(model, number) > 0),
+            replace(encoder, dropped=model.drop_path_by == "image" and _rate(model, number) > 0),
             model,
             run,
             number,
@@ -619,7 +621,7 @@ class FrozenBytes:
     """Device memory of the frozen network beside a tokenizer."""
 
     weights: float
-    a_picture: float
+    a_image: float
 
 
 @dataclass(frozen=True)
@@ -666,10 +668,10 @@ def _frozen_vit(architecture: str, image_px: int) -> FrozenVit:
 def tokenizer_segments(recipe: TokenizerRecipe) -> tuple[Segment, ...]:
     """Encoder, nearest code, decoder.
 
-    A critic where there is one; the frozen judge, which sees both pictures and hands a gradient to one, or the frozen
+    A critic where there is one; the frozen judge, which sees both images and hands a gradient to one, or the frozen
     teacher.
 
-    Both frozen networks compute in float32 whatever the run's precision, on the tokenizer's own pictures.
+    Both frozen networks compute in float32 whatever the run's precision, on the tokenizer's own images.
     """
     tokenizer, size, element = recipe.tokenizer, recipe.views.tokenizer_px, ELEMENT_BYTES[recipe.run.precision]
     cost = tokenizer_cost(tokenizer, size)
@@ -693,7 +695,7 @@ def tokenizer_segments(recipe: TokenizerRecipe) -> tuple[Segment, ...]:
 
 
 def tokenizing_segments(tokenizer: TokenizerSettings, views: ViewSettings) -> tuple[Segment, ...]:
-    """Of one view of one picture: the encoder and the code of each patch, forward alone; compiled, as on a GPU."""
+    """Of one view of one image: the encoder and the code of each patch, forward alone; compiled, as on a GPU."""
     size, element = views.tokenizer_px, ELEMENT_BYTES[views.tokenizer_precision]
     codes = (size // tokenizer.stride_px) ** 2
     # softmax over all codes, and the likeliest of them picked
@@ -729,7 +731,7 @@ def tokenizing_segments(tokenizer: TokenizerSettings, views: ViewSettings) -> tu
 def frozen_net_bytes(recipe: TokenizerRecipe) -> FrozenBytes:
     """Device memory of the judge or teacher: float32 weights.
 
-    Of a picture, what the judge keeps of the reconstruction for its gradient, or the teacher's features.
+    Of an image, what the judge keeps of the reconstruction for its gradient, or the teacher's features.
 
     A frozen block keeps no operand of its linear layers: of T D values the inputs of both norms, query, key, value and
     attention's output; of T F the input of GELU.
@@ -744,7 +746,7 @@ def frozen_net_bytes(recipe: TokenizerRecipe) -> FrozenBytes:
             FP32_BYTES * vit.parameters, working + (tokens - 1) * recipe.tokenizer.vit.target_width * FP32_BYTES
         )
     block = tokens * (6 * vit.width + 4 * vit.width) * FP32_BYTES
-    # features of both pictures and their difference
+    # features of both images and their difference
     kept = (tokens - 1) * vit.width * FP32_BYTES * 3 * len(recipe.perceptual.blocks)
     return FrozenBytes(
         FP32_BYTES * vit.parameters,
@@ -815,7 +817,7 @@ def _autoencoder_segment(
     """One side of VQGAN's autoencoder.
 
     Args:
-        positions: codes of a picture.  blocks: residual blocks a level.
+        positions: codes of an image.  blocks: residual blocks a level.
     """
     widths = [tokenizer.channels * multiplier for multiplier in tokenizer.channel_mults]
     # two residual blocks in the middle, and attention between them
@@ -837,7 +839,7 @@ def _convolution_segment(
 ) -> Segment:
     """
     Args:
-        attention: FLOP of query x key and weights x value, a picture.
+        attention: FLOP of query x key and weights x value, an image.
         convolutions: layers, each with a norm and an activation.
     """
     flops, saved = FLOPS_PER_MAC * cost.macs, cost.saved * element
@@ -871,7 +873,7 @@ def _search_segment(tokenizer: TokenizerSettings, macs: int, codes: int) -> Segm
 
 
 def _critic_segment(adversarial: AdversarialSettings, size: int, element: int) -> Segment:
-    """PatchGAN: three forward passes (the picture, the reconstruction with and without its gradient), backward through
+    """PatchGAN: three forward passes (the image, the reconstruction with and without its gradient), backward through
     all of them.
     """
     widths = [adversarial.channels * min(2**index, 8) for index in range(adversarial.layers + 1)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from peco_ds.config import CheckpointSettings, Durations, RunSettings
-from peco_ds.data.loaders import BadPictures
+from peco_ds.data.loaders import BadImages
 from peco_ds.runtime.checkpoint import Restored, Saver
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.ema import WeightEma
@@ -30,7 +30,7 @@ def around_steps(
     durations: Durations,
     num_samples: int,
     training_flops: float,
-    bad: BadPictures,
+    bad: BadImages,
     world: World,
     ema: WeightEma | None = None,
 ) -> AroundSteps:
@@ -38,8 +38,8 @@ def around_steps(
 
     Args:
         out: run folder.
-        num_samples: pictures of an epoch.
-        training_flops: of one picture.
+        num_samples: images of an epoch.
+        training_flops: of one image.
         bad: the loader's, counted in every row.
         ema: the run's moving average, saved along.
     """
@@ -52,7 +52,7 @@ def around_steps(
         run=run,
         num_samples=num_samples,
         training_flops=training_flops,
-        counters={"bad_pictures": lambda: bad.count},
+        counters={"bad_images": lambda: bad.count},
     )
     saver = Saver(
         out,
@@ -62,7 +62,7 @@ def around_steps(
         durations=durations,
         global_batch=run.global_batch,
         world=world,
-        parts={"meter": meter, "bad_pictures": bad},
+        parts={"meter": meter, "bad_images": bad},
         shared={"guard": guard},
         ema=ema,
     )

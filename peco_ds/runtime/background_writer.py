@@ -113,7 +113,7 @@ class BackgroundWriter:
                 refuse_foreign_classes(self._folder / name)  # here, and not when a resume needs it
             self.fault = ""
         except OSError as error:
-            self.fault = told(error)
+            self.fault = describe_os_error(error)
         except Exception as error:
             # whatever it is: a part that is missing must not be taken for a checkpoint
             self.fault = f"{self._folder}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -132,7 +132,7 @@ def _patiently(write: Callable):
         time.sleep(pause_s)
 
 
-def told(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
     """One that comes from a descriptor, not a name, does not tell which file."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 

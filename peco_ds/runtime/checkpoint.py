@@ -25,7 +25,7 @@ from deepspeed.utils import zero_to_fp32
 from peco_ds.config import CheckpointSettings, Durations
 from peco_ds.data.order import Cursor
 from peco_ds.errors import UserError
-from peco_ds.runtime.background_writer import BackgroundWriter, HostCopies, told
+from peco_ds.runtime.background_writer import BackgroundWriter, HostCopies, describe_os_error
 from peco_ds.runtime.checkpoint_files import (
     FOLDER,
     PROGRESS,
@@ -55,6 +55,8 @@ from peco_ds.schema import sha256_of_file, write_json
 logger = logging.getLogger("peco_ds")
 
 # before a job's time limit, beside what the last save took
+# parts under the names that earlier releases saved them by
+_RENAMED = {"bad_pictures": "bad_images"}
 LEAST_MARGIN_S = 60.0
 
 
@@ -168,7 +170,7 @@ class Saver:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         except OSError as error:
-            return self._cannot_save(told(error))
+            return self._cannot_save(describe_os_error(error))
         return ""
 
     def _write_records(self, temporary: Path, progress: Progress) -> Files:
@@ -199,7 +201,7 @@ class Saver:
                         )
                         retain(self._root, self._settings)
                 except OSError as error:
-                    fault = told(error)
+                    fault = describe_os_error(error)
                 if fault:
                     shutil.rmtree(temporary, ignore_errors=True)
             self._world.agree(self._cannot_save(fault) if fault else "")
@@ -282,7 +284,7 @@ def restore(
     )
     logger.info("continuing %s at step %d, %d samples%s", folder, saved.step, saved.cursor.samples, written_by)
     first = read(0)
-    states = {name: [state["parts"][name] for state in mine] for name in first["parts"]}
+    states = {_RENAMED.get(name, name): [state["parts"][name] for state in mine] for name in first["parts"]}
     return Restored(progress, states, {name: [state] for name, state in first["shared"].items()})
 
 

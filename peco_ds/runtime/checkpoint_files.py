@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peco_ds.config import CheckpointSettings
+from peco_ds.data.atomic_files import flush_folder
 from peco_ds.data.order import Cursor
-from peco_ds.data.whole_files import flush_folder
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS
 from peco_ds.schema import sha256_of_file, write_json

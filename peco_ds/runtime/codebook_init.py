@@ -1,4 +1,4 @@
-"""k-means start of a codebook from the first pictures of the run, the same on every rank."""
+"""k-means start of a codebook from the first images of the run, the same on every rank."""
 
 from __future__ import annotations
 

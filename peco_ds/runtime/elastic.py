@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from peco_ds.errors import UserError
-from peco_ds.runtime.background_writer import told
+from peco_ds.runtime.background_writer import describe_os_error
 from peco_ds.runtime.checkpoint_files import MANIFEST, UNIVERSAL, Progress
 from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
 from peco_ds.runtime.consolidate import fp32_weights, has_ema
@@ -73,7 +73,7 @@ def load_elastic(engine, folder: Path, saved: Progress, world: World, ema: Weigh
         except UserError as error:
             fault = str(error)
         except OSError as error:
-            fault = f"{told(error)}; the universal copy of {folder.name} cannot be written there"
+            fault = f"{describe_os_error(error)}; the universal copy of {folder.name} cannot be written there"
     world.agree(fault)
 
     own = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]

@@ -45,7 +45,7 @@ def start_engine(
         source: its file, for messages.
         leaf_modules: classes that ZeRO-3 gathers as one unit, and torch.compile sees as one where run.compile asks for
             it.
-        lr_scales: parameter-name prefix -> factor on the scheduled rate.
+        lr_scales: parameter-name prefix -> factor on the scheduled learning rate.
     Raises: UserError if DeepSpeed refuses the config, or the device the precision.
     """
     if run.precision == "fp16" and not get_accelerator().is_fp16_supported():
@@ -111,14 +111,14 @@ def check_deepspeed_config(ds_config: dict, source: str | Path) -> None:
         ) from None
 
 
-def set_rate(
+def set_lr(
     engine: deepspeed.DeepSpeedEngine, optim: OptimSettings, schedule: ScheduleSettings, durations: Durations, step: int
 ) -> float:
-    """Write the rate of this step into every parameter group; no DeepSpeed scheduler is configured beside it.
+    """Write the learning rate of this step into every parameter group; no DeepSpeed scheduler is configured beside it.
 
-    Returns: the rate of groups with scale 1.
+    Returns: the learning rate of groups with scale 1.
     """
-    rate = cosine_with_warmup(
+    lr = cosine_with_warmup(
         step,
         peak=optim.lr,
         floor=min(schedule.min_lr, optim.lr),
@@ -126,8 +126,8 @@ def set_rate(
         total_steps=durations.total_steps,
     )
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
-    return rate
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
 
 
 def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:

@@ -61,7 +61,7 @@ _TAGS = {
     "memory_gib": "memory/peak_gib",
     "images": "data/images_seen",
     "epoch": "data/epoch",
-    "bad_pictures": "data/bad_pictures",
+    "bad_images": "data/bad_images",
     "codes_used": "tokens/codes_used",
     "perplexity": "tokens/perplexity",
 }
@@ -89,7 +89,7 @@ class Meter:
         run_folder: metrics.jsonl, starts.jsonl and tensorboard/ are written there by rank 0.
         first_step: rows after it, left by a run that went on past its last checkpoint, are dropped: no step is missing
             or there twice.
-        training_flops: FLOP of one picture, forward and backward: model FLOP utilisation is logged on a GPU whose peak
+        training_flops: FLOP of one image, forward and backward: model FLOP utilisation is logged on a GPU whose peak
             is known.
         counters: name -> what this rank counted since the run began; every row has the sum over ranks.
     """
@@ -184,7 +184,7 @@ class Meter:
         self,
         done: int,
         engine,
-        rate: float,
+        lr: float,
         extra: Callable[[], dict[str, float]] = dict,
         *,
         applied: bool = True,
@@ -193,7 +193,7 @@ class Meter:
         """End of optimiser step number `done` (from 1); logs if it is time to. Collective when it logs.
 
         Args:
-            rate: learning rate of the step.  extra: further numbers, asked for only when the step logs.
+            lr: learning rate of the step.  extra: further numbers, asked for only when the step logs.
             applied: False for a step that was skipped, on all ranks: its statistics do not enter the means.
             skipped: such steps of the run so far.
         """
@@ -213,7 +213,7 @@ class Meter:
         images = done * self._run.global_batch
         row = {"step": done, "images": images, "epoch": round(images / self._num_samples, 4), **means}
         row |= {
-            "lr": rate,
+            "lr": lr,
             "grad_norm": grad_norm(engine),
             "skipped_steps": skipped,
             "memory_gib": memory_gib(self._world.device),
@@ -358,7 +358,7 @@ class Meter:
             )
             sys.stdout.flush()
 
-    def picture(self, tag: str, image_u8: torch.Tensor, step: int) -> None:
+    def image(self, tag: str, image_u8: torch.Tensor, step: int) -> None:
         """uint8 [3, H, W] to TensorBoard (rank 0 only)."""
         with self._curves():
             if self._tensorboard is not None:

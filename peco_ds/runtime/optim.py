@@ -20,7 +20,7 @@ def decay_groups(model: nn.Module, weight_decay: float, lr_scales: dict[str, flo
     """Two groups a learning-rate scale: with and without weight decay.
 
     Args:
-        lr_scales: parameter-name prefix -> factor on the scheduled rate; 1 for the rest.
+        lr_scales: parameter-name prefix -> factor on the scheduled learning rate; 1 for the rest.
     Returns: groups with `lr_scale` and `name`; no parameter is in two, none is left out.
     Source: released BEiT `optim_factory.py`: no decay on 1-D parameters, biases, position embedding and class token;
         the mask token and the relative position table are decayed.
@@ -47,11 +47,12 @@ def decay_groups(model: nn.Module, weight_decay: float, lr_scales: dict[str, flo
 
 
 def layer_scales(depth: int, decay: float) -> dict[str, float]:
-    """Factors on the rate of a classifier's layers, for `decay_groups`: what lies `n` layers below the head learns at
-    decay ** n of the rate.
+    """Factors on the learning rate of a classifier's layers, for `decay_groups`: what lies `n` layers below the
+    head learns at
+    decay ** n of the learning rate.
 
     Returns: parameter-name prefix -> factor. Patch embedding and class token are layer 0, block i (from 0) is layer i +
-        1, the pooling norm and the head are layer depth + 1 and keep the full rate.
+        1, the pooling norm and the head are layer depth + 1 and keep the full learning rate.
     Source: BEiT (arXiv 2106.08254), appendix; released `optim_factory.LayerDecayValueAssigner`.
     """
     scales = {"cls_token": decay ** (depth + 1), "patch_embed.": decay ** (depth + 1)}

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from peco_ds.config import NOT_YAML, Resolved, read_yaml
-from peco_ds.data.whole_files import alone
+from peco_ds.data.atomic_files import alone
 from peco_ds.errors import UserError
 from peco_ds.runtime.distributed import World
 from peco_ds.schema import read_json, write_json

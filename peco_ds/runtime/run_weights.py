@@ -151,10 +151,10 @@ def _objective(recipe: PretrainRecipe) -> str:
             f"{objective.rest}, omega {objective.omega:g}"
         )
     parts.append(
-        f"{'' if mask.exact else 'at most '}{mask.count} of {recipe.model.grid**2} patches hidden ({mask.kind})"
+        f"{'' if mask.exact else 'at most '}{mask.count} of {recipe.model.grid**2} patches masked ({mask.kind})"
     )
     if encoding.kind == "visible":
-        parts.append(f"encoder of shown patches alone, decoder {encoding.decoder_width} x {encoding.decoder_depth}")
+        parts.append(f"encoder of visible patches alone, decoder {encoding.decoder_width} x {encoding.decoder_depth}")
     if aggregation.early_block:
         parts.append(f"second branch from block {aggregation.early_block}")
     return ", ".join(parts)
@@ -166,7 +166,7 @@ def _facts(
     """What a model card says: name -> text."""
     facts = {"recipe": recipe.name, "optimiser steps": f"{progress.step}", "images seen": f"{progress.cursor.samples}"}
     facts["images"] = (
-        f"{provenance.get('num_samples', '?')} pictures, fingerprint `{provenance.get('images_fingerprint', '?')}`"
+        f"{provenance.get('num_samples', '?')} images, fingerprint `{provenance.get('images_fingerprint', '?')}`"
     )
     if isinstance(recipe, PretrainRecipe):
         tokenizer = provenance.get("tokenizer", {})

@@ -6,7 +6,7 @@ No torch, so that reading answers at once.
     start    number from 1, unix time at which the process began, seconds until the first step and which phase took how
     many of them, host, ranks, step
              resumed at, Slurm's job, command
-    first_step  its first optimiser step in this start is done: seconds waited for its pictures, seconds of the step
+    first_step  its first optimiser step in this start is done: seconds waited for its images, seconds of the step
         itself, compilation included
     dropped  a start whose last rows left metrics.jsonl because their steps are done again, and how long it was up by
     then continued  a start whose last checkpoint holds steps that were in no row yet, and how long it was up by then
@@ -250,7 +250,7 @@ class Goodput:
     """Where the wall time since a run's first start went, seconds; they add up to `wall_s`."""
 
     useful_s: float  # in steps that stand in metrics.jsonl
-    # in which those steps stood still for their pictures
+    # in which those steps stood still for their images
     data_wait_s: float
     save_s: float
     evaluation_s: float

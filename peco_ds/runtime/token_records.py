@@ -1,4 +1,4 @@
-"""Views of pictures -> token records -> token shards, with the device never waiting for the host: results are fetched,
+"""Views of images -> token records -> token shards, with the device never waiting for the host: results are fetched,
 and shards written, beside it.
 """
 
@@ -20,7 +20,7 @@ from peco_ds.data.token_shards import TokenRecord
 def record_batches(
     batches: Iterable[ViewsBatch], codes: Callable[[torch.Tensor], Codes]
 ) -> Iterator[list[TokenRecord]]:
-    """The records of each batch, a record a picture.
+    """The records of each batch, a record an image.
 
     Args:
         codes: images_11 [b * K, 3, T, T] -> Codes (`token_source.codes_function`).
@@ -67,9 +67,9 @@ class _Fetched:
     def records(self) -> list[TokenRecord]:
         if self._done is not None:
             self._done.synchronize()
-        pictures, views = self._rows.shape[:2]
+        images, views = self._rows.shape[:2]
         stored = [
-            values.numpy().astype(kind).reshape(pictures, views, *values.shape[1:])
+            values.numpy().astype(kind).reshape(images, views, *values.shape[1:])
             for values, kind in zip(self._host, (np.uint16, np.uint16, np.float16))
         ]
         return [

@@ -10,7 +10,7 @@ import torch
 
 from peco_ds.config import ONLINE, PretrainRecipe, data_path
 from peco_ds.data.indexed_tar import ShardSet
-from peco_ds.data.loaders import Codes, Pictures, codes_of
+from peco_ds.data.loaders import Codes, ImageSet, codes_of
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import ImageTokenizer
@@ -23,7 +23,7 @@ logger = logging.getLogger("peco_ds")
 
 
 def open_tokens(
-    recipe: PretrainRecipe, pictures: Pictures, world: World, *, tokenizer_named: bool
+    recipe: PretrainRecipe, images: ImageSet, world: World, *, tokenizer_named: bool
 ) -> TokenSet | Callable[[torch.Tensor], Codes]:
     """The token set that the recipe names, or a function images_11 [B, 3, T, T] -> Codes for data.tokens = online.
 
@@ -31,18 +31,18 @@ def open_tokens(
 
     Args:
         tokenizer_named: data.tokenizer was set by the user, so that it has to be there.
-    Raises: UserError naming what is missing, damaged, or belongs to other pictures or another tokenizer.
+    Raises: UserError naming what is missing, damaged, or belongs to other images or another tokenizer.
     """
     data = recipe.data
     tokenizer = data_path(data, data.tokenizer)
     if not tokenizer.exists() and data.tokens != ONLINE and not tokenizer_named:
         logger.warning("data.tokenizer %s is not there: which tokenizer made the tokens is not checked", tokenizer)
-    check_shared(pictures.shards, "all" if data.verify == "all" else "size", world)
+    check_shared(images.shards, "all" if data.verify == "all" else "size", world)
     if data.tokens == ONLINE:
         return online_tokenizer(tokenizer, recipe, world.device)
     tokens = TokenSet(
         data_path(data, data.tokens),
-        pictures.manifest,
+        images.manifest,
         num_codes=recipe.objective.num_codes,
         grid=recipe.model.grid,
         views=recipe.views,
@@ -119,19 +119,19 @@ def online_tokenizer(folder: Path, recipe: PretrainRecipe, device: torch.device)
     return codes_function(tokenizer.to(device), recipe, recipe.run.micro_batch)
 
 
-def codes_function(tokenizer: ImageTokenizer, recipe: PretrainRecipe, pictures: int) -> Callable[[torch.Tensor], Codes]:
+def codes_function(tokenizer: ImageTokenizer, recipe: PretrainRecipe, images: int) -> Callable[[torch.Tensor], Codes]:
     """The tokenizer as a function images_11 [B, 3, T, T] -> Codes, in views.tokenizer_precision and compiled as
     run.compile says: codes to be stored and codes
     computed in the training loop both come from it.
 
     Args:
         tokenizer: in eval mode, on its device.
-        pictures: a call has, most often; cut into passes of at most run.micro_batch.
+        images: a call has, most often; cut into passes of at most run.micro_batch.
     """
     passes = TokenPasses(
         tokenizer,
         precision=recipe.views.tokenizer_precision,
-        pictures=even_pass(pictures, recipe.run.micro_batch),
+        images=even_pass(images, recipe.run.micro_batch),
         compiled=compiles(recipe.run),
     )
     return lambda images_11: codes_of(passes, images_11, recipe.views)

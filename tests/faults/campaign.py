@@ -648,7 +648,7 @@ def stalls(scene: Scene, stage: Stage, zero: int, kinds: tuple[str, ...] = ("sle
 
 
 def spoilt_batch(scene: Scene, stage: Stage, zero: int) -> None:
-    """In a resumed start one rank's pictures of one step are NaN: the step is skipped by all, counted, and the run goes
+    """In a resumed start one rank's images of one step are NaN: the step is skipped by all, counted, and the run goes
     on, also over a kill.
     """
     run, rng = scene.run(stage, zero), scene.rng

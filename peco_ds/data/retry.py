@@ -19,7 +19,7 @@ class UnreadableRecord(Exception):
     """The system did not give the bytes, however often it was asked; the message names shard and reason."""
 
 
-def read_patiently(
+def read_with_retries(
     shards: ShardSet, sample: int, extensions: Iterable[str] | None = None
 ) -> tuple[str, dict[str, bytes]]:
     """As `ShardSet.read`, again after a wait where the system reports an error (EIO, ESTALE, ETIMEDOUT and the like).

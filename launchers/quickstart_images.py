@@ -1,4 +1,4 @@
-"""Lay the photographs inside scikit-image's wheel into a folder: the default pictures of quickstart.sh."""
+"""Lay the photographs inside scikit-image's wheel into a folder: the default images of quickstart.sh."""
 
 import shutil
 import sys
@@ -17,7 +17,7 @@ folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
 source = Path(skimage.__file__).parent / "data"
 for name in NAMES:
-    # which pictures the wheel holds changes between its versions
+    # which images the wheel holds changes between its versions
     if (source / name).is_file():
         shutil.copyfile(source / name, folder / name)
 sys.stdout.write(f"{len(list(folder.iterdir()))} photographs of scikit-image {skimage.__version__}\n")

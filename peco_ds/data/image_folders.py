@@ -1,4 +1,4 @@
-"""The pictures of a folder, their labels and their keys, from names alone: no picture is opened here."""
+"""The images of a folder, their labels and their keys, from names alone: no image is opened here."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from pathlib import Path
 
 from peco_ds.errors import UserError
 
-PICTURE_SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm".split())
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm".split())
 _WNID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
-class Picture:
+class Image:
     path: str  # relative to --images
     size_bytes: int  # -1: cannot be looked at
     key: str
     label: int  # -1: none
 
 
-def list_pictures(
+def list_images(
     folder: Path, labels: str, synsets: Path | None, classes_file: Path | None
-) -> tuple[list[Picture], list[str] | None]:
-    """Every picture below a folder, by path, with its label; and the classes in label order.
+) -> tuple[list[Image], list[str] | None]:
+    """Every image below a folder, by path, with its label; and the classes in label order.
 
-    Raises: UserError if the folder is missing, holds no picture, has an empty class folder, or does not match its list
+    Raises: UserError if the folder is missing, holds no image, has an empty class folder, or does not match its list
         of synsets.
     """
     if not folder.is_dir():
@@ -41,7 +41,7 @@ def list_pictures(
             f"--images {folder}: {error.filename}: {error.strerror}; make every folder in it readable"
         ) from None
     if not found:
-        raise UserError(f"--images {folder}: holds no picture ({' '.join(sorted(PICTURE_SUFFIXES))}); correct the path")
+        raise UserError(f"--images {folder}: holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}); correct the path")
     paths = [path for path, _ in found]
     if synsets is not None:
         if labels != "auto":
@@ -51,12 +51,12 @@ def list_pictures(
         label_of, classes = _labels_from_folders(folder, paths, labels)
     keys = unique_keys(paths)
     return [
-        Picture(path, size_bytes, key, label) for (path, size_bytes), key, label in zip(found, keys, label_of)
+        Image(path, size_bytes, key, label) for (path, size_bytes), key, label in zip(found, keys, label_of)
     ], classes
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, int]]:
-    """(relative path, bytes) of each picture.
+    """(relative path, bytes) of each image.
 
     Links are followed, a folder met a second time (a loop) is passed over.
     """
@@ -75,7 +75,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, int]]:
                     continue
                 if entry.is_dir():
                     waiting.append(path)
-                elif Path(entry.name).suffix.lower() in PICTURE_SUFFIXES:
+                elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
                     try:
                         yield path, entry.stat().st_size
                     except OSError:
@@ -89,14 +89,14 @@ def _labels_from_folders(folder: Path, paths: list[str], labels: str) -> tuple[l
         return [-1] * len(paths), None
     if at_top:
         raise UserError(
-            f"--labels folders: picture {at_top!r} lies in no class folder; move it into one, or use --labels none"
+            f"--labels folders: image {at_top!r} lies in no class folder; move it into one, or use --labels none"
         )
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     of_path = [path.partition("/")[0] for path in paths]
     empty = sorted(set(classes) - set(of_path))
     if empty:
         raise UserError(
-            f"class folder {str(folder / empty[0])!r} holds no picture ({len(empty)} such); fill or "
+            f"class folder {str(folder / empty[0])!r} holds no image ({len(empty)} such); fill or "
             "remove it, or use --labels none"
         )
     number = {name: label for label, name in enumerate(classes)}
@@ -107,11 +107,11 @@ def labels_from_list(paths: list[str], synsets: Path, classes_file: Path | None)
     """Labels of a flat folder from a list, in any of the forms in which ILSVRC's validation labels go round.
 
     1. Kaggle's LOC_val_solution.csv: `name,synset box box...`.   2. `name synset` or `name number`, number counted from
-    0 (Caffe's val.txt).   3. One synset a line, in picture-name order.   4. One number a line in picture-name order,
+    0 (Caffe's val.txt).   3. One synset a line, in image-name order.   4. One number a line in image-name order,
     counted from 1 (the devkit's ILSVRC2012_validation_ground_truth.txt). Numbers index the lines of `classes_file`. The
     label is always the place among sorted synsets, which for ILSVRC is the usual class index.
 
-    Raises: UserError if list and pictures do not match one to one, or the order of the numbers is in doubt.
+    Raises: UserError if list and images do not match one to one, or the order of the numbers is in doubt.
     """
     classes_listed = read_classes(classes_file) if classes_file is not None else None
     rows = _rows(synsets)
@@ -119,7 +119,7 @@ def labels_from_list(paths: list[str], synsets: Path, classes_file: Path | None)
     by_name = len(rows[0]) > 1
     if by_name:
         named = {
-            row[0].rpartition(".")[0] if Path(row[0]).suffix.lower() in PICTURE_SUFFIXES else row[0]: row[1]
+            row[0].rpartition(".")[0] if Path(row[0]).suffix.lower() in IMAGE_SUFFIXES else row[0]: row[1]
             for row in rows
         }
         for missing, where in (
@@ -128,14 +128,14 @@ def labels_from_list(paths: list[str], synsets: Path, classes_file: Path | None)
         ):
             if missing:
                 raise UserError(
-                    f"--synsets {synsets}: picture {missing[0]!r} {where} ({len(missing)} such); complete the "
+                    f"--synsets {synsets}: image {missing[0]!r} {where} ({len(missing)} such); complete the "
                     "folder or the list"
                 )
         names = [named[stem] for stem in stems]
     else:
         if len(rows) != len(paths):
             raise UserError(
-                f"--synsets {synsets}: {len(rows)} lines for {len(paths)} pictures; complete the folder or the list"
+                f"--synsets {synsets}: {len(rows)} lines for {len(paths)} images; complete the folder or the list"
             )
         order = sorted(range(len(paths)), key=lambda i: stems[i])
         names = [""] * len(paths)
@@ -152,7 +152,7 @@ def labels_from_list(paths: list[str], synsets: Path, classes_file: Path | None)
 
 
 def _rows(synsets: Path) -> list[list[str]]:
-    """[label] or [picture name, label] for each line."""
+    """[label] or [image name, label] for each line."""
     text = _text(synsets, "--synsets")
     if text.startswith("ImageId,"):
         try:
@@ -164,7 +164,7 @@ def _rows(synsets: Path) -> list[list[str]]:
     else:
         rows = [line.split()[:2] for line in text.splitlines() if line.strip()]
     if not rows or len({len(row) for row in rows}) != 1 or not all(all(row) for row in rows):
-        raise UserError(f"--synsets {synsets}: wants one label a line, or a picture name and a label on every line")
+        raise UserError(f"--synsets {synsets}: wants one label a line, or an image name and a label on every line")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Names alone decide which pictures are packed, under which label and which key; no file here holds a picture."""
+"""Names alone decide which images are packed, under which label and which key; no file here holds an image."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peco_ds.data.picture_folders import list_pictures, unique_keys
+from peco_ds.data.image_folders import list_images, unique_keys
 from peco_ds.errors import UserError
 
 NUM_CLASSES = 6
-NUM_PICTURES = 20
+NUM_IMAGES = 20
 
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
     """The layout of ILSVRC's training set."""
     root = tmp_path / "train"
-    for number in range(NUM_PICTURES):
+    for number in range(NUM_IMAGES):
         folder = root / f"n{number % NUM_CLASSES:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{folder.name}_{number}.JPEG").touch()
@@ -28,41 +28,41 @@ def tree(tmp_path) -> Path:
 
 @pytest.fixture
 def flat(tmp_path) -> tuple[Path, list[str]]:
-    """The layout of ILSVRC's validation set, and the synset of each picture in name order."""
+    """The layout of ILSVRC's validation set, and the synset of each image in name order."""
     folder = tmp_path / "val"
     folder.mkdir()
-    for number in range(NUM_PICTURES):
+    for number in range(NUM_IMAGES):
         (folder / f"ILSVRC2012_val_{number + 1:08d}.JPEG").touch()
-    return folder, [f"n{number * 5 % NUM_CLASSES:08d}" for number in range(NUM_PICTURES)]
+    return folder, [f"n{number * 5 % NUM_CLASSES:08d}" for number in range(NUM_IMAGES)]
 
 
 def refusal(folder: Path, labels: str, synsets: Path | None, classes_file: Path | None) -> str:
     with pytest.raises(UserError) as error:
-        list_pictures(folder, labels, synsets, classes_file)
+        list_images(folder, labels, synsets, classes_file)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_a_picture_is_listed_with_its_size_its_key_and_the_label_of_its_class_folder(tree):
+def test_an_image_is_listed_with_its_size_its_key_and_the_label_of_its_class_folder(tree):
     (tree / "n00000003" / "n00000003_3.JPEG").write_bytes(b"1234")
     (tree / "n00000003" / "notes.txt").touch()
-    pictures, classes = list_pictures(tree, "auto", None, None)
+    images, classes = list_images(tree, "auto", None, None)
     assert classes == sorted(path.name for path in tree.iterdir())
-    assert [picture.path for picture in pictures] == sorted(
+    assert [image.path for image in images] == sorted(
         f"{path.parent.name}/{path.name}" for path in tree.glob("*/*.JPEG")
     )
-    assert all(picture.path == f"{classes[picture.label]}/{picture.key}.JPEG" for picture in pictures)
-    assert {picture.key: picture.size_bytes for picture in pictures if picture.size_bytes} == {"n00000003_3": 4}
+    assert all(image.path == f"{classes[image.label]}/{image.key}.JPEG" for image in images)
+    assert {image.key: image.size_bytes for image in images if image.size_bytes} == {"n00000003_3": 4}
 
 
-def test_a_full_list_of_classes_keeps_the_usual_indices_where_pictures_cover_few(flat, tmp_path):
+def test_a_full_list_of_classes_keeps_the_usual_indices_where_images_cover_few(flat, tmp_path):
     folder, synsets = flat
     (tmp_path / "synsets.txt").write_text("\n".join(synsets))
     everything = sorted({*synsets, "n00000000", "n99999999", "n00000003"})
     (tmp_path / "classes.txt").write_text("\n".join(everything))
-    pictures, classes = list_pictures(folder, "auto", tmp_path / "synsets.txt", tmp_path / "classes.txt")
+    images, classes = list_images(folder, "auto", tmp_path / "synsets.txt", tmp_path / "classes.txt")
     assert classes == everything
-    assert [classes[picture.label] for picture in pictures] == synsets
+    assert [classes[image.label] for image in images] == synsets
 
 
 def test_lists_that_do_not_fit_the_folder_are_refused(flat, tmp_path):
@@ -73,7 +73,7 @@ def test_lists_that_do_not_fit_the_folder_are_refused(flat, tmp_path):
         listing.write_text(text)
         return refusal(folder, labels, listing, classes_file)
 
-    assert "19 lines for 20 pictures" in line_for("\n".join(synsets[:-1]))
+    assert "19 lines for 20 images" in line_for("\n".join(synsets[:-1]))
     assert "--classes" in line_for("\n".join("1" for _ in synsets))
     names = sorted(path.name for path in folder.iterdir())
     assert "is not in" in line_for("\n".join(f"{name} {synset}" for name, synset in list(zip(names, synsets))[1:]))
@@ -106,11 +106,11 @@ def test_keys_are_unique_and_fit_a_tar_member(paths):
 
 def test_a_loop_of_links_is_walked_once(tree):
     (tree / "n00000000" / "back").symlink_to(tree, target_is_directory=True)
-    pictures, _ = list_pictures(tree, "auto", None, None)
-    assert len(pictures) == NUM_PICTURES
+    images, _ = list_images(tree, "auto", None, None)
+    assert len(images) == NUM_IMAGES
 
 
 def test_a_link_to_nowhere_is_listed_so_that_it_is_rejected_by_name(tree):
     (tree / "n00000000" / "gone.jpg").symlink_to(tree / "nowhere.jpg")
-    pictures, _ = list_pictures(tree, "auto", None, None)
-    assert [picture.path for picture in pictures if picture.size_bytes < 0] == ["n00000000/gone.jpg"]
+    images, _ = list_images(tree, "auto", None, None)
+    assert [image.path for image in images if image.size_bytes < 0] == ["n00000000/gone.jpg"]

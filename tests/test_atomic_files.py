@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from peco_ds.data.whole_files import alone, draft, remove_leftovers
+from peco_ds.data.atomic_files import alone, draft, remove_leftovers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def start(body: str) -> subprocess.Popen:
     """Another process that says when it has done `body`, then waits."""
-    code = f"import time\nfrom pathlib import Path\nfrom peco_ds.data.whole_files import alone, draft\n{body}\n"
+    code = f"import time\nfrom pathlib import Path\nfrom peco_ds.data.atomic_files import alone, draft\n{body}\n"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     return process
