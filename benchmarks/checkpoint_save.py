@@ -136,7 +136,7 @@ def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int)
     cfg, run = resolved.recipe, resolved.recipe.run
     ds_config = merge_deepspeed(read_deepspeed_json(deepspeed_config), deepspeed_config, run, cfg.optim, world.size)
     out, plain_out = folder / "run", folder / "plain"
-    open_run_folder(out, "pretrain", resolved, ds_config, {}, world)
+    open_run_folder(out, "pretrain", resolved, ds_config, world)
     seed_all(run.seed)
     model = MaskedImageModel(cfg.model, cfg.objective.num_codes)
     engine = start_engine(
@@ -153,7 +153,8 @@ def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int)
         durations=due,
         global_batch=run.global_batch,
         world=world,
-        parts={"meter": Unmetered()},
+        meter=Unmetered(),
+        parts={},
         shared={},
     )
     ours, ours_copy = engine.checkpoint_engine, engine._copy_recovery_script

@@ -192,6 +192,14 @@ def lost_ranks(error: BaseException) -> str:
     return ""
 
 
+def ending(error: BaseException) -> tuple[int, str]:
+    """For records: the exit code that an error which leaves a training loop ends in, and why, in one line."""
+    if lost := lost_ranks(error):
+        return EXIT_INTERRUPTED, f"lost the other ranks: {lost}"[:500]
+    code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAULT
+    return code, " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
 def leave(code: int) -> None:
     """End the process with its exit code.
 

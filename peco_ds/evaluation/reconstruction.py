@@ -176,66 +176,59 @@ def held_out_quality(
 
 class HeldOut:
     """Quality on held-out images while a tokenizer trains: evaluation.jsonl, TensorBoard and, of one that makes
-    images, reconstructions.png. Collective.
+    images, reconstructions.png.
 
     Args:
-        images_u8: uint8 [n, 3, S, S], the same on every rank.  tokenizer, frozen: as `training_sums`.
-        world: has rank, size, device, all_reduce, is_main.  meter: takes what is measured.
+        images_u8: uint8 [n, 3, S, S], the same on every rank.
+        run: the training run, attached to its engine; `engine(images_11)` gives the tokenizer's output, or one that
+            holds it as `.tokenizer`.
+        tokenizer, frozen: as `training_sums`.
     """
 
-    def __init__(
-        self,
-        images_u8: torch.Tensor,
-        settings: EvaluationSettings,
-        *,
-        tokenizer,
-        frozen,
-        batch: int,
-        out: Path,
-        world,
-        meter,
-    ) -> None:
-        self._images_u8, self._settings, self._tokenizer, self._frozen = images_u8, settings, tokenizer, frozen
-        self._batch, self._out, self._world, self._meter = batch, out, world, meter
+    def __init__(self, images_u8: torch.Tensor, run, *, tokenizer, frozen) -> None:
+        self._images_u8, self._run, self._tokenizer, self._frozen = images_u8, run, tokenizer, frozen
+        self._settings: EvaluationSettings = run.cfg.evaluation
         self.last: dict[str, float] = {}
 
-    def due(self, step: int) -> bool:
-        return self._settings.every_steps > 0 and step % self._settings.every_steps == 0
+    def is_due(self, step: int) -> bool:
+        """Whether to measure when `step` steps are done: at the end, and every evaluation.every_steps."""
+        every = self._settings.every_steps
+        return step == self._run.durations.stop_step or (every > 0 and step % every == 0)
 
     @torch.no_grad()
-    def __call__(self, engine, step: int) -> None:
-        """Measure; `engine(images_11)` gives the tokenizer's output, or one that holds it as `.tokenizer`."""
-        world = self._world
-        engine.eval()
+    def measure(self, step: int) -> None:
+        """Measure now, when `step` steps are done. Collective."""
+        run, world = self._run, self._run.world
 
         def round_trip(images_11: torch.Tensor):
-            output = engine(images_11)
+            output = run.engine(images_11)
             return getattr(output, "tokenizer", output)
 
-        self.last = held_out_quality(
-            round_trip,
-            self._images_u8,
-            training_sums(self._tokenizer, world.device, self._frozen),
-            batch=self._batch,
-            rank=world.rank,
-            world_size=world.size,
-            device=world.device,
-            all_reduce=world.all_reduce,
-        )
-        if world.is_main:
-            self._meter.evaluation(step, self.last)
-        if self._tokenizer.makes_images:
-            self._show(round_trip, step)
-        engine.train()
+        with run.evaluating():
+            run.engine.eval()
+            self.last = held_out_quality(
+                round_trip,
+                self._images_u8,
+                training_sums(self._tokenizer, world.device, self._frozen),
+                batch=run.cfg.run.micro_batch,
+                rank=world.rank,
+                world_size=world.size,
+                device=world.device,
+                all_reduce=world.all_reduce,
+            )
+            run.meter.evaluation(step, self.last)
+            if self._tokenizer.makes_images:
+                self._show(round_trip, step)
+            run.engine.train()
 
     def _show(self, round_trip: Callable, step: int) -> None:
         """Every rank makes the images, which may be a collective; the first one keeps them."""
         shown = self._images_u8[: self._settings.grid_images]
-        restored = round_trip(shown.to(self._world.device).float() / 127.5 - 1).reconstruction
-        if self._world.is_main:
+        restored = round_trip(shown.to(self._run.world.device).float() / 127.5 - 1).reconstruction
+        if self._run.world.is_main:
             grid = comparison_grid([shown, to_u8(restored).cpu()])
-            self._meter.image("original | round trip", grid, step)
-            save_png(self._out / "reconstructions.png", grid)
+            self._run.meter.image("original | round trip", grid, step)
+            save_png(self._run.out / "reconstructions.png", grid)
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ from peco_ds.runtime.consolidate import ema_name
 from peco_ds.runtime.distributed import World, seed_all
 from peco_ds.runtime.elastic import load_elastic
 from peco_ds.runtime.ema import WeightEma
+from peco_ds.runtime.metrics import Meter
 from peco_ds.runtime.run_folder import check_same_run
 from peco_ds.runtime.time_limit import TimeLimit
 from peco_ds.schema import sha256_of_file, write_json
@@ -78,7 +79,8 @@ class Saver:
     Args:
         run_folder: on a file system that all ranks share.
         restored: as `restore` gave it; the parts go on from its states.
-        parts: objects with state() and load_state(list of states) that belong to each rank; one of them is "meter".
+        meter: counts saves as pauses; saved as a part.
+        parts: objects with state() and load_state(list of states) that belong to each rank.
         shared: the same, for what is equal on all ranks.
         ema: the run's moving average, if it keeps one.
     """
@@ -93,6 +95,7 @@ class Saver:
         durations: Durations,
         global_batch: int,
         world: World,
+        meter: Meter,
         parts: dict,
         shared: dict,
         ema: WeightEma | None = None,
@@ -100,8 +103,8 @@ class Saver:
         self._run_folder, self._root = run_folder, run_folder / FOLDER
         self._engine, self._progress, self._world, self._ema = engine, restored.progress, world, ema
         self._settings, self._durations, self._global_batch = settings, durations, global_batch
-        self._parts, self._shared = parts, shared
-        for of_run, states in ((parts, restored.states), (shared, restored.shared)):
+        self._meter, self._parts, self._shared = meter, {"meter": meter, **parts}, shared
+        for of_run, states in ((self._parts, restored.states), (shared, restored.shared)):
             for name, part in of_run.items():
                 part.load_state(states.get(name, []))
         self._copies = engine.checkpoint_engine = HostCopies()
@@ -150,7 +153,7 @@ class Saver:
         # saves are asked for faster than the disk takes them
         if self._writer is not None:
             self._commit()
-        with self._parts["meter"].paused("save"):
+        with self._meter.paused("save"):
             self._begun = time.monotonic()
             progress = self._progress.at(done, self._global_batch)
             temporary = self._root / f".tmp-{tag_of(done)}"
@@ -186,7 +189,7 @@ class Saver:
 
     def _commit(self) -> None:
         """Once all ranks have written, or failed to: make it a checkpoint, or leave no trace of it. Collective."""
-        with self._parts["meter"].paused("save"):
+        with self._meter.paused("save"):
             writer, progress = self._writer, self._writing
             self._writer = self._writing = None
             writer.wait()

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -61,24 +62,14 @@ _FREE = (
 )
 
 
-def open_run_folder(
-    folder: Path, stage: str, resolved: Resolved, ds_config: dict, provenance: dict, world: World
-) -> None:
+def open_run_folder(folder: Path, stage: str, resolved: Resolved, ds_config: dict, world: World) -> None:
     """Create the folder and record what the run is. Collective; rank 0 writes, a refusal is raised by all.
 
     Args:
-        ds_config: merged.  provenance: fingerprints of what the run reads; ends in the model card of its release.
+        ds_config: merged.
     Raises: UserError if the folder holds another run, naming the first setting that differs.
     """
-    fault = ""
-    if world.is_main:
-        try:
-            _write(folder, stage, resolved, ds_config, provenance)
-        except UserError as error:
-            fault = str(error)
-        except OSError as error:
-            fault = f"{folder}: cannot be written ({error.strerror}); give another --out"
-    world.agree(fault)
+    _on_main(world, folder, lambda: _write(folder, stage, resolved, ds_config))
     # A folder that only rank 0 sees would give checkpoints that miss the other ranks' parts, found out when it is too
     # late.
     world.agree(
@@ -88,15 +79,44 @@ def open_run_folder(
     )
 
 
-def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict, provenance: dict) -> None:
+def record_provenance(folder: Path, facts: dict, world: World) -> None:
+    """Add to what the folder tells of the run's origins. Collective, as `open_run_folder`.
+
+    Args:
+        facts: among them fingerprints of what the run reads; they end in the model card of its release.
+    Raises: UserError if the run that is continued was trained from others.
+    """
+
+    def write() -> None:
+        _refuse_other_origins(folder, facts)
+        write_json(folder / PROVENANCE, {**read_provenance(folder), **facts})
+
+    _on_main(world, folder, write)
+
+
+def _on_main(world: World, folder: Path, write: Callable[[], None]) -> None:
+    """Let rank 0 write; what it refuses, or its disk, is raised by all ranks. Collective."""
+    fault = ""
+    if world.is_main:
+        try:
+            write()
+        except UserError as error:
+            fault = str(error)
+        except OSError as error:
+            fault = f"{folder}: cannot be written ({error.strerror}); give another --out"
+    world.agree(fault)
+
+
+def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _hold(folder)
     # tuples as lists, as YAML reads them back
     settings = json.loads(json.dumps(resolved.as_dict()["recipe"]))
-    # a start that failed before its first checkpoint binds nobody
-    begun = any((folder / "checkpoints").glob("step_*"))
-    if begun and resolved.recipe.checkpoint.resume == "auto":
-        _refuse_another_run(folder, stage, settings, provenance)
+    # A start that failed before its first checkpoint binds nobody.
+    continued = any((folder / "checkpoints").glob("step_*")) and resolved.recipe.checkpoint.resume == "auto"
+    if continued:
+        _refuse_other_settings(folder, stage, settings)
+    origins = read_provenance(folder) if continued else {}
     text = yaml.safe_dump({"stage": stage, "recipe": settings, "sources": resolved.sources}, sort_keys=False)
     temporary = folder / f".{SETTINGS}.tmp"
     temporary.write_text(
@@ -106,7 +126,7 @@ def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict, proven
     write_json(folder / DEEPSPEED, ds_config)
     with open(folder / "commands.txt", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
-    write_json(folder / PROVENANCE, {"commit": commit(), **provenance, "versions": versions()})
+    write_json(folder / PROVENANCE, {**origins, "commit": commit(), "versions": versions()})
 
 
 def _hold(folder: Path) -> None:
@@ -137,10 +157,11 @@ def check_same_run(checkpoint: Path, run_folder: Path) -> None:
     Raises: UserError if they are not this run's.
     """
     now = read_settings(run_folder)
-    _refuse_another_run(checkpoint, now["stage"], now["recipe"], read_provenance(run_folder))
+    _refuse_other_settings(checkpoint, now["stage"], now["recipe"])
+    _refuse_other_origins(checkpoint, read_provenance(run_folder))
 
 
-def _refuse_another_run(folder: Path, stage: str, settings: dict, provenance: dict) -> None:
+def _refuse_other_settings(folder: Path, stage: str, settings: dict) -> None:
     recorded = read_settings(folder)
     if recorded["stage"] != stage:
         raise UserError(f"{folder}: holds a run of {recorded['stage']}; choose another --out")
@@ -156,6 +177,9 @@ def _refuse_another_run(folder: Path, stage: str, settings: dict, provenance: di
                 f"{folder}: holds a run with {key} = {before[key]!r}, this one has {value!r}; choose another "
                 "--out, or set checkpoint.resume=never to start over"
             )
+
+
+def _refuse_other_origins(folder: Path, provenance: dict) -> None:
     was = read_provenance(folder)
     for name in ("images_fingerprint", "tokenizer_fingerprint", "judge"):
         if name in provenance and was.get(name) not in (None, provenance[name]):
