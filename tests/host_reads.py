@@ -14,7 +14,6 @@ import traceback
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path[0] = str(REPOSITORY)
 
 STEPS, LOG_EVERY = 6, 3
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -119,4 +118,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(REPOSITORY)
     main(Path(sys.argv[1]))

@@ -1,14 +1,21 @@
-"""What every training loop does around its steps must not make the host wait for the device, except where a step
-logs.
+"""What every training loop has around its steps: it reads nothing from the device except where a step logs, and a stop
+is the same in every stage.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
-from conftest import run_stage
+from conftest import REPOSITORY, run_stage
 from host_reads import LOG_EVERY, STAGES, STEPS
+from test_train_tokenizer import SMALL as SMALL_TOKENIZER
+
+from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE
+from peco_ds.runtime.checkpoint_files import list_checkpoints
+from peco_ds.runtime.metrics import read_evaluation, read_metrics
+from peco_ds.runtime.timeline import STARTS_FILE, read_rows
 
 GUARD, AGREE = "step_guard.py:_admits", "distributed.py:agree_on"
 
@@ -33,3 +40,56 @@ def test_a_step_that_does_not_log_reads_back_only_what_deepspeed_has_read_and_th
         # the norm: DeepSpeed has waited for it a moment before
         if GUARD in readers:
             assert "deepspeed" in readers[: readers.index(GUARD)]
+
+
+# ------------------------------------------------------------------------------------------- the stop rule
+
+STEPS_OF_STOPPED = 2
+SHORT = [
+    f"schedule.steps={STEPS_OF_STOPPED}",
+    "schedule.warmup_steps=0",
+    "schedule.epochs=null",
+    "schedule.warmup_epochs=null",
+]
+
+
+@pytest.fixture(scope="module")
+def stopped(small_sets, labelled_sets, tmp_path_factory) -> dict[str, tuple[Path, list]]:
+    """Stage -> its run folder and the outcomes of three starts: stopped in the last step, started again, and again."""
+    folder = tmp_path_factory.mktemp("stopped")
+    arguments = {
+        "pretrain": ["--recipe", "peco_vitb16", *small_sets.overrides, *SHORT],
+        "train_tokenizer": ["--recipe", "peco_tokenizer", f"data.root={small_sets.root}", *SMALL_TOKENIZER, *SHORT],
+        "finetune": ["--recipe", "finetune_vitb16", *labelled_sets.overrides, *SHORT],
+    }
+    config = str(REPOSITORY / "ds_configs" / "zero1.json")
+    cases = [
+        {
+            "stage": stage,
+            "arguments": [*of_stage, "--deepspeed_config", config, "--out", str(folder / stage)],
+            "stop": STEPS_OF_STOPPED if number == 0 else None,
+        }
+        for stage, of_stage in arguments.items()
+        for number in range(3)
+    ]
+    listing = folder / "cases.json"
+    listing.write_text(json.dumps(cases))
+    run_stage("tests/many_runs.py", listing, timeout_s=900)
+    codes = json.loads(listing.with_name("cases.json.codes").read_text())
+    return {stage: (folder / stage, codes[3 * place : 3 * place + 3]) for place, stage in enumerate(arguments)}
+
+
+@pytest.mark.parametrize("stage", ("pretrain", "train_tokenizer", "finetune"))
+def test_a_stop_in_the_last_step_is_a_stop_and_the_next_start_does_what_is_left(stopped, stage):
+    folder, codes = stopped[stage]
+    assert codes == [EXIT_REQUEUE, EXIT_DONE, EXIT_DONE]
+    assert [path.name for path in list_checkpoints(folder)][0] == f"step_{STEPS_OF_STOPPED:08d}"
+    assert [row["step"] for row in read_metrics(folder)] == list(range(1, STEPS_OF_STOPPED + 1)), "no step twice"
+    ends = [row["code"] for row in read_rows(folder / STARTS_FILE)[0] if row["event"] == "end"]
+    assert ends == [EXIT_REQUEUE, EXIT_DONE, EXIT_DONE]
+
+
+def test_evaluation_and_release_that_a_stop_left_are_made_by_the_next_start(stopped):
+    for stage in ("train_tokenizer", "finetune"):
+        assert read_evaluation(stopped[stage][0])[-1]["step"] == STEPS_OF_STOPPED
+    assert (stopped["train_tokenizer"][0] / "tokenizer" / "tokenizer.json").is_file()
