@@ -55,9 +55,9 @@ from peco_ds.schema import sha256_of_file, write_json
 
 logger = logging.getLogger("peco_ds")
 
-# before a job's time limit, beside what the last save took
-# parts under the names that earlier releases saved them by
+# Names of parts in checkpoints of earlier releases -> today's.
 _RENAMED = {"bad_pictures": "bad_images"}
+# A run saves so long before its job's time limit, beside what the last save took.
 LEAST_MARGIN_S = 60.0
 
 
@@ -126,7 +126,7 @@ class Saver:
         Raises: UserError if a checkpoint could not be written; the older ones stand.
         """
         world, now = self._world, time.monotonic()
-        # an evaluation lies between two steps, too
+        # The longest time between two steps includes evaluations.
         self._longest_s, self._stepped = max(self._longest_s, now - self._stepped), now
         if world.is_main and self._limit.is_near(LEAST_MARGIN_S + 2 * self._save_s + self._longest_s):
             world.stop_seen = True
@@ -146,11 +146,12 @@ class Saver:
         if self._writer is not None:
             self._commit()
         wait_for_removals()
-        self._world.barrier()  # what rank 0 renamed is there for all
+        # All ranks go on when rank 0 has renamed the folder.
+        self._world.barrier()
 
     def _begin(self, done: int) -> None:
         """Copy this rank's part, and leave the writing to a thread."""
-        # saves are asked for faster than the disk takes them
+        # Saves are due faster than the disk takes them: wait for the one in hand.
         if self._writer is not None:
             self._commit()
         with self._meter.paused("save"):
@@ -161,12 +162,13 @@ class Saver:
             self._engine.save_checkpoint(str(self._root), tag=temporary.name, save_latest=False)
             states = {"parts": _states(self._parts), "shared": _states(self._shared)}
             self._copies.save({"random": _random_states(self._world.device), **states}, rank_name(self._world.rank))
-            # without ZeRO every rank has the same whole average
+            # Without ZeRO every rank has the same whole average, and rank 0 saves it.
             if self._ema is not None and (progress.zero_stage or self._world.is_main):
                 self._copies.save(self._ema.state(), ema_name(self._world.rank))
             records = (lambda: self._write_records(temporary, progress)) if self._world.is_main else dict
             self._writing, self._writer = progress, BackgroundWriter(temporary, self._copies.take(), records)
-            self._world.forget_answers()  # those under way know nothing of this write
+            # Answers under way know nothing of this write.
+            self._world.forget_answers()
 
     def _make(self, temporary: Path) -> str:
         try:
@@ -264,7 +266,7 @@ def restore(
     saved.cursor.check(fingerprint, seed)
     set_aside_after(run_folder, saved.step, world)
     progress = Progress(saved.step, saved.cursor, world.size, zero_stage)
-    # without ZeRO every rank holds the same
+    # Without ZeRO every rank holds the same state, so any rank's file will do.
     if saved == progress or saved.zero_stage == zero_stage == 0:
         loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
         assert loaded is not None, f"DeepSpeed found nothing in {folder}"
@@ -272,7 +274,10 @@ def restore(
             ema.load(load_known(folder / ema_name(world.rank if zero_stage else 0)))
     else:
         load_elastic(engine, folder, saved, world, ema)
-    read = lambda rank: load_known(folder / rank_name(rank))  # noqa: E731
+
+    def read(rank: int) -> dict:
+        return load_known(folder / rank_name(rank))
+
     if saved.world_size == world.size:
         mine = [read(world.rank)]
         _set_random_states(mine[0]["random"], world.device)

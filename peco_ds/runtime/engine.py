@@ -77,10 +77,9 @@ def compile_each(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> None
     """Compile the forward pass of every module of these classes, each by itself; they share the graphs.
 
     ZeRO-3's hooks, which gather and free weights, lie around a module's forward pass and so outside of what is
-    compiled. A graph that breaks would be slow
-    without a word: it is an error here.
+    compiled. A graph that breaks would be slow without a word: it is an error here.
     """
-    # training, evaluation, the sizes of subsets
+    # Training, evaluation and the sizes of subsets each take a graph.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for module in model.modules():
         if isinstance(module, classes):
@@ -104,7 +103,7 @@ def check_deepspeed_config(ds_config: dict, source: str | Path) -> None:
             f"{deepspeed.__version__} refuses it"
         ) from None
     except (DeepSpeedConfigError, TypeError, AttributeError, ValueError, KeyError, AssertionError) as error:
-        # others by whatever breaks on them
+        # Other blocks fail by whatever breaks on them.
         raise UserError(
             f"{source}: DeepSpeed {deepspeed.__version__} refuses it: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}"

@@ -39,7 +39,7 @@ logger = logging.getLogger("peco_ds")
 
 __all__ = ["EVALUATION_FILE", "METRICS_FILE", "Meter", "read_evaluation", "read_metrics"]
 
-# metrics.jsonl name -> TensorBoard tag
+# Name in metrics.jsonl -> TensorBoard tag. A name with a slash is its own tag; any other one goes under loss/.
 _TAGS = {
     "loss": "loss/total",
     "accuracy": "tokens/masked_accuracy",
@@ -63,7 +63,7 @@ _TAGS = {
     "perplexity": "tokens/perplexity",
 }
 _NO_SCALARS = ("step", "time", "start", "up_s")
-# a pause shorter than this was none: the loop only asked whether something was due
+# A shorter pause was none: the loop only asked whether something was due.
 _SHORTEST_S = 1e-3
 
 
@@ -101,7 +101,8 @@ class Meter:
         self._done = first_step
         self._counters = counters or {}
         self._paused_since: float | None = None
-        self._first_step_from: float | None = None  # when this start asked for its first batch
+        # Time at which this start asked for its first batch.
+        self._first_step_from: float | None = None
         self._first_waited_s = 0.0
         self._first_is_done = False
         self._discard_step()
@@ -111,7 +112,7 @@ class Meter:
             from torch.utils.tensorboard import SummaryWriter
 
             drop_redone_steps(run_folder, first_step)
-            # the moment of the start is evaluated again
+            # The evaluation at the step of the start is made again.
             drop_rows_after(run_folder / EVALUATION_FILE, first_step - 1)
             self._start = record_start(
                 run_folder,
@@ -120,9 +121,10 @@ class Meter:
                 total_steps=durations.total_steps,
                 stop_step=durations.stop_step,
             )
-            self._age_s = process_age_s() - time.monotonic()  # of the process, at monotonic time 0
+            # Age of the process at monotonic time 0.
+            self._age_s = process_age_s() - time.monotonic()
             self._account = account_of(run_folder)
-            # a row is one write: whole, or cut short by a kill
+            # Unbuffered: a row is one write, whole or cut short by a kill.
             self._file = open(run_folder / METRICS_FILE, "ab", buffering=0)
             self._tensorboard = SummaryWriter(str(run_folder / "tensorboard"), purge_step=first_step + 1)
 
@@ -293,7 +295,8 @@ class Meter:
                 value = torch.tensor(value, dtype=torch.float32, device=self._world.device)
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._passes += state["passes"]
-        if states:  # time passes on all ranks alike
+        # Time passes on all ranks alike.
+        if states:
             self._steps, self._data_wait_s = states[0]["steps"], states[0]["data_wait_s"]
             self._since = time.perf_counter() - states[0]["elapsed_s"]
         if self._file is not None and states and "start" in states[0]:
