@@ -16,8 +16,8 @@ from peco_ds.evaluation.masked_prediction import masked_prediction_columns
 from peco_ds.evaluation.reconstruction import comparison_grid, save_png
 from peco_ds.models.mim import MaskedImageModel
 from peco_ds.models.tokenizers import load_tokenizer
-from peco_ds.runtime.checkpoint_files import newest_whole
-from peco_ds.runtime.consolidate import fp32_weights
+from peco_ds.runtime.checkpoint.consolidate import fp32_weights
+from peco_ds.runtime.checkpoint.files import newest_whole
 from peco_ds.runtime.metrics import read_metrics
 from peco_ds.runtime.run_folder import read_settings
 

@@ -79,8 +79,8 @@ def train(args, resolved) -> int:
     from peco_ds.objectives.soft_labels import soft_label_cross_entropy
     from peco_ds.planner.stages import training_flops
     from peco_ds.runtime.around_steps import around_steps
-    from peco_ds.runtime.checkpoint import continues, restore
-    from peco_ds.runtime.checkpoint_files import list_checkpoints
+    from peco_ds.runtime.checkpoint.files import list_checkpoints
+    from peco_ds.runtime.checkpoint.save_restore import continues, restore
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.ema import WeightEma
     from peco_ds.runtime.engine import set_lr, start_engine

@@ -82,7 +82,7 @@ def train(args, resolved) -> int:
     from peco_ds.objectives import build_objective
     from peco_ds.planner.stages import training_flops
     from peco_ds.runtime.around_steps import around_steps
-    from peco_ds.runtime.checkpoint import restore
+    from peco_ds.runtime.checkpoint.save_restore import restore
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import set_lr, start_engine
     from peco_ds.runtime.optim import use_layer_norm

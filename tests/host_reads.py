@@ -34,7 +34,7 @@ def main(out: Path) -> None:
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import build_objective
     from peco_ds.runtime.around_steps import around_steps
-    from peco_ds.runtime.checkpoint import restore
+    from peco_ds.runtime.checkpoint.save_restore import restore
     from peco_ds.runtime.distributed import start_world
     from peco_ds.runtime.engine import set_lr, start_engine
     from peco_ds.runtime.watchdog import Watchdog

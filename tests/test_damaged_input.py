@@ -46,7 +46,7 @@ from peco_ds.errors import UserError
 from peco_ds.models.feature_nets import load_feature_net
 from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, save_tokenizer
 from peco_ds.models.weight_files import foreign_classes, read_tensor_file
-from peco_ds.runtime.checkpoint_files import list_checkpoints, newest_whole, verify
+from peco_ds.runtime.checkpoint.files import list_checkpoints, newest_whole, verify
 from peco_ds.runtime.run_folder import read_provenance, read_settings
 from peco_ds.runtime.run_weights import read_run
 from peco_ds.schema import (
