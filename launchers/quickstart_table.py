@@ -9,7 +9,8 @@ import torch
 from pydantic import TypeAdapter
 
 from peco_ds.config import PretrainRecipe, data_path
-from peco_ds.data.loaders import ImageSet, masked_batches
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.loaders import masked_batches
 from peco_ds.data.order import SampleOrder, view_at
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.evaluation.masked_prediction import masked_prediction_columns

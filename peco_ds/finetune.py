@@ -69,8 +69,8 @@ def train(args, resolved) -> int:
     from peco_ds.convert.initialize import start_classifier
     from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
+    from peco_ds.data.image_set import BadImages
     from peco_ds.data.labelled import evaluation_batches, labelled_sets, training_batches
-    from peco_ds.data.loaders import BadImages
     from peco_ds.data.order import rank_positions
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.evaluation.classification import classification_quality

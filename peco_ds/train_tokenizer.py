@@ -54,7 +54,8 @@ def dry_run(args, resolved) -> int:
 
 def train(args, resolved) -> int:
     from peco_ds.config import data_path, micro_steps, resolve_durations
-    from peco_ds.data.loaders import BadImages, ImageSet, crop_batches, held_out_images, training_order
+    from peco_ds.data.image_set import BadImages, ImageSet
+    from peco_ds.data.loaders import crop_batches, held_out_images, training_order
     from peco_ds.data.order import rank_positions
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.evaluation.reconstruction import HeldOut

@@ -28,7 +28,8 @@ def main(out: Path) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from peco_ds.config import PretrainRecipe, load_recipe, resolve_durations
-    from peco_ds.data.loaders import BadImages, Codes, MaskedBatch, masked_targets
+    from peco_ds.data.image_set import BadImages
+    from peco_ds.data.loaders import Codes, MaskedBatch, masked_targets
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.models.mim import build_mim
     from peco_ds.models.vit import TransformerBlock

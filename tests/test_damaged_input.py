@@ -36,9 +36,10 @@ from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
 from peco_ds.data.image_folders import labels_from_list, read_classes
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.image_shards import IndexJob, make_shard, prepare_folder
 from peco_ds.data.indexed_tar import IndexedTar, build_index, index_name, write_index
-from peco_ds.data.loaders import ImageSet, masked_batches
+from peco_ds.data.loaders import masked_batches
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.data.views import cut
 from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json

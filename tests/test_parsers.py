@@ -50,9 +50,9 @@ from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
 from peco_ds.data.decode import DecodeError, decode_rgb, image_kind
 from peco_ds.data.image_folders import labels_from_list, read_classes
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.image_shards import packed_bytes, prepare_folder
 from peco_ds.data.indexed_tar import DamagedRecord, IndexedTar, build_index, write_index
-from peco_ds.data.loaders import ImageSet
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord, read_npy, write_token_shard
 from peco_ds.data.views import fault_of_views

@@ -24,7 +24,7 @@ from deepspeed.utils import zero_to_fp32
 
 from peco_ds.config import CheckpointSettings, Durations
 from peco_ds.data.order import Cursor
-from peco_ds.errors import UserError
+from peco_ds.errors import UserError, describe_os_error
 from peco_ds.runtime.checkpoint.consolidate import ema_name
 from peco_ds.runtime.checkpoint.elastic import load_elastic
 from peco_ds.runtime.checkpoint.files import (
@@ -45,7 +45,7 @@ from peco_ds.runtime.checkpoint.files import (
     wait_for_removals,
 )
 from peco_ds.runtime.checkpoint.pickles import load_known, refuse_foreign_classes
-from peco_ds.runtime.checkpoint.writer import BackgroundWriter, HostCopies, describe_os_error
+from peco_ds.runtime.checkpoint.writer import BackgroundWriter, HostCopies
 from peco_ds.runtime.distributed import World, seed_all
 from peco_ds.runtime.ema import WeightEma
 from peco_ds.runtime.run_folder import check_same_run
