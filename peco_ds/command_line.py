@@ -23,6 +23,7 @@ from peco_ds.errors import (
     EXIT_KEYBOARD,
     EXIT_REQUEUE,
     UserError,
+    describe_os_error,
 )
 
 logger = logging.getLogger("peco_ds")
@@ -137,7 +138,7 @@ def _bad_input(error: Exception) -> str:
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return describe_os_error(error)
     # not imported here: a stage that compiles nothing stays quick
     compiler = sys.modules.get("torch._dynamo.exc")
     if compiler is not None and isinstance(error, compiler.TorchDynamoException):

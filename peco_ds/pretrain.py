@@ -57,7 +57,8 @@ def dry_run(args, resolved) -> int:
 
 
 def train(args, resolved) -> int:
-    from peco_ds.data.loaders import ImageSet, masked_batches
+    from peco_ds.data.image_set import ImageSet
+    from peco_ds.data.loaders import masked_batches
     from peco_ds.models.mim import build_mim
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import build_objective

@@ -37,7 +37,8 @@ def dry_run(args, resolved) -> int:
 
 
 def train(args, resolved) -> int:
-    from peco_ds.data.loaders import ImageSet, crop_batches, held_out_images, training_order
+    from peco_ds.data.image_set import ImageSet
+    from peco_ds.data.loaders import crop_batches, held_out_images, training_order
     from peco_ds.evaluation.reconstruction import HeldOut
     from peco_ds.models.critic import with_critic
     from peco_ds.models.frozen_net import load_frozen_net
@@ -95,8 +96,8 @@ def release(out: Path, cfg: TokenizerRecipe, quality: dict[str, float], judged: 
     """Write OUT/tokenizer from the newest checkpoint."""
     from peco_ds.evaluation.reconstruction import quality_line
     from peco_ds.models.tokenizers import save_tokenizer
-    from peco_ds.runtime.checkpoint_files import newest_whole, read_progress
-    from peco_ds.runtime.consolidate import fp32_weights
+    from peco_ds.runtime.checkpoint.consolidate import fp32_weights
+    from peco_ds.runtime.checkpoint.files import newest_whole, read_progress
 
     checkpoint = newest_whole(out)
     progress = read_progress(checkpoint)

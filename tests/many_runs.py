@@ -114,7 +114,7 @@ def ask_to_stop(step: int):
 
 
 def leave_unmended(_asked: bool):
-    from peco_ds.runtime import elastic as module
+    from peco_ds.runtime.checkpoint import elastic as module
 
     original = module._own_settings_and_steps
     module._own_settings_and_steps = lambda *arguments: None

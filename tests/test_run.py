@@ -13,7 +13,7 @@ from host_reads import LOG_EVERY, STAGES, STEPS
 from test_train_tokenizer import SMALL as SMALL_TOKENIZER
 
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE
-from peco_ds.runtime.checkpoint_files import list_checkpoints
+from peco_ds.runtime.checkpoint.files import list_checkpoints
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.timeline import STARTS_FILE, read_rows
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 
 @contextmanager
-def draft(path: Path) -> Iterator[BinaryIO]:
+def temporary_file(path: Path) -> Iterator[BinaryIO]:
     """A file beside `path`, open for writing under a temporary name (`file.name`) that no other process has, and locked
     for as long as its writer lives.
 
@@ -32,18 +32,21 @@ def draft(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Remove drafts of these files whose writers are dead. On a file system without locks nothing is removed."""
+    """Remove temporary files of these names whose writers have died.
+
+    On a file system without locks nothing is removed.
+    """
     for name in names:
-        remove_dead(find_drafts(folder, name))
+        remove_abandoned(find_temporary_files(folder, name))
 
 
-def find_drafts(folder: Path, name: str = "*") -> list[Path]:
+def find_temporary_files(folder: Path, name: str = "*") -> list[Path]:
     return list(folder.glob(f".{name}.*.tmp"))
 
 
-def remove_dead(drafts: Iterable[Path]) -> None:
-    """As `remove_leftovers`, of drafts that were found before."""
-    for path in drafts:
+def remove_abandoned(paths: Iterable[Path]) -> None:
+    """Remove those of the temporary files whose writers have died, as `remove_leftovers` does."""
+    for path in paths:
         try:
             with open(path, "r+b") as file:  # NFS locks only what is open for writing
                 if _lock(file, wait=False):
@@ -53,7 +56,7 @@ def remove_dead(drafts: Iterable[Path]) -> None:
 
 
 @contextmanager
-def alone(lock_path: Path, *, wait: bool) -> Iterator[bool]:
+def lock_file(lock_path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold a lock file; the system gives it back when its holder dies, so none is ever left behind.
 
     Args:

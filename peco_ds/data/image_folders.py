@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from peco_ds.errors import UserError
+from peco_ds.errors import UserError, describe_os_error
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm".split())
 _WNID = re.compile(r"n\d{8}")
@@ -37,9 +37,7 @@ def list_images(
     try:
         found = sorted(_walk(folder))
     except OSError as error:
-        raise UserError(
-            f"--images {folder}: {error.filename}: {error.strerror}; make every folder in it readable"
-        ) from None
+        raise UserError(f"--images {folder}: {describe_os_error(error)}; make every folder in it readable") from None
     if not found:
         raise UserError(f"--images {folder}: holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}); correct the path")
     paths = [path for path, _ in found]

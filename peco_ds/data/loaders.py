@@ -10,24 +10,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from peco_ds.config import DataSettings, MaskSettings, ViewSettings, data_path
-from peco_ds.data.decode import DecodeError, decode_rgb
+from peco_ds.data.decode import DecodeError
 from peco_ds.data.device_feed import device_batches
-from peco_ds.data.indexed_tar import DamagedRecord, ShardSet
+from peco_ds.data.image_set import BadImages, ImageSet
 from peco_ds.data.masking import draw_masked
 from peco_ds.data.order import SampleOrder, view_at
-from peco_ds.data.retry import UnreadableRecord, read_with_retries
 from peco_ds.data.token_shards import TokenRecord, TokenSet
 from peco_ds.data.views import center_view, cut, draw_view, jitter, room_for_cuts, to_backbone, to_tokenizer
 from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
-from peco_ds.schema import IGNORED, IMAGE_EXTENSIONS, VIEW_COLUMNS, ImageManifest, read_manifest
+from peco_ds.schema import IGNORED, VIEW_COLUMNS
 
 logger = logging.getLogger("peco_ds")
 
@@ -87,131 +85,6 @@ class CropBatch(NamedTuple):
     keys: list[str]
 
 
-class ImageSet:
-    """Decoded images of an image set by global sample number.
-
-    Args:
-        folder: of image shards, with its manifest.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.manifest = read_manifest(folder, ImageManifest)
-        self.shards = ShardSet(folder, self.manifest)
-        self.num_samples = self.shards.num_samples
-
-    def decode(self, sample: int) -> tuple[str, torch.Tensor]:
-        """Key and uint8 [3, H, W].
-
-        Raises: DecodeError (names the key) if the record is damaged, cannot be read or is no image; UserError if its
-            whole shard is missing or has another size than the manifest says: that is no single bad image.
-        """
-        try:
-            key, members = read_with_retries(self.shards, sample, IMAGE_EXTENSIONS)
-        except (DamagedRecord, UnreadableRecord) as error:
-            self.shards.check_shards([self.shards.locate(sample)[0]], "size")
-            raise DecodeError(str(error)) from None
-        if not members:
-            raise DecodeError(f"{key}: has no image ({', '.join(IMAGE_EXTENSIONS)})")
-        try:
-            return key, decode_rgb(next(iter(members.values())))
-        except DecodeError as error:
-            raise DecodeError(f"{key}: {error}") from None
-
-    def key(self, sample: int) -> str:
-        return self.shards.key(sample)
-
-    def label(self, sample: int) -> int:
-        """Class number of an image of a labelled set.
-
-        Raises: UserError naming key and value if the record has no label, or one outside the manifest's classes.
-        """
-        try:
-            key, members = read_with_retries(self.shards, sample, ("cls",))
-        except UnreadableRecord as error:
-            raise UserError(f"{error}; its label is needed: repair the set or the file system") from None
-        shard, _ = self.shards.locate(sample)
-        place = f"{self.folder / self.manifest.shards[shard].name}: {key}"
-        if "cls" not in members:
-            raise UserError(
-                f"{place}: has no .cls, but the set has {len(self.manifest.classes)} classes; make the set "
-                "again with a label for every image"
-            )
-        text = members["cls"].strip()
-        if not text.isdigit() or len(text) > 9 or int(text) >= len(self.manifest.classes):
-            raise UserError(
-                f"{place}: .cls holds {text[:20]!r}, the set has classes 0 to "
-                f"{len(self.manifest.classes) - 1}; make the set again"
-            )
-        return int(text)
-
-    def decode_or_next(self, sample: int) -> tuple[int, str, torch.Tensor, list[str]]:
-        """As `decode`, or the next readable image of the set.
-
-        The same substitute on every rank and after every restart.
-
-        Returns: sample number used, key, image, and what was unreadable on the way.
-        """
-        bad: list[str] = []
-        for step in range(self.num_samples):
-            candidate = (sample + step) % self.num_samples
-            try:
-                return candidate, *self.decode(candidate), bad
-            except DecodeError as error:
-                bad.append(str(error))
-        raise UserError(f"{self.folder}: none of {self.num_samples} images can be read; first: {bad[0]}")
-
-
-class BadImages:
-    """Names and counts the unreadable images that this rank met in the whole run, and stops the run when they are too
-    many.
-
-    Its state is kept in checkpoints, so that no restart grants the first few anew.
-
-    Args:
-        max_share: of the images read; the first `tolerated` are always allowed.
-    """
-
-    tolerated = 10
-
-    def __init__(self, max_share: float) -> None:
-        self._max_share = max_share
-        # readings of an image that failed: one image counts once an epoch
-        self.count = 0
-        self.read = 0
-        self._named: set[str] = set()  # since this start
-
-    def add(self, read: int, bad: list[str]) -> None:
-        """One batch: images in it, and a text for each unreadable one.
-
-        Raises: UserError when they have become too many.
-        """
-        self.read += read
-        self.count += len(bad)
-        for text in bad:
-            if text not in self._named:
-                self._named.add(text)
-                logger.warning("unreadable image, the next one takes its place: %s", text)
-        if bad and self.count > max(self.tolerated, self._max_share * self.read):
-            raise UserError(
-                f"{self.count} of {self.read} readings of images failed on this rank, more than "
-                f"{self.tolerated} and more than data.max_bad_share {self._max_share}; last: {bad[-1]}; "
-                "repair the image set or raise the share"
-            )
-
-    def add_batch(self, raw: RawBatch) -> None:
-        """As `add`."""
-        self.add(len(raw.keys), raw.bad)
-
-    def state(self) -> dict[str, int]:
-        """For a checkpoint."""
-        return {"count": self.count, "read": self.read}
-
-    def load_state(self, states: list[dict[str, int]]) -> None:
-        """Continue from the states of one rank, of several where the number of ranks has shrunk, or of none."""
-        self.count, self.read = (sum(state[name] for state in states) for name in ("count", "read"))
-
-
 @dataclass
 class MaskedMaker:
     """Positions of the run -> what a masked pre-training batch is made of.
@@ -254,8 +127,8 @@ class MaskedMaker:
 
     def __call__(self, positions: np.ndarray) -> RawBatch:
         raw = RawBatch()
-        looks = {backbone_look(self.image_px)} | ({tokenizer_look(self.views)} if self.tokens is None else set())
-        raw.cuts, rows = {look: room_for_cuts(len(positions), look[0]) for look in looks}, []
+        kinds = {backbone_crop(self.image_px)} | ({tokenizer_crop(self.views)} if self.tokens is None else set())
+        raw.cuts, rows = {kind: room_for_cuts(len(positions), kind[0]) for kind in kinds}, []
         stored: list[tuple[np.ndarray, ...]] = []
         # What needs no pixel is drawn for the whole batch at once: between two images, whose pixels have filled the
         # caches, it takes several times as long.
@@ -269,8 +142,8 @@ class MaskedMaker:
                 stored.append(self._stored(record))
             else:
                 row = draw_recorded_view(image, self.views, sample, view)
-            for look in looks:
-                raw.cuts[look][place] = cut(image, row, *look)
+            for kind in kinds:
+                raw.cuts[kind][place] = cut(image, row, *kind)
             rows.append(row)
             raw.keys.append(key)
             raw.bad += bad
@@ -309,14 +182,14 @@ class MaskedMaker:
 
 
 # side of a crop in px, and the interpolation it is resized with
-Look = tuple[int, str]
+CropKind = tuple[int, str]
 
 
-def backbone_look(image_px: int) -> Look:
+def backbone_crop(image_px: int) -> CropKind:
     return image_px, "bicubic"
 
 
-def tokenizer_look(views: ViewSettings) -> Look:
+def tokenizer_crop(views: ViewSettings) -> CropKind:
     return views.tokenizer_px, views.tokenizer_interpolation
 
 
@@ -361,12 +234,12 @@ def masked_batches(
     make = MaskedMaker(image_set, stored, order, views, mask, image_px, grid, seed)
 
     def prepare(raw: RawBatch) -> tuple:
-        images = {look: jitter(images.to(device, non_blocking=True), raw.rows) for look, images in raw.cuts.items()}
+        images = {kind: jitter(images.to(device, non_blocking=True), raw.rows) for kind, images in raw.cuts.items()}
         known = tuple(values.to(device, non_blocking=True) for values in raw.stored)
         return (
-            to_backbone(images[backbone_look(image_px)]),
+            to_backbone(images[backbone_crop(image_px)]),
             raw.masked.to(device, non_blocking=True),
-            known or (to_tokenizer(images[tokenizer_look(views)]),),
+            known or (to_tokenizer(images[tokenizer_crop(views)]),),
         )
 
     def finish(ready: tuple, raw: RawBatch) -> MaskedBatch:
@@ -403,11 +276,11 @@ class _CropMaker:
             epoch = self.order.epoch_of(int(position))
             sample, key, image, bad = self.images.decode_or_next(self.order.sample_at(int(position)))
             row = draw_recorded_view(image, self.views, sample, epoch)
-            cuts[place] = cut(image, row, *tokenizer_look(self.views))
+            cuts[place] = cut(image, row, *tokenizer_crop(self.views))
             rows.append(row)
             raw.keys.append(key)
             raw.bad += bad
-        raw.cuts = {tokenizer_look(self.views): cuts}
+        raw.cuts = {tokenizer_crop(self.views): cuts}
         raw.rows = torch.from_numpy(np.stack(rows))
         return raw
 
@@ -425,7 +298,7 @@ def crop_batches(
     """Batches of tokenizer training; `bad` as in `masked_batches`. Yields: CropBatch on `device`."""
 
     def prepare(raw: RawBatch) -> torch.Tensor:
-        return to_tokenizer(jitter(raw.cuts[tokenizer_look(views)].to(device, non_blocking=True), raw.rows))
+        return to_tokenizer(jitter(raw.cuts[tokenizer_crop(views)].to(device, non_blocking=True), raw.rows))
 
     def finish(images_11: torch.Tensor, raw: RawBatch) -> CropBatch:
         return CropBatch(images_11, raw.keys)
@@ -450,8 +323,8 @@ class _ViewsMaker:
     views: ViewSettings
 
     def __call__(self, samples: np.ndarray) -> RawBatch:
-        raw, rows, look = RawBatch(), [], tokenizer_look(self.views)
-        cuts = room_for_cuts(len(samples) * self.views.count, look[0])
+        raw, rows, kind = RawBatch(), [], tokenizer_crop(self.views)
+        cuts = room_for_cuts(len(samples) * self.views.count, kind[0])
         for sample in samples:
             key = self.images.key(int(sample))
             try:
@@ -462,10 +335,10 @@ class _ViewsMaker:
                 image = None
             for view in range(self.views.count):
                 row = UNREADABLE if image is None else draw_recorded_view(image, self.views, int(sample), view)
-                cuts[len(rows)] = 0 if image is None else cut(image, row, *look)
+                cuts[len(rows)] = 0 if image is None else cut(image, row, *kind)
                 rows.append(row)
             raw.keys.append(key)
-        raw.cuts = {look: cuts}
+        raw.cuts = {kind: cuts}
         raw.rows = torch.from_numpy(np.stack(rows))
         return raw
 
@@ -494,7 +367,7 @@ def view_batches(
     """
 
     def prepare(raw: RawBatch) -> torch.Tensor:
-        return to_tokenizer(jitter(raw.cuts[tokenizer_look(views)].to(device, non_blocking=True), raw.rows))
+        return to_tokenizer(jitter(raw.cuts[tokenizer_crop(views)].to(device, non_blocking=True), raw.rows))
 
     def finish(images_11: torch.Tensor, raw: RawBatch) -> ViewsBatch:
         return ViewsBatch(raw.keys, raw.rows.numpy().reshape(len(raw.keys), views.count, -1), images_11)

@@ -21,13 +21,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from peco_ds.errors import UserError
+from peco_ds.errors import UserError, describe_os_error
+from peco_ds.stop_signals import ignore_stop_signals
 
 logger = logging.getLogger("peco_ds")
-
-# Answered by saving and leaving with exit code 75: Slurm's warning, the usual request to end, Ctrl-C, a terminal that
-# was closed.
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass
@@ -73,7 +70,7 @@ class _Dataset(Dataset):
         except UserError as error:
             return RawBatch(error=str(error))
         except OSError as error:
-            return RawBatch(error=f"{error.filename or 'reading the data'}: {error.strerror}")
+            return RawBatch(error=describe_os_error(error, "reading the data"))
 
 
 # this many with fewer than WORKER_STRETCH batches from one to the next end the run
@@ -262,5 +259,4 @@ def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
     # Slurm signals every process of a step. The loop answers and ends its workers; one that died of the signal would
     # end the loop.
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_stop_signals()

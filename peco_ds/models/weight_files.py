@@ -5,6 +5,8 @@ where they are none.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -247,3 +249,18 @@ def _float32(name: str, tensor, shape: tuple[int, ...]) -> torch.Tensor:
     if not tensor.isfinite().all():
         raise UserError(f"tensor {name} holds values that are not finite; fetch the file again")
     return tensor.float()
+
+
+def weights_fingerprint(settings: dict, tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 over the settings' canonical JSON and every tensor's name, dtype, shape and bytes, by sorted name.
+
+    Args:
+        settings: as they are recorded, so that a default added later changes no old fingerprint.
+        tensors: on the CPU.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import re
-import signal
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,8 +22,8 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 
-from peco_ds.data.workers import STOP_SIGNALS
 from peco_ds.errors import UserError
+from peco_ds.stop_signals import on_stop_signal
 
 logger = logging.getLogger("peco_ds")
 
@@ -149,17 +148,11 @@ class World:
             dist.barrier()
 
     def watch_signals(self) -> None:
-        """The stop signals only set a flag; the loop ends the step and saves. A second Ctrl-C is Python's own."""
-        for number in STOP_SIGNALS:
-            # nohup, or a shell's job in the background
-            ignored = signal.getsignal(number) is signal.SIG_IGN
-            if not ignored or number in (signal.SIGUSR2, signal.SIGTERM):
-                signal.signal(number, self._on_signal)
+        """From here on a stop signal only sets a flag; the loop ends the step and saves."""
+        on_stop_signal(self._set_stop_seen)
 
-    def _on_signal(self, number, _frame) -> None:
+    def _set_stop_seen(self) -> None:
         self.stop_seen = True
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
 
     def agree_on(self, *, busy: bool = False, due: bool = False) -> Agreed:
         """The same answers on every rank, once an optimiser step. Collective.

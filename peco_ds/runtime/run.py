@@ -35,12 +35,12 @@ from torch import nn
 from peco_ds.command_line import ending
 from peco_ds.config import Durations, Resolved, micro_steps, resolve_durations
 from peco_ds.data import order
-from peco_ds.data.loaders import BadImages
+from peco_ds.data.image_set import BadImages
 from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from peco_ds.planner.hardware import hardware_of_device
-from peco_ds.runtime.checkpoint import Saver, continues, restore
-from peco_ds.runtime.checkpoint_files import list_checkpoints
+from peco_ds.runtime.checkpoint.files import list_checkpoints
+from peco_ds.runtime.checkpoint.save_restore import Saver, continues, restore
 from peco_ds.runtime.distributed import World, seed_all, start_world
 from peco_ds.runtime.ema import WeightEma
 from peco_ds.runtime.engine import set_lr, start_engine
@@ -59,8 +59,8 @@ class Run:
     """One training run of any stage, on this rank.
 
     Attributes after `start`: `cfg` (the recipe), `out`, `world`, `durations`, `bad_images`, and `resumes`: whether
-    there are checkpoints that this start continues. After `attach` also `engine`, `ema` (None where none is kept), `meter`,
-    `first_step`. In the loop `stopping`: whether the run was asked to stop.
+    there are checkpoints that this start continues. After `attach` also `engine`, `ema` (None where none is kept),
+    `meter`, `first_step`. In the loop `stopping`: whether the run was asked to stop.
     """
 
     def __init__(

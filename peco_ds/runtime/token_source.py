@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from peco_ds.config import ONLINE, PretrainRecipe, data_path
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.indexed_tar import ShardSet
-from peco_ds.data.loaders import Codes, ImageSet, codes_of
+from peco_ds.data.loaders import Codes, codes_of
 from peco_ds.data.token_shards import TokenSet
-from peco_ds.errors import UserError
+from peco_ds.errors import UserError, describe_os_error
 from peco_ds.models.image_tokenizer import ImageTokenizer
 from peco_ds.models.token_passes import TokenPasses, even_pass
 from peco_ds.models.tokenizers import TokenizerCard, load_tokenizer, read_card
@@ -75,7 +76,7 @@ def check_shared(shards: ShardSet, verify: str, world: World) -> None:
     except UserError as error:
         fault = str(error)
     except OSError as error:
-        fault = f"{error.filename}: {error.strerror}"
+        fault = describe_os_error(error)
     world.agree(fault)
 
 

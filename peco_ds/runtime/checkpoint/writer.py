@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from peco_ds.runtime.checkpoint_files import Files
-from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
+from peco_ds.errors import describe_os_error
+from peco_ds.runtime.checkpoint.files import Files
+from peco_ds.runtime.checkpoint.pickles import load_known, refuse_foreign_classes
 
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY}
 
@@ -130,11 +131,6 @@ def _patiently(write: Callable):
             if pause_s is None or error.errno not in _PASSING:
                 raise
         time.sleep(pause_s)
-
-
-def describe_os_error(error: OSError) -> str:
-    """One that comes from a descriptor, not a name, does not tell which file."""
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
 def write_hashed(path: Path, content) -> list:
