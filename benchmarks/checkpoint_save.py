@@ -111,9 +111,10 @@ class Unmetered:
 def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int) -> None:
     """One rank of the run; rank 0 writes folder/found.json."""
     import torch
+    from peco_ds.recipe_files import load_recipe
 
     from peco_ds.command_line import leave
-    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.config import PretrainRecipe
     from peco_ds.data.loaders import MaskedTargets
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.models.mim import MaskedImageModel

@@ -25,10 +25,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from peco_ds.recipe_files import load_recipe
 from record import at_least, require_gpu
 
 from peco_ds.command_line import Parser, run
-from peco_ds.config import DS_CONFIGS, FinetuneRecipe, PretrainRecipe, load_recipe
+from peco_ds.config import FinetuneRecipe, PretrainRecipe
+from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.errors import UserError
 from peco_ds.planner.memory import GpuMemory, gpu_memory, saved_bytes
 from peco_ds.planner.shapes import FLOPS_PER_MAC, mim_macs

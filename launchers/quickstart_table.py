@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peco_ds.data_paths import data_path
 from pydantic import TypeAdapter
 
-from peco_ds.config import PretrainRecipe, data_path
+from peco_ds.config import PretrainRecipe
 from peco_ds.data.image_set import ImageSet
 from peco_ds.data.loaders import masked_batches
 from peco_ds.data.order import SampleOrder, view_at

@@ -13,7 +13,8 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds import command_line
-from peco_ds.config import FinetuneRecipe, data_path
+from peco_ds.config import FinetuneRecipe
+from peco_ds.data_paths import data_path
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
 

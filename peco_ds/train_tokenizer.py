@@ -16,7 +16,8 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds import command_line
-from peco_ds.config import TokenizerRecipe, data_path
+from peco_ds.config import TokenizerRecipe
+from peco_ds.data_paths import data_path
 
 
 def main(argv: list[str] | None = None) -> int:

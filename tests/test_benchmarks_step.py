@@ -16,13 +16,14 @@ from conftest import REPOSITORY, run_stage
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 from matmul_ceiling import data_sheet_flops, matmul_ceiling
+from peco_ds.recipe_files import load_recipe
 from plots import ratio_bars
 from profile_step import Stretch, kind_of, profile_step, shares_of_kernels
 from record import versions, write_record
 from step import AXES, CPU_SIZES, Measurement, Row, Setting, cells, recompilation, settings_of, table, utilisation
 from step_time import Turns, step_costs, step_memory
 
-from peco_ds.config import PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
 from peco_ds.errors import UserError
 
 TOY = (

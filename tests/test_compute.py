@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from peco_ds.recipe_files import load_recipe
 
-from peco_ds.config import PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
 from peco_ds.errors import UserError
 from peco_ds.planner.compute import LAUNCH_S, MEMORY_PACE, PACES, optimizer_seconds, segment_seconds, work_seconds
 from peco_ds.planner.hardware import HARDWARE, Hardware

@@ -26,10 +26,11 @@ import torch
 import yaml
 from beit_samples import drawn, mim_shapes, sample
 from bounds import bounded
+from peco_ds.recipe_files import load_recipe
 from PIL import Image
 from safetensors.torch import save_file
 
-from peco_ds.config import FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerSettings, ViewSettings, load_recipe
+from peco_ds.config import FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerSettings, ViewSettings
 from peco_ds.convert.read import read_weights
 from peco_ds.convert.release import write_release
 from peco_ds.convert.to_hf import to_hf

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from peco_ds.data_paths import data_path
+from peco_ds.recipe_files import load_recipe
 
-from peco_ds.config import PretrainRecipe, TokenizerSettings, TokenizerVitSettings, data_path, load_recipe
+from peco_ds.config import PretrainRecipe, TokenizerSettings, TokenizerVitSettings
 from peco_ds.data.image_set import ImageSet
 from peco_ds.data.loaders import masked_batches
 from peco_ds.data.order import rank_positions

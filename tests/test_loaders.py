@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_stage
+from peco_ds.data_paths import data_path
+from peco_ds.recipe_files import load_recipe
 
-from peco_ds.config import PretrainRecipe, data_path, load_recipe
+from peco_ds.config import PretrainRecipe
 from peco_ds.data import retry
 from peco_ds.data.image_set import BadImages, ImageSet
 from peco_ds.data.indexed_tar import IndexedTar

@@ -29,20 +29,14 @@ from beit_samples import sample
 from bounds import bounded
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from peco_ds.recipe_files import load_recipe
 from PIL import Image
 from published_samples import dalle_tensors, save_dalle, save_lightning, taming_tensors
 from safetensors.torch import save_file
 from vqkd_samples import released_layout
 
 from peco_ds import run_status
-from peco_ds.config import (
-    FinetuneRecipe,
-    ModelSettings,
-    PretrainRecipe,
-    TokenizerSettings,
-    TokenizerVitSettings,
-    load_recipe,
-)
+from peco_ds.config import FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerSettings, TokenizerVitSettings
 from peco_ds.convert.read import read_weights
 from peco_ds.convert.release import write_release
 from peco_ds.convert.to_hf import to_hf

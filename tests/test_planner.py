@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from peco_ds.durations import resolve_durations
+from peco_ds.recipe_files import RECIPES, load_recipe
 from timm.models import beit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -19,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from webdataset import TarWriter
 
 from peco_ds.config import (
-    RECIPES,
     AggregationSettings,
     EncodingSettings,
     FinetuneRecipe,
@@ -31,8 +32,6 @@ from peco_ds.config import (
     TokenizerRecipe,
     TokenizerSettings,
     ViewSettings,
-    load_recipe,
-    resolve_durations,
 )
 from peco_ds.models.mim import build_mim
 from peco_ds.models.tokenizers import build_tokenizer

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from peco_ds.recipe_files import RECIPES, load_recipe
 
-from peco_ds.config import RECIPES, TokenizerLossSettings, TokenizerRecipe, TokenizerSettings, load_recipe
+from peco_ds.config import TokenizerLossSettings, TokenizerRecipe, TokenizerSettings
 from peco_ds.models.critic import PatchCritic, TokenizerWithCritic
 from peco_ds.models.tokenizers import build_tokenizer
 from peco_ds.objectives.tokenizer_losses import (

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peco_ds.recipe_files import RECIPES, load_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peco_ds.config import (
-    RECIPES,
     AdversarialSettings,
     AggregationSettings,
     FinetuneRecipe,
@@ -28,7 +28,6 @@ from peco_ds.config import (
     TokenizerSettings,
     TokenizerVitSettings,
     ViewSettings,
-    load_recipe,
 )
 from peco_ds.models.classifier import build_classifier
 from peco_ds.models.critic import with_critic

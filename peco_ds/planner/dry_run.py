@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from peco_ds.config import data_path, resolve_durations
+from peco_ds.data_paths import data_path
 from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+from peco_ds.durations import resolve_durations
 from peco_ds.errors import EXIT_DONE
 from peco_ds.planner.stages import IMAGENET_1K_TRAIN
 from peco_ds.schema import ImageManifest, read_manifest

@@ -15,7 +15,8 @@ from typing import Literal
 
 import torch
 
-from peco_ds.config import Durations, RunSettings
+from peco_ds.config import RunSettings
+from peco_ds.durations import Durations
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.engine import grad_norm, memory_gib
 from peco_ds.runtime.timeline import (

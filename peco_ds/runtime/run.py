@@ -33,12 +33,13 @@ import torch
 from torch import nn
 
 from peco_ds.command_line import ending
-from peco_ds.config import Durations, Resolved, micro_steps, resolve_durations
 from peco_ds.data import order
 from peco_ds.data.image_set import BadImages
 from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+from peco_ds.durations import Durations, micro_steps, resolve_durations
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from peco_ds.planner.hardware import hardware_of_device
+from peco_ds.recipe_files import Resolved
 from peco_ds.runtime.checkpoint.files import list_checkpoints
 from peco_ds.runtime.checkpoint.save_restore import Saver, continues, restore
 from peco_ds.runtime.distributed import World, seed_all, start_world
