@@ -111,7 +111,6 @@ class Unmetered:
 def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int) -> None:
     """One rank of the run; rank 0 writes folder/found.json."""
     import torch
-    from peco_ds.recipe_files import load_recipe
 
     from peco_ds.command_line import leave
     from peco_ds.config import PretrainRecipe
@@ -120,6 +119,7 @@ def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int)
     from peco_ds.models.mim import MaskedImageModel
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import build_objective
+    from peco_ds.recipe_files import load_recipe
     from peco_ds.runtime.checkpoint.save_restore import Saver, restore
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import start_engine

@@ -33,9 +33,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from peco_ds.durations import micro_steps
-from peco_ds.recipe_files import load_recipe
-from peco_ds.strict_yaml import NOT_YAML, read_yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 from stages import Stages
@@ -43,8 +40,11 @@ from step_time import step_costs, training_flops
 
 from peco_ds.command_line import Parser, run
 from peco_ds.config import PretrainRecipe
+from peco_ds.durations import micro_steps
 from peco_ds.errors import EXIT_DONE, UserError
+from peco_ds.recipe_files import load_recipe
 from peco_ds.schema import sha256_of_json, write_json
+from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
 _strict = ConfigDict(extra="forbid")
 # in a setting: the timm release of an arm that stands earlier, pre-trained with the first seed

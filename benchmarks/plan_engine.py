@@ -25,7 +25,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from peco_ds.recipe_files import load_recipe
 from record import at_least, require_gpu
 
 from peco_ds.command_line import Parser, run
@@ -36,6 +35,7 @@ from peco_ds.planner.memory import GpuMemory, gpu_memory, saved_bytes
 from peco_ds.planner.shapes import FLOPS_PER_MAC, mim_macs
 from peco_ds.planner.traffic import Collective, TrainedTensor, step_collectives
 from peco_ds.planner.work import Segment, finetune_segments, pretrain_segments
+from peco_ds.recipe_files import load_recipe
 
 PARTS = ("flops", "state", "traffic")
 # optimiser steps: in the first one ZeRO-3 records its order, in the second it first follows it

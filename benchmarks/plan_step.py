@@ -25,7 +25,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from peco_ds.recipe_files import load_recipe
 from record import at_least, require_gpu, write_record
 
 from peco_ds.command_line import Parser, run
@@ -34,6 +33,7 @@ from peco_ds.planner.compute import PACES, segment_seconds
 from peco_ds.planner.hardware import HARDWARE, Hardware, hardware_of_device
 from peco_ds.planner.shapes import ELEMENT_BYTES, mim_activation_bytes
 from peco_ds.planner.work import pretrain_segments
+from peco_ds.recipe_files import load_recipe
 
 # Recipe and settings.
 GPU_ROWS = {

@@ -199,9 +199,8 @@ class Measurement:
         return self
 
     def recipe(self, setting: Setting):
-        from peco_ds.recipe_files import load_recipe
-
         from peco_ds.config import PretrainRecipe
+        from peco_ds.recipe_files import load_recipe
 
         name, own = (GPU_SIZES if self.args.gpu else CPU_SIZES)[setting.size]
         recipe = load_recipe(PretrainRecipe, name, [*own.split(), *setting.overrides(), *self.args.overrides]).recipe

@@ -24,16 +24,16 @@ READERS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__",
 
 def main(out: Path) -> None:
     import torch
-    from peco_ds.durations import resolve_durations
-    from peco_ds.recipe_files import load_recipe
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from peco_ds.config import PretrainRecipe
     from peco_ds.data.loaders import Codes, MaskedBatch, masked_targets
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.durations import resolve_durations
     from peco_ds.models.mim import build_mim
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import build_objective
+    from peco_ds.recipe_files import load_recipe
     from peco_ds.runtime.distributed import start_world
     from peco_ds.runtime.run import Run
 

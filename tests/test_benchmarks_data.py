@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 from conftest import REPOSITORY, run_stage
-from peco_ds.recipe_files import load_recipe
 from PIL import Image
 
 from peco_ds.config import PretrainRecipe
+from peco_ds.recipe_files import load_recipe
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from conftest import REPOSITORY, run_stage
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 from matmul_ceiling import data_sheet_flops, matmul_ceiling
-from peco_ds.recipe_files import load_recipe
 from plots import ratio_bars
 from profile_step import Stretch, kind_of, profile_step, shares_of_kernels
 from record import versions, write_record
@@ -25,6 +24,7 @@ from step_time import Turns, step_costs, step_memory
 
 from peco_ds.config import PretrainRecipe
 from peco_ds.errors import UserError
+from peco_ds.recipe_files import load_recipe
 
 TOY = (
     "model.depth=2 model.width=48 model.heads=3 model.image_px=64 mask.count=6 mask.min_block=2 "

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peco_ds.durations import Durations
 
 from peco_ds.config import RunSettings
+from peco_ds.durations import Durations
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from peco_ds.runtime.metrics import Meter, read_evaluation, read_metrics
 from peco_ds.runtime.run import close_after, peak_flops

@@ -29,7 +29,6 @@ from beit_samples import sample
 from bounds import bounded
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from peco_ds.recipe_files import load_recipe
 from PIL import Image
 from published_samples import dalle_tensors, save_dalle, save_lightning, taming_tensors
 from safetensors.torch import save_file
@@ -63,6 +62,7 @@ from peco_ds.models.weight_files import foreign_classes, read_tensor_file
 from peco_ds.planner.bill import make_bill
 from peco_ds.planner.chain import read_chain
 from peco_ds.planner.hardware import find_hardware
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.checkpoint.files import newest_whole
 from peco_ds.runtime.run_folder import read_provenance, read_settings
 from peco_ds.runtime.run_weights import read_run

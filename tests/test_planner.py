@@ -12,8 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from peco_ds.durations import resolve_durations
-from peco_ds.recipe_files import RECIPES, load_recipe
 from timm.models import beit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -33,6 +31,7 @@ from peco_ds.config import (
     TokenizerSettings,
     ViewSettings,
 )
+from peco_ds.durations import resolve_durations
 from peco_ds.models.mim import build_mim
 from peco_ds.models.tokenizers import build_tokenizer
 from peco_ds.models.vit import build_blocks, run_blocks, timm_arguments
@@ -49,6 +48,7 @@ from peco_ds.planner.shapes import (
     tokenizer_cost,
 )
 from peco_ds.planner.stages import IMAGENET_1K_TRAIN
+from peco_ds.recipe_files import RECIPES, load_recipe
 from peco_ds.schema import VIEW_COLUMNS
 
 SIZES = {

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peco_ds.recipe_files import RECIPES, load_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,6 +50,7 @@ from peco_ds.planner.work import (
     tokenizer_segments,
     tokenizing_segments,
 )
+from peco_ds.recipe_files import RECIPES, load_recipe
 from peco_ds.schedules import images_taken
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
