@@ -167,7 +167,7 @@ def measure(case: Case, args: argparse.Namespace, images: Path) -> Found:
     import torch
 
     from peco_ds.config import PretrainRecipe, TokenizerRecipe
-    from peco_ds.data.loaders import ImageSet
+    from peco_ds.data.image_set import ImageSet
     from peco_ds.models.token_passes import even_pass
     from peco_ds.models.tokenizers import build_tokenizer
     from peco_ds.recipe_files import load_recipe

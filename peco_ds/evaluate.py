@@ -150,8 +150,8 @@ def write(path: Path, result: dict) -> None:
 
 
 def evaluate_classifier(args):
+    from peco_ds.data.image_set import ImageSet
     from peco_ds.data.labelled import check_labels, evaluation_batches
-    from peco_ds.data.loaders import ImageSet
     from peco_ds.evaluation.classification import classification_quality
     from peco_ds.runtime.distributed import start_world
 
@@ -273,8 +273,8 @@ def find_tokenizer(target: Path) -> tuple[Path, int | None] | None:
 
 def evaluate_tokenizer(args, release: Path, own_px: int | None):
     from peco_ds.data.central_squares import square_batches
+    from peco_ds.data.image_set import ImageSet
     from peco_ds.data.labelled import labelled_sets
-    from peco_ds.data.loaders import ImageSet
     from peco_ds.evaluation.perceptual_distance import load_lpips
     from peco_ds.evaluation.reconstruction import CodeSums, RoundTripSums, quality_line, round_trip_of
     from peco_ds.models.tokenizers import load_tokenizer

@@ -176,11 +176,11 @@ def labelled_images(cfg: ProbeRecipe):
 
 def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train, val) -> dict:
     """All that decides the features' values."""
-    from peco_ds.models.tokenizers import tokenizer_fingerprint
+    from peco_ds.models.weight_files import weights_fingerprint
 
     settings = cfg.probe
     return {
-        "weights": tokenizer_fingerprint(asdict(weights.model), weights.tensors),
+        "weights": weights_fingerprint(asdict(weights.model), weights.tensors),
         "train_images": train.manifest.fingerprint(),
         "val_images": val.manifest.fingerprint(),
         "blocks": list(blocks),

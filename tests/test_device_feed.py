@@ -9,7 +9,7 @@ import torch
 
 from peco_ds.data import device_feed
 from peco_ds.data.device_feed import SideStream, device_batches, handed_out
-from peco_ds.data.loaders import BadImages
+from peco_ds.data.image_set import BadImages
 from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
 

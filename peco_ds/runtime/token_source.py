@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from peco_ds.config import ONLINE, PretrainRecipe
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.indexed_tar import ShardSet
-from peco_ds.data.loaders import Codes, ImageSet, codes_of
+from peco_ds.data.loaders import Codes, codes_of
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.data_paths import data_path
 from peco_ds.errors import UserError
