@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from peco_ds.deepspeed_json import DS_CONFIGS
@@ -24,6 +25,8 @@ from peco_ds.errors import (
     EXIT_REQUEUE,
     UserError,
     describe_os_error,
+    env_rank,
+    notice,
 )
 from peco_ds.recipe_files import Resolved, load_recipe
 
@@ -49,6 +52,33 @@ _BROKEN_DEVICE = re.compile(
 
 
 class Parser(argparse.ArgumentParser):
+    """Raises UserError for a command line that it cannot read, and still takes flags under their old names."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self._renamed_flags: dict[str, str] = {}
+
+    def renamed_flag(self, old: str, new: str) -> None:
+        """`old` on a command line means `new`, with one line of notice."""
+        self._renamed_flags[old] = new
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(self._current(args), namespace)
+
+    def parse_known_intermixed_args(self, args=None, namespace=None):
+        return super().parse_known_intermixed_args(self._current(args), namespace)
+
+    def _current(self, args: Sequence[str] | None) -> list[str]:
+        """The arguments with flags in today's spelling."""
+        found = []
+        for text in sys.argv[1:] if args is None else args:
+            flag, equals, value = text.partition("=")
+            new = self._renamed_flags.get(flag)
+            if new is not None:
+                notice(f"{flag} is now written {new}; the old spelling still works")
+            found.append(text if new is None else f"{new}{equals}{value}")
+        return found
+
     def error(self, message):
         raise UserError(f"{self.prog}: {message}; see --help")
 
@@ -98,11 +128,6 @@ def parse_stage(
     if getattr(args, "out", "") is None:
         args.out = Path("runs") / resolved.recipe.name
     return args, resolved
-
-
-def env_rank() -> int:
-    """This process's rank, as the launcher (deepspeed, torchrun, srun) wrote it into the environment."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def run(main, argv: list[str] | None = None) -> None:

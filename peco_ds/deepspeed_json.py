@@ -14,6 +14,8 @@ from peco_ds.durations import micro_steps
 from peco_ds.errors import UserError, nearest
 from peco_ds.schema import read_json, short
 
+DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+
 # Top-level keys of deepspeed 0.19.8 (runtime/constants.py and the blocks read in runtime/config.py). DeepSpeed itself
 # ignores a misspelt one in silence; test_config.py holds this list against the installed package.
 DEEPSPEED_KEYS = frozenset(

@@ -1,9 +1,15 @@
-"""Exit codes, and the one exception that is meant for people.
+"""What is meant for people: exit codes, one exception, and one line of notice.
 
 Everything a user can cause (a misspelt key, a missing file, a damaged shard) is raised as `UserError`;
 `command_line.run` turns it into one line on stderr and exit code 2. Any other exception is a fault of ours and keeps
 its traceback.
 """
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
 
 EXIT_DONE = 0
 # A fault of ours; a traceback says where.
@@ -41,3 +47,28 @@ def describe_os_error(error: OSError, place: object = "") -> str:
     place = error.filename or place
     reason = error.strerror or str(error)
     return f"{place}: {reason}" if place else reason
+
+
+def nearest(key: str, known: list[str]) -> str:
+    # nothing longer is near; comparing takes the square of its length
+    key = key[:100]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    # right name in the wrong section, or no section at all
+    if not close:
+        close = [other for other in known if other.split(".")[-1] == key.split(".")[-1]][:1]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def env_rank() -> int:
+    """This process's rank, as the launcher (deepspeed, torchrun, srun) wrote it into the environment."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def notice(line: str) -> None:
+    """One line on stderr, from rank 0 alone and once a process."""
+    if env_rank() == 0 and line not in _noticed:
+        _noticed.add(line)
+        sys.stderr.write(f"note: {line}\n")
+
+
+_noticed: set[str] = set()

@@ -130,7 +130,8 @@ sys.path.insert(0, "benchmarks")
 import torch
 from step import EngineTrainer, own_signals
 from step_time import free_memory, this_device
-from peco_ds.config import PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.distributed import start_world
 own_signals(start_world)
 linear = torch.nn.functional.linear

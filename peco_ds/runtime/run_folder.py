@@ -18,8 +18,11 @@ from pathlib import Path
 import torch
 import yaml
 
+from peco_ds.config import Recipe
 from peco_ds.data.atomic_files import lock_file
 from peco_ds.errors import UserError
+from peco_ds.field_marks import AbsentMeans, FreeOnResume, keys_with
+from peco_ds.old_spellings import current_settings
 from peco_ds.recipe_files import Resolved
 from peco_ds.runtime.distributed import World
 from peco_ds.schema import read_json, write_json
@@ -33,34 +36,6 @@ _held: dict[Path, ExitStack] = {}  # locks of this process
 SETTINGS = "settings.yaml"
 DEEPSPEED = "deepspeed.json"
 PROVENANCE = "provenance.json"
-
-# of runs from before there was a choice, where it was not today's default
-_WAS = {"pretrain": {"views.tokenizer_precision": "fp32"}}
-
-# Settings that may differ between a run and its continuation. Paths are among them: what lies there is compared by
-# fingerprint.
-_FREE = (
-    "data.num_workers",
-    "data.root",
-    "data.images",
-    "data.tokens",
-    "data.tokenizer",
-    "data.val_images",
-    "data.verify",
-    "data.max_bad_share",
-    "run.log_every_steps",
-    "run.micro_batch",
-    "run.activation_checkpointing",
-    "run.compile",
-    "run.layer_norm",
-    "run.max_skipped_steps",
-    "run.spike_factor",
-    "run.hang_timeout_s",
-    "schedule.stop_at_step",
-    "checkpoint.",
-    "evaluation.",
-    "name",
-)
 
 
 def open_run_folder(folder: Path, stage: str, resolved: Resolved, ds_config: dict, world: World) -> None:
@@ -171,9 +146,11 @@ def _refuse_other_settings(folder: Path, stage: str, settings: dict) -> None:
         for key, value in tree.items():
             yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
-    before = _WAS.get(stage, {}) | dict(flat(recorded["recipe"]))
+    absent = keys_with(Recipe, AbsentMeans).items()
+    before = {key: mark.value for key, mark in absent if mark.stage == stage} | dict(flat(recorded["recipe"]))
+    free = keys_with(Recipe, FreeOnResume)
     for key, value in flat(settings):
-        if before.get(key, value) != value and not key.startswith(_FREE):
+        if before.get(key, value) != value and key not in free:
             raise UserError(
                 f"{folder}: holds a run with {key} = {before[key]!r}, this one has {value!r}; choose another "
                 "--out, or set checkpoint.resume=never to start over"
@@ -191,7 +168,7 @@ def _refuse_other_origins(folder: Path, provenance: dict) -> None:
 
 
 def read_settings(folder: Path) -> dict:
-    """The recorded settings of a run: {"stage", "recipe", "sources"}.
+    """The recorded settings of a run: {"stage", "recipe", "sources"}, in today's spelling.
 
     Raises: UserError if the folder is no run folder, or the record is damaged.
     """
@@ -208,7 +185,7 @@ def read_settings(folder: Path) -> dict:
         or not isinstance(recorded.get("recipe"), dict)
     ):
         raise UserError(f"{path}: is not what a run wrote there; restore it, or start a new --out")
-    return recorded
+    return recorded | {"recipe": current_settings(Recipe, recorded["recipe"])}
 
 
 def read_provenance(folder: Path) -> dict:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from peco_ds.errors import EXIT_DONE, UserError
+from peco_ds.old_spellings import current_record
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
@@ -47,7 +48,7 @@ def read_evaluation(run_folder: Path) -> list[dict]:
 
 
 def read_rows(path: Path) -> tuple[list[dict], str]:
-    """Rows of a file of one JSON object a line.
+    """Rows of a file of one JSON object a line, with today's names.
 
     Returns: the readable rows in order, and what is wrong with the file ("" if nothing is).
     """
@@ -71,7 +72,7 @@ def read_rows(path: Path) -> tuple[list[dict], str]:
 
 def _row(line: bytes) -> dict | None:
     try:
-        row = json.loads(line)
+        row = current_record(json.loads(line))
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
     return row if isinstance(row, dict) else None
