@@ -117,11 +117,11 @@ def run_stage(
     The start is a fork of a process that has imported everything (tests/fork_server.py), where that shows the same.
 
     Args:
-        stage: name of an entry in peco_ds, or a file below the repository.
+        stage: name of an entry in peco_ds, a file below the repository, or a module (`benchmarks.step`).
         fresh: start a new Python, or the true torchrun.
     Returns: subprocess.CompletedProcess with text output.
     """
-    script = stage if stage.endswith(".py") else f"peco_ds/{stage}.py"
+    script = stage if "." in stage else f"peco_ds/{stage}.py"
     env = {
         **{name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS},
         "DS_ACCELERATOR": "cpu",
@@ -129,8 +129,9 @@ def run_stage(
     }
     if fresh or not ForkServer.can_fork(env):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        target = [str(REPOSITORY / script)] if script.endswith(".py") else ["-m", script]
         done = subprocess.run(
-            [sys.executable, *(torchrun if ranks > 1 else []), str(REPOSITORY / script), *map(str, arguments)],
+            [sys.executable, *(torchrun if ranks > 1 else []), *target, *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -192,7 +193,7 @@ def make_small_sets(real_data: RealData, root: Path) -> SmallSets:
         "--samples_per_shard",
         24,
         "--workers",
-        2,
+        1,
     )
     torch.manual_seed(0)
     settings = TokenizerSettings(
@@ -275,6 +276,25 @@ def make_labelled_sets(real_data: RealData, root: Path) -> LabelledSets:
             "--samples_per_shard",
             20,
             "--workers",
-            2,
+            1,
         )
     return LabelledSets(root, 4, 25, [f"data.root={root}", *SMALL_CLASSIFIER])
+
+
+# Minutes are won where the longest files begin first and the short ones fill up the end. Those that are not named take
+# less than ten seconds.
+LONGEST_FIRST = ()
+# What is made for them takes many seconds, and what needs them starts processes or trains.
+COSTLY_FIXTURES = {"small_sets", "labelled_sets", "cluster"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file runs whole on one of the workers, the longest first; what needs a costly fixture is slow."""
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if COSTLY_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)

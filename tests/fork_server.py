@@ -129,15 +129,16 @@ class ForkServer:
         environment: dict[str, str],
         timeout_s: float,
     ) -> subprocess.CompletedProcess:
-        """Run a file as `python FILE ARGUMENTS` does, or on several ranks as torchrun does.
+        """Run a file as `python FILE ARGUMENTS` does, a module as `python -m`, or on several ranks as torchrun does.
 
         Args:
+            script: file below the repository, or name of a module.
             environment: all variables of the start, those of a launcher apart.
         Raises: subprocess.TimeoutExpired, with everything that was started ended.
         """
         ended = self._ask(
             {
-                "script": str(REPOSITORY / script),
+                "script": str(REPOSITORY / script) if str(script).endswith(".py") else script,
                 "arguments": list(map(str, arguments)),
                 "ranks": ranks,
                 "launched": ranks > 1,
@@ -313,8 +314,12 @@ def become_rank(plan: dict, rank: int, port: int) -> None:
             from injection import install
 
             install(plan["faults"].get(str(rank), []), rank, Path(plan["logs"]))
-        sys.path[0] = os.path.dirname(plan["script"])
-        runpy.run_path(plan["script"], run_name="__main__")
+        if plan["script"].endswith(".py"):
+            sys.path[0] = os.path.dirname(plan["script"])
+            runpy.run_path(plan["script"], run_name="__main__")
+        else:
+            sys.path[0] = str(REPOSITORY)
+            runpy.run_module(plan["script"], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
