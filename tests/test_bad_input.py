@@ -17,8 +17,7 @@ def refused(small_sets, tmp_path):
     """Start a stage that must refuse; returns its one line."""
 
     def start(stage, *arguments, ranks=1):
-        # several ranks by the true torchrun: which of them speaks is between it and the ranks
-        done = run_stage(stage, *arguments, ranks=ranks, check=False, fresh=ranks > 1)
+        done = run_stage(stage, *arguments, ranks=ranks, check=False)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode != 0 and len(errors) == 1 and "Traceback" not in done.stderr.split("error: ")[0], (
             done.stderr[-3000:]
