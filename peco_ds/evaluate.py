@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{args.target}: no tokenizer; --lpips and --train_images are for tokenizers (linear_probe.py "
             "probes a backbone)"
         )
-    from peco_ds.evaluation.features import Stopped
+    from peco_ds.evaluation.stopping import Stopped
 
     try:
         result, line, world = evaluate_classifier(args) if tokenizer is None else evaluate_tokenizer(args, *tokenizer)
@@ -200,7 +200,7 @@ def load_classifier(args, classes: tuple[str, ...]):
     from.
     """
     from peco_ds.convert.initialize import check_classes
-    from peco_ds.models.beit_weights import usual_crop
+    from peco_ds.models.beit_weights import default_crop
 
     if Path(args.target).exists():
         from peco_ds.convert.initialize import classifier_of
@@ -237,7 +237,7 @@ def load_classifier(args, classes: tuple[str, ...]):
     if args.crop is not None:
         crop = args.crop
     elif image_px != trained_px:
-        crop = usual_crop(image_px)
+        crop = default_crop(image_px)
     return model, {"image_px": image_px, "crop": crop, "mean": tuple(mean), "std": tuple(std)}, source
 
 
@@ -441,7 +441,7 @@ def throughput(forward, batch: int, image_px: int, world) -> float:
     """Images a second over all ranks at once. Collective."""
     import torch
 
-    from peco_ds.evaluation.throughput import forward_images_per_s
+    from peco_ds.evaluation.forward import forward_images_per_s
 
     images = (
         torch.randn(batch, 3, image_px, image_px, generator=torch.Generator().manual_seed(0))
@@ -458,7 +458,7 @@ def throughput(forward, batch: int, image_px: int, world) -> float:
 
 def until_stopped(batches, world):
     """The batches, as long as no rank was asked to stop. Collective; every rank has equally many. Raises: Stopped."""
-    from peco_ds.evaluation.features import Stopped
+    from peco_ds.evaluation.stopping import Stopped
 
     for batch in batches:
         if world.stop_requested():

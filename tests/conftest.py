@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+# One thread a process: two processes share two cores. Read when torch is imported, so it stands before all others.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 import hypothesis
 import pytest
+from fork_server import OF_LAUNCHERS, ForkServer
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # a busy machine is slow, not wrong
 hypothesis.settings.register_profile("any_machine", deadline=None)
 hypothesis.settings.load_profile("any_machine")
@@ -69,35 +77,69 @@ def wheel_photographs(folder: Path) -> RealData:
     return RealData(imagenet=jpegs, kodak=pngs, imagenette_tar=None)
 
 
+_server: ForkServer | None = None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _starts(tmp_path_factory):
+    """What forked starts leave behind lies with the other files of the session."""
+    yield fork_server(tmp_path_factory.mktemp("starts"))
+    close_fork_server()
+
+
+def fork_server(folder: Path | None = None) -> ForkServer:
+    """The one of this process; its ten seconds of imports are paid at the first start."""
+    global _server
+    if _server is None:
+        _server = ForkServer(folder or Path(tempfile.mkdtemp(prefix="peco_starts_")))
+        atexit.register(close_fork_server)
+    return _server
+
+
+def close_fork_server() -> None:
+    global _server
+    if _server is not None:
+        _server.close()
+        _server = None
+
+
 def run_stage(
-    stage: str, *arguments, ranks: int = 1, check: bool = True, timeout_s: float = 600, environment: dict | None = None
+    stage: str,
+    *arguments,
+    ranks: int = 1,
+    check: bool = True,
+    timeout_s: float = 600,
+    environment: dict | None = None,
+    fresh: bool = False,
 ):
     """Start an entry point by path as a user does: plainly on one process, by torchrun on several.
 
+    The start is a fork of a process that has imported everything (tests/fork_server.py), where that shows the same.
+
+    Args:
+        stage: name of an entry in peco_ds, a file below the repository, or a module (`benchmarks.step`).
+        fresh: start a new Python, or the true torchrun.
     Returns: subprocess.CompletedProcess with text output.
     """
-    import subprocess
-    import sys
-
-    command = (
-        [sys.executable]
-        if ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    )
-    script = stage if stage.endswith(".py") else f"peco_ds/{stage}.py"
+    script = stage if "." in stage else f"peco_ds/{stage}.py"
     env = {
-        **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")},
+        **{name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS},
         "DS_ACCELERATOR": "cpu",
         **(environment or {}),
     }
-    done = subprocess.run(
-        [*command, str(REPOSITORY / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env=env,
-        cwd=REPOSITORY,
-    )
+    if fresh or not ForkServer.can_fork(env):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        target = [str(REPOSITORY / script)] if script.endswith(".py") else ["-m", script]
+        done = subprocess.run(
+            [sys.executable, *(torchrun if ranks > 1 else []), *target, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=env,
+            cwd=REPOSITORY,
+        )
+    else:
+        done = fork_server().run(script, arguments, ranks=ranks, environment=env, timeout_s=timeout_s)
     if check:
         assert done.returncode == 0, (
             f"{stage} {arguments} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
@@ -151,7 +193,7 @@ def make_small_sets(real_data: RealData, root: Path) -> SmallSets:
         "--samples_per_shard",
         24,
         "--workers",
-        2,
+        1,
     )
     torch.manual_seed(0)
     settings = TokenizerSettings(
@@ -234,6 +276,25 @@ def make_labelled_sets(real_data: RealData, root: Path) -> LabelledSets:
             "--samples_per_shard",
             20,
             "--workers",
-            2,
+            1,
         )
     return LabelledSets(root, 4, 25, [f"data.root={root}", *SMALL_CLASSIFIER])
+
+
+# Minutes are won where the longest files begin first and the short ones fill up the end. Those that are not named take
+# less than ten seconds.
+LONGEST_FIRST = ()
+# What is made for them takes many seconds, and what needs them starts processes or trains.
+COSTLY_FIXTURES = {"small_sets", "labelled_sets", "cluster"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file runs whole on one of the workers, the longest first; what needs a costly fixture is slow."""
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if COSTLY_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)

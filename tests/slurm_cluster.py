@@ -24,8 +24,10 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 300.0
 POLL_S = 0.2
+# A machine may be so many times slower than one that is idle; only what fails waits so long.
+PATIENCE = 5
 # in the environment of a node's daemon and its job steps
 NODE = "TEST_NODE"
 
@@ -73,7 +75,7 @@ class SlurmCluster:
             env=self.env | (env or {}),
             text=True,
             capture_output=True,
-            timeout=120,
+            timeout=600,
         )
 
     def sbatch(self, *arguments: str | Path, cwd: Path, env: dict[str, str] | None = None) -> int:
@@ -98,8 +100,11 @@ class SlurmCluster:
     def wait(self, *job_ids: int, timeout_s: float) -> dict[int, str]:
         """Wait until all are over.
 
+        Args:
+            timeout_s: more than an idle machine needs.
         Returns a state for each, for an array the one state all its tasks share or a comma list.
         """
+        timeout_s *= PATIENCE
         deadline = time.monotonic() + timeout_s
         while True:
             states = {job_id: self.states(job_id) for job_id in job_ids}

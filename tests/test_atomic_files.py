@@ -25,7 +25,7 @@ def start(body: str) -> subprocess.Popen:
 def test_a_living_writers_temporary_file_is_left_alone_and_a_dead_ones_is_removed(tmp_path):
     writer = start(
         f"with temporary_file(Path({str(tmp_path / 'a.tar')!r})) as file:\n    file.write(b'half')\n    "
-        "file.flush()\n    print('ready', flush=True)\n    time.sleep(60)"
+        "file.flush()\n    print('ready', flush=True)\n    time.sleep(3600)"
     )
     (tmp_path / ".b.tar.elsewhere.1.tmp").write_bytes(b"another file's")
     remove_leftovers(tmp_path, ["a.tar"])
@@ -51,7 +51,7 @@ def test_a_temporary_file_that_is_not_renamed_goes_and_one_that_is_stays(tmp_pat
 def test_a_lock_is_held_by_one_process_and_falls_to_the_next_when_its_holder_is_killed(tmp_path):
     holder = start(
         f"with lock_file(Path({str(tmp_path / 'lock')!r}), wait=False) as nobody_else:\n    assert "
-        "nobody_else\n    print('ready', flush=True)\n    time.sleep(60)"
+        "nobody_else\n    print('ready', flush=True)\n    time.sleep(3600)"
     )
     with lock_file(tmp_path / "lock", wait=False) as nobody_else:
         assert not nobody_else

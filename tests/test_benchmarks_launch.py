@@ -44,7 +44,7 @@ def test_what_a_command_started_ends_with_it():
         "time.sleep(600)']); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", child])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (children := psutil.Process(process.pid).children()) and time.monotonic() < deadline:
         time.sleep(0.05)
     launch.end_tree(process)

@@ -16,6 +16,8 @@ from peco_ds.command_line import lost_ranks
 from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# What has not ended by then hangs; no machine is so slow.
+HANGS_S = 600.0
 
 RANK = """
 import logging, os, sys, time
@@ -31,7 +33,7 @@ from peco_ds.runtime.watchdog import Watchdog
 def main(argv):
     run_folder, ending = sys.argv[1:3]
     rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     log_to(run_folder, rank)
     watchdog = Watchdog(2.0 if ending == "stall" and rank == 0 else 0, Path(run_folder) / "stacks.txt", rank=rank)
     value = torch.ones(1)
@@ -45,7 +47,7 @@ def main(argv):
             raise UserError("a value, a reason; a remedy")
         if ending == "fault":
             assert False, "ours"
-        time.sleep(120)
+        time.sleep(3600)
     for step in range(100):
         dist.all_reduce(value)
 
@@ -82,13 +84,13 @@ class Ranks:
         ]
 
     def wait_until_joined(self) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANGS_S
         while not all((self.folder / f"joined_{rank}").exists() for rank in range(2)):
             assert time.monotonic() < deadline and all(process.poll() is None for process in self.processes)
             time.sleep(0.05)
 
     def end(self, rank: int) -> tuple[int, str]:
-        _, error = self.processes[rank].communicate(timeout=120)
+        _, error = self.processes[rank].communicate(timeout=HANGS_S)
         return self.processes[rank].returncode, error
 
     def close(self) -> None:
@@ -135,10 +137,9 @@ def test_a_rank_whose_peer_hangs_in_a_collective_is_ended_by_the_watchdog_and_it
 @pytest.mark.parametrize("ending, other_code", [("fault", EXIT_FAULT), ("bad input", EXIT_BAD_INPUT)])
 def test_a_rank_that_fails_by_itself_keeps_its_own_code_and_the_others_follow(ranks, ending, other_code):
     pair = ranks(ending)
-    began = time.monotonic()
     assert pair.end(1)[0] == other_code
+    # by itself: nobody here ends it, and a collective would wait for as long as this test does
     assert pair.end(0)[0] == EXIT_INTERRUPTED
-    assert time.monotonic() - began < 100
 
 
 def test_ranks_that_are_done_leave_with_0(ranks):

@@ -186,7 +186,7 @@ def test_an_entry_point_started_by_path_or_as_a_module_helps_without_importing_t
         text=True,
         env=environment,
         cwd=tmp_path,
-        timeout=60,
+        timeout=600,
     )
     assert result.stderr.endswith("code=0 heavy=[]"), result.stderr
     assert "usage:" in result.stdout and "--help" in result.stdout

@@ -214,7 +214,7 @@ def test_another_process_reads_through_an_instance_already_in_use(tar_of_three, 
     queue = context.Queue()
     process = context.Process(target=_read_all, args=(tar, queue))
     process.start()
-    assert queue.get(timeout=60) == expected
+    assert queue.get(timeout=600) == expected
     process.join()
     assert tar.read(0) == expected[0]
 

@@ -40,7 +40,7 @@ def shell(*arguments: str | Path, cwd: Path = REPOSITORY, **env: str) -> subproc
         key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "PECO_"))
     }
     return subprocess.run(
-        [str(a) for a in arguments], cwd=cwd, env=environment | env, text=True, capture_output=True, timeout=60
+        [str(a) for a in arguments], cwd=cwd, env=environment | env, text=True, capture_output=True, timeout=600
     )
 
 

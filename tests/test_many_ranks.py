@@ -6,11 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,34 +21,6 @@ from peco_ds.runtime.metrics import read_metrics
 
 RANKS, STEPS, STOP, BATCH, MICRO = 16, 6, 3, 32, 2
 STOCHASTIC = ["model.drop_path=0.3"]  # every rank draws its own
-
-
-def launch_by_deepspeed(listing: Path, ranks: int) -> None:
-    """As a user starts many ranks on one node."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--master_port",
-        str(port),
-        "--num_gpus",
-        str(ranks),
-        "--no_local_rank",
-        str(REPOSITORY / "tests" / "many_runs.py"),
-        str(listing),
-    ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=REPOSITORY,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +52,7 @@ def runs(small_sets, tmp_path_factory) -> Path:
             for name, extra in zip(names or cases, cases.values())
         ]
         listing.write_text(json.dumps(listed))
-        if ranks == RANKS:
-            launch_by_deepspeed(listing, ranks)
-        else:
-            run_stage(
-                str(REPOSITORY / "tests" / "many_runs.py"),
-                listing,
-                ranks=ranks,
-                timeout_s=900,
-                environment={"OMP_NUM_THREADS": "1"},
-            )
+        run_stage("tests/many_runs.py", listing, ranks=ranks, timeout_s=1800)
         assert json.loads(listing.with_name(listing.name + ".codes").read_text()) == [0] * len(listed)
 
     stop = [f"schedule.stop_at_step={STOP}"]

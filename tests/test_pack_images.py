@@ -158,7 +158,7 @@ def test_the_stage_starts_by_path_and_says_one_line(tree, tmp_path):
         "--workers",
         "2",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert done.returncode == EXIT_DONE, done.stderr
     assert len(done.stdout.splitlines()) == 1 and f"{NUM_IMAGES} samples" in done.stdout
     assert len(samples_of(tmp_path / "out")) == NUM_IMAGES
@@ -287,7 +287,7 @@ def test_a_folder_that_another_run_is_packing_into_is_refused(tree, tmp_path, ca
     if not holder:
         with sole_writer(tmp_path / "out"):
             (tmp_path / "held").touch()
-            time.sleep(60)
+            time.sleep(3600)
         os._exit(0)
     try:
         while not (tmp_path / "held").exists():
@@ -318,7 +318,7 @@ def test_workers_end_with_a_killed_run(tree, tmp_path):
         time.sleep(0.02)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         try:
             os.killpg(process.pid, 0)

@@ -87,7 +87,8 @@ def runs(small_sets, tmp_path_factory):
             cases["again"] = case(small_sets, folder, "half_2", extra=stochastic)
         listing = folder / f"cases_{ranks}.json"
         listing.write_text(json.dumps(list(cases.values())))
-        run_stage(str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=ranks, timeout_s=900)
+        # the two ranks by the true torchrun
+        run_stage("tests/many_runs.py", listing, ranks=ranks, timeout_s=1800, fresh=ranks == 2)
         codes |= {
             f"{name}_{ranks}": code
             for name, code in zip(cases, json.loads((folder / f"cases_{ranks}.json.codes").read_text()))
@@ -234,7 +235,7 @@ def test_the_run_folder_tells_what_ran(runs):
     assert list((folder / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("name", ["zero0_1", "zero1_2", "zero2_2", "zero3_1", "zero3_2", "bf16_2", "bf16_zero1_2"])
+@pytest.mark.parametrize("name", ["zero0_1", "zero2_2", "zero3_1", "bf16_2"])
 def test_any_zero_stage_and_number_of_ranks_converts_to_a_release_that_timm_loads(runs, name, tmp_path):
     """convert_checkpoint itself compares features with timm's in a process that cannot import peco_ds, and exits 2
     beyond 1e-5.

@@ -39,7 +39,7 @@ run(main)
 
 def start(folder, ending: str):
     return subprocess.run(
-        [sys.executable, "-c", RUN, str(folder), ending], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", RUN, str(folder), ending], cwd=REPOSITORY, capture_output=True, text=True, timeout=600
     )
 
 

@@ -254,7 +254,7 @@ def test_the_launcher_reads_a_copy_without_slurm_or_torch(run_folder, tmp_path):
         cwd=tmp_path,
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=600,
     )
     assert shown.returncode == 0, shown.stderr
     assert "step 120 of 400" in shown.stdout and "1 of 2 shards done" in shown.stdout
@@ -264,7 +264,7 @@ def test_the_launcher_reads_a_copy_without_slurm_or_torch(run_folder, tmp_path):
         cwd=tmp_path,
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=600,
     )
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "no such folder" in refused.stderr
 

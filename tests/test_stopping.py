@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from fork_server import free_port
 
 from peco_ds.runtime.checkpoint.files import list_checkpoints
 from peco_ds.runtime.metrics import read_metrics
 
-DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29877"]
+DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
 
 
 def events(out: Path, kind: str) -> list[dict]:
@@ -27,7 +28,7 @@ def events(out: Path, kind: str) -> list[dict]:
 
 
 def wait_until(condition, what: str) -> None:
-    for _ in range(3000):
+    for _ in range(6000):
         if condition():
             return
         time.sleep(0.1)
@@ -81,7 +82,7 @@ def test_a_run_saves_and_ends_in_good_order(small_sets, tmp_path, launcher, numb
             wait_until(lambda: len(read_metrics(out)) > 3, "no step was trained")
             process.send_signal(number)
             wait_until(lambda: events(out, "end"), "the ranks trained on")
-            ended = process.wait(timeout=60)
+            ended = process.wait(timeout=600)
         finally:
             os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
     end = events(out, "end")[-1]

@@ -42,15 +42,18 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[depth]) for depth in (0, 1, 2)]
 
+from fork_server import REPOSITORY, Ended, ForkServer
 from injection import SAVE_CALLS
-from zygote import REPOSITORY, Ended, Zygote
 
 STEPS = 12
 KEEP_LAST = 3
 # relative, float32, no stochastic depth: sums over ranks are taken in another order
 ELASTIC_TOLERANCE = 1e-5
-# of the launcher before SIGTERM, and then before SIGKILL; longer where the machine is slow
+# of the launcher before SIGTERM; longer where the machine is slow
 GRACE_S = 8.0
+# So many times that between SIGTERM and SIGKILL. Only a rank that hangs comes to it, so it may be far beyond what the
+# slowest machine needs.
+UNTIL_KILLED = 15
 
 EXIT_BAD_INPUT, EXIT_REQUEUE, EXIT_INTERRUPTED = 2, 75, 76
 
@@ -176,7 +179,7 @@ class Run:
 
     def __init__(
         self,
-        zygote: Zygote,
+        server: ForkServer,
         folder: Path,
         stage: Stage,
         row: Row,
@@ -185,7 +188,7 @@ class Run:
         overrides: tuple[str, ...] = (),
     ) -> None:
         self.folder, self.stage, self.row, self.reference = folder, stage, row, reference
-        self._zygote, self._overrides = zygote, overrides
+        self._server, self._overrides = server, overrides
         self._grace_s = patience_s(reference)
         self._committed: set[int] = set()
         self._damaged: dict[int, str] = {}  # step -> what the plan did to it
@@ -200,11 +203,12 @@ class Run:
         signals: list | None = None,
         codes: Callable[[list[int]], bool] | None = None,
         grace_s: float | None = None,
+        term_s: float | None = None,
     ) -> Ended:
         """One start and its judgement.
 
         Args:
-            faults, signals, grace_s: as `Zygote.start`.
+            faults, signals, grace_s, term_s: as `ForkServer.start`.
             codes: whether the ranks' exit codes are as promised; left out: the start has to succeed, or where a rank
                 was killed, no rank hangs or pretends.
         """
@@ -221,14 +225,14 @@ class Run:
             *self.stage.overrides,
             *self._overrides,
         ]
-        ended = self._zygote.start(
+        ended = self._server.start(
             self.stage.entry,
             arguments,
             ranks=ranks,
             faults=faults,
             signals=signals,
             grace_s=grace_s or self._grace_s,
-            term_s=self._grace_s,
+            term_s=term_s or UNTIL_KILLED * self._grace_s,
         )
         self._starts.append(ended.logs)
         struck = rows_of(ended.logs / "struck.jsonl")
@@ -369,7 +373,7 @@ class Run:
                     self._broken("a rank ended in success though another was killed and steps are missing")
                 if rank.code not in (0, EXIT_INTERRUPTED, -signal.SIGTERM):
                     self._broken(f"a rank that lost another ended with {rank.code}: {ended.stderr()[-300:]!r}")
-                if rank.after_s > 2 * self._grace_s:  # it came to SIGKILL, or nearly
+                if rank.by == "kill":
                     self._broken(f"a rank outlived the death of another by {rank.after_s} s")
 
     def _judge_checkpoints(self, ended: Ended) -> None:
@@ -410,9 +414,9 @@ class Run:
 
 @dataclass
 class Scene:
-    """What a scenario works with: its own zygote, generator and folder, and the reference runs of all."""
+    """What a scenario works with: its own server, generator and folder, and the reference runs of all."""
 
-    zygote: Zygote
+    server: ForkServer
     rng: random.Random
     folder: Path
     row: Row
@@ -423,8 +427,8 @@ class Scene:
         """A new run folder, with the reference that a run of two ranks under this ZeRO stage has to equal."""
         self.number += 1
         common = (*(stage.stochastic.split() if stochastic else ()), *overrides)
-        reference = self.references.of(self.zygote, stage, zero, stochastic)
-        return Run(self.zygote, self.folder / f"run_{self.number}", stage, self.row, reference, overrides=common)
+        reference = self.references.of(self.server, stage, zero, stochastic)
+        return Run(self.server, self.folder / f"run_{self.number}", stage, self.row, reference, overrides=common)
 
 
 class References:
@@ -438,18 +442,18 @@ class References:
         self._folder, self._made = folder, {}
         self._lock = threading.Lock()
 
-    def of(self, zygote: Zygote, stage: Stage, zero: int, stochastic: bool) -> Reference:
+    def of(self, server: ForkServer, stage: Stage, zero: int, stochastic: bool) -> Reference:
         with self._lock:
             name = f"{stage.entry}_zero{zero}" + ("" if stochastic else "_elastic")
             if name not in self._made:
                 self._made[name] = self._make(
-                    zygote, stage, zero, stage.stochastic.split() if stochastic else ELASTIC, self._folder / name
+                    server, stage, zero, stage.stochastic.split() if stochastic else ELASTIC, self._folder / name
                 )
             return self._made[name]
 
     @staticmethod
-    def _make(zygote: Zygote, stage: Stage, zero: int, overrides, folder: Path) -> Reference:
-        run = Run(zygote, folder, stage, row := Row("reference"), None, overrides=tuple(overrides))
+    def _make(server: ForkServer, stage: Stage, zero: int, overrides, folder: Path) -> Reference:
+        run = Run(server, folder, stage, row := Row("reference"), None, overrides=tuple(overrides))
         listen = [{"kind": "call", "function": name, "nth": 1, "do": "note"} for name in SAVE_CALLS]
         ended = run.start(zero=zero, faults={0: listen, 1: listen})
         assert not row.broken, row.broken
@@ -623,7 +627,7 @@ def may_mount() -> bool:
 
 def stalls(scene: Scene, stage: Stage, zero: int, kinds: tuple[str, ...] = ("sleep", "stop")) -> None:
     """One rank stands still inside a step: asleep, stopped for good, stopped for a while."""
-    timeout_s = patience_s(scene.references.of(scene.zygote, stage, zero, True)) / 2
+    timeout_s = patience_s(scene.references.of(scene.server, stage, zero, True))
     run, rng = scene.run(stage, zero, f"run.hang_timeout_s={timeout_s}"), scene.rng
     for do in kinds:
         rank, first = rng.randrange(2), max(checkpoints_of(run.folder), default=0)
@@ -634,6 +638,7 @@ def stalls(scene: Scene, stage: Stage, zero: int, kinds: tuple[str, ...] = ("sle
             zero=zero,
             faults={rank: [fault]},
             codes=lambda codes: codes[1 - rank] == EXIT_INTERRUPTED and codes[rank] in (EXIT_INTERRUPTED, *by_launcher),
+            term_s=timeout_s if do == "stop" else None,
         )
         run.expect_stack_dump()
     at_s = 0.8 * run.reference.seconds
@@ -772,7 +777,7 @@ SCENARIOS = (
 
 
 class Campaign:
-    """Jobs of (name, number, scenario, stage, ZeRO stage), worked off by lanes; a lane has a zygote of its own."""
+    """Jobs of (name, number, scenario, stage, ZeRO stage), worked off by lanes; a lane has a server of its own."""
 
     def __init__(self, folder: Path, stages: dict[str, Stage], *, seed: int, target_kills: int, only: str = "") -> None:
         self._folder, self._stages, self._seed, self._target = folder, stages, seed, target_kills
@@ -788,9 +793,9 @@ class Campaign:
                     self._jobs.put((scenario, entry, zero, 0))
 
     def work(self, lane: int) -> None:
-        with Zygote(self._folder / f"lane_{lane}") as zygote:
+        with ForkServer(self._folder / f"lane_{lane}") as server:
             while (job := self._next()) is not None:
-                self._do(zygote, *job)
+                self._do(server, *job)
 
     def _next(self):
         with self._lock:
@@ -805,11 +810,11 @@ class Campaign:
             except queue.Empty:
                 return None
 
-    def _do(self, zygote: Zygote, scenario, entry: str, zero: int, number: int) -> None:
+    def _do(self, server: ForkServer, scenario, entry: str, zero: int, number: int) -> None:
         name = f"{scenario.__name__.replace('_', ' ')}, {entry} ZeRO-{zero}"
         row, begun = Row(name), time.monotonic()
         folder = self._folder / f"{scenario.__name__}_{entry}_{zero}_{number}"
-        scene = Scene(zygote, random.Random(f"{self._seed} {name} {number}"), folder, row, self._references)
+        scene = Scene(server, random.Random(f"{self._seed} {name} {number}"), folder, row, self._references)
         try:
             scenario(scene, self._stages[entry], zero)
         except Exception as error:

@@ -9,7 +9,7 @@ import random
 
 import campaign
 import pytest
-from zygote import Zygote
+from conftest import fork_server
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +18,8 @@ def stages(small_sets, labelled_sets):
 
 
 @pytest.fixture(scope="module")
-def zygote(tmp_path_factory):
-    with Zygote(tmp_path_factory.mktemp("zygote") / "starts") as zygote:
-        yield zygote
+def server():
+    return fork_server()
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +28,9 @@ def references(tmp_path_factory):
 
 
 @pytest.fixture
-def scene(zygote, references, tmp_path, request):
+def scene(server, references, tmp_path, request):
     return campaign.Scene(
-        zygote, random.Random(request.node.name), tmp_path, campaign.Row(request.node.name), references
+        server, random.Random(request.node.name), tmp_path, campaign.Row(request.node.name), references
     )
 
 
@@ -64,10 +63,10 @@ def test_the_promises_hold_when(scenario, where, options, scene, stages):
 
 
 @pytest.fixture
-def finished(zygote, references, stages, tmp_path):
+def finished(server, references, stages, tmp_path):
     """A finished run and its judge, before anything is wrong."""
     row = campaign.Row("finished")
-    scene = campaign.Scene(zygote, random.Random(0), tmp_path, row, references)
+    scene = campaign.Scene(server, random.Random(0), tmp_path, row, references)
     run = scene.run(stages["pretrain"], 3)
     return run, row
 
