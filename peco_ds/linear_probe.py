@@ -83,8 +83,9 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
 
 
 def take_and_probe(args, resolved) -> int:
-    from peco_ds.evaluation.features import TRAIN, VAL, FeatureFiles, Stopped, feature_width
+    from peco_ds.evaluation.features import TRAIN, VAL, FeatureFiles, feature_width
     from peco_ds.evaluation.probe_results import LayerResults
+    from peco_ds.evaluation.stopping import Stopped
     from peco_ds.runtime.distributed import start_world
     from peco_ds.schema import sha256_of_json
 
@@ -257,8 +258,9 @@ def probe_layer(files, block: int, settings, num_classes: int, world) -> dict:
 
     Raises: Stopped.
     """
-    from peco_ds.evaluation.features import TRAIN, VAL, Stopped, rows_of
+    from peco_ds.evaluation.features import TRAIN, VAL, rows_of
     from peco_ds.evaluation.linear_probes import probe
+    from peco_ds.evaluation.stopping import Stopped
 
     def stop() -> None:
         if world.stop_seen:

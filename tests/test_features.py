@@ -8,7 +8,8 @@ from timm.models.beit import Beit
 
 from peco_ds.config import ModelSettings
 from peco_ds.errors import UserError
-from peco_ds.evaluation.features import FeatureFiles, Stopped, feature_bytes, pooled_features, take_features
+from peco_ds.evaluation.features import FeatureFiles, feature_bytes, pooled_features, take_features
+from peco_ds.evaluation.stopping import Stopped
 from peco_ds.models.vit import build_backbone
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Nearest neighbours: how much of the labels lies in the features themselves, with nothing trained."""
+"""Classify by nearest neighbours: how well the features separate the classes, with nothing trained."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def knn_top1(
     similarity = torch.empty(len(val_labels), 0, device=device)
     labels = torch.empty(len(val_labels), 0, dtype=torch.int64, device=device)
     val_unit = torch.cat([F.normalize(val_rows(index), dim=1) for index in torch.arange(len(val_labels)).split(chunk)])
-    # the training set is read once, whatever the size of val
+    # The training set is read once, whatever the size of val.
     for index in torch.arange(len(train_labels)).split(chunk):
         train_unit, candidates = F.normalize(train_rows(index), dim=1), train_labels[index].to(device)
         kept = [
@@ -43,7 +43,7 @@ def knn_top1(
             for unit, near, of in zip(val_unit.split(chunk), similarity.split(chunk), labels.split(chunk))
         ]
         similarity, labels = (torch.cat(parts) for parts in zip(*kept))
-    # relative to the nearest: the same votes, and no overflow
+    # Similarities are taken relative to the nearest: the same votes, and no overflow.
     weights = torch.exp((similarity - similarity[:, :1]) / temperature)
     truth = val_labels.to(device)
     found = {}
