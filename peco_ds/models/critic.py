@@ -39,9 +39,9 @@ class CriticLogits(NamedTuple):
     """float32 [B, 1, h, w] each."""
 
     real: torch.Tensor
-    # of the reconstruction; gradient to the critic alone
+    # The critic's logits of the reconstruction, with gradient to the critic only.
     fake_detached: torch.Tensor
-    # same values; gradient to the reconstruction and to the critic
+    # The same values, with gradient to the reconstruction and to the critic.
     fake: torch.Tensor
 
 

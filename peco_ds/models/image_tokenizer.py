@@ -16,7 +16,7 @@ from peco_ds.models.vq import Codebook
 class SoftTokens(NamedTuple):
     codes: torch.Tensor  # int64 [B, N], row-major
     topk_codes: torch.Tensor  # int64 [B, N, k], likeliest first
-    # float32 [B, N, k], of the softmax over all V codes: a row sums to the mass kept
+    # float32 [B, N, k], probabilities of the softmax over all V codes: a row sums to the mass kept.
     topk_probs: torch.Tensor
 
 

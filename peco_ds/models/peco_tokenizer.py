@@ -18,7 +18,7 @@ from peco_ds.models.vq import Codebook
 
 
 class TokenizerOutput(NamedTuple):
-    # float32 [B, 3, H, W], trained towards [-1, 1], not clipped
+    # float32 [B, 3, H, W], trained towards [-1, 1], not clipped.
     reconstruction: torch.Tensor
     codes: torch.Tensor  # int64 [B, N], row-major
     commitment: torch.Tensor  # float32 [], unweighted
