@@ -1,9 +1,9 @@
-"""Measure a finished model: top-1 and throughput of a classifier, or reconstructions and codes of a tokenizer.
+r"""Measure a finished model: top-1 and throughput of a classifier, or reconstructions and codes of a tokenizer.
 
-python peco_ds/evaluate.py runs/finetune_vith14 --images data/images/val
-python peco_ds/evaluate.py vit_base_patch16_224.augreg_in1k --images data/images/val
-torchrun --nproc_per_node 8 peco_ds/evaluate.py runs/peco_tokenizer --images data/images/val --train_images
-data/images/train --lpips vgg16-397923af.pth
+    python peco_ds/evaluate.py runs/finetune_vith14 --images data/images/val
+    python peco_ds/evaluate.py vit_base_patch16_224.augreg_in1k --images data/images/val
+    torchrun --nproc_per_node 8 peco_ds/evaluate.py runs/peco_tokenizer --images data/images/val \
+        --train_images data/images/train --lpips vgg16-397923af.pth
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # started by path: the package's parent, not its inside
+    # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="FILE",
         help="torchvision's AlexNet or VGG16 weights: measure LPIPS of a tokenizer as well",
     )
-    # the deepspeed launcher appends it
+    # The deepspeed launcher appends it.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     check(args)
