@@ -448,7 +448,7 @@ class Bench:
         """
         import torch
 
-        from peco_ds.data.device_feed import SideStream, handed_out
+        from peco_ds.data.device_feed import SideStream, prepared_batches
         from peco_ds.data.loaders import backbone_crop
         from peco_ds.data.views import jitter, to_backbone
 
@@ -465,7 +465,7 @@ class Bench:
 
         def stretch(lane, *, with_batches: bool) -> float:
             batches = (
-                handed_out((raw for _ in range(sizes.batches)), prepare, lambda images, _: images, lane=lane)
+                prepared_batches((raw for _ in range(sizes.batches)), prepare, lambda images, _: images, lane=lane)
                 if with_batches
                 else iter([None] * sizes.batches)
             )

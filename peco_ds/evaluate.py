@@ -173,7 +173,7 @@ def load_classifier(args, classes: tuple[str, ...]):
     """The model on the CPU, the images that it takes, and where it comes from."""
     from peco_ds.convert.initialize import check_classes
     from peco_ds.evaluation.evaluate_classifier import CropSettings
-    from peco_ds.models.beit_weights import usual_crop
+    from peco_ds.models.beit_weights import default_crop
 
     if Path(args.target).exists():
         from peco_ds.convert.initialize import classifier_of
@@ -210,7 +210,7 @@ def load_classifier(args, classes: tuple[str, ...]):
     if args.crop is not None:
         crop = args.crop
     elif image_px != trained_px:
-        crop = usual_crop(image_px)
+        crop = default_crop(image_px)
     return model, CropSettings(image_px, crop, tuple(mean), tuple(std)), source
 
 

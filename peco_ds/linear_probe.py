@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = stage_parser(__doc__.splitlines()[0], recipe="probe_vitb16", deepspeed_config=None)
     parser.add_argument("--out", type=Path, default=None, help="folder of the results (default: runs/RECIPE_NAME)")
     args, resolved = parse_stage(parser, ProbeRecipe, argv)
-    return dry_run(args, resolved.recipe) if args.dry_run else take_and_probe(args, resolved)
+    return dry_run(args, resolved.recipe) if args.dry_run else run_probe(args, resolved)
 
 
 def dry_run(args, cfg: ProbeRecipe) -> int:
@@ -82,7 +82,7 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
     return EXIT_DONE
 
 
-def take_and_probe(args, resolved) -> int:
+def run_probe(args, resolved) -> int:
     from peco_ds.evaluation.features import TRAIN, VAL, FeatureFiles, feature_width
     from peco_ds.evaluation.probe_results import LayerResults
     from peco_ds.evaluation.stopping import Stopped
@@ -204,7 +204,7 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
     """
     from peco_ds.convert.initialize import feature_backbone
     from peco_ds.data.labelled import evaluation_batches
-    from peco_ds.evaluation.features import take_features
+    from peco_ds.evaluation.features import compute_features
 
     settings = cfg.probe
     state = world.gather_objects(files.state())[0]
@@ -214,7 +214,7 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
     logger.info(
         "taking features into %s%s",
         files.folder,
-        "; those that lie there are of other images, weights or settings" if state == "other" else "",
+        "; the existing ones are of other images, weights or settings" if state == "other" else "",
     )
     fault = ""
     if world.is_main:
@@ -237,7 +237,7 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
             num_workers=cfg.data.num_workers,
             device=world.device,
         )
-        rows = take_features(
+        rows = compute_features(
             backbone,
             batches,
             blocks=blocks,
@@ -258,7 +258,7 @@ def probe_layer(files, block: int, settings, num_classes: int, world) -> dict:
 
     Raises: Stopped.
     """
-    from peco_ds.evaluation.features import TRAIN, VAL, rows_of
+    from peco_ds.evaluation.features import TRAIN, VAL, feature_rows
     from peco_ds.evaluation.linear_probes import probe
     from peco_ds.evaluation.stopping import Stopped
 
@@ -266,7 +266,9 @@ def probe_layer(files, block: int, settings, num_classes: int, world) -> dict:
         if world.stop_seen:
             raise Stopped
 
-    train, val = ((rows_of(files.features(split, block), world.device), files.labels(split)) for split in (TRAIN, VAL))
+    train, val = (
+        (feature_rows(files.features(split, block), world.device), files.labels(split)) for split in (TRAIN, VAL)
+    )
     return {"block": block, **probe(train, val, settings, num_classes=num_classes, device=world.device, stop=stop)}
 
 

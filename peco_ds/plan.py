@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         help="1 to 1024; several make a table over them (default: 64)",
     )
     parser.add_argument(
-        "--deepspeed_config", default=None, help="of the recipe's stage (default: what its entry point takes by itself)"
+        "--deepspeed_config", default=None, help="of the recipe's stage (default: the default of its entry point)"
     )
     parser.add_argument(
         "--tokenizer_recipe",

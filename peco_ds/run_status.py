@@ -328,7 +328,7 @@ def token_lines(folder: Path) -> list[str]:
                 damaged += 1
     total = f" of {max(totals)}" if totals else ""
     lines = [
-        f"token set in the making: {done}{total} shards done, {images} images"
+        f"unfinished token set: {done}{total} shards done, {images} images"
         + (f", {unreadable} of them unreadable" if unreadable else "")
     ]
     lines += [f"note: {damaged} shards are damaged or gone; they are made again"] if damaged else []

@@ -105,7 +105,7 @@ class ImageManifest:
     # Cached, because a start asks for it several times.
     @cached_property
     def _fingerprint(self) -> str:
-        with uncollected():
+        with garbage_collection_paused():
             return sha256_of_json([[s.name, s.samples, s.sha256] for s in self.shards])
 
 
@@ -146,7 +146,7 @@ class TokenManifest:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def garbage_collection_paused() -> Iterator[None]:
     """Pause Python's garbage collector.
 
     While a manifest of a hundred thousand shards is read, the collector would go through all objects of the process
@@ -161,7 +161,7 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@uncollected()
+@garbage_collection_paused()
 def read_manifest(folder: str | Path, manifest_type: type):
     """Read and check `folder/manifest.json`.
 

@@ -153,7 +153,7 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
             np.split(samples, range(images_per_batch, len(samples), images_per_batch)) if len(samples) else []
         )
     bad = BadImages(cfg.data.max_bad_share)
-    bad.load_state([parts.reading(number) for number in done])
+    bad.load_state([parts.read_counts(number) for number in done])
     loaded = view_batches(
         images,
         [batch for number in shard_numbers for batch in batches_of[number]],

@@ -225,7 +225,7 @@ def check_config(config: dict, where: str) -> None:
     if eps != NORM_EPS:
         logger.warning(
             "%s: layer_norm_eps is %g in its %s; BEiT was trained with %g, which is taken here (1e-12 is "
-            "only what BeitConfig says when told nothing)",
+            "only the default of BeitConfig)",
             where,
             eps,
             CONFIG,

@@ -107,7 +107,7 @@ _SCRIPTS = {"timm": _TIMM, "transformers": _TRANSFORMERS, "unilm": _UNILM}
 
 
 @dataclass(frozen=True)
-class Answers:
+class ModelOutputs:
     """A model's outputs for random images: float32 arrays by name.
 
     `tokens` are computed with nothing masked, token `logits` with the patches of `is_masked` masked.
@@ -120,7 +120,7 @@ class Answers:
 
 
 @torch.no_grad()
-def answers_of(weights: BeitWeights) -> Answers:
+def model_outputs(weights: BeitWeights) -> ModelOutputs:
     """Our own model's outputs in float32; the weights are used in place, not copied."""
     settings = replace(weights.model, drop_path=0.0)
     generator = torch.Generator().manual_seed(0)
@@ -149,7 +149,7 @@ def answers_of(weights: BeitWeights) -> Answers:
     broken = next((name for name, value in values.items() if not value.isfinite().all()), None)
     if broken:
         raise UserError(f"{weights.source}: its {broken} are not finite; do not publish it, take an older checkpoint")
-    return Answers(weights.kind, images, is_masked, {name: value.numpy() for name, value in values.items()})
+    return ModelOutputs(weights.kind, images, is_masked, {name: value.numpy() for name, value in values.items()})
 
 
 def _assembled(build: Callable[[], nn.Module], tensors: dict[str, torch.Tensor]) -> nn.Module:
@@ -166,7 +166,7 @@ def _assembled(build: Callable[[], nn.Module], tensors: dict[str, torch.Tensor])
     return model.eval()
 
 
-def compare(release: Path, library: str, expected: Answers) -> float:
+def compare(release: Path, library: str, expected: ModelOutputs) -> float:
     """Largest difference between the release in its library and our own model, relative to the largest value of the
     same output.
 

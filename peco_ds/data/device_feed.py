@@ -2,8 +2,8 @@
 
 A batch is copied out of pinned memory and prepared (jitter, normalisation) on a stream of its own, one batch ahead.
 Nothing else is done ahead. When a batch's turn comes it is counted, its errors are raised, and what has to run on the
-step's stream (an online tokenizer) begins, so a run that stops and continues meets everything where an uninterrupted
-one does. On a CPU there is nothing to overlap, and nothing is read ahead.
+step's stream (an online tokenizer) begins, so a run that stops and continues has everything at the same batch as an
+uninterrupted one. On a CPU there is nothing to overlap, and nothing is read ahead.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def device_batches(
     """
     on_gpu = device.type == "cuda"
     raws = load_raw(make, places, num_workers, pin=on_gpu)
-    return handed_out(raws, prepare, finish, lane=SideStream(device) if on_gpu else None, in_turn=in_turn)
+    return prepared_batches(raws, prepare, finish, lane=SideStream(device) if on_gpu else None, in_turn=in_turn)
 
 
-def handed_out(
+def prepared_batches(
     raws: Iterator[RawBatch],
     prepare: Callable[[RawBatch], Ready],
     finish: Callable[[Ready, RawBatch], Batch],
@@ -72,7 +72,7 @@ def handed_out(
         coming = take() if lane else None
         while True:
             raw, ready, error = coming or take()
-            # Taken before the batch is handed out: once its step has begun, the host may have nothing left to do but
+            # Taken before the batch is yielded: once its step has begun, the host may have nothing left to do but
             # wait for the device.
             coming = take() if lane and error is None else None
             if isinstance(error, StopIteration):

@@ -98,7 +98,7 @@ class BadImages:
     """Names and counts the unreadable images that this rank met in the whole run, and stops the run when they are too
     many.
 
-    Its state is kept in checkpoints, so that no restart grants the first few anew.
+    Its state is kept in checkpoints, so that a restart does not allow the first few again.
 
     Args:
         max_share: of the images read; the first `tolerated` are always allowed.

@@ -172,7 +172,7 @@ class TokenParts:
                 },
             )
 
-    def reading(self, number: int) -> dict[str, int]:
+    def read_counts(self, number: int) -> dict[str, int]:
         """How many images of a finished shard were read and were unreadable, as a state of `image_set.BadImages`."""
         unreadable = read_json(self._part_file(number)).get("unreadable")
         return {"count": unreadable if type(unreadable) is int else 0, "read": self._images.shards[number].samples}

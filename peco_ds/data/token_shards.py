@@ -130,7 +130,7 @@ def read_npy(data: bytes, *, what: str, dtype, shape: tuple[int | None, ...], ro
     Args:
         what: shard, key and member, for the message.
         shape: None matches any length.
-        row: give this one of the first axis alone, as [1, ...].
+        row: return only this row of the first axis, as [1, ...].
     Raises: UserError if the bytes are no such array.
     """
     try:

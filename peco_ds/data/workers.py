@@ -94,14 +94,14 @@ def load_raw(
     """Batches made in `num_workers` processes (0: in this one), in the order of `places` (arrays, one a batch).
 
     A worker that dies (out of memory, a crash) costs time and nothing else: all are started again from the first batch
-    that was not handed out. No global random generator of this process is drawn from.
+    that was not yielded. No global random generator of this process is drawn from.
 
     Args:
         pin: copy the batches to page-locked memory, from which a GPU fetches them while the host goes on.
     Raises: UserError that `make` raised, or when workers keep dying.
     """
     places = _Places(places)
-    deaths = handed_out = 0
+    deaths = num_yielded = 0
     while True:
         workers = _Workers(make, places, num_workers, pin)
         died = None
@@ -109,8 +109,8 @@ def load_raw(
             for raw in workers:
                 if raw.error:
                     raise UserError(raw.error)
-                places.handed_out()
-                handed_out += 1
+                places.drop_first()
+                num_yielded += 1
                 yield raw
         except _WorkerDied as death:
             died = death.exit_code, str(death)
@@ -118,7 +118,7 @@ def load_raw(
             workers.close()
         if died is None:
             return
-        deaths, handed_out = (1 if handed_out >= WORKER_STRETCH else deaths + 1), 0
+        deaths, num_yielded = (1 if num_yielded >= WORKER_STRETCH else deaths + 1), 0
         reason, remedy = _DEATHS.get(
             -died[0], ("no reason is known", "lower data.num_workers, or look into the system's log")
         )
@@ -131,21 +131,21 @@ def load_raw(
 
 
 class _Places:
-    """The places of all batches, which can be iterated again from the first one that was not handed out."""
+    """The places of all batches, which can be iterated again from the first one that was not yielded."""
 
     def __init__(self, places: Iterable[np.ndarray]) -> None:
         self._rest = iter(places)
         # Places given to workers whose batches have not come back, or not in turn.
-        self._given: deque[np.ndarray] = deque()
+        self._pending: deque[np.ndarray] = deque()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        yield from list(self._given)
+        yield from list(self._pending)
         for place in self._rest:
-            self._given.append(place)
+            self._pending.append(place)
             yield place
 
-    def handed_out(self) -> None:
-        self._given.popleft()
+    def drop_first(self) -> None:
+        self._pending.popleft()
 
 
 class _WorkerDied(Exception):
@@ -247,7 +247,7 @@ def _unlink_shared_memory_of(pid: int, since: float) -> None:
             found = file.stat()
             # Containers may share the folder, and each numbers its processes from 1.
             if found.st_uid == os.getuid() and found.st_ctime >= since - 1:
-                # Batches that were handed out are mapped, and stay usable.
+                # Batches that were yielded are mapped, and stay usable.
                 file.unlink()
 
 

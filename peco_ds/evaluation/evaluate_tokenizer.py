@@ -40,7 +40,7 @@ class TokenizerEvaluation:
         self._image_px = image_px or only_px or own_px or GRID * stride_px
         if only_px not in (None, self._image_px):
             raise UserError(
-                f"--image_px {image_px}: the tokenizer looks at images of {only_px} px alone; leave --image_px out"
+                f"--image_px {image_px}: the tokenizer takes images of {only_px} px only; leave --image_px out"
             )
         if self._image_px % stride_px:
             raise UserError(f"--image_px {self._image_px}: not a multiple of the tokenizer's stride {stride_px}")

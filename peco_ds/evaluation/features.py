@@ -71,7 +71,8 @@ class FeatureFiles:
     manifest.json appears last and says what the features were made from, so a folder with one is whole.
 
     Args:
-        made_from: JSON-able; all that decides the numbers (images, weights, settings).  sizes: split -> n.  width: F.
+        made_from: JSON-able; everything that determines the numbers (images, weights, settings).
+        sizes: split -> n.  width: F.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class FeatureFiles:
         return f"block_{block:02d}"
 
 
-def take_features(
+def compute_features(
     backbone: Beit,
     batches: Iterable,
     *,
@@ -235,7 +236,7 @@ def take_features(
         )
 
 
-def rows_of(features: torch.Tensor, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+def feature_rows(features: torch.Tensor, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Access to stored features by row: int64 [b] on the CPU -> float32 [b, F] on `device`.
 
     Args:

@@ -25,7 +25,7 @@ TABLE = "blocks.{}.attn.relative_position_bias_table"
 TOKENIZER_LICENCE, JUDGE_LICENCE = "tokenizer's licence", "judge's licence"
 
 
-def usual_crop(image_px: int) -> float:
+def default_crop(image_px: int) -> float:
     """Share of the resized image's side that BEiT's evaluation sees: all of it from 384 px on."""
     return 1.0 if image_px >= 384 else 0.875
 

@@ -76,7 +76,7 @@ class TokenizerWithCritic(nn.Module):
 
 
 def with_critic(tokenizer: ImageTokenizer, settings: AdversarialSettings) -> nn.Module:
-    """What the engine trains: the tokenizer beside a fresh critic, or alone where the recipe has none."""
+    """The model that the engine trains: the tokenizer with a new critic, or alone where the recipe has none."""
     if not settings.weight:
         return tokenizer
     return TokenizerWithCritic(tokenizer, PatchCritic(settings.channels, settings.layers))

@@ -159,7 +159,7 @@ def load_feature_net(
         architecture: timm name; "auto" reads width, depth, patch size and image size off the file. Folders and timm
             names bring theirs. CLIP weights that stand without a config and are not OpenAI's own file need it, for it
             tells GELU from QuickGELU.
-        image_px: side of the image it shall look at, position embeddings resampled; 0: the one it was trained on.
+        image_px: side of its input images, position embeddings resampled; 0: the one it was trained on.
         section: of the recipe, for messages: "perceptual" or "teacher".
     Raises: UserError if the file is missing or unreadable, does not hold a ViT, does not fit the architecture, misses a
         tensor or has one left over, if one is not finite, if its activation cannot be told, or if a download fails.

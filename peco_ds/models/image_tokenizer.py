@@ -120,15 +120,14 @@ class CodebookTokenizer(ImageTokenizer):
     codebook: Codebook
 
     def to_features(self, outputs: torch.Tensor) -> torch.Tensor:
-        """The last layers, in the precision of their weights: the trunk's outputs -> features [B, C, H / stride, W /
-        stride].
+        """Run the last layers in the precision of their weights.
+
+        The trunk's outputs -> features [B, C, H / stride, W / stride].
         """
         raise NotImplementedError
 
     def encode(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W] in [-1, 1], sides multiples of the stride -> features [B, C, H / stride, W /
-        stride].
-        """
+        """Images [B, 3, H, W] in [-1, 1] -> features [B, C, H / stride, W / stride]; the stride divides the sides."""
         return self.to_features(self.trunk(images_11))
 
     def choose(self, outputs: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The small decoder behind an encoder that saw the visible patches alone, and the index work on masked and visible
+"""The small decoder of an encoder that saw only the visible patches, and the index work on masked and visible
 places.
 
 Selections are gathers of places that differ within an image, and products with one-hot rows: no two gradients are

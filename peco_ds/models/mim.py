@@ -2,7 +2,7 @@
 
 MaskedImageModel       BEiT: backbone, mask token, token head; the encoder sees a mask token at each masked place
 AggregatingImageModel  BEiT v2: a second branch beside it, which makes the class token carry what the image shows
-VisibleImageModel      MAE's asymmetry: the encoder sees the visible patches alone, a small decoder fills in the rest
+VisibleImageModel      MAE's asymmetry: the encoder sees only the visible patches, a small decoder fills in the rest
 
 A release holds `backbone.*`, and `mask_token` and `lm_head.*` where they work on the backbone's own tokens; all else
 serves pre-training alone.

@@ -148,7 +148,7 @@ class Decoder(nn.Sequential):
 
 
 class PecoTokenizer(CodebookTokenizer):
-    """Encoder, codebook, decoder. Training calls `forward` alone, and every parameter takes part in it.
+    """Encoder, codebook, decoder. Training calls only `forward`, and every parameter takes part in it.
 
     Args:
         seed: decides at which encoder outputs dead codes restart.

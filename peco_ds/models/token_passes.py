@@ -64,7 +64,7 @@ class TokenPasses:
             yield outputs[:number]
 
 
-def even_pass(images: int, at_most: int) -> int:
+def even_pass_size(images: int, at_most: int) -> int:
     """Images of each pass when `images` are cut into the fewest of at most `at_most`: as equal as can be, so that
     next to nothing is filled up.
     """

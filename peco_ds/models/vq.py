@@ -302,12 +302,12 @@ class Codebook(nn.Module):
     def init_kmeans(self, vectors: torch.Tensor, iterations: int, generator: torch.Generator) -> None:
         """Lloyd's algorithm from randomly chosen vectors; the cosine variant with unit codes.
 
-        The caller broadcasts the buffers.
+        An empty cluster restarts at a randomly chosen vector before the next iteration. The caller broadcasts the
+        buffers.
 
         Args:
             vectors: [S, C] encoder outputs on the codebook's device; fewer than V are repeated with small noise.
             generator: the only source of randomness; a CPU one draws the same numbers on every machine.
-        An empty cluster restarts at a randomly chosen vector before the next iteration.
         """
         rows = vectors.to(self.codes).reshape(-1, self.code_dim)
         assert len(rows) > 0 and torch.isfinite(rows).all(), "k-means needs finite vectors, at least one"

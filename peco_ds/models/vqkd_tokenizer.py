@@ -70,7 +70,7 @@ class Fp32Linear(nn.Linear):
 
 
 class VqkdTokenizer(CodebookTokenizer):
-    """Encoder, codebook, decoder of features. Training calls `forward` alone, and every parameter takes part in it.
+    """Encoder, codebook, decoder of features. Training calls only `forward`, and every parameter takes part in it.
 
     Args:
         seed: decides at which encoder outputs dead codes restart.

@@ -84,7 +84,7 @@ class _Batch(NamedTuple):
 
 
 class _Dropped(Exception):
-    """The shard in hand will not be finished."""
+    """The current shard will not be finished."""
 
 
 class ShardWriter:

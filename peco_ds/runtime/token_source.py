@@ -15,7 +15,7 @@ from peco_ds.data.loaders import Codes, codes_of
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.errors import UserError, describe_os_error
 from peco_ds.models.image_tokenizer import ImageTokenizer
-from peco_ds.models.token_passes import TokenPasses, even_pass
+from peco_ds.models.token_passes import TokenPasses, even_pass_size
 from peco_ds.models.tokenizers import TokenizerCard, load_tokenizer, read_card
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.engine import compiles
@@ -89,7 +89,7 @@ def check_pair(card: TokenizerCard, recipe: PretrainRecipe, where: str) -> None:
     own, wanted = card.settings.only_px, card.stride_px * grid
     if own not in (None, wanted):
         raise UserError(
-            f"{where}: its {card.settings.kind} tokenizer looks at {own} px alone, a "
+            f"{where}: its {card.settings.kind} tokenizer takes images of {own} px only, a "
             f"{own // card.stride_px}x{own // card.stride_px} grid; the backbone has {grid}x{grid} "
             "patches; "
             "change model.image_px or model.patch_px, or take another tokenizer"
@@ -131,7 +131,7 @@ def codes_function(tokenizer: ImageTokenizer, recipe: PretrainRecipe, images: in
     passes = TokenPasses(
         tokenizer,
         precision=recipe.views.tokenizer_precision,
-        images=even_pass(images, recipe.run.micro_batch),
+        images=even_pass_size(images, recipe.run.micro_batch),
         compiled=compiles(recipe.run),
     )
     return lambda images_11: codes_of(passes, images_11, recipe.views)
