@@ -28,7 +28,7 @@ def knn_top1(
     Args:
         train_rows, val_rows: int64 [b] -> float32 [b, F] on `device`.  train_labels: int64 [n].  val_labels: int64 [m].
         ks: more than n count as n.
-        chunk: images of either set in one matrix of similarities, which is all that memory depends on beside val.
+        chunk: images of either set in one matrix of similarities; memory depends on it and on the size of val.
     Source: DINO (arXiv 2104.14294), after Wu et al. (arXiv 1805.01978).
     """
     most = min(max(ks), len(train_labels))

@@ -1,5 +1,6 @@
-"""LPIPS with the network's weights from a local file: torchmetrics has the linear weights in its wheel, and would fetch
-the network from the web.
+"""Compute LPIPS with the network's weights from a local file.
+
+torchmetrics has the linear weights in its wheel, but would fetch the network from the web.
 """
 
 from __future__ import annotations

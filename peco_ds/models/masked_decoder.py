@@ -1,8 +1,7 @@
-"""The small decoder of an encoder that saw only the visible patches, and the index work on masked and visible
-places.
+"""The small decoder for an encoder that sees only visible patches, and the selection of masked and visible places.
 
-Selections are gathers of places that differ within an image, and products with one-hot rows: no two gradients are
-added in an order that the device picks, so a run that was stopped continues bit for bit.
+Selections are gathers of places that differ within an image, and products with one-hot rows: no gradients are added in
+an order that the device picks, so a run that was stopped continues bit for bit.
 """
 
 from __future__ import annotations

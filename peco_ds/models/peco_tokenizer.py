@@ -69,7 +69,7 @@ class AttentionBlock(nn.Module):
 class Downsample(nn.Module):
     """Halves the grid.
 
-    The padding lies right and below only: symmetric padding would need an odd size to see every pixel.
+    Padded at the right and the bottom only: symmetric padding would need an odd size to see every pixel.
     """
 
     def __init__(self, channels: int) -> None:
@@ -81,7 +81,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the grid: nearest neighbour, then a convolution, which leaves no checkerboard."""
+    """Doubles the grid: nearest neighbour, then a convolution, which avoids checkerboard artefacts."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
