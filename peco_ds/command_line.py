@@ -1,4 +1,4 @@
-"""The command line every stage shares, and the one place where an error becomes an exit code."""
+"""The command line that every stage shares, and the one place where an error becomes an exit code."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from peco_ds.recipe_files import Resolved, load_recipe
 
 logger = logging.getLogger("peco_ds")
 
-# A rank other than the first waits so long before it speaks: where all ranks found the same fault, the launcher ends it
-# first and the user reads one line; where it is this rank's alone, nothing is lost.
+# A rank other than the first waits so long before it reports an error. Where all ranks found the same one, the launcher
+# ends this rank first and the user reads one line; where only this rank did, nothing is lost.
 OTHER_RANKS_WAIT_S = 6.0
-# A rank that is done waits so long for its process group to come down. NCCL's teardown waits for ranks that are gone.
+# A finished rank waits so long for its process group to shut down: NCCL's teardown waits for ranks that have died.
 TEARDOWN_S = 60.0
 
-# gloo has no exception type of its own: what it raises is told by its source path or its words.
+# gloo has no exception type of its own: its errors are recognised by its source path or its words.
 _GLOO_WORDS = re.compile(
     r"gloo/transport|Connection closed by peer|Connection reset by peer|Timed out waiting \d+ "
     r"?ms|Application timeout caused pair closure|Socket closed"
 )
 
-# What CUDA says of a broken GPU, bus or link, in words that a fault of ours does not cause.
+# CUDA's messages about a broken GPU, bus or link, none of which an error in our code causes.
 _BROKEN_DEVICE = re.compile(
     r"CUDA error: (uncorrectable ECC|unspecified launch failure|uncorrectable NVLink|hardware "
     r"stack error|GPU is lost|.*device.* (is|are) busy or unavailable)"
@@ -108,7 +108,7 @@ def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None)
         )
         parser.add_argument("--out", type=Path, default=None, help="run folder (default: runs/RECIPE_NAME)")
     parser.add_argument("--dry_run", action="store_true", help="resolve and check everything, print it, do nothing")
-    # the deepspeed launcher appends it
+    # The deepspeed launcher appends it.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides",
@@ -141,13 +141,14 @@ def run(main, argv: list[str] | None = None) -> None:
         sys.stderr.write("interrupted; the newest checkpoint stands, start the same command again to go on\n")
         code = EXIT_KEYBOARD
     except Exception as error:
-        # for the rank's log; stderr has the line below
+        # For the rank's log; stderr gets the line below.
         logger.debug("ends with", exc_info=True)
         line = _bad_input(error)
         if line:
             code = EXIT_BAD_INPUT
             if env_rank() != 0:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends this rank with it
+                # The launcher ends this rank with SIGTERM.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(OTHER_RANKS_WAIT_S)
         else:
             line = _interruption(error)
@@ -160,12 +161,12 @@ def run(main, argv: list[str] | None = None) -> None:
 
 
 def _bad_input(error: Exception) -> str:
-    """The line for what a user can mend; "" for any other exception."""
+    """The line for an error that a user can mend; "" for any other exception."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:
         return describe_os_error(error)
-    # not imported here: a stage that compiles nothing stays quick
+    # Looked up, not imported, so that a stage that compiles nothing stays quick.
     compiler = sys.modules.get("torch._dynamo.exc")
     if compiler is not None and isinstance(error, compiler.TorchDynamoException):
         return (
@@ -176,7 +177,7 @@ def _bad_input(error: Exception) -> str:
 
 
 def _interruption(error: Exception) -> str:
-    """The line for what no user and no code of ours caused, and what a new start may be rid of.
+    """The line for an error of hardware or of other ranks, which may not occur in a new start.
 
     "" for any other exception.
     """
@@ -199,11 +200,11 @@ def _interruption(error: Exception) -> str:
 
 
 def lost_ranks(error: BaseException) -> str:
-    """What communication between ranks broke on, in a few words.
+    """Why the communication between ranks failed, in a few words.
 
-    "" if the exception (or one that it came from) tells of no such thing.
+    "" if neither the exception nor one of its causes is such a failure.
     """
-    # not imported here: a stage that needs no torch stays quick
+    # Looked up, not imported, so that a stage that needs no torch stays quick.
     distributed = sys.modules.get("torch.distributed")
     own_type = getattr(distributed, "DistError", ())
     seen: set[int] = set()
@@ -237,7 +238,7 @@ def leave(code: int) -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         sys.exit(code)
-    # else the other ranks are in a collective, and leaving the group would wait for them
+    # Otherwise the other ranks are in a collective, and leaving the group would wait for them.
     if code in (EXIT_DONE, EXIT_REQUEUE):
         last_resort = threading.Timer(TEARDOWN_S, os._exit, (code,))
         last_resort.daemon = True

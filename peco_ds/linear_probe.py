@@ -1,11 +1,11 @@
-"""Probe frozen weights: a linear classifier and nearest neighbours on the features after every block.
+r"""Probe frozen weights: a linear classifier and nearest neighbours on the features after every block.
 
     python peco_ds/linear_probe.py --recipe probe_vitb16 init.weights=runs/peco_vitb16
-    torchrun --nproc_per_node 8 peco_ds/linear_probe.py --recipe probe_vith14 init.weights=vith14_release
-    "probe.lrs=[1e-3,4e-3]"
+    torchrun --nproc_per_node 8 peco_ds/linear_probe.py --recipe probe_vith14 init.weights=vith14_release \
+        "probe.lrs=[1e-3,4e-3]"
 
-Features are taken once and kept in OUT/features; started again with other learning rates it reads them. OUT/features
-may be deleted afterwards. A probe that was stopped starts its features over, and keeps the layers that were done.
+Features are computed once and kept in OUT/features; a second start with other learning rates reads them. OUT/features
+may be deleted afterwards. A probe that was stopped computes its features again, and keeps the layers that were done.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # started by path: the package's parent, not its inside
+    # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import parse_stage, run, stage_parser
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = stage_parser(__doc__.splitlines()[0], recipe="probe_vitb16", deepspeed_config=None)
     parser.add_argument("--out", type=Path, default=None, help="folder of the results (default: runs/RECIPE_NAME)")
     args, resolved = parse_stage(parser, ProbeRecipe, argv)
-    return dry_run(args, resolved.recipe) if args.dry_run else take_and_probe(args, resolved)
+    return dry_run(args, resolved.recipe) if args.dry_run else run_probe(args, resolved)
 
 
 def dry_run(args, cfg: ProbeRecipe) -> int:
@@ -58,7 +58,7 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
         * mim_macs(replace(weights.model, image_px=image_px_of(cfg, weights)), num_codes=0, masked=0).backbone
         * sum(sizes)
     )
-    # No gradient goes back to the features, so a training step is two products and not three.
+    # No gradient goes back to the features, so a training step takes two products, not three.
     classifiers = (
         FLOPS_PER_MAC
         * (TRAINING_OVER_FORWARD - 1)
@@ -82,7 +82,7 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
     return EXIT_DONE
 
 
-def take_and_probe(args, resolved) -> int:
+def run_probe(args, resolved) -> int:
     from peco_ds.evaluation.features import TRAIN, VAL, FeatureFiles, feature_width
     from peco_ds.evaluation.probe_results import LayerResults
     from peco_ds.evaluation.stopping import Stopped
@@ -91,7 +91,7 @@ def take_and_probe(args, resolved) -> int:
 
     cfg: ProbeRecipe = resolved.recipe
     settings = cfg.probe
-    # bad input is refused before any rank joins another
+    # Bad input is refused before any rank joins another.
     train, val, classes = labelled_images(cfg)
     weights = read(cfg)
     blocks = blocks_of(cfg, weights)
@@ -113,7 +113,7 @@ def take_and_probe(args, resolved) -> int:
     results = LayerResults(
         args.out / "layers", sha256_of_json([files.fingerprint, len(classes), asdict(settings)]), blocks
     )
-    # one list for all: a rank that is late would miss what another has finished meanwhile
+    # All ranks use rank 0's list: a late rank would find other layers missing than an early one.
     missing = world.gather_objects(results.missing())[0]
     try:
         for block in missing[world.rank :: world.size]:
@@ -176,7 +176,7 @@ def labelled_images(cfg: ProbeRecipe):
 
 
 def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train, val) -> dict:
-    """All that decides the features' values."""
+    """Everything that determines the features' values."""
     from peco_ds.models.weight_files import weights_fingerprint
 
     settings = cfg.probe
@@ -198,7 +198,7 @@ def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train
 
 
 def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], images: dict, world) -> None:
-    """Take the features unless they lie there. Collective.
+    """Compute the features unless the folder holds them. Collective.
 
     Raises: Stopped.
     """
@@ -214,7 +214,7 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
     logger.info(
         "taking features into %s%s",
         files.folder,
-        "; those that lie there are of other images, weights or settings" if state == "other" else "",
+        "; the existing ones are of other images, weights or settings" if state == "other" else "",
     )
     fault = ""
     if world.is_main:

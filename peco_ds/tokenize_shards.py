@@ -1,7 +1,7 @@
 """Run a tokenizer once over image shards: K recorded views an image -> token shards and their manifest.
 
 deepspeed peco_ds/tokenize_shards.py --recipe peco_vith14 data.tokenizer=runs/tokenizer/tokenizer
-srun ... python peco_ds/tokenize_shards.py --part $SLURM_ARRAY_TASK_ID --parts 8        # then once: --finish --parts 8
+srun ... python peco_ds/tokenize_shards.py --part $SLURM_ARRAY_TASK_ID --parts 8    # then once: --finish --parts 8
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # started by path: the package's parent, not its inside
+    # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import parse_stage, run, stage_parser
@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer, _ = load_tokenizer(folder)
     tokenizer.to(world.device)
     with Watchdog(cfg.run.hang_timeout_s, stacks_path(parts.folder, world.rank), rank=world.rank) as watchdog:
-        # Each rank looks at some: a shard counts as done after its index was read, and there may be 100,000 of them.
+        # The ranks share this check: a shard counts as done only after its index was read, and there may be 100,000 of
+        # them.
         missing = sorted(
             number
             for found in world.gather_objects(
@@ -153,7 +154,7 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
             np.split(samples, range(images_per_batch, len(samples), images_per_batch)) if len(samples) else []
         )
     bad = BadImages(cfg.data.max_bad_share)
-    bad.load_state([parts.reading(number) for number in done])
+    bad.load_state([parts.read_counts(number) for number in done])
     loaded = view_batches(
         images,
         [batch for number in shard_numbers for batch in batches_of[number]],
@@ -172,7 +173,7 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
         mininterval=5.0,
     )
 
-    # share of each image's softmax that the stored soft codes hold
+    # Share of each image's softmax mass that the stored soft codes hold.
     kept = []
     try:
         with ShardWriter(parts) as writer:
@@ -190,7 +191,8 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
                     bar.update(len(records))
                     watchdog.beat(number)
                 writer.end(number)
-    except Stopped:  # the shard in hand is dropped whole
+    except Stopped:
+        # The unfinished shard is dropped whole.
         pass
     bar.close()
     if kept:

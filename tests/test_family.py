@@ -144,7 +144,7 @@ def test_a_tokenizer_whose_codes_are_not_the_models_is_refused_with_the_remedy(s
 
 def test_a_tokenizer_of_one_size_is_refused_for_a_model_with_another_grid(small_sets, releases):
     recipe = recipe_of(small_sets, releases, "vqkd", "model.image_px=128", "views.tokenizer_px=128")
-    with pytest.raises(UserError, match="looks at 64 px alone, a 4x4 grid; the backbone has 8x8 patches"):
+    with pytest.raises(UserError, match="takes images of 64 px only, a 4x4 grid; the backbone has 8x8 patches"):
         online_tokenizer(releases / "vqkd", recipe, CPU)
 
 

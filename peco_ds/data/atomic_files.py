@@ -1,4 +1,4 @@
-"""Files that are whole or absent: however many processes write into a folder, and wherever one of them is killed."""
+"""Write files that are whole or absent, however many processes write into a folder and whenever one of them dies."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def temporary_file(path: Path) -> Iterator[BinaryIO]:
     """A file beside `path`, open for writing under a temporary name (`file.name`) that no other process has, and locked
     for as long as its writer lives.
 
-    Whoever opens it makes it durable (`flush_to_disk`) and renames it; what is still there at the end is removed.
+    The caller makes it durable (`flush_to_disk`) and renames it. A file that was not renamed is removed at the end.
     """
     while True:
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
         with open(temporary, "xb") as file:
-            # taken for a leftover in the moment before it was locked
+            # Before it was locked, another process may have taken it for a leftover and removed it.
             if _lock(file, wait=False) is False or not temporary.exists():
                 continue
             try:
@@ -48,10 +48,12 @@ def remove_abandoned(paths: Iterable[Path]) -> None:
     """Remove those of the temporary files whose writers have died, as `remove_leftovers` does."""
     for path in paths:
         try:
-            with open(path, "r+b") as file:  # NFS locks only what is open for writing
+            # NFS locks only files that are open for writing.
+            with open(path, "r+b") as file:
                 if _lock(file, wait=False):
                     path.unlink(missing_ok=True)
-        except FileNotFoundError:  # its writer has just renamed it
+        except FileNotFoundError:
+            # Its writer has just renamed it.
             continue
 
 
@@ -67,8 +69,9 @@ def lock_file(lock_path: Path, *, wait: bool) -> Iterator[bool]:
         try:
             yield _lock(file, wait=wait) is not False
         finally:
-            with suppress(OSError):  # a file system without locks
-                # closing is not enough where a process was forked meanwhile: it holds the file too
+            # A file system without locks raises an error here.
+            with suppress(OSError):
+                # To close the file is not enough where a process was forked meanwhile: it holds the lock too.
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 

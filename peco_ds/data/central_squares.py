@@ -1,5 +1,5 @@
-"""What a tokenizer is judged on: the central square of every image, exactly once over all ranks, with its label where
-the set has any.
+"""Batches for evaluating a tokenizer: the central square of every image, exactly once over all ranks, with its label
+where the set has any.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _central_square(size_px: int, image_u8: torch.Tensor) -> torch.Tensor:
 def square_batches(
     images: ImageSet, *, rank: int, world_size: int, batch: int, size_px: int, num_workers: int, device: torch.device
 ) -> Iterator[SquareBatch]:
-    """The squares that `held_out_images` cuts, of a set of any size.
+    """The central squares that `held_out_images` cuts, for a set of any size.
 
     Every rank gets equally many batches of equal size, filled up with padding.
 

@@ -30,6 +30,10 @@ class ImageSet:
         self.shards = ShardSet(folder, self.manifest)
         self.num_samples = self.shards.num_samples
 
+    def facts(self) -> dict:
+        """What a record of a measurement says about the images."""
+        return {"folder": str(self.folder), "images": self.num_samples, "fingerprint": self.manifest.fingerprint()}
+
     def decode(self, sample: int) -> tuple[str, torch.Tensor]:
         """Key and uint8 [3, H, W].
 
@@ -76,11 +80,9 @@ class ImageSet:
         return int(text)
 
     def decode_or_next(self, sample: int) -> tuple[int, str, torch.Tensor, list[str]]:
-        """As `decode`, or the next readable image of the set.
+        """As `decode`, or the next readable image of the set, the same one on every rank and after every restart.
 
-        The same substitute on every rank and after every restart.
-
-        Returns: sample number used, key, image, and what was unreadable on the way.
+        Returns: the sample number used, key, image, and a text for each unreadable image on the way.
         """
         bad: list[str] = []
         for step in range(self.num_samples):
@@ -96,7 +98,7 @@ class BadImages:
     """Names and counts the unreadable images that this rank met in the whole run, and stops the run when they are too
     many.
 
-    Its state is kept in checkpoints, so that no restart grants the first few anew.
+    Its state is kept in checkpoints, so that a restart does not allow the first few again.
 
     Args:
         max_share: of the images read; the first `tolerated` are always allowed.
@@ -106,15 +108,16 @@ class BadImages:
 
     def __init__(self, max_share: float) -> None:
         self._max_share = max_share
-        # readings of an image that failed: one image counts once an epoch
+        # Failed readings of images: an image counts once an epoch.
         self.count = 0
         self.read = 0
-        self._named: set[str] = set()  # since this start
+        # Images that were named in the log since this start.
+        self._named: set[str] = set()
 
     def add(self, read: int, bad: list[str]) -> None:
-        """One batch: images in it, and a text for each unreadable one.
+        """Count one batch: the number of images in it, and a text for each unreadable one.
 
-        Raises: UserError when they have become too many.
+        Raises: UserError when there are too many.
         """
         self.read += read
         self.count += len(bad)

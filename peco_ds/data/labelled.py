@@ -21,12 +21,12 @@ from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
-# label and sample number of a row that only fills a batch up
+# The label and the sample number of a row that only fills up a batch.
 PADDING = -1
 
 
 class LabelledBatch(NamedTuple):
-    """What a training step of a classifier needs, on the device."""
+    """The batch of a classifier's training step, on the device."""
 
     images_norm: torch.Tensor  # float32 [B, 3, S, S]
     targets: torch.Tensor  # float32 [B, C], each row sums to 1
@@ -34,7 +34,7 @@ class LabelledBatch(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """What a classifier or its features are measured on, on the device."""
+    """The batch that a classifier or its features are measured on, on the device."""
 
     # float32 [B, 3, S, S]; black where a row is padding
     images_norm: torch.Tensor
@@ -92,7 +92,7 @@ class _TrainMaker:
         shown = -1
         for position in map(int, positions):
             sample = self.order.sample_at(position)
-            # repeats of an image stand side by side; it is decoded once
+            # Repeats of an image stand side by side, so it is decoded once.
             if sample != shown:
                 substitute, key, image, bad = self.images.decode_or_next(sample)
                 label, shown = self.images.label(substitute), sample

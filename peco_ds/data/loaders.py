@@ -1,4 +1,4 @@
-"""One function a stage -> typed batches, in an order that no worker, rank or micro-batch can change.
+"""Batches of each stage, from one function a stage, in an order that does not depend on workers, ranks or micro-batch.
 
 Workers decode and cut; jitter and normalisation run in batches on the device. An image that cannot be read is named
 and counted and its place taken by the next one of the set; a token record that cannot be trusted, or a shard that is no
@@ -30,22 +30,22 @@ from peco_ds.schema import IGNORED, VIEW_COLUMNS
 
 logger = logging.getLogger("peco_ds")
 
-# view row of an image that could not be read: a box without height
+# The view row of an image that could not be read: a box without height.
 UNREADABLE = np.zeros(len(VIEW_COLUMNS), dtype=np.float32)
 
 
 class Codes(NamedTuple):
-    """What a tokenizer says of whole views, on the device."""
+    """A tokenizer's codes of whole views, on the device."""
 
     codes: torch.Tensor  # int64 [B, N]
-    # int64 [B, N, T], where soft targets are asked for
+    # int64 [B, N, T], where soft targets are asked for.
     topk_codes: torch.Tensor | None = None
-    # float32 [B, N, T], as stored in 16 bits; a row sums to the mass kept
+    # float32 [B, N, T], rounded to the 16 bits that are stored; a row sums to the probability mass kept.
     topk_probs: torch.Tensor | None = None
 
 
 def codes_of(tokenizer, images_11: torch.Tensor, views: ViewSettings) -> Codes:
-    """What a tokenizer says of crops, as token shards keep it.
+    """A tokenizer's codes of crops, as token shards keep them.
 
     Args:
         tokenizer: an `ImageTokenizer` in eval mode.
@@ -59,28 +59,28 @@ def codes_of(tokenizer, images_11: torch.Tensor, views: ViewSettings) -> Codes:
 
 
 class MaskedTargets(NamedTuple):
-    """What an objective compares a model's outputs with."""
+    """The targets that an objective compares a model's outputs with."""
 
-    # int64 [B, M], of the masked patches; IGNORED where `masked` only repeats its last one
+    # int64 [B, M], codes of the masked patches; IGNORED where `masked` only repeats its last entry.
     codes: torch.Tensor
     masked: torch.Tensor  # int64 [B, M]
-    # int64 [B, N, T], of all patches: a target may mix in what its neighbours are
+    # int64 [B, N, T], soft codes of all patches: a target may mix in those of its neighbours.
     topk_codes: torch.Tensor | None
     topk_probs: torch.Tensor | None  # float32 [B, N, T]
 
 
 class MaskedBatch(NamedTuple):
-    """What a masked pre-training step needs, on the device."""
+    """The batch of a masked pre-training step, on the device."""
 
     images_norm: torch.Tensor  # float32 [B, 3, S, S], ImageNet statistics
-    # int64 [B, M], masked patches, increasing; an image with fewer repeats its last one
+    # int64 [B, M], masked patches, increasing; an image with fewer repeats its last one.
     masked: torch.Tensor
     targets: MaskedTargets
     keys: list[str]
 
 
 class CropBatch(NamedTuple):
-    """What a tokenizer training step needs."""
+    """The batch of a tokenizer's training step."""
 
     images_11: torch.Tensor  # float32 [B, 3, T, T] on the device
     keys: list[str]
@@ -88,13 +88,13 @@ class CropBatch(NamedTuple):
 
 @dataclass
 class MaskedMaker:
-    """Positions of the run -> what a masked pre-training batch is made of.
+    """Positions of the run -> the parts of a masked pre-training batch.
 
     Travels to the workers, so it holds no open file.
     """
 
     images: ImageSet
-    # None: views are drawn here and codes computed in the loop
+    # None: views are drawn here and the codes are computed in the training loop.
     tokens: TokenSet | None
     order: SampleOrder
     views: ViewSettings
@@ -182,7 +182,7 @@ class MaskedMaker:
         )
 
 
-# side of a crop in px, and the interpolation it is resized with
+# The side of a crop in px, and the interpolation it is resized with.
 CropKind = tuple[int, str]
 
 
@@ -195,7 +195,7 @@ def tokenizer_crop(views: ViewSettings) -> CropKind:
 
 
 def draw_recorded_view(image: torch.Tensor, views: ViewSettings, sample: int, view: int) -> np.ndarray:
-    """The row that tokenize_shards.py records for this view; drawn anew it is the same."""
+    """The row that tokenize_shards.py records for this view; a second draw gives the same row."""
     return draw_view(
         *image.shape[1:],
         seed=views.seed,
@@ -349,7 +349,7 @@ class ViewsBatch(NamedTuple):
 
     keys: list[str]
     rows: np.ndarray  # float32 [b, K, len(VIEW_COLUMNS)]
-    # float32 [b * K, 3, T, T] on the device, views of an image adjacent
+    # float32 [b * K, 3, T, T] on the device; the views of an image are adjacent.
     images_11: torch.Tensor
 
 

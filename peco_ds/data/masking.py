@@ -1,4 +1,4 @@
-"""Which patches are masked: block masks and random masks, from an explicit generator."""
+"""Draw the masked patches of an image: block masks and random masks, from an explicit generator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from peco_ds.data.order import MASK, generator, uniform
 
-_TRIES = 10  # attempts for each block
+# Attempts to place each block.
+_TRIES = 10
 
 
 def draw_masked(
@@ -54,7 +55,8 @@ def block_mask(
         it adds at least one and at most the missing number of patches. The exact count is BEiT v2's: a fixed number of
         masked patches keeps shapes static.
     """
-    # bit r * grid + c: a whole block is counted in one step, where an array of patches would cost most of a mask's time
+    # Bit r * grid + c is a patch: a whole block is counted in one step. With an array of patches the counting would
+    # take most of the time.
     covered = 0
     missing = count
     while missing > 0:

@@ -1,5 +1,6 @@
-"""Linear classifiers (and, beside them, nearest neighbours) on frozen features: one for every learning rate, side by
-side in one tensor, so that a pass over the features trains them all.
+"""Probe frozen features with linear classifiers and nearest neighbours.
+
+The classifiers of all learning rates lie side by side in one tensor, so that a pass over the features trains them all.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class LinearProbes(NamedTuple):
     weight: torch.Tensor  # float32 [R, C, F]
     bias: torch.Tensor  # float32 [R, C]
     mean: torch.Tensor  # float32 [F], of the training set
-    # float32 [F], one over its standard deviation
+    # float32 [F], one over the standard deviation of the training set.
     scale: torch.Tensor
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
@@ -45,7 +46,8 @@ def standardisation(rows: Callable, num_rows: int) -> tuple[torch.Tensor, torch.
         total, squares = total + values.sum(dim=0), squares + values.square().sum(dim=0)
     mean = total / num_rows
     variance = squares / num_rows - mean.square()
-    steady = variance <= 1e-12 * (squares / num_rows)  # what is left of a constant after rounding
+    # A variance that rounding alone explains is that of a constant feature.
+    steady = variance <= 1e-12 * (squares / num_rows)
     return mean.float(), torch.where(steady, 0.0, variance.clamp_min(1e-30).rsqrt()).float()
 
 
@@ -66,8 +68,8 @@ def train_linear_probes(
 
     Every feature is standardised over the training set first, as the parameter-free BatchNorm of MAE's probe does batch
     by batch: the scale of the residual stream grows with the layer, and without it one learning rate would not fit two
-    layers. The whole set's statistics depend on no batch. The weights
-    start at zero: the problem is convex, and no draw has to be named.
+    layers. The whole set's statistics depend on no batch. The weights start at zero: the problem is convex, so no
+    random start is needed.
 
     Args:
         rows: int64 [b] on the CPU -> float32 [b, F] on `device`.
@@ -104,7 +106,7 @@ def train_linear_probes(
             weight.grad.zero_()
             bias.grad.zero_()
             logits = probes.logits(rows(index))
-            # A sum over the learning rates: none feels another's gradient.
+            # Summed over the learning rates, so that none is affected by another's gradient.
             loss = F.cross_entropy(
                 logits.flatten(0, 1), truth[index.to(device)].repeat_interleave(len(lrs)), reduction="sum"
             ) / len(index)

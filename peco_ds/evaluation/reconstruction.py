@@ -1,6 +1,4 @@
-"""How well a tokenizer's round trip keeps an image, or its teacher's features, and how much of its codebook it
-uses.
-"""
+"""Measure how well a tokenizer reconstructs images or its teacher's features, and how much of the codebook it uses."""
 
 from __future__ import annotations
 
@@ -18,11 +16,13 @@ from peco_ds.models.vq import usage
 
 class RoundTrip(NamedTuple):
     codes: torch.Tensor  # int64 [b, N]
-    reconstruction: torch.Tensor | None  # [b, 3, S, S] in [-1, 1]; None of a tokenizer that makes no images
+    # [b, 3, S, S] in [-1, 1]; None for a tokenizer that makes no images.
+    reconstruction: torch.Tensor | None
 
 
 def round_trip_of(tokenizer) -> Callable[[torch.Tensor], RoundTrip]:
-    """images_11 [b, 3, S, S] -> codes and, where the tokenizer makes images, what it makes of the codes alone.
+    """The function images_11 [b, 3, S, S] -> codes and, where the tokenizer makes images, their reconstruction from the
+    codes.
 
     In eval mode.
     """
@@ -37,13 +37,13 @@ def round_trip_of(tokenizer) -> Callable[[torch.Tensor], RoundTrip]:
 
 
 class CodeSums:
-    """Code usage, summed over a rank's images: what every tokenizer can be measured by."""
+    """Code usage, summed over a rank's images; every tokenizer can be measured by it."""
 
-    # of the values that `_measured` gives, averaged over images
+    # Names of the values that `_measured` gives; they are averaged over images.
     names: tuple[str, ...] = ()
 
     def __init__(self, num_codes: int, device: torch.device) -> None:
-        # the last one counts images
+        # The last entry counts images.
         self._sums = torch.zeros(len(self.names) + 1, device=device, dtype=torch.float64)
         self._counts = torch.zeros(num_codes, device=device, dtype=torch.float64)
 
@@ -52,7 +52,7 @@ class CodeSums:
         """
         Args:
             originals_01: [b, 3, S, S] in [0, 1].  output: has .codes [b, N], and what a subclass asks for.
-            real: bool [b]; a row without it only fills the batch up and counts nothing.
+            real: bool [b]; False: the row only fills up the batch and is not counted.
         """
         weight = real.double()
         values = [*self._measured(originals_01, output), torch.ones_like(weight)]
@@ -121,25 +121,25 @@ class CosineSums(CodeSums):
 
 
 def training_sums(tokenizer, device: torch.device, frozen) -> CodeSums:
-    """Fresh sums of what a tokenizer learns: round trips, or the teacher's features.
+    """New sums for what a tokenizer learns to reconstruct: images, or the teacher's features.
 
     Args:
-        frozen: what it learns from, on the device: of a tokenizer that makes no images the teacher,
-            `.targets(images_01) -> [b, N, D]`.
+        frozen: the frozen network of its training, on the device; for a tokenizer that makes no images the teacher,
+            with `.targets(images_01) -> [b, N, D]`.
     """
     num_codes = tokenizer.settings.num_codes
     return RoundTripSums(num_codes, device) if tokenizer.makes_images else CosineSums(num_codes, device, frozen.targets)
 
 
 def quality_line(quality: dict[str, float], num_codes: int) -> str:
-    """What a `result` says, for one line of text."""
-    told = {
+    """A `result` as one line of text."""
+    formats = {
         "psnr": "PSNR {:.2f} dB",
         "ssim": "SSIM {:.3f}",
         "lpips": "LPIPS {:.3f}",
         "cosine": "cosine to the teacher {:.3f}",
     }
-    measured = [text.format(quality[name]) for name, text in told.items() if name in quality]
+    measured = [text.format(quality[name]) for name, text in formats.items() if name in quality]
     return ", ".join(
         [*measured, f"{quality['codes_used']} of {num_codes} codes", f"perplexity {quality['perplexity']:.1f}"]
     )
@@ -157,18 +157,18 @@ def held_out_quality(
     device: torch.device,
     all_reduce: Callable,
 ) -> dict[str, float]:
-    """What `sums` measures, over a held-out set, shared by the ranks. Collective.
+    """The measures of `sums` over a held-out set that the ranks share. Collective.
 
     Args:
         round_trip: images_11 [b, 3, S, S] -> the output that `sums.add` takes; called equally often on every rank.
-        images_u8: uint8 [n, 3, S, S], the same on every rank.  sums: fresh.
+        images_u8: uint8 [n, 3, S, S], the same on every rank.  sums: empty.
     Returns: as `CodeSums.result`.
     """
     total = len(images_u8)
     each = -(-total // world_size)
     for start in range(0, each, batch):
         places = torch.arange(rank * each + start, rank * each + min(start + batch, each))
-        # Every rank makes the same number of calls: past the end the last image stands in and counts nothing.
+        # Every rank makes the same number of calls. Past the end the last image is repeated and not counted.
         originals = images_u8[places.clamp(max=total - 1)].to(device).float() / 255
         sums.add(originals, round_trip(originals * 2 - 1), (places < total).to(device))
     return sums.result(all_reduce)

@@ -1,4 +1,4 @@
-"""Files of taming-transformers' VQGANs -> our tokenizers: VQModel (nearest code) and GumbelVQ.
+"""Convert the files of taming-transformers' VQGANs, VQModel (nearest code) and GumbelVQ, into our tokenizers.
 
 Source: VQGAN (arXiv 2012.09841) and the names in its released files.
 """
@@ -101,7 +101,7 @@ _END = ["norm_out", "", "conv_out"]
 
 
 def _encoder_layers(settings: TokenizerSettings) -> list[str]:
-    """Their names for the layers of `Encoder`, in order; "" for the activation, which has no tensors."""
+    """The released names of `Encoder`'s layers, in order; "" for the activation, which has no tensors."""
     last = len(settings.channel_mults) - 1
     names = ["conv_in"]
     for level in range(last + 1):

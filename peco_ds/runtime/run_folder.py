@@ -1,4 +1,4 @@
-"""What a run folder tells without the program: settings, DeepSpeed JSON, command, commit, versions."""
+"""Write and read the records of a run folder: settings, DeepSpeed JSON, command, commit, versions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from peco_ds.strict_yaml import NOT_YAML, read_yaml
 logger = logging.getLogger("peco_ds")
 
 LOCK_PATIENCE_S = 180
-_held: dict[Path, ExitStack] = {}  # locks of this process
+# Run folders that this process has locked.
+_held: dict[Path, ExitStack] = {}
 
 SETTINGS = "settings.yaml"
 DEEPSPEED = "deepspeed.json"
@@ -46,8 +47,8 @@ def open_run_folder(folder: Path, stage: str, resolved: Resolved, ds_config: dic
     Raises: UserError if the folder holds another run, naming the first setting that differs.
     """
     _on_main(world, folder, lambda: _write(folder, stage, resolved, ds_config))
-    # A folder that only rank 0 sees would give checkpoints that miss the other ranks' parts, found out when it is too
-    # late.
+    # In a folder that only rank 0 sees, checkpoints would miss the other ranks' parts, which would show only on a
+    # resume.
     world.agree(
         ""
         if (folder / SETTINGS).is_file()
@@ -86,9 +87,9 @@ def _on_main(world: World, folder: Path, write: Callable[[], None]) -> None:
 def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _hold(folder)
-    # tuples as lists, as YAML reads them back
+    # Tuples become lists, as YAML reads them back.
     settings = json.loads(json.dumps(resolved.as_dict()["recipe"]))
-    # A start that failed before its first checkpoint binds nobody.
+    # A start that failed before its first checkpoint imposes nothing on later ones.
     continued = any((folder / "checkpoints").glob("step_*")) and resolved.recipe.checkpoint.resume == "auto"
     if continued:
         _refuse_other_settings(folder, stage, settings)
@@ -109,7 +110,7 @@ def _hold(folder: Path) -> None:
     """Keep other starts out of the folder for as long as this process lives: two would remove each other's half-written
     checkpoints.
 
-    A lock outlives its process for a while where a node was lost and the server has yet to notice; hence the patience.
+    Where a node was lost, its lock stays until the server notices; so a start waits for a while.
     """
     if folder.resolve() in _held:
         return
@@ -126,11 +127,11 @@ def _hold(folder: Path) -> None:
 
 
 def check_same_run(checkpoint: Path, run_folder: Path) -> None:
-    """A checkpoint keeps the settings it was trained with.
+    """Compare the settings that a checkpoint was trained with to those of the run folder.
 
-    Those of a run that was started over and interrupted before its first save are another's.
+    They differ where a run was started over and interrupted before its first save.
 
-    Raises: UserError if they are not this run's.
+    Raises: UserError if the checkpoint belongs to another run.
     """
     now = read_settings(run_folder)
     _refuse_other_settings(checkpoint, now["stage"], now["recipe"])

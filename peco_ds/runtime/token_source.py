@@ -1,4 +1,4 @@
-"""Where the codes of a pre-training run come from: stored token shards, or a tokenizer in the loop."""
+"""Open the source of a pre-training run's codes: stored token shards, or a tokenizer in the training loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def open_tokens(
 ) -> TokenSet | Callable[[torch.Tensor], Codes]:
     """The token set that the recipe names, or a function images_11 [B, 3, T, T] -> Codes for data.tokens = online.
 
-    What stands on disk is compared with its manifests before the first step, the hashing shared by the ranks.
+    Files are compared with their manifests before the first step; the ranks share the hashing.
 
     Args:
         tokenizer_named: data.tokenizer was set by the user, so that it has to be there.
@@ -48,7 +48,7 @@ def open_tokens(
         num_codes=recipe.objective.num_codes,
         grid=recipe.model.grid,
         views=recipe.views,
-        # Without the tokenizer at hand the tokens' own record of it is all there is to go by.
+        # Where the tokenizer does not exist, any fingerprint that the tokens record is accepted.
         tokenizer_fingerprint=read_card(tokenizer).fingerprint if tokenizer_named or tokenizer.exists() else None,
     )
     check_shared(tokens.shards, "size" if data.verify == "size" else "all", world)
@@ -56,8 +56,8 @@ def open_tokens(
 
 
 def token_provenance(recipe: PretrainRecipe, tokens) -> dict:
-    """Which tokenizer the codes come from, and what it says of itself: in its release where that is at hand, else in
-    the token set.
+    """The fingerprint and facts of the tokenizer that the codes come from: from its release where that exists, else
+    from the token set.
     """
     folder = data_path(recipe.data, recipe.data.tokenizer)
     card = read_card(folder) if folder.exists() else None
@@ -90,7 +90,7 @@ def check_pair(card: TokenizerCard, recipe: PretrainRecipe, where: str) -> None:
     own, wanted = card.settings.only_px, card.stride_px * grid
     if own not in (None, wanted):
         raise UserError(
-            f"{where}: its {card.settings.kind} tokenizer looks at {own} px alone, a "
+            f"{where}: its {card.settings.kind} tokenizer takes images of {own} px only, a "
             f"{own // card.stride_px}x{own // card.stride_px} grid; the backbone has {grid}x{grid} "
             "patches; "
             "change model.image_px or model.patch_px, or take another tokenizer"
@@ -123,12 +123,11 @@ def online_tokenizer(folder: Path, recipe: PretrainRecipe, device: torch.device)
 
 def codes_function(tokenizer: ImageTokenizer, recipe: PretrainRecipe, images: int) -> Callable[[torch.Tensor], Codes]:
     """The tokenizer as a function images_11 [B, 3, T, T] -> Codes, in views.tokenizer_precision and compiled as
-    run.compile says: codes to be stored and codes
-    computed in the training loop both come from it.
+    run.compile says: codes to be stored and codes computed in the training loop both come from it.
 
     Args:
         tokenizer: in eval mode, on its device.
-        images: a call has, most often; cut into passes of at most run.micro_batch.
+        images: the usual number of images of a call, which is cut into passes of at most run.micro_batch.
     """
     passes = TokenPasses(
         tokenizer,
