@@ -29,7 +29,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_tokenizer(recipe)
     elif isinstance(recipe, FinetuneRecipe):
         _check_finetune(recipe)
-    else:
+    elif isinstance(recipe, ProbeRecipe):
         _check_probe(recipe)
 
 

@@ -130,6 +130,14 @@ def outcome(main, arguments: list[str]):
         return str(error)
 
 
+def stage_module(name: str):
+    """A stage of the package by its name, or one from outside by the path of its file."""
+    if not name.endswith(".py"):
+        return importlib.import_module(f"peco_ds.{name}")
+    sys.path.append(str(Path(name).parent))
+    return importlib.import_module(Path(name).stem)
+
+
 def main():
     cases = json.loads(Path(sys.argv[1]).read_text())
     codes = []
@@ -143,8 +151,7 @@ def main():
             "unmended": leave_unmended,
         }
         undo = [wrap(case[name]) for name, wrap in wrappers.items() if case.get(name)]
-        stage = importlib.import_module(f"peco_ds.{case['stage']}")
-        codes.append(outcome(stage.main, case["arguments"]))
+        codes.append(outcome(stage_module(case["stage"]).main, case["arguments"]))
         for restore in undo:
             restore()
     if os.environ.get("RANK", "0") == "0":

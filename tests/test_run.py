@@ -93,3 +93,28 @@ def test_evaluation_and_release_that_a_stop_left_are_made_by_the_next_start(stop
     for stage in ("train_tokenizer", "finetune"):
         assert read_evaluation(stopped[stage][0])[-1]["step"] == STEPS_OF_STOPPED
     assert (stopped["train_tokenizer"][0] / "tokenizer" / "tokenizer.json").is_file()
+
+
+# --------------------------------------------------------------------------------- a stage from outside
+
+
+def test_a_training_stage_from_outside_takes_less_than_100_lines_and_has_what_the_others_have(small_sets, tmp_path):
+    stage = REPOSITORY / "tests" / "rotation_stage.py"
+    assert len(stage.read_text().splitlines()) < 100
+    recipe = tmp_path / "rotation.yaml"
+    recipe.write_text("name: rotation\nviews: {tokenizer_px: 32}\n")
+    settings = (
+        "schedule.steps=8 schedule.warmup_steps=2 optim.lr=1e-2 run.precision=fp32 run.global_batch=8 "
+        "run.micro_batch=4 run.log_every_steps=1 data.num_workers=0 data.shuffle_window_shards=2"
+    ).split()
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    starts = [(whole, []), (half, ["schedule.stop_at_step=3"]), (half, [])]
+    listing = tmp_path / "cases.json"
+    common = ["--recipe", str(recipe), f"data.root={small_sets.root}", *settings]
+    cases = [{"stage": str(stage), "arguments": [*common, "--out", str(out), *extra]} for out, extra in starts]
+    listing.write_text(json.dumps(cases))
+    run_stage("tests/many_runs.py", listing, timeout_s=900)
+    assert json.loads(listing.with_name("cases.json.codes").read_text()) == [EXIT_DONE] * 3
+    rows, continued = read_metrics(whole), read_metrics(half)
+    assert len(rows) == 8 and [row["loss"] for row in rows] == [row["loss"] for row in continued]
+    assert {"accuracy", "grad_norm", "lr", "images_per_s", "bad_images"} <= rows[-1].keys()
