@@ -33,15 +33,18 @@ class Bounds:
         numbers = value if isinstance(value, (tuple, list)) else (value,)
         if all(number is None or self._holds(number) for number in numbers):
             return ""
-        limits = {
-            "at least": self.at_least,
-            "above": self.above,
-            "at most": self.at_most,
-            "below": self.below,
-        }
-        words = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
         each = "each " if isinstance(value, (tuple, list)) else ""
-        return f"{each}must be {words}{', or 0' if self.or_zero else ''}{f' ({self.because})' if self.because else ''}"
+        reason = f" ({self.because})" if self.because else ""
+        return f"{each}must be {self._words()}{', or 0' if self.or_zero else ''}{reason}"
+
+    def _words(self) -> str:
+        low = self.at_least if self.above is None else self.above
+        high = self.at_most if self.below is None else self.below
+        if low is None:
+            return f"at most {high}" if self.below is None else f"below {high}"
+        if high is None:
+            return f"at least {low}" if self.above is None else f"above {low}"
+        return f"in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
 
     def _holds(self, number: float) -> bool:
         return (self.or_zero and number == 0) or (

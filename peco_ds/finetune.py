@@ -69,7 +69,7 @@ def train(args, resolved) -> int:
     from peco_ds.convert.initialize import start_classifier
     from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
-    from peco_ds.data.labelled import evaluation_batches, labelled_sets, training_batches
+    from peco_ds.data.labelled import ImageInput, evaluation_batches, labelled_sets, training_batches
     from peco_ds.data.loaders import BadImages
     from peco_ds.data.order import rank_positions
     from peco_ds.data_paths import data_path
@@ -163,33 +163,13 @@ def train(args, resolved) -> int:
 
     positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=durations.stop_step)
     bad = BadImages(cfg.data.max_bad_share)
-    batches = training_batches(
-        images,
-        positions,
-        data=cfg.data,
-        augment=cfg.augment,
-        smoothing=cfg.classifier.smoothing,
-        num_classes=len(classes),
-        image_px=cfg.model.image_px,
-        seed=run.seed,
-        device=world.device,
-        bad=bad,
-        **statistics,
-    )
+    batches = training_batches(images, positions, cfg, world.device, bad, **statistics)
 
     def accuracy() -> dict[str, float]:
         """Top-1, top-5 and loss on the held-out images, with the weights as the engine holds them now. Collective."""
-        batches = evaluation_batches(
-            held_out,
-            rank=world.rank,
-            world_size=world.size,
-            batch=cfg.evaluation.batch or run.micro_batch,
-            image_px=cfg.model.image_px,
-            crop=cfg.evaluation.crop,
-            **statistics,
-            num_workers=cfg.data.num_workers,
-            device=world.device,
-        )
+        wanted = ImageInput(cfg.model.image_px, cfg.evaluation.crop, **statistics)
+        batch = cfg.evaluation.batch or run.micro_batch
+        batches = evaluation_batches(held_out, wanted, world, batch=batch, num_workers=cfg.data.num_workers)
         engine.eval()
         quality = classification_quality(engine, batches, num_classes=len(classes), device=world.device)
         engine.train()

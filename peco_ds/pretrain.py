@@ -142,19 +142,7 @@ def train(args, resolved) -> int:
 
     positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=durations.stop_step)
     bad = BadImages(cfg.data.max_bad_share)
-    batches = masked_batches(
-        images,
-        tokens,
-        positions,
-        data=cfg.data,
-        views=cfg.views,
-        mask=cfg.mask,
-        image_px=cfg.model.image_px,
-        grid=cfg.model.grid,
-        seed=run.seed,
-        device=world.device,
-        bad=bad,
-    )
+    batches = masked_batches(images, tokens, positions, cfg, world.device, bad)
     guard, meter, saver = around_steps(
         args.out,
         engine,

@@ -102,7 +102,7 @@ def train(args, resolved) -> int:
 
     def crops(first_step: int, last_step: int, bad: BadImages | None = None):
         positions = rank_positions(run, world.rank, world.size, first_step=first_step, last_step=last_step)
-        return crop_batches(images, order, positions, data=cfg.data, views=cfg.views, device=world.device, bad=bad)
+        return crop_batches(images, order, positions, cfg, world.device, bad)
 
     START_UP.ends("records")
     # initial weights follow from the seed alone, whatever was drawn while the data were opened
