@@ -291,7 +291,7 @@ def write_tokens(images, recipe, folder: Path):
 
     def record(sample: int) -> TokenRecord:
         key, image = images.decode(sample)
-        rows = np.stack([draw_view(views, image.shape[1:], sample=sample, view=view) for view in range(views.count)])
+        rows = np.stack([draw_view(views, *image.shape[1:], sample=sample, view=view) for view in range(views.count)])
         shape, soft = (views.count, grid * grid), ()
         # neighbouring codes: no code twice for one patch
         if views.topk:

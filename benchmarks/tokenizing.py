@@ -285,7 +285,7 @@ class Rows:
     def drawn(self, image, number: int, view: int):
         from peco_ds.data.views import draw_view
 
-        return draw_view(self._views, image.shape[1:], sample=number % self._images.num_samples, view=view)
+        return draw_view(self._views, *image.shape[1:], sample=number % self._images.num_samples, view=view)
 
     def crop(self, image, row):
         from peco_ds.data.views import cut

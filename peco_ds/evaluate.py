@@ -157,13 +157,13 @@ def evaluate_classifier(args):
 
     images = ImageSet(args.images)
     classes = check_labels(images, "--images")
-    model, wanted, source = load_classifier(args, classes)
+    model, crops, source = load_classifier(args, classes)
 
     world = start_world()
     model.to(world.device)
     forward = in_precision(model, args.precision, world.device)
-    rate = throughput(forward, args.batch, wanted.image_px, world)
-    batches = evaluation_batches(images, wanted, world, batch=args.batch, num_workers=args.num_workers)
+    rate = throughput(forward, args.batch, crops.image_px, world)
+    batches = evaluation_batches(images, crops, world, batch=args.batch, num_workers=args.num_workers)
     begun = time.perf_counter()
     quality = classification_quality(
         forward, until_stopped(batches, world), num_classes=len(classes), device=world.device
@@ -175,13 +175,13 @@ def evaluate_classifier(args):
         "kind": "classifier",
         **source,
         "images": described(images),
-        "settings": {**wanted._asdict(), **running(args, world)},
+        "settings": {**crops._asdict(), **running(args, world)},
         "quality": quality,
         "throughput": speed,
     }
     line = (
         f"{source['source']}: top-1 {quality['top1']:.2f}, top-5 {quality['top5']:.2f} on "
-        f"{quality['images']} images at {wanted.image_px} px, {rate:.1f} images/s "
+        f"{quality['images']} images at {crops.image_px} px, {rate:.1f} images/s "
         f"({speed['end_to_end_images_per_s']:.1f} with decoding)"
     )
     return result, line, world
@@ -190,7 +190,7 @@ def evaluate_classifier(args):
 def load_classifier(args, classes: tuple[str, ...]):
     """The model on the CPU, what its images have to be, and where it comes from."""
     from peco_ds.convert.initialize import check_classes
-    from peco_ds.data.labelled import ImageInput
+    from peco_ds.data.labelled import CropSettings
     from peco_ds.models.beit_weights import usual_crop
 
     if Path(args.target).exists():
@@ -229,7 +229,7 @@ def load_classifier(args, classes: tuple[str, ...]):
         crop = args.crop
     elif image_px != trained_px:
         crop = usual_crop(image_px)
-    return model, ImageInput(image_px, crop, tuple(mean), tuple(std)), source
+    return model, CropSettings(image_px, crop, tuple(mean), tuple(std)), source
 
 
 # ------------------------------------------------------------------------------------------ tokenizers

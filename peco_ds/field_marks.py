@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -82,10 +82,12 @@ class FormerKey:
     key: str
 
 
+@cache
 def settings_fields(settings_type: type) -> list[tuple[str, Any, tuple]]:
     """(name, type without marks, marks) of every field of one dataclass, in order."""
     hints = get_type_hints(settings_type, include_extras=True)
-    return [(name, _bare(hints[name]), tuple(_marks(hints[name]))) for name in settings_type.__dataclass_fields__]
+    names = [item.name for item in fields(settings_type)]
+    return [(name, _bare(hints[name]), tuple(_marks(hints[name]))) for name in names]
 
 
 def _bare(hint):
@@ -106,7 +108,7 @@ def recipe_fields(recipe_type: type) -> dict[str, tuple]:
     """Dotted setting of a recipe -> its marks and those of the sections that it stands in."""
     found: dict[str, tuple] = {}
     for name, kind, marks in settings_fields(recipe_type):
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             found |= {f"{name}.{inner}": (*marks, *own) for inner, own in recipe_fields(kind).items()}
         else:
             found[name] = marks

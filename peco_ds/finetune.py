@@ -69,7 +69,7 @@ def train(args, resolved) -> int:
     from peco_ds.convert.initialize import start_classifier
     from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
-    from peco_ds.data.labelled import ImageInput, evaluation_batches, labelled_sets, training_batches
+    from peco_ds.data.labelled import CropSettings, evaluation_batches, labelled_sets, training_batches
     from peco_ds.data.loaders import BadImages
     from peco_ds.data.order import rank_positions
     from peco_ds.data_paths import data_path
@@ -167,9 +167,9 @@ def train(args, resolved) -> int:
 
     def accuracy() -> dict[str, float]:
         """Top-1, top-5 and loss on the held-out images, with the weights as the engine holds them now. Collective."""
-        wanted = ImageInput(cfg.model.image_px, cfg.evaluation.crop, **statistics)
+        crops = CropSettings(cfg.model.image_px, cfg.evaluation.crop, **statistics)
         batch = cfg.evaluation.batch or run.micro_batch
-        batches = evaluation_batches(held_out, wanted, world, batch=batch, num_workers=cfg.data.num_workers)
+        batches = evaluation_batches(held_out, crops, world, batch=batch, num_workers=cfg.data.num_workers)
         engine.eval()
         quality = classification_quality(engine, batches, num_classes=len(classes), device=world.device)
         engine.train()

@@ -202,7 +202,7 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
     Raises: Stopped.
     """
     from peco_ds.convert.initialize import feature_backbone
-    from peco_ds.data.labelled import ImageInput, evaluation_batches
+    from peco_ds.data.labelled import CropSettings, evaluation_batches
     from peco_ds.evaluation.features import take_features
 
     settings = cfg.probe
@@ -223,10 +223,10 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
             fault = str(error)
     world.agree(fault)
     backbone = feature_backbone(weights, image_px_of(cfg, weights)).to(world.device)
-    wanted = ImageInput(image_px_of(cfg, weights), settings.crop, weights.mean, weights.std)
+    crops = CropSettings(image_px_of(cfg, weights), settings.crop, weights.mean, weights.std)
     for split, whole_set in images.items():
         batches = evaluation_batches(
-            whole_set, wanted, world, batch=settings.feature_batch, num_workers=cfg.data.num_workers
+            whole_set, crops, world, batch=settings.feature_batch, num_workers=cfg.data.num_workers
         )
         rows = take_features(backbone, batches, settings, blocks=blocks, world=world)
         files.write(split, rows)

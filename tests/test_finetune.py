@@ -14,7 +14,7 @@ from peco_ds import finetune
 from peco_ds.config import ModelSettings
 from peco_ds.convert.initialize import classifier_of
 from peco_ds.convert.read import read_weights
-from peco_ds.data.labelled import ImageInput, evaluation_batches
+from peco_ds.data.labelled import CropSettings, evaluation_batches
 from peco_ds.data.loaders import ImageSet
 from peco_ds.errors import UserError
 from peco_ds.evaluation.classification import classification_quality
@@ -125,7 +125,7 @@ def test_the_average_is_its_own_and_a_fresh_model_scores_with_it_what_the_engine
             model = model.bfloat16()
         alone = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"))
         batches = evaluation_batches(
-            ImageSet(labelled_sets.root / "images" / "val"), ImageInput(32, 0.875), alone, batch=4, num_workers=0
+            ImageSet(labelled_sets.root / "images" / "val"), CropSettings(32, 0.875), alone, batch=4, num_workers=0
         )
         quality = classification_quality(model, batches, num_classes=4, device=torch.device("cpu"))
         assert quality["loss"] == pytest.approx(

@@ -17,7 +17,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 
 from peco_ds.config import AugmentSettings, DataSettings, FinetuneRecipe, ModelSettings, RunSettings
 from peco_ds.data.indexed_tar import index_name, write_index
-from peco_ds.data.labelled import ImageInput, check_labels, evaluation_batches, training_batches
+from peco_ds.data.labelled import CropSettings, check_labels, evaluation_batches, training_batches
 from peco_ds.data.loaders import ImageSet
 from peco_ds.data.order import SampleOrder, rank_positions
 from peco_ds.errors import UserError
@@ -56,7 +56,7 @@ def of_run(images, *, world_size=1, first_step=0, last_step=3, **options):
 
 def evaluate(images, *, rank=0, world_size=1, batch=8, num_workers=0, crop=0.875):
     world = SimpleNamespace(rank=rank, size=world_size, device=CPU)
-    wanted = ImageInput(32, crop, HALF, HALF)
+    wanted = CropSettings(32, crop, HALF, HALF)
     return list(evaluation_batches(images, wanted, world, batch=batch, num_workers=num_workers))
 
 

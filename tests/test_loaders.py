@@ -124,7 +124,7 @@ def test_every_stored_code_and_crop_is_what_the_record_replays(small_sets):
     for sample in range(96):
         key, image = images.decode(sample)
         record = tokens.read(sample, key)
-        drawn = np.stack([draw_view(recipe.views, image.shape[1:], sample=sample, view=view) for view in range(3)])
+        drawn = np.stack([draw_view(recipe.views, *image.shape[1:], sample=sample, view=view) for view in range(3)])
         assert np.array_equal(drawn, record.views)
         crops = jitter(torch.stack([cut(image, row, 32) for row in record.views]), torch.from_numpy(record.views))
         with torch.no_grad():

@@ -43,8 +43,8 @@ class EvalBatch(NamedTuple):
     samples: torch.Tensor
 
 
-class ImageInput(NamedTuple):
-    """What a classifier's images have to be when it is measured."""
+class CropSettings(NamedTuple):
+    """The images that a classifier is measured on, as its weights expect them."""
 
     image_px: int
     # Share of the resized short side that is seen, in (0, 1].
@@ -195,7 +195,7 @@ class CropMaker:
 
 
 def evaluation_batches(
-    images: ImageSet, wanted: ImageInput, world, *, batch: int, num_workers: int
+    images: ImageSet, crops: CropSettings, world, *, batch: int, num_workers: int
 ) -> Iterator[EvalBatch]:
     """Central crops of this rank's share of a labelled set; every image exactly once over all ranks.
 
@@ -208,16 +208,16 @@ def evaluation_batches(
     Yields: EvalBatch on `world.device`; a rank's samples are consecutive and increasing.
     Raises: UserError for an image that cannot be read, or a label that is not one of the set's.
     """
-    image_px, device = wanted.image_px, world.device
+    image_px, device = crops.image_px, world.device
     places = rank_samples(images.num_samples, world.rank, world.size, batch)
 
     def prepare(raw: RawBatch) -> EvalBatch:
-        images_norm = normalize(raw.cuts[image_px].to(device, non_blocking=True), wanted.mean, wanted.std)
+        images_norm = normalize(raw.cuts[image_px].to(device, non_blocking=True), crops.mean, crops.std)
         return EvalBatch(
             images_norm, raw.labels.to(device, non_blocking=True), raw.samples.to(device, non_blocking=True)
         )
 
-    make = CropMaker(images, CenterCrop(image_px, wanted.crop), image_px)
+    make = CropMaker(images, CenterCrop(image_px, crops.crop), image_px)
     yield from device_batches(
         make, list(places), prepare, lambda batch, _: batch, num_workers=num_workers, device=device
     )

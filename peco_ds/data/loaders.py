@@ -267,7 +267,7 @@ class MaskedMaker:
                 row = record.views[0]
                 stored.append(self._stored(record))
             else:
-                row = draw_view(recipe.views, image.shape[1:], sample=sample, view=view)
+                row = draw_view(recipe.views, *image.shape[1:], sample=sample, view=view)
             for look in looks:
                 raw.cuts[look][place] = cut(image, row, *look)
             rows.append(row)
@@ -375,7 +375,7 @@ class _CropMaker:
         for place, position in enumerate(positions):
             epoch = self.order.epoch_of(int(position))
             sample, key, image, bad = self.images.decode_or_next(self.order.sample_at(int(position)))
-            row = draw_view(self.views, image.shape[1:], sample=sample, view=epoch)
+            row = draw_view(self.views, *image.shape[1:], sample=sample, view=epoch)
             cuts[place] = cut(image, row, *tokenizer_look(self.views))
             rows.append(row)
             raw.keys.append(key)
@@ -436,11 +436,11 @@ class _ViewsMaker:
                 image = None
             for view in range(self.views.count):
                 if image is None:
-                    row, crop = UNREADABLE, 0
+                    row = UNREADABLE
+                    cuts[len(rows)] = 0
                 else:
-                    row = draw_view(self.views, image.shape[1:], sample=int(sample), view=view)
-                    crop = cut(image, row, *look)
-                cuts[len(rows)] = crop
+                    row = draw_view(self.views, *image.shape[1:], sample=int(sample), view=view)
+                    cuts[len(rows)] = cut(image, row, *look)
                 rows.append(row)
             raw.keys.append(key)
         raw.cuts = {look: cuts}

@@ -34,18 +34,18 @@ _FACTORS = slice(VIEW_COLUMNS.index("brightness"), VIEW_COLUMNS.index("saturatio
 _ORDER = VIEW_COLUMNS.index("jitter_order")
 
 
-def draw_view(views: ViewSettings, size: tuple[int, int], *, sample: int, view: int) -> np.ndarray:
+def draw_view(views: ViewSettings, height: int, width: int, *, sample: int, view: int) -> np.ndarray:
     """One view of one image, as a pure function of (views.seed, sample, view).
 
     Args:
         views: says how boxes, flips and jitter are drawn.
-        size: (height, width) of the upright source image, px.
+        height, width: of the upright source image, px.
     Returns: float32 [len(VIEW_COLUMNS)].
     Source: random resized crop as torchvision's (ten tries, then the central crop of the nearest allowed aspect).
     """
     draw = generator(VIEW, views.seed, sample, view)
     row = np.empty(len(VIEW_COLUMNS), dtype=np.float32)
-    row[_BOX] = _draw_box(draw, *size, views.scale, views.ratio)
+    row[_BOX] = _draw_box(draw, height, width, views.scale, views.ratio)
     row[_FLIP] = draw.random() < views.flip
     row[_FACTORS] = draw.uniform(1 - views.color_jitter, 1 + views.color_jitter, 3)
     row[_ORDER] = draw.integers(len(_JITTER_ORDERS))
