@@ -120,7 +120,7 @@ def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int)
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import build_objective
     from peco_ds.recipe_files import load_recipe
-    from peco_ds.runtime.checkpoint import Saver, restore
+    from peco_ds.runtime.checkpoint.save_restore import Saver, restore
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import start_engine
     from peco_ds.runtime.run_folder import open_run_folder

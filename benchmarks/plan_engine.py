@@ -414,7 +414,7 @@ class _Trainee:
 
     def saved_bytes(self) -> int:
         """Of the copies in host memory that this rank's part of a checkpoint is written from."""
-        from peco_ds.runtime.background_writer import HostCopies
+        from peco_ds.runtime.checkpoint.writer import HostCopies
 
         copies = self._engine.checkpoint_engine = HostCopies()
         self._engine._copy_recovery_script = lambda _folder: None

@@ -69,8 +69,8 @@ def train(args, resolved) -> int:
     from peco_ds.convert.initialize import start_classifier
     from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
+    from peco_ds.data.image_set import BadImages
     from peco_ds.data.labelled import CropSettings, evaluation_batches, labelled_sets, training_batches
-    from peco_ds.data.loaders import BadImages
     from peco_ds.data.order import rank_positions
     from peco_ds.data_paths import data_path
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
@@ -81,8 +81,8 @@ def train(args, resolved) -> int:
     from peco_ds.objectives.soft_labels import soft_label_cross_entropy
     from peco_ds.planner.stages import training_flops
     from peco_ds.runtime.around_steps import around_steps
-    from peco_ds.runtime.checkpoint import continues, restore
-    from peco_ds.runtime.checkpoint_files import list_checkpoints
+    from peco_ds.runtime.checkpoint.files import list_checkpoints
+    from peco_ds.runtime.checkpoint.save_restore import continues, restore
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.ema import WeightEma
     from peco_ds.runtime.engine import set_lr, start_engine

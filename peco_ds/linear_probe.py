@@ -83,8 +83,9 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
 
 
 def take_and_probe(args, resolved) -> int:
-    from peco_ds.evaluation.features import TRAIN, VAL, FeatureFiles, Stopped, feature_width
+    from peco_ds.evaluation.features import TRAIN, VAL, FeatureFiles, feature_width
     from peco_ds.evaluation.probe_results import LayerResults
+    from peco_ds.evaluation.stopping import Stopped
     from peco_ds.runtime.distributed import start_world
     from peco_ds.schema import sha256_of_json
 
@@ -176,11 +177,11 @@ def labelled_images(cfg: ProbeRecipe):
 
 def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train, val) -> dict:
     """All that decides the features' values."""
-    from peco_ds.models.tokenizers import tokenizer_fingerprint
+    from peco_ds.models.weight_files import weights_fingerprint
 
     settings = cfg.probe
     return {
-        "weights": tokenizer_fingerprint(asdict(weights.model), weights.tensors),
+        "weights": weights_fingerprint(asdict(weights.model), weights.tensors),
         "train_images": train.manifest.fingerprint(),
         "val_images": val.manifest.fingerprint(),
         "blocks": list(blocks),
@@ -203,7 +204,7 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
     """
     from peco_ds.convert.initialize import feature_backbone
     from peco_ds.data.labelled import CropSettings, evaluation_batches
-    from peco_ds.evaluation.features import take_features
+    from peco_ds.evaluation.features import compute_features
 
     settings = cfg.probe
     state = world.gather_objects(files.state())[0]
@@ -228,7 +229,7 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
         batches = evaluation_batches(
             whole_set, crops, world, batch=settings.feature_batch, num_workers=cfg.data.num_workers
         )
-        rows = take_features(backbone, batches, settings, blocks=blocks, world=world)
+        rows = compute_features(backbone, batches, settings, blocks=blocks, world=world)
         files.write(split, rows)
     world.barrier()
     if world.is_main:
@@ -241,14 +242,17 @@ def probe_layer(files, block: int, settings, num_classes: int, world) -> dict:
 
     Raises: Stopped.
     """
-    from peco_ds.evaluation.features import TRAIN, VAL, Stopped, rows_of
+    from peco_ds.evaluation.features import TRAIN, VAL, feature_rows
     from peco_ds.evaluation.linear_probes import probe
+    from peco_ds.evaluation.stopping import Stopped
 
     def stop() -> None:
         if world.stop_seen:
             raise Stopped
 
-    train, val = ((rows_of(files.features(split, block), world.device), files.labels(split)) for split in (TRAIN, VAL))
+    train, val = (
+        (feature_rows(files.features(split, block), world.device), files.labels(split)) for split in (TRAIN, VAL)
+    )
     return {"block": block, **probe(train, val, settings, num_classes=num_classes, device=world.device, stop=stop)}
 
 

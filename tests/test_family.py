@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from peco_ds.config import PretrainRecipe, TokenizerSettings, TokenizerVitSettings
-from peco_ds.data.loaders import ImageSet, masked_batches
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.loaders import masked_batches
 from peco_ds.data.order import rank_positions
 from peco_ds.data_paths import data_path
 from peco_ds.errors import UserError

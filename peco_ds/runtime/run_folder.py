@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from peco_ds.config import Recipe
-from peco_ds.data.atomic_files import alone
+from peco_ds.data.atomic_files import lock_file
 from peco_ds.errors import UserError
 from peco_ds.field_marks import AbsentMeans, FreeOnResume, keys_with
 from peco_ds.old_spellings import current_settings
@@ -95,7 +95,7 @@ def _hold(folder: Path) -> None:
         return
     for attempt in range(LOCK_PATIENCE_S):
         stack = ExitStack()
-        if stack.enter_context(alone(folder / ".lock", wait=False)):
+        if stack.enter_context(lock_file(folder / ".lock", wait=False)):
             _held[folder.resolve()] = stack
             return
         stack.close()
