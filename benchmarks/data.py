@@ -270,9 +270,9 @@ def write_tokens(images, recipe, folder: Path):
     """A token set of drawn codes: values do not matter to the time."""
     import numpy as np
 
-    from peco_ds.data.loaders import draw_recorded_view
     from peco_ds.data.token_parts import TokenParts
     from peco_ds.data.token_shards import TokenRecord, TokenSet
+    from peco_ds.data.views import draw_view
     from peco_ds.schema import ViewRecipe
 
     views, grid, codes = recipe.views, recipe.model.grid, recipe.objective.num_codes
@@ -291,7 +291,7 @@ def write_tokens(images, recipe, folder: Path):
 
     def record(sample: int) -> TokenRecord:
         key, image = images.decode(sample)
-        rows = np.stack([draw_recorded_view(image, views, sample, view) for view in range(views.count)])
+        rows = np.stack([draw_view(views, *image.shape[1:], sample=sample, view=view) for view in range(views.count)])
         shape, soft = (views.count, grid * grid), ()
         # neighbouring codes: no code twice for one patch
         if views.topk:
@@ -329,19 +329,9 @@ class Bench:
         self.tokens = write_tokens(self.image_set, recipe, tokens)
         sizes = self.image_set.shards.shard_sizes
         order = SampleOrder(sizes, recipe.run.seed, recipe.data.shuffle_window_shards)
-        make = dict(
-            image_set=self.image_set,
-            order=order,
-            views=recipe.views,
-            mask=recipe.mask,
-            image_px=recipe.model.image_px,
-            grid=recipe.model.grid,
-            seed=recipe.run.seed,
-        )
-        self.stored, self.online = (
-            MaskedMaker(tokens=self.tokens, **make),
-            MaskedMaker(tokens=None, **{**make, "views": replace(recipe.views, **TOKENIZER_LOOK)}),
-        )
+        drawn = replace(recipe, views=replace(recipe.views, **TOKENIZER_LOOK))
+        self.stored = MaskedMaker(self.image_set, self.tokens, order, recipe)
+        self.online = MaskedMaker(self.image_set, None, order, drawn)
         self.sample_at = order.sample_at
         # also brings the tars into the page cache
         self.files = [
@@ -511,17 +501,7 @@ def seconds_of(function: Callable, device) -> float:
 def draw_mask(mask, grid: int, seed: int, sample: int):
     from peco_ds.data.masking import draw_masked
 
-    return draw_masked(
-        seed=seed,
-        epoch=0,
-        sample=sample,
-        grid=grid,
-        kind=mask.kind,
-        count=mask.count,
-        min_block=mask.min_block,
-        min_aspect=mask.min_aspect,
-        exact=mask.exact,
-    )
+    return draw_masked(mask, grid, seed=seed, epoch=0, sample=sample)
 
 
 class Reference:

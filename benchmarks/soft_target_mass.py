@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -54,9 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer.to(device)
-    batches = square_batches(
-        ImageSet(args.images), rank=0, world_size=1, batch=8, size_px=args.image_px, num_workers=2, device=device
-    )
+    alone = SimpleNamespace(rank=0, size=1, device=device)
+    batches = square_batches(ImageSet(args.images), args.image_px, alone, batch=8, num_workers=2)
     images, kept = [], 0
     for batch in batches:
         images.append(batch.images_01[batch.samples.to(device) >= 0] * 2 - 1)

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,19 +102,8 @@ def drawn_batch(recipe: PretrainRecipe, device: torch.device) -> DrawnBatch:
         recipe.views.topk,
     )
     images = torch.randn(batch, 3, model.image_px, model.image_px, generator=generator)
-    drawn = [
-        draw_masked(
-            seed=0,
-            epoch=0,
-            sample=i,
-            grid=model.grid,
-            kind=mask.kind,
-            count=mask.count,
-            min_block=mask.min_block,
-            min_aspect=mask.min_aspect,
-        )
-        for i in range(batch)
-    ]
+    exact = replace(mask, exact=True)
+    drawn = [draw_masked(exact, model.grid, seed=0, epoch=0, sample=i) for i in range(batch)]
     masked = torch.stack([torch.from_numpy(places) for places in drawn]).to(device)
     patches, soft = model.grid**2, ()
     if topk:

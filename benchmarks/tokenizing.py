@@ -246,7 +246,7 @@ def our_way(codes, images, recipe, together: int, device, number: int) -> float:
     # when a batch's records come, the next one is under way: the last one is not asked for
     samples = np.arange((ahead + counted + 1) * together) % images.num_samples
     cut = [samples[first : first + together] for first in range(0, len(samples), together)]
-    made = record_batches(view_batches(images, cut, data=recipe.data, views=views, device=device), codes)
+    made = record_batches(view_batches(images, cut, recipe, device), codes)
     for _ in range(ahead):
         next(made)
     begun = time.perf_counter()
@@ -283,9 +283,9 @@ class Rows:
         return self._images.decode(number % self._images.num_samples)[1]
 
     def drawn(self, image, number: int, view: int):
-        from peco_ds.data.loaders import draw_recorded_view
+        from peco_ds.data.views import draw_view
 
-        return draw_recorded_view(image, self._views, number % self._images.num_samples, view)
+        return draw_view(self._views, *image.shape[1:], sample=number % self._images.num_samples, view=view)
 
     def crop(self, image, row):
         from peco_ds.data.views import cut

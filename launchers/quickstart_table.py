@@ -39,15 +39,7 @@ tokens = TokenSet(
 
 # One batch of the order's first epoch, every image once, and the true codes of all its patches.
 shown = np.arange(min(8, images.num_samples))
-arguments = dict(
-    data=recipe.data,
-    views=recipe.views,
-    mask=recipe.mask,
-    image_px=recipe.model.image_px,
-    grid=recipe.model.grid,
-    seed=recipe.run.seed,
-)
-batch = next(masked_batches(images, tokens, [shown], device=torch.device("cpu"), **arguments))
+batch = next(masked_batches(images, tokens, [shown], recipe, torch.device("cpu")))
 order = SampleOrder(images.shards.shard_sizes, recipe.run.seed, recipe.data.shuffle_window_shards)
 samples = [order.sample_at(int(position)) for position in shown]
 codes = torch.tensor(

@@ -172,7 +172,7 @@ def open_classifier(args):
 def load_classifier(args, classes: tuple[str, ...]):
     """The model on the CPU, the images that it takes, and where it comes from."""
     from peco_ds.convert.initialize import check_classes
-    from peco_ds.evaluation.evaluate_classifier import CropSettings
+    from peco_ds.data.labelled import CropSettings
     from peco_ds.models.beit_weights import default_crop
 
     if Path(args.target).exists():

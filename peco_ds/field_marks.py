@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -33,15 +33,18 @@ class Bounds:
         numbers = value if isinstance(value, (tuple, list)) else (value,)
         if all(number is None or self._holds(number) for number in numbers):
             return ""
-        limits = {
-            "at least": self.at_least,
-            "above": self.above,
-            "at most": self.at_most,
-            "below": self.below,
-        }
-        words = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
         each = "each " if isinstance(value, (tuple, list)) else ""
-        return f"{each}must be {words}{', or 0' if self.or_zero else ''}{f' ({self.because})' if self.because else ''}"
+        reason = f" ({self.because})" if self.because else ""
+        return f"{each}must be {self._words()}{', or 0' if self.or_zero else ''}{reason}"
+
+    def _words(self) -> str:
+        low = self.at_least if self.above is None else self.above
+        high = self.at_most if self.below is None else self.below
+        if low is None:
+            return f"at most {high}" if self.below is None else f"below {high}"
+        if high is None:
+            return f"at least {low}" if self.above is None else f"above {low}"
+        return f"in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
 
     def _holds(self, number: float) -> bool:
         return (self.or_zero and number == 0) or (
@@ -79,10 +82,12 @@ class FormerKey:
     key: str
 
 
+@cache
 def settings_fields(settings_type: type) -> list[tuple[str, Any, tuple]]:
     """(name, type without marks, marks) of every field of one dataclass, in order."""
     hints = get_type_hints(settings_type, include_extras=True)
-    return [(name, _bare(hints[name]), tuple(_marks(hints[name]))) for name in settings_type.__dataclass_fields__]
+    names = [item.name for item in fields(settings_type)]
+    return [(name, _bare(hints[name]), tuple(_marks(hints[name]))) for name in names]
 
 
 def _bare(hint):
@@ -103,7 +108,7 @@ def recipe_fields(recipe_type: type) -> dict[str, tuple]:
     """Dotted setting of a recipe -> its marks and those of the sections that it stands in."""
     found: dict[str, tuple] = {}
     for name, kind, marks in settings_fields(recipe_type):
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             found |= {f"{name}.{inner}": (*marks, *own) for inner, own in recipe_fields(kind).items()}
         else:
             found[name] = marks

@@ -90,19 +90,7 @@ def train(args, resolved) -> int:
             lr_scales=layer_scales(cfg.model.depth, cfg.classifier.layer_decay),
             ema_decay=cfg.ema.decay,
         )
-        batches = training_batches(
-            images,
-            run.positions(),
-            data=cfg.data,
-            augment=cfg.augment,
-            smoothing=cfg.classifier.smoothing,
-            num_classes=len(classes),
-            image_px=cfg.model.image_px,
-            seed=cfg.run.seed,
-            device=run.world.device,
-            bad=run.bad_images,
-            **statistics,
-        )
+        batches = training_batches(images, run.positions(), cfg, run.world.device, run.bad_images, **statistics)
         # A run that was stopped between its save and its evaluation makes up for it here.
         behind = run.first_step > 0 and run.durations.evaluate_after(run.first_step)
         quality = evaluate(run, held_out, run.first_step, statistics) if behind else {}
@@ -126,22 +114,15 @@ def evaluate(run, held_out, step: int, statistics: dict) -> dict[str, float]:
     """Top-1, top-5 and loss on the held-out images, of the weights as the engine holds them and of their moving
     average (`ema_...`); a row of evaluation.jsonl. Collective.
     """
-    from peco_ds.data.labelled import evaluation_batches
+    from peco_ds.data.labelled import CropSettings, evaluation_batches
     from peco_ds.evaluation.classification import classification_quality
 
     cfg, world = run.cfg, run.world
+    crops = CropSettings(cfg.model.image_px, cfg.evaluation.crop, **statistics)
 
     def accuracy() -> dict[str, float]:
         batches = evaluation_batches(
-            held_out,
-            rank=world.rank,
-            world_size=world.size,
-            batch=cfg.evaluation.batch or cfg.run.micro_batch,
-            image_px=cfg.model.image_px,
-            crop=cfg.evaluation.crop,
-            **statistics,
-            num_workers=cfg.data.num_workers,
-            device=world.device,
+            held_out, crops, world, batch=cfg.evaluation.batch or cfg.run.micro_batch, num_workers=cfg.data.num_workers
         )
         run.engine.eval()
         quality = classification_quality(

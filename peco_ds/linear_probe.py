@@ -203,7 +203,7 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
     Raises: Stopped.
     """
     from peco_ds.convert.initialize import feature_backbone
-    from peco_ds.data.labelled import evaluation_batches
+    from peco_ds.data.labelled import CropSettings, evaluation_batches
     from peco_ds.evaluation.features import compute_features
 
     settings = cfg.probe
@@ -224,28 +224,12 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
             fault = str(error)
     world.agree(fault)
     backbone = feature_backbone(weights, image_px_of(cfg, weights)).to(world.device)
+    crops = CropSettings(image_px_of(cfg, weights), settings.crop, weights.mean, weights.std)
     for split, whole_set in images.items():
         batches = evaluation_batches(
-            whole_set,
-            rank=world.rank,
-            world_size=world.size,
-            batch=settings.feature_batch,
-            image_px=image_px_of(cfg, weights),
-            crop=settings.crop,
-            mean=weights.mean,
-            std=weights.std,
-            num_workers=cfg.data.num_workers,
-            device=world.device,
+            whole_set, crops, world, batch=settings.feature_batch, num_workers=cfg.data.num_workers
         )
-        rows = compute_features(
-            backbone,
-            batches,
-            blocks=blocks,
-            pooling=settings.pooling,
-            precision=settings.precision,
-            device=world.device,
-            stop_requested=world.stop_requested,
-        )
+        rows = compute_features(backbone, batches, settings, blocks=blocks, world=world)
         files.write(split, rows)
     world.barrier()
     if world.is_main:

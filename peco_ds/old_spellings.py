@@ -29,8 +29,7 @@ def current_settings(recipe_type: type, recorded: dict) -> dict:
     found = copy.deepcopy(recorded)
     for key, mark in keys_with(recipe_type, FormerKey).items():
         old, old_name = _section(found, mark.key), mark.key.split(".")[-1]
-        new = _section(found, key, make=True) if old is not None and old_name in old else None
-        if new is not None:
+        if old is not None and old_name in old and (new := _section(found, key, make=True)) is not None:
             new.setdefault(key.split(".")[-1], old.pop(old_name))
     for key, mark in keys_with(recipe_type, Renamed).items():
         section, name = _section(found, key), key.split(".")[-1]
@@ -42,9 +41,10 @@ def current_settings(recipe_type: type, recorded: dict) -> dict:
 def _section(tree: dict, key: str, *, make: bool = False) -> dict | None:
     """The section that a dotted setting stands in; None where there is none."""
     for name in key.split(".")[:-1]:
-        tree = tree.setdefault(name, {}) if make else tree.get(name)
-        if not isinstance(tree, dict):
+        inner = tree.setdefault(name, {}) if make else tree.get(name)
+        if not isinstance(inner, dict):
             return None
+        tree = inner
     return tree
 
 

@@ -83,19 +83,7 @@ def train(args, resolved) -> int:
             activation_checkpointing=cfg.run.activation_checkpointing,
         )
         run.attach(model, training_flops=training_flops(cfg), leaf_modules=(TransformerBlock,))
-        batches = masked_batches(
-            images,
-            tokens,
-            run.positions(),
-            data=cfg.data,
-            views=cfg.views,
-            mask=cfg.mask,
-            image_px=cfg.model.image_px,
-            grid=cfg.model.grid,
-            seed=cfg.run.seed,
-            device=run.world.device,
-            bad=run.bad_images,
-        )
+        batches = masked_batches(images, tokens, run.positions(), cfg, run.world.device, run.bad_images)
         for _ in run.steps():
             for batch in run.micro_batches(batches):
                 outputs = run.engine(batch.images_norm, batch.masked)

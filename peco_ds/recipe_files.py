@@ -77,7 +77,7 @@ def load_recipe(recipe_type: type, path: str | Path, overrides: list[str], envir
         _set(merged, sources, key, parsed, COMMAND_LINE, recipe_type)
     _displace(merged, sources)
     try:
-        recipe = TypeAdapter(recipe_type).validate_python(merged)
+        recipe: Recipe = TypeAdapter(recipe_type).validate_python(merged)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))

@@ -158,10 +158,9 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
     loaded = view_batches(
         images,
         [batch for number in shard_numbers for batch in batches_of[number]],
-        data=cfg.data,
-        views=cfg.views,
-        device=world.device,
-        bad=bad,
+        cfg,
+        world.device,
+        bad,
     )
     # Images may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
     batches = record_batches(loaded, codes_function(tokenizer, cfg, images_per_batch * cfg.views.count))

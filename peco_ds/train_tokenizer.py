@@ -63,7 +63,7 @@ def train(args, resolved) -> int:
         world = run.world
 
         def crops(positions, bad=None):
-            return crop_batches(images, order, positions, data=cfg.data, views=cfg.views, device=world.device, bad=bad)
+            return crop_batches(images, order, positions, cfg, world.device, bad)
 
         tokenizer = build_tokenizer(cfg.tokenizer, seed=cfg.run.seed).to(world.device)
         if cfg.tokenizer.kmeans_iters and not run.resumes:

@@ -62,15 +62,7 @@ def train(args, resolved) -> int:
     with Run.start(args, resolved, "rotation", images, num_samples=order.num_samples) as run:
         run.seed_weights()
         run.attach(RotationNet(cfg.width), training_flops=0.0)
-        batches = crop_batches(
-            images,
-            order,
-            run.positions(),
-            data=cfg.data,
-            views=cfg.views,
-            device=run.world.device,
-            bad=run.bad_images,
-        )
+        batches = crop_batches(images, order, run.positions(), cfg, run.world.device, run.bad_images)
         for _ in run.steps():
             for batch in run.micro_batches(batches):
                 turns = torch.arange(len(batch.images_11)) % TURNS

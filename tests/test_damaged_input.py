@@ -876,21 +876,15 @@ def test_a_view_that_is_not_in_its_image_stops_the_run(photograph, tmp_path):
     assert cut(image, record.views[0], 32).shape == (3, 32, 32)
     refused(lambda: cut(image, record.views[1], 32), "is not in an image of 64 x 96", "tokenize")
     recipe = load_recipe(PretrainRecipe, "peco_vitb16", []).recipe
-    data = dataclasses.replace(recipe.data, num_workers=0)
-    mask = dataclasses.replace(recipe.mask, count=4, min_block=2)
-    places = [np.arange(epoch, epoch + 1) for epoch in range(2)]  # both views of the one image
-    batches = masked_batches(
-        images,
-        tokens,
-        places,
-        data=data,
+    recipe = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, num_workers=0),
         views=tokens_views(),
-        mask=mask,
-        image_px=32,
-        grid=4,
-        seed=0,
-        device=torch.device("cpu"),
+        mask=dataclasses.replace(recipe.mask, count=4, min_block=2),
+        model=dataclasses.replace(recipe.model, image_px=32, patch_px=8),
     )
+    places = [np.arange(epoch, epoch + 1) for epoch in range(2)]  # both views of the one image
+    batches = masked_batches(images, tokens, places, recipe, torch.device("cpu"))
     refused(lambda: list(batches), "is not in an image of 64 x 96")
 
 

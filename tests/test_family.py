@@ -81,20 +81,7 @@ def batch(request, small_sets, releases):
         online_tokenizer(releases / request.param, recipe, CPU),
     )
     positions = rank_positions(recipe.run, 0, 1, first_step=0, last_step=1)
-    return next(
-        masked_batches(
-            images,
-            tokens,
-            positions,
-            data=recipe.data,
-            views=recipe.views,
-            mask=recipe.mask,
-            image_px=64,
-            grid=4,
-            seed=0,
-            device=CPU,
-        )
-    )
+    return next(masked_batches(images, tokens, positions, recipe, CPU))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -160,7 +147,7 @@ REFUSED = {
         ["encoding.decoder_width=500"],
         "not a multiple of encoding.decoder_heads 16",
     ),
-    "a share above one": (["objective.omega=1.5"], r"objective.omega 1.5: a share"),
+    "a share above one": (["objective.omega=1.5"], r"objective.omega 1.5: must be in \[0, 1\]"),
     "an unknown objective": (["objective.name=soft"], "objective.name"),
 }
 

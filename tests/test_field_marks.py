@@ -95,7 +95,8 @@ def test_a_default_is_never_outside_its_own_bounds():
 
 
 def test_a_range_names_all_its_limits_and_its_reason():
-    assert Bounds(at_least=0, below=1).fault(1.0) == "must be at least 0 and below 1"
+    assert Bounds(at_least=0, below=1).fault(1.0) == "must be in [0, 1)"
+    assert Bounds(above=0, at_most=1).fault(0.0) == "must be in (0, 1]"
     assert Bounds(above=1, or_zero=True).fault(0.5) == "must be above 1, or 0"
     assert Bounds(above=1, or_zero=True).fault(0.0) == "" and Bounds(above=1).fault(None) == ""
     assert Bounds(at_most=9, because="so it is").fault((1, 10)) == "each must be at most 9 (so it is)"

@@ -4,6 +4,7 @@ resume, start from pre-training.
 """
 
 import json
+from types import SimpleNamespace
 
 import beit_samples
 import pytest
@@ -15,12 +16,11 @@ from peco_ds.config import ModelSettings
 from peco_ds.convert.initialize import classifier_of
 from peco_ds.convert.read import read_weights
 from peco_ds.data.image_set import ImageSet
-from peco_ds.data.labelled import evaluation_batches
+from peco_ds.data.labelled import CropSettings, evaluation_batches
 from peco_ds.errors import UserError
 from peco_ds.evaluation.classification import classification_quality
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.run_weights import read_run
-from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
 STAGES = (0, 1, 2, 3)
 HALF = ["model.drop_path=0.3", "checkpoint.every_steps=3", "evaluation.every_epochs=0.35"]
@@ -124,17 +124,9 @@ def test_the_average_is_its_own_and_a_fresh_model_scores_with_it_what_the_engine
         model = classifier_of(weights)
         if name.startswith("bf16"):
             model = model.bfloat16()
+        alone = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"))
         batches = evaluation_batches(
-            ImageSet(labelled_sets.root / "images" / "val"),
-            rank=0,
-            world_size=1,
-            batch=4,
-            image_px=32,
-            crop=0.875,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-            num_workers=0,
-            device=torch.device("cpu"),
+            ImageSet(labelled_sets.root / "images" / "val"), CropSettings(32, 0.875), alone, batch=4, num_workers=0
         )
         quality = classification_quality(model, batches, num_classes=4, device=torch.device("cpu"))
         assert quality["loss"] == pytest.approx(

@@ -43,18 +43,7 @@ def open_sets(small_sets, *overrides):
 
 def batches_of(recipe, images, tokens, *, rank=0, world_size=1, first_step=0, last_step=6):
     positions = rank_positions(recipe.run, rank, world_size, first_step=first_step, last_step=last_step)
-    return masked_batches(
-        images,
-        tokens,
-        positions,
-        data=recipe.data,
-        views=recipe.views,
-        mask=recipe.mask,
-        image_px=recipe.model.image_px,
-        grid=recipe.model.grid,
-        seed=recipe.run.seed,
-        device=CPU,
-    )
+    return masked_batches(images, tokens, positions, recipe, CPU)
 
 
 def global_batches(small_sets, *, world_size, num_workers, micro_batch):
@@ -121,15 +110,14 @@ def test_stored_codes_equal_codes_computed_online_for_every_view(small_sets):
 
 
 def test_every_stored_code_and_crop_is_what_the_record_replays(small_sets):
-    from peco_ds.data.loaders import draw_recorded_view
-    from peco_ds.data.views import cut, jitter, to_tokenizer
+    from peco_ds.data.views import cut, draw_view, jitter, to_tokenizer
 
     recipe, images, tokens = open_sets(small_sets)
     tokenizer, _ = load_tokenizer(data_path(recipe.data, recipe.data.tokenizer))
     for sample in range(96):
         key, image = images.decode(sample)
         record = tokens.read(sample, key)
-        drawn = np.stack([draw_recorded_view(image, recipe.views, sample, view) for view in range(3)])
+        drawn = np.stack([draw_view(recipe.views, *image.shape[1:], sample=sample, view=view) for view in range(3)])
         assert np.array_equal(drawn, record.views)
         crops = jitter(torch.stack([cut(image, row, 32) for row in record.views]), torch.from_numpy(record.views))
         with torch.no_grad():
@@ -229,9 +217,7 @@ def test_held_out_images_are_kept_from_training(small_sets):
     assert trained == set(range(86))
     crops = held_out_images(images, recipe.data, 100, 32)
     assert crops.shape == (10, 3, 32, 32) and crops.dtype == torch.uint8
-    batch = next(
-        crop_batches(images, order, [np.arange(4)], data=recipe.data, views=recipe.views, device=CPU)
-    ).images_11
+    batch = next(crop_batches(images, order, [np.arange(4)], recipe, CPU)).images_11
     assert batch.shape == (4, 3, 32, 32) and batch.min() >= -1 and batch.max() <= 1
     with pytest.raises(UserError, match="holdout"):
         training_order(images, load_recipe(PretrainRecipe, "peco_vitb16", ["data.holdout=96"]).recipe.data, 0)
@@ -444,14 +430,8 @@ def test_an_image_that_cannot_be_read_at_all_counts_as_unreadable_and_a_token_re
     Flaky(monkeypatch, errno.EIO, times=99, only_tar="images")
     recipe, images, tokens = open_sets(small_sets)
     bad = BadImages(max_share=0.1)
-    make = dict(data=recipe.data, views=recipe.views, mask=recipe.mask, image_px=64, grid=4, seed=0, device=CPU)
-    keys = [
-        key
-        for batch in masked_batches(
-            images, tokens, rank_positions(recipe.run, 0, 1, first_step=0, last_step=12), bad=bad, **make
-        )
-        for key in batch.keys
-    ]
+    positions = rank_positions(recipe.run, 0, 1, first_step=0, last_step=12)
+    keys = [key for batch in masked_batches(images, tokens, positions, recipe, CPU, bad) for key in batch.keys]
     # one image in each of four shards
     assert len(keys) == 96 and (bad.count, bad.read) == (4, 96)
     assert "4 times in 0.03 s" in caplog.text

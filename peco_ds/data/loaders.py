@@ -8,14 +8,14 @@ longer the one of the manifest, stops the run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from peco_ds.config import DataSettings, MaskSettings, ViewSettings
+from peco_ds.config import DataSettings, PretrainRecipe, TokenizerRecipe, ViewSettings
 from peco_ds.data.decode import DecodeError
 from peco_ds.data.device_feed import device_batches
 from peco_ds.data.image_set import BadImages, ImageSet
@@ -97,11 +97,7 @@ class MaskedMaker:
     # None: views are drawn here and the codes are computed in the training loop.
     tokens: TokenSet | None
     order: SampleOrder
-    views: ViewSettings
-    mask: MaskSettings
-    image_px: int
-    grid: int
-    seed: int
+    recipe: PretrainRecipe
 
     def _read(
         self, epoch: int, sample: int, view: int
@@ -115,7 +111,7 @@ class MaskedMaker:
         while True:
             sample, key, image, unreadable = self.images.decode_or_next(sample)
             bad += unreadable
-            own_view = view if sample == first else view_at(self.seed, epoch, sample, self.views.count)
+            own_view = view if sample == first else self._view(epoch, sample)
             record = self.tokens.read(sample, key, own_view) if self.tokens is not None else None
             if record is None or record.is_usable:
                 return sample, key, image, own_view, record, bad
@@ -127,14 +123,16 @@ class MaskedMaker:
             sample = (sample + 1) % self.images.num_samples
 
     def __call__(self, positions: np.ndarray) -> RawBatch:
-        raw = RawBatch()
-        kinds = {backbone_crop(self.image_px)} | ({tokenizer_crop(self.views)} if self.tokens is None else set())
+        raw, recipe = RawBatch(), self.recipe
+        kinds = {backbone_crop(recipe.model.image_px)} | (
+            {tokenizer_crop(recipe.views)} if self.tokens is None else set()
+        )
         raw.cuts, rows = {kind: room_for_cuts(len(positions), kind[0]) for kind in kinds}, []
         stored: list[tuple[np.ndarray, ...]] = []
         # What needs no pixel is drawn for the whole batch at once: between two images, whose pixels have filled the
         # caches, it takes several times as long.
         chosen = [(self.order.epoch_of(position), self.order.sample_at(position)) for position in positions.tolist()]
-        first_views = [view_at(self.seed, epoch, sample, self.views.count) for epoch, sample in chosen]
+        first_views = [self._view(epoch, sample) for epoch, sample in chosen]
         for place, ((epoch, sample), view) in enumerate(zip(chosen, first_views)):
             sample, key, image, view, record, bad = self._read(epoch, sample, view)
             chosen[place] = epoch, sample
@@ -142,32 +140,28 @@ class MaskedMaker:
                 row = record.views[0]
                 stored.append(self._stored(record))
             else:
-                row = draw_recorded_view(image, self.views, sample, view)
+                row = draw_view(recipe.views, *image.shape[1:], sample=sample, view=view)
             for kind in kinds:
                 raw.cuts[kind][place] = cut(image, row, *kind)
             rows.append(row)
             raw.keys.append(key)
             raw.bad += bad
-        mask = self.mask
-        drawn = dict(
-            seed=self.seed,
-            grid=self.grid,
-            kind=mask.kind,
-            count=mask.count,
-            min_block=mask.min_block,
-            min_aspect=mask.min_aspect,
-            exact=mask.exact,
-        )
-        masked = [self._filled(draw_masked(epoch=epoch, sample=sample, **drawn)) for epoch, sample in chosen]
+        masked = [
+            self._filled(draw_masked(recipe.mask, recipe.model.grid, seed=recipe.run.seed, epoch=epoch, sample=sample))
+            for epoch, sample in chosen
+        ]
         raw.rows = torch.from_numpy(np.stack(rows))
         raw.masked = torch.from_numpy(np.stack(masked))
         raw.stored = tuple(torch.from_numpy(np.stack(values)) for values in zip(*stored))
         return raw
 
+    def _view(self, epoch: int, sample: int) -> int:
+        return view_at(self.recipe.run.seed, epoch, sample, self.recipe.views.count)
+
     def _stored(self, record: TokenRecord) -> tuple[np.ndarray, ...]:
         """Hard codes of a record's one view and, where the recipe asks for them, its likeliest soft ones."""
         hard = record.codes[0].astype(np.int64)
-        kept = self.views.topk
+        kept = self.recipe.views.topk
         return (
             (hard, record.topk_codes[0, :, :kept].astype(np.int64), record.topk_probs[0, :, :kept].astype(np.float32))
             if kept
@@ -175,11 +169,8 @@ class MaskedMaker:
         )
 
     def _filled(self, masked: np.ndarray) -> np.ndarray:
-        return (
-            masked
-            if len(masked) == self.mask.count
-            else np.concatenate([masked, np.full(self.mask.count - len(masked), masked[-1])])
-        )
+        missing = self.recipe.mask.count - len(masked)
+        return np.concatenate([masked, np.full(missing, masked[-1])]) if missing else masked
 
 
 # The side of a crop in px, and the interpolation it is resized with.
@@ -194,31 +185,11 @@ def tokenizer_crop(views: ViewSettings) -> CropKind:
     return views.tokenizer_px, views.tokenizer_interpolation
 
 
-def draw_recorded_view(image: torch.Tensor, views: ViewSettings, sample: int, view: int) -> np.ndarray:
-    """The row that tokenize_shards.py records for this view; a second draw gives the same row."""
-    return draw_view(
-        *image.shape[1:],
-        seed=views.seed,
-        sample=sample,
-        view=view,
-        scale=views.scale,
-        ratio=views.ratio,
-        flip=views.flip,
-        color_jitter=views.color_jitter,
-    )
-
-
 def masked_batches(
-    image_set: ImageSet,
+    images: ImageSet,
     tokens: TokenSet | Callable[[torch.Tensor], Codes],
-    positions,
-    *,
-    data: DataSettings,
-    views: ViewSettings,
-    mask: MaskSettings,
-    image_px: int,
-    grid: int,
-    seed: int,
+    positions: Iterable[np.ndarray],
+    recipe: PretrainRecipe,
     device: torch.device,
     bad: BadImages | None = None,
 ) -> Iterator[MaskedBatch]:
@@ -226,21 +197,22 @@ def masked_batches(
 
     Args:
         tokens: a token set, or a tokenizer `images_11 [B, 3, T, T] -> Codes` that computes them online.
-        positions: iterable of position arrays, one a batch (`order.rank_positions`).
+        positions: position arrays, one a batch (`order.rank_positions`).
+        recipe: its data, views, mask, model's size and run.seed are read.
         bad: the run's count of unreadable images; None: one of this call's own.
     Yields: MaskedBatch on `device`.
     """
     stored = tokens if isinstance(tokens, TokenSet) else None
-    order = SampleOrder(image_set.shards.shard_sizes, seed, data.shuffle_window_shards)
-    make = MaskedMaker(image_set, stored, order, views, mask, image_px, grid, seed)
+    order = SampleOrder(images.shards.shard_sizes, recipe.run.seed, recipe.data.shuffle_window_shards)
+    make = MaskedMaker(images, stored, order, recipe)
 
     def prepare(raw: RawBatch) -> tuple:
-        images = {kind: jitter(images.to(device, non_blocking=True), raw.rows) for kind, images in raw.cuts.items()}
+        crops = {kind: jitter(crops.to(device, non_blocking=True), raw.rows) for kind, crops in raw.cuts.items()}
         known = tuple(values.to(device, non_blocking=True) for values in raw.stored)
         return (
-            to_backbone(images[backbone_crop(image_px)]),
+            to_backbone(crops[backbone_crop(recipe.model.image_px)]),
             raw.masked.to(device, non_blocking=True),
-            known or (to_tokenizer(images[tokenizer_crop(views)]),),
+            known or (to_tokenizer(crops[tokenizer_crop(recipe.views)]),),
         )
 
     def finish(ready: tuple, raw: RawBatch) -> MaskedBatch:
@@ -250,9 +222,9 @@ def masked_batches(
         codes = Codes(*known) if stored is not None else tokens(*known)
         return MaskedBatch(images_norm, masked, masked_targets(codes, masked), raw.keys)
 
-    bad = bad or BadImages(data.max_bad_share)
+    bad = bad or BadImages(recipe.data.max_bad_share)
     yield from device_batches(
-        make, positions, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch
+        make, positions, prepare, finish, num_workers=recipe.data.num_workers, device=device, in_turn=bad.add_batch
     )
 
 
@@ -276,7 +248,7 @@ class _CropMaker:
         for place, position in enumerate(positions):
             epoch = self.order.epoch_of(int(position))
             sample, key, image, bad = self.images.decode_or_next(self.order.sample_at(int(position)))
-            row = draw_recorded_view(image, self.views, sample, epoch)
+            row = draw_view(self.views, *image.shape[1:], sample=sample, view=epoch)
             cuts[place] = cut(image, row, *tokenizer_crop(self.views))
             rows.append(row)
             raw.keys.append(key)
@@ -289,28 +261,29 @@ class _CropMaker:
 def crop_batches(
     images: ImageSet,
     order: SampleOrder,
-    positions,
-    *,
-    data: DataSettings,
-    views: ViewSettings,
+    positions: Iterable[np.ndarray],
+    recipe: PretrainRecipe | TokenizerRecipe,
     device: torch.device,
     bad: BadImages | None = None,
 ) -> Iterator[CropBatch]:
-    """Batches of tokenizer training; `bad` as in `masked_batches`. Yields: CropBatch on `device`."""
+    """Batches of tokenizer training, as recipe.data and recipe.views say; `bad` as in `masked_batches`.
+
+    Yields: CropBatch on `device`.
+    """
 
     def prepare(raw: RawBatch) -> torch.Tensor:
-        return to_tokenizer(jitter(raw.cuts[tokenizer_crop(views)].to(device, non_blocking=True), raw.rows))
+        return to_tokenizer(jitter(raw.cuts[tokenizer_crop(recipe.views)].to(device, non_blocking=True), raw.rows))
 
     def finish(images_11: torch.Tensor, raw: RawBatch) -> CropBatch:
         return CropBatch(images_11, raw.keys)
 
-    bad = bad or BadImages(data.max_bad_share)
+    bad = bad or BadImages(recipe.data.max_bad_share)
     yield from device_batches(
-        _CropMaker(images, order, views),
+        _CropMaker(images, order, recipe.views),
         positions,
         prepare,
         finish,
-        num_workers=data.num_workers,
+        num_workers=recipe.data.num_workers,
         device=device,
         in_turn=bad.add_batch,
     )
@@ -335,8 +308,12 @@ class _ViewsMaker:
                 raw.bad.append(str(error))
                 image = None
             for view in range(self.views.count):
-                row = UNREADABLE if image is None else draw_recorded_view(image, self.views, int(sample), view)
-                cuts[len(rows)] = 0 if image is None else cut(image, row, *kind)
+                if image is None:
+                    row = UNREADABLE
+                    cuts[len(rows)] = 0
+                else:
+                    row = draw_view(self.views, *image.shape[1:], sample=int(sample), view=view)
+                    cuts[len(rows)] = cut(image, row, *kind)
                 rows.append(row)
             raw.keys.append(key)
         raw.cuts = {kind: cuts}
@@ -356,30 +333,29 @@ class ViewsBatch(NamedTuple):
 def view_batches(
     images: ImageSet,
     samples: list[np.ndarray],
-    *,
-    data: DataSettings,
-    views: ViewSettings,
+    recipe: PretrainRecipe,
     device: torch.device,
     bad: BadImages | None = None,
 ) -> Iterator[ViewsBatch]:
-    """Batches of tokenizing: `samples` is a list of arrays of sample numbers, one a batch.
+    """Batches of tokenizing, as recipe.data and recipe.views say; `bad` as in `masked_batches`.
 
-    `bad` as in `masked_batches`.
+    Args:
+        samples: arrays of sample numbers, one a batch.
     """
 
     def prepare(raw: RawBatch) -> torch.Tensor:
-        return to_tokenizer(jitter(raw.cuts[tokenizer_crop(views)].to(device, non_blocking=True), raw.rows))
+        return to_tokenizer(jitter(raw.cuts[tokenizer_crop(recipe.views)].to(device, non_blocking=True), raw.rows))
 
     def finish(images_11: torch.Tensor, raw: RawBatch) -> ViewsBatch:
-        return ViewsBatch(raw.keys, raw.rows.numpy().reshape(len(raw.keys), views.count, -1), images_11)
+        return ViewsBatch(raw.keys, raw.rows.numpy().reshape(len(raw.keys), recipe.views.count, -1), images_11)
 
-    bad = bad or BadImages(data.max_bad_share)
+    bad = bad or BadImages(recipe.data.max_bad_share)
     yield from device_batches(
-        _ViewsMaker(images, views),
+        _ViewsMaker(images, recipe.views),
         samples,
         prepare,
         finish,
-        num_workers=data.num_workers,
+        num_workers=recipe.data.num_workers,
         device=device,
         in_turn=bad.add_batch,
     )

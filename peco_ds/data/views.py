@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from peco_ds.config import ViewSettings
 from peco_ds.data.order import VIEW, generator, uniform
 from peco_ds.errors import UserError
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, VIEW_COLUMNS
@@ -33,25 +34,20 @@ _FACTORS = slice(VIEW_COLUMNS.index("brightness"), VIEW_COLUMNS.index("saturatio
 _ORDER = VIEW_COLUMNS.index("jitter_order")
 
 
-def draw_view(
-    height: int, width: int, *, seed: int, sample: int, view: int, scale, ratio, flip: float, color_jitter: float
-) -> np.ndarray:
-    """One view of one image, as a pure function of (seed, sample, view).
+def draw_view(views: ViewSettings, height: int, width: int, *, sample: int, view: int) -> np.ndarray:
+    """One view of one image, as a pure function of (views.seed, sample, view).
 
     Args:
+        views: says how boxes, flips and jitter are drawn.
         height, width: of the upright source image, px.
-        scale: (low, high) share of its area.
-        ratio: (low, high) aspect, log-uniform.
-        flip: probability.
-        color_jitter: j; the factors are uniform in [1 - j, 1 + j].
     Returns: float32 [len(VIEW_COLUMNS)].
     Source: random resized crop as torchvision's (ten tries, then the central crop of the nearest allowed aspect).
     """
-    draw = generator(VIEW, seed, sample, view)
+    draw = generator(VIEW, views.seed, sample, view)
     row = np.empty(len(VIEW_COLUMNS), dtype=np.float32)
-    row[_BOX] = _draw_box(draw, height, width, scale, ratio)
-    row[_FLIP] = draw.random() < flip
-    row[_FACTORS] = draw.uniform(1 - color_jitter, 1 + color_jitter, 3)
+    row[_BOX] = _draw_box(draw, height, width, views.scale, views.ratio)
+    row[_FLIP] = draw.random() < views.flip
+    row[_FACTORS] = draw.uniform(1 - views.color_jitter, 1 + views.color_jitter, 3)
     row[_ORDER] = draw.integers(len(_JITTER_ORDERS))
     return row
 

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
 
 from torch import nn
 
 from peco_ds.data.image_set import ImageSet
-from peco_ds.data.labelled import evaluation_batches
+from peco_ds.data.labelled import CropSettings, evaluation_batches
 from peco_ds.evaluation.classification import classification_quality
 from peco_ds.evaluation.forward import ForwardSettings, in_precision, world_images_per_s
 from peco_ds.evaluation.stopping import until_stopped
-
-
-@dataclass(frozen=True)
-class CropSettings:
-    """The images that a classifier takes: central crops, normalised."""
-
-    image_px: int
-    # Share of the resized short side that is seen, in (0, 1].
-    crop: float
-    # Statistics of images in [0, 1].
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def evaluate_classifier(
@@ -39,15 +26,7 @@ def evaluate_classifier(
     """
     forward = in_precision(model.to(world.device), how.precision, world.device)
     forward_images_per_s = world_images_per_s(forward, how.batch, settings.image_px, world)
-    batches = evaluation_batches(
-        images,
-        rank=world.rank,
-        world_size=world.size,
-        batch=how.batch,
-        num_workers=how.num_workers,
-        device=world.device,
-        **asdict(settings),
-    )
+    batches = evaluation_batches(images, settings, world, batch=how.batch, num_workers=how.num_workers)
     begun = time.perf_counter()
     quality = classification_quality(
         forward,
@@ -57,7 +36,7 @@ def evaluate_classifier(
     )
     end_to_end_images_per_s = quality["images"] / (time.perf_counter() - begun)
     result = {
-        "settings": {**asdict(settings), **how.facts(world)},
+        "settings": {**settings._asdict(), **how.facts(world)},
         "quality": quality,
         "throughput": {
             "forward_images_per_s": forward_images_per_s,

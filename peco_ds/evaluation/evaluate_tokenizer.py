@@ -108,15 +108,7 @@ class TokenizerEvaluation:
         return result, line
 
     def _squares(self, images: ImageSet, how: ForwardSettings, world):
-        batches = square_batches(
-            images,
-            rank=world.rank,
-            world_size=world.size,
-            batch=how.batch,
-            size_px=self._image_px,
-            num_workers=how.num_workers,
-            device=world.device,
-        )
+        batches = square_batches(images, self._image_px, world, batch=how.batch, num_workers=how.num_workers)
         return until_stopped(batches, world.stop_requested)
 
 

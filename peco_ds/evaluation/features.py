@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from timm.models.beit import Beit
 
+from peco_ds.config import ProbeSettings
 from peco_ds.errors import UserError
 from peco_ds.evaluation.stopping import until_stopped
 from peco_ds.schema import MANIFEST_NAME, read_json, sha256_of_json, write_json
@@ -197,32 +198,26 @@ class FeatureFiles:
         return f"block_{block:02d}"
 
 
-def compute_features(
-    backbone: Beit,
-    batches: Iterable,
-    *,
-    blocks: tuple[int, ...],
-    pooling: str,
-    precision: Literal["bf16", "fp32"],
-    device: torch.device,
-    stop_requested: Callable[[], bool],
-):
-    """Features of this rank's images, for `FeatureFiles.write`. Collective where `stop_requested` is.
+def compute_features(backbone: Beit, batches: Iterable, settings: ProbeSettings, *, blocks: tuple[int, ...], world):
+    """Features of this rank's images, for `FeatureFiles.write`. Collective.
 
     Args:
         batches: have `.images_norm`, `.labels`, `.samples` (int64 [B], -1 where a row only fills the batch up).
+        settings: its pooling and precision are read.
+        blocks: counted from 1, increasing.
+        world: has device and stop_requested.
     Yields: samples, labels, and float16 [b, F] a block.
     Raises: Stopped; UserError if a feature is not finite.
     """
     clipped = 0
-    for batch in until_stopped(batches, stop_requested):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            features = pooled_features(backbone, batch.images_norm, blocks, pooling)
+    for batch in until_stopped(batches, world.stop_requested):
+        with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
+            features = pooled_features(backbone, batch.images_norm, blocks, settings.pooling)
         real = batch.samples >= 0
         stacked = torch.stack(features)[:, real]
         if not bool(torch.isfinite(stacked).all()):
             raise UserError(
-                f"the backbone gives values that are not finite in {precision}; set probe.precision=fp32, or "
+                f"the backbone gives values that are not finite in {settings.precision}; set probe.precision=fp32, or "
                 "check the weights"
             )
         clipped += int((stacked.abs() > LARGEST).sum())

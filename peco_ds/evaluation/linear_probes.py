@@ -54,13 +54,9 @@ def standardisation(rows: Callable, num_rows: int) -> tuple[torch.Tensor, torch.
 def train_linear_probes(
     rows: Callable,
     labels: torch.Tensor,
+    settings: ProbeSettings,
     *,
     num_classes: int,
-    lrs: tuple[float, ...],
-    epochs: int,
-    batch: int,
-    weight_decay: float,
-    seed: int,
     device: torch.device,
     stop: Callable[[], None] = lambda: None,
 ) -> LinearProbes:
@@ -74,11 +70,12 @@ def train_linear_probes(
     Args:
         rows: int64 [b] on the CPU -> float32 [b, F] on `device`.
         labels: int64 [n].
-        batch: images a step; an epoch's last one may be smaller.
+        settings: its lrs, epochs, global_batch (an epoch's last batch may be smaller), weight_decay and seed are read.
         stop: called before every epoch; may raise.
     Source: BEiT (arXiv 2106.08254), table 9: AdamW, 50 epochs, batch 1024; MAE (arXiv 2111.06377), appendix, for the
         normalisation.
     """
+    lrs, epochs, batch = settings.lrs, settings.epochs, settings.global_batch
     mean, scale = standardisation(rows, len(labels))
     weight = torch.zeros(len(lrs), num_classes, len(mean), device=device, requires_grad=True)
     bias = torch.zeros(len(lrs), num_classes, device=device, requires_grad=True)
@@ -86,14 +83,14 @@ def train_linear_probes(
     # The optimiser moves each learning rate's slice; slices and their gradients share memory with the whole tensors.
     weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
     groups, peaks = [], []
-    for whole, decay in ((weight, weight_decay), (bias, 0.0)):
+    for whole, decay in ((weight, settings.weight_decay), (bias, 0.0)):
         for part, gradient, lr in zip(whole.detach(), whole.grad, lrs):
             part.grad = gradient
             groups.append({"params": [part], "weight_decay": decay})
             peaks.append(lr)
     optimizer = torch.optim.AdamW(groups, lr=0.0)
     truth = labels.to(device)
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator().manual_seed(settings.seed)
     steps_an_epoch = -(-len(labels) // batch)
     for epoch in range(epochs):
         stop()
@@ -151,17 +148,7 @@ def probe(
         train, val: rows and labels, as `train_linear_probes` takes them.
     Returns: {"linear": [{"lr", "top1", "top5"}], "knn": {k: top1}} on `val`, in percent; k as text.
     """
-    probes = train_linear_probes(
-        *train,
-        num_classes=num_classes,
-        lrs=settings.lrs,
-        epochs=settings.epochs,
-        batch=settings.global_batch,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-        device=device,
-        stop=stop,
-    )
+    probes = train_linear_probes(*train, settings, num_classes=num_classes, device=device, stop=stop)
     linear = [{"lr": lr, **accuracy} for lr, accuracy in zip(settings.lrs, linear_accuracy(probes, *val))]
     knn = (
         knn_top1(

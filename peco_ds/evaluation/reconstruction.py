@@ -147,31 +147,26 @@ def quality_line(quality: dict[str, float], num_codes: int) -> str:
 
 @torch.no_grad()
 def held_out_quality(
-    round_trip: Callable,
-    images_u8: torch.Tensor,
-    sums: CodeSums,
-    *,
-    batch: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    all_reduce: Callable,
+    round_trip: Callable, images_u8: torch.Tensor, sums: CodeSums, world, *, batch: int
 ) -> dict[str, float]:
     """The measures of `sums` over a held-out set that the ranks share. Collective.
 
     Args:
         round_trip: images_11 [b, 3, S, S] -> the output that `sums.add` takes; called equally often on every rank.
-        images_u8: uint8 [n, 3, S, S], the same on every rank.  sums: empty.
+        images_u8: uint8 [n, 3, S, S], the same on every rank.
+        sums: empty.
+        world: has rank, size, device, all_reduce.
+        batch: images a forward pass.
     Returns: as `CodeSums.result`.
     """
     total = len(images_u8)
-    each = -(-total // world_size)
+    each = -(-total // world.size)
     for start in range(0, each, batch):
-        places = torch.arange(rank * each + start, rank * each + min(start + batch, each))
+        places = torch.arange(world.rank * each + start, world.rank * each + min(start + batch, each))
         # Every rank makes the same number of calls. Past the end the last image is repeated and not counted.
-        originals = images_u8[places.clamp(max=total - 1)].to(device).float() / 255
-        sums.add(originals, round_trip(originals * 2 - 1), (places < total).to(device))
-    return sums.result(all_reduce)
+        originals = images_u8[places.clamp(max=total - 1)].to(world.device).float() / 255
+        sums.add(originals, round_trip(originals * 2 - 1), (places < total).to(world.device))
+    return sums.result(world.all_reduce)
 
 
 class HeldOut:
@@ -206,16 +201,8 @@ class HeldOut:
 
         with run.evaluating():
             run.engine.eval()
-            self.last = held_out_quality(
-                round_trip,
-                self._images_u8,
-                training_sums(self._tokenizer, world.device, self._frozen),
-                batch=run.cfg.run.micro_batch,
-                rank=world.rank,
-                world_size=world.size,
-                device=world.device,
-                all_reduce=world.all_reduce,
-            )
+            sums = training_sums(self._tokenizer, world.device, self._frozen)
+            self.last = held_out_quality(round_trip, self._images_u8, sums, world, batch=run.cfg.run.micro_batch)
             run.meter.evaluation(step, self.last)
             if self._tokenizer.makes_images:
                 self._show(round_trip, step)
