@@ -29,7 +29,7 @@ from record import at_least, require_gpu, write_record
 
 from peco_ds.command_line import Parser, run
 from peco_ds.config import PretrainRecipe, load_recipe
-from peco_ds.planner.compute import PACES, segment_seconds
+from peco_ds.planner.step_cost import PACES, segment_seconds
 from peco_ds.planner.hardware import HARDWARE, Hardware, hardware_of_device
 from peco_ds.planner.shapes import ELEMENT_BYTES, mim_activation_bytes
 from peco_ds.planner.work import pretrain_segments

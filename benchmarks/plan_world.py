@@ -25,7 +25,7 @@ from record import write_record
 
 from peco_ds.command_line import Parser, run
 from peco_ds.config import ModelSettings, TokenizerSettings, ViewSettings
-from peco_ds.planner.compute import PACES, SegmentSeconds, optimizer_seconds, segment_seconds, work_seconds
+from peco_ds.planner.step_cost import PACES, SegmentSeconds, optimizer_seconds, segment_seconds, work_seconds
 from peco_ds.planner.hardware import Hardware, find_hardware
 from peco_ds.planner.shapes import FLOPS_PER_MAC, IMAGE_CHANNELS
 from peco_ds.planner.step_cost import StepInputs, closed_form

@@ -25,14 +25,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args, resolved) -> int:
     """Check everything that needs no ranks, and say what the run would be and cost."""
-    from peco_ds.config import data_path, resolve_durations
+    from peco_ds.config import data_path
     from peco_ds.convert.initialize import check_head, check_sizes
     from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
     from peco_ds.data.labelled import labelled_sets
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
-    from peco_ds.planner.report import finetune_report
-    from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN
+    from peco_ds.planner.dry_run import dry_run_report
     from peco_ds.runtime.run_weights import read_run
 
     cfg = resolved.recipe
@@ -42,7 +41,7 @@ def dry_run(args, resolved) -> int:
     sets = {name: data_path(cfg.data, getattr(cfg.data, name)) for name in ("images", "val_images")}
     assumed = not sets["images"].exists()
     if assumed:
-        num_samples, num_classes, classes = IMAGENET_1K_TRAIN, IMAGENET_1K_CLASSES, None
+        num_samples = num_classes = classes = None
     else:
         images, _, classes = labelled_sets(sets["images"], sets["val_images"])
         num_samples, num_classes = images.num_samples, len(classes)
@@ -55,10 +54,7 @@ def dry_run(args, resolved) -> int:
         if classes and weights.kind == "classifier" and cfg.init.head == "auto":
             check_head(weights, classes)
         start = f"{weights.source} ({weights.kind})"
-    durations = resolve_durations(cfg, num_samples)
-    report = finetune_report(
-        cfg, num_samples=num_samples, num_classes=num_classes, durations=durations, ds_config=ds_config, assumed=assumed
-    )
+    report = dry_run_report(cfg, ds_config=ds_config, num_samples=num_samples, num_classes=num_classes)
     missing = [f"{name} {path}: no such folder yet" for name, path in sets.items() if not path.exists()]
     sys.stdout.write("\n".join([report, "", f"starts from         {start}", *missing]) + "\n")
     return EXIT_DONE
@@ -77,7 +73,7 @@ def train(args, resolved) -> int:
     from peco_ds.models.classifier import build_classifier
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives.soft_labels import soft_label_cross_entropy
-    from peco_ds.planner.stages import training_flops
+    from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.around_steps import around_steps
     from peco_ds.runtime.checkpoint import continues, restore
     from peco_ds.runtime.checkpoint_files import list_checkpoints

@@ -25,10 +25,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args, resolved) -> int:
     """Check everything that needs no ranks, and say what the run would be and cost."""
-    from peco_ds.config import data_path, resolve_durations
+    from peco_ds.config import data_path
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
-    from peco_ds.planner.report import pretrain_report
-    from peco_ds.planner.stages import IMAGENET_1K_TRAIN
+    from peco_ds.planner.dry_run import dry_run_report
     from peco_ds.schema import ImageManifest, read_manifest
 
     cfg = resolved.recipe
@@ -36,7 +35,7 @@ def dry_run(args, resolved) -> int:
     merge_deepspeed(ds_config, args.deepspeed_config, cfg.run, cfg.optim, world_size=1)
     images = data_path(cfg.data, cfg.data.images)
     assumed = not images.exists()
-    num_samples = IMAGENET_1K_TRAIN if assumed else read_manifest(images, ImageManifest).samples
+    num_samples = None if assumed else read_manifest(images, ImageManifest).samples
     tokens, tokenizer = data_path(cfg.data, cfg.data.tokens), data_path(cfg.data, cfg.data.tokenizer)
     found = "not there yet" if cfg.data.tokens != ONLINE else "computed online"
     fingerprint = None
@@ -59,15 +58,7 @@ def dry_run(args, resolved) -> int:
             tokenizer_fingerprint=fingerprint,
         )
         found = "fit images and recipe" + ("" if fingerprint else "; the tokenizer is not at hand to compare")
-    durations = resolve_durations(cfg, num_samples)
-    report = pretrain_report(
-        cfg,
-        num_samples=num_samples,
-        num_views=cfg.views.count,
-        durations=durations,
-        ds_config=ds_config,
-        assumed=assumed,
-    )
+    report = dry_run_report(cfg, ds_config=ds_config, num_samples=num_samples)
     sys.stdout.write(f"{report}\n\ntokens              {found} ({cfg.data.tokens})\n")
     return EXIT_DONE
 
@@ -80,7 +71,7 @@ def train(args, resolved) -> int:
     from peco_ds.models.mim import build_mim
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import build_objective
-    from peco_ds.planner.stages import training_flops
+    from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.around_steps import around_steps
     from peco_ds.runtime.checkpoint import restore
     from peco_ds.runtime.distributed import seed_all, start_world

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     num_shards = len(images.manifest.shards)
     own = range(args.part, num_shards, args.parts)
     if args.dry_run:
-        from peco_ds.planner.report import tokenizing_report
+        from peco_ds.planner.dry_run import tokenizing_report
 
         missing = [number for number in own if not parts.is_done(number)]
         sys.stdout.write(

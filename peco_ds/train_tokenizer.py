@@ -27,27 +27,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dry_run(args, resolved) -> int:
-    from peco_ds.config import data_path, resolve_durations
+    from peco_ds.config import data_path
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.models.frozen_net import frozen_net_at_hand
-    from peco_ds.planner.report import tokenizer_report
-    from peco_ds.planner.stages import IMAGENET_1K_TRAIN
+    from peco_ds.planner.dry_run import dry_run_report
     from peco_ds.schema import ImageManifest, read_manifest
 
     cfg = resolved.recipe
     ds_config = read_deepspeed_json(args.deepspeed_config)
     merge_deepspeed(ds_config, args.deepspeed_config, cfg.run, cfg.optim, world_size=1)
     images = data_path(cfg.data, cfg.data.images)
-    assumed = not images.exists()
-    num_samples = IMAGENET_1K_TRAIN if assumed else read_manifest(images, ImageManifest).samples
+    num_samples = read_manifest(images, ImageManifest).samples if images.exists() else None
     frozen = frozen_net_at_hand(cfg)
-    report = tokenizer_report(
-        cfg,
-        num_samples=num_samples,
-        durations=resolve_durations(cfg, num_samples),
-        ds_config=ds_config,
-        assumed=assumed,
-    )
+    report = dry_run_report(cfg, ds_config=ds_config, num_samples=num_samples)
     sys.stdout.write(f"{report}\n\njudge or teacher    {frozen}\n")
     return EXIT_DONE
 
@@ -63,7 +55,7 @@ def train(args, resolved) -> int:
     from peco_ds.models.tokenizers import build_tokenizer
     from peco_ds.models.vq import usage
     from peco_ds.objectives.tokenizer_losses import build_tokenizer_objective
-    from peco_ds.planner.stages import training_flops
+    from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.around_steps import around_steps
     from peco_ds.runtime.checkpoint import continues, restore
     from peco_ds.runtime.checkpoint_files import list_checkpoints

@@ -15,8 +15,8 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from plan_step import CPU_ROWS, GPU_ROWS, Row, chosen_recipes, predicted_seconds, report
 
 from peco_ds.errors import UserError
-from peco_ds.planner.compute import PACES
 from peco_ds.planner.hardware import HARDWARE
+from peco_ds.planner.step_cost import PACES
 
 TOY = (
     "model.depth=2 model.width=48 model.heads=3 model.image_px=64 views.tokenizer_px=64 "

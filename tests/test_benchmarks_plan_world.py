@@ -26,8 +26,8 @@ from plan_world import (
     vit_passes,
 )
 
-from peco_ds.planner.compute import PACES
 from peco_ds.planner.shapes import FLOPS_PER_MAC
+from peco_ds.planner.step_cost import PACES
 
 
 def flops(networks) -> float:

@@ -22,7 +22,7 @@ PLAN = Path(__file__).resolve().parents[1] / "peco_ds" / "plan.py"
 
 def test_a_plan_imports_no_torch_and_names_its_assumptions(tmp_path):
     script = (
-        "import sys, runpy; sys.argv = ['plan.py', '--gpus', '64', '--simulate']\ntry: "
+        "import sys, runpy; sys.argv = ['plan.py', '--gpus', '64', '--bad_node']\ntry: "
         f"runpy.run_path({str(PLAN)!r}, run_name='__main__')\nfinally: "
         f"sys.stderr.write(str(sorted({{'torch', 'deepspeed', 'timm'}} & set(sys.modules))))"
     )

@@ -224,11 +224,11 @@ class Stage:
         return augment.mix_probability > 0 and (augment.mixup > 0 or augment.cutmix > 0)
 
 
-def training_flops(recipe: Recipe, num_classes: int = IMAGENET_1K_CLASSES) -> float:
-    """`Stage.model_flops` of a training's recipe: what its MFU counts."""
+def stage_of(recipe: Recipe, num_samples: int = IMAGENET_1K_TRAIN, **more) -> Stage:
+    """The stage that trains by a recipe; `more` as `Stage` takes it."""
     kinds: dict[type, Kind] = {
         PretrainRecipe: "pre-training",
         FinetuneRecipe: "fine-tuning",
         TokenizerRecipe: "tokenizer",
     }
-    return Stage(kinds[type(recipe)], recipe, num_classes=num_classes).model_flops
+    return Stage(kinds[type(recipe)], recipe, num_samples, **more)

@@ -18,7 +18,7 @@ import torch
 from peco_ds.command_line import lost_ranks
 from peco_ds.config import Durations, RunSettings
 from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, UserError
-from peco_ds.planner.hardware import hardware_of_device
+from peco_ds.planner.mfu import peak_flops
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.engine import grad_norm, memory_gib
 from peco_ds.runtime.timeline import (
@@ -74,8 +74,7 @@ def _peak_flops(world: World, precision: str) -> float:
     """FLOP a second of all ranks' devices by their data sheets; 0 where there is none."""
     if world.device.type != "cuda":
         return 0.0
-    hardware = hardware_of_device(torch.cuda.get_device_name(world.device))
-    return world.size * hardware.peak_flops[precision] if hardware else 0.0
+    return world.size * peak_flops(torch.cuda.get_device_name(world.device), precision)
 
 
 class Meter:
