@@ -5,19 +5,15 @@ wrong.
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 
 import pytest
-from conftest import REPOSITORY
 from engine_census import TRAFFIC, census, each
 
+from benchmarks.plan_engine import logged_sums, predicted_calls, sums
 from peco_ds.config import DS_CONFIGS, FinetuneRecipe, PretrainRecipe, load_recipe
 from peco_ds.planner.traffic import Collective, sent_bytes, step_collectives, traffic_by_operation
 from peco_ds.planner.work import finetune_segments, pretrain_segments
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-from plan_engine import logged_sums, predicted_calls, sums
 
 
 def pairs(collectives) -> list[tuple[str, float]]:

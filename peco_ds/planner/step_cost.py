@@ -209,12 +209,13 @@ def closed_form(inputs: StepInputs) -> StepCost:
         late, lost = added(queue, 1.0)
         exposed, contended = exposed + late, contended + lost
         if queue or (inputs.collectives and micro_step == inputs.micro_steps - 1):
-            varying = inputs.noise * _of_several(forward, backward, waiting)
-            # of all ranks; of the slow node's alone where they are slower still
-            stretch = 1 + varying * expected_maximum(inputs.ranks)
+            together = _of_several(forward, backward, waiting)
+            stretch = 1 + inputs.noise * expected_maximum(inputs.ranks) * together
             if inputs.slow_node > 1:
+                # the slowest rank is one of the slow node's, if that is slower still
                 its_ranks = min(inputs.ranks, inputs.hardware.gpus_per_node)
-                stretch = max(stretch, inputs.slow_node * (1 + varying * expected_maximum(its_ranks)))
+                slowest_there = 1 + inputs.noise * expected_maximum(its_ranks) * together
+                stretch = max(stretch, inputs.slow_node * slowest_there)
             slowest += waiting * stretch * passes + sum(added(queue, stretch))
             waiting = 0
     slowest += waiting * passes + after
