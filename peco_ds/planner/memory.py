@@ -5,17 +5,15 @@ state (32-bit master weights and two Adam moments); stage 1 divides the state by
 stage 3 the weights too. DeepSpeed 0.19.8 keeps more, as a census of the tensors it holds after a backward pass shows
 (test_engine_state.py repeats it):
 
-  stage 1, bf16, gradients summed in 32 bits   32-bit gradients whole on every rank beside the 16-bit ones: 2 + 2 + 4 B,
-      not 2 + 2
+  stage 1, bf16, gradients summed in 32 bits   32-bit gradients whole on every rank beside the 16-bit ones: 2 + 2 + 4
+                                               B, not 2 + 2
   stage 1 to 3, fp32                           a master copy beside the weights: state is 12 B, not 8; stage 0 has none
   stage 1 and 2                                a flat bucket of `reduce_bucket_size` elements (not in the first case),
-  two if it overlaps; in stage 2 for the time of the
-                                               backward pass
+                                               two if it overlaps; in stage 2 for the time of the backward pass
   stage 3                                      one such bucket; weights gathered in the forward pass stay for the
-  backward pass as far as
-                                               `stage3_max_reuse_distance` reaches, and prefetches run as far ahead as
-                                                   `stage3_max_live_parameters` allows: by default
-                                               that is all of them. A single rank gathers nothing
+                                               backward pass as far as `stage3_max_reuse_distance` reaches, and
+                                               prefetches run as far ahead as `stage3_max_live_parameters` allows: by
+                                               default that is all of them. A single rank gathers nothing
 
 An offloaded optimiser takes more on the host than it leaves on the GPU: a 32-bit gradient of the partition to step
 with, beside the one that is summed (stage 3) or a copy of the 16-bit weights on their way back (stages 1 and 2, whose
@@ -118,12 +116,10 @@ def gpu_memory(
     if offloaded_weights:
         host, pinned, weights = host + weights, pinned + weights, 0.0
     gathered = _gathered_elements(num_parameters, zero) * element if stage == 3 and world_size > 1 else 0.0
-    bucket = (
-        0.0
-        if stage == 0 or summed_apart
-        else zero_number(zero, "reduce_bucket_size", REDUCE_BUCKET)
-        * _bucket_element_bytes(ds_config, stage, element, summed)
-    )
+    bucket = 0.0
+    if stage and not summed_apart:
+        elements = zero_number(zero, "reduce_bucket_size", REDUCE_BUCKET)
+        bucket = elements * _bucket_element_bytes(ds_config, stage, element, summed)
     return GpuMemory(weights, gradients, optimizer, bucket + gathered, activations, host, pinned)
 
 
@@ -162,18 +158,16 @@ def _bucket_element_bytes(ds_config: dict, stage: int, element: int, summed: int
     """Of the bucket that gradients are copied into, or of both where it is doubled."""
     if stage == 3:
         return DTYPE_BYTES.get(ds_config.get("communication_data_type"), element)
-    return (summed if stage == 1 else element) * (
-        2 if ds_config.get("zero_optimization", {}).get("overlap_comm") else 1
-    )
+    doubled = ds_config.get("zero_optimization", {}).get("overlap_comm")
+    return (summed if stage == 1 else element) * (2 if doubled else 1)
 
 
 def _gathered_elements(num_parameters: int, zero: dict) -> float:
     """Weights present at most: those that stay for their backward pass, or those that prefetches have run ahead for."""
     prefetch = zero_number(zero, "stage3_prefetch_bucket_size", PREFETCH_BUCKET)
     ahead = zero_number(zero, "stage3_max_live_parameters", MAX_LIVE) if prefetch else 0
-    return min(
-        num_parameters, max(ahead, zero_number(zero, "stage3_max_reuse_distance", MAX_REUSE_DISTANCE)) + prefetch
-    )
+    reused = zero_number(zero, "stage3_max_reuse_distance", MAX_REUSE_DISTANCE)
+    return min(num_parameters, max(ahead, reused) + prefetch)
 
 
 def zero_number(zero: dict, key: str, default: float) -> float:

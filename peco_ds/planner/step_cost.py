@@ -52,9 +52,8 @@ from peco_ds.planner.work import Segment, Work
 PACES = ("slow", "typical", "fast")
 
 # Of what products reach. Assumed: a convolution of 128 to 512 channels is a product with a shared dimension of nine
-# times that, but gathers its operand, and eager
-# PyTorch keeps maps channels first, which cuDNN turns round; ResNet-50's published training rates on these cards are a
-# quarter of their peak, with its norms.
+# times that, but gathers its operand, and eager PyTorch keeps maps channels first, which cuDNN turns round; ResNet-50's
+# published training rates on these cards are a quarter of their peak, with its norms.
 CONVOLUTION_SHARE = {"slow": 0.45, "typical": 0.60, "fast": 0.80}
 # In float32 attention's kernels and the products use the same units; assumed half of what products reach, for short
 # rows.
