@@ -110,11 +110,9 @@ def bill_text(bill: Bill, *, assumed: bool) -> str:
 
 
 def _table(bill: Bill, made: Sequence[Estimate]) -> list[str]:
-    total = [
-        ranged(lambda pace, name=name: sum(getattr(each, name)(pace) for each in made))
-        for name in ("hours", "gpu_hours")
-    ]
-    rows = [_HEADS, *map(_stage_row, made), ["total", *[""] * (len(_HEADS) - 3), *total]]
+    hours = ranged(lambda pace: sum(each.hours(pace) for each in made))
+    gpu_hours = ranged(lambda pace: sum(each.gpu_hours(pace) for each in made))
+    rows = [_HEADS, *map(_stage_row, made), ["total", *[""] * (len(_HEADS) - 3), hours, gpu_hours]]
     return [*aligned(rows), *_notes(bill, made)]
 
 

@@ -93,7 +93,7 @@ def read_chain(
             "pre-training, a tokenizer or a fine-tuning"
         )
     # a copy under another file name keeps its neighbours
-    usual = NEIGHBOURS.get(_settings(find_recipe(recipe)).get("name", name), (None, ()))
+    usual = NEIGHBOURS.get(str(_settings(find_recipe(recipe)).get("name", name)), (None, ()))
     tokenizer_named = tokenizer or usual[0]
     others = [] if kind is not PretrainRecipe else list(usual[1] if finetune is None else finetune)
     if kind is not PretrainRecipe and (tokenizer or finetune):
@@ -120,7 +120,7 @@ def read_chain(
     if trained:
         training = _read(trained, TokenizerRecipe, own[find_recipe(trained).stem])
         stages.append(stage_of(training, num_samples))
-    network = training.tokenizer if trained else PUBLISHED.get(tokenizer_named)
+    network = training.tokenizer if trained else PUBLISHED.get(tokenizer_named or "")
     if network:
         _require_grid(network, main_recipe)
         stages.append(Stage("tokenizing", main_recipe, num_samples, tokenizer=network))

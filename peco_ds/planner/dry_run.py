@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peco_ds.config import (
     FinetuneRecipe,
     ModelSettings,
@@ -50,8 +52,8 @@ def dry_run_report(
     lines |= storage | _checkpoint_line(planned, ds_config)
     if planned.averages:
         lines["moving average"] = (
-            f"decay {recipe.ema.decay}: 4 bytes a parameter, {4 * planned.parameters / GIB:.2f} GiB over all ranks "
-            'together (ZeRO-0: on each), under "other" below'
+            f"decay {planned.recipe.ema.decay}: 4 bytes a parameter, {4 * planned.parameters / GIB:.2f} GiB over all "
+            'ranks together (ZeRO-0: on each), under "other" below'
         )
     tables = [*_memory_lines(planned, ds_config), "", *_time_lines(planned, ds_config)]
     return "\n".join([f"{recipe.name}: {title}", *labelled(lines, _LABEL_WIDTH), "", *tables])
@@ -197,7 +199,7 @@ def _schedule_lines(planned: Stage, assumed: bool) -> _Lines:
 
 def _checkpoint_line(planned: Stage, ds_config: dict) -> _Lines:
     stage, settings, durations = zero_stage(ds_config), planned.recipe.checkpoint, planned.durations
-    sizes = dict(stage=stage, precision=planned.run.precision, average=planned.averages)
+    sizes: dict[str, Any] = dict(stage=stage, precision=planned.run.precision, average=planned.averages)
     size = checkpoint_bytes(planned.parameters, **sizes)
     every = f"every {durations.checkpoint_steps:,} steps" if durations.checkpoint_steps else "at the end"
     kept = f"the newest {settings.keep_last} kept"

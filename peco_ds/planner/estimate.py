@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from peco_ds.errors import UserError
 from peco_ds.planner.data_side import LOADER_PACE, loader_core_s
@@ -213,7 +214,7 @@ class Estimate:
         forward = sum(segment.forward for segment in self.inputs(pace).segments) / self.micro_batch
         return self.stage.evaluated * max(forward / self.gpus, 1 / self.loader_images_s(pace)) / 3600
 
-    def interruptions(self, pace: str = "typical") -> dict[str, float]:
+    def interruptions(self, pace: str = "typical") -> dict[str, Any]:
         """What `goodput` is told of saves and failures: a slow pace has many failures and slow restarts, a fast one few
         and quick ones.
 
@@ -222,7 +223,7 @@ class Estimate:
         stage, place = self.stage, ("fast", "typical", "slow").index(pace)
         saves = dict(interval_s=SHARD_S, stall_s=0.0, write_s=0.0)
         if stage.trains:
-            sizes = dict(stage=self.choice.stage, precision=self.precision, average=stage.averages)
+            sizes: dict[str, Any] = dict(stage=self.choice.stage, precision=self.precision, average=stage.averages)
             # the largest part, and its node's
             first = saved_bytes(stage.parameters, world_size=self.gpus, first_rank=True, **sizes)
             a_node = max(first, checkpoint_bytes(stage.parameters, **sizes) / self.nodes)
@@ -433,10 +434,10 @@ def _reason(best: Estimate, candidates: list[Estimate]) -> str:
     kind, micro_batch = best.stage.run.activation_checkpointing, best.micro_batch
     rivals = {f"ZeRO-{stage}": [made for made in candidates if made.choice.stage == stage] for stage in range(4)}
     del rivals[f"ZeRO-{best.choice.stage}"]
-    for other in CHECKPOINTING:
-        if other != kind:
-            rivals[f"checkpointing {other}"] = [
-                made for made in candidates if made.stage.run.activation_checkpointing == other
+    for another in CHECKPOINTING:
+        if another != kind:
+            rivals[f"checkpointing {another}"] = [
+                made for made in candidates if made.stage.run.activation_checkpointing == another
             ]
     parts = [f"step {_told(best)}"]
     for label, others in rivals.items():

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil, log2
+from typing import Any
 
 from peco_ds.planner.shapes import ELEMENT_BYTES
 
@@ -100,7 +101,8 @@ def gpu_memory(
     summed_apart = precision == "bf16" and summed == 4 and stage == 1 and not offloaded_state
 
     weights = part * element if stage == 3 else num_parameters * element
-    optimizer = optimizer_bytes(stage, precision) * (part if stage else num_parameters)
+    optimizer: float = optimizer_bytes(stage, precision) * (part if stage else num_parameters)
+    gradients: float
     if stage <= 1:
         gradients = num_parameters * (element + summed if summed_apart else summed if stage else element)
     else:
@@ -130,7 +132,8 @@ def optimizer_bytes(stage: int, precision: str) -> int:
 
 def gradient_bytes(ds_config: dict, precision: str) -> int:
     """Bytes of one element of the summed gradient: `data_types.grad_accum_dtype`, by default the weights' type."""
-    return DTYPE_BYTES.get(ds_config.get("data_types", {}).get("grad_accum_dtype"), ELEMENT_BYTES[precision])
+    asked = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    return DTYPE_BYTES.get(str(asked), ELEMENT_BYTES[precision])
 
 
 def checkpoint_bytes(num_parameters: int, *, stage: int, precision: str, average: bool = False) -> int:
@@ -157,7 +160,7 @@ def offloads(zero: dict, key: str) -> bool:
 def _bucket_element_bytes(ds_config: dict, stage: int, element: int, summed: int) -> int:
     """Of the bucket that gradients are copied into, or of both where it is doubled."""
     if stage == 3:
-        return DTYPE_BYTES.get(ds_config.get("communication_data_type"), element)
+        return DTYPE_BYTES.get(str(ds_config.get("communication_data_type")), element)
     doubled = ds_config.get("zero_optimization", {}).get("overlap_comm")
     return (summed if stage == 1 else element) * (2 if doubled else 1)
 
@@ -224,7 +227,7 @@ def host_bytes_per_node(
     rounded = 2 ** ceil(log2(part)) / part if part else ROUNDED_UP
     offloaded = state.host + (rounded - 1) * state.pinned
     moved_average = ema_bytes(num_parameters, stage=stage, world_size=world_size) if average and state.host else 0.0
-    sizes = dict(stage=stage, world_size=world_size, precision=precision, average=average)
+    sizes: dict[str, Any] = dict(stage=stage, world_size=world_size, precision=precision, average=average)
     first, other = (saved_bytes(num_parameters, first_rank=first_rank, **sizes) for first_rank in (True, False))
     single = first - other  # weights, tensor by tensor
     return ranks_per_node * (offloaded + moved_average + rounded * other) + ROUNDED_UP * single

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from peco_ds.config import (
     Durations,
@@ -56,7 +56,7 @@ class Stage:
     """
 
     kind: Kind
-    recipe: Recipe
+    recipe: Any  # which of the recipes, `kind` says
     num_samples: int = IMAGENET_1K_TRAIN
     num_classes: int = IMAGENET_1K_CLASSES
     val_samples: int = IMAGENET_1K_VAL
@@ -118,7 +118,7 @@ class Stage:
             return finetune_segments(self.recipe, self.num_classes)
         if self.kind == "tokenizer":
             return tokenizer_segments(self.recipe)
-        return tokenizing_segments(self.tokenizer, self.recipe.views)
+        return tokenizing_segments(self._tokenizer, self.recipe.views)
 
     @cached_property
     def parameters(self) -> int:
@@ -136,7 +136,9 @@ class Stage:
 
     @property
     def _tokenizer(self) -> TokenizerSettings:
-        return self.recipe.tokenizer if self.kind == "tokenizer" else self.tokenizer
+        found = self.recipe.tokenizer if self.kind == "tokenizer" else self.tokenizer
+        assert found is not None, self.kind
+        return found
 
     @property
     def _sizes(self) -> dict:
@@ -164,7 +166,7 @@ class Stage:
         """Device memory of one image between its forward and its backward pass."""
         run, recipe = self.run, self.recipe
         if self.kind in ("pre-training", "fine-tuning"):
-            how = dict(checkpointing=run.activation_checkpointing, precision=run.precision)
+            how: dict[str, Any] = dict(checkpointing=run.activation_checkpointing, precision=run.precision)
             return mim_activation_bytes(recipe.model, **self._sizes, **how).total
         cost = tokenizer_cost(self._tokenizer, recipe.views.tokenizer_px)
         if self.kind == "tokenizer":

@@ -237,9 +237,9 @@ class _Step:
         self.zero = ds_config.get("zero_optimization", {})
         self.stage = zero_stage(ds_config)
         self.precision, self.element = precision, ELEMENT_BYTES[precision]
-        self.reduced = DTYPE_BYTES.get(ds_config.get("communication_data_type"), 4)
+        self.reduced = DTYPE_BYTES.get(str(ds_config.get("communication_data_type")), 4)
         summed = ds_config.get("data_types", {}).get("grad_accum_dtype")
-        self.summed = DTYPE_BYTES.get(summed, 4 if self.stage else self.element)
+        self.summed = DTYPE_BYTES.get(str(summed), 4 if self.stage else self.element)
         self.flagged = precision == "fp16" or (
             precision == "bf16" and ds_config.get("bf16", {}).get("check_grad_overflow", self.stage in (1, 2))
         )
@@ -317,7 +317,9 @@ class _Step:
 
     def _buckets(self, order: Sequence[_Tensor]) -> list[tuple[list[_Tensor], int]]:
         """Tensors that are reduced together, and the segment in whose backward pass the bucket was found full."""
-        calls, bucket, filled = [], [], 0
+        calls: list[tuple[list[_Tensor], int]] = []
+        bucket: list[_Tensor] = []
+        filled = 0
         for tensor in order:
             if bucket and filled + tensor.elements > self.bucket:
                 calls.append((bucket, tensor.segment))
@@ -346,7 +348,7 @@ class _Step:
                 if at_end:
                     found += [self._after("all_reduce", elements * self.reduced) for elements in shares.values()]
                     continue
-                operation = "reduce" if to_owners else "all_reduce"
+                operation: Operation = "reduce" if to_owners else "all_reduce"
                 found += [self._reduction(operation, elements, segment, micro_step) for elements in shares.values()]
         return found
 
@@ -367,12 +369,12 @@ class _Step:
         return found
 
     def _scattered(self, micro_step: int) -> list[Collective]:
-        order = []
+        order: list[_Tensor] = []
         for module in reversed(self.network.modules):
             # A block's gradients are taken when its backward pass is over, group by group.
             by_group = sorted(module.tensors, key=lambda tensor: (tensor.group, tensor.number))
             order += by_group if module.unit else module.tensors[::-1]
-        operation = "reduce_scatter" if self.zero.get("reduce_scatter", True) else "all_reduce"
+        operation: Operation = "reduce_scatter" if self.zero.get("reduce_scatter", True) else "all_reduce"
         padded = self._padded if operation == "reduce_scatter" else int
         return [
             self._reduction(operation, sum(padded(tensor.elements) for tensor in bucket), segment, micro_step)
@@ -422,7 +424,7 @@ class _Gathers:
         if not tensors:
             return
         self._available |= {tensor.number: tensor.elements for tensor in tensors}
-        when = "forward" if needed < self._forward else "backward"
+        when: Literal["forward", "backward"] = "forward" if needed < self._forward else "backward"
         segment = self._order[needed].segment
         asked_segment = self._order[asked].segment
         # the backward pass begins at the other end
