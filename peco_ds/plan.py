@@ -24,15 +24,17 @@ from peco_ds.errors import EXIT_DONE, UserError
 _SETTING = re.compile(r"([\w-]+:)?\w+(\.\w+)+=")
 
 RECIPE = (
-    "of a pre-training: the whole chain around it; of a tokenizer or a fine-tuning: that stage alone "
-    "(default: %(default)s)"
+    "with a pre-training's the whole chain around it is planned, with a tokenizer's or a fine-tuning's that stage "
+    "alone (default: %(default)s)"
 )
-HARDWARE = "of the catalogue (--list_hardware), or a YAML file of your own (default: h100)"
-DEEPSPEED_CONFIG = "of the recipe's stage (default: what its entry point takes by itself)"
-FINETUNE_RECIPES = "likewise, in order; none: the chain ends at pre-training"
+HARDWARE = "a machine of the catalogue (--list_hardware), or a YAML file of your own (default: h100)"
+DEEPSPEED_CONFIG = "DeepSpeed JSON of the recipe's stage (default: the one that its entry point takes by itself)"
+TOKENIZER_RECIPE = "tokenizer of the chain (default: the one that usually goes with the recipe)"
+FINETUNE_RECIPES = "fine-tunings of the chain, in order; without a name the chain ends at pre-training"
 SAMPLES = "images of the training set (default: those of data.images where it is packed, else ImageNet-1K's 1,281,167)"
+FINETUNE_SAMPLES = "labelled images of the fine-tunings (default: as many)"
 VAL_SAMPLES = "images that a classifier is measured on (default: ImageNet-1K's 50,000)"
-BAD_NODE = "also what a step takes longer when one node computes slowly or has a slow network"
+BAD_NODE = "also say how much longer a step takes when one node computes slowly or has a slow network"
 OVERRIDES = "settings over the recipe's, or over those of another recipe of the chain"
 NO_SIMULATION = (
     "--simulate: steps are no longer played rank by rank (closed form and simulation differed by at most 1.8 %: "
@@ -47,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--hardware", nargs="+", default=["h100"], metavar="NAME", help=HARDWARE)
     add("--gpus", nargs="+", type=_count, default=[64], metavar="N", help="1 to 1024; several: a table (default: 64)")
     add("--deepspeed_config", default=None, help=DEEPSPEED_CONFIG)
-    add("--tokenizer_recipe", metavar="RECIPE", help="in place of the one that usually goes with the recipe")
+    add("--tokenizer_recipe", metavar="RECIPE", help=TOKENIZER_RECIPE)
     add("--finetune_recipes", nargs="*", default=None, metavar="RECIPE", help=FINETUNE_RECIPES)
     add("--samples", type=_count, default=None, help=SAMPLES)
-    add("--finetune_samples", type=_count, help="labelled images of the fine-tunings (default: as many)")
+    add("--finetune_samples", type=_count, help=FINETUNE_SAMPLES)
     add("--val_samples", type=_count, default=None, help=VAL_SAMPLES)
     add("--bad_node", action="store_true", help=BAD_NODE)
     add("--simulate", action="store_true", help=argparse.SUPPRESS)
