@@ -70,6 +70,13 @@ def test_several_counts_and_machines_make_a_table_values_and_an_image(tmp_path, 
         assert image.width > 500 and len(image.convert("L").resize((50, 20)).getcolors()) > 5
 
 
+def test_the_old_flag_of_the_simulation_says_where_its_record_is_and_tells_of_a_bad_node(capsys):
+    assert main(["--recipe", "finetune_vitb16", "--gpus", "16", "--simulate"]) == 0
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1 and "benchmarks/plan_simulate_202611.md" in said.err
+    assert "One bad node, finetune_vitb16 on 16 h100" in said.out and "twice as long +" in said.out
+
+
 def test_settings_after_a_list_of_counts_are_settings(tmp_path):
     hours = {}
     for epochs in (10, 20):
