@@ -24,12 +24,13 @@ from pathlib import Path
 
 from benchmarks.record import at_least, benchmark_parser, markdown_table, parse, publish
 from peco_ds.command_line import run
-from peco_ds.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from peco_ds.config import FinetuneRecipe, PretrainRecipe
 from peco_ds.errors import UserError
 from peco_ds.planner.memory import GpuMemory, gpu_memory, saved_bytes
 from peco_ds.planner.shapes import FLOPS_PER_MAC, mim_macs
 from peco_ds.planner.traffic import Collective, TrainedTensor, step_collectives
 from peco_ds.planner.work import Segment, finetune_segments, pretrain_segments
+from peco_ds.recipe_files import load_recipe
 
 PARTS = ("flops", "state", "traffic")
 ROOT = Path(__file__).resolve().parent.parent

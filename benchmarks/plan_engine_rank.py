@@ -24,12 +24,11 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.collectives import held_bytes
 from benchmarks.plan_engine import NUM_CLASSES, Case, plain_name
 from peco_ds.command_line import run
-from peco_ds.config import DS_CONFIGS
-from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+from peco_ds.deepspeed_json import DS_CONFIGS, merge_deepspeed, read_deepspeed_json
 from peco_ds.models.classifier import build_classifier
 from peco_ds.models.mim import build_mim
 from peco_ds.models.vit import TransformerBlock
-from peco_ds.runtime.background_writer import HostCopies
+from peco_ds.runtime.checkpoint.writer import HostCopies
 from peco_ds.runtime.distributed import World, start_world
 from peco_ds.runtime.ema import WeightEma
 from peco_ds.runtime.engine import start_engine

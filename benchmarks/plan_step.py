@@ -26,12 +26,13 @@ from benchmarks.matmul_ceiling import matmul_ceiling
 from benchmarks.record import at_least, benchmark_parser, markdown_table, parse, publish
 from benchmarks.step_time import DTYPES, free_memory, step_costs, this_device
 from peco_ds.command_line import run
-from peco_ds.config import PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
 from peco_ds.errors import UserError
 from peco_ds.planner.hardware import GIB, HARDWARE, Hardware, hardware_of_device
 from peco_ds.planner.shapes import ELEMENT_BYTES, mim_activation_bytes
 from peco_ds.planner.step_cost import PACES, segment_seconds
 from peco_ds.planner.work import pretrain_segments
+from peco_ds.recipe_files import load_recipe
 
 # Recipe and settings.
 GPU_ROWS = {

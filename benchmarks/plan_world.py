@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.record import benchmark_parser, markdown_table, parse, publish
 from peco_ds.command_line import run
-from peco_ds.config import ModelSettings, TokenizerSettings, ViewSettings, read_yaml
+from peco_ds.config import ModelSettings, TokenizerSettings, ViewSettings
 from peco_ds.planner.hardware import Hardware, find_hardware
 from peco_ds.planner.shapes import FLOPS_PER_MAC, IMAGE_CHANNELS
 from peco_ds.planner.step_cost import (
@@ -31,6 +31,7 @@ from peco_ds.planner.step_cost import (
 )
 from peco_ds.planner.traffic import Collective
 from peco_ds.planner.work import BlockShape, Kernels, Work, block_work, tokenizing_segments
+from peco_ds.strict_yaml import read_yaml
 
 PUBLISHED = read_yaml(Path(__file__).with_name("plan_world.yaml"))
 IMAGENET = 1_281_167

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from peco_ds.config import FinetuneRecipe, load_recipe
+from peco_ds.config import FinetuneRecipe
 from peco_ds.planner.mfu import peak_flops, training_flops
 from peco_ds.planner.stages import Stage
+from peco_ds.recipe_files import load_recipe
 
 
 @pytest.mark.parametrize(

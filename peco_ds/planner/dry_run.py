@@ -11,8 +11,8 @@ from peco_ds.config import (
     RunSettings,
     TokenizerRecipe,
     TokenizerSettings,
-    micro_steps,
 )
+from peco_ds.durations import micro_steps
 from peco_ds.errors import UserError
 from peco_ds.planner.bill_text import aligned, figure, images_of, labelled, ranged
 from peco_ds.planner.data_side import token_bytes
