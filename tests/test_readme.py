@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable
 from itertools import dropwhile
 from pathlib import Path
@@ -98,6 +99,8 @@ def test_the_page_of_measurements_leads_to_every_record():
 def test_every_file_that_a_page_names_is_there(page):
     named = re.findall(r"`((?:peco_ds|benchmarks|launchers|tests|ds_configs|docs)/[\w/.]+\.\w+)`", text_of(page))
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
+    modules = re.findall(r"`python -m ([\w.]+)", text_of(page))
+    assert [name for name in modules if not (REPOSITORY / f"{name.replace('.', '/')}.py").is_file()] == []
     tests = re.findall(r"`(test_\w+\.py)`", text_of(page))
     assert [name for name in tests if not (REPOSITORY / "tests" / name).is_file()] == []
 
@@ -224,7 +227,8 @@ def take(monkeypatch, tmp_path) -> Callable[[str, list[str]], None]:
                 patch.setattr(parser, name, then_stop(parse))
             if program in SCRIPTS:
                 program = f"peco_ds/{entry_of(program)}.py"
-            with pytest.raises(Taken):
+            # a module that another test has imported is run again
+            with warnings.catch_warnings(action="ignore", category=RuntimeWarning), pytest.raises(Taken):
                 if program.startswith("benchmarks/"):
                     runpy.run_module(program.removesuffix(".py").replace("/", "."), run_name="__main__")
                 else:
