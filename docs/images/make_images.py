@@ -154,7 +154,7 @@ def pipeline(theme: Theme) -> str:
         drawing.text(words + 15, y + 31, title, theme.text, 15, 'font-weight="600"')
         for line, text in enumerate(lines):
             drawing.text(words, y + 53 + 18 * line, text, theme.quiet, 13)
-        drawing.text(words, y + 126, command, theme.accent, 10.5, font=MONO)
+        drawing.text(words, y + 126, command, theme.accent, 10, font=MONO)
         if pill:
             drawing.text(words, y + 110, "DeepSpeed, ZeRO 0 to 3", theme.second, 10.5)
         if number % 3 < 2:
