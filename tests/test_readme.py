@@ -127,6 +127,13 @@ def test_the_sample_of_the_quickstart_has_the_rows_that_its_table_prints():
     assert len(rows) == 7 and [row for row in rows if f'"{row}"' not in table] == []
 
 
+def test_the_quickstart_does_not_pack_its_photographs_into_the_folder_that_they_lie_in():
+    script = (REPOSITORY / "launchers" / "quickstart.sh").read_text()
+    source = re.search(r'^ *images="\$out/(\w+)"$', script, flags=re.MULTILINE)[1]
+    packed = re.search(r'pack_images\.py .*--out "\$out/(\w+)/', script)[1]
+    assert source != packed, "pack_images.py refuses an --out inside of its --images"
+
+
 # -------------------------------------------------------------------------------------------- commands
 
 SCRIPTS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
