@@ -343,7 +343,7 @@ def test_the_objective_that_contributing_adds_gives_a_loss_and_an_accuracy(own_r
 
     write_files(tmp_path)
     monkeypatch.setenv("PECO_EXTENSIONS", str(tmp_path / "my_objective.py"))
-    objective = own_registries.OBJECTIVES["smooth"].build(None)
+    objective = own_registries.OBJECTIVES["smooth"].build(SimpleNamespace(option=lambda _: 0.1))
     logits = torch.zeros(2, 3, 16, requires_grad=True)
     codes = torch.tensor([[0, 0, 1], [5, 0, IGNORED]])
     loss, stats = objective(SimpleNamespace(logits=logits), SimpleNamespace(codes=codes))
