@@ -56,7 +56,9 @@ def shipped() -> tuple[DeepSpeedChoice, ...]:
     """The JSONs of ds_configs, by stage; what is offloaded last."""
     found = [DeepSpeedChoice(path.name, read_deepspeed_json(path)) for path in sorted(DS_CONFIGS.glob("*.json"))]
     if not found:
-        raise UserError(f"{DS_CONFIGS}: no DeepSpeed JSON; run from the repository, or install it with pip install -e .")
+        raise UserError(
+            f"{DS_CONFIGS}: no DeepSpeed JSON; run from the repository, or install it with pip install -e ."
+        )
     return tuple(sorted(found, key=lambda choice: (choice.offloads, choice.stage)))
 
 
