@@ -54,6 +54,10 @@ class DeepSpeedChoice:
 def shipped() -> tuple[DeepSpeedChoice, ...]:
     """The JSONs of ds_configs, by stage; what is offloaded last."""
     found = [DeepSpeedChoice(path.name, read_deepspeed_json(path)) for path in sorted(DS_CONFIGS.glob("*.json"))]
+    if not found:
+        raise UserError(
+            f"{DS_CONFIGS}: no DeepSpeed JSON; run from the repository, or install it with pip install -e ."
+        )
     return tuple(sorted(found, key=lambda choice: (choice.offloads, choice.stage)))
 
 
