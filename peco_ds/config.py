@@ -20,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from peco_ds.errors import UserError
+from peco_ds.registry import OBJECTIVES, TOKENIZERS, kinds_learning_from
 from peco_ds.schedules import images_taken
 from peco_ds.schema import short
 
@@ -138,7 +139,7 @@ class AggregationSettings:
 
 @dataclass(frozen=True, config=_strict)
 class ObjectiveSettings:
-    name: Literal["hard_tokens", "multi_choice"] = "hard_tokens"  # a file of objectives/
+    name: str = "hard_tokens"  # of registry.OBJECTIVES
     num_codes: int = 8192  # V; must be the tokenizer's
     # multi_choice: weight of the targets averaged over similar patches; 1 - omega stays with the patch's own
     omega: float = 0.2
@@ -260,9 +261,8 @@ class TokenizerSettings:
     PeCo does not describe its network; kind vqgan is VQGAN's f16 (arXiv 2012.09841).
     """
 
-    # vqgan and vqkd are trained here; gumbel (VQGAN) and dvae (DALL-E) are read from released files
-    kind: Literal["vqgan", "vqkd", "gumbel", "dvae"] = "vqgan"
-    # of vqkd; from here to z_channels: of the others
+    kind: str = "vqgan"  # of registry.TOKENIZERS
+    # of transformers; from here to z_channels: of convolutional ones
     vit: TokenizerVitSettings = field(default_factory=TokenizerVitSettings)
     channels: int = 128
     channel_mults: tuple[int, ...] = (1, 1, 2, 2, 4)  # one level each; stride 2 ** (levels - 1)
@@ -291,12 +291,12 @@ class TokenizerSettings:
 
     @property
     def stride_px(self) -> int:
-        return self.vit.patch_px if self.kind == "vqkd" else 2 ** (len(self.channel_mults) - 1)
+        return TOKENIZERS[self.kind].stride_px(self)
 
     @property
     def only_px(self) -> int | None:
         """The one size of image that it can look at; None: every multiple of the stride."""
-        return self.vit.image_px if self.kind == "vqkd" else None
+        return TOKENIZERS[self.kind].only_px(self)
 
 
 @dataclass(frozen=True, config=_strict)
@@ -847,12 +847,13 @@ def _check_objective(recipe: PretrainRecipe) -> None:
         objective.similarity_temperature > 0,
         f"objective.similarity_temperature {objective.similarity_temperature}: must be positive",
     )
-    soft = objective.name == "multi_choice"
+    kind = OBJECTIVES.named(objective.name)
     _require(
-        not soft or recipe.views.topk > 0,
-        "objective.name multi_choice learns from soft codes, and views.topk is 0; set views.topk "
+        not kind.soft_codes or recipe.views.topk > 0,
+        f"objective.name {objective.name} learns from soft codes, and views.topk is 0; set views.topk "
         "(mc-BEiT's recipes: 64) and tokenize with it",
     )
+    kind.check(recipe)
 
 
 def _check_variants(recipe: PretrainRecipe) -> None:
@@ -949,32 +950,33 @@ def _check_tokenizer(recipe: TokenizerRecipe) -> None:
         recipe.tokenizer.only_px in (None, size),
         f"views.tokenizer_px {size} is not tokenizer.vit.image_px {recipe.tokenizer.only_px}; set both to one size",
     )
+    judged, taught = kinds_learning_from("judge"), kinds_learning_from("teacher")
     _require(
-        kind in ("vqgan", "vqkd"),
+        kind in judged + taught,
         f"tokenizer.kind {kind}: is read from released files (import_tokenizer.py), not trained here; "
-        "vqgan and vqkd are",
+        f"{' and '.join(judged + taught)} are",
     )
-    if kind == "vqkd":
+    if kind in taught:
         _require(
             recipe.perceptual.weights == "",
-            f"perceptual.weights {recipe.perceptual.weights}: a tokenizer of kind vqkd has a teacher and "
+            f"perceptual.weights {recipe.perceptual.weights}: a tokenizer of kind {kind} has a teacher and "
             "no judge; drop it, and set teacher.weights",
         )
         _require(
             recipe.teacher.weights != "",
             "teacher.weights is empty; give a CLIP, DINO or any timm ViT file, whose features a "
-            "tokenizer of kind vqkd learns to give",
+            f"tokenizer of kind {kind} learns to give",
         )
         _require(
             recipe.adversarial.weight == 0,
-            f"adversarial.weight {recipe.adversarial.weight}: a tokenizer of kind vqkd makes no images "
+            f"adversarial.weight {recipe.adversarial.weight}: a tokenizer of kind {kind} makes no images "
             "for a critic; set it to 0",
         )
     else:
         _require(
             recipe.teacher.weights == "",
             f"teacher.weights {recipe.teacher.weights}: a tokenizer of kind {kind} has a judge and no "
-            "teacher; drop it, or set tokenizer.kind=vqkd",
+            f"teacher; drop it, or set tokenizer.kind={' or '.join(taught)}",
         )
         _require(
             recipe.perceptual.weight == 0 or recipe.perceptual.weights != "",
@@ -990,6 +992,7 @@ def _check_tokenizer(recipe: TokenizerRecipe) -> None:
 
 def check_tokenizer_settings(settings: TokenizerSettings, section: str = "tokenizer") -> None:
     """Raises: UserError if they describe no network; a release's are checked as a recipe's are."""
+    kind = TOKENIZERS.named(settings.kind, f"{section}.kind")
     for low, names in (
         (1, "channels blocks_per_level z_channels num_codes code_dim kmeans_vectors"),
         (0, "kmeans_iters revive_below"),
@@ -1004,8 +1007,9 @@ def check_tokenizer_settings(settings: TokenizerSettings, section: str = "tokeni
         f"{section}.channel_mults {short(mults)}: one positive factor a level",
     )
     _require(
-        settings.decoder or settings.kind == "dvae",
-        f"{section}.decoder false: a {settings.kind} tokenizer has one; only dvae can be without",
+        settings.decoder or kind.decoder_optional,
+        f"{section}.decoder false: a {settings.kind} tokenizer has one; only "
+        f"{' or '.join(name for name, other in TOKENIZERS.items() if other.decoder_optional)} can be without",
     )
     _require(
         settings.num_codes <= 65536,
@@ -1016,37 +1020,7 @@ def check_tokenizer_settings(settings: TokenizerSettings, section: str = "tokeni
         f"{section}.average {settings.average}: is of unit codes; set {section}.l2_normalized=true, "
         f"or {section}.average=sums",
     )
-    if settings.kind == "vqkd":
-        vit = settings.vit
-        for name in (
-            "image_px",
-            "patch_px",
-            "width",
-            "depth",
-            "heads",
-            "decoder_width",
-            "decoder_depth",
-            "decoder_heads",
-            "target_width",
-        ):
-            _require(getattr(vit, name) >= 1, f"{section}.vit.{name} {getattr(vit, name)}: must be at least 1")
-        _require(
-            vit.image_px % vit.patch_px == 0,
-            f"{section}.vit.image_px {vit.image_px} is not a multiple of {section}.vit.patch_px {vit.patch_px}",
-        )
-        _require(
-            int(min(vit.width, vit.decoder_width) * vit.mlp_ratio) >= 1,
-            f"{section}.vit.mlp_ratio {vit.mlp_ratio}: gives a hidden layer without units",
-        )
-        _require(
-            vit.width % vit.heads == 0,
-            f"{section}.vit.width {vit.width} is not a multiple of {section}.vit.heads {vit.heads}",
-        )
-        _require(
-            vit.decoder_width % vit.decoder_heads == 0,
-            f"{section}.vit.decoder_width {vit.decoder_width} is not a multiple of "
-            f"{section}.vit.decoder_heads {vit.decoder_heads}",
-        )
+    kind.check(settings, section)
 
 
 def _require_at_least(low: int, recipe, keys: str) -> None:

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOOR_1 = ("data", "models", "objectives", "planner")
 FLOOR_2 = ("runtime", "convert", "evaluation")
-FLOOR_0 = ("__init__", "errors", "config", "deepspeed_json", "schema", "schedules", "command_line")
+FLOOR_0 = tuple("__init__ errors config deepspeed_json schema schedules command_line registry costs kinds".split())
 ONLY_IN_RUNTIME = ("deepspeed", "apex", "torch.distributed")
 
 

@@ -25,10 +25,12 @@ from peco_ds.planner.shapes import (
     MimParameters,
     mim_macs,
     mim_parameters,
+    objective_cost,
     skipped_by_subsets,
     tokenizer_cost,
 )
 from peco_ds.planner.stages import IMAGENET_1K_TRAIN, Stage
+from peco_ds.registry import OBJECTIVES
 
 WORLD_SIZES = (1, 8, 64, 256)
 # that a dry run's times are predicted for; plan.py takes any
@@ -79,9 +81,11 @@ def pretrain_report(
         _line(
             "objective",
             recipe.objective.name
-            + (f", {recipe.views.topk} soft codes a patch" if recipe.objective.name == "multi_choice" else ""),
+            + (f", {recipe.views.topk} soft codes a patch" if OBJECTIVES[recipe.objective.name].soft_codes else ""),
         ),
-        *_compute_lines(macs.total, macs.training_flops, durations, run.global_batch),
+        *_compute_lines(
+            macs.total, macs.training_flops + objective_cost(recipe).model_flops, durations, run.global_batch
+        ),
         *_subset_lines(model, run.micro_batch),
         *_schedule_lines(recipe, durations, num_samples, assumed),
         _line(
@@ -182,7 +186,9 @@ def tokenizer_report(
             "parameters",
             f"encoder {_millions(cost.encoder.parameters)}, decoder {_millions(cost.decoder.parameters)}, "
             f"total {_millions(cost.parameters)}; codebook buffers {_millions(cost.codebook_elements)} in "
-            "fp32",
+            "fp32"
+            if cost.known
+            else f"kind {tokenizer.kind} does not tell its network's cost: nothing below counts that",
         ),
         *_compute_lines(
             cost.forward_macs,
@@ -284,7 +290,7 @@ def _compute_lines(
         _line("forward", f"{forward_macs / 1e9:.1f} GMAC = {FLOPS_PER_MAC * forward_macs / 1e9:.1f} GFLOP an image"),
         _line(
             "training",
-            f"{training_flops / 1e9:.1f} GFLOP a "
+            f"{training_flops / 1e9:.1f} GFLOP an "
             f"image{' with its judge or teacher' if with_frozen else ''}, "
             f"{training_flops * global_batch / 1e12:.1f} TFLOP a step, {total:.3g} FLOP the run "
             "(recomputation not counted)",

@@ -24,6 +24,7 @@ from peco_ds.planner.shapes import (
     mim_activation_bytes,
     mim_macs,
     mim_parameters,
+    objective_cost,
     own_bias_bytes,
     tokenizer_cost,
 )
@@ -142,9 +143,12 @@ class Stage:
     def model_flops(self) -> float:
         """FLOP of one image, forward and backward: the numerator of MFU.
 
-        Recomputation is not counted, nor what subsets of stochastic depth leave out; a judge or teacher
-        is. Of tokenizing, forward alone."""
+        Recomputation is not counted, nor what subsets of stochastic depth leave out; a judge or teacher and the
+        objective are. Of tokenizing, forward alone. 0 for a tokenizer of a kind that does not tell its cost.
+        """
         recipe = self.recipe
+        if self.kind == "tokenizer" and not tokenizer_cost(recipe.tokenizer, recipe.views.tokenizer_px).known:
+            return 0.0
         if self.kind in ("tokenizer", "tokenizing") or recipe.model.drop_path_by == "subset":
             return sum(segment.model_flops for segment in self.segments)
         if self.kind == "pre-training":
@@ -155,9 +159,8 @@ class Stage:
                 encoding=recipe.encoding,
                 aggregation=recipe.aggregation,
             )
-        else:
-            macs = mim_macs(recipe.model, num_codes=self.num_classes, masked=1)
-        return macs.training_flops
+            return macs.training_flops + objective_cost(recipe).model_flops
+        return mim_macs(recipe.model, num_codes=self.num_classes, masked=1).training_flops
 
     @cached_property
     def activation_bytes(self) -> float:
