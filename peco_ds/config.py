@@ -20,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from peco_ds.errors import UserError
-from peco_ds.registry import OBJECTIVES, TOKENIZERS, kinds_learning_from
+from peco_ds.registry import OBJECTIVES, TOKENIZERS, Option, check_options, kinds_learning_from
 from peco_ds.schedules import images_taken
 from peco_ds.schema import short
 
@@ -149,6 +149,12 @@ class ObjectiveSettings:
     similarity_gradient: bool = True
     # multi_choice: the mass of codes that were not stored, spread evenly over them, or given to the stored ones
     rest: Literal["uniform", "renormalize"] = "uniform"
+    # objective.options.NAME: settings of its own that an objective declares in its descriptor
+    options: dict[str, Option] = field(default_factory=dict, hash=False)
+
+    def option(self, name: str) -> Option:
+        """A setting of the objective's own: the recipe's, or its default."""
+        return {**OBJECTIVES[self.name].options, **self.options}[name]
 
 
 @dataclass(frozen=True, config=_strict)
@@ -288,6 +294,12 @@ class TokenizerSettings:
     kmeans_vectors: int = 65536
     # codes whose averaged count falls below this restart at a random encoder output; 0: never
     revive_below: float = 0.0
+    # tokenizer.options.NAME: settings of its own that a kind declares in its descriptor
+    options: dict[str, Option] = field(default_factory=dict, hash=False)
+
+    def option(self, name: str) -> Option:
+        """A setting of the kind's own: the recipe's, or its default."""
+        return {**TOKENIZERS[self.kind].options, **self.options}[name]
 
     @property
     def stride_px(self) -> int:
@@ -656,7 +668,7 @@ def _flatten(tree: dict, prefix: str = ""):
 
 def _set(merged: dict, sources: dict, key: str, value, source: str, recipe_type: type) -> None:
     known = known_keys(recipe_type)
-    if key not in known:
+    if key not in known and not _is_option(key, known):
         others = [readers for other, readers in READERS.items() if key in known_keys(other)]
         if others:
             raise UserError(
@@ -671,6 +683,12 @@ def _set(merged: dict, sources: dict, key: str, value, source: str, recipe_type:
         node = node.setdefault(section, {})
     node[name] = value
     sources[key] = source
+
+
+def _is_option(key: str, known: list[str]) -> bool:
+    """Whether it is a setting that a kind declares, as `check_options` will find out."""
+    section = key.rpartition(".")[0]
+    return section.endswith(".options") and section in known
 
 
 def known_keys(recipe_type: type) -> list[str]:
@@ -853,6 +871,7 @@ def _check_objective(recipe: PretrainRecipe) -> None:
         f"objective.name {objective.name} learns from soft codes, and views.topk is 0; set views.topk "
         "(mc-BEiT's recipes: 64) and tokenize with it",
     )
+    check_options(objective.options, kind.options, "objective.options")
     kind.check(recipe)
 
 
@@ -993,6 +1012,7 @@ def _check_tokenizer(recipe: TokenizerRecipe) -> None:
 def check_tokenizer_settings(settings: TokenizerSettings, section: str = "tokenizer") -> None:
     """Raises: UserError if they describe no network; a release's are checked as a recipe's are."""
     kind = TOKENIZERS.named(settings.kind, f"{section}.kind")
+    check_options(settings.options, kind.options, f"{section}.options")
     for low, names in (
         (1, "channels blocks_per_level z_channels num_codes code_dim kmeans_vectors"),
         (0, "kmeans_iters revive_below"),

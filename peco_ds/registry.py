@@ -11,14 +11,19 @@ name it in the environment of every stage that meets the name (of a tokenizer, a
     from peco_ds.registry import OBJECTIVES, ObjectiveKind
     from peco_ds.schema import IGNORED
 
-    def smooth(outputs, targets):
-        logits = outputs.logits.flatten(0, 1).float()
-        loss = F.cross_entropy(logits, targets.codes.flatten(), label_smoothing=0.1, ignore_index=IGNORED)
-        return loss, {"tokens/logit_deviation": logits.detach().std()}
+    def smooth(settings):
+        amount = settings.option("amount")
 
-    OBJECTIVES.add("smooth", ObjectiveKind(build=lambda settings: smooth))
+        def objective(outputs, targets):
+            logits, codes = outputs.logits.flatten(0, 1).float(), targets.codes.flatten()
+            loss = F.cross_entropy(logits, codes, label_smoothing=amount, ignore_index=IGNORED)
+            return loss, {"tokens/logit_deviation": logits.detach().std()}
 
-    PECO_EXTENSIONS=my_objective.py deepspeed peco_ds/pretrain.py objective.name=smooth
+        return objective
+
+    OBJECTIVES.add("smooth", ObjectiveKind(build=smooth, options={"amount": 0.1}))
+
+    PECO_EXTENSIONS=my_objective.py deepspeed peco_ds/pretrain.py objective.name=smooth objective.options.amount=0.2
 
 PECO_EXTENSIONS holds files, or names of installed modules, with the system's path separator between them. Each is run
 once, when a name is first looked up. Of several nodes, each must see the variable: `srun` passes it on, DeepSpeed's own
@@ -50,6 +55,7 @@ from typing import Any, Generic, Literal, TypeVar
 from peco_ds.errors import UserError
 
 EXTENSIONS = "PECO_EXTENSIONS"
+Option = bool | int | float | str
 _Kind = TypeVar("_Kind")
 
 
@@ -83,6 +89,7 @@ class ObjectiveKind:
         soft_codes: it learns from soft codes, so views.topk has to be set.
         tags: TensorBoard tags of its stats. One that is not named here goes under loss/, or where the slash in its name
             says.
+        options: name -> default of settings of its own: `objective.options.NAME` in a recipe, `settings.option(NAME)`.
         check: recipe -> None; raises UserError for settings that it cannot work with.
         words: recipe -> what a model card says beyond its name and the number of codes; "" for nothing.
         cost: recipe -> costs.ObjectiveCost, what it computes beside a cross-entropy with hard codes; None: no more.
@@ -91,6 +98,7 @@ class ObjectiveKind:
     build: Callable[[Any], Callable]
     soft_codes: bool = False
     tags: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict)
     check: Callable[[Any], None] = _nothing
     words: Callable[[Any], str] = lambda recipe: ""
     cost: Callable[[Any], Any] = _nothing
@@ -136,6 +144,7 @@ class TokenizerKind:
             `learns_from`.
         stride_px: side of the square of pixels that a code stands for.
         only_px: the one size of image that it can look at; None: every multiple of the stride.
+        options: name -> default of settings of its own: `tokenizer.options.NAME` in a recipe, `settings.option(NAME)`.
         check: (settings, section) -> None; raises UserError for settings that describe no network.
         decoder_optional: tokenizer.decoder may be false.
         tensors: the least number of tensors that a file of these settings holds; a damaged card may ask for millions.
@@ -148,6 +157,7 @@ class TokenizerKind:
     objective: Callable[[Any, Any], Callable] | None = None
     stride_px: Callable[[Any], int] = lambda settings: 2 ** (len(settings.channel_mults) - 1)
     only_px: Callable[[Any], int | None] = _nothing
+    options: Mapping[str, Option] = field(default_factory=dict)
     check: Callable[[Any, str], None] = _nothing
     decoder_optional: bool = False
     tensors: Callable[[Any], int] = lambda settings: 0
@@ -285,6 +295,16 @@ def family_of(weights: str, architecture: str) -> FeatureNetFamily:
 def kinds_learning_from(what: Literal["judge", "teacher"]) -> list[str]:
     """Names of the kinds of tokenizer that are trained with a judge, or with a teacher."""
     return [name for name, kind in TOKENIZERS.items() if kind.learns_from == what]
+
+
+def check_options(given: Mapping[str, Option], declared: Mapping[str, Option], setting: str) -> None:
+    """Raises: UserError if an option is not declared, or of another type than its default."""
+    for name, value in given.items():
+        if name not in declared:
+            raise UserError(f"{setting}.{name[:100]}: is not declared; there are {', '.join(declared) or 'none'}")
+        default = declared[name]
+        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+            raise UserError(f"{setting}.{name} {value!r}: must be {type(default).__name__}, as its default {default!r}")
 
 
 def stat_tags() -> dict[str, str]:

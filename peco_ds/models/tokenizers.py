@@ -70,6 +70,9 @@ def save_tokenizer(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     described = json.loads(json.dumps(asdict(settings)))
+    # a kind without options of its own has the fingerprint that it had before there were any
+    if not settings.options:
+        del described["options"]
     fingerprint = tokenizer_fingerprint(described, tensors)
     temporary = folder / f".{TENSORS_NAME}.{os.getpid()}.tmp"
     save_file(tensors, temporary)

@@ -182,13 +182,16 @@ def tokenizer_report(
             f"{size} px, stride {tokenizer.stride_px} px: {grid} x {grid} = {grid**2} codes of "
             f"{tokenizer.num_codes}, {tokenizer.code_dim} wide",
         ),
+    ]
+    if not cost.known:
+        said = f"kind {tokenizer.kind} does not tell its network's cost, so neither memory nor time is predicted"
+        return "\n".join([*lines, _line("cost", said), *_schedule_lines(recipe, durations, num_samples, assumed)])
+    lines += [
         _line(
             "parameters",
             f"encoder {_millions(cost.encoder.parameters)}, decoder {_millions(cost.decoder.parameters)}, "
             f"total {_millions(cost.parameters)}; codebook buffers {_millions(cost.codebook_elements)} in "
-            "fp32"
-            if cost.known
-            else f"kind {tokenizer.kind} does not tell its network's cost: nothing below counts that",
+            "fp32",
         ),
         *_compute_lines(
             cost.forward_macs,

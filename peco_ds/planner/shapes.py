@@ -309,13 +309,14 @@ def _head_activations(masked: int, width: int, num_codes: int, element: int) -> 
 def tokenizer_cost(tokenizer: TokenizerSettings, image_px: int) -> TokenizerCost:
     """Cost of a tokenizer on an image of image_px x image_px, as its kind tells it.
 
-    Of a kind that tells none, the search for the nearest code alone.
+    Of a kind that tells none, the images at either end and the search for the nearest code alone.
     """
     cost = TOKENIZERS[tokenizer.kind].cost
     if cost is not None:
         return cost(tokenizer, image_px)
     codes = (image_px // tokenizer.stride_px) ** 2
-    return TokenizerCost(Cost(), Cost(), 0, codes * tokenizer.code_dim * tokenizer.num_codes, known=False)
+    image = Cost(saved=IMAGE_CHANNELS * image_px**2)
+    return TokenizerCost(image, image, 0, codes * tokenizer.code_dim * tokenizer.num_codes, known=False)
 
 
 def objective_cost(recipe: PretrainRecipe) -> ObjectiveCost:

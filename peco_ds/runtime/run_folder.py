@@ -20,8 +20,9 @@ import yaml
 from peco_ds.config import NOT_YAML, Resolved, read_yaml
 from peco_ds.data.atomic_files import alone
 from peco_ds.errors import UserError
+from peco_ds.registry import load_extensions
 from peco_ds.runtime.distributed import World
-from peco_ds.schema import read_json, write_json
+from peco_ds.schema import read_json, sha256_of_file, write_json
 
 logger = logging.getLogger("peco_ds")
 
@@ -246,5 +247,6 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
+        **{f"extension {entry}": f"sha256 {sha256_of_file(path)}" for entry, path in load_extensions().items()},
         "device": device,
     }
