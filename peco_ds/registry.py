@@ -257,12 +257,13 @@ def _run(entry: str) -> Path:
     if path.suffix == ".py":
         name = f"peco_extension_{path.stem}"
         spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return path
     if importlib.util.find_spec(entry) is None:
         raise UserError(f"{EXTENSIONS} {entry}: neither a .py file nor an installed module; correct it")
-    return Path(importlib.import_module(entry).__file__)
+    return Path(importlib.import_module(entry).__file__ or "")
 
 
 # ------------------------------------------------------------------------------------------ the tables

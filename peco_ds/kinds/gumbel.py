@@ -5,10 +5,12 @@ Source of the sizes: VQGAN (arXiv 2012.09841), the released f8.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from peco_ds.config import TokenizerSettings
 from peco_ds.costs import Cost, TokenizerCost
-from peco_ds.kinds.vqgan import TAMING, decoder_cost, encoder_cost, num_blocks
-from peco_ds.registry import Release, TokenizerKind, later
+from peco_ds.kinds.vqgan import RELEASE, decoder_cost, encoder_cost, num_blocks
+from peco_ds.registry import TokenizerKind, later
 
 
 def _cost(settings: TokenizerSettings, image_px: int) -> TokenizerCost:
@@ -28,10 +30,10 @@ KIND = TokenizerKind(
     learns_from=None,
     tensors=num_blocks,
     cost=_cost,
-    release=Release(
+    release=replace(
+        RELEASE,
         signs=("quantize.proj.weight", "quantize.embed.weight"),
         read=later("peco_ds.models.taming_layout:read_gumbel"),
         planned=TokenizerSettings(kind="gumbel", channel_mults=(1, 1, 2, 4)),
-        **TAMING,
     ),
 )

@@ -60,8 +60,10 @@ def judged_by_lpips(settings: TokenizerSettings) -> dict[str, str]:
     return {"judge": "LPIPS on VGG16", "judge_licence": "BSD-2-Clause (LPIPS's release)"}
 
 
-TAMING = dict(
+RELEASE = Release(
+    signs=("quantize.embedding.weight", "encoder.conv_in.weight"),
     files="taming-transformers' last.ckpt",
+    read=later("peco_ds.models.taming_layout:read_vqgan"),
     origin="github.com/CompVis/taming-transformers",
     licence="MIT",
     judge=judged_by_lpips,
@@ -90,9 +92,5 @@ KIND = TokenizerKind(
     network=later("peco_ds.models.peco_tokenizer:PecoTokenizer"),
     tensors=num_blocks,
     cost=_cost,
-    release=Release(
-        signs=("quantize.embedding.weight", "encoder.conv_in.weight"),
-        read=later("peco_ds.models.taming_layout:read_vqgan"),
-        **TAMING,
-    ),
+    release=RELEASE,
 )

@@ -7,6 +7,7 @@ MLP, H heads, L blocks, V codes. What a MAC counts: `peco_ds.costs`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 from peco_ds.config import AggregationSettings, EncodingSettings, ModelSettings, PretrainRecipe, TokenizerSettings
 from peco_ds.costs import (
@@ -235,7 +236,7 @@ def mim_activation_bytes(
             saved=ends + sum(depth * block.saved for depth, block in stacks),
             working=max(head_backward, *(block.backward for _, block in stacks)),
         )
-    kept = {"selective": _BlockActivations.products.fget, "full": _BlockActivations.input.fget}[checkpointing]
+    kept = attrgetter({"selective": "products", "full": "input"}[checkpointing])
     recomputed = max(block.saved + block.backward - kept(block) for _, block in stacks)
     return ActivationBytes(
         saved=ends + sum(depth * kept(block) for depth, block in stacks), working=max(head_backward, recomputed)

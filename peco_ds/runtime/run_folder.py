@@ -247,6 +247,10 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
-        **{f"extension {entry}": f"sha256 {sha256_of_file(path)}" for entry, path in load_extensions().items()},
+        **{
+            f"extension {entry}": f"sha256 {sha256_of_file(path)}"
+            for entry, path in load_extensions().items()
+            if path.is_file()
+        },
         "device": device,
     }
