@@ -140,7 +140,8 @@ def measure(args: argparse.Namespace, sizes: Sizes) -> str:
     """All tables, as markdown."""
     import torch
 
-    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.config import PretrainRecipe
+    from peco_ds.recipe_files import load_recipe
 
     if args.gpu:
         require_gpu()
@@ -187,7 +188,7 @@ def chosen_files(images: Path | None, count: int, folder: Path) -> Path:
 
     folder.mkdir()
     if images is not None and (images / MANIFEST_NAME).is_file():
-        from peco_ds.data.loaders import ImageSet
+        from peco_ds.data.image_set import ImageSet
 
         shards = ImageSet(images).shards
         for number in spread(shards.num_samples, count):
@@ -319,7 +320,8 @@ class Bench:
 
     def __init__(self, recipe, images: Path, tokens: Path) -> None:
         from peco_ds.data.decode import decode_rgb
-        from peco_ds.data.loaders import ImageSet, MaskedMaker
+        from peco_ds.data.image_set import ImageSet
+        from peco_ds.data.loaders import MaskedMaker
         from peco_ds.data.order import SampleOrder
         from peco_ds.schema import IMAGE_EXTENSIONS
 
@@ -363,11 +365,11 @@ class Bench:
     def parts(self) -> dict[str, Callable]:
         """Pieces of our path, of the reference, and the decoder that ours might have used."""
         from peco_ds.data.decode import decode_rgb
-        from peco_ds.data.loaders import backbone_look
+        from peco_ds.data.loaders import backbone_crop
         from peco_ds.data.views import cut
 
         mask, seed = self.recipe.mask, self.recipe.run.seed
-        look = backbone_look(self.recipe.model.image_px)
+        look = backbone_crop(self.recipe.model.image_px)
         reference = Reference(self.recipe)
         opened = [reference.decode(data) for data in self.files]
         crops = [reference.crops(image) for image in opened]
@@ -421,11 +423,11 @@ class Bench:
 
     def device_seconds(self, sizes: Sizes, device) -> dict[str, list[float]]:
         """Seconds an image of the device's share, an entry a batch: wall time on a GPU, CPU time on a CPU."""
-        from peco_ds.data.loaders import backbone_look
+        from peco_ds.data.loaders import backbone_crop
         from peco_ds.data.views import jitter, to_backbone
 
         raw = self._pinned_batch(sizes, device)
-        images = raw.cuts[backbone_look(self.recipe.model.image_px)]
+        images = raw.cuts[backbone_crop(self.recipe.model.image_px)]
         there = images.to(device)
         jittered = jitter(there, raw.rows)
         work = {
@@ -447,11 +449,11 @@ class Bench:
         """
         import torch
 
-        from peco_ds.data.device_feed import SideStream, handed_out
-        from peco_ds.data.loaders import backbone_look
+        from peco_ds.data.device_feed import SideStream, prepared_batches
+        from peco_ds.data.loaders import backbone_crop
         from peco_ds.data.views import jitter, to_backbone
 
-        on_gpu, look = device.type == "cuda", backbone_look(self.recipe.model.image_px)
+        on_gpu, look = device.type == "cuda", backbone_crop(self.recipe.model.image_px)
         raw = self._pinned_batch(sizes, device)
         matrix = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16) if on_gpu else torch.randn(256, 256)
 
@@ -464,7 +466,7 @@ class Bench:
 
         def stretch(lane, *, with_batches: bool) -> float:
             batches = (
-                handed_out((raw for _ in range(sizes.batches)), prepare, lambda images, _: images, lane=lane)
+                prepared_batches((raw for _ in range(sizes.batches)), prepare, lambda images, _: images, lane=lane)
                 if with_batches
                 else iter([None] * sizes.batches)
             )
@@ -647,8 +649,9 @@ def step_table(seconds: dict[str, list[float]], sizes: Sizes) -> str:
 
 def training_rates(recipe_name: str) -> tuple[float, ...]:
     """Images a second that a step takes at each of SHARES of an H100's peak, without recomputation."""
-    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.config import PretrainRecipe
     from peco_ds.planner.shapes import mim_macs
+    from peco_ds.recipe_files import load_recipe
 
     recipe = load_recipe(PretrainRecipe, recipe_name, []).recipe
     flops = mim_macs(

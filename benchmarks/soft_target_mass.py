@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peco_ds.command_line import Parser, run
 from peco_ds.data.central_squares import square_batches
-from peco_ds.data.loaders import ImageSet
+from peco_ds.data.image_set import ImageSet
 from peco_ds.errors import EXIT_DONE, UserError
 from peco_ds.models.tokenizers import load_tokenizer
 

@@ -11,10 +11,11 @@ from test_train_tokenizer import SMALL
 from torch import nn
 
 from peco_ds import registry
-from peco_ds.config import PretrainRecipe, TokenizerRecipe, load_recipe
+from peco_ds.config import PretrainRecipe, TokenizerRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.tokenizers import load_tokenizer
 from peco_ds.planner.report import tokenizing_report
+from peco_ds.recipe_files import load_recipe
 from peco_ds.registry import EXTENSIONS, FEATURE_NETS, OBJECTIVES, TOKENIZERS, ObjectiveKind, family_of
 from peco_ds.runtime.metrics import read_metrics
 from peco_ds.runtime.run_weights import read_run

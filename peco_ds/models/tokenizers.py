@@ -13,9 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peco_ds.config import TokenizerSettings, check_tokenizer_settings
+from peco_ds.config import TokenizerSettings
 from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import ImageTokenizer
+from peco_ds.recipe_checks import check_tokenizer_settings
 from peco_ds.registry import TOKENIZERS
 from peco_ds.schema import read_json, short, write_json
 
