@@ -9,16 +9,9 @@ from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, Tokenize
 from peco_ds.errors import UserError
 from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, IMAGENET_1K_VAL, Kind, Stage, stage_of
 from peco_ds.recipe_files import READERS, find_recipe, load_recipe
+from peco_ds.registry import TOKENIZERS, kinds_learning_from
 from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
-# Tokenizers of released files, that nothing here trains.
-PUBLISHED = {
-    # DALL-E's
-    "dvae": TokenizerSettings(
-        kind="dvae", channels=256, channel_mults=(1, 2, 4, 8), attention=False, code_dim=128, decoder=False
-    ),
-    "gumbel": TokenizerSettings(kind="gumbel", channel_mults=(1, 1, 2, 4)),  # VQGAN's Gumbel f8
-}
 # Recipe of a pre-training -> its tokenizer (recipe, or name of a published one) and the recipes of its fine-tunings, in
 # order.
 NEIGHBOURS = {
@@ -92,7 +85,8 @@ def read_chain(
             f"recipe {recipe!r} is planned alone: --tokenizer_recipe and --finetune_recipes go with the "
             "recipe of a pre-training"
         )
-    trained = None if tokenizer_named in PUBLISHED or kind is not PretrainRecipe else tokenizer_named
+    published = _published(tokenizer_named)
+    trained = None if published or kind is not PretrainRecipe else tokenizer_named
     known = [name, *(find_recipe(other).stem for other in (trained, *others) if other)]
     own: dict[str, list[str]] = {key: [] for key in known}
     for text in overrides:
@@ -111,7 +105,7 @@ def read_chain(
     if trained:
         training = _read(trained, TokenizerRecipe, own[find_recipe(trained).stem])
         stages.append(stage_of(training, num_samples))
-    network = training.tokenizer if trained else PUBLISHED.get(tokenizer_named or "")
+    network = training.tokenizer if trained else published
     if network:
         _require_grid(network, main_recipe)
         stages.append(Stage("tokenizing", main_recipe, num_samples, tokenizer=network))
@@ -124,6 +118,12 @@ def read_chain(
             _require_size(tuned, main_recipe)
         stages.append(stage_of(tuned, finetune_samples, **labelled))
     return Chain(tuple(stages), main)
+
+
+def _published(name: str | None) -> TokenizerSettings | None:
+    """The released tokenizer of a kind that plans know, which nothing here trains."""
+    kind = TOKENIZERS.get(name)
+    return kind.release.planned if kind and kind.release else None
 
 
 def _size(recipe) -> dict[str, float]:
@@ -190,6 +190,7 @@ def _read(recipe: str, kind: type, overrides: list[str]):
     needed = []
     if kind is TokenizerRecipe:
         written = _settings(find_recipe(recipe)) | dict(text.split("=", 1) for text in overrides if "=" in text)
-        key = "teacher.weights" if written.get("tokenizer.kind") == "vqkd" else "perceptual.weights"
+        taught = written.get("tokenizer.kind") in kinds_learning_from("teacher")
+        key = "teacher.weights" if taught else "perceptual.weights"
         needed = [] if written.get(key) else [f"{key}={_PLANNED}"]
     return load_recipe(kind, recipe, [*needed, *overrides]).recipe

@@ -20,8 +20,16 @@ from peco_ds.planner.estimate import estimate
 from peco_ds.planner.fitting import FRAGMENTATION, GIB, RESERVED_BYTES, DeepSpeedChoice, Room, room
 from peco_ds.planner.hardware import find_hardware
 from peco_ds.planner.memory import STAGES, checkpoint_bytes, zero_stage
-from peco_ds.planner.shapes import FLOPS_PER_MAC, mim_macs, mim_parameters, skipped_by_subsets, tokenizer_cost
+from peco_ds.planner.shapes import (
+    FLOPS_PER_MAC,
+    mim_macs,
+    mim_parameters,
+    objective_cost,
+    skipped_by_subsets,
+    tokenizer_cost,
+)
 from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, Stage, stage_of
+from peco_ds.registry import OBJECTIVES
 
 WORLD_SIZES = (1, 8, 64, 256)
 # that a dry run's times are predicted for; plan.py takes any
@@ -46,6 +54,10 @@ def dry_run_report(
     Raises: UserError as `resolve_durations`.
     """
     planned = stage_of(recipe, num_samples or IMAGENET_1K_TRAIN, num_classes=num_classes or IMAGENET_1K_CLASSES)
+    if isinstance(recipe, TokenizerRecipe) and not tokenizer_cost(recipe.tokenizer, recipe.views.tokenizer_px).known:
+        unknown = "its kind does not tell the cost of its network, so neither memory nor time is predicted"
+        lines = {"kind": recipe.tokenizer.kind, "cost": unknown} | _schedule_lines(planned, num_samples is None)
+        return "\n".join([f"{recipe.name}: tokenizer training", *labelled(lines, _LABEL_WIDTH)])
     parts = {"pre-training": _pretraining, "fine-tuning": _finetuning, "tokenizer": _tokenizer}
     title, of_model, compute, storage = parts[planned.kind](planned)
     lines = of_model | compute | _schedule_lines(planned, num_samples is None)
@@ -100,14 +112,15 @@ def _pretraining(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
         f"{'' if mask.exact else 'at most '}{mask.count} ({mask.count / patches:.1%})",
     }
     of_model |= _variant_line(recipe, macs.total)
-    soft = f", {views.topk} soft codes a patch" if objective.name == "multi_choice" else ""
+    soft = f", {views.topk} soft codes a patch" if OBJECTIVES[objective.name].soft_codes else ""
     of_model["objective"] = objective.name + soft
     payload, in_tar = token_bytes(views.count, patches, views.topk)
     storage = (
         f"{payload:,} B an image ({views.count} views: codes {2 * views.count * patches:,} B), "
         f"{_decimal(planned.num_samples * payload)} for the set, {_decimal(planned.num_samples * in_tar)} in tars"
     )
-    compute = _compute_lines(planned, macs.total, macs.training_flops)
+    flops = macs.training_flops + objective_cost(recipe).model_flops
+    compute = _compute_lines(planned, macs.total, flops)
     return "masked pre-training", of_model, compute, {"token storage": storage}
 
 

@@ -16,6 +16,7 @@ from peco_ds.planner.shapes import (
     mim_activation_bytes,
     mim_macs,
     mim_parameters,
+    objective_cost,
     own_bias_bytes,
     tokenizer_cost,
 )
@@ -146,12 +147,16 @@ class Stage:
     def model_flops(self) -> float:
         """FLOP of one image, forward and backward: the numerator of MFU.
 
-        Recomputation is not counted, nor what subsets of stochastic depth leave out; a judge or teacher is. Of
-        tokenizing, forward alone.
+        Recomputation is not counted, nor what subsets of stochastic depth leave out; a judge or teacher and the
+        objective are. Of tokenizing, forward alone. 0 for a tokenizer of a kind that does not tell its cost.
         """
-        if self.kind in ("tokenizer", "tokenizing") or self.recipe.model.drop_path_by == "subset":
+        recipe = self.recipe
+        if self.kind == "tokenizer" and not tokenizer_cost(recipe.tokenizer, recipe.views.tokenizer_px).known:
+            return 0.0
+        if self.kind in ("tokenizer", "tokenizing") or recipe.model.drop_path_by == "subset":
             return sum(segment.model_flops for segment in self.segments)
-        return mim_macs(self.recipe.model, **self._sizes).training_flops
+        flops = mim_macs(recipe.model, **self._sizes).training_flops
+        return flops + objective_cost(recipe).model_flops if self.kind == "pre-training" else flops
 
     @cached_property
     def activation_bytes(self) -> float:
