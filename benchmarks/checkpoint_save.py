@@ -113,12 +113,13 @@ def measure(folder: Path, recipe_name: str, deepspeed_config: Path, rounds: int)
     import torch
 
     from peco_ds.command_line import leave
-    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.config import PretrainRecipe
     from peco_ds.data.loaders import MaskedTargets
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
     from peco_ds.models.mim import MaskedImageModel
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import build_objective
+    from peco_ds.recipe_files import load_recipe
     from peco_ds.runtime.checkpoint.save_restore import Saver, restore
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import start_engine

@@ -30,7 +30,7 @@ sys.path.insert(0, str(HERE.parent))
 from record import at_least, require_gpu
 
 from peco_ds.command_line import Parser, run
-from peco_ds.config import DS_CONFIGS
+from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.errors import UserError
 
 # What is changed in which file; a key without a dot stands under zero_optimization, "leaves" is ours.
@@ -81,8 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         return count(args)
     if args.gpu:
         require_gpu()
-    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.config import PretrainRecipe
     from peco_ds.deepspeed_json import read_deepspeed_json
+    from peco_ds.recipe_files import load_recipe
 
     # before ranks are started, whose launcher would say much beside
     for name in args.recipes:
@@ -124,7 +125,8 @@ def _gpus() -> int:
 
 def count(args: argparse.Namespace) -> int:
     """One rank: every row of every model; rank 0 writes them down."""
-    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.config import PretrainRecipe
+    from peco_ds.recipe_files import load_recipe
     from peco_ds.runtime.distributed import start_world
 
     world = start_world()

@@ -78,8 +78,9 @@ def make_run(folder: Path, recipe_name: str) -> None:
     """A run folder whose only checkpoint is ZeRO-3's, in DeepSpeed's file layout."""
     import torch
 
-    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.config import PretrainRecipe
     from peco_ds.models.mim import MaskedImageModel
+    from peco_ds.recipe_files import load_recipe
     from peco_ds.runtime.checkpoint.files import MANIFEST, PROGRESS, rank_name, tag_of
     from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS
     from peco_ds.schema import sha256_of_file, write_json

@@ -140,7 +140,8 @@ def measure(args: argparse.Namespace, sizes: Sizes) -> str:
     """All tables, as markdown."""
     import torch
 
-    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.config import PretrainRecipe
+    from peco_ds.recipe_files import load_recipe
 
     if args.gpu:
         require_gpu()
@@ -648,8 +649,9 @@ def step_table(seconds: dict[str, list[float]], sizes: Sizes) -> str:
 
 def training_rates(recipe_name: str) -> tuple[float, ...]:
     """Images a second that a step takes at each of SHARES of an H100's peak, without recomputation."""
-    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.config import PretrainRecipe
     from peco_ds.planner.shapes import mim_macs
+    from peco_ds.recipe_files import load_recipe
 
     recipe = load_recipe(PretrainRecipe, recipe_name, []).recipe
     flops = mim_macs(

@@ -169,7 +169,8 @@ def _launcher(name: str, ranks: int) -> list[str]:
 
 
 def _micro_batch(recipe: str, settings: list[str]) -> int:
-    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.config import PretrainRecipe
+    from peco_ds.recipe_files import load_recipe
 
     return load_recipe(PretrainRecipe, recipe, settings).recipe.run.micro_batch
 
@@ -182,8 +183,9 @@ def make_set(work: Path, recipe: str, settings: list[str], *, images: int) -> li
     """
     import torch
 
-    from peco_ds.config import PretrainRecipe, TokenizerSettings, load_recipe
+    from peco_ds.config import PretrainRecipe, TokenizerSettings
     from peco_ds.models.tokenizers import build_tokenizer, save_tokenizer
+    from peco_ds.recipe_files import load_recipe
 
     cfg = load_recipe(PretrainRecipe, recipe, settings).recipe
     levels = (cfg.views.tokenizer_px // cfg.model.grid).bit_length()  # stride 2 ** (levels - 1)

@@ -332,8 +332,9 @@ def resolved(name: str, own: str, overrides: list[str]):
 
     Raises: UserError for what the peers have no counterpart of.
     """
-    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.config import PretrainRecipe
     from peco_ds.errors import UserError
+    from peco_ds.recipe_files import load_recipe
 
     recipe = load_recipe(PretrainRecipe, name, ["model.drop_path=0", *own.split(), *overrides]).recipe
     alike = (

@@ -199,7 +199,8 @@ class Measurement:
         return self
 
     def recipe(self, setting: Setting):
-        from peco_ds.config import PretrainRecipe, load_recipe
+        from peco_ds.config import PretrainRecipe
+        from peco_ds.recipe_files import load_recipe
 
         name, own = (GPU_SIZES if self.args.gpu else CPU_SIZES)[setting.size]
         recipe = load_recipe(PretrainRecipe, name, [*own.split(), *setting.overrides(), *self.args.overrides]).recipe
@@ -313,8 +314,7 @@ class EngineTrainer:
         import torch
         from step_time import build_model, drawn_batch
 
-        from peco_ds.config import DS_CONFIGS
-        from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+        from peco_ds.deepspeed_json import DS_CONFIGS, merge_deepspeed, read_deepspeed_json
         from peco_ds.models.vit import TransformerBlock
         from peco_ds.objectives import build_objective
         from peco_ds.runtime.engine import start_engine

@@ -166,10 +166,11 @@ def pack_images(images: Path | None, folder: Path) -> Path:
 def measure(case: Case, args: argparse.Namespace, images: Path) -> Found:
     import torch
 
-    from peco_ds.config import PretrainRecipe, TokenizerRecipe, load_recipe
+    from peco_ds.config import PretrainRecipe, TokenizerRecipe
     from peco_ds.data.image_set import ImageSet
     from peco_ds.models.token_passes import even_pass_size
     from peco_ds.models.tokenizers import build_tokenizer
+    from peco_ds.recipe_files import load_recipe
     from peco_ds.runtime.engine import compiles
     from peco_ds.runtime.token_source import codes_function
 

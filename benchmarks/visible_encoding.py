@@ -56,8 +56,9 @@ def measure(args: argparse.Namespace):
     """The recipe, and what both models cost by name."""
     from step_time import step_costs
 
-    from peco_ds.config import PretrainRecipe, load_recipe
+    from peco_ds.config import PretrainRecipe
     from peco_ds.errors import UserError
+    from peco_ds.recipe_files import load_recipe
 
     recipe = load_recipe(PretrainRecipe, args.recipe, args.overrides).recipe
     if recipe.encoding.kind != "visible":

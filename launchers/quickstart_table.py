@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from peco_ds.config import PretrainRecipe, data_path
+from peco_ds.config import PretrainRecipe
 from peco_ds.data.image_set import ImageSet
 from peco_ds.data.loaders import masked_batches
 from peco_ds.data.order import SampleOrder, view_at
 from peco_ds.data.token_shards import TokenSet
+from peco_ds.data_paths import data_path
 from peco_ds.evaluation.masked_prediction import masked_prediction_columns
 from peco_ds.evaluation.reconstruction import comparison_grid, save_png
 from peco_ds.models.mim import MaskedImageModel

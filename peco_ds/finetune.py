@@ -25,12 +25,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args, resolved) -> int:
     """Check everything that needs no ranks, and say what the run would be and cost."""
-    from peco_ds.config import data_path, resolve_durations
     from peco_ds.convert.initialize import check_head, check_sizes
     from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
     from peco_ds.data.labelled import labelled_sets
+    from peco_ds.data_paths import data_path
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.durations import resolve_durations
     from peco_ds.planner.report import finetune_report
     from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN
     from peco_ds.runtime.run_weights import read_run
@@ -65,14 +66,15 @@ def dry_run(args, resolved) -> int:
 
 
 def train(args, resolved) -> int:
-    from peco_ds.config import data_path, micro_steps, resolve_durations
     from peco_ds.convert.initialize import start_classifier
     from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
     from peco_ds.data.image_set import BadImages
     from peco_ds.data.labelled import evaluation_batches, labelled_sets, training_batches
     from peco_ds.data.order import rank_positions
+    from peco_ds.data_paths import data_path
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.durations import micro_steps, resolve_durations
     from peco_ds.evaluation.classification import classification_quality
     from peco_ds.models.classifier import build_classifier
     from peco_ds.models.vit import TransformerBlock

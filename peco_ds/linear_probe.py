@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args, cfg: ProbeRecipe) -> int:
     """Check everything that needs no ranks, and say what the probe would cost."""
-    from peco_ds.config import data_path
+    from peco_ds.data_paths import data_path
     from peco_ds.evaluation.features import feature_bytes, feature_width
     from peco_ds.planner.shapes import FLOPS_PER_MAC, TRAINING_OVER_FORWARD, mim_macs
     from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, IMAGENET_1K_VAL
@@ -169,8 +169,8 @@ def blocks_of(cfg: ProbeRecipe, weights) -> tuple[int, ...]:
 
 def labelled_images(cfg: ProbeRecipe):
     """Training and held-out images, and the class names that both have."""
-    from peco_ds.config import data_path
     from peco_ds.data.labelled import labelled_sets
+    from peco_ds.data_paths import data_path
 
     return labelled_sets(data_path(cfg.data, cfg.data.images), data_path(cfg.data, cfg.data.val_images))
 

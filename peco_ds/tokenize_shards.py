@@ -16,7 +16,8 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import parse_stage, run, stage_parser
-from peco_ds.config import PretrainRecipe, data_path
+from peco_ds.config import PretrainRecipe
+from peco_ds.data_paths import data_path
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
 logger = logging.getLogger("peco_ds")

@@ -27,8 +27,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dry_run(args, resolved) -> int:
-    from peco_ds.config import data_path, resolve_durations
+    from peco_ds.data_paths import data_path
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.durations import resolve_durations
     from peco_ds.models.frozen_net import frozen_net_at_hand
     from peco_ds.planner.report import tokenizer_report
     from peco_ds.planner.stages import IMAGENET_1K_TRAIN
@@ -53,11 +54,12 @@ def dry_run(args, resolved) -> int:
 
 
 def train(args, resolved) -> int:
-    from peco_ds.config import data_path, micro_steps, resolve_durations
     from peco_ds.data.image_set import BadImages, ImageSet
     from peco_ds.data.loaders import crop_batches, held_out_images, training_order
     from peco_ds.data.order import rank_positions
+    from peco_ds.data_paths import data_path
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.durations import micro_steps, resolve_durations
     from peco_ds.evaluation.reconstruction import HeldOut
     from peco_ds.models.critic import with_critic
     from peco_ds.models.frozen_net import load_frozen_net

@@ -10,7 +10,8 @@ import torch
 from conftest import REPOSITORY, run_stage
 from PIL import Image
 
-from peco_ds.config import PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
+from peco_ds.recipe_files import load_recipe
 
 
 @pytest.fixture(scope="module")

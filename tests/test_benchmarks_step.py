@@ -22,8 +22,9 @@ from record import versions, write_record
 from step import AXES, CPU_SIZES, Measurement, Row, Setting, cells, recompilation, settings_of, table, utilisation
 from step_time import Turns, step_costs, step_memory
 
-from peco_ds.config import PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
 from peco_ds.errors import UserError
+from peco_ds.recipe_files import load_recipe
 
 TOY = (
     "model.depth=2 model.width=48 model.heads=3 model.image_px=64 mask.count=6 mask.min_block=2 "
@@ -129,7 +130,8 @@ sys.path.insert(0, "benchmarks")
 import torch
 from step import EngineTrainer, own_signals
 from step_time import free_memory, this_device
-from peco_ds.config import PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.distributed import start_world
 own_signals(start_world)
 linear = torch.nn.functional.linear

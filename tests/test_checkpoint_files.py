@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from peco_ds.config import CheckpointSettings, PretrainRecipe, ScheduleSettings, resolve_durations
+from peco_ds.config import CheckpointSettings, PretrainRecipe, ScheduleSettings
+from peco_ds.durations import resolve_durations
 from peco_ds.runtime.checkpoint import writer as background_writer
 from peco_ds.runtime.checkpoint.files import (
     FOLDER,

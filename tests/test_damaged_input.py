@@ -29,7 +29,7 @@ from bounds import bounded
 from PIL import Image
 from safetensors.torch import save_file
 
-from peco_ds.config import FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerSettings, ViewSettings, load_recipe
+from peco_ds.config import FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerSettings, ViewSettings
 from peco_ds.convert.read import read_weights
 from peco_ds.convert.release import write_release
 from peco_ds.convert.to_hf import to_hf
@@ -47,6 +47,7 @@ from peco_ds.errors import UserError
 from peco_ds.models.feature_nets import load_feature_net
 from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, save_tokenizer
 from peco_ds.models.weight_files import foreign_classes, read_tensor_file
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.checkpoint.files import list_checkpoints, newest_whole, verify
 from peco_ds.runtime.run_folder import read_provenance, read_settings
 from peco_ds.runtime.run_weights import read_run

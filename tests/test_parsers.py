@@ -35,14 +35,7 @@ from safetensors.torch import save_file
 from vqkd_samples import released_layout
 
 from peco_ds import run_status
-from peco_ds.config import (
-    FinetuneRecipe,
-    ModelSettings,
-    PretrainRecipe,
-    TokenizerSettings,
-    TokenizerVitSettings,
-    load_recipe,
-)
+from peco_ds.config import FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerSettings, TokenizerVitSettings
 from peco_ds.convert.read import read_weights
 from peco_ds.convert.release import write_release
 from peco_ds.convert.to_hf import to_hf
@@ -69,6 +62,7 @@ from peco_ds.models.weight_files import foreign_classes, read_tensor_file
 from peco_ds.planner.bill import make_bill
 from peco_ds.planner.chain import read_chain
 from peco_ds.planner.hardware import find_hardware
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.checkpoint.files import newest_whole
 from peco_ds.runtime.run_folder import read_provenance, read_settings
 from peco_ds.runtime.run_weights import read_run

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from peco_ds.config import NOT_YAML, Resolved, read_yaml
 from peco_ds.data.atomic_files import lock_file
 from peco_ds.errors import UserError
+from peco_ds.recipe_files import Resolved
 from peco_ds.runtime.distributed import World
 from peco_ds.schema import read_json, write_json
+from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
 logger = logging.getLogger("peco_ds")
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from peco_ds.config import ONLINE, PretrainRecipe, data_path
+from peco_ds.config import ONLINE, PretrainRecipe
 from peco_ds.data.image_set import ImageSet
 from peco_ds.data.indexed_tar import ShardSet
 from peco_ds.data.loaders import Codes, codes_of
 from peco_ds.data.token_shards import TokenSet
+from peco_ds.data_paths import data_path
 from peco_ds.errors import UserError, describe_os_error
 from peco_ds.models.image_tokenizer import ImageTokenizer
 from peco_ds.models.token_passes import TokenPasses, even_pass_size

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from deepspeed.utils import zero_to_fp32
 
-from peco_ds.config import CheckpointSettings, Durations
+from peco_ds.config import CheckpointSettings
 from peco_ds.data.order import Cursor
+from peco_ds.durations import Durations
 from peco_ds.errors import UserError, describe_os_error
 from peco_ds.runtime.checkpoint.consolidate import ema_name
 from peco_ds.runtime.checkpoint.elastic import load_elastic
