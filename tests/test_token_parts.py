@@ -16,10 +16,10 @@ from peco_ds.data.token_shards import TokenRecord
 from peco_ds.errors import UserError
 from peco_ds.schema import VIEW_COLUMNS, ImageManifest, Shard, TokenManifest, ViewRecipe, read_manifest
 
-SHARDS, IMAGES = 3, 2
+SHARDS, SAMPLES = 3, 2
 IMAGES = ImageManifest(
-    [Shard(f"shard-{number:06d}.tar", IMAGES, 10240, f"{number:064x}", f"{number:064x}") for number in range(SHARDS)],
-    SHARDS * IMAGES,
+    [Shard(f"shard-{number:06d}.tar", SAMPLES, 10240, f"{number:064x}", f"{number:064x}") for number in range(SHARDS)],
+    SHARDS * SAMPLES,
 )
 
 
@@ -41,7 +41,7 @@ def parts_of(folder: Path, tokenizer: str = "a" * 64, **facts) -> TokenParts:
 
 def records(number: int, usable: bool = True):
     generator = np.random.default_rng(number)
-    for image in range(IMAGES):
+    for image in range(SAMPLES):
         views = np.ones((1, len(VIEW_COLUMNS)), np.float32) if usable else np.zeros((1, len(VIEW_COLUMNS)), np.float32)
         yield TokenRecord(f"{number}_{image}", generator.integers(0, 64, (1, 16)).astype(np.uint16), views)
 
@@ -179,7 +179,7 @@ def test_unreadable_images_of_earlier_starts_are_known(tmp_path):
     parts = parts_of(tmp_path)
     parts.write(0, records(0))
     parts.write(1, records(1, usable=False))
-    assert parts.reading(0) == {"count": 0, "read": IMAGES} and parts.reading(1) == {
-        "count": IMAGES,
-        "read": IMAGES,
+    assert parts.reading(0) == {"count": 0, "read": SAMPLES} and parts.reading(1) == {
+        "count": SAMPLES,
+        "read": SAMPLES,
     }
