@@ -1,7 +1,7 @@
 """Time and memory of the data side against the number of samples and shards: manifests, order, position in a run, first
 batch after a resume.
 
-    python benchmarks/data_scale.py [--largest 1e8] [--record FILE.md] [--plot FILE.png]
+    python -m benchmarks.data_scale [--largest 1e8] [--record FILE.md] [--plot FILE.png]
 
 Each case is a pair of manifests (images, tokens) of shards that are not there, and is measured in a fresh process:
 what a rank does between `import` and the first sample. A resume is asked for at places all over a run of 800 epochs;
@@ -19,27 +19,42 @@ import io
 import json
 import os
 import pickle
-import shlex
-import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+import numpy as np
 
-from peco_ds.command_line import Parser, run
+from benchmarks.plots import drawing, log_curves
+from benchmarks.record import benchmark_parser, markdown_table, parse, publish
+from benchmarks.stages import call
+from peco_ds.command_line import run
+from peco_ds.config import ViewSettings
+from peco_ds.data.indexed_tar import IndexedTar, ShardSet, index_name, write_index
+from peco_ds.data.order import Cursor, SampleOrder, view_at
+from peco_ds.data.token_shards import TokenSet
 from peco_ds.errors import UserError
+from peco_ds.schema import (
+    ImageManifest,
+    Shard,
+    TokenManifest,
+    ViewRecipe,
+    read_manifest,
+    sha256_of_file,
+    write_manifest,
+)
 
-EPOCHS, VIEWS, BATCH = 800, 100, 256
+EPOCHS, VIEWS, BATCH, MICRO_BATCH = 800, 100, 256, 4
+GRID, NUM_CODES = 16, 8192
+LOOK = dict(tokenizer_px=256, scale=(0.2, 1.0), ratio=(0.75, 1.33), flip=0.5, color_jitter=0.4, seed=0)
 WALKED = 20_000  # positions, for the samples a second
 # loader workers of all ranks together, 8 a GPU
 WORKERS = {8: "1 GPU", 512: "64 GPUs", 4096: "512 GPUs"}
-MICRO_BATCH = 4
 # a resume is tried, each with an order of its own; the quickest counts
 TIMES = 3
 LONGEST_S = 600.0
@@ -59,12 +74,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        sizes = f"{self.shards} x {self.shard_size}" + (f" + {self.giant}" if self.giant else "")
-        return (
-            sizes
-            + (f", window {self.window_shards}" if self.window_shards != 16 else "")
-            + (f", repeats {self.repeats}" if self.repeats > 1 else "")
-        )
+        parts = [
+            f"{self.shards} x {self.shard_size}" + (f" + {self.giant}" if self.giant else ""),
+            f"window {self.window_shards}" if self.window_shards != 16 else "",
+            f"repeats {self.repeats}" if self.repeats > 1 else "",
+        ]
+        return ", ".join(part for part in parts if part)
 
 
 GROWTH = [Case(10 * 10**power, 1000) for power in range(5)]  # 1e4 to 1e8 samples
@@ -78,40 +93,29 @@ OTHERS = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--largest", type=float, default=1e8, help="leave out cases of more samples (default: %(default)g)"
-    )
-    parser.add_argument("--record", type=Path, help="also write the table to this file")
-    parser.add_argument("--plot", type=Path, help="also draw time and memory against samples")
+    parser = benchmark_parser("data_scale", __doc__, plot="time and memory against samples")
+    largest = "leave out cases of more samples (default: %(default)g)"
+    parser.add_argument("--largest", type=float, default=1e8, help=largest)
     # the fresh process: a case and its folder, as JSON
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     if args.one:
         asked = json.loads(args.one)
-        sys.stdout.write(json.dumps(measure(Case(**asked["case"]), Path(asked["folder"]))) + "\n")
+        sys.stdout.write(json.dumps(measure(Case(**asked["case"]), Path(asked["folder"]))))
         return 0
     cases = [case for case in GROWTH + OTHERS if case.samples <= args.largest]
     if not cases:
-        raise UserError(
-            f"--largest {args.largest:g}: the smallest case has {GROWTH[0].samples} samples; give as many or more"
-        )
+        smallest = f"the smallest case has {GROWTH[0].samples} samples"
+        raise UserError(f"--largest {args.largest:g}: {smallest}; give as many or more")
     found = {}
     for case in cases:
         found[case] = in_fresh_process(case)
         sys.stderr.write(f"{case.name}: {found[case]['resume_s']:.3f} s\n")
-    text = table(found)
-    sys.stdout.write(text + "\n")
+    text = tables(found)
     if args.plot:
         draw(args.plot, {case: row for case, row in found.items() if case in GROWTH})
-    if args.record:
-        from record import write_record
-
-        command = shlex.join(["python", "benchmarks/data_scale.py", *(sys.argv[1:] if argv is None else argv)])
-        drawing = f"\n\n![time and memory against samples]({args.plot.name})" if args.plot else ""
-        write_record(
-            args.record, "The data side from 10^4 to 10^8 samples", command, text + drawing, "numpy", "pydantic"
-        )
+        text += f"\n\n![time and memory against samples]({args.plot.name})"
+    sys.stdout.write(publish(args, "The data side from 10^4 to 10^8 samples", text, "numpy", "pydantic"))
     return 0
 
 
@@ -119,14 +123,8 @@ def in_fresh_process(case: Case) -> dict:
     """What `measure` gives, of a process that has done nothing before."""
     with tempfile.TemporaryDirectory(prefix="peco_scale_") as folder:
         write_set(Path(folder), case)
-        command = [sys.executable, __file__, "--one", json.dumps({"case": asdict(case), "folder": folder})]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S)
-    if done.returncode:
-        raise UserError(
-            f"{case.name}: exit code {done.returncode}; its output ends in: "
-            f"{' '.join((done.stdout + done.stderr).split())[-600:]}"
-        )
-    return json.loads(done.stdout)
+        asked = json.dumps({"case": asdict(case), "folder": folder})
+        return json.loads(call([sys.executable, "-m", "benchmarks.data_scale", "--one", asked], timeout_s=LONGEST_S))
 
 
 # ---------------------------------------------------------------------- a set that is mostly not there
@@ -136,9 +134,6 @@ def write_set(folder: Path, case: Case) -> None:
     """`images/` and `tokens/` with a manifest each, and `real.tar` with its index: any shard of the usual size may be a
     link to it.
     """
-    from peco_ds.data.indexed_tar import write_index
-    from peco_ds.schema import ImageManifest, Shard, TokenManifest, ViewRecipe, sha256_of_file, write_manifest
-
     (folder / "images").mkdir()
     (folder / "tokens").mkdir()
     tar, index = folder / "real.tar", folder / "real.index.json"
@@ -150,26 +145,26 @@ def write_set(folder: Path, case: Case) -> None:
                 file.addfile(member, io.BytesIO(content))
     _, index_sha256 = write_index(tar, index)
     own = (tar.stat().st_size, sha256_of_file(tar), index_sha256)
-    names = [f"train-{number:06d}.tar" for number in range(case.shards)]
-    images = [Shard(name, case.shard_size, *own) for name in names]
-    tokens = [
-        Shard(name, case.shard_size, 4096 * case.shard_size, _sha256(f"t{name}"), _sha256(f"i{name}")) for name in names
-    ]
+    names, size = [f"train-{number:06d}.tar" for number in range(case.shards)], case.shard_size
+    images = [Shard(name, size, *own) for name in names]
+    tokens = [Shard(name, size, 4096 * size, _sha256(f"t{name}"), _sha256(f"i{name}")) for name in names]
     if case.giant:
         images.insert(case.shards // 2, Shard("giant.tar", case.giant, 1, _sha256("a"), _sha256("b")))
         tokens.insert(case.shards // 2, Shard("giant.tar", case.giant, 1, _sha256("c"), _sha256("d")))
     manifest = ImageManifest(images, case.samples)
     write_manifest(folder / "images", manifest)
-    views = ViewRecipe(256, (0.2, 1.0), (0.75, 1.33), 0.5, 0.4, 0)
-    ties = dict(
+    of_tokens = TokenManifest(
+        tokens,
+        case.samples,
         images_fingerprint=manifest.fingerprint(),
         image_shards={shard.name: shard.sha256 for shard in images},
         tokenizer_fingerprint="f" * 64,
+        num_codes=NUM_CODES,
+        grid=(GRID, GRID),
+        num_views=VIEWS,
+        views=ViewRecipe(**LOOK),
     )
-    write_manifest(
-        folder / "tokens",
-        TokenManifest(tokens, case.samples, **ties, num_codes=8192, grid=(16, 16), num_views=VIEWS, views=views),
-    )
+    write_manifest(folder / "tokens", of_tokens)
 
 
 def _sha256(text: str) -> str:
@@ -178,8 +173,6 @@ def _sha256(text: str) -> str:
 
 def place(folder: Path, names: list[str]) -> None:
     """Put the real tar under these names."""
-    from peco_ds.data.indexed_tar import index_name
-
     for name in names:
         for link, target in ((name, "real.tar"), (index_name(name), "real.index.json")):
             (folder / "images" / link).symlink_to(folder / target)
@@ -202,36 +195,21 @@ def places_of(samples: int) -> dict[str, int]:
 
 def measure(case: Case, folder: Path) -> dict:
     """Seconds, bytes and rates of one case; to be called in a process of its own."""
-    from peco_ds.config import ViewSettings
-    from peco_ds.data.indexed_tar import IndexedTar, ShardSet
-    from peco_ds.data.order import Cursor, SampleOrder, view_at
-    from peco_ds.data.token_shards import TokenSet
-    from peco_ds.schema import ImageManifest, read_manifest
-
     forget_peak()
     before, seconds = memory_mb("VmRSS"), {}
 
-    def timed(name: str, call: Callable):
+    def timed(name: str, work: Callable):
         begun = time.perf_counter()
-        value = call()
+        value = work()
         seconds[name] = time.perf_counter() - begun
         return value
 
     manifest = timed("read", lambda: read_manifest(folder / "images", ImageManifest))
     fingerprint = timed("fingerprint", manifest.fingerprint)
     shards = timed("shard set", lambda: ShardSet(folder / "images", manifest))
-    views = ViewSettings(
-        tokenizer_px=256,
-        scale=(0.2, 1.0),
-        ratio=(0.75, 1.33),
-        flip=0.5,
-        color_jitter=0.4,
-        seed=0,
-        count=VIEWS,
-        tokenizer_precision="fp32",
-    )
-    tokens = timed("tokens", lambda: TokenSet(folder / "tokens", manifest, num_codes=8192, grid=16, views=views))
-    start_mb = memory_mb("VmHWM") - before
+    views, form = ViewSettings(**LOOK, count=VIEWS, tokenizer_precision="fp32"), dict(num_codes=NUM_CODES, grid=GRID)
+    tokens = timed("tokens", lambda: TokenSet(folder / "tokens", manifest, views=views, **form))
+    start_s, start_mb = sum(seconds.values()), memory_mb("VmHWM") - before
 
     def first_batch(position: int) -> tuple[SampleOrder, list[int]]:
         """What a rank has to know before it can read: of each position the sample, its view, its shard and its place
@@ -245,80 +223,81 @@ def measure(case: Case, folder: Path) -> dict:
             shards.locate(sample)
         return order, samples
 
-    resumed = {}
     places = places_of(case.samples)
     if case.giant:
-        places["in the giant shard"] = next(
-            p
-            for p in range(0, case.samples, case.giant // 4)
-            if shards.locate(first_batch(p)[1][0])[0] == case.shards // 2
-        )
-    for name, position in places.items():
-        resumed[name] = least_of(TIMES, lambda: first_batch(position))
+        starts = range(0, case.samples, case.giant // 4)
+        inside = (p for p in starts if shards.locate(first_batch(p)[1][0])[0] == case.shards // 2)
+        places["in the giant shard"] = next(inside)
+    resumed = {name: least_of(TIMES, partial(first_batch, position)) for name, position in places.items()}
     peak_mb = memory_mb("VmHWM") - before
 
     order, samples = first_batch(places[f"middle of epoch {EPOCHS - 1}"])
-    samples = [sample for sample in samples if shards.manifest.shards[shards.locate(sample)[0]].name != "giant.tar"]
-    place(folder, sorted({shards.manifest.shards[shards.locate(sample)[0]].name for sample in samples}))
+    name_of = {sample: manifest.shards[shards.locate(sample)[0]].name for sample in samples}
+    samples = [sample for sample in samples if name_of[sample] != "giant.tar"]
+    place(folder, sorted({name_of[sample] for sample in samples}))
     opened = sorted({shards.locate(sample)[0] for sample in samples})
     timed("open", lambda: [shards.open_shard(number) for number in opened])
     timed("parse", lambda: IndexedTar(folder / "real.tar", folder / "real.index.json"))
     members = timed("read batch", lambda: [shards.read(sample) for sample in samples])
     assert all(set(found) == {"jpg", "cls"} for _, found in members)
     order.sample_at(0)
-    begun = time.perf_counter()
-    for position in range(WALKED):
-        sample = order.sample_at(position)
-        view_at(0, 0, sample, VIEWS)
-        shards.locate(sample)
-    walked_s = time.perf_counter() - begun  # one process, as a loader worker is
-    sent = pickle.dumps((shards, tokens, order))
+    # one process, as a loader worker is
+    timed("walk", lambda: walk(order, shards))
     return {
         "manifest_mb": [(folder / kind / "manifest.json").stat().st_size / 1e6 for kind in ("images", "tokens")],
         "seconds": seconds,
-        "start_s": sum(seconds[name] for name in ("read", "fingerprint", "shard set", "tokens")),
+        "start_s": start_s,
         "resumed_s": resumed,
         "resume_s": max(resumed.values()),
         "open_ms": 1e3 * seconds["open"] / len(opened),
         "parse_ms": 1e3 * seconds["parse"],
         "opens": {str(workers): opens_a_sample(order, shards, case, workers) for workers in WORKERS},
         "read_us": 1e6 * seconds["read batch"] / len(samples),
-        "samples_a_second": WALKED / walked_s,
+        "samples_a_second": WALKED / seconds["walk"],
         "start_mb": start_mb,
         "peak_mb": peak_mb,
-        "sent_mb": len(sent) / 1e6,
+        "sent_mb": len(pickle.dumps((shards, tokens, order))) / 1e6,
         "copied_mb": copied_by_a_worker(shards, tokens, order),
     }
 
 
-def opens_a_sample(order, shards, case: Case, workers: int) -> float:
+def walk(order: SampleOrder, shards: ShardSet) -> None:
+    for position in range(WALKED):
+        sample = order.sample_at(position)
+        view_at(0, 0, sample, VIEWS)
+        shards.locate(sample)
+
+
+def opens_a_sample(order: SampleOrder, shards: ShardSet, case: Case, workers: int) -> float:
     """How many shards a loader worker opens for each sample it reads, where so many share a window in passes of
     MICRO_BATCH; all shards of a window stay open.
     """
-    import numpy as np
-
     length = min(case.window_shards * case.shard_size, case.samples) // MICRO_BATCH * MICRO_BATCH
     found = np.array([shards.locate(order.sample_at(position))[0] for position in range(length)])
     worker = np.arange(length) // MICRO_BATCH % workers
     return len(np.unique(np.stack([worker, found]), axis=1).T) / length
 
 
-def least_of(times: int, call: Callable) -> float:
+def least_of(times: int, work: Callable) -> float:
     """Seconds of the quickest of several calls: what others do on the machine only adds."""
     spent = []
     for _ in range(times):
         # an order is in a circle with its caches; a run makes one
         gc.collect()
         begun = time.perf_counter()
-        call()
+        work()
         spent.append(time.perf_counter() - begun)
     return min(spent)
 
 
 def memory_mb(name: str) -> float:
     """Of this process: VmRSS now, VmHWM at its highest since the start or `forget_peak`."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields[name].split()[0]) / 1024
+    return proc_kb("status", name) / 1024
+
+
+def proc_kb(file: str, name: str) -> int:
+    lines = Path("/proc/self", file).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def forget_peak() -> None:
@@ -326,7 +305,7 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def copied_by_a_worker(shards, tokens, order) -> float:
+def copied_by_a_worker(shards: ShardSet, tokens: TokenSet, order: SampleOrder) -> float:
     """MB of its own that a forked process has after it has looked at many shards: Python counts references inside the
     objects it reads.
     """
@@ -334,16 +313,12 @@ def copied_by_a_worker(shards, tokens, order) -> float:
     child = os.fork()
     if child == 0:
         for position in range(2000):
-            shard, _ = shards.locate(
-                order.sample_at(position * 4999 % order.num_samples)
-                if position < 50
-                else position * 49999 % order.num_samples
-            )
+            near = position < 50
+            sample = order.sample_at(position * 4999 % order.num_samples) if near else position * 49999
+            shard, _ = shards.locate(sample % order.num_samples)
             _ = shards.manifest.shards[shard].name, tokens.manifest.shards[shard].name
         gc.collect()
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-        own_kb = sum(int(fields[name].split()[0]) for name in ("Private_Clean", "Private_Dirty"))
-        os.write(write_end, b"%d" % own_kb)
+        os.write(write_end, b"%d" % sum(proc_kb("smaps_rollup", name) for name in ("Private_Clean", "Private_Dirty")))
         os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end, "rb") as answer:
@@ -355,103 +330,75 @@ def copied_by_a_worker(shards, tokens, order) -> float:
 # --------------------------------------------------------------------------------------- what is shown
 
 
-def table(found: dict[Case, dict]) -> str:
-    """Markdown: what a start costs, then where a run may be continued."""
+def tables(found: dict[Case, dict]) -> str:
+    """Markdown: what a start costs, where a run may be continued, and how often workers open shards."""
     places = list(dict.fromkeys(name for row in found.values() for name in row["resumed_s"]))
-    start = [
-        f"| {case.name} | {case.samples:.0e} | {row['manifest_mb'][0]:.1f} + "
-        f"{row['manifest_mb'][1]:.1f} | {row['seconds']['read']:.3f} | "
-        f"{row['seconds']['fingerprint']:.3f} "
-        f"| {row['seconds']['tokens']:.3f} | {row['start_s']:.3f} | {row['open_ms']:.2f} | "
-        f"{row['parse_ms']:.1f} | {row['read_us']:.0f} | {row['start_mb']:.0f} | {row['sent_mb']:.1f} "
-        f"| {row['copied_mb']:.0f} |"
-        for case, row in found.items()
-    ]
-    resume = [
-        " | ".join(
-            [
-                f"| {case.name}",
-                f"{case.samples:.0e}",
-                *(f"{row['resumed_s'][name]:.4f}" if name in row["resumed_s"] else "" for name in places),
-                f"{row['samples_a_second']:.0f}",
-                f"{row['peak_mb']:.0f} |",
-            ]
+    start, resume, workers = [], [], {}
+    for case, row in found.items():
+        named, seconds, manifests = (case.name, f"{case.samples:.0e}"), row["seconds"], row["manifest_mb"]
+        spent = [seconds["read"], seconds["fingerprint"], seconds["tokens"], row["start_s"]]
+        start.append(
+            (
+                *named,
+                f"{manifests[0]:.1f} + {manifests[1]:.1f}",
+                *(f"{one:.3f}" for one in spent),
+                f"{row['open_ms']:.2f}",
+                f"{row['parse_ms']:.1f}",
+                f"{row['read_us']:.0f}",
+                f"{row['start_mb']:.0f}",
+                f"{row['sent_mb']:.1f}",
+                f"{row['copied_mb']:.0f}",
+            )
         )
-        for case, row in found.items()
-    ]
-    workers = [
-        f"| {case.name} | "
-        + " | ".join(
-            f"{opens:.3f} | {opens * row['open_ms']:.2f}" for opens in (row["opens"][str(count)] for count in WORKERS)
-        )
-        + " |"
-        for case, row in {
-            case.shard_size: (case, row) for case, row in found.items() if case in GROWTH + OTHERS[:1]
-        }.values()
-    ]
-    return "\n".join(
-        [
-            "A start, by parts: both manifests read and compared with each other, one shard opened, one "
-            "sample's two members read by a process that has its shard open.",
-            "",
-            "| shards x samples | samples | manifests MB | images s | fingerprint s | tokens and ties "
-            "s | start s | open a shard ms | parse its index ms | read a sample us | memory MB | sent MB "
-            "| copied MB |",
-            "|---|" + "---:|" * 12,
-            *start,
-            "",
-            f"A resume: seconds from a cursor to sample, view and shard of the first {BATCH} positions, "
-            "and how many a process goes through in a second. A window is shuffled whole "
-            "when a batch first touches it, so a resume takes as long as its window is large, twice "
-            "where a batch lies in two. Peak memory holds the start too.",
-            "",
-            f"| shards x samples | samples | {' | '.join(places)} | samples/s | peak MB |",
-            "|---|" + "---:|" * (len(places) + 3),
-            *resume,
-            "",
-            "What opening shards costs a worker, of images and again of tokens: shards it opens for "
-            "each sample it reads, and the milliseconds a sample that come of it.",
-            "",
-            f"| shards x samples | {' | '.join(f'{name}: opens | ms' for name in WORKERS.values())} |",
-            "|---|" + "---:|" * (2 * len(WORKERS)),
-            *workers,
-        ]
+        resumed = (f"{row['resumed_s'][name]:.4f}" if name in row["resumed_s"] else "" for name in places)
+        resume.append((*named, *resumed, f"{row['samples_a_second']:.0f}", f"{row['peak_mb']:.0f}"))
+        if case in GROWTH + OTHERS[:1]:
+            opens = [row["opens"][str(count)] for count in WORKERS]
+            pairs = [cell for share in opens for cell in (f"{share:.3f}", f"{share * row['open_ms']:.2f}")]
+            # of each size of shard the largest case
+            workers[case.shard_size] = (case.name, *pairs)
+    of_start = (
+        "shards x samples | samples | manifests MB | images s | fingerprint s | tokens and ties s | start s | "
+        "open a shard ms | parse its index ms | read a sample us | memory MB | sent MB | copied MB"
     )
+    of_workers = [head for name in WORKERS.values() for head in (f"{name}: opens", "ms")]
+    parts = [
+        "A start, by parts: both manifests read and compared with each other, one shard opened, one "
+        "sample's two members read by a process that has its shard open.",
+        markdown_table(of_start.split(" | "), start),
+        f"A resume: seconds from a cursor to sample, view and shard of the first {BATCH} positions, "
+        "and how many a process goes through in a second. A window is shuffled whole "
+        "when a batch first touches it, so a resume takes as long as its window is large, twice "
+        "where a batch lies in two. Peak memory holds the start too.",
+        markdown_table(["shards x samples", "samples", *places, "samples/s", "peak MB"], resume),
+        "What opening shards costs a worker, of images and again of tokens: shards it opens for "
+        "each sample it reads, and the milliseconds a sample that come of it.",
+        markdown_table(["shards x samples", *of_workers], workers.values()),
+    ]
+    return "\n\n".join(parts)
 
 
 def draw(path: Path, found: dict[Case, dict]) -> None:
     """Seconds and MB against samples, both axes logarithmic, with a line that grows as the samples do."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    samples = [case.samples for case in found]
+    samples, rows = [case.samples for case in found], list(found.values())
     curves = {
         "seconds": {
-            "start: both manifests, fingerprint, ties": [row["start_s"] for row in found.values()],
-            "resume at the dearest place": [row["resume_s"] for row in found.values()],
-            "open one shard": [row["open_ms"] / 1e3 for row in found.values()],
+            "start: both manifests, fingerprint, ties": [row["start_s"] for row in rows],
+            "resume at the dearest place": [row["resume_s"] for row in rows],
+            "open one shard": [row["open_ms"] / 1e3 for row in rows],
         },
         "MB": {
-            "peak beyond the imports": [row["peak_mb"] for row in found.values()],
-            "manifest of the images": [row["manifest_mb"][0] for row in found.values()],
+            "peak beyond the imports": [row["peak_mb"] for row in rows],
+            "manifest of the images": [row["manifest_mb"][0] for row in rows],
         },
     }
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (unit, lines) in zip(figure.subplots(1, 2), curves.items()):
-        for name, values in lines.items():
-            axes.loglog(samples, values, marker="o", markersize=4, label=name)
-        first = max(values[-1] for values in lines.values())
-        axes.loglog(
-            samples, [first * each / samples[-1] for each in samples], color="0.7", linestyle="--", label="linear"
-        )
-        axes.axhline(1.0 if unit == "seconds" else 1024.0, color="0.4", linewidth=0.8)
-        axes.set_xlabel("samples, in shards of 1000")
-        axes.set_ylabel(unit)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with drawing(path, 1, 2, size=(11, 4.5)) as drawn:
+        for axes, (unit, lines) in zip(drawn[0], curves.items()):
+            first = max(values[-1] for values in lines.values())
+            linear = [first * each / samples[-1] for each in samples]
+            axes.loglog(samples, linear, color="0.7", linestyle="--", label="linear")
+            log_curves(axes, samples, lines, "samples, in shards of 1000", unit)
+            axes.axhline(1.0 if unit == "seconds" else 1024.0, color="0.4", linewidth=0.8)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,10 @@ data sheet.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peco_ds.planner.hardware import hardware_of_device
 
@@ -28,31 +24,31 @@ def matmul_ceiling(
 ) -> float:
     """FLOP a second of the best of several stretches of products of two square matrices, of the best of several sizes.
 
-    Values are drawn: a card that
-    multiplies zeros runs cooler, and faster, than one that trains.
+    Values are drawn: a card that multiplies zeros runs cooler, and faster, than one that trains.
 
     Args:
         sides: of the matrices; () for the device's own.
         clock: seconds; on a CPU with one thread its own time tells more where others use the cores too.
     """
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best = 0.0
     for side in sides or SIDES[device.type]:
         left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(left)
-
-        def seconds(products: int) -> float:
-            wait()
-            begun = clock()
-            for _ in range(products):
-                torch.mm(left, right, out=out)
-            wait()
-            return clock() - begun
-
-        seconds(2)
-        products = max(1, round(STRETCH_S[device.type] / seconds(1)))
-        best = max([best, *(2 * side**3 * products / seconds(products) for _ in range(STRETCHES))])
+        seconds_of(left, right, out, 2, clock)
+        products = max(1, round(STRETCH_S[device.type] / seconds_of(left, right, out, 1, clock)))
+        quickest = min(seconds_of(left, right, out, products, clock) for _ in range(STRETCHES))
+        best = max(best, 2 * side**3 * products / quickest)
     return best
+
+
+def seconds_of(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, products: int, clock: Callable) -> float:
+    wait = torch.cuda.synchronize if left.device.type == "cuda" else lambda: None
+    wait()
+    begun = clock()
+    for _ in range(products):
+        torch.mm(left, right, out=out)
+    wait()
+    return clock() - begun
 
 
 def data_sheet_flops(device_name: str, dtype: torch.dtype) -> float | None:

@@ -1,15 +1,15 @@
 """The same masked pre-training step here, in Hugging Face transformers and in timm: images/s as ratios, and
 memory.
 
-    python benchmarks/peers.py [--gpu] [--record FILE.md] [--plot FILE.png] [--budget_s 300] [key.sub=value ...]
+    python -m benchmarks.peers [--gpu] [--record FILE.md] [--plot FILE.png] [--budget_s 300] [key.sub=value ...]
 
 All start from the same weights and take the same images, masks, codes, loss (cross-entropy at the masked patches),
 AdamW and clipping:
 
 ours          the recipe's model in the peers' own loop; and through DeepSpeed, as pretrain.py trains it
 Hugging Face  BeitForMaskedImageModeling with its own loss, SDPA or its eager attention
-timm          timm's Beit with a shared bias table, with the mask token and the linear head over hidden positions that
-its user would write
+timm          timm's Beit with a shared bias table, with the mask token and the linear head over masked positions that
+              its user would write
 
 First each library computes loss and gradient norm in float32 on weights that went through this package's converters
 (stochastic depth off, at most four blocks); where they differ no table is printed. Then they take turns, a few at a
@@ -24,20 +24,42 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+import torch
+import torch.nn.functional as F
 
-from record import at_least, require_gpu
-
-from peco_ds.command_line import Parser, run
+from benchmarks.engine_step import NOTHING_COMPILED, EngineTrainer, compiler_facts, fresh_compiler, join_alone
+from benchmarks.plots import ratio_bars
+from benchmarks.record import at_least, benchmark_parser, chosen, markdown_table, parse, publish
+from benchmarks.step_time import (
+    OUT_OF_MEMORY,
+    DrawnBatch,
+    Turns,
+    build_model,
+    drawn_batch,
+    free_memory,
+    reason,
+    step_memory,
+    this_device,
+)
+from benchmarks.turns import ratios, spread
+from peco_ds.command_line import run
+from peco_ds.config import PretrainRecipe
+from peco_ds.convert.release import CONFIG, WEIGHTS
+from peco_ds.convert.to_hf import to_hf
+from peco_ds.deepspeed_json import DS_CONFIGS
+from peco_ds.errors import UserError
+from peco_ds.models.beit_weights import BeitWeights
+from peco_ds.models.vit import TransformerBlock, timm_arguments
+from peco_ds.objectives import build_objective
+from peco_ds.recipe_files import load_recipe
+from peco_ds.runtime.engine import compile_each
+from peco_ds.runtime.optim import build_optimizer, decay_groups
 
 GPU_SIZES = {
     "H/14 at 224": ("peco_vith14", "run.micro_batch=32"),
@@ -62,18 +84,17 @@ NOISE, TABLE_NOISE = 0.05, 1.0
 # in the names of all three libraries
 TABLE, PATCH_EMBEDDING = "relative_position_bias_table", "patch_embed"
 PACKAGES = ("deepspeed", "timm", "transformers")
+OURS, HF, TIMM = "ours", "Hugging Face", "timm"
+# Beside fp32. bf16: weights, sums and moments too.  master: as the engine keeps them.
+PRECISIONS = {"bf16": "bf16 weights", "autocast": "fp32 weights, bf16 autocast", "master": "bf16 weights, fp32 master"}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A row.
-
-    Precision: fp32; bf16: 16-bit weights, sums and moments; autocast: 32-bit ones, 16-bit products; master: 16-bit
-    weights under 32-bit ones.
-    """
+    """A row."""
 
     library: str  # ours, Hugging Face, timm
-    precision: str
+    precision: str  # fp32, or one of PRECISIONS
     compiled: bool = False
     attention: str = "SDPA"
     zero: str = ""
@@ -82,27 +103,17 @@ class Contender:
     def label(self) -> str:
         parts = [
             self.library,
-            *([f"DeepSpeed ZeRO-{self.zero}"] if self.zero else []),
-            *(["eager attention"] if self.attention == "eager" else []),
+            f"DeepSpeed ZeRO-{self.zero}" if self.zero else "",
+            "eager attention" if self.attention == "eager" else "",
+            "compiled" if self.compiled else "eager",
+            PRECISIONS.get(self.precision, ""),
         ]
-        return ", ".join(
-            [
-                *parts,
-                "compiled" if self.compiled else "eager",
-                *([PRECISIONS[self.precision]] if self.precision != "fp32" else []),
-            ]
-        )
+        return ", ".join(part for part in parts if part)
 
 
-PRECISIONS = {"bf16": "bf16 weights", "autocast": "fp32 weights, bf16 autocast", "master": "bf16 weights, fp32 master"}
-OURS, HF, TIMM = "ours", "Hugging Face", "timm"
+# the first is the reference
 CPU_CONTENDERS = [
-    Contender(OURS, "fp32"),
-    Contender(HF, "fp32"),
-    Contender(TIMM, "fp32"),
-    Contender(OURS, "fp32", compiled=True),
-    Contender(HF, "fp32", compiled=True),
-    Contender(TIMM, "fp32", compiled=True),
+    *(Contender(library, "fp32", compiled) for compiled in (False, True) for library in (OURS, HF, TIMM)),
     Contender(OURS, "fp32", zero="1"),
     Contender(OURS, "fp32", compiled=True, zero="1"),
     Contender(OURS, "fp32", compiled=True, zero="3"),
@@ -152,79 +163,48 @@ class LossesDiffer(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--gpu", action="store_true", help="B/16, L/16, H/14 at 224 and H/14 at 448 in bf16; without it B/16 in fp32"
+    parser = benchmark_parser(
+        "peers",
+        __doc__,
+        gpu="B/16, L/16, H/14 at 224 and H/14 at 448 in bf16; without it B/16 in fp32",
+        plot="the ratios",
+        overrides="settings over every size's recipe",
     )
-    parser.add_argument(
-        "--sizes", metavar="SIZE,SIZE", help=f"of {', '.join(GPU_SIZES)} (default: all; without --gpu B/16 at 224)"
-    )
-    parser.add_argument(
-        "--without",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        help="leave out rows whose name holds this, such as compiled or DeepSpeed; may be given again; "
-        "the first row stays",
-    )
-    parser.add_argument(
-        "--rounds", type=at_least(1), default=7, help="turns of each that are counted (default: %(default)s)"
-    )
+    sizes = f"of {', '.join(GPU_SIZES)} (default: all; without --gpu B/16 at 224)"
+    parser.add_argument("--sizes", metavar="SIZE,SIZE", help=sizes)
+    without = "leave out rows whose name holds this, such as compiled or DeepSpeed; repeatable; the first row stays"
+    parser.add_argument("--without", metavar="TEXT", action="append", default=[], help=without)
+    parser.add_argument("--rounds", type=at_least(1), default=7, help="turns that are counted (default: %(default)s)")
     parser.add_argument("--steps", type=at_least(1), help="of a turn (default: 3 with --gpu, else 1)")
-    parser.add_argument(
-        "--at_once",
-        type=at_least(2),
-        default=3,
-        help="trainers in memory together, the reference among them (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--budget_s",
-        type=float,
-        default=float("inf"),
-        help="no group of trainers is begun later than this (default: no limit)",
-    )
-    parser.add_argument("--record", type=Path, help="also write the tables to this file, anew after every group")
-    parser.add_argument("--plot", type=Path, help="also draw the ratios into this PNG")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over every size's recipe")
-    args = parser.parse_intermixed_args(argv)
-    comparison = Comparison(
-        args, shlex.join(["python", "benchmarks/peers.py", *(sys.argv[1:] if argv is None else argv)])
-    )
+    together = "trainers in memory together, the reference among them (default: %(default)s)"
+    parser.add_argument("--at_once", type=at_least(2), default=3, help=together)
+    budget = "no group of trainers is begun later (default: no limit)"
+    parser.add_argument("--budget_s", type=float, default=float("inf"), help=budget)
+    comparison = Comparison(parse(parser, argv))
     try:
         comparison.measure()
     except LossesDiffer as error:
         sys.stderr.write(f"error: {error}; no table, because it would compare different computations\n")
         return 1
-    sys.stdout.write(f"{comparison.body()}\n")
+    sys.stdout.write(comparison.publish())
     return 1 if comparison.broken() else 0
 
 
 class Comparison:
     """The sizes, one after another, and the record as it grows."""
 
-    def __init__(self, args: argparse.Namespace, command: str) -> None:
-        from step_time import chosen
-
-        from peco_ds.errors import UserError
-
-        self.args, self.command = args, command
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
         known = GPU_SIZES if args.gpu else CPU_SIZES
-        self.recipes = {
-            size: resolved(*known[size], args.overrides)
-            for size in (chosen("sizes", args.sizes, known) if args.sizes else known)
-        }
+        sizes = chosen("sizes", args.sizes, known) if args.sizes else known
+        self.recipes = {size: resolved(*known[size], args.overrides) for size in sizes}
         self.steps = args.steps or (3 if args.gpu else 1)
         self.has_hf = importlib.util.find_spec("transformers") is not None
         reference, *others = GPU_CONTENDERS if args.gpu else CPU_CONTENDERS
-        idle = next(
-            (text for text in args.without if not any(text in contender.label for contender in (reference, *others))),
-            None,
-        )
-        if idle is not None:
-            raise UserError(
-                f"--without {idle}: in no row's name; the rows: "
-                f"{'; '.join(contender.label for contender in (reference, *others))}"
-            )
+        labels = [contender.label for contender in (reference, *others)]
+        for text in args.without:
+            if not any(text in label for label in labels):
+                raise UserError(f"--without {text}: in no row's name; the rows: {'; '.join(labels)}")
         unwanted = args.without + ([] if self.has_hf else [HF])
         self.contenders = [reference, *(other for other in others if not any(text in other.label for text in unwanted))]
         self.results: dict[str, list[Result]] = {}
@@ -232,73 +212,41 @@ class Comparison:
         self.left = 0
 
     def measure(self) -> None:
-        from step import own_signals
-
-        from peco_ds.runtime.distributed import start_world
-
-        if self.args.gpu:
-            require_gpu()
         begun = time.monotonic()
-        own_signals(start_world)
+        join_alone()
+        reference, *others = self.contenders
+        apart = self.args.at_once - 1
+        groups = [others[first : first + apart] for first in range(0, len(others), apart)]
+        # one contender of each library and kind of attention
+        libraries = dict.fromkeys(Contender(one.library, "fp32", attention=one.attention) for one in self.contenders)
         for size, recipe in self.recipes.items():
-            weights, reference = None, Result(self.contenders[0])
-            others, apart = self.contenders[1:], self.args.at_once - 1
-            for group in [others[first : first + apart] for first in range(0, len(others), apart)]:
+            weights, first = None, Result(reference)
+            for group in groups:
                 if time.monotonic() - begun > self.args.budget_s:
                     self.left += len(group)
                     continue
                 if weights is None:
-                    self.checked[size] = check_libraries(recipe, self.libraries())
+                    self.checked[size] = check_libraries(recipe, list(libraries))
                     weights = drawn_weights(recipe)
-                    self.results[size] = [reference]
-                self.results[size] += measure_group(
-                    recipe, weights, reference, group, rounds=self.args.rounds, steps=self.steps
-                )
-                self.flush()
-                sys.stderr.write(
-                    f"{size}: {', '.join(contender.label for contender in group)} done after "
-                    f"{time.monotonic() - begun:.0f} s\n"
-                )
-
-    def libraries(self) -> list[Contender]:
-        """One contender of each library and kind of attention, in float32."""
-        return list(
-            dict.fromkeys(
-                Contender(contender.library, "fp32", attention=contender.attention) for contender in self.contenders
-            )
-        )
+                    self.results[size] = [first]
+                self.results[size] += Group(recipe, weights, first, group).measure(self.args.rounds, self.steps)
+                self.publish()
+                labels = ", ".join(contender.label for contender in group)
+                sys.stderr.write(f"{size}: {labels} done after {time.monotonic() - begun:.0f} s\n")
 
     def broken(self) -> list[Result]:
-        from step_time import OUT_OF_MEMORY
+        every = [result for results in self.results.values() for result in results]
+        return [result for result in every if result.failure and result.failure != OUT_OF_MEMORY]
 
-        return [
-            result
-            for results in self.results.values()
-            for result in results
-            if result.failure and result.failure != OUT_OF_MEMORY
-        ]
-
-    def flush(self) -> None:
-        if self.args.record:
-            from record import write_record
-
-            write_record(
-                self.args.record,
-                "One pre-training step, and the same in Hugging Face and timm",
-                self.command,
-                self.body(),
-                *PACKAGES,
-            )
+    def publish(self) -> str:
         if self.args.plot:
-            from plots import ratio_bars
-
             panels = {
-                size: [
-                    (done.contender.label, done.ratio, min(done.ratios), max(done.ratios)) for done in measured(results)
-                ]
+                size: [(one.contender.label, one.ratio, min(one.ratios), max(one.ratios)) for one in measured(results)]
                 for size, results in self.results.items()
             }
             ratio_bars(self.args.plot, f"images/s over those of: {self.contenders[0].label}", panels)
+        title = "One pre-training step, and the same in Hugging Face and timm"
+        return publish(self.args, title, self.body(), *PACKAGES)
 
     def body(self) -> str:
         parts = [
@@ -315,34 +263,22 @@ class Comparison:
                 "as fp32 weights under autocast do, so those two belong together."
             )
         for size, results in self.results.items():
-            recipe = self.recipes[size]
-            parts += [
-                f"## {size}, {recipe.run.micro_batch} images a step, {recipe.run.precision}",
-                self.checked[size],
-                table(results, recipe.run.micro_batch),
-            ]
+            batch, precision = self.recipes[size].run.micro_batch, self.recipes[size].run.precision
+            parts += [f"## {size}, {batch} images a step, {precision}", self.checked[size], table(results, batch)]
             parts.append("\n".join(f"- {line}" for line in verdicts(results)))
         if self.left:
             parts.append(f"{self.left} rows were not begun within {self.args.budget_s:g} s.")
         return "\n\n".join(part for part in parts if part)
 
 
-def resolved(name: str, own: str, overrides: list[str]):
+def resolved(name: str, own: str, overrides: list[str]) -> PretrainRecipe:
     """The recipe of a size.
 
     Raises: UserError for what the peers have no counterpart of.
     """
-    from peco_ds.config import PretrainRecipe, load_recipe
-    from peco_ds.errors import UserError
-
     recipe = load_recipe(PretrainRecipe, name, ["model.drop_path=0", *own.split(), *overrides]).recipe
-    alike = (
-        recipe.encoding.kind == "full"
-        and not recipe.aggregation.early_block
-        and recipe.objective.name == "hard_tokens"
-        and recipe.mask.exact
-    )
-    if not alike:
+    plain = recipe.encoding.kind == "full" and not recipe.aggregation.early_block
+    if not (plain and recipe.objective.name == "hard_tokens" and recipe.mask.exact):
         raise UserError(
             "transformers and timm have BEiT's own step alone; leave encoding, aggregation, "
             "objective.name and mask.exact as they are"
@@ -355,11 +291,8 @@ def resolved(name: str, own: str, overrides: list[str]):
 # ------------------------------------------------------------------------------------------ the models
 
 
-def drawn_weights(recipe) -> dict:
+def drawn_weights(recipe: PretrainRecipe) -> dict[str, torch.Tensor]:
     """State of our model, float32 on the device, every value moved off where it starts."""
-    import torch
-    from step_time import build_model, this_device
-
     model = build_model(recipe, this_device())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -367,22 +300,8 @@ def drawn_weights(recipe) -> dict:
     return model.state_dict()
 
 
-def canonical(recipe, weights: dict):
-    from peco_ds.models.beit_weights import BeitWeights
-
-    return BeitWeights(
-        "mim", recipe.model, {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}, "drawn"
-    )
-
-
-def our_loss(recipe, weights: dict, batch, contender: Contender):
+def our_loss(recipe: PretrainRecipe, weights: dict, batch: DrawnBatch, contender: Contender):
     """Model, and a function that gives its loss on the batch; compiled as a run compiles it."""
-    from step_time import build_model
-
-    from peco_ds.models.vit import TransformerBlock
-    from peco_ds.objectives import build_objective
-    from peco_ds.runtime.engine import compile_each
-
     model, objective = build_model(recipe, batch.images_norm.device), build_objective(recipe.objective)
     model.load_state_dict(weights)
     if contender.compiled:
@@ -390,44 +309,35 @@ def our_loss(recipe, weights: dict, batch, contender: Contender):
     return model, lambda: objective(model(batch.images_norm, batch.masked), batch.targets)[0]
 
 
-def hugging_face_loss(recipe, weights: dict, batch, contender: Contender):
+def hugging_face_loss(recipe: PretrainRecipe, weights: dict, batch: DrawnBatch, contender: Contender):
     """Its own loss: it picks the logits of masked patches by a boolean mask."""
-    import torch
     from transformers import BeitConfig, BeitForMaskedImageModeling
     from transformers.utils import logging
 
-    from peco_ds.convert.release import CONFIG, WEIGHTS
-    from peco_ds.convert.to_hf import to_hf
-
     logging.disable_progress_bar()
-    release = to_hf(canonical(recipe, weights))
+    ours = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
+    release = to_hf(BeitWeights("mim", recipe.model, ours, "drawn"))
     config = BeitConfig.from_dict(release.configs[CONFIG] | {"drop_path_rate": recipe.model.drop_path})
-    implementation = "eager" if contender.attention == "eager" else "sdpa"
+    attention = "eager" if contender.attention == "eager" else "sdpa"
     # a model may keep what it is given, and train it
-    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in release.tensors[WEIGHTS].items()}
+    state = {name: tensor.to("cpu", copy=True) for name, tensor in release.tensors[WEIGHTS].items()}
     model = BeitForMaskedImageModeling.from_pretrained(
-        None, config=config, state_dict=tensors, attn_implementation=implementation
-    ).float()
-    model = model.to(batch.images_norm.device).train()
-    net = torch.compile(model) if contender.compiled else model
-    hidden, codes = masked_patches(batch, recipe.model.grid**2), batch.targets.codes.flatten()
-    return (
-        model,
-        lambda: (
-            net(
-                pixel_values=batch.images_norm.to(next(model.parameters()).dtype), bool_masked_pos=hidden, labels=codes
-            ).loss
-        ),
+        None, config=config, state_dict=state, attn_implementation=attention
     )
+    model = model.float().to(batch.images_norm.device).train()
+    net = torch.compile(model) if contender.compiled else model
+    masked, codes = masked_patches(batch, recipe), batch.targets.codes.flatten()
+
+    def loss() -> torch.Tensor:
+        images = batch.images_norm.to(next(model.parameters()).dtype)
+        return net(pixel_values=images, bool_masked_pos=masked, labels=codes).loss
+
+    return model, loss
 
 
-def timm_loss(recipe, weights: dict, batch, contender: Contender):
+def timm_loss(recipe: PretrainRecipe, weights: dict, batch: DrawnBatch, contender: Contender):
     """What a user of timm's Beit would add to it: a mask token, and a head at the masked patches."""
-    import torch
-    import torch.nn.functional as F
     from timm.models.beit import Beit
-
-    from peco_ds.models.vit import timm_arguments
 
     class MaskedBeit(torch.nn.Module):
         def __init__(self) -> None:
@@ -436,10 +346,10 @@ def timm_loss(recipe, weights: dict, batch, contender: Contender):
             self.mask_token = torch.nn.Parameter(torch.zeros(1, 1, recipe.model.width))
             self.lm_head = torch.nn.Linear(recipe.model.width, recipe.objective.num_codes)
 
-        def forward(self, images, hidden, masked):
+        def forward(self, images, is_masked, masked):
             backbone = self.backbone
             x = backbone.patch_embed(images)
-            x = torch.where(hidden.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+            x = torch.where(is_masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
             x = torch.cat([backbone.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
             bias = backbone.rel_pos_bias()
             for block in backbone.blocks:
@@ -452,65 +362,55 @@ def timm_loss(recipe, weights: dict, batch, contender: Contender):
     model.load_state_dict(weights)
     model.train()
     net = torch.compile(model) if contender.compiled else model
-    hidden, codes = masked_patches(batch, recipe.model.grid**2), batch.targets.codes.flatten()
-    return model, lambda: F.cross_entropy(
-        net(batch.images_norm.to(model.mask_token.dtype), hidden, batch.masked).flatten(0, 1).float(), codes
-    )
+    is_masked, codes = masked_patches(batch, recipe), batch.targets.codes.flatten()
+
+    def loss() -> torch.Tensor:
+        logits = net(batch.images_norm.to(model.mask_token.dtype), is_masked, batch.masked)
+        return F.cross_entropy(logits.flatten(0, 1).float(), codes)
+
+    return model, loss
 
 
 LIBRARIES: dict[str, Callable] = {OURS: our_loss, HF: hugging_face_loss, TIMM: timm_loss}
 
 
-def masked_patches(batch, patches: int):
+def masked_patches(batch: DrawnBatch, recipe: PretrainRecipe) -> torch.Tensor:
     """bool [B, N]."""
-    import torch
-
-    return torch.zeros(len(batch.masked), patches, dtype=torch.bool, device=batch.masked.device).scatter_(
-        1, batch.masked, True
-    )
+    masked = batch.masked
+    none = torch.zeros(len(masked), recipe.model.grid**2, dtype=torch.bool, device=masked.device)
+    return none.scatter_(1, masked, True)
 
 
 # ----------------------------------------------------------------------------------- the same function
 
 
-def check_libraries(recipe, libraries: list[Contender]) -> str:
+def check_libraries(recipe: PretrainRecipe, libraries: list[Contender]) -> str:
     """One line: by how much losses and gradient norms differ, float32, on a few images through a few blocks of this
     size.
 
     Raises: LossesDiffer.
     """
-    import torch
-    from step_time import drawn_batch, free_memory, this_device
-
-    small = replace(
-        recipe,
-        model=replace(recipe.model, depth=min(recipe.model.depth, CHECKED_BLOCKS), drop_path=0.0),
-        run=replace(recipe.run, micro_batch=CHECKED_IMAGES),
-    )
+    model = replace(recipe.model, depth=min(recipe.model.depth, CHECKED_BLOCKS), drop_path=0.0)
+    small = replace(recipe, model=model, run=replace(recipe.run, micro_batch=CHECKED_IMAGES))
     weights, batch = drawn_weights(small), drawn_batch(small, this_device())
     found: dict[str, dict[str, float]] = {}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for contender in libraries:
-            model, loss_of = LIBRARIES[contender.library](small, weights, batch, contender)
-            loss = loss_of()
-            loss.backward()
-            gradients = [
-                {name: p.grad for name, p in model.named_parameters() if p.grad is not None and of in name}
-                for of in ("", TABLE, PATCH_EMBEDDING)
-            ]
-            found[contender.label] = dict(
-                zip(
-                    LIBRARY_TOLERANCE,
-                    [loss.item(), *(torch.nn.utils.get_total_norm(list(some.values())).item() for some in gradients)],
-                )
-            )
-            del model, loss_of, loss
+            found[contender.label] = figures_of(*LIBRARIES[contender.library](small, weights, batch, contender))
             free_memory()
-    return (
-        "The same function, float32, "
-        + compare(found, LIBRARY_TOLERANCE)
-        + f" ({small.model.depth} blocks, {CHECKED_IMAGES} images)."
-    )
+    agreed = compare(found, LIBRARY_TOLERANCE)
+    return f"The same function, float32, {agreed} ({small.model.depth} blocks, {CHECKED_IMAGES} images)."
+
+
+def figures_of(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> dict[str, float]:
+    """Of one backward pass, what LIBRARY_TOLERANCE names."""
+    loss = loss_of()
+    loss.backward()
+    norms = []
+    for part in ("", TABLE, PATCH_EMBEDDING):
+        gradients = [p.grad for name, p in model.named_parameters() if p.grad is not None and part in name]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+    return dict(zip(LIBRARY_TOLERANCE, [loss.item(), *norms]))
 
 
 def compare(found: dict[str, dict[str, float]], tolerance: dict[str, float]) -> str:
@@ -537,124 +437,113 @@ def compare(found: dict[str, dict[str, float]], tolerance: dict[str, float]) -> 
 class BareTrainer:
     """Forward pass, backward pass, clipping, AdamW, in the dtypes that the contender names."""
 
-    def __init__(self, recipe, weights: dict, contender: Contender) -> None:
-        import torch
-        from step_time import drawn_batch, this_device
-
-        from peco_ds.runtime.optim import build_optimizer, decay_groups
-
-        device = this_device()
+    def __init__(self, recipe: PretrainRecipe, weights: dict, contender: Contender) -> None:
+        device, optim = this_device(), recipe.optim
         self.model, self.loss_of = LIBRARIES[contender.library](recipe, weights, drawn_batch(recipe, device), contender)
         if contender.precision == "bf16":
             self.model.to(torch.bfloat16)
-        self.autocast = (
-            (lambda: torch.autocast(device.type, torch.bfloat16))
-            if contender.precision == "autocast"
-            else contextlib.nullcontext
-        )
-        self.optimizer = build_optimizer(
-            decay_groups(self.model, recipe.optim.weight_decay), recipe.optim, offloaded=False
-        )
-        self.clip_norm = recipe.optim.clip_norm
-        self.first_loss = None
+        autocast = contender.precision == "autocast"
+        self.autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if autocast else contextlib.nullcontext
+        self.optimizer = build_optimizer(decay_groups(self.model, optim.weight_decay), optim, offloaded=False)
+        self.clip_norm = optim.clip_norm
 
-    def forward(self):
+    def forward(self) -> torch.Tensor:
         with self.autocast():
             return self.loss_of()
 
-    def learn(self, loss) -> None:
-        import torch
-
+    def learn(self, loss: torch.Tensor) -> None:
         loss.backward()
         if self.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def step(self) -> None:
+    def step(self) -> torch.Tensor:
         loss = self.forward()
         self.learn(loss)
-        self.first_loss = loss.detach() if self.first_loss is None else self.first_loss
+        return loss.detach()
 
     def close(self) -> None:
         self.model = self.loss_of = self.optimizer = None
 
 
-class DeepSpeedTrainer:
-    """The same through the engine, as pretrain.py steps."""
-
-    def __init__(self, recipe, weights: dict, contender: Contender) -> None:
-        from step import EngineTrainer
-        from step_time import this_device
-
-        asked = replace(recipe, run=replace(recipe.run, compile="blocks" if contender.compiled else "none"))
-        self.trainer = EngineTrainer(asked, contender.zero, this_device(), weights)
-        self.forward, self.learn, self.close = self.trainer.forward, self.trainer.learn, self.trainer.close
-        self.first_loss = None
-
-    def step(self) -> None:
-        loss = self.trainer.step()
-        self.first_loss = loss if self.first_loss is None else self.first_loss
+def trainer_of(recipe: PretrainRecipe, weights: dict, contender: Contender) -> BareTrainer | EngineTrainer:
+    if not contender.zero:
+        return BareTrainer(recipe, weights, contender)
+    asked = replace(recipe, run=replace(recipe.run, compile="blocks" if contender.compiled else "none"))
+    return EngineTrainer(asked, DS_CONFIGS / f"zero{contender.zero}.json", this_device(), weights=weights)
 
 
-def measure_group(
-    recipe, weights: dict, reference: Result, group: list[Contender], *, rounds: int, steps: int
-) -> list[Result]:
-    """Turns of the reference and some others, whose results are returned; the reference's own is added to."""
-    from step import NOTHING_COMPILED, compiler_facts, fresh_compiler
-    from step_time import Turns, free_memory, reason
+class Group:
+    """The reference and some others, in memory together; the reference's own result is added to."""
 
-    # Rates of a warm-up's start: the weights are noise, and must not run away to where products are not numbers.
-    recipe = replace(recipe, optim=replace(recipe.optim, lr=1e-6))
-    fresh_compiler()
-    results = {contender.label: Result(contender) for contender in group}
-    every = {reference.contender.label: reference, **results}
-    trainers: dict[str, BareTrainer | DeepSpeedTrainer] = {}
-    for label, result in every.items():
-        try:
-            trainers[label] = (DeepSpeedTrainer if result.contender.zero else BareTrainer)(
-                recipe, weights, result.contender
-            )
-        except Exception as error:
-            # a library that cannot do a row must not cost the others theirs
-            result.failure = reason(error)
-            del error
-            free_memory()
-    turns = Turns(
-        {label: trainer.step for label, trainer in trainers.items()},
-        steps_a_turn=steps,
-        give_up=lambda label: trainers.pop(label).close(),
-    )
-    turns.run(rounds)
-    if not compiler_facts()[0]:
-        turns.failed |= {
-            label: NOTHING_COMPILED
-            for label in turns.seconds
-            if every[label].contender.compiled and label not in turns.failed
-        }
-    if reference.contender.label in trainers and not recipe.model.drop_path:
-        turns.failed |= other_losses(
-            {label: trainer.first_loss.float().item() for label, trainer in trainers.items()},
-            FIRST_STEP_TOLERANCE[recipe.run.precision],
+    def __init__(self, recipe: PretrainRecipe, weights: dict, reference: Result, others: list[Contender]) -> None:
+        # Rates of a warm-up's start: the weights are noise, and must not run away to where products are not numbers.
+        self.recipe, self.weights = replace(recipe, optim=replace(recipe.optim, lr=1e-6)), weights
+        self.reference, self.others = reference, [Result(contender) for contender in others]
+        self.results = {result.contender.label: result for result in (reference, *self.others)}
+        self.trainers: dict[str, BareTrainer | EngineTrainer] = {}
+        self.first_losses: dict[str, torch.Tensor] = {}
+
+    def measure(self, rounds: int, steps: int) -> list[Result]:
+        """Results of the others."""
+        fresh_compiler()
+        self.build()
+        turns = Turns(
+            {label: lambda label=label: self.step(label) for label in self.trainers},
+            steps_a_turn=steps,
+            give_up=lambda label: self.trainers.pop(label).close(),
         )
-    base, base_cpu = (seconds.get(reference.contender.label, []) for seconds in (turns.seconds, turns.cpu_seconds))
-    for label, result in every.items():
-        result.failure = turns.failed.get(label, result.failure)
-        if not result.failure:
-            result.seconds += turns.seconds[label]
-            result.ratios += [theirs / own for theirs, own in zip(base, turns.seconds[label])]
-            result.cpu_ratios += [theirs / own for theirs, own in zip(base_cpu, turns.cpu_seconds[label])]
-            result.first_s = max(result.first_s, turns.first_s[label])
-    for label, trainer in trainers.items():
-        if not every[label].failure:
-            measure_memory(every[label], trainer)
-    turns.steps.clear()
-    for label, trainer in trainers.items():
-        before = allocated()
-        trainer.close()
-        free_memory()
-        every[label].state_bytes = before - allocated()
-    return list(results.values())
+        turns.run(rounds)
+        for label, failure in (self.uncompiled(turns) | self.other_computations() | turns.failed).items():
+            self.results[label].failure = failure
+        self.add_times(turns)
+        for label, trainer in self.trainers.items():
+            if not self.results[label].failure:
+                measure_memory(self.results[label], trainer)
+        turns.steps.clear()
+        self.close()
+        return self.others
+
+    def build(self) -> None:
+        for label, result in self.results.items():
+            try:
+                self.trainers[label] = trainer_of(self.recipe, self.weights, result.contender)
+            except Exception as error:
+                # a library that cannot do a row must not cost the others theirs
+                result.failure = reason(error)
+                del error
+                free_memory()
+
+    def step(self, label: str) -> None:
+        self.first_losses.setdefault(label, self.trainers[label].step())
+
+    def uncompiled(self, turns: Turns) -> dict[str, str]:
+        if compiler_facts()[0]:
+            return {}
+        return {label: NOTHING_COMPILED for label in turns.seconds if self.results[label].contender.compiled}
+
+    def other_computations(self) -> dict[str, str]:
+        if self.reference.contender.label not in self.trainers or self.recipe.model.drop_path:
+            return {}
+        losses = {label: self.first_losses[label].float().item() for label in self.trainers}
+        return other_losses(losses, FIRST_STEP_TOLERANCE[self.recipe.run.precision])
+
+    def add_times(self, turns: Turns) -> None:
+        base = self.reference.contender.label
+        for label, result in self.results.items():
+            if not result.failure:
+                result.seconds += turns.seconds[label]
+                result.ratios += ratios(turns.seconds.get(base, []), turns.seconds[label])
+                result.cpu_ratios += ratios(turns.cpu_seconds.get(base, []), turns.cpu_seconds[label])
+                result.first_s = max(result.first_s, turns.first_s[label])
+
+    def close(self) -> None:
+        for label, trainer in self.trainers.items():
+            before = allocated()
+            trainer.close()
+            free_memory()
+            self.results[label].state_bytes = before - allocated()
 
 
 def other_losses(first_losses: dict[str, float], tolerance: float) -> dict[str, str]:
@@ -667,9 +556,7 @@ def other_losses(first_losses: dict[str, float], tolerance: float) -> dict[str, 
     }
 
 
-def measure_memory(result: Result, trainer) -> None:
-    from step_time import free_memory, reason, step_memory
-
+def measure_memory(result: Result, trainer: BareTrainer | EngineTrainer) -> None:
     try:
         result.kept_bytes, result.step_bytes = step_memory(trainer.forward, trainer.learn)
     except Exception as error:
@@ -679,8 +566,6 @@ def measure_memory(result: Result, trainer) -> None:
 
 
 def allocated() -> int:
-    import torch
-
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
@@ -693,62 +578,48 @@ def measured(results: list[Result]) -> list[Result]:
 
 def table(results: list[Result], batch: int) -> str:
     on_gpu = any(result.step_bytes for result in results)
-    heads = [
-        "",
-        "ratio",
-        *([] if on_gpu else ["ratio in CPU time"]),
-        "images/s",
-        "s a step",
+    heads = ["", "ratio", *([] if on_gpu else ["ratio in CPU time"]), "images/s", "s a step"]
+    heads += [
         "activations an image, MB",
+        *(["step, GiB", "weights and moments, GiB"] if on_gpu else []),
+        "first step, s",
     ]
-    heads += [*(["step, GiB", "weights and moments, GiB"] if on_gpu else []), "first step, s"]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for result in results:
-        cells = [result.contender.label]
-        if result.failure:
-            cells += [result.failure, *[""] * (len(heads) - 2)]
-        else:
-            middle = statistics.median(result.seconds)
-            compared = [result.ratios] if on_gpu else [result.ratios, result.cpu_ratios]
-            cells += [
-                f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if ratios else ""
-                for ratios in compared
-            ]
-            cells += [
-                f"{batch / middle:.4g}",
-                f"{middle:.4g} ({min(result.seconds):.4g} to {max(result.seconds):.4g})",
-                f"{result.kept_bytes / batch / 1e6:.1f}",
-            ]
-            cells += [f"{result.step_bytes / 2**30:.1f}", f"{result.state_bytes / 2**30:.1f}"] if on_gpu else []
-            cells.append(f"{result.first_s:.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown_table(heads, [cells(result, batch, on_gpu, len(heads)) for result in results])
+
+
+def cells(result: Result, batch: int, on_gpu: bool, count: int) -> list[str]:
+    if result.failure:
+        return [result.contender.label, result.failure, *[""] * (count - 2)]
+    compared = [result.ratios] if on_gpu else [result.ratios, result.cpu_ratios]
+    memory = [f"{size / 2**30:.1f}" for size in (result.step_bytes, result.state_bytes)] if on_gpu else []
+    return [
+        result.contender.label,
+        *(spread(values, ".3f") for values in compared),
+        f"{batch / statistics.median(result.seconds):.4g}",
+        spread(result.seconds, ".4g"),
+        f"{result.kept_bytes / batch / 1e6:.1f}",
+        *memory,
+        f"{result.first_s:.1f}",
+    ]
 
 
 def verdicts(results: list[Result]) -> list[str]:
     """Ours against the fastest peer of the same precision: eager against eager peers, compiled against all.
 
-    And through DeepSpeed, whose weights in 32 bits have
-    their like in autocast's."""
+    And through DeepSpeed, whose weights in 32 bits have their like in autocast's.
+    """
     done, lines = measured(results), []
     for mine in (result for result in done if result.contender.library == OURS):
         own = mine.contender
         like = "autocast" if own.precision == "master" else own.precision
-        rivals = [
-            rival
-            for rival in done
-            if rival.contender.library != OURS
-            and rival.contender.precision == like
-            and (own.compiled or not rival.contender.compiled)
-        ]
+        peers = [rival for rival in done if rival.contender.library != OURS and rival.contender.precision == like]
+        rivals = [rival for rival in peers if own.compiled or not rival.contender.compiled]
         if rivals:
             fastest = max(rivals, key=lambda rival: rival.ratio)
             which = f"of the {len(rivals)} measured peers" + ("" if own.compiled else " that are not compiled")
-            spread = f"{mine.ratio / max(fastest.ratios):.2f} to {mine.ratio / min(fastest.ratios):.2f} over its turns"
-            lines.append(
-                f"{own.label}: {mine.ratio / fastest.ratio:.2f} times the fastest {which} "
-                f"({fastest.contender.label}; {spread})"
-            )
+            over = f"{mine.ratio / max(fastest.ratios):.2f} to {mine.ratio / min(fastest.ratios):.2f} over its turns"
+            times = f"{own.label}: {mine.ratio / fastest.ratio:.2f} times"
+            lines.append(f"{times} the fastest {which} ({fastest.contender.label}; {over})")
     return lines
 
 

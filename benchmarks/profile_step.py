@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.record import markdown_table
+
 # A name belongs to the first kind whose pattern it holds. Products of the token head are products like the others: no
 # name tells them apart.
 _ATTENTION = r"attention|fmha|flash|sdpa"
@@ -42,50 +44,40 @@ class Stretch(NamedTuple):
 
 def profile_step(step: Callable[[], object], *, steps: int) -> str:
     """Markdown: a table of shares, and the attention operators and kernels that ran."""
-    on_gpu = torch.cuda.is_available()
-    kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])
+    on_gpu, activity, device = torch.cuda.is_available(), torch.profiler.ProfilerActivity, torch.autograd.DeviceType
     step()
-    with torch.profiler.profile(activities=kinds) as profile:
+    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if on_gpu else [])]) as profile:
         for _ in range(steps):
             step()
         if on_gpu:
             torch.cuda.synchronize()
     events = profile.events()
-    operators = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-    ran_there = [
-        event
+    operators = [event for event in events if event.device_type == device.CPU]
+    kernels = [
+        Stretch(event.name, event.time_range.start, event.time_range.end)
         for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        if event.device_type == device.CUDA and not getattr(event, "is_user_annotation", False)
     ]
-    kernels = [Stretch(event.name, event.time_range.start, event.time_range.end) for event in ran_there]
     if on_gpu:
         shares, total = shares_of_kernels(kernels)
+        of = "of the time from the first kernel to the last, on the device"
     else:
         shares, total = shares_of_operators([(event.name, event.self_cpu_time_total) for event in operators])
+        of = (
+            "of operators' own time, on all threads that start them; attention that is made of products "
+            "and softmax counts as those"
+        )
+    rows = [(kind, f"{time / total:.1%}", f"{time / 1000 / steps:.2f}") for kind, time in shares.items() if time]
     ran = Counter(
         event.name
         for event in [*operators, *kernels]
         if _ATTENTION_NAMES.search(event.name) and not event.name.startswith("autograd::")
     )
-    lines = ["| part | share | ms a step |", "|---|---|---|"]
-    lines += [f"| {kind} | {time / total:.1%} | {time / 1000 / steps:.2f} |" for kind, time in shares.items() if time]
-    of = "of the time from the first kernel to the last, on the device"
-    if not on_gpu:
-        of = (
-            "of operators' own time, on all threads that start them; attention that is made of products "
-            "and softmax counts as those"
-        )
     named = "\n".join(f"- `{shortened(name)}` x {count / steps:g}" for name, count in sorted(ran.items()))
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Shares {of}; {steps} steps under torch.profiler, which slows them. Attention that ran, and "
-            "how often a step:",
-            "",
-            named or "- none by name",
-        ]
+    about = (
+        f"Shares {of}; {steps} steps under torch.profiler, which slows them. Attention that ran, and how often a step:"
     )
+    return "\n\n".join([markdown_table(("part", "share", "ms a step"), rows), about, named or "- none by name"])
 
 
 def kind_of(name: str) -> str:

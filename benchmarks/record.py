@@ -1,14 +1,62 @@
-"""What every benchmark's record says beside its figures: command, versions, hardware, date."""
+"""What the benchmarks share around their measurements: the command line, tables, and a record that says command,
+versions, hardware and date.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import platform
+import shlex
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
+
+from peco_ds.command_line import Parser
+from peco_ds.errors import UserError
+
+
+def benchmark_parser(name: str, description: str, *, gpu: str = "", plot: str = "", overrides: str = "") -> Parser:
+    """A parser with the options that most benchmarks have.
+
+    Args:
+        name: of the module.
+        gpu, plot, overrides: the help of --gpu, --plot and key.sub=value; "": the benchmark has none.
+    """
+    parser = Parser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if gpu:
+        parser.add_argument("--gpu", action="store_true", help=gpu)
+    parser.add_argument("--record", type=Path, metavar="FILE.md", help="also write the tables to this file")
+    if plot:
+        parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"also draw {plot}")
+    if overrides:
+        parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=overrides)
+    return parser
+
+
+def parse(parser: Parser, argv: list[str] | None, renamed: dict[str, str] | None = None) -> argparse.Namespace:
+    """The arguments, and under `command` the whole command.
+
+    Args:
+        renamed: today's name of an option by its old one.
+    Raises: UserError for --gpu where torch finds none.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    for old, new in (renamed or {}).items():
+        if any(word.split("=")[0] == old for word in words):
+            sys.stderr.write(f"{old} is called {new} now\n")
+            words = [new + word.removeprefix(old) if word.split("=")[0] == old else word for word in words]
+    args = parser.parse_intermixed_args(words)
+    args.command = f"{parser.prog} {shlex.join(words)}".strip()
+    if getattr(args, "gpu", False):
+        require_gpu()
+    return args
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -20,18 +68,57 @@ def at_least(low: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{value}: give {low} or more")
         return value
 
-    number.__name__ = "whole number"  # argparse says so of a text that is none
+    # argparse names the type of a text that is no number
+    number.__name__ = "whole number"
     return number
+
+
+def chosen(option: str, text: str, known: Iterable[str]) -> list[str]:
+    """Values of a list on the command line, written with commas.
+
+    Raises: UserError for one that is not known.
+    """
+    values = text.split(",")
+    for value in values:
+        if value not in known:
+            raise UserError(f"--{option} {value}: not one of {', '.join(known)}; values are separated by commas")
+    return values
 
 
 def require_gpu() -> None:
     """For --gpu. Raises: UserError where torch finds none."""
     import torch
 
-    from peco_ds.errors import UserError
-
     if not torch.cuda.is_available():
         raise UserError("--gpu: torch finds no GPU here; drop --gpu, or start it where there is one")
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def publish(args: argparse.Namespace, title: str, body: str, *packages: str) -> str:
+    """The text for standard output: the record, where --record asks for one, else its body alone."""
+    if args.record:
+        return write_record(args.record, title, args.command, body, *packages)
+    return f"{body.strip()}\n"
+
+
+def write_record(path: Path, title: str, command: str, body: str, *packages: str) -> str:
+    """Write a markdown record whole, or over what an earlier call of the same run wrote.
+
+    Args:
+        body: markdown: what was done, tables.  packages: whose versions matter beside torch's.
+    Returns: the text.
+    """
+    about = f"{hardware()}; {versions(*packages)}; {time.strftime('%d %B %Y')}."
+    text = f"# {title}\n\n`{command}`\n\n{body.strip()}\n\n{about}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+    return text
 
 
 def hardware() -> str:
@@ -60,24 +147,6 @@ def versions(*packages: str) -> str:
         except metadata.PackageNotFoundError:
             found.append(f"{package} not installed")
     return ", ".join(dict.fromkeys(found))
-
-
-def write_record(path: Path, title: str, command: str, body: str, *packages: str) -> str:
-    """Write a markdown record whole, or over what an earlier call of the same run wrote.
-
-    Args:
-        body: markdown: what was done, tables.  packages: whose versions matter beside torch's.
-    Returns: the text.
-    """
-    text = (
-        f"# {title}\n\n`{command}`\n\n{body.strip()}\n\n{hardware()}; {versions(*packages)}; "
-        f"{time.strftime('%d %B %Y')}.\n"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
-    return text
 
 
 def _processor() -> str:

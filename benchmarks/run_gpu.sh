@@ -6,11 +6,11 @@
 #   PECO_BENCH_DEVICE=cpu bash benchmarks/run_gpu.sh        # the same commands at small sizes on a machine without one
 #
 # OUT                 folder of records, plots and logs (default: benchmarks/out_gpu)
-# PECO_BENCH_IMAGES   folder of images for data.py and tokenizing.py (default: what they find)
+# PECO_BENCH_IMAGES   folder of images for data and tokenizing (default: what they find)
 # PYTHON              the interpreter (default: python)
 #
-# peers.py, step.py and plan_step.py write their records as they grow, so that one which is cut off leaves what it has measured. Exit code 1 if a part failed; 0 also where
-# parts were cut off.
+# peers, step and plan_step write their records as they grow, so that one which is cut off leaves what it has measured.
+# Exit code 1 if a part failed; 0 also where parts were cut off.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 out=${OUT:-benchmarks/out_gpu}
@@ -35,17 +35,17 @@ failed=0
 
 say() { printf '%s\n' "$*" | tee -a "$out/summary.txt"; }
 
-# part NAME SECONDS COMMAND...: the command's words go to NAME.log; a time limit ends it, the next part follows.
+# part NAME SECONDS BENCHMARK OPTION...: its words go to NAME.log; a time limit ends it, the next part follows.
 part() {
-  local name=$1 limit=$2 left=$((ends - SECONDS)) begun=$SECONDS code
-  shift 2
+  local name=$1 limit=$2 program=$3 left=$((ends - SECONDS)) begun=$SECONDS code
+  shift 3
   [ "$limit" -lt "$left" ] || limit=$left
   if [ "$limit" -lt 20 ]; then
     say "$name: not begun, the time is up"
     return
   fi
   rm -f "$out/$name.md"
-  timeout --kill-after=5 "$limit" "$python" "$@" >"$out/$name.log" 2>&1
+  timeout --kill-after=5 "$limit" "$python" -m "benchmarks.$program" "$@" >"$out/$name.log" 2>&1
   code=$?
   case $code in
     0) say "$name: done in $((SECONDS - begun)) s" ;;
@@ -57,12 +57,12 @@ part() {
   esac
 }
 
-part peers_first 110 benchmarks/peers.py "${gpu[@]}" "${first[@]}" "${small[@]}" --budget_s 75 --record "$out/peers_first.md" --plot "$out/peers_first.png"
-part step 110 benchmarks/step.py "${gpu[@]}" "${small[@]}" --profile --budget_s 75 --record "$out/step.md" --plot "$out/step.png"
-part plan_step 60 benchmarks/plan_step.py "${gpu[@]}" "${plan[@]}" --record "$out/plan_step.md"
-[ ${#others[@]} -eq 0 ] || part peers_others 100 benchmarks/peers.py "${gpu[@]}" "${others[@]}" --budget_s 65 --record "$out/peers_others.md" --plot "$out/peers_others.png"
-part data 50 benchmarks/data.py "${gpu[@]}" "${few[@]}" "${images[@]}" --record "$out/data.md"
-part tokenizing 90 benchmarks/tokenizing.py "${gpu[@]}" "${few[@]}" "${images[@]}" --record "$out/tokenizing.md"
-part launch 130 benchmarks/launch.py "${gpu[@]}" "${launch[@]}" --record "$out/launch.md"
+part peers_first 110 peers "${gpu[@]}" "${first[@]}" "${small[@]}" --budget_s 75 --record "$out/peers_first.md" --plot "$out/peers_first.png"
+part step 110 step "${gpu[@]}" "${small[@]}" --profile --budget_s 75 --record "$out/step.md" --plot "$out/step.png"
+part plan_step 60 plan_step "${gpu[@]}" "${plan[@]}" --record "$out/plan_step.md"
+[ ${#others[@]} -eq 0 ] || part peers_others 100 peers "${gpu[@]}" "${others[@]}" --budget_s 65 --record "$out/peers_others.md" --plot "$out/peers_others.png"
+part data 50 data "${gpu[@]}" "${few[@]}" "${images[@]}" --record "$out/data.md"
+part tokenizing 90 tokenizing "${gpu[@]}" "${few[@]}" "${images[@]}" --record "$out/tokenizing.md"
+part launch 130 launch "${gpu[@]}" "${launch[@]}" --record "$out/launch.md"
 say "records are in $out"
 exit $failed

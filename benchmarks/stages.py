@@ -1,25 +1,60 @@
-"""The package's stages as commands of a benchmark: each runs once, leaves its log, command and seconds, and is not run
-again when the benchmark continues.
-
-A stage that was run with another command before is refused: results of two settings would stand in one table.
-"""
+"""The package's stages as commands of a benchmark."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+from peco_ds.errors import UserError
+
 STAGES = Path(__file__).resolve().parent.parent / "peco_ds"
 
 
+def launcher(name: str, ranks: int) -> list[str]:
+    """How a command begins: python, torchrun or deepspeed, on this machine."""
+    if name == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    if name == "deepspeed":
+        # its own default port may be another run's
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        words = ["--master_port", port, "--num_gpus", str(ranks)]
+        return [sys.executable, "-m", "deepspeed.launcher.runner", *words]
+    return [sys.executable]
+
+
+def call(command: list, env: dict[str, str] | None = None, timeout_s: float | None = None) -> str:
+    """Run a command to its end.
+
+    Returns: what it wrote to standard output.
+    Raises: UserError with the end of its output if it fails.
+    """
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=timeout_s)
+    if done.returncode:
+        raise ended(words, done.returncode, done.stdout + done.stderr)
+    return done.stdout
+
+
+def ended(command: list[str], code: int | None, output: str) -> UserError:
+    """What to raise for a command that ended as it should not."""
+    tail = " ".join(output.split())[-600:]
+    return UserError(f"{shlex.join(command)}: exit code {code}; its output ends in: {tail}")
+
+
 class Stages:
-    """Commands and their records in OUT/log.
+    """Commands that each run once and leave log, command and seconds in OUT/log.
+
+    What is finished is not run again when the benchmark continues. A stage that was run with another command before is
+    refused: results of two settings would stand in one table.
 
     Args:
         out: an absolute folder.
@@ -71,13 +106,13 @@ class Stages:
         sys.stdout.write(f"{time.strftime('%H:%M:%S')} {name}\n")
         sys.stdout.flush()
         begun = time.perf_counter()
-        with open(self.out / "log" / f"{name}.log", "a") as log:
+        path = self.out / "log" / f"{name}.log"
+        with open(path, "a") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=self._environ).returncode
         if code:
             self._failed.set()
-            log = self.out / "log" / f"{name}.log"
-            last = log.read_text(errors="replace").splitlines()[-1:]
-            sys.stderr.write(f"{name} ended with {code}; {log} ends in: {''.join(last)}\n")
+            last = path.read_text(errors="replace").splitlines()[-1:]
+            sys.stderr.write(f"{name} ended with {code}; {path} ends in: {''.join(last)}\n")
             sys.exit(code)
         record.write_text(json.dumps({"command": text, "seconds": round(time.perf_counter() - begun, 1)}) + "\n")
 

@@ -1,28 +1,20 @@
-"""What a training step of a recipe's model costs on this device, compiled as run.compile says: forward pass, objective,
-backward pass, AdamW; no data, no ZeRO.
-
-`step.py` and `peers.py` share its batches and its turns.
-"""
+"""What a training step of a recipe's model costs on this device: its batch, its FLOPs, its memory, steps by turns."""
 
 from __future__ import annotations
 
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from peco_ds.config import PretrainRecipe
+from benchmarks.turns import by_turns
+from peco_ds.config import MaskSettings, PretrainRecipe
 from peco_ds.data.loaders import Codes, masked_targets
 from peco_ds.data.masking import draw_masked
-from peco_ds.errors import UserError
 from peco_ds.models.mim import build_mim
 from peco_ds.models.vit import TransformerBlock
 from peco_ds.objectives import build_objective
@@ -31,6 +23,7 @@ from peco_ds.runtime.optim import build_optimizer, decay_groups
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WARM_UP = 2
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass
@@ -63,6 +56,12 @@ def this_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def training_flops(recipe: PretrainRecipe) -> int:
     """Of an image's forward and backward pass, as the planner counts them."""
     return mim_macs(
@@ -91,44 +90,30 @@ def build_model(recipe: PretrainRecipe, device: torch.device) -> torch.nn.Module
     return model.train()
 
 
+def mask_of(mask: MaskSettings, grid: int, sample: int, seed: int = 0):
+    """Masked positions of a sample in the first epoch."""
+    return draw_masked(mask, grid, seed=seed, epoch=0, sample=sample)
+
+
 def drawn_batch(recipe: PretrainRecipe, device: torch.device) -> DrawnBatch:
     """run.micro_batch images."""
     generator = torch.Generator().manual_seed(0)
-    model, mask, batch, codes, topk = (
-        recipe.model,
-        recipe.mask,
-        recipe.run.micro_batch,
-        recipe.objective.num_codes,
-        recipe.views.topk,
-    )
+    model, batch, codes, topk = recipe.model, recipe.run.micro_batch, recipe.objective.num_codes, recipe.views.topk
     images = torch.randn(batch, 3, model.image_px, model.image_px, generator=generator)
-    drawn = [
-        draw_masked(
-            seed=0,
-            epoch=0,
-            sample=i,
-            grid=model.grid,
-            kind=mask.kind,
-            count=mask.count,
-            min_block=mask.min_block,
-            min_aspect=mask.min_aspect,
-        )
-        for i in range(batch)
-    ]
-    masked = torch.stack([torch.from_numpy(places) for places in drawn]).to(device)
+    # as many places in every image, so that they stack
+    mask = replace(recipe.mask, exact=True)
+    masked = torch.stack([torch.from_numpy(mask_of(mask, model.grid, sample)) for sample in range(batch)]).to(device)
     patches, soft = model.grid**2, ()
     if topk:
         probs = torch.rand(batch, patches, topk, generator=generator)
-        soft = (
-            torch.rand(batch, patches, codes, generator=generator).topk(topk).indices.to(device),
-            (probs / probs.sum(-1, keepdim=True)).to(device),
-        )
+        likeliest = torch.rand(batch, patches, codes, generator=generator).topk(topk).indices
+        soft = likeliest.to(device), (probs / probs.sum(-1, keepdim=True)).to(device)
     hard = torch.randint(codes, (batch, patches), generator=generator).to(device)
     return DrawnBatch(images.to(device), masked, masked_targets(Codes(hard, *soft), masked))
 
 
 class Turns:
-    """Steps of several trainers by turns, so that whatever else the machine does falls on all of them alike.
+    """Steps of several trainers by turns.
 
     A trainer that fails is dropped with the reason; the others go on.
 
@@ -157,12 +142,11 @@ class Turns:
     def run(self, rounds: int, warm_up: int = WARM_UP) -> Turns:
         for name in list(self.steps):
             self.first_s[name], _ = self._turn(name, 1)
-        for number in range(1 - warm_up, rounds):
-            for name in list(self.steps)[:: 1 if number % 2 else -1]:
-                seconds, cpu_seconds = self._turn(name, self.steps_a_turn)
-                if number >= 0 and name in self.steps:
-                    self.seconds[name].append(seconds)
-                    self.cpu_seconds[name].append(cpu_seconds)
+        for counted, name in by_turns(self.steps, rounds, warm_up=warm_up - 1):
+            seconds, cpu_seconds = self._turn(name, self.steps_a_turn)
+            if counted and name in self.steps:
+                self.seconds[name].append(seconds)
+                self.cpu_seconds[name].append(cpu_seconds)
         return self
 
     def _turn(self, name: str, steps: int) -> tuple[float, float]:
@@ -171,8 +155,7 @@ class Turns:
         try:
             for _ in range(steps):
                 self.steps[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            synchronize()
         except Exception as error:
             # of the libraries that are measured: one of them must not end the measurement of the others
             self.failed[name] = reason(error)
@@ -180,21 +163,6 @@ class Turns:
             self.give_up(name)
             free_memory()
         return (time.perf_counter() - begun) / steps, (time.process_time() - begun_cpu) / steps
-
-
-def chosen(option: str, text: str, known) -> list[str]:
-    """Values of a list on the command line, written with commas.
-
-    Raises: UserError for one that is not known.
-    """
-    values = text.split(",")
-    for value in values:
-        if value not in known:
-            raise UserError(f"--{option} {value}: not one of {', '.join(known)}; values are separated by commas")
-    return values
-
-
-OUT_OF_MEMORY = "out of memory"
 
 
 def reason(error: Exception) -> str:
@@ -235,15 +203,14 @@ def step_memory(forward: Callable[[], torch.Tensor], learn: Callable[[torch.Tens
 
 
 def step_costs(recipes: dict[str, PretrainRecipe], *, rounds: int = 9) -> dict[str, StepCost]:
-    """Step by step by turns.
+    """Steps of the recipes' models by turns: forward pass, objective, backward pass, AdamW; no data, no ZeRO.
 
     Args:
         rounds: steps of each that are counted; a step has run.micro_batch images.
     """
     trainees = {name: _Trainee(recipe, this_device()) for name, recipe in recipes.items()}
-    for number in range(-WARM_UP, rounds):
-        for trainee in list(trainees.values())[:: 1 if number % 2 else -1]:
-            trainee.timed_step(counted=number >= 0)
+    for counted, name in by_turns(trainees, rounds, warm_up=WARM_UP):
+        trainees[name].timed_step(counted=counted)
     for trainee in trainees.values():
         trainee.cost.saved_bytes_per_image = trainee.saved_bytes() / trainee.cost.batch
     return {name: trainee.cost for name, trainee in trainees.items()}
@@ -256,30 +223,24 @@ class _Trainee:
         # brings DeepSpeed along, which others of this file's users do without
         from peco_ds.runtime.engine import compile_each, compiles
 
-        self.device = device
         self.model = build_model(recipe, device).to(DTYPES[recipe.run.precision])
         if compiles(recipe.run):
             compile_each(self.model, (TransformerBlock,))
-        self.objective, self.optimizer = (
-            build_objective(recipe.objective),
-            build_optimizer(decay_groups(self.model, recipe.optim.weight_decay), recipe.optim, offloaded=False),
-        )
-        self.cost = StepCost(
-            recipe.run.micro_batch,
-            sum(parameter.numel() for parameter in self.model.parameters()),
-            training_flops(recipe),
-        )
-        self.batch = drawn_batch(recipe, device)
+        groups = decay_groups(self.model, recipe.optim.weight_decay)
+        self.optimizer = build_optimizer(groups, recipe.optim, offloaded=False)
+        self.objective, self.batch = build_objective(recipe.objective), drawn_batch(recipe, device)
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.cost = StepCost(recipe.run.micro_batch, parameters, training_flops(recipe))
 
     def forward(self) -> torch.Tensor:
         return self.objective(self.model(self.batch.images_norm, self.batch.masked), self.batch.targets)[0]
 
     def timed_step(self, *, counted: bool) -> None:
-        on_gpu = self.device.type == "cuda"
+        on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        began, began_cpu = time.perf_counter(), time.process_time()
+        begun, begun_cpu = time.perf_counter(), time.process_time()
         self.forward().backward()
         self.optimizer.step()
         # the gradients' memory is part of the state, not of a step
@@ -288,8 +249,8 @@ class _Trainee:
             torch.cuda.synchronize()
             self.cost.peak_bytes = torch.cuda.max_memory_allocated() - before
         if counted:
-            self.cost.seconds.append(time.perf_counter() - began)
-            self.cost.cpu_seconds.append(time.process_time() - began_cpu)
+            self.cost.seconds.append(time.perf_counter() - begun)
+            self.cost.cpu_seconds.append(time.process_time() - begun_cpu)
 
     def saved_bytes(self) -> int:
         """Of storages that autograd keeps, each once, weights left out."""

@@ -1,17 +1,15 @@
-"""How fast do images become tokens? The way tokenize_shards.py takes, against one view at a time.
+"""How fast do images become tokens? The way tokenize_shards.py takes, against one view at a time, and the parts of the
+work, each alone.
 
-And the parts of the work, each alone.
-
-    python benchmarks/tokenizing.py [--gpu] [--images DIR] [--rounds 3] [--both_compiled] [--record FILE.md]
+    python -m benchmarks.tokenizing [--gpu] [--images FOLDER] [--rounds 3] [--both_compiled] [--record FILE.md]
     [key.sub=value ...]
 
 Ours: every image decoded once, its K views cut, many views a pass, the network in views.tokenizer_precision and
-compiled as run.compile says, results fetched
-while the next batch runs. Against it, as a plain loop would do it: for each view the image is decoded again and the
-network sees that view alone, eager, in
-float32. Both end with codes in host memory and start from JPEG bytes in image shards. The parts: the network alone
-(eager or compiled, fp32 or bf16), the search for the code alone, decoding and cutting alone on one core. All take turns
-in every round; what is reported are medians over rounds and, of the two ways, their ratio.
+compiled as run.compile says, results fetched while the next batch runs. Against it, as a plain loop would do it: for
+each view the image is decoded again and the network sees that view alone, eager, in float32. Both end with codes in
+host memory and start from JPEG bytes in image shards. The parts: the network alone (eager or compiled, fp32 or bf16),
+the search for the code alone, decoding and cutting alone on one core. All take turns in every round; what is reported
+are medians over rounds and, of the two ways, their ratio.
 
 Tokenizers have random weights, which does not matter to the time. On a CPU they are small ones; --gpu takes the
 recipes' own sizes, views and batches. Overrides are of the pre-training recipe (views, run, data); those of tokenizer.
@@ -22,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shlex
 import statistics
 import sys
 import tempfile
@@ -31,12 +28,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+import numpy as np
+import torch
 
-from record import at_least, require_gpu
-
-from peco_ds.command_line import Parser, run
+from benchmarks.record import at_least, benchmark_parser, markdown_table, parse, publish
+from benchmarks.sets import chosen_files, pack
+from benchmarks.step_time import synchronize, this_device
+from benchmarks.turns import measured, ratios, spread
+from peco_ds.command_line import run
+from peco_ds.config import PretrainRecipe, TokenizerRecipe, ViewSettings
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.loaders import view_batches
+from peco_ds.data.views import cut, draw_view, jitter, to_tokenizer
+from peco_ds.models.token_passes import TokenPasses, even_pass_size
+from peco_ds.models.tokenizers import build_tokenizer
+from peco_ds.recipe_files import load_recipe
+from peco_ds.runtime.engine import compiles
+from peco_ds.runtime.token_records import record_batches
+from peco_ds.runtime.token_source import codes_function
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,9 @@ CASES = (
         "run.micro_batch=8 data.num_workers=0",
     ),
 )
+OURS, ONE_BY_ONE, SEARCH = "tokenize_shards.py's way", "one view at a time", "search alone"
+DECODE_ONCE, DECODE_EACH = "decode once and cut K views, one core", "decode for each view and cut, one core"
+DECODED_IMAGES = 2  # in a round
 
 
 @dataclass
@@ -84,150 +96,86 @@ class Found:
 
     def ratio(self, name: str, to: str) -> str:
         """Median over rounds, with its spread."""
-        ratios = sorted(ours / theirs for ours, theirs in zip(self.rates[name], self.rates[to]))
-        return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-
-
-OURS, ONE_BY_ONE = "tokenize_shards.py's way", "one view at a time"
-DECODE_ONCE, DECODE_EACH, SEARCH = (
-    "decode once and cut K views, one core",
-    "decode for each view and cut, one core",
-    "search alone",
-)
+        return spread(ratios(self.rates[name], self.rates[to]))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="the recipes' own sizes; without it small ones for a CPU")
-    parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="folder of images at any depth, or of image shards (default: the images that the tests find)",
+    parser = benchmark_parser(
+        "tokenizing",
+        __doc__,
+        gpu="the recipes' own sizes; without it small ones for a CPU",
+        overrides="settings of both recipes",
     )
-    parser.add_argument("--images", type=at_least(1), help="through our way in a round (default: 4; with --gpu 64)")
-    parser.add_argument(
-        "--single_views", type=at_least(1), help="through the other way in a round (default: 8; with --gpu 64)"
-    )
-    parser.add_argument(
-        "--both_compiled",
-        action="store_true",
-        help="compile the network alone in the other precision as well, which takes as long again",
-    )
-    parser.add_argument("--rounds", type=at_least(1), default=3, help="default: %(default)s")
-    parser.add_argument("--record", type=Path, help="also write the tables to this file")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    args = parser.parse_args(argv)
-    args.images, args.single_views = (
-        args.images or (64 if args.gpu else 4),
-        args.single_views or (64 if args.gpu else 8),
-    )
-    if args.gpu:
-        require_gpu()
-    tables = []
-    with tempfile.TemporaryDirectory(prefix="peco_tokenizing_") as folder:
-        images = pack_images(args.images, Path(folder))
+    images = "folder of images at any depth, or of image shards (default: the images that the tests find)"
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help=images)
+    ours = "images through our way in a round (default: 4; with --gpu 64)"
+    parser.add_argument("--num_images", type=at_least(1), help=ours)
+    single = "views through the other way in a round (default: 8; with --gpu 64)"
+    parser.add_argument("--single_views", type=at_least(1), help=single)
+    both = "compile the network alone in the other precision as well, which takes as long again"
+    parser.add_argument("--both_compiled", action="store_true", help=both)
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="(default: %(default)s)")
+    args = parse(parser, argv, renamed={"--pictures": "--num_images"})
+    args.num_images = args.num_images or (64 if args.gpu else 4)
+    args.single_views = args.single_views or (64 if args.gpu else 8)
+    parts = [
+        f"Random weights; ways and parts by turns; medians of {args.rounds} rounds, of ratios with smallest and "
+        f"largest; {args.num_images} images through our way and {args.single_views} views through the other in a "
+        "round. Results end in host memory as token records, which are not written."
+    ]
+    text = ""
+    with tempfile.TemporaryDirectory(prefix="peco_tokenizing_") as name:
+        folder = Path(name)
+        images = ImageSet(pack(chosen_files(args.images, 64, folder / "files"), folder / "images"))
         for case in CASES:
-            tables.append(table(case, measure(case, args, images)))
-            sys.stdout.write(f"{tables[-1]}\n\n")
-            sys.stdout.flush()
-            if args.record:
-                record(args, tables)
+            parts.append(f"## {case.name}\n\n{table(measure(case, args, images))}")
+            text = publish(args, "Tokenizing", "\n\n".join(parts), "torchvision", "timm")
+            sys.stderr.write(f"{case.name}: measured\n")
+    sys.stdout.write(text)
     return 0
 
 
-def record(args: argparse.Namespace, tables: list[str]) -> None:
-    """Written anew after every table, so that a time limit loses none."""
-    from record import write_record
-
-    flags = [name for name, given in (("--gpu", args.gpu), ("--both_compiled", args.both_compiled)) if given]
-    command = " ".join(
-        [
-            "python benchmarks/tokenizing.py",
-            *flags,
-            f"--images {args.images} --single_views {args.single_views} --rounds {args.rounds}",
-            *map(shlex.quote, args.overrides),
-        ]
-    )
-    about = (
-        f"Random weights; ways and parts by turns; medians of {args.rounds} rounds, of ratios with "
-        "smallest and largest. Results end in host memory as token records, which are not written."
-    )
-    write_record(args.record, "Tokenizing", command, "\n\n".join([about, *tables]), "torchvision", "timm")
-
-
-def pack_images(images: Path | None, folder: Path) -> Path:
-    """Image shards of some of the images, as they are."""
-    from data import chosen_files, pack
-
-    return pack(chosen_files(images, 64, folder / "files"), folder / "images", 0)
-
-
-def measure(case: Case, args: argparse.Namespace, images: Path) -> Found:
-    import torch
-
-    from peco_ds.config import PretrainRecipe, TokenizerRecipe, load_recipe
-    from peco_ds.data.loaders import ImageSet
-    from peco_ds.models.token_passes import even_pass
-    from peco_ds.models.tokenizers import build_tokenizer
-    from peco_ds.runtime.engine import compiles
-    from peco_ds.runtime.token_source import codes_function
-
+def measure(case: Case, args: argparse.Namespace, images: ImageSet) -> Found:
     settings = [*([] if args.gpu else case.small.split()), *args.overrides]
-    recipe = load_recipe(
-        PretrainRecipe, case.recipe, [text for text in settings if not text.startswith("tokenizer.")]
-    ).recipe
-    network = load_recipe(
-        TokenizerRecipe,
-        case.tokenizer,
-        [
-            case.untrained,
-            f"views.tokenizer_px={recipe.views.tokenizer_px}",
-            *(text for text in settings if text.startswith("tokenizer.")),
-        ],
-    ).recipe.tokenizer
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    own = [text for text in settings if text.startswith("tokenizer.")]
+    recipe = load_recipe(PretrainRecipe, case.recipe, [text for text in settings if text not in own]).recipe
+    views, device = recipe.views, this_device()
+    own = [case.untrained, f"views.tokenizer_px={views.tokenizer_px}", *own]
+    network = load_recipe(TokenizerRecipe, case.tokenizer, own).recipe.tokenizer
     torch.manual_seed(0)
     eager = build_tokenizer(network).eval().to(device)
     # each keeps the memory order of its own weights
     compiled = copy.deepcopy(eager) if compiles(recipe.run) else None
-    image_set, views = ImageSet(images), recipe.views
     together = max(1, recipe.run.micro_batch // views.count)
-    codes, a_pass = (
-        codes_function(compiled or eager, recipe, together * views.count),
-        even_pass(together * views.count, recipe.run.micro_batch),
-    )
-    about = (
-        f"{sum(p.numel() for p in eager.parameters()) / 1e6:.1f} M parameters with decoder, "
-        f"{network.num_codes} codes of {network.code_dim}; {views.count} views of "
-        f"{views.tokenizer_px} px a pixels; "
-        f"ours: {views.tokenizer_precision}, {'compiled' if compiled else 'not compiled'}, {a_pass} "
-        f"views a pass, {recipe.data.num_workers} loader processes."
-    )
+    codes = codes_function(compiled or eager, recipe, together * views.count)
+    a_pass = even_pass_size(together * views.count, recipe.run.micro_batch)
     networks = {f"network alone, {precision}, eager": (eager, precision, False) for precision in ("fp32", "bf16")}
     if compiled:
         precisions = ("fp32", "bf16") if args.both_compiled else (views.tokenizer_precision,)
         networks |= {f"network alone, {precision}, compiled": (compiled, precision, True) for precision in precisions}
     work = {
-        OURS: lambda: our_way(codes, image_set, recipe, together, device, args.image_set),
-        ONE_BY_ONE: lambda: one_by_one(eager, image_set, views, device, args.single_views),
-        **parts(networks, recipe, a_pass, device),
-        DECODE_ONCE: lambda: decoding(image_set, views, again=False),
-        DECODE_EACH: lambda: decoding(image_set, views, again=True),
+        OURS: lambda: our_way(codes, images, recipe, together, args.num_images),
+        ONE_BY_ONE: lambda: one_by_one(eager, images, views, args.single_views),
+        **parts(networks, recipe, a_pass),
+        DECODE_ONCE: lambda: decoding(images, views, again=False),
+        DECODE_EACH: lambda: decoding(images, views, again=True),
     }
-    found = Found(about, views.count)
-    for name, go in work.items():
-        begun = time.perf_counter()
-        go()  # compilation, first allocations
-        if name == OURS:
-            found.start_s = time.perf_counter() - begun
-    for _ in range(args.rounds):
-        for name, go in work.items():
-            found.rates.setdefault(name, []).append(go())
+    found = Found(
+        f"{sum(p.numel() for p in eager.parameters()) / 1e6:.1f} M parameters with decoder, "
+        f"{network.num_codes} codes of {network.code_dim}; {views.count} views of {views.tokenizer_px} px an image; "
+        f"ours: {views.tokenizer_precision}, {'compiled' if compiled else 'not compiled'}, {a_pass} "
+        f"views a pass, {recipe.data.num_workers} loader processes.",
+        views.count,
+    )
+    begun = time.perf_counter()
+    work[OURS]()
+    found.start_s = time.perf_counter() - begun
+    # the round that is not counted compiles and allocates
+    found.rates = measured(work, args.rounds)
     return found
 
 
-def our_way(codes, images, recipe, together: int, device, number: int) -> float:
+def our_way(codes: Callable, images: ImageSet, recipe: PretrainRecipe, together: int, number: int) -> float:
     """Views a second from image shards to records.
 
     The loader processes' start, and the batches they make ahead, are left out.
@@ -235,17 +183,12 @@ def our_way(codes, images, recipe, together: int, device, number: int) -> float:
     Args:
         together: images a batch.  number: of images that are counted, filled up to whole batches.
     """
-    import numpy as np
-
-    from peco_ds.data.loaders import view_batches
-    from peco_ds.runtime.token_records import record_batches
-
     views = recipe.views
     ahead, counted = 1 + 2 * recipe.data.num_workers, -(-number // together)
     # when a batch's records come, the next one is under way: the last one is not asked for
     samples = np.arange((ahead + counted + 1) * together) % images.num_samples
-    cut = [samples[first : first + together] for first in range(0, len(samples), together)]
-    made = record_batches(view_batches(images, cut, data=recipe.data, views=views, device=device), codes)
+    batches = [samples[first : first + together] for first in range(0, len(samples), together)]
+    made = record_batches(view_batches(images, batches, recipe, this_device()), codes)
     for _ in range(ahead):
         next(made)
     begun = time.perf_counter()
@@ -256,90 +199,70 @@ def our_way(codes, images, recipe, together: int, device, number: int) -> float:
     return counted * together * views.count / seconds
 
 
-def one_by_one(tokenizer, images, views, device, number: int) -> float:
+def one_by_one(tokenizer: torch.nn.Module, images: ImageSet, views: ViewSettings, number: int) -> float:
     """Views a second, as a plain loop makes their codes."""
-    import torch
-
-    from peco_ds.data.views import jitter, to_tokenizer
-
-    rows = Rows(images, views)
     begun = time.perf_counter()
     for count in range(number):
-        image = rows.decoded(count // views.count)
-        row = rows.drawn(image, count // views.count, count % views.count)
-        crop = jitter(rows.crop(image, row)[None].to(device), torch.from_numpy(row)[None])
+        sample, view = count // views.count % images.num_samples, count % views.count
+        crop, row = cut_view(images.decode(sample)[1], views, sample, view)
+        crop = jitter(crop[None].to(this_device()), torch.from_numpy(row)[None])
         tokenizer.tokenize(to_tokenizer(crop)).cpu()
     return number / (time.perf_counter() - begun)
 
 
-class Rows:
-    """The steps of the loader, each by itself."""
+def decoding(images: ImageSet, views: ViewSettings, *, again: bool) -> float:
+    """Views a second out of image shards, in this thread alone.
 
-    def __init__(self, images, views) -> None:
-        self._images, self._views = images, views
-
-    def decoded(self, number: int):
-        return self._images.decode(number % self._images.num_samples)[1]
-
-    def drawn(self, image, number: int, view: int):
-        from peco_ds.data.loaders import draw_recorded_view
-
-        return draw_recorded_view(image, self._views, number % self._images.num_samples, view)
-
-    def crop(self, image, row):
-        from peco_ds.data.views import cut
-
-        return cut(image, row, self._views.tokenizer_px, self._views.tokenizer_interpolation)
-
-
-def decoding(images, views, *, again: bool, number: int = 2) -> float:
-    """Views a second out of image shards, in this thread alone."""
-    import torch
-
-    rows, threads = Rows(images, views), torch.get_num_threads()
+    Args:
+        again: whether the image is decoded for each of its views.
+    """
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     begun = time.perf_counter()
-    for place in range(number):
-        image = rows.decoded(place)
+    for number in range(DECODED_IMAGES):
+        sample = number % images.num_samples
         for view in range(views.count):
-            image = rows.decoded(place) if again and view else image
-            rows.crop(image, rows.drawn(image, place, view))
+            if again or not view:
+                image = images.decode(sample)[1]
+            cut_view(image, views, sample, view)
     seconds = time.perf_counter() - begun
     torch.set_num_threads(threads)
-    return number * views.count / seconds
+    return DECODED_IMAGES * views.count / seconds
 
 
-def parts(networks: dict[str, tuple], recipe, a_pass: int, device) -> dict[str, Callable[[], float]]:
+def cut_view(image: torch.Tensor, views: ViewSettings, sample: int, view: int) -> tuple[torch.Tensor, np.ndarray]:
+    """A recorded view as the loader cuts it, and its row."""
+    row = draw_view(views, *image.shape[1:], sample=sample, view=view)
+    return cut(image, row, views.tokenizer_px, views.tokenizer_interpolation), row
+
+
+def parts(networks: dict[str, tuple], recipe: PretrainRecipe, a_pass: int) -> dict[str, Callable[[], float]]:
     """The device's work by name: functions that do it once over a pass, or a few, and give views a second.
 
     Args:
         networks: name -> tokenizer, precision, whether it is compiled.
     """
-    import torch
-
-    from peco_ds.models.token_passes import TokenPasses
-
-    views = recipe.views
+    views, device = recipe.views, this_device()
     images_11 = torch.rand(a_pass, 3, views.tokenizer_px, views.tokenizer_px, device=device) * 2 - 1
     tokenizer = next(iter(networks.values()))[0]
     with torch.no_grad():
         outputs = tokenizer.trunk(images_11)
 
     def timed(go: Callable[[], object]) -> float:
-        finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         repeats = 8 if device.type == "cuda" else 1
-        finish()
+        synchronize()
         begun = time.perf_counter()
         for _ in range(repeats):
             go()
-        finish()
+        synchronize()
         return repeats * a_pass / (time.perf_counter() - begun)
 
+    @torch.no_grad()
     def search() -> None:
-        with torch.no_grad():
-            tokenizer.choose_soft(
-                outputs, views.topk, temperature=views.topk_temperature
-            ) if views.topk else tokenizer.choose(outputs)
+        if views.topk:
+            tokenizer.choose_soft(outputs, views.topk, temperature=views.topk_temperature)
+        else:
+            tokenizer.choose(outputs)
 
     work = {}
     for name, (network, precision, compiled) in networks.items():
@@ -348,24 +271,15 @@ def parts(networks: dict[str, tuple], recipe, a_pass: int, device) -> dict[str, 
     return work | {SEARCH: lambda: timed(search)}
 
 
-def table(case: Case, found: Found) -> str:
-    lines = [
-        f"## {case.name}",
-        "",
-        f"{found.about} The first batches took {found.start_s:.0f} s, with what was compiled.",
-        "",
-        "| | views/s | images/s | to the first of its kind |",
-        "|---|---|---|---|",
-    ]
+def table(found: Found) -> str:
+    rows = []
     networks = [name for name in found.rates if name.startswith("network")]
-    for group in ([ONE_BY_ONE, OURS], networks, [SEARCH], [DECODE_EACH, DECODE_ONCE]):
-        for name in group:
-            rate = found.median(name)
-            lines.append(
-                f"| {name} | {rate:.4g} | {rate / found.views_per_image:.3g} | "
-                f"{found.ratio(name, group[0]) if name != group[0] else ''} |"
-            )
-    return "\n".join(lines)
+    for first, *others in ([ONE_BY_ONE, OURS], networks, [SEARCH], [DECODE_EACH, DECODE_ONCE]):
+        for name in (first, *others):
+            rate, ratio = found.median(name), "" if name == first else found.ratio(name, first)
+            rows.append((name, f"{rate:.4g}", f"{rate / found.views_per_image:.3g}", ratio))
+    about = f"{found.about} The first batches took {found.start_s:.0f} s, with what was compiled."
+    return f"{about}\n\n{markdown_table(('', 'views/s', 'images/s', 'to the first of its kind'), rows)}"
 
 
 if __name__ == "__main__":

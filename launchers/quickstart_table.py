@@ -8,16 +8,18 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from peco_ds.config import PretrainRecipe, data_path
-from peco_ds.data.loaders import ImageSet, masked_batches
+from peco_ds.config import PretrainRecipe
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.loaders import masked_batches
 from peco_ds.data.order import SampleOrder, view_at
 from peco_ds.data.token_shards import TokenSet
+from peco_ds.data_paths import data_path
 from peco_ds.evaluation.masked_prediction import masked_prediction_columns
 from peco_ds.evaluation.reconstruction import comparison_grid, save_png
 from peco_ds.models.mim import MaskedImageModel
 from peco_ds.models.tokenizers import load_tokenizer
-from peco_ds.runtime.checkpoint_files import newest_whole
-from peco_ds.runtime.consolidate import fp32_weights
+from peco_ds.runtime.checkpoint.consolidate import fp32_weights
+from peco_ds.runtime.checkpoint.files import newest_whole
 from peco_ds.runtime.metrics import read_metrics
 from peco_ds.runtime.run_folder import read_settings
 
@@ -37,15 +39,7 @@ tokens = TokenSet(
 
 # One batch of the order's first epoch, every image once, and the true codes of all its patches.
 shown = np.arange(min(8, images.num_samples))
-arguments = dict(
-    data=recipe.data,
-    views=recipe.views,
-    mask=recipe.mask,
-    image_px=recipe.model.image_px,
-    grid=recipe.model.grid,
-    seed=recipe.run.seed,
-)
-batch = next(masked_batches(images, tokens, [shown], device=torch.device("cpu"), **arguments))
+batch = next(masked_batches(images, tokens, [shown], recipe, torch.device("cpu")))
 order = SampleOrder(images.shards.shard_sizes, recipe.run.seed, recipe.data.shuffle_window_shards)
 samples = [order.sample_at(int(position)) for position in shown]
 codes = torch.tensor(

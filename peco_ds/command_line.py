@@ -1,4 +1,4 @@
-"""The command line every stage shares, and the one place where an error becomes an exit code."""
+"""The command line that every stage shares, and the one place where an error becomes an exit code."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
-from peco_ds.config import DS_CONFIGS, Resolved, load_recipe
+from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -23,23 +24,27 @@ from peco_ds.errors import (
     EXIT_KEYBOARD,
     EXIT_REQUEUE,
     UserError,
+    describe_os_error,
+    env_rank,
+    notice,
 )
+from peco_ds.recipe_files import Resolved, load_recipe
 
 logger = logging.getLogger("peco_ds")
 
-# A rank other than the first waits so long before it speaks: where all ranks found the same fault, the launcher ends it
-# first and the user reads one line; where it is this rank's alone, nothing is lost.
+# A rank other than the first waits so long before it reports an error. Where all ranks found the same one, the launcher
+# ends this rank first and the user reads one line; where only this rank did, nothing is lost.
 OTHER_RANKS_WAIT_S = 6.0
-# A rank that is done waits so long for its process group to come down. NCCL's teardown waits for ranks that are gone.
+# A finished rank waits so long for its process group to shut down: NCCL's teardown waits for ranks that have died.
 TEARDOWN_S = 60.0
 
-# gloo has no exception type of its own: what it raises is told by its source path or its words.
+# gloo has no exception type of its own: its errors are recognised by its source path or its words.
 _GLOO_WORDS = re.compile(
     r"gloo/transport|Connection closed by peer|Connection reset by peer|Timed out waiting \d+ "
     r"?ms|Application timeout caused pair closure|Socket closed"
 )
 
-# What CUDA says of a broken GPU, bus or link, in words that a fault of ours does not cause.
+# CUDA's messages about a broken GPU, bus or link, none of which an error in our code causes.
 _BROKEN_DEVICE = re.compile(
     r"CUDA error: (uncorrectable ECC|unspecified launch failure|uncorrectable NVLink|hardware "
     r"stack error|GPU is lost|.*device.* (is|are) busy or unavailable)"
@@ -47,6 +52,33 @@ _BROKEN_DEVICE = re.compile(
 
 
 class Parser(argparse.ArgumentParser):
+    """Raises UserError for a command line that it cannot read, and still takes flags under their old names."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self._renamed_flags: dict[str, str] = {}
+
+    def renamed_flag(self, old: str, new: str) -> None:
+        """`old` on a command line means `new`, with one line of notice."""
+        self._renamed_flags[old] = new
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(self._current(args), namespace)
+
+    def parse_known_intermixed_args(self, args=None, namespace=None):
+        return super().parse_known_intermixed_args(self._current(args), namespace)
+
+    def _current(self, args: Sequence[str] | None) -> list[str]:
+        """The arguments with flags in today's spelling."""
+        found = []
+        for text in sys.argv[1:] if args is None else args:
+            flag, equals, value = text.partition("=")
+            new = self._renamed_flags.get(flag)
+            if new is not None:
+                notice(f"{flag} is now written {new}; the old spelling still works")
+            found.append(text if new is None else f"{new}{equals}{value}")
+        return found
+
     def error(self, message):
         raise UserError(f"{self.prog}: {message}; see --help")
 
@@ -76,7 +108,7 @@ def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None)
         )
         parser.add_argument("--out", type=Path, default=None, help="run folder (default: runs/RECIPE_NAME)")
     parser.add_argument("--dry_run", action="store_true", help="resolve and check everything, print it, do nothing")
-    # the deepspeed launcher appends it
+    # The deepspeed launcher appends it.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides",
@@ -98,11 +130,6 @@ def parse_stage(
     return args, resolved
 
 
-def env_rank() -> int:
-    """This process's rank, as the launcher (deepspeed, torchrun, srun) wrote it into the environment."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
 def run(main, argv: list[str] | None = None) -> None:
     """Call `main(argv)`, exit with its code.
 
@@ -114,13 +141,14 @@ def run(main, argv: list[str] | None = None) -> None:
         sys.stderr.write("interrupted; the newest checkpoint stands, start the same command again to go on\n")
         code = EXIT_KEYBOARD
     except Exception as error:
-        # for the rank's log; stderr has the line below
+        # For the rank's log; stderr gets the line below.
         logger.debug("ends with", exc_info=True)
         line = _bad_input(error)
         if line:
             code = EXIT_BAD_INPUT
             if env_rank() != 0:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends this rank with it
+                # The launcher ends this rank with SIGTERM.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(OTHER_RANKS_WAIT_S)
         else:
             line = _interruption(error)
@@ -133,12 +161,12 @@ def run(main, argv: list[str] | None = None) -> None:
 
 
 def _bad_input(error: Exception) -> str:
-    """The line for what a user can mend; "" for any other exception."""
+    """The line for an error that a user can mend; "" for any other exception."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    # not imported here: a stage that compiles nothing stays quick
+        return describe_os_error(error)
+    # Looked up, not imported, so that a stage that compiles nothing stays quick.
     compiler = sys.modules.get("torch._dynamo.exc")
     if compiler is not None and isinstance(error, compiler.TorchDynamoException):
         return (
@@ -149,7 +177,7 @@ def _bad_input(error: Exception) -> str:
 
 
 def _interruption(error: Exception) -> str:
-    """The line for what no user and no code of ours caused, and what a new start may be rid of.
+    """The line for an error of hardware or of other ranks, which may not occur in a new start.
 
     "" for any other exception.
     """
@@ -172,11 +200,11 @@ def _interruption(error: Exception) -> str:
 
 
 def lost_ranks(error: BaseException) -> str:
-    """What communication between ranks broke on, in a few words.
+    """Why the communication between ranks failed, in a few words.
 
-    "" if the exception (or one that it came from) tells of no such thing.
+    "" if neither the exception nor one of its causes is such a failure.
     """
-    # not imported here: a stage that needs no torch stays quick
+    # Looked up, not imported, so that a stage that needs no torch stays quick.
     distributed = sys.modules.get("torch.distributed")
     own_type = getattr(distributed, "DistError", ())
     seen: set[int] = set()
@@ -192,6 +220,14 @@ def lost_ranks(error: BaseException) -> str:
     return ""
 
 
+def ending(error: BaseException) -> tuple[int, str]:
+    """For records: the exit code that an error which leaves a training loop ends in, and why, in one line."""
+    if lost := lost_ranks(error):
+        return EXIT_INTERRUPTED, f"lost the other ranks: {lost}"[:500]
+    code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAULT
+    return code, " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
 def leave(code: int) -> None:
     """End the process with its exit code.
 
@@ -202,7 +238,7 @@ def leave(code: int) -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         sys.exit(code)
-    # else the other ranks are in a collective, and leaving the group would wait for them
+    # Otherwise the other ranks are in a collective, and leaving the group would wait for them.
     if code in (EXIT_DONE, EXIT_REQUEUE):
         last_resort = threading.Timer(TEARDOWN_S, os._exit, (code,))
         last_resort.daemon = True

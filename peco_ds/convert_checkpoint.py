@@ -1,5 +1,6 @@
-"""Convert a run, a release or a weights file into a release that timm, Hugging Face transformers or unilm loads with
-its own loader.
+"""Convert a run, release or weights file into a release for timm, Hugging Face transformers or unilm.
+
+The library loads the release with its own loader.
 
     python -m peco_ds.convert_checkpoint SRC --to timm|hf|unilm --out RELEASE_DIR
 
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # started by path: the package's parent, not its inside
+    # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run
@@ -74,18 +75,18 @@ def convert(args: argparse.Namespace) -> int:
     from peco_ds.convert.to_hf import to_hf
     from peco_ds.convert.to_timm import to_timm
     from peco_ds.convert.to_unilm import to_unilm
-    from peco_ds.convert.verify import COMPARED, LOADERS, answers_of, compare
+    from peco_ds.convert.verify import COMPARED, LOADERS, compare, model_outputs
     from peco_ds.runtime.run_weights import read_run
 
     weights = read_weights(
         args.source, layout=args.layout, average=args.weights, statistics=args.statistics, read_run=read_run
     )
     release = {"timm": to_timm, "hf": to_hf, "unilm": to_unilm}[args.to](weights)
-    expected = answers_of(weights) if args.verify else None
+    expected = model_outputs(weights) if args.verify else None
     write_release(args.out, release, weights)
     parameters = sum(tensor.numel() for tensor in weights.tensors.values())
     line, library = f"{args.out}: {weights.source}, {parameters / 1e6:.1f} M parameters", release.library
-    # a large model shall not be in memory here while its library loads it
+    # Dropped, so that a large model is not in memory twice while its library loads it.
     del weights, release
     compared = "not verified"
     if expected is not None:

@@ -1,7 +1,7 @@
-"""A ds_configs JSON, read, checked, and filled with what the recipe owns.
+"""Read and check a ds_configs JSON, and fill in the values that the recipe owns.
 
-The JSON owns ZeRO stage, buckets, overlap, offload and communication types; where a key belongs to the recipe it says
-"auto".
+The JSON owns ZeRO stage, buckets, overlap, offload and communication types. A key that belongs to the recipe has the
+value "auto".
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from peco_ds.config import OptimSettings, RunSettings, micro_steps, nearest
-from peco_ds.errors import UserError
+from peco_ds.config import OptimSettings, RunSettings
+from peco_ds.durations import micro_steps
+from peco_ds.errors import UserError, nearest
 from peco_ds.schema import read_json, short
+
+DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
 # Top-level keys of deepspeed 0.19.8 (runtime/constants.py and the blocks read in runtime/config.py). DeepSpeed itself
 # ignores a misspelt one in silence; test_config.py holds this list against the installed package.
@@ -28,8 +31,8 @@ DEEPSPEED_KEYS = frozenset(
 )
 # Under zero_optimization; DeepSpeed 0.19.8 raises an exception of its own for them once all ranks are up.
 REMOVED_ZERO_KEYS = frozenset("mics_shard_size mics_hierarchical_params_gather zeropp_loco_param".split())
-# What stands under them. DeepSpeed reads most of them without looking, and meets another type in the middle of a run or
-# never.
+# Types of the values. DeepSpeed reads most of them without a check, and would fail on another type in the middle of a
+# run, or never notice it.
 _OBJECTS = frozenset(
     """activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger compile csv_monitor
     data_efficiency data_types datastates_ckpt expert_parallel flops_profiler fp16 hybrid_engine optimizer
@@ -43,7 +46,7 @@ _BOOLEANS = frozenset(
 _NUMBERS = frozenset(
     "data_parallel_size gradient_predivide_factor sequence_parallel_size steps_per_print vocabulary_size".split()
 )
-# or "auto"
+# These hold a number or "auto".
 _OWNED_NUMBERS = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping".split()
 )
@@ -87,7 +90,7 @@ def read_deepspeed_json(path: str | Path) -> dict:
 
 
 def _wanted(key: str, value) -> str:
-    """What a top-level key should hold, if it holds something else; else ""."""
+    """The type that a top-level key should have, if it has another one; else ""."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     kinds = (
         (_OBJECTS, isinstance(value, dict), "an object"),
@@ -100,7 +103,7 @@ def _wanted(key: str, value) -> str:
 
 
 def merge_deepspeed(raw: dict, path: str | Path, run: RunSettings, optim: OptimSettings, world_size: int) -> dict:
-    """Fill a DeepSpeed JSON with what the recipe owns.
+    """Fill a DeepSpeed JSON with the values that the recipe owns.
 
     Args:
         raw: as `read_deepspeed_json` gives it.  world_size: ranks.
@@ -154,7 +157,7 @@ def merge_deepspeed(raw: dict, path: str | Path, run: RunSettings, optim: OptimS
             f"{path}: 'scheduler' belongs to the recipe (schedule.*), which sets the rate of every step; "
             "remove it from the JSON"
         )
-    # compared above; built from the recipe, because it needs parameter groups
+    # Compared above. The optimiser is built from the recipe, because it needs parameter groups.
     merged.pop("optimizer", None)
     for key, dtype in summed_in.items():
         *sections, name = key.split(".")

@@ -1,22 +1,29 @@
-"""The one exception that is meant for people.
+"""What is meant for people: exit codes, one exception, and one line of notice.
 
 Everything a user can cause (a misspelt key, a missing file, a damaged shard) is raised as `UserError`;
 `command_line.run` turns it into one line on stderr and exit code 2. Any other exception is a fault of ours and keeps
 its traceback.
 """
 
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+
 EXIT_DONE = 0
-EXIT_FAULT = 1  # ours; a traceback says where
+# A fault of ours; a traceback says where.
+EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
-# stopped in good order, state saved: BSD's EX_TEMPFAIL, "try again later"
+# The run stopped in good order and is saved. The number is BSD's EX_TEMPFAIL, "try again later".
 EXIT_REQUEUE = 75
-# lost the other ranks or hung, through no fault of this rank's: the newest checkpoint stands, start again to go on
+# The rank lost the others or hung, through no fault of its own. The newest checkpoint stands; start again to go on.
 EXIT_INTERRUPTED = 76
-# a second Ctrl-C, or one before the first step; what shells say of SIGINT
+# A second Ctrl-C, or one before the first step. The number is what shells report for SIGINT.
 EXIT_KEYBOARD = 130
 
-
-LONGEST_LINE = 1500  # characters
+# In characters.
+LONGEST_LINE = 1500
 
 
 class UserError(ValueError):
@@ -29,3 +36,39 @@ class UserError(ValueError):
     def __init__(self, line: str) -> None:
         half = LONGEST_LINE // 2
         super().__init__(line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}")
+
+
+def describe_os_error(error: OSError, place: object = "") -> str:
+    """An operating system's error as `file: reason`.
+
+    Args:
+        place: named where the error does not tell its file, as one that comes from a file descriptor.
+    """
+    place = error.filename or place
+    reason = error.strerror or str(error)
+    return f"{place}: {reason}" if place else reason
+
+
+def nearest(key: str, known: list[str]) -> str:
+    # nothing longer is near; comparing takes the square of its length
+    key = key[:100]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    # right name in the wrong section, or no section at all
+    if not close:
+        close = [other for other in known if other.split(".")[-1] == key.split(".")[-1]][:1]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def env_rank() -> int:
+    """This process's rank, as the launcher (deepspeed, torchrun, srun) wrote it into the environment."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def notice(line: str) -> None:
+    """One line on stderr, from rank 0 alone and once a process."""
+    if env_rank() == 0 and line not in _noticed:
+        _noticed.add(line)
+        sys.stderr.write(f"note: {line}\n")
+
+
+_noticed: set[str] = set()

@@ -1,9 +1,9 @@
-"""Measure a finished model: top-1 and throughput of a classifier, or reconstructions and codes of a tokenizer.
+r"""Measure a finished model: top-1 and throughput of a classifier, or reconstructions and codes of a tokenizer.
 
-python peco_ds/evaluate.py runs/finetune_vith14 --images data/images/val
-python peco_ds/evaluate.py vit_base_patch16_224.augreg_in1k --images data/images/val
-torchrun --nproc_per_node 8 peco_ds/evaluate.py runs/peco_tokenizer --images data/images/val --train_images
-data/images/train --lpips vgg16-397923af.pth
+    python peco_ds/evaluate.py runs/finetune_vith14 --images data/images/val
+    python peco_ds/evaluate.py vit_base_patch16_224.augreg_in1k --images data/images/val
+    torchrun --nproc_per_node 8 peco_ds/evaluate.py runs/peco_tokenizer --images data/images/val \
+        --train_images data/images/train --lpips vgg16-397923af.pth
 """
 
 from __future__ import annotations
@@ -12,20 +12,14 @@ import argparse
 import os
 import shlex
 import sys
-import time
-from dataclasses import asdict
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # started by path: the package's parent, not its inside
+    # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
-
-# codes a side at which a tokenizer's release is measured: 224 px at stride 16, 112 px at stride 8; a run folder says
-# its own size
-TOKENIZER_GRID = 14
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="FILE",
         help="torchvision's AlexNet or VGG16 weights: measure LPIPS of a tokenizer as well",
     )
-    # the deepspeed launcher appends it
+    # The deepspeed launcher appends it.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     check(args)
@@ -111,14 +105,18 @@ def main(argv: list[str] | None = None) -> int:
             f"{args.target}: no tokenizer; --lpips and --train_images are for tokenizers (linear_probe.py "
             "probes a backbone)"
         )
-    from peco_ds.evaluation.features import Stopped
+    from peco_ds.evaluation.stopping import Stopped
+    from peco_ds.runtime.distributed import start_world
 
+    # Bad input is refused before any rank joins another.
+    measure = open_classifier(args) if tokenizer is None else open_tokenizer(args, *tokenizer)
+    world = start_world()
     try:
-        result, line, world = evaluate_classifier(args) if tokenizer is None else evaluate_tokenizer(args, *tokenizer)
+        result, line = measure(world)
     except Stopped:
         return EXIT_REQUEUE
     if world.is_main:
-        write(args.out, result)
+        write(args, result)
         sys.stdout.write(f"{line}; {args.out}\n")
     return EXIT_DONE
 
@@ -139,68 +137,43 @@ def check(args) -> None:
         raise UserError(f"--out {args.out}: no folder {args.out.parent}; make it, or give another file")
 
 
-def write(path: Path, result: dict) -> None:
+def write(args, result: dict) -> None:
     from peco_ds.runtime.run_folder import commit, versions
     from peco_ds.schema import write_json
 
-    write_json(path, {**result, "command": shlex.join(sys.argv), "commit": commit(), "versions": versions()})
+    result["settings"]["weights"] = args.weights
+    provenance = {"command": shlex.join(sys.argv), "commit": commit(), "versions": versions()}
+    write_json(args.out, {"target": args.target, **result, **provenance})
 
 
 # ----------------------------------------------------------------------------------------- classifiers
 
 
-def evaluate_classifier(args):
-    from peco_ds.data.labelled import check_labels, evaluation_batches
-    from peco_ds.data.loaders import ImageSet
-    from peco_ds.evaluation.classification import classification_quality
-    from peco_ds.runtime.distributed import start_world
+def open_classifier(args):
+    """The function world -> (result, line) that measures the classifier.
+
+    Raises: UserError for images without labels, weights that cannot be read or have no classifier, or other classes.
+    """
+    from peco_ds.data.image_set import ImageSet
+    from peco_ds.data.labelled import check_labels
+    from peco_ds.evaluation.evaluate_classifier import evaluate_classifier
 
     images = ImageSet(args.images)
-    classes = check_labels(images, "--images")
-    model, settings, source = load_classifier(args, classes)
+    model, settings, source = load_classifier(args, check_labels(images, "--images"))
+    how = forward_settings(args)
 
-    world = start_world()
-    model.to(world.device)
-    forward = in_precision(model, args.precision, world.device)
-    rate = throughput(forward, args.batch, settings["image_px"], world)
-    batches = evaluation_batches(
-        images,
-        rank=world.rank,
-        world_size=world.size,
-        batch=args.batch,
-        num_workers=args.num_workers,
-        device=world.device,
-        **settings,
-    )
-    begun = time.perf_counter()
-    quality = classification_quality(
-        forward, until_stopped(batches, world), num_classes=len(classes), device=world.device
-    )
-    elapsed_s = time.perf_counter() - begun
-    speed = {"forward_images_per_s": rate, "end_to_end_images_per_s": quality["images"] / elapsed_s}
-    result = {
-        "target": args.target,
-        "kind": "classifier",
-        **source,
-        "images": described(images),
-        "settings": {**settings, **running(args, world)},
-        "quality": quality,
-        "throughput": speed,
-    }
-    line = (
-        f"{source['source']}: top-1 {quality['top1']:.2f}, top-5 {quality['top5']:.2f} on "
-        f"{quality['images']} images at {settings['image_px']} px, {rate:.1f} images/s "
-        f"({speed['end_to_end_images_per_s']:.1f} with decoding)"
-    )
-    return result, line, world
+    def measure(world):
+        result, line = evaluate_classifier(model, images, settings, how, world)
+        return {"kind": "classifier", **source, "images": images.facts(), **result}, f"{source['source']}: {line}"
+
+    return measure
 
 
 def load_classifier(args, classes: tuple[str, ...]):
-    """The model on the CPU, what its images have to be (as `evaluation_batches` takes it), and where it comes
-    from.
-    """
+    """The model on the CPU, the images that it takes, and where it comes from."""
     from peco_ds.convert.initialize import check_classes
-    from peco_ds.models.beit_weights import usual_crop
+    from peco_ds.data.labelled import CropSettings
+    from peco_ds.models.beit_weights import default_crop
 
     if Path(args.target).exists():
         from peco_ds.convert.initialize import classifier_of
@@ -237,8 +210,8 @@ def load_classifier(args, classes: tuple[str, ...]):
     if args.crop is not None:
         crop = args.crop
     elif image_px != trained_px:
-        crop = usual_crop(image_px)
-    return model, {"image_px": image_px, "crop": crop, "mean": tuple(mean), "std": tuple(std)}, source
+        crop = default_crop(image_px)
+    return model, CropSettings(image_px, crop, tuple(mean), tuple(std)), source
 
 
 # ------------------------------------------------------------------------------------------ tokenizers
@@ -271,211 +244,38 @@ def find_tokenizer(target: Path) -> tuple[Path, int | None] | None:
     return target / "tokenizer", size
 
 
-def evaluate_tokenizer(args, release: Path, own_px: int | None):
-    from peco_ds.data.central_squares import square_batches
+def open_tokenizer(args, release: Path, own_px: int | None):
+    """The function world -> (result, line) that measures the tokenizer.
+
+    Raises: UserError for image sets that do not go together, or what `TokenizerEvaluation` refuses.
+    """
+    from peco_ds.data.image_set import ImageSet
     from peco_ds.data.labelled import labelled_sets
-    from peco_ds.data.loaders import ImageSet
-    from peco_ds.evaluation.perceptual_distance import load_lpips
-    from peco_ds.evaluation.reconstruction import CodeSums, RoundTripSums, quality_line, round_trip_of
-    from peco_ds.models.tokenizers import load_tokenizer
-    from peco_ds.runtime.distributed import start_world
+    from peco_ds.evaluation.evaluate_tokenizer import TokenizerEvaluation
 
     train = None
     if args.train_images:
         train, images, _ = labelled_sets(args.train_images, args.images, ("--train_images", "--images"))
     else:
         images = ImageSet(args.images)
-    tokenizer, card = load_tokenizer(release)
-    only_px = card.settings.only_px
-    image_px = args.image_px or only_px or own_px or TOKENIZER_GRID * card.stride_px
-    if only_px not in (None, image_px):
-        raise UserError(
-            f"--image_px {image_px}: the tokenizer looks at images of {only_px} px alone; leave --image_px out"
-        )
-    if image_px % card.stride_px:
-        raise UserError(f"--image_px {image_px}: not a multiple of the tokenizer's stride {card.stride_px}")
-    if args.lpips and not tokenizer.makes_images:
-        raise UserError(
-            f"--lpips {args.lpips}: the tokenizer {release} makes no images, so there is nothing to "
-            "compare; leave --lpips out"
-        )
-    distance = load_lpips(args.lpips) if args.lpips else None
+    evaluation = TokenizerEvaluation(release, image_px=args.image_px, own_px=own_px, lpips=args.lpips)
+    card, how = evaluation.card, forward_settings(args)
 
-    world = start_world()
-    tokenizer.to(world.device)
-    if distance is not None:
-        distance.to(world.device)
-    round_trip = in_precision(round_trip_of(tokenizer), args.precision, world.device)
-    tokenize = in_precision(tokenizer.tokenize, args.precision, world.device)
+    def measure(world):
+        result, line = evaluation.measure(images, train, how, world)
+        source = {"kind": "tokenizer", "fingerprint": card.fingerprint, "facts": card.extra, "images": images.facts()}
+        return {**source, **result}, f"tokenizer {card.fingerprint[:12]}: {line}"
 
-    def squares(of: ImageSet):
-        batches = square_batches(
-            of,
-            rank=world.rank,
-            world_size=world.size,
-            batch=args.batch,
-            size_px=image_px,
-            num_workers=args.num_workers,
-            device=world.device,
-        )
-        return until_stopped(batches, world)
-
-    rate = throughput(tokenize, args.batch, image_px, world)
-    sums = (
-        RoundTripSums(card.num_codes, world.device, distance)
-        if tokenizer.makes_images
-        else CodeSums(card.num_codes, world.device)
-    )
-    kept = []
-    begun = time.perf_counter()
-    for batch in squares(images):
-        output = round_trip(batch.images_01 * 2 - 1)
-        sums.add(batch.images_01, output, (batch.samples >= 0).to(world.device))
-        kept.append((output.codes, batch.labels, batch.samples))
-    quality = sums.result(world.all_reduce)
-    speed = {
-        "tokenize_images_per_s": rate,
-        "end_to_end_images_per_s": images.num_samples / (time.perf_counter() - begun),
-    }
-    result = {
-        "target": args.target,
-        "kind": "tokenizer",
-        "fingerprint": card.fingerprint,
-        "facts": card.extra,
-        "images": described(images),
-    }
-    result |= {
-        "settings": {
-            "image_px": image_px,
-            "num_codes": card.num_codes,
-            "lpips_network": distance.network if distance else None,
-            **running(args, world),
-        },
-        "quality": quality,
-        "throughput": speed,
-    }
-    line = (
-        f"tokenizer {card.fingerprint[:12]}: {quality_line(quality, card.num_codes)} on "
-        f"{images.num_samples} images at {image_px} px"
-    )
-    if train is not None:
-        seen = gathered(
-            ((tokenize(batch.images_01 * 2 - 1), batch.labels, batch.samples) for batch in squares(train)), world
-        )
-        result["code_probes"] = probe_codes(tokenizer, seen, gathered(kept, world), len(train.manifest.classes), world)
-        result["train_images"] = described(train)
-        line += "".join(
-            f"; {name}: linear {found['best_linear']:.2f}, k-NN {found['best_knn']:.2f}"
-            for name, found in result["code_probes"]["images_as"].items()
-        )
-    return result, line, world
-
-
-def gathered(batches, world):
-    """Codes int32 [n, N] and labels int64 [n] of the whole set in the order of its samples, on every rank's CPU.
-
-    Collective.
-    """
-    import torch
-
-    codes, labels, samples = (
-        torch.cat(parts) for parts in zip(*((codes.int().cpu(), labels, samples) for codes, labels, samples in batches))
-    )
-    codes, labels, samples = (world.gather(part.to(world.device)).cpu() for part in (codes, labels, samples))
-    order = samples.argsort()[int((samples < 0).sum()) :]
-    return codes[order], labels[order]
-
-
-def probe_codes(tokenizer, train, val, num_classes: int, world) -> dict:
-    """What a linear classifier and nearest neighbours make of the codes alone, in percent.
-
-    Collective; the two forms of an image are shared out.
-    """
-    from peco_ds.config import ProbeSettings
-    from peco_ds.evaluation.code_probes import bag_of_codes, mean_code_vector
-    from peco_ds.evaluation.linear_probes import probe
-
-    settings, vectors, device = ProbeSettings(), tokenizer.code_vectors, world.device
-    forms = {
-        "bag of codes": lambda codes: bag_of_codes(codes, len(vectors), device),
-        "mean code vector": lambda codes: mean_code_vector(codes, vectors, device),
-    }
-    found = {}
-    for name in list(forms)[world.rank :: world.size]:
-        accuracies = probe(
-            *((forms[name](codes), labels) for codes, labels in (train, val)),
-            settings,
-            num_classes=num_classes,
-            device=device,
-        )
-        best = {
-            "best_linear": max(row["top1"] for row in accuracies["linear"]),
-            "best_knn": max(accuracies["knn"].values()),
-        }
-        found[name] = {**best, **accuracies}
-    everything = {name: value for part in world.gather_objects(found) for name, value in part.items()}
-    used = {
-        key: value
-        for key, value in asdict(settings).items()
-        if key in ("lrs", "epochs", "global_batch", "weight_decay", "knn_k", "knn_temperature", "seed")
-    }
-    return {"images_as": {name: everything[name] for name in forms}, "settings": used}
+    return measure
 
 
 # ---------------------------------------------------------------------------------------------- common
 
 
-def in_precision(forward, precision: str, device):
-    """`forward` without gradients, under autocast where bf16 is asked for."""
-    import torch
+def forward_settings(args):
+    from peco_ds.evaluation.forward import ForwardSettings
 
-    @torch.no_grad()
-    def run_forward(images: torch.Tensor):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            return forward(images)
-
-    return run_forward
-
-
-def throughput(forward, batch: int, image_px: int, world) -> float:
-    """Images a second over all ranks at once. Collective."""
-    import torch
-
-    from peco_ds.evaluation.throughput import forward_images_per_s
-
-    images = (
-        torch.randn(batch, 3, image_px, image_px, generator=torch.Generator().manual_seed(0))
-        .clamp(-1, 1)
-        .to(world.device)
-    )
-    world.barrier()
-    return float(
-        world.all_reduce(
-            torch.tensor([forward_images_per_s(forward, images)], dtype=torch.float64, device=world.device)
-        )
-    )
-
-
-def until_stopped(batches, world):
-    """The batches, as long as no rank was asked to stop. Collective; every rank has equally many. Raises: Stopped."""
-    from peco_ds.evaluation.features import Stopped
-
-    for batch in batches:
-        if world.stop_requested():
-            raise Stopped
-        yield batch
-
-
-def described(images) -> dict:
-    return {
-        "folder": str(images.folder),
-        "images": images.num_samples,
-        "fingerprint": images.manifest.fingerprint(),
-    }
-
-
-def running(args, world) -> dict:
-    return {"precision": args.precision, "batch": args.batch, "ranks": world.size, "weights": args.weights}
+    return ForwardSettings(args.precision, args.batch, args.num_workers)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Import a tokenizer that others released: its official files -> a tokenizer release that tokenize_shards.py,
-pretrain.py and evaluate.py read.
+"""Import a tokenizer that others released: its official files -> a tokenizer release of this package.
+
+tokenize_shards.py, pretrain.py and evaluate.py read such releases.
 
     python -m peco_ds.import_tokenizer encoder.pkl decoder.pkl --out data/dalle_tokenizer
 
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # started by path: the package's parent, not its inside
+    # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run
@@ -68,7 +69,7 @@ def import_tokenizer(args: argparse.Namespace) -> int:
 
 
 def refuse_occupied(out: Path, facts: dict) -> None:
-    """Raises: UserError if there is something else than a release of the same files: token shards may be tied to it."""
+    """Raises: UserError if --out holds anything but a release of the same files: token shards may be tied to it."""
     from peco_ds.models.tokenizers import CARD_NAME, TENSORS_NAME, read_card
 
     if out.exists() and not out.is_dir():

@@ -1,11 +1,11 @@
-"""Probe frozen weights: a linear classifier and nearest neighbours on the features after every block.
+r"""Probe frozen weights: a linear classifier and nearest neighbours on the features after every block.
 
     python peco_ds/linear_probe.py --recipe probe_vitb16 init.weights=runs/peco_vitb16
-    torchrun --nproc_per_node 8 peco_ds/linear_probe.py --recipe probe_vith14 init.weights=vith14_release
-    "probe.lrs=[1e-3,4e-3]"
+    torchrun --nproc_per_node 8 peco_ds/linear_probe.py --recipe probe_vith14 init.weights=vith14_release \
+        "probe.lrs=[1e-3,4e-3]"
 
-Features are taken once and kept in OUT/features; started again with other learning rates it reads them. OUT/features
-may be deleted afterwards. A probe that was stopped starts its features over, and keeps the layers that were done.
+Features are computed once and kept in OUT/features; a second start with other learning rates reads them. OUT/features
+may be deleted afterwards. A probe that was stopped computes its features again, and keeps the layers that were done.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # started by path: the package's parent, not its inside
+    # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import parse_stage, run, stage_parser
@@ -33,12 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = stage_parser(__doc__.splitlines()[0], recipe="probe_vitb16", deepspeed_config=None)
     parser.add_argument("--out", type=Path, default=None, help="folder of the results (default: runs/RECIPE_NAME)")
     args, resolved = parse_stage(parser, ProbeRecipe, argv)
-    return dry_run(args, resolved.recipe) if args.dry_run else take_and_probe(args, resolved)
+    return dry_run(args, resolved.recipe) if args.dry_run else run_probe(args, resolved)
 
 
 def dry_run(args, cfg: ProbeRecipe) -> int:
     """Check everything that needs no ranks, and say what the probe would cost."""
-    from peco_ds.config import data_path
+    from peco_ds.data_paths import data_path
     from peco_ds.evaluation.features import feature_bytes, feature_width
     from peco_ds.planner.shapes import FLOPS_PER_MAC, TRAINING_OVER_FORWARD, mim_macs
     from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, IMAGENET_1K_VAL
@@ -58,7 +58,7 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
         * mim_macs(replace(weights.model, image_px=image_px_of(cfg, weights)), num_codes=0, masked=0).backbone
         * sum(sizes)
     )
-    # No gradient goes back to the features, so a training step is two products and not three.
+    # No gradient goes back to the features, so a training step takes two products, not three.
     classifiers = (
         FLOPS_PER_MAC
         * (TRAINING_OVER_FORWARD - 1)
@@ -82,15 +82,16 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
     return EXIT_DONE
 
 
-def take_and_probe(args, resolved) -> int:
-    from peco_ds.evaluation.features import TRAIN, VAL, FeatureFiles, Stopped, feature_width
+def run_probe(args, resolved) -> int:
+    from peco_ds.evaluation.features import TRAIN, VAL, FeatureFiles, feature_width
     from peco_ds.evaluation.probe_results import LayerResults
+    from peco_ds.evaluation.stopping import Stopped
     from peco_ds.runtime.distributed import start_world
     from peco_ds.schema import sha256_of_json
 
     cfg: ProbeRecipe = resolved.recipe
     settings = cfg.probe
-    # bad input is refused before any rank joins another
+    # Bad input is refused before any rank joins another.
     train, val, classes = labelled_images(cfg)
     weights = read(cfg)
     blocks = blocks_of(cfg, weights)
@@ -112,7 +113,7 @@ def take_and_probe(args, resolved) -> int:
     results = LayerResults(
         args.out / "layers", sha256_of_json([files.fingerprint, len(classes), asdict(settings)]), blocks
     )
-    # one list for all: a rank that is late would miss what another has finished meanwhile
+    # All ranks use rank 0's list: a late rank would find other layers missing than an early one.
     missing = world.gather_objects(results.missing())[0]
     try:
         for block in missing[world.rank :: world.size]:
@@ -168,19 +169,19 @@ def blocks_of(cfg: ProbeRecipe, weights) -> tuple[int, ...]:
 
 def labelled_images(cfg: ProbeRecipe):
     """Training and held-out images, and the class names that both have."""
-    from peco_ds.config import data_path
     from peco_ds.data.labelled import labelled_sets
+    from peco_ds.data_paths import data_path
 
     return labelled_sets(data_path(cfg.data, cfg.data.images), data_path(cfg.data, cfg.data.val_images))
 
 
 def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train, val) -> dict:
-    """All that decides the features' values."""
-    from peco_ds.models.tokenizers import tokenizer_fingerprint
+    """Everything that determines the features' values."""
+    from peco_ds.models.weight_files import weights_fingerprint
 
     settings = cfg.probe
     return {
-        "weights": tokenizer_fingerprint(asdict(weights.model), weights.tensors),
+        "weights": weights_fingerprint(asdict(weights.model), weights.tensors),
         "train_images": train.manifest.fingerprint(),
         "val_images": val.manifest.fingerprint(),
         "blocks": list(blocks),
@@ -197,13 +198,13 @@ def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train
 
 
 def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], images: dict, world) -> None:
-    """Take the features unless they lie there. Collective.
+    """Compute the features unless the folder holds them. Collective.
 
     Raises: Stopped.
     """
     from peco_ds.convert.initialize import feature_backbone
-    from peco_ds.data.labelled import evaluation_batches
-    from peco_ds.evaluation.features import take_features
+    from peco_ds.data.labelled import CropSettings, evaluation_batches
+    from peco_ds.evaluation.features import compute_features
 
     settings = cfg.probe
     state = world.gather_objects(files.state())[0]
@@ -213,7 +214,7 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
     logger.info(
         "taking features into %s%s",
         files.folder,
-        "; those that lie there are of other images, weights or settings" if state == "other" else "",
+        "; the existing ones are of other images, weights or settings" if state == "other" else "",
     )
     fault = ""
     if world.is_main:
@@ -223,28 +224,12 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
             fault = str(error)
     world.agree(fault)
     backbone = feature_backbone(weights, image_px_of(cfg, weights)).to(world.device)
+    crops = CropSettings(image_px_of(cfg, weights), settings.crop, weights.mean, weights.std)
     for split, whole_set in images.items():
         batches = evaluation_batches(
-            whole_set,
-            rank=world.rank,
-            world_size=world.size,
-            batch=settings.feature_batch,
-            image_px=image_px_of(cfg, weights),
-            crop=settings.crop,
-            mean=weights.mean,
-            std=weights.std,
-            num_workers=cfg.data.num_workers,
-            device=world.device,
+            whole_set, crops, world, batch=settings.feature_batch, num_workers=cfg.data.num_workers
         )
-        rows = take_features(
-            backbone,
-            batches,
-            blocks=blocks,
-            pooling=settings.pooling,
-            precision=settings.precision,
-            device=world.device,
-            stop_requested=world.stop_requested,
-        )
+        rows = compute_features(backbone, batches, settings, blocks=blocks, world=world)
         files.write(split, rows)
     world.barrier()
     if world.is_main:
@@ -257,14 +242,17 @@ def probe_layer(files, block: int, settings, num_classes: int, world) -> dict:
 
     Raises: Stopped.
     """
-    from peco_ds.evaluation.features import TRAIN, VAL, Stopped, rows_of
+    from peco_ds.evaluation.features import TRAIN, VAL, feature_rows
     from peco_ds.evaluation.linear_probes import probe
+    from peco_ds.evaluation.stopping import Stopped
 
     def stop() -> None:
         if world.stop_seen:
             raise Stopped
 
-    train, val = ((rows_of(files.features(split, block), world.device), files.labels(split)) for split in (TRAIN, VAL))
+    train, val = (
+        (feature_rows(files.features(split, block), world.device), files.labels(split)) for split in (TRAIN, VAL)
+    )
     return {"block": block, **probe(train, val, settings, num_classes=num_classes, device=world.device, stop=stop)}
 
 

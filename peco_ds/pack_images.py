@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # started by path: the package's parent, not its inside
+    # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
@@ -199,9 +199,7 @@ def _num_cores() -> int:
 
 
 def plan_shards(images: list[Image], args: argparse.Namespace) -> list[PackJob]:
-    """Spread the images over shards, in an order that holds for every version of Python and of its random
-    generators.
-    """
+    """Spread the images over shards, in an order that is the same for every version of Python."""
 
     def place(image: Image) -> bytes:
         return hashlib.blake2b(os.fsencode(f"{args.shuffle_seed}:{image.path}"), digest_size=16).digest()
@@ -227,11 +225,11 @@ def plan_indexes(source: str) -> list[IndexJob]:
     """
     folder = Path(source)
     found = folder.glob("*.tar") if folder.is_dir() else glob.glob(source, recursive=True)
-    # links are kept: in a hub's cache only they carry the name
+    # Links are not resolved: in a hub's cache only they carry the name.
     paths = sorted(Path(os.path.abspath(path)) for path in found)
     if not paths:
         raise UserError(f"--index_tars {source}: no tar there; give a folder of .tar files or a quoted glob")
-    # Where two folders have tars of one name, as in train/0.tar and val/0.tar, the folder becomes part of the shard's
+    # Where two folders have tars of one name, as train/0.tar and val/0.tar, the folder becomes part of the shard's
     # name.
     count = Counter(path.name for path in paths)
     jobs = [
@@ -248,7 +246,7 @@ def plan_indexes(source: str) -> list[IndexJob]:
 
 
 class Progress:
-    """A bar on a terminal, else a line every few seconds."""
+    """Shows a bar on a terminal, else a line every few seconds."""
 
     def __init__(self, total: int, done_before: int, units: str) -> None:
         self._total, self._before, self._units = total, done_before, units
@@ -276,7 +274,7 @@ class Progress:
             self._bar.close()
 
 
-# units done by all workers; set in each of them before its first job
+# The counter of units done by all workers, set in each of them before its first job.
 _counter = None
 
 
@@ -289,8 +287,8 @@ def _start_worker(counter) -> None:
 
 
 def _end_with(parent) -> None:
-    """A worker whose parent was killed would finish its shard beside those of the next start, and then wait for work
-    for ever.
+    """End a worker whose parent was killed: it would finish its shard beside the workers of the next start, and then
+    wait for work for ever.
     """
     parent.join()
     os._exit(EXIT_INTERRUPTED)
@@ -312,7 +310,7 @@ def make_shards(out: Path, jobs: list, workers: int, progress: Progress) -> list
     workers = min(workers, len(jobs))
     executor: Executor
     if workers > 1:
-        # inherited: each worker is one busy core already
+        # The workers inherit this: each of them keeps one core busy already.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counter,))
     else:

@@ -1,8 +1,8 @@
-"""What a run would cost before it is one: memory, traffic, step time, hours and GPU-hours of every stage, on so many
-GPUs of a kind. Needs neither torch nor a GPU.
+"""Predict what a run would cost: memory, traffic, step time, hours and GPU-hours of every stage, on a number of GPUs of
+a kind. Needs neither torch nor a GPU.
 
-python peco_ds/plan.py --hardware h100 --gpus 64
-python peco_ds/plan.py --hardware h100 h200 --gpus 8 64 256 512 --plot scaling.png schedule.epochs=1600
+    python peco_ds/plan.py --hardware h100 --gpus 64
+    python peco_ds/plan.py --hardware h100 h200 --gpus 8 64 256 512 --plot scaling.png schedule.epochs=1600
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # started by path: the package's parent, not its inside
+    # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run
-from peco_ds.config import data_path
+from peco_ds.data_paths import data_path
 from peco_ds.errors import EXIT_DONE, UserError
 
 _SETTING = re.compile(r"([\w-]+:)?\w+(\.\w+)+=")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         help="1 to 1024; several make a table over them (default: 64)",
     )
     parser.add_argument(
-        "--deepspeed_config", default=None, help="of the recipe's stage (default: what its entry point takes by itself)"
+        "--deepspeed_config", default=None, help="of the recipe's stage (default: the default of its entry point)"
     )
     parser.add_argument(
         "--tokenizer_recipe",
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         help="settings over the recipe's, or over those of another recipe of the chain",
     )
     given = sys.argv[1:] if argv is None else argv
-    # else --gpus 8 64 model.depth=2 would take the setting for a number
+    # Otherwise --gpus 8 64 model.depth=2 would take the setting for a number.
     settings = [text for text in given if _SETTING.match(text)]
     args = parser.parse_intermixed_args([text for text in given if text not in settings])
     args.overrides = settings + args.overrides
@@ -160,9 +160,9 @@ def plan(args) -> int:
     asked = None
     if args.deepspeed_config:
         asked = DeepSpeedChoice(args.deepspeed_config, read_deepspeed_json(args.deepspeed_config))
-        # follows from the GPUs
+        # Derived from the number of GPUs.
         held = {key: value for key, value in asked.raw.items() if key != "gradient_accumulation_steps"}
-        # refuses what the stage itself would
+        # Refuses the settings that the stage itself would refuse.
         merge_deepspeed(held, args.deepspeed_config, main.run, main.recipe.optim, world_size=1)
         asked = next((choice for choice in shipped() if choice.raw == asked.raw), asked)
     for machine in machines:
@@ -209,7 +209,7 @@ def plan(args) -> int:
 
 
 def _samples(given: int | None, recipe) -> int | None:
-    """Images of the training set: as given, or of the set that is packed; None: neither."""
+    """Number of images in the training set: as given, or of the packed set; None: neither."""
     from peco_ds.schema import ImageManifest, read_manifest
 
     if given is not None:

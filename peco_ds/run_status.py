@@ -1,4 +1,4 @@
-"""Where runs stand, read off their folders alone: no Slurm, no GPU, while the run writes or on a copy.
+"""Show where runs stand, from their folders alone: no Slurm, no GPU, while the run writes or on a copy.
 
 bash launchers/status.sh runs/peco_vith14 data/tokens/train
 """
@@ -15,24 +15,26 @@ import time
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # started by path: the package's parent, not its inside
+    # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run
-from peco_ds.config import NOT_YAML, read_yaml
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from peco_ds.runtime.timeline import EVALUATION_FILE, METRICS_FILE, STARTS_FILE, Account, clock, read_rows
 from peco_ds.schema import MANIFEST_NAME, sha256_of_file
+from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
 SETTINGS = "settings.yaml"
 CHECKPOINTS = "checkpoints"
-PARTS = ".parts"  # of a token set in the making
-SHOWN = 3  # newest checkpoints
-# a run is called stale when it was quiet for so many times the usual gap between rows
+# The folder of records in an unfinished token set.
+PARTS = ".parts"
+# The number of newest checkpoints that are shown.
+SHOWN = 3
+# A run is called stale when its last row is older than all of these: QUIET_ROWS times the usual gap between rows;
+# QUIET_LONGEST times the longest gap, since it may evaluate or save; QUIET_S seconds, before and after the second row,
+# since the first steps may compile.
 QUIET_ROWS = 10
-# and so many times the longest one: it may evaluate, or save
 QUIET_LONGEST = 3
-# and so long, before and after the second row: the first steps may compile
 QUIET_S = (600.0, 120.0)
 ENDS = {EXIT_DONE: "done", EXIT_REQUEUE: "stopped in good order"}
 MEASURES = ("loss", "accuracy", "train_top1", "psnr")
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _kind(folder: Path) -> str:
-    """What a folder is: "run" or "tokens".
+    """The kind of a folder: "run" or "tokens".
 
     Raises: UserError if it is neither.
     """
@@ -78,7 +80,7 @@ def _kind(folder: Path) -> str:
 
 
 def run_lines(folder: Path, *, verify: bool = False, now: float | None = None) -> list[str]:
-    """Where a run stands, a line a topic. Reads only; what is damaged is said.
+    """Where a run stands, a line a topic. Only reads; damage is reported.
 
     Args:
         verify: compare the hashes of the checkpoints too.  now: unix time; None: the clock's.
@@ -169,7 +171,7 @@ def _progress(rows: list[dict], starts: list[dict], evaluations: list[dict]) -> 
 
 
 def _state(rows: list[dict], events: list[dict], starts: list[dict], now: float) -> list[str]:
-    """How many starts, how the last ended, or since when nothing was heard of it."""
+    """The number of starts, and how the last one ended or how long it has been silent."""
     if not starts:
         return ["never started with this release, or starts.jsonl is lost"]
     number = _number(starts[-1], "start")
@@ -182,7 +184,7 @@ def _state(rows: list[dict], events: list[dict], starts: list[dict], now: float)
         return [f"{counted}; the last {_ending(ends[number])}{job}"]
     times = [value for row in rows if _number(row, "start") == number and (value := _number(row, "time")) is not None]
     ready = (_number(starts[-1], "time") or 0.0) + (_number(starts[-1], "startup_s") or 0.0)
-    # a copy may be read where the clock is behind
+    # A copy may be read on a machine whose clock is behind.
     quiet = max(0.0, now - (times or [ready])[-1])
     gaps = [after - earlier for earlier, after in zip(times, times[1:]) if after > earlier]
     usual = statistics.median(gaps) if gaps else 0.0
@@ -202,7 +204,7 @@ def _state(rows: list[dict], events: list[dict], starts: list[dict], now: float)
 
 
 def _start_up(events: list[dict], starts: list[dict]) -> list[str]:
-    """What the last start spent its time on until its first step was done."""
+    """How the last start spent its time until its first step was done."""
     startup_s = _number(starts[-1], "startup_s") if starts else None
     if startup_s is None:
         return []
@@ -227,7 +229,7 @@ def _start_up(events: list[dict], starts: list[dict]) -> list[str]:
 
 
 def _is_gone(start: dict) -> bool:
-    """Whether this is the host of the start, and its process is no more."""
+    """Whether the start ran on this host and its process has ended."""
     pid = _number(start, "pid")
     return (
         start.get("host") == socket.gethostname()
@@ -275,7 +277,8 @@ def _size(folder: Path) -> str:
     for path in _entries(folder):
         try:
             total += path.stat().st_size
-        except OSError:  # removed meanwhile
+        except OSError:
+            # It was removed meanwhile.
             continue
     return f"{total / 2**30:.2f} GiB" if total >= 2**30 else f"{total / 2**20:.1f} MiB"
 
@@ -325,7 +328,7 @@ def token_lines(folder: Path) -> list[str]:
                 damaged += 1
     total = f" of {max(totals)}" if totals else ""
     lines = [
-        f"token set in the making: {done}{total} shards done, {images} images"
+        f"unfinished token set: {done}{total} shards done, {images} images"
         + (f", {unreadable} of them unreadable" if unreadable else "")
     ]
     lines += [f"note: {damaged} shards are damaged or gone; they are made again"] if damaged else []

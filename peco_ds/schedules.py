@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the optimiser step, and how many images stochastic depth by subsets takes."""
+"""The learning rate as a pure function of the optimiser step, and the subset size of stochastic depth."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def cosine_with_warmup(step: int, *, peak: float, floor: float, warmup_steps: in
 
     Args:
         step: optimiser step about to be taken, from 0.
-    Returns: the rate for that step. The warm-up starts at 0 as the released BEiT code does (its `warmup_lr` is parsed
-        but never used), so step 0 of a warmed-up run moves nothing but the optimiser's moments.
+    Returns: the learning rate of that step. The warm-up starts at 0 as in the released BEiT code (its `warmup_lr` is
+        parsed but never used), so step 0 of a warmed-up run changes only the optimiser's moments.
     Source: BEiT (arXiv 2106.08254), appendix; released code `utils.cosine_scheduler`.
     """
     if step < warmup_steps:
@@ -21,5 +21,5 @@ def cosine_with_warmup(step: int, *, peak: float, floor: float, warmup_steps: in
 
 
 def images_taken(images: int, drop_path: float) -> int:
-    """Of a pass's images, those that take a branch under model.drop_path_by = subset: whole ones, at least one."""
+    """The number of a pass's images that take a branch under model.drop_path_by = subset; at least 1."""
     return max(1, round(images * (1 - drop_path)))

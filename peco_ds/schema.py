@@ -1,12 +1,11 @@
-"""Contracts of everything that lies on disk: image shards, token shards, their manifests, tokenizer and view records.
+"""The formats on disk: image shards, token shards, their manifests, tokenizer and view records.
 
 Letters: B images, N patches an image, M masked patches an image, K views, V codes, T soft codes a patch.
 
 Image shard   `<shard>.tar`: `<key>.jpg|jpeg|png|webp` and, where labelled, `<key>.cls` (ASCII integer).
 Token shard   same shard name, same keys, same order: `<key>.codes.npy` uint16 [K, N] row-major, `<key>.views.npy`
-float32
-              [K, len(VIEW_COLUMNS)], and optionally `<key>.topk_codes.npy` uint16 [K, N, T], `<key>.topk_probs.npy`
-              float16 [K, N, T].
+              float32 [K, len(VIEW_COLUMNS)], and optionally `<key>.topk_codes.npy` uint16 [K, N, T],
+              `<key>.topk_probs.npy` float16 [K, N, T].
 Index         `<shard>.index.json` beside each tar: byte offset, size and CRC-32 of every member.
 Manifest      `manifest.json`, one a folder: what the folder holds and what it was made from.
 """
@@ -32,7 +31,8 @@ from peco_ds.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of images in [0, 1]
+# Statistics of images in [0, 1].
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -40,19 +40,19 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # jitter_order is the index of the order in which the three adjustments are applied, in itertools.permutations order.
 VIEW_COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "jitter_order")
 
-# of a tokenizer's card, what the cards of models trained on its codes need
+# The facts of a tokenizer's card that the cards of models trained on its codes need.
 TOKENIZER_FACTS = ("recipe", "origin", "licence", "judge", "judge_licence")
 
-# target of a place that only fills a row up: the masks of a batch may differ in size
+# The target of a place that only fills up a row, since the masks of a batch may differ in size.
 IGNORED = -100
 
 _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def _file_name(name: str) -> str:
-    """A name from a manifest becomes a file to read, to write or to remove.
+    """Check that a name from a manifest holds no folder.
 
-    With a folder in it that file could be any.
+    It becomes a file to read, to write or to remove; with a folder in it, that could be any file.
     """
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise ValueError(f"{name[:80]!r} is no plain file name")
@@ -71,15 +71,15 @@ _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True, config=_strict)
 class Shard:
-    """One tar of a set and what is needed to trust it."""
+    """One tar of a set, with the size and hashes to verify it by."""
 
-    # relative to the manifest unless `path` is given
+    # Relative to the manifest unless `path` is given.
     name: Annotated[str, AfterValidator(_file_name)]
     samples: _Count
     bytes: _Count
     sha256: _Sha256
     index_sha256: _Sha256
-    # set when the tar lies elsewhere and was indexed in place; its index lies beside the manifest
+    # Set when the tar lies elsewhere and was indexed in place; its index lies beside the manifest.
     path: Annotated[str, AfterValidator(_place)] = ""
 
 
@@ -87,11 +87,11 @@ class Shard:
 class ImageManifest:
     shards: list[Shard]
     samples: _Count
-    # names in label order; None for an unlabelled set
+    # Names in label order; None for an unlabelled set.
     classes: list[str] | None = None
     # "path: reason" for each image that could not be packed
     rejected: list[str] = field(default_factory=list)
-    # source and options of the packing, for people
+    # Source and options of the packing, for people.
     packed_as: dict[str, str] = field(default_factory=dict)
     kind: Literal["images"] = "images"
     format_version: int = FORMAT_VERSION
@@ -102,9 +102,10 @@ class ImageManifest:
         """
         return self._fingerprint
 
-    @cached_property  # asked for several times at a start
+    # Cached, because a start asks for it several times.
+    @cached_property
     def _fingerprint(self) -> str:
-        with uncollected():
+        with garbage_collection_paused():
             return sha256_of_json([[s.name, s.samples, s.sha256] for s in self.shards])
 
 
@@ -128,10 +129,11 @@ class TokenManifest:
     shards: list[Shard]
     samples: _Count
     images_fingerprint: str
-    # shard name -> sha256 of the image tar it was made from
+    # Shard name -> sha256 of the image tar that it was made from.
     image_shards: dict[str, str]
     tokenizer_fingerprint: str
-    num_codes: Annotated[int, Field(ge=1, le=65536)]  # uint16
+    # At most 65,536, since codes are stored as uint16.
+    num_codes: Annotated[int, Field(ge=1, le=65536)]
     grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     num_views: Annotated[int, Field(ge=1)]
     views: ViewRecipe
@@ -144,9 +146,11 @@ class TokenManifest:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """While a manifest of a hundred thousand shards is made, Python's collector would go through all objects of the
-    process again and again and free nothing: half of the time.
+def garbage_collection_paused() -> Iterator[None]:
+    """Pause Python's garbage collector.
+
+    While a manifest of a hundred thousand shards is read, the collector would go through all objects of the process
+    again and again and free nothing, which takes half of the time.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -157,7 +161,7 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@uncollected()
+@garbage_collection_paused()
 def read_manifest(folder: str | Path, manifest_type: type):
     """Read and check `folder/manifest.json`.
 
@@ -196,7 +200,8 @@ def read_manifest(folder: str | Path, manifest_type: type):
             f"{path}: format version {short(raw.get('format_version'))}, this release reads "
             f"{FORMAT_VERSION}; make it again with {maker}"
         )
-    del raw  # as large as what is made next
+    # It is as large as the object that is made next.
+    del raw
     try:
         # As JSON and strictly: a number in quotes is no number, while a list stands for a tuple.
         manifest = TypeAdapter(manifest_type).validate_json(text, strict=True)
@@ -211,8 +216,8 @@ def read_manifest(folder: str | Path, manifest_type: type):
 
 
 def _contradiction(manifest) -> str:
-    """What no single field shows; "" if there is nothing."""
-    # an index is named by it
+    """What is wrong with a manifest beyond its single fields; "" if nothing is."""
+    # The index is named by the stem.
     stems = sorted(map(stem_of, (shard.name for shard in manifest.shards)))
     twice = next((stem for stem, later in zip(stems, stems[1:]) if stem == later), None)
     if twice is not None:
@@ -245,7 +250,7 @@ def read_json(path: str | Path):
 
 
 def parse_json(text: str):
-    """As `read_json`, of a text."""
+    """As `read_json`, for a text."""
     try:
         return json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
@@ -254,7 +259,7 @@ def parse_json(text: str):
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
-    # Python would keep the last, another reader the first
+    # Of equal keys Python would keep the last, another reader the first.
     if len(found) != len(pairs):
         keys = sorted(key for key, _ in pairs)
         raise ValueError(f"key {short(next(key for key, later in zip(keys, keys[1:]) if key == later))} stands twice")
@@ -271,14 +276,14 @@ def _finite(text: str) -> float:
 def short(value) -> str:
     """A value for a one-line message."""
     if isinstance(value, (dict, list)):
-        # its text may be longer than memory, or nested without end
+        # Its text may be longer than memory, or nested without end.
         return f"a {type(value).__name__} of {len(value)}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def write_manifest(folder: str | Path, manifest) -> Path:
-    """Write `folder/manifest.json` whole or not at all; the last act of whoever makes a set."""
+    """Write `folder/manifest.json` whole or not at all; the last step in making a set."""
     return write_json(Path(folder) / MANIFEST_NAME, asdict(manifest))
 
 

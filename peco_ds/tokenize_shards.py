@@ -1,7 +1,7 @@
 """Run a tokenizer once over image shards: K recorded views an image -> token shards and their manifest.
 
 deepspeed peco_ds/tokenize_shards.py --recipe peco_vith14 data.tokenizer=runs/tokenizer/tokenizer
-srun ... python peco_ds/tokenize_shards.py --part $SLURM_ARRAY_TASK_ID --parts 8        # then once: --finish --parts 8
+srun ... python peco_ds/tokenize_shards.py --part $SLURM_ARRAY_TASK_ID --parts 8    # then once: --finish --parts 8
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # started by path: the package's parent, not its inside
+    # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import parse_stage, run, stage_parser
-from peco_ds.config import PretrainRecipe, data_path
+from peco_ds.config import PretrainRecipe
+from peco_ds.data_paths import data_path
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
 logger = logging.getLogger("peco_ds")
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--part {args.part} of --parts {args.parts}: parts count from 0")
     cfg = resolved.recipe
 
-    from peco_ds.data.loaders import ImageSet
+    from peco_ds.data.image_set import ImageSet
     from peco_ds.data.token_parts import TokenParts
     from peco_ds.models.tokenizers import load_tokenizer, read_card
     from peco_ds.runtime.token_source import check_pair
@@ -94,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer, _ = load_tokenizer(folder)
     tokenizer.to(world.device)
     with Watchdog(cfg.run.hang_timeout_s, stacks_path(parts.folder, world.rank), rank=world.rank) as watchdog:
-        # Each rank looks at some: a shard counts as done after its index was read, and there may be 100,000 of them.
+        # The ranks share this check: a shard counts as done only after its index was read, and there may be 100,000 of
+        # them.
         missing = sorted(
             number
             for found in world.gather_objects(
@@ -138,7 +140,8 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
     import numpy as np
     from tqdm import tqdm
 
-    from peco_ds.data.loaders import BadImages, view_batches
+    from peco_ds.data.image_set import BadImages
+    from peco_ds.data.loaders import view_batches
     from peco_ds.runtime.token_records import ShardWriter, record_batches
     from peco_ds.runtime.token_source import codes_function
 
@@ -151,14 +154,13 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
             np.split(samples, range(images_per_batch, len(samples), images_per_batch)) if len(samples) else []
         )
     bad = BadImages(cfg.data.max_bad_share)
-    bad.load_state([parts.reading(number) for number in done])
+    bad.load_state([parts.read_counts(number) for number in done])
     loaded = view_batches(
         images,
         [batch for number in shard_numbers for batch in batches_of[number]],
-        data=cfg.data,
-        views=cfg.views,
-        device=world.device,
-        bad=bad,
+        cfg,
+        world.device,
+        bad,
     )
     # Images may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
     batches = record_batches(loaded, codes_function(tokenizer, cfg, images_per_batch * cfg.views.count))
@@ -170,7 +172,7 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
         mininterval=5.0,
     )
 
-    # share of each image's softmax that the stored soft codes hold
+    # Share of each image's softmax mass that the stored soft codes hold.
     kept = []
     try:
         with ShardWriter(parts) as writer:
@@ -188,7 +190,8 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
                     bar.update(len(records))
                     watchdog.beat(number)
                 writer.end(number)
-    except Stopped:  # the shard in hand is dropped whole
+    except Stopped:
+        # The unfinished shard is dropped whole.
         pass
     bar.close()
     if kept:

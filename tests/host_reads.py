@@ -14,7 +14,6 @@ import traceback
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path[0] = str(REPOSITORY)
 
 STEPS, LOG_EVERY = 6, 3
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -27,17 +26,16 @@ def main(out: Path) -> None:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from peco_ds.config import PretrainRecipe, load_recipe, resolve_durations
-    from peco_ds.data.loaders import BadImages, Codes, MaskedBatch, masked_targets
+    from peco_ds.config import PretrainRecipe
+    from peco_ds.data.loaders import Codes, MaskedBatch, masked_targets
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.durations import resolve_durations
     from peco_ds.models.mim import build_mim
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import build_objective
-    from peco_ds.runtime.around_steps import around_steps
-    from peco_ds.runtime.checkpoint import restore
+    from peco_ds.recipe_files import load_recipe
     from peco_ds.runtime.distributed import start_world
-    from peco_ds.runtime.engine import set_lr, start_engine
-    from peco_ds.runtime.watchdog import Watchdog
+    from peco_ds.runtime.run import Run
 
     small = (
         "model.image_px=32 model.patch_px=16 model.width=24 model.depth=2 model.heads=3 "
@@ -52,7 +50,8 @@ def main(out: Path) -> None:
         f"schedule.steps={STEPS + 2}",
     ]
     small += ["schedule.warmup_epochs=null", "schedule.warmup_steps=1", "checkpoint.every_epochs=null"]
-    cfg = load_recipe(PretrainRecipe, "peco_vitb16", small).recipe
+    resolved = load_recipe(PretrainRecipe, "peco_vitb16", small)
+    cfg = resolved.recipe
     world, durations = start_world(), resolve_durations(cfg, 100)
     found: dict[str, list] = {}
     reads: list[list] = []
@@ -90,54 +89,29 @@ def main(out: Path) -> None:
     for stage in STAGES:
         config = REPOSITORY / "ds_configs" / f"{stage}.json"
         model = build_mim(cfg.model, cfg.encoding, cfg.aggregation, cfg.objective.num_codes)
-        engine = start_engine(
-            model,
-            merge_deepspeed(read_deepspeed_json(config), config, cfg.run, cfg.optim, 1),
-            source=config,
-            run=cfg.run,
-            optim=cfg.optim,
-            leaf_modules=(TransformerBlock,),
-        )
         run_folder = out.parent / stage
         run_folder.mkdir()
-        restored = restore(run_folder, engine, cfg.checkpoint, world, fingerprint="f", seed=0)
-        guard, meter, saver = around_steps(
-            run_folder,
-            engine,
-            restored,
-            run=cfg.run,
-            checkpoint=cfg.checkpoint,
-            durations=durations,
-            num_samples=100,
-            training_flops=1.0,
-            bad=BadImages(0.1),
-            world=world,
-        )
+        merged = merge_deepspeed(read_deepspeed_json(config), config, cfg.run, cfg.optim, 1)
+        run = Run(run_folder, resolved, merged, world, durations, source=str(config), fingerprint="f", num_samples=100)
+        run.attach(model, training_flops=1.0, leaf_modules=(TransformerBlock,))
         masked = torch.tensor([[0, 3], [1, 2]])
         batch = MaskedBatch(
             torch.randn(2, 3, 32, 32), masked, masked_targets(Codes(torch.randint(16, (2, 4))), masked), ["a", "b"]
         )
         batches, objective = iter([batch] * 2 * STEPS), build_objective(cfg.objective)
-        watchdog = Watchdog(60.0, run_folder / "stacks.txt")
         saved = {name: getattr(torch.Tensor, name) for name in READERS}
         for name in READERS:
             setattr(torch.Tensor, name, noted(name))
         try:
-            with meter, watchdog, Watching():
-                for step in range(STEPS):
+            with run, Watching():
+                for step in run.steps():
                     step_now[0] = step + 1
-                    rate = set_lr(engine, cfg.optim, cfg.schedule, durations, step)
-                    for _ in range(2):
-                        batch = meter.next(batches)
-                        outputs = engine(batch.images_norm, batch.masked)
-                        loss, stats = objective(outputs, batch.targets)
-                        meter.add(loss, stats)
-                        engine.backward(guard.watch(loss, batch.keys))
-                        engine.step()
-                    applied = guard.close_step(step + 1)
-                    meter.close_step(step + 1, engine, rate, applied=applied, skipped=guard.total_skipped)
-                    saver.close_step(step + 1)
-                    watchdog.beat(step + 1)
+                    for batch in run.micro_batches(batches):
+                        outputs = run.engine(batch.images_norm, batch.masked)
+                        run.backward(*objective(outputs, batch.targets), batch.keys)
+                    run.finish_step()
+                    if step + 1 == STEPS:
+                        break
         finally:
             for name, plain in saved.items():
                 setattr(torch.Tensor, name, plain)
@@ -146,4 +120,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(REPOSITORY)
     main(Path(sys.argv[1]))

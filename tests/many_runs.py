@@ -1,14 +1,14 @@
 """Several runs of one entry point inside one launch, because a launch costs more than a small run.
 
-    python many_runs.py JSON    with [{"stage": "pretrain", "arguments": [...], "statistics": FILE or absent, "rates":
+    python many_runs.py JSON    with [{"stage": "pretrain", "arguments": [...], "statistics": FILE or absent, "lrs":
     FILE or absent}, ...]
 
 Exit codes of the runs are written to JSON + ".codes" by rank 0, a refusal as its text. With "spoilt", {"rank": R,
 "passes": [first, last], "factor": F}, rank R's losses of these forward passes (from 0) are multiplied by F, as a bad
 batch would do it; with "unmended", elastic resume leaves DeepSpeed's parameter groups as they come. With "statistics",
 the standard deviation of every parameter as the engine holds it before the first step is saved there; with "keys", the
-images of each pass, to FILE.RANK; with "rates", the groups of the engine's optimiser after the last step's rate was
-set.
+images of each pass, to FILE.RANK; with "lrs", the groups of the engine's optimiser after the last step's learning
+rate was set; with "stop", rank 0 is asked to stop when so many steps are done.
 """
 
 import importlib
@@ -22,14 +22,16 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 def record_statistics(path: str):
     """Wrap start_engine so that initial weights are looked at through the engine, whole, whatever the ZeRO stage."""
-    from peco_ds.runtime import engine as module
+    import deepspeed
+
+    from peco_ds.runtime import run as module
 
     original = module.start_engine
 
     def wrapped(model, *positional, **arguments):
         engine = original(model, *positional, **arguments)
         partitioned = [p for p in engine.module.parameters() if hasattr(p, "ds_id")]
-        with module.deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None, enabled=bool(partitioned)):
+        with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None, enabled=bool(partitioned)):
             found = {
                 name: float(p.detach().float().std()) for name, p in engine.module.named_parameters() if p.numel() > 1
             }
@@ -41,21 +43,21 @@ def record_statistics(path: str):
     return lambda: setattr(module, "start_engine", original)
 
 
-def record_rates(path: str):
+def record_lrs(path: str):
     """Wrap set_lr so that what it left in the optimiser is written down."""
-    from peco_ds.runtime import engine as module
+    from peco_ds.runtime import run as module
 
     original = module.set_lr
 
     def wrapped(engine, *positional):
-        rate = original(engine, *positional)
+        lr = original(engine, *positional)
         if os.environ.get("RANK", "0") == "0":
             groups = [
                 {name: group[name] for name in ("name", "lr", "lr_scale", "weight_decay")}
                 for group in engine.optimizer.param_groups
             ]
-            Path(path).write_text(json.dumps({"rate": rate, "groups": groups}))
-        return rate
+            Path(path).write_text(json.dumps({"lr": lr, "groups": groups}))
+        return lr
 
     module.set_lr = wrapped
     return lambda: setattr(module, "set_lr", original)
@@ -96,8 +98,23 @@ def spoil(fault: dict):
     return undo
 
 
+def ask_to_stop(step: int):
+    """Wrap the guard so that rank 0 sees a stop signal while step number `step` ends."""
+    from peco_ds.runtime import step_guard as module
+
+    original = module.StepGuard.close_step
+
+    def wrapped(guard, done):
+        if done == step and guard._world.is_main:
+            guard._world.stop_seen = True
+        return original(guard, done)
+
+    module.StepGuard.close_step = wrapped
+    return lambda: setattr(module.StepGuard, "close_step", original)
+
+
 def leave_unmended(_asked: bool):
-    from peco_ds.runtime import elastic as module
+    from peco_ds.runtime.checkpoint import elastic as module
 
     original = module._own_settings_and_steps
     module._own_settings_and_steps = lambda *arguments: None
@@ -113,20 +130,28 @@ def outcome(main, arguments: list[str]):
         return str(error)
 
 
+def stage_module(name: str):
+    """A stage of the package by its name, or one from outside by the path of its file."""
+    if not name.endswith(".py"):
+        return importlib.import_module(f"peco_ds.{name}")
+    sys.path.append(str(Path(name).parent))
+    return importlib.import_module(Path(name).stem)
+
+
 def main():
     cases = json.loads(Path(sys.argv[1]).read_text())
     codes = []
     for case in cases:
         wrappers = {
             "statistics": record_statistics,
-            "rates": record_rates,
+            "lrs": record_lrs,
+            "stop": ask_to_stop,
             "keys": record_keys,
             "spoilt": spoil,
             "unmended": leave_unmended,
         }
         undo = [wrap(case[name]) for name, wrap in wrappers.items() if case.get(name)]
-        stage = importlib.import_module(f"peco_ds.{case['stage']}")
-        codes.append(outcome(stage.main, case["arguments"]))
+        codes.append(outcome(stage_module(case["stage"]).main, case["arguments"]))
         for restore in undo:
             restore()
     if os.environ.get("RANK", "0") == "0":

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import REPOSITORY
+from benchmark_runs import run_benchmark
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-import collectives
+from benchmarks import collectives
 
 SMALL = (
     "model.depth=2 model.width=48 model.heads=3 model.image_px=64 views.tokenizer_px=64 "
@@ -35,9 +32,8 @@ def rows(tmp_path_factory) -> dict[str, list[str]]:
     """Cells by row of the table that the command writes."""
     record = tmp_path_factory.mktemp("collectives") / "record.md"
     only = ["zero0", "zero1", "zero3, persistence 0", "zero3, persistence 1e6", "zero3, reduced in bf16"]
-    command = [
-        sys.executable,
-        "benchmarks/collectives.py",
+    run_benchmark(
+        "collectives",
         "--recipes",
         "peco_vittiny16",
         "--rounds",
@@ -45,11 +41,9 @@ def rows(tmp_path_factory) -> dict[str, list[str]]:
         "--only",
         *only,
         "--record",
-        str(record),
+        record,
         *SMALL,
-    ]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    )
     lines = [line.strip("|").split("|") for line in record.read_text().splitlines() if line.startswith("| zero")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 
@@ -72,7 +66,5 @@ def test_weights_that_stay_gathered_are_gathered_tensor_by_tensor(rows):
 
 
 def test_a_row_that_does_not_exist_is_refused_before_any_rank_starts():
-    done = subprocess.run(
-        [sys.executable, "benchmarks/collectives.py", "--only", "zero9"], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    done = run_benchmark("collectives", "--only", "zero9", check=False)
     assert done.returncode == 2 and "no such row" in done.stderr and json.dumps("zero9").strip('"') in done.stderr

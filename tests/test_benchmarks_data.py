@@ -2,29 +2,18 @@
 right.
 """
 
-import importlib.util
-import sys
-
 import pytest
 import torch
-from conftest import REPOSITORY, run_stage
+from benchmark_runs import run_benchmark
 from PIL import Image
 
-from peco_ds.config import PretrainRecipe, load_recipe
+from benchmarks import data as benchmark
+from benchmarks import sets
+from peco_ds.config import PretrainRecipe
+from peco_ds.recipe_files import load_recipe
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # for what the benchmarks share
-    path = REPOSITORY / "benchmarks" / "data.py"
-    spec = importlib.util.spec_from_file_location("data_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def timed(benchmark, ours: list[float], theirs: list[float]):
+def timed(ours: list[float], theirs: list[float]):
     return benchmark.Timed(2, 1e4, 1e3, {benchmark.STORED: ours, benchmark.ONLINE: ours, benchmark.BEIT: theirs})
 
 
@@ -33,11 +22,11 @@ def test_a_run_of_a_few_images_writes_every_table_and_how_it_was_made(real_data,
         (tmp_path / "raw").mkdir(exist_ok=True)
         (tmp_path / "raw" / f"{number}.jpg").symlink_to(path)
     record = tmp_path / "record.md"
-    done = run_stage(
-        "benchmarks/data.py",
+    done = run_benchmark(
+        "data",
         "--images",
         tmp_path / "raw",
-        "--images",
+        "--num_images",
         4,
         "--rounds",
         1,
@@ -59,47 +48,45 @@ def test_a_run_of_a_few_images_writes_every_table_and_how_it_was_made(real_data,
         "H/14 at 40%",
         "batches in their turn",
         "torchvision",
-        "python benchmarks/data.py --images",
+        "python -m benchmarks.data --images",
     ):
         assert words in text, words
 
 
-def test_image_shards_give_the_images_they_hold(benchmark, small_sets, tmp_path):
-    from peco_ds.data.loaders import ImageSet
+def test_image_shards_give_the_images_they_hold(small_sets, tmp_path):
+    from peco_ds.data.image_set import ImageSet
 
-    files = benchmark.chosen_files(small_sets.root / "images" / "train", 5, tmp_path / "files")
+    files = sets.chosen_files(small_sets.root / "images" / "train", 5, tmp_path / "files")
     images = ImageSet(small_sets.root / "images" / "train")
-    for path, sample in zip(sorted(files.iterdir()), benchmark.spread(96, 5), strict=True):
+    for path, sample in zip(sorted(files.iterdir()), sets.evenly_spread(96, 5), strict=True):
         assert Image.open(path).size == tuple(reversed(images.decode(sample)[1].shape[1:]))
 
 
-def test_where_no_real_image_is_found_some_are_drawn_that_every_path_can_read(benchmark, tmp_path, monkeypatch):
+def test_where_no_real_image_is_found_some_are_drawn_that_every_path_can_read(tmp_path, monkeypatch):
     from peco_ds.data.decode import decode_rgb
 
-    monkeypatch.setattr(benchmark, "images_of_the_tests", lambda: [])
-    files = sorted(benchmark.chosen_files(None, 3, tmp_path / "files").iterdir())
-    assert len(files) == 3 and all(path.name.startswith(benchmark.DRAWN) for path in files)
+    monkeypatch.setattr(sets, "images_of_the_tests", lambda: [])
+    files = sorted(sets.chosen_files(None, 3, tmp_path / "files").iterdir())
+    assert len(files) == 3 and all(path.name.startswith(sets.DRAWN) for path in files)
     assert all(decode_rgb(path.read_bytes()).shape == (3, 375, 500) for path in files)
 
 
-def test_chosen_numbers_are_spread_and_never_more_than_there_are(benchmark):
-    assert benchmark.spread(10, 5) == [0, 2, 4, 6, 8]
-    assert benchmark.spread(3, 5) == [0, 1, 2]
+def test_chosen_numbers_are_spread_and_never_more_than_there_are():
+    assert sets.evenly_spread(10, 5) == [0, 2, 4, 6, 8]
+    assert sets.evenly_spread(3, 5) == [0, 1, 2]
 
 
-def test_the_ratio_is_of_rates_round_by_round(benchmark):
-    result = timed(benchmark, [0.001, 0.002, 0.001], [0.004, 0.004, 0.006])
+def test_the_ratio_is_of_rates_round_by_round():
+    result = timed([0.001, 0.002, 0.001], [0.004, 0.004, 0.006])
     assert result.rate(benchmark.STORED) == 1000 and result.ratios(benchmark.STORED, benchmark.BEIT) == pytest.approx(
         [4, 2, 6]
     )
     assert "| 1000 | 4.00 (2.00 to 6.00) |" in benchmark.rate_table({"as_they_are": result})
 
 
-def test_cores_are_the_images_a_step_takes_over_those_a_core_makes(benchmark):
-    result = timed(benchmark, [0.001], [0.004])
-    lines = benchmark.core_table(
-        {"as_they_are": result, "short_side": timed(benchmark, [0.0005], [0.004])}
-    ).splitlines()
+def test_cores_are_the_images_a_step_takes_over_those_a_core_makes():
+    result = timed([0.001], [0.004])
+    lines = benchmark.core_table({"as_they_are": result, "short_side": timed([0.0005], [0.004])}).splitlines()
     row = next(line for line in lines if line.startswith("| H/14 at 40%"))
     rate, as_they_are, short_side, reference = (float(cell) for cell in row.split("|")[2:-1])
     # images a second of a training step at 40 % of the peak, by the model's published multiply-adds
@@ -111,7 +98,7 @@ def test_cores_are_the_images_a_step_takes_over_those_a_core_makes(benchmark):
     )
 
 
-def test_the_reference_gives_two_tensors_of_one_box_in_beits_ranges_and_a_mask(benchmark, real_data):
+def test_the_reference_gives_two_tensors_of_one_box_in_beits_ranges_and_a_mask(real_data):
     reference = benchmark.Reference(
         load_recipe(
             PretrainRecipe, "peco_vitb16", ["views.color_jitter=0", "views.flip=0", "views.scale=[1.0,1.0]"]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import REPOSITORY
+from benchmark_runs import run_benchmark
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-import data_scale
+from benchmarks import data_scale
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +41,7 @@ def test_a_giant_shard_and_repeats_are_measured_too():
 
 
 def test_table_record_and_plot_are_written(tmp_path):
-    command = [
-        sys.executable,
-        "benchmarks/data_scale.py",
-        "--largest",
-        "1e5",
-        "--record",
-        str(tmp_path / "r.md"),
-        "--plot",
-        str(tmp_path / "r.png"),
-    ]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_benchmark("data_scale", "--largest", "1e5", "--record", tmp_path / "r.md", "--plot", tmp_path / "r.png")
     text = (tmp_path / "r.md").read_text()
     assert "![time and memory against samples](r.png)" in text and (tmp_path / "r.png").stat().st_size > 10_000
     assert [len(re.findall(rf"^\| {shards} x 1000 \|", text, flags=re.MULTILINE)) for shards in (10, 100, 1000)] == [
@@ -69,7 +52,5 @@ def test_table_record_and_plot_are_written(tmp_path):
 
 
 def test_a_size_that_leaves_no_case_is_refused():
-    done = subprocess.run(
-        [sys.executable, "benchmarks/data_scale.py", "--largest", "100"], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    done = run_benchmark("data_scale", "--largest", "100", check=False)
     assert done.returncode == 2 and "--largest 100" in done.stderr and len(done.stderr.strip().splitlines()) == 1

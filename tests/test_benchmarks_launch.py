@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,10 +9,9 @@ import time
 
 import psutil
 import pytest
-from conftest import REPOSITORY
+from benchmark_runs import run_benchmark
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-import launch
+from benchmarks import launch
 
 SMALL = (
     "model.depth=1 model.width=48 model.heads=3 model.image_px=64 views.tokenizer_px=64 "
@@ -55,23 +53,18 @@ def test_what_a_command_started_ends_with_it():
 
 def test_a_start_is_measured_to_its_second_step(tmp_path):
     record = tmp_path / "record.md"
-    command = [
-        sys.executable,
-        "benchmarks/launch.py",
+    run_benchmark(
+        "launch",
         "--launchers",
         "python",
         "--starts",
         "1",
         "--work",
-        str(tmp_path / "work"),
+        tmp_path / "work",
         "--record",
-        str(record),
+        record,
         *SMALL,
-    ]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"}
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     median = {
         line.split("|")[1].strip(): float(re.search(r"[\d.]+", line.split("|")[2])[0])
         for line in record.read_text().splitlines()

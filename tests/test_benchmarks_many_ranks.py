@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from benchmark_runs import run_benchmark
 
-from conftest import REPOSITORY
+from benchmarks import many_ranks
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-import many_ranks
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "benchmarks/many_ranks.py", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def row_of(text: str, ranks: int) -> dict[str, float]:
@@ -48,8 +34,7 @@ def test_time_that_grows_as_the_ranks_do_shows_as_one_a_rank():
 
 
 def test_a_start_of_two_ranks_is_measured_to_its_last_save(tmp_path):
-    done = command("--ranks", "2", "--record", str(tmp_path / "r.md"), "--plot", str(tmp_path / "r.png"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_benchmark("many_ranks", "--ranks", 2, "--record", tmp_path / "r.md", "--plot", tmp_path / "r.png", **ONE_THREAD)
     row = row_of((tmp_path / "r.md").read_text(), 2)
     assert (
         min(row[name] for name in ("imports s", "engine s", "to the first step s", "step s", "processor s a rank")) > 0
@@ -61,5 +46,5 @@ def test_a_start_of_two_ranks_is_measured_to_its_last_save(tmp_path):
 
 
 def test_ranks_that_cannot_share_the_batch_are_refused():
-    done = command("--ranks", "3", "4")
+    done = run_benchmark("many_ranks", "--ranks", 3, 4, check=False)
     assert done.returncode == 2 and "--ranks 3" in done.stderr and len(done.stderr.strip().splitlines()) == 1

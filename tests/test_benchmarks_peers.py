@@ -1,18 +1,15 @@
-"""benchmarks/peers.py: that it compares equal computations only, and that its arithmetic is right.
+"""benchmarks.peers: that it compares equal computations only, and that its arithmetic is right.
 
 Never how fast anything is.
 """
 
 import re
-import sys
 
 import pytest
-from conftest import REPOSITORY, run_stage
+from benchmark_runs import run_benchmark
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-import peers
-from peers import (
+from benchmarks import peers
+from benchmarks.peers import (
     GPU_CONTENDERS,
     GPU_SIZES,
     HF,
@@ -29,7 +26,6 @@ from peers import (
     table,
     verdicts,
 )
-
 from peco_ds.errors import UserError
 
 TOY = (
@@ -45,8 +41,8 @@ def toy():
 
 def test_ours_hugging_face_timm_and_the_engine_take_turns_from_the_same_first_loss(tmp_path):
     record = tmp_path / "peers.md"
-    run_stage(
-        "benchmarks/peers.py",
+    run_benchmark(
+        "peers",
         "--rounds",
         2,
         "--at_once",

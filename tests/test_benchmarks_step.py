@@ -1,4 +1,4 @@
-"""benchmarks/step.py and what it shares: that it runs at toy size, and that its arithmetic is right.
+"""benchmarks.step and what it shares: that it runs at toy size, and that its arithmetic is right.
 
 Never how fast anything is.
 """
@@ -11,19 +11,19 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, run_stage
+from benchmark_runs import run_benchmark
+from conftest import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-from matmul_ceiling import data_sheet_flops, matmul_ceiling
-from plots import ratio_bars
-from profile_step import Stretch, kind_of, profile_step, shares_of_kernels
-from record import versions, write_record
-from step import AXES, CPU_SIZES, Measurement, Row, Setting, cells, recompilation, settings_of, table, utilisation
-from step_time import Turns, step_costs, step_memory
-
-from peco_ds.config import PretrainRecipe, load_recipe
+from benchmarks.engine_step import recompilation
+from benchmarks.matmul_ceiling import data_sheet_flops, matmul_ceiling
+from benchmarks.plots import ratio_bars
+from benchmarks.profile_step import Stretch, kind_of, profile_step, shares_of_kernels
+from benchmarks.record import versions, write_record
+from benchmarks.step import AXES, CPU_SIZES, Measurement, Row, Setting, cells, settings_of, table, utilisation
+from benchmarks.step_time import Turns, step_costs, step_memory
+from peco_ds.config import PretrainRecipe
 from peco_ds.errors import UserError
+from peco_ds.recipe_files import load_recipe
 
 TOY = (
     "model.depth=2 model.width=48 model.heads=3 model.image_px=64 mask.count=6 mask.min_block=2 "
@@ -52,8 +52,8 @@ def table_rows(text):
 
 def test_every_row_is_trained_and_recorded_with_ratio_ceiling_activations_and_profile(tmp_path):
     record = tmp_path / "step.md"
-    run_stage(
-        "benchmarks/step.py",
+    run_benchmark(
+        "step",
         "--sizes",
         "B/16 of 3 blocks",
         "--zero",
@@ -109,7 +109,7 @@ def test_a_size_or_value_that_is_not_known_is_named(wrong):
 
 
 def test_full_sizes_are_those_of_the_recipes_with_one_forward_pass_a_step():
-    measurement = Measurement(arguments(gpu=True, overrides=[], steps=None), "")
+    measurement = Measurement(arguments(gpu=True, overrides=[], steps=None))
     assert len(measurement.settings) == 4 + 4 * 7
     for setting in measurement.settings:
         recipe = measurement.recipe(setting)
@@ -125,17 +125,18 @@ def test_full_sizes_are_those_of_the_recipes_with_one_forward_pass_a_step():
 
 FORGOTTEN = """
 import sys, weakref
-sys.path.insert(0, "benchmarks")
 import torch
-from step import EngineTrainer, own_signals
-from step_time import free_memory, this_device
-from peco_ds.config import PretrainRecipe, load_recipe
-from peco_ds.runtime.distributed import start_world
-own_signals(start_world)
+from benchmarks.engine_step import EngineTrainer, join_alone
+from benchmarks.step_time import free_memory, this_device
+from peco_ds.config import PretrainRecipe
+from peco_ds.deepspeed_json import DS_CONFIGS
+from peco_ds.recipe_files import load_recipe
+join_alone()
 linear = torch.nn.functional.linear
 settings = ["run.precision=fp32", "run.compile=none", "run.global_batch=2", *sys.argv[1:]]
 for zero in "03":
-    trainer = EngineTrainer(load_recipe(PretrainRecipe, "peco_vitb16", settings).recipe, zero, this_device())
+    recipe = load_recipe(PretrainRecipe, "peco_vitb16", settings).recipe
+    trainer = EngineTrainer(recipe, DS_CONFIGS / f"zero{zero}.json", this_device())
     trainer.step()
     assert torch.nn.functional.linear is linear, "another trainer would run ZeRO-3's"
     kept = [weakref.ref(thing) for thing in (trainer.engine.module, trainer.engine.optimizer)]
@@ -280,7 +281,7 @@ def test_a_plot_without_bars_is_no_file(tmp_path):
 
 STAND_IN = """#!/bin/sh
 echo "$@" >>"$(dirname "$0")/calls"
-case "$1" in *{failing}) echo the reason; exit 3;; esac
+case "$2" in *{failing}) echo the reason; exit 3;; esac
 """
 
 
@@ -301,14 +302,14 @@ def run_all(tmp_path, *, failing="nothing", **environment):
 
 def test_all_parts_run_at_full_size_on_a_gpu_and_at_small_size_where_a_cpu_is_asked_for(tmp_path):
     calls, said, code = run_all(tmp_path)
-    assert code == 0 and [call.split()[0].removeprefix("benchmarks/") for call in calls] == [
-        "peers.py",
-        "step.py",
-        "plan_step.py",
-        "peers.py",
-        "data.py",
-        "tokenizing.py",
-        "launch.py",
+    assert code == 0 and [call.removeprefix("-m benchmarks.").split()[0] for call in calls] == [
+        "peers",
+        "step",
+        "plan_step",
+        "peers",
+        "data",
+        "tokenizing",
+        "launch",
     ]
     assert (
         all("--gpu" in call and f"--record {tmp_path / 'out'}" in call for call in calls) and said.count("done in") == 7
@@ -320,7 +321,7 @@ def test_all_parts_run_at_full_size_on_a_gpu_and_at_small_size_where_a_cpu_is_as
 
 
 def test_a_part_that_fails_is_named_with_its_last_line_and_does_not_stop_the_others(tmp_path):
-    calls, said, code = run_all(tmp_path, failing="/step.py")
+    calls, said, code = run_all(tmp_path, failing=".step")
     assert code == 1 and len(calls) == 7 and "step: failed with 3" in said and "the reason" in said
 
 

@@ -1,18 +1,9 @@
-"""benchmarks/tokenizing.py: runs at toy size, and its ratios are those of one round's rates."""
-
-import importlib.util
-import subprocess
-import sys
-from pathlib import Path
+"""benchmarks.tokenizing: runs at toy size, and its ratios are those of one round's rates."""
 
 import pytest
+from benchmark_runs import run_benchmark
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # for what the benchmarks share
-spec = importlib.util.spec_from_file_location("tokenizing", REPOSITORY / "benchmarks" / "tokenizing.py")
-tokenizing = importlib.util.module_from_spec(spec)
-sys.modules["tokenizing"] = tokenizing  # dataclasses look their module up
-spec.loader.exec_module(tokenizing)
+from benchmarks import tokenizing
 
 TOY = (
     "tokenizer.channels=8 tokenizer.channel_mults=[1,1,2] tokenizer.blocks_per_level=1 "
@@ -25,21 +16,18 @@ TOY = (
 def test_it_runs_and_records_both_ways_and_every_part(tmp_path):
     """Three views in passes of at most two: two passes of two an image, the last filled up where it is compiled."""
     record = tmp_path / "record.md"
-    command = [
-        sys.executable,
-        "benchmarks/tokenizing.py",
+    run_benchmark(
+        "tokenizing",
         "--rounds",
         "1",
-        "--images",
+        "--num_images",
         "2",
         "--single_views",
         "2",
         "--record",
-        str(record),
+        record,
         *TOY,
-    ]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    )
     text = record.read_text()
     for case in tokenizing.CASES:
         assert f"## {case.name}" in text
@@ -65,13 +53,5 @@ def test_ratios_are_taken_round_by_round():
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(words, told):
-    import os
-
-    done = subprocess.run(
-        [sys.executable, "benchmarks/tokenizing.py", *words],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
+    done = run_benchmark("tokenizing", *words, check=False, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr[-2000:]

@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from peco_ds.config import DataSettings
 from peco_ds.data.central_squares import square_batches
-from peco_ds.data.loaders import ImageSet, held_out_images
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.loaders import held_out_images
 
 CPU = torch.device("cpu")
 
@@ -16,11 +19,8 @@ def test_every_square_comes_once_over_all_ranks_as_the_training_of_a_tokenizer_c
     expected = held_out_images(images, DataSettings(root=str(small_sets.root), val_images="images/train"), 10**6, 32)
     seen, lengths = {}, set()
     for rank in range(world_size):
-        batches = list(
-            square_batches(
-                images, rank=rank, world_size=world_size, batch=batch, size_px=32, num_workers=num_workers, device=CPU
-            )
-        )
+        world = SimpleNamespace(rank=rank, size=world_size, device=CPU)
+        batches = list(square_batches(images, 32, world, batch=batch, num_workers=num_workers))
         lengths.add(tuple(len(each.samples) for each in batches))
         for each in batches:
             for image, label, sample in zip(each.images_01, each.labels.tolist(), each.samples.tolist()):

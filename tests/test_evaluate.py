@@ -232,7 +232,7 @@ BAD = [
     (["run", "--image_px", "36"], "not a multiple of the tokenizer's stride 8"),
     (["run", "--lpips", "classifier.pth"], "neither torchvision's AlexNet"),
     (["vqkd", "--lpips", "alexnet.pth"], "makes no images, so there is nothing to compare; leave --lpips out"),
-    (["vqkd", "--image_px", "64"], "--image_px 64: the tokenizer looks at images of 32 px alone"),
+    (["vqkd", "--image_px", "64"], "--image_px 64: the tokenizer takes images of 32 px only"),
     (["run", "--train_images", "images/unlabelled"], "holds images without labels"),
     (["runs/nowhere"], "nor the name of a timm model"),
 ]

@@ -3,13 +3,16 @@
 import pytest
 import torch
 
-from peco_ds.config import PretrainRecipe, TokenizerSettings, TokenizerVitSettings, data_path, load_recipe
-from peco_ds.data.loaders import ImageSet, masked_batches
+from peco_ds.config import PretrainRecipe, TokenizerSettings, TokenizerVitSettings
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.loaders import masked_batches
 from peco_ds.data.order import rank_positions
+from peco_ds.data_paths import data_path
 from peco_ds.errors import UserError
 from peco_ds.models.mim import build_mim
 from peco_ds.models.tokenizers import KINDS, build_tokenizer, save_tokenizer
 from peco_ds.objectives import OBJECTIVES, build_objective
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.token_source import online_tokenizer
 
 CPU = torch.device("cpu")
@@ -78,20 +81,7 @@ def batch(request, small_sets, releases):
         online_tokenizer(releases / request.param, recipe, CPU),
     )
     positions = rank_positions(recipe.run, 0, 1, first_step=0, last_step=1)
-    return next(
-        masked_batches(
-            images,
-            tokens,
-            positions,
-            data=recipe.data,
-            views=recipe.views,
-            mask=recipe.mask,
-            image_px=64,
-            grid=4,
-            seed=0,
-            device=CPU,
-        )
-    )
+    return next(masked_batches(images, tokens, positions, recipe, CPU))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -141,7 +131,7 @@ def test_a_tokenizer_whose_codes_are_not_the_models_is_refused_with_the_remedy(s
 
 def test_a_tokenizer_of_one_size_is_refused_for_a_model_with_another_grid(small_sets, releases):
     recipe = recipe_of(small_sets, releases, "vqkd", "model.image_px=128", "views.tokenizer_px=128")
-    with pytest.raises(UserError, match="looks at 64 px alone, a 4x4 grid; the backbone has 8x8 patches"):
+    with pytest.raises(UserError, match="takes images of 64 px only, a 4x4 grid; the backbone has 8x8 patches"):
         online_tokenizer(releases / "vqkd", recipe, CPU)
 
 
@@ -157,7 +147,7 @@ REFUSED = {
         ["encoding.decoder_width=500"],
         "not a multiple of encoding.decoder_heads 16",
     ),
-    "a share above one": (["objective.omega=1.5"], r"objective.omega 1.5: a share"),
+    "a share above one": (["objective.omega=1.5"], r"objective.omega 1.5: must be in \[0, 1\]"),
     "an unknown objective": (["objective.name=soft"], "objective.name"),
 }
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from timm.models.beit import Beit
 
-from peco_ds.config import ModelSettings
+from peco_ds.config import ModelSettings, ProbeSettings
 from peco_ds.errors import UserError
-from peco_ds.evaluation.features import FeatureFiles, Stopped, feature_bytes, pooled_features, take_features
+from peco_ds.evaluation.features import FeatureFiles, compute_features, feature_bytes, pooled_features
+from peco_ds.evaluation.stopping import Stopped
 from peco_ds.models.vit import build_backbone
 
 CPU = torch.device("cpu")
@@ -60,9 +61,9 @@ def padded_batches(images, samples):
     ]
 
 
-def taken(backbone, batches, **changes):
-    arguments = dict(blocks=(1, 3), pooling="class_mean", precision="fp32", device=CPU, stop_requested=lambda: False)
-    return take_features(backbone, batches, **{**arguments, **changes})
+def taken(backbone, batches, *, blocks=(1, 3), stop_requested=lambda: False):
+    world = SimpleNamespace(device=CPU, stop_requested=stop_requested)
+    return compute_features(backbone, batches, ProbeSettings(precision="fp32"), blocks=blocks, world=world)
 
 
 def test_features_written_in_any_order_are_read_in_the_order_of_the_samples_and_padding_is_nowhere(

@@ -1,8 +1,10 @@
-"""Fine-tuning through DeepSpeed on CPU: ZeRO x ranks x precision, layer-wise rates, moving average, exact counts,
+"""Fine-tuning through DeepSpeed on CPU: ZeRO x ranks x precision, layer-wise learning rates, moving average, exact
+counts,
 resume, start from pre-training.
 """
 
 import json
+from types import SimpleNamespace
 
 import beit_samples
 import pytest
@@ -13,19 +15,18 @@ from peco_ds import finetune
 from peco_ds.config import ModelSettings
 from peco_ds.convert.initialize import classifier_of
 from peco_ds.convert.read import read_weights
-from peco_ds.data.labelled import evaluation_batches
-from peco_ds.data.loaders import ImageSet
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.labelled import CropSettings, evaluation_batches
 from peco_ds.errors import UserError
 from peco_ds.evaluation.classification import classification_quality
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.run_weights import read_run
-from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
 STAGES = (0, 1, 2, 3)
 HALF = ["model.drop_path=0.3", "checkpoint.every_steps=3", "evaluation.every_epochs=0.35"]
 
 
-def case(sets, folder, name, *, zero=3, extra=(), rates=False):
+def case(sets, folder, name, *, zero=3, extra=(), lrs=False):
     arguments = [
         "--recipe",
         "finetune_vitb16",
@@ -36,7 +37,7 @@ def case(sets, folder, name, *, zero=3, extra=(), rates=False):
         *sets.overrides,
         *extra,
     ]
-    return {"stage": "finetune", "arguments": arguments, "rates": str(folder / f"{name}.rates.json") if rates else None}
+    return {"stage": "finetune", "arguments": arguments, "lrs": str(folder / f"{name}.lrs.json") if lrs else None}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def runs(labelled_sets, tmp_path_factory):
     cases = {ranks: {} for ranks in (1, 2, 3)}
     for zero in STAGES:
         cases[1][f"zero{zero}_1"] = case(labelled_sets, folder, f"zero{zero}_1", zero=zero)
-        cases[2][f"zero{zero}_2"] = case(labelled_sets, folder, f"zero{zero}_2", zero=zero, rates=True)
+        cases[2][f"zero{zero}_2"] = case(labelled_sets, folder, f"zero{zero}_2", zero=zero, lrs=True)
     for zero in STAGES:
         cases[2][f"bf16_zero{zero}_2"] = case(
             labelled_sets, folder, f"bf16_zero{zero}_2", zero=zero, extra=["run.precision=bf16"]
@@ -104,12 +105,12 @@ def test_every_zero_stage_at_one_and_two_ranks_gives_the_same_losses_and_the_sam
 
 @pytest.mark.parametrize("zero", STAGES)
 def test_the_rates_in_the_optimiser_are_the_layer_decay_table(runs, zero):
-    written = json.loads((runs / f"zero{zero}_2.rates.json").read_text())
+    written = json.loads((runs / f"zero{zero}_2.lrs.json").read_text())
     assert {round(group["lr_scale"], 6) for group in written["groups"]} == {
         round(0.7**power, 6) for power in (3, 2, 1, 0)
     }
     assert all(
-        group["lr"] == pytest.approx(written["rate"] * group["lr_scale"]) and group["lr"] > 0
+        group["lr"] == pytest.approx(written["lr"] * group["lr_scale"]) and group["lr"] > 0
         for group in written["groups"]
     )
     assert {group["weight_decay"] for group in written["groups"]} == {0.0, 0.05}
@@ -123,17 +124,9 @@ def test_the_average_is_its_own_and_a_fresh_model_scores_with_it_what_the_engine
         model = classifier_of(weights)
         if name.startswith("bf16"):
             model = model.bfloat16()
+        alone = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"))
         batches = evaluation_batches(
-            ImageSet(labelled_sets.root / "images" / "val"),
-            rank=0,
-            world_size=1,
-            batch=4,
-            image_px=32,
-            crop=0.875,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-            num_workers=0,
-            device=torch.device("cpu"),
+            ImageSet(labelled_sets.root / "images" / "val"), CropSettings(32, 0.875), alone, batch=4, num_workers=0
         )
         quality = classification_quality(model, batches, num_classes=4, device=torch.device("cpu"))
         assert quality["loss"] == pytest.approx(

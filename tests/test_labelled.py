@@ -6,6 +6,8 @@ import random
 import shutil
 import tarfile
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,10 @@ import torch
 from timm.data import create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from peco_ds.config import AugmentSettings, DataSettings, RunSettings
+from peco_ds.config import AugmentSettings, DataSettings, FinetuneRecipe, ModelSettings, RunSettings
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.indexed_tar import index_name, write_index
-from peco_ds.data.labelled import check_labels, evaluation_batches, training_batches
-from peco_ds.data.loaders import ImageSet
+from peco_ds.data.labelled import CropSettings, check_labels, evaluation_batches, training_batches
 from peco_ds.data.order import SampleOrder, rank_positions
 from peco_ds.errors import UserError
 from peco_ds.schema import MANIFEST_NAME, ImageManifest, Shard, write_manifest
@@ -32,20 +34,13 @@ def images(small_sets) -> ImageSet:
 
 
 def train(images, positions, *, num_workers=0, seed=0, augment=None, max_bad_share=0.0):
-    augment = augment or AugmentSettings()
-    data = DataSettings(num_workers=num_workers, shuffle_window_shards=2, max_bad_share=max_bad_share)
-    num_classes = len(images.manifest.classes)
-    return training_batches(
-        images,
-        positions,
-        data=data,
-        augment=augment,
-        smoothing=0.1,
-        num_classes=num_classes,
-        image_px=32,
-        seed=seed,
-        device=CPU,
+    recipe = FinetuneRecipe(
+        data=DataSettings(num_workers=num_workers, shuffle_window_shards=2, max_bad_share=max_bad_share),
+        model=ModelSettings(image_px=32),
+        augment=augment or AugmentSettings(),
+        run=replace(RUN, seed=seed),
     )
+    return training_batches(images, positions, recipe, CPU)
 
 
 def of_run(images, *, world_size=1, first_step=0, last_step=3, **options):
@@ -60,8 +55,9 @@ def of_run(images, *, world_size=1, first_step=0, last_step=3, **options):
 
 
 def evaluate(images, *, rank=0, world_size=1, batch=8, num_workers=0, crop=0.875):
-    place = dict(rank=rank, world_size=world_size, num_workers=num_workers, device=CPU)
-    return list(evaluation_batches(images, batch=batch, image_px=32, crop=crop, mean=HALF, std=HALF, **place))
+    world = SimpleNamespace(rank=rank, size=world_size, device=CPU)
+    wanted = CropSettings(32, crop, HALF, HALF)
+    return list(evaluation_batches(images, wanted, world, batch=batch, num_workers=num_workers))
 
 
 def assert_equal_batches(found, expected):

@@ -1,10 +1,16 @@
 import pytest
 import torch
 
+from peco_ds.config import ProbeSettings
 from peco_ds.evaluation.linear_probes import linear_accuracy, standardisation, train_linear_probes
 
 CPU = torch.device("cpu")
-SETTINGS = dict(num_classes=4, epochs=15, batch=32, weight_decay=1e-4, seed=0, device=CPU)
+EPOCHS = 15
+
+
+def trained(features, labels, *lrs, seed=0):
+    settings = ProbeSettings(lrs=lrs, epochs=EPOCHS, global_batch=32, seed=seed)
+    return train_linear_probes(rows(features), labels, settings, num_classes=4, device=CPU)
 
 
 def rows(features):
@@ -26,9 +32,9 @@ def clouds():
 
 def test_each_rate_trains_as_if_it_were_alone(clouds):
     train, labels, *_ = clouds
-    together = train_linear_probes(rows(train), labels, lrs=(1e-3, 1e-2, 1e-1), **SETTINGS)
+    together = trained(train, labels, 1e-3, 1e-2, 1e-1)
     for place, lr in enumerate((1e-3, 1e-2, 1e-1)):
-        alone = train_linear_probes(rows(train), labels, lrs=(lr,), **SETTINGS)
+        alone = trained(train, labels, lr)
         torch.testing.assert_close(together.weight[place], alone.weight[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together.bias[place], alone.bias[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(together.weight[0], together.weight[2])
@@ -36,17 +42,17 @@ def test_each_rate_trains_as_if_it_were_alone(clouds):
 
 def test_a_rate_trains_as_a_linear_layer_under_torchs_adamw_and_cosine(clouds):
     train, labels, *_ = clouds
-    found = train_linear_probes(rows(train), labels, lrs=(1e-2,), **SETTINGS)
+    found = trained(train, labels, 1e-2)
     layer = torch.nn.Linear(12, 4)
     torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
-    steps = -(-300 // 32) * SETTINGS["epochs"]
+    steps = -(-300 // 32) * EPOCHS
     optimizer = torch.optim.AdamW(
         [{"params": [layer.weight], "weight_decay": 1e-4}, {"params": [layer.bias], "weight_decay": 0.0}], lr=1e-2
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(0)
     unit = (train - train.mean(dim=0)) / train.std(dim=0, correction=0)
-    for _ in range(SETTINGS["epochs"]):
+    for _ in range(EPOCHS):
         for index in torch.randperm(300, generator=order).split(32):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(layer(unit[index]), labels[index]).backward()
@@ -60,8 +66,7 @@ def test_features_that_carry_the_label_beat_features_that_do_not(clouds):
     train, labels, val, val_labels = clouds
     shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
     real, random = (
-        linear_accuracy(train_linear_probes(rows(train), given, lrs=(1e-2,), **SETTINGS), rows(val), val_labels)[0]
-        for given in (labels, shuffled)
+        linear_accuracy(trained(train, given, 1e-2), rows(val), val_labels)[0] for given in (labels, shuffled)
     )
     assert real["top1"] > 80 and random["top1"] < 50
     assert real["top5"] == 100, "of four classes top-5 is all of them"
@@ -69,7 +74,7 @@ def test_features_that_carry_the_label_beat_features_that_do_not(clouds):
 
 def test_accuracy_is_the_share_of_right_answers(clouds):
     train, labels, val, val_labels = clouds
-    probes = train_linear_probes(rows(train), labels, lrs=(1e-3, 1e-2), **SETTINGS)
+    probes = trained(train, labels, 1e-3, 1e-2)
     answers = probes.logits(val).argmax(dim=2)
     expected = (answers == val_labels[:, None]).double().mean(dim=0) * 100
     assert [row["top1"] for row in linear_accuracy(probes, rows(val), val_labels)] == pytest.approx(
@@ -79,8 +84,8 @@ def test_accuracy_is_the_share_of_right_answers(clouds):
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_order(clouds):
     train, labels, *_ = clouds
-    first, again = (train_linear_probes(rows(train), labels, lrs=(1e-2,), **SETTINGS) for _ in range(2))
-    other = train_linear_probes(rows(train), labels, lrs=(1e-2,), **{**SETTINGS, "seed": 1})
+    first, again = (trained(train, labels, 1e-2) for _ in range(2))
+    other = trained(train, labels, 1e-2, seed=1)
     assert torch.equal(first.weight, again.weight) and not torch.equal(first.weight, other.weight)
 
 

@@ -14,23 +14,18 @@ import pytest
 import torch
 from conftest import run_stage
 
-from peco_ds.config import PretrainRecipe, data_path, load_recipe
+from peco_ds.config import PretrainRecipe
 from peco_ds.data import retry
+from peco_ds.data.image_set import BadImages, ImageSet
 from peco_ds.data.indexed_tar import IndexedTar
-from peco_ds.data.loaders import (
-    BadImages,
-    Codes,
-    ImageSet,
-    crop_batches,
-    held_out_images,
-    masked_batches,
-    training_order,
-)
+from peco_ds.data.loaders import Codes, crop_batches, held_out_images, masked_batches, training_order
 from peco_ds.data.order import rank_positions
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.data.workers import MAX_WORKER_DEATHS, WORKER_STRETCH, RawBatch, load_raw
+from peco_ds.data_paths import data_path
 from peco_ds.errors import UserError
 from peco_ds.models.tokenizers import load_tokenizer
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.token_source import online_tokenizer
 from peco_ds.schema import IGNORED
 
@@ -48,18 +43,7 @@ def open_sets(small_sets, *overrides):
 
 def batches_of(recipe, images, tokens, *, rank=0, world_size=1, first_step=0, last_step=6):
     positions = rank_positions(recipe.run, rank, world_size, first_step=first_step, last_step=last_step)
-    return masked_batches(
-        images,
-        tokens,
-        positions,
-        data=recipe.data,
-        views=recipe.views,
-        mask=recipe.mask,
-        image_px=recipe.model.image_px,
-        grid=recipe.model.grid,
-        seed=recipe.run.seed,
-        device=CPU,
-    )
+    return masked_batches(images, tokens, positions, recipe, CPU)
 
 
 def global_batches(small_sets, *, world_size, num_workers, micro_batch):
@@ -126,15 +110,14 @@ def test_stored_codes_equal_codes_computed_online_for_every_view(small_sets):
 
 
 def test_every_stored_code_and_crop_is_what_the_record_replays(small_sets):
-    from peco_ds.data.loaders import draw_recorded_view
-    from peco_ds.data.views import cut, jitter, to_tokenizer
+    from peco_ds.data.views import cut, draw_view, jitter, to_tokenizer
 
     recipe, images, tokens = open_sets(small_sets)
     tokenizer, _ = load_tokenizer(data_path(recipe.data, recipe.data.tokenizer))
     for sample in range(96):
         key, image = images.decode(sample)
         record = tokens.read(sample, key)
-        drawn = np.stack([draw_recorded_view(image, recipe.views, sample, view) for view in range(3)])
+        drawn = np.stack([draw_view(recipe.views, *image.shape[1:], sample=sample, view=view) for view in range(3)])
         assert np.array_equal(drawn, record.views)
         crops = jitter(torch.stack([cut(image, row, 32) for row in record.views]), torch.from_numpy(record.views))
         with torch.no_grad():
@@ -226,42 +209,6 @@ def test_every_epoch_shows_another_view_until_all_were_seen(small_sets):
     assert order[:96] != order[96:192]
 
 
-def test_unreadable_images_are_named_and_too_many_stop_the_run(caplog):
-    bad = BadImages(max_share=0.01)
-    bad.add(1000, ["a: truncated"] * 10)
-    with pytest.raises(UserError, match="12 of 1100 readings of images failed"):
-        bad.add(100, ["b: truncated"] * 2)
-    assert bad.count == 12
-
-
-def test_an_image_is_named_once_a_start_and_counted_every_time(caplog):
-    bad = BadImages(max_share=1.0)
-    for _ in range(3):
-        bad.add(4, ["a: truncated"])
-    assert (bad.count, bad.read) == (3, 12)
-    assert len([record for record in caplog.records if "a: truncated" in record.getMessage()]) == 1
-
-
-def test_the_first_few_unreadable_images_are_not_granted_anew_by_a_restart():
-    before = BadImages(max_share=0.001)
-    before.add(500, ["a: truncated"] * 10)
-    after = BadImages(max_share=0.001)
-    after.load_state([before.state()])
-    assert (after.count, after.read) == (10, 500)
-    after.add(100, [])
-    with pytest.raises(UserError, match="11 of 700 readings of images failed"):
-        after.add(100, ["b: truncated"])
-
-
-def test_the_counts_of_several_ranks_are_continued_by_one():
-    states = [{"count": 2, "read": 100}, {"count": 3, "read": 200}]
-    one = BadImages(max_share=0.5)
-    one.load_state(states)
-    assert one.state() == {"count": 5, "read": 300}
-    one.load_state([])
-    assert one.state() == {"count": 0, "read": 0}
-
-
 def test_held_out_images_are_kept_from_training(small_sets):
     recipe, images, _ = open_sets(small_sets, "data.holdout=10")
     order = training_order(images, recipe.data, 0)
@@ -270,9 +217,7 @@ def test_held_out_images_are_kept_from_training(small_sets):
     assert trained == set(range(86))
     crops = held_out_images(images, recipe.data, 100, 32)
     assert crops.shape == (10, 3, 32, 32) and crops.dtype == torch.uint8
-    batch = next(
-        crop_batches(images, order, [np.arange(4)], data=recipe.data, views=recipe.views, device=CPU)
-    ).images_11
+    batch = next(crop_batches(images, order, [np.arange(4)], recipe, CPU)).images_11
     assert batch.shape == (4, 3, 32, 32) and batch.min() >= -1 and batch.max() <= 1
     with pytest.raises(UserError, match="holdout"):
         training_order(images, load_recipe(PretrainRecipe, "peco_vitb16", ["data.holdout=96"]).recipe.data, 0)
@@ -485,14 +430,8 @@ def test_an_image_that_cannot_be_read_at_all_counts_as_unreadable_and_a_token_re
     Flaky(monkeypatch, errno.EIO, times=99, only_tar="images")
     recipe, images, tokens = open_sets(small_sets)
     bad = BadImages(max_share=0.1)
-    make = dict(data=recipe.data, views=recipe.views, mask=recipe.mask, image_px=64, grid=4, seed=0, device=CPU)
-    keys = [
-        key
-        for batch in masked_batches(
-            images, tokens, rank_positions(recipe.run, 0, 1, first_step=0, last_step=12), bad=bad, **make
-        )
-        for key in batch.keys
-    ]
+    positions = rank_positions(recipe.run, 0, 1, first_step=0, last_step=12)
+    keys = [key for batch in masked_batches(images, tokens, positions, recipe, CPU, bad) for key in batch.keys]
     # one image in each of four shards
     assert len(keys) == 96 and (bad.count, bad.read) == (4, 96)
     assert "4 times in 0.03 s" in caplog.text

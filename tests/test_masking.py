@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from peco_ds.config import MaskSettings
 from peco_ds.data.masking import block_mask, draw_masked
 
 
@@ -10,17 +11,15 @@ from peco_ds.data.masking import block_mask, draw_masked
 )
 def test_the_count_is_exact_and_positions_are_distinct_and_increasing(grid, count, kind):
     for sample in range(60):
-        masked = draw_masked(
-            seed=0, epoch=1, sample=sample, grid=grid, kind=kind, count=count, min_block=min(16, count), min_aspect=0.3
-        )
+        mask = MaskSettings(kind=kind, count=count, min_block=min(16, count))
+        masked = draw_masked(mask, grid, seed=0, epoch=1, sample=sample)
         assert masked.shape == (count,) and masked.dtype == np.int64
         assert (np.diff(masked) > 0).all() and masked[0] >= 0 and masked[-1] < grid * grid
 
 
 def test_a_mask_follows_from_seed_epoch_and_sample_alone():
     def draw(**change) -> list[int]:
-        usual = {"seed": 0, "epoch": 0, "sample": 0, "grid": 14, "kind": "block", "count": 75, "min_block": 16}
-        return draw_masked(**{**usual, "min_aspect": 0.3, **change}).tolist()
+        return draw_masked(MaskSettings(), 14, **{"seed": 0, "epoch": 0, "sample": 0, **change}).tolist()
 
     assert draw() == draw()
     assert len({tuple(draw()), tuple(draw(seed=1)), tuple(draw(epoch=1)), tuple(draw(sample=1))}) == 4
@@ -34,9 +33,11 @@ def neighbours_hidden(masked, grid):
 
 
 def test_block_masks_hide_connected_regions_and_random_masks_do_not():
-    arguments = dict(seed=0, epoch=0, grid=14, count=75, min_block=16, min_aspect=0.3)
-    block = np.mean([neighbours_hidden(draw_masked(sample=s, kind="block", **arguments), 14) for s in range(100)])
-    random = np.mean([neighbours_hidden(draw_masked(sample=s, kind="random", **arguments), 14) for s in range(100)])
+    def share_of(kind: str):
+        masks = [draw_masked(MaskSettings(kind=kind), 14, seed=0, epoch=0, sample=sample) for sample in range(100)]
+        return np.mean([neighbours_hidden(masked, 14) for masked in masks])
+
+    block, random = share_of("block"), share_of("random")
     # random hides 75 of 196, so about 0.38 of the neighbours; blocks of 16 and more patches hide most of them
     assert abs(random - 74 / 195) < 0.03
     assert block > 0.7
@@ -45,32 +46,15 @@ def test_block_masks_hide_connected_regions_and_random_masks_do_not():
 def test_every_patch_is_hidden_now_and_then_and_none_almost_always():
     counts = np.zeros(196)
     for sample in range(1500):
-        counts[
-            draw_masked(seed=0, epoch=0, sample=sample, grid=14, kind="block", count=75, min_block=16, min_aspect=0.3)
-        ] += 1
+        counts[draw_masked(MaskSettings(), 14, seed=0, epoch=0, sample=sample)] += 1
     share = counts.reshape(14, 14) / 1500
     # a block fits around the middle in more ways than at the rim, where a corner is hidden about one time in twenty
     assert share.min() > 0.02 and share.max() < 0.85
     assert abs(share.mean() - 75 / 196) < 1e-9
 
 
-def beit_v1(sample, **change):
-    return draw_masked(
-        **{
-            **dict(
-                seed=0,
-                epoch=0,
-                sample=sample,
-                grid=14,
-                kind="block",
-                count=75,
-                min_block=16,
-                min_aspect=0.3,
-                exact=False,
-            ),
-            **change,
-        }
-    )
+def beit_v1(sample, *, grid=14, **change):
+    return draw_masked(MaskSettings(**{"exact": False, **change}), grid, seed=0, epoch=0, sample=sample)
 
 
 def test_beits_first_masks_never_hide_more_than_the_count_and_sometimes_less():
@@ -93,7 +77,7 @@ def test_a_mask_of_one_block_is_a_rectangle_within_the_limits_of_area_aspect_and
     """
     alone = 0
     for seed in range(300):
-        mask = block_mask(np.random.default_rng(seed), 14, 40, 40, 0.3, exact=False)
+        mask = block_mask(np.random.default_rng(seed), MaskSettings(count=40, min_block=40, exact=False), 14)
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
         if mask.sum() == height * width:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -41,16 +43,8 @@ def measure(images, *, world_size=1, batch=3, sums=lambda: RoundTripSums(6, torc
             calls.append(tensor.clone())
             return tensor if rank + 1 < world_size else sum((other[len(calls) - 1] for other in handed), tensor)
 
-        found = held_out_quality(
-            Rounded,
-            images,
-            sums(),
-            batch=batch,
-            rank=rank,
-            world_size=world_size,
-            device=torch.device("cpu"),
-            all_reduce=all_reduce,
-        )
+        world = SimpleNamespace(rank=rank, size=world_size, device=torch.device("cpu"), all_reduce=all_reduce)
+        found = held_out_quality(Rounded, images, sums(), world, batch=batch)
         handed.append(calls)
     return found
 

@@ -215,19 +215,18 @@ def token_set(folder: Path, done: int, of: int | None) -> Path:
 
 def test_a_token_set_in_the_making_shows_how_many_shards_are_done(tmp_path):
     folder = token_set(tmp_path / "tokens", 3, of=8)
-    assert token_lines(folder) == ["token set in the making: 3 of 8 shards done, 72 images, 3 of them unreadable"]
+    assert token_lines(folder) == ["unfinished token set: 3 of 8 shards done, 72 images, 3 of them unreadable"]
     (folder / "train-000001.tar").write_bytes(b"")
     (folder / ".parts" / "train-000002.json").write_text("{")
     lines = token_lines(folder)
     assert (
-        lines[0] == "token set in the making: 1 of 8 shards done, 24 images"
-        and "2 shards are damaged or gone" in lines[1]
+        lines[0] == "unfinished token set: 1 of 8 shards done, 24 images" and "2 shards are damaged or gone" in lines[1]
     )
 
 
 def test_a_finished_token_set_says_so(tmp_path):
     folder = token_set(tmp_path / "tokens", 3, of=None)
-    assert token_lines(folder)[0].startswith("token set in the making: 3 shards done")
+    assert token_lines(folder)[0].startswith("unfinished token set: 3 shards done")
     (folder / "manifest.json").write_text(
         json.dumps({"kind": "tokens", "shards": [1, 2, 3], "samples": 72, "num_views": 4})
     )
@@ -271,7 +270,8 @@ def test_the_launcher_reads_a_copy_without_slurm_or_torch(run_folder, tmp_path):
 
 def test_file_names_are_those_that_training_and_tokenizing_write():
     from peco_ds.data import token_parts
-    from peco_ds.runtime import checkpoint_files, run_folder
+    from peco_ds.runtime import run_folder
+    from peco_ds.runtime.checkpoint import files as checkpoint_files
 
     assert (run_status.SETTINGS, run_status.CHECKPOINTS, run_status.PARTS) == (
         run_folder.SETTINGS,

@@ -1,4 +1,4 @@
-"""A token set in the making survives the death of its writers at any moment, and several writers at once."""
+"""An unfinished token set survives the death of its writers at any moment, and several writers at once."""
 
 import hashlib
 import os

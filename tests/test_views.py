@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
+from peco_ds.config import ViewSettings
 from peco_ds.data.views import (
     center_view,
     cut,
@@ -17,7 +18,7 @@ from peco_ds.data.views import (
 )
 from peco_ds.schema import VIEW_COLUMNS
 
-RECIPE = dict(scale=(0.08, 1.0), ratio=(0.75, 4 / 3), flip=0.5, color_jitter=0.4)
+VIEWS = ViewSettings()
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +28,17 @@ def photograph(real_data):
 
 
 def test_a_view_follows_from_seed_sample_and_view_alone():
-    rows = {
-        tuple(draw_view(300, 400, seed=s, sample=i, view=v, **RECIPE))
-        for s in range(2)
-        for i in range(5)
-        for v in range(5)
-    }
-    assert len(rows) == 50
-    assert np.array_equal(
-        draw_view(300, 400, seed=1, sample=2, view=3, **RECIPE), draw_view(300, 400, seed=1, sample=2, view=3, **RECIPE)
-    )
+    def draw(seed: int, sample: int, view: int):
+        return draw_view(ViewSettings(seed=seed), 300, 400, sample=sample, view=view)
+
+    assert len({tuple(draw(s, i, v)) for s in range(2) for i in range(5) for v in range(5)}) == 50
+    assert np.array_equal(draw(1, 2, 3), draw(1, 2, 3))
 
 
 @pytest.mark.parametrize("size", [(300, 400), (40, 500), (500, 33), (1, 1), (16, 16)])
 def test_every_box_lies_inside_the_image_within_scale_and_ratio(size):
     for view in range(200):
-        top, left, height, width, flip, *factors, order = draw_view(*size, seed=0, sample=0, view=view, **RECIPE)
+        top, left, height, width, flip, *factors, order = draw_view(VIEWS, *size, sample=0, view=view)
         assert (
             top >= 0
             and left >= 0
@@ -58,7 +54,7 @@ def test_every_box_lies_inside_the_image_within_scale_and_ratio(size):
 
 def test_a_cut_is_the_crop_that_pil_makes(photograph):
     image, tensor = photograph
-    row = draw_view(image.height, image.width, seed=0, sample=0, view=4, **{**RECIPE, "flip": 1.0})
+    row = draw_view(ViewSettings(flip=1.0), image.height, image.width, sample=0, view=4)
     top, left, height, width = (int(v) for v in row[:4])
     reference = (
         image.crop((left, top, left + width, top + height))
@@ -74,7 +70,7 @@ def test_a_cut_is_the_crop_that_pil_makes(photograph):
 def test_a_lanczos_cut_is_pils_pixel_for_pixel(photograph, size_px):
     image, tensor = photograph
     for view in range(4):
-        row = draw_view(image.height, image.width, seed=0, sample=1, view=view, **RECIPE)
+        row = draw_view(VIEWS, image.height, image.width, sample=1, view=view)
         top, left, height, width, flip = (int(v) for v in row[:5])
         reference = image.crop((left, top, left + width, top + height)).resize((size_px, size_px), Image.LANCZOS)
         reference = reference.transpose(Image.FLIP_LEFT_RIGHT) if flip else reference
@@ -101,7 +97,7 @@ def test_jitter_is_pils_on_the_same_crop(photograph):
 
 def test_a_replayed_view_does_not_depend_on_its_batch(photograph):
     _, tensor = photograph
-    rows = np.stack([draw_view(*tensor.shape[1:], seed=0, sample=0, view=v, **RECIPE) for v in range(8)])
+    rows = np.stack([draw_view(VIEWS, *tensor.shape[1:], sample=0, view=v) for v in range(8)])
     crops = torch.stack([cut(tensor, row, 96) for row in rows])
     together = jitter(crops, torch.from_numpy(rows))
     for number in range(8):
@@ -128,7 +124,7 @@ def test_value_ranges_are_those_the_networks_were_made_for():
 
 
 def test_a_row_survives_the_npy_format_exactly():
-    row = draw_view(3000, 4000, seed=0, sample=0, view=0, **RECIPE)
+    row = draw_view(VIEWS, 3000, 4000, sample=0, view=0)
     buffer = io.BytesIO()
     np.save(buffer, row)
     buffer.seek(0)
@@ -140,13 +136,13 @@ def test_a_cut_does_not_depend_on_how_the_images_memory_is_laid_out(photograph, 
     _, planes = photograph
     channels_last = planes.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     for view in range(6):
-        row = draw_view(*planes.shape[1:], seed=1, sample=0, view=view, **RECIPE)
+        row = draw_view(ViewSettings(seed=1), *planes.shape[1:], sample=0, view=view)
         assert torch.equal(cut(planes, row, size_px, interpolation), cut(channels_last, row, size_px, interpolation))
 
 
 def test_batches_of_either_memory_format_become_the_same_planes(photograph):
     _, tensor = photograph
-    rows = np.stack([draw_view(*tensor.shape[1:], seed=0, sample=0, view=v, **RECIPE) for v in range(4)])
+    rows = np.stack([draw_view(VIEWS, *tensor.shape[1:], sample=0, view=v) for v in range(4)])
     channels_last = room_for_cuts(4, 64)
     for place, row in enumerate(rows):
         channels_last[place] = cut(tensor, row, 64)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from peco_ds.errors import UserError
-from peco_ds.models.weight_files import read_tensor_file
+from peco_ds.models.weight_files import read_tensor_file, weights_fingerprint
 
 
 def refused(path, content: bytes | None = None) -> str:
@@ -84,3 +84,17 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path, zipped
 
 def test_a_pickle_of_a_blocked_module_is_refused_by_name(tmp_path):
     assert "os.system" in refused(tmp_path / "w.pth", b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.")
+
+
+def test_a_fingerprint_follows_settings_names_types_shapes_and_bytes_and_stays_what_it_was():
+    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(2, dtype=torch.bfloat16)}
+    found = weights_fingerprint({"width": 3, "kind": "x"}, tensors)
+    assert found == "07b25fb6cb9c0950fa4b3f2b02c2342edae93523e2d5649d378eca81e4b0ae13"
+    assert found == weights_fingerprint({"kind": "x", "width": 3}, dict(reversed(tensors.items())))
+    others = (
+        ({"width": 4, "kind": "x"}, tensors),
+        ({"width": 3, "kind": "x"}, tensors | {"b": tensors["b"].reshape(3, 2)}),
+        ({"width": 3, "kind": "x"}, tensors | {"a": tensors["a"].float()}),
+        ({"width": 3, "kind": "x"}, {"b": tensors["b"], "c": tensors["a"]}),
+    )
+    assert found not in {weights_fingerprint(*other) for other in others}

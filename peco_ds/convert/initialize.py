@@ -1,6 +1,4 @@
-"""Models that start from weights in the canonical form: a classifier to fine-tune, a backbone to probe, a classifier to
-evaluate.
-"""
+"""Build models from canonical weights: a classifier to fine-tune, a backbone to probe, a classifier to evaluate."""
 
 from __future__ import annotations
 
@@ -38,8 +36,8 @@ def start_classifier(
 ) -> list[str]:
     """Copy weights into a freshly initialised classifier.
 
-    A bias table that blocks shared is copied into every block; a table of another grid is resized. What pre-training
-    alone needs is left behind.
+    A bias table that blocks shared is copied into every block; a table of another grid is resized. Tensors that only
+    pre-training needs are left out.
 
     Args:
         settings: of `model`.  classes: of the images, in label order.  head: see `InitSettings.head`.
@@ -80,8 +78,9 @@ def classifier_of(weights: BeitWeights, image_px: int | None = None) -> Classifi
 def feature_backbone(weights: BeitWeights, image_px: int) -> Beit:
     """The frozen backbone without head, float32, for images of `image_px`.
 
-    Its `norm` is the final norm of pre-training; a classifier's weights, which
-    have none, leave it at identity scale: take features before it."""
+    Its `norm` is the final norm of pre-training. A classifier's weights have none and leave it at identity scale, so
+    take features before it.
+    """
     settings = replace(weights.model, image_px=image_px, drop_path=0.0)
     if image_px % settings.patch_px:
         raise UserError(
@@ -159,7 +158,7 @@ def check_sizes(weights: BeitWeights, settings: ModelSettings) -> None:
 def per_block(weights: BeitWeights, grid: int) -> dict[str, torch.Tensor]:
     """Tensors of a model with a bias table in every block, for a grid x grid image.
 
-    Without what pre-training alone needs.
+    Tensors that only pre-training needs are left out.
     """
     tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in _OF_PRETRAINING}
     for block in range(weights.model.depth):

@@ -1,8 +1,7 @@
-"""Weights of the BEiT family from wherever they lie: a run, a release for timm, Hugging Face or unilm, or one file of
-these.
+"""Read weights of the BEiT family from a run, from a release for timm, Hugging Face or unilm, or from a single file.
 
-A file is read strictly: what is missing, left over or of another shape is refused by name. What only a training needs
-(index buffers, the class-token branch of BEiT v2) is left out, and said.
+A file is read strictly: a tensor that is missing, left over or of another shape is refused by name. Tensors that only
+training needs (index buffers, the class-token branch of BEiT v2) are left out, and the log says so.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from peco_ds.convert.to_hf import from_hf, has_hf_names
 from peco_ds.convert.to_timm import HEAD_FILE, from_timm
 from peco_ds.convert.to_unilm import from_unilm
 from peco_ds.errors import UserError
-from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights, usual_crop
+from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights, default_crop
 from peco_ds.models.vit import timm_arguments
 from peco_ds.models.vit_layouts import terms_beside
 from peco_ds.models.weight_files import read_tensor_file
@@ -34,13 +33,15 @@ from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json, sha256_of_fil
 logger = logging.getLogger("peco_ds")
 
 Layout = Literal["auto", "run", "timm", "hf", "unilm"]
-_RUN_FILES = ("settings.yaml", "progress.json")  # of a run folder, of a checkpoint in it
+# The first lies in a run folder, the second in a checkpoint of it.
+_RUN_FILES = ("settings.yaml", "progress.json")
 _PICKLED = "pytorch_model.bin"
-# mean and deviation of the first BEiT's images
+# Mean and standard deviation of the images of the first BEiT.
 HALF = (0.5, 0.5, 0.5)
-# where training scripts put the weights inside their checkpoint
+# Keys under which training scripts put the weights into their checkpoint.
 _CONTAINERS = ("model", "module", "state_dict")
-_AVERAGES = ("model_ema", "state_dict_ema")  # of unilm, of timm's training script
+# Keys of unilm and of timm's training script.
+_AVERAGES = ("model_ema", "state_dict_ema")
 _BRANCH_V2 = ("cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head.")
 _PATCH = "patch_embed.proj.weight"
 
@@ -56,14 +57,14 @@ def read_weights(
     """Weights in the canonical form, in the dtype they are stored in.
 
     Args:
-        path: a run folder or a checkpoints/step_N of it; a release folder; or a file, whose names tell timm and unilm
-            (the same) from Hugging Face.
-        layout: what it must be; auto: what it is.
+        path: a run folder or a checkpoints/step_N of it; a release folder; or a file, whose tensor names tell timm and
+            unilm (the same) from Hugging Face.
+        layout: the layout that is required; auto: any.
         average: the moving average of the weights or the last ones; auto: the average where there is one.
-        statistics: mean and deviation of the images that the weights know; auto: what their config says, else
+        statistics: mean and standard deviation that the weights were trained with; auto: those of their config, else
             ImageNet's.
         read_run: reads a run (`runtime.run_weights.read_run`); None where runs are not taken.
-    What a bare file does not tell: mean and standard deviation are ImageNet's, the crop is 0.875 below 384 px and 1
+    A bare file states neither statistics nor crop: the former are ImageNet's, the latter is 0.875 below 384 px and 1
     from there on.
     Raises: UserError if there is nothing to read, or it is of another layout or model family, or a tensor is missing,
         left over or of another shape.
@@ -94,7 +95,7 @@ def _read(path: Path, layout: Layout, average: str, read_run: Callable[[Path, st
 
 
 def _layout_of(path: Path, wanted: Layout) -> Layout:
-    """What lies there; "auto" for a file whose names have to tell."""
+    """The layout of the path; "auto" for a file, which its tensors' names have to tell."""
     if path.is_file():
         if wanted == "run":
             raise UserError(f"{path}: a file, not a run folder; give the --out folder of a training run")
@@ -133,9 +134,9 @@ def _from_timm_folder(folder: Path) -> BeitWeights:
     file = _weights_file(folder)
     head = read_tensor_file(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else {}
     where = _named(file, f"{folder.name}/{file.name}")
-    said = _told(lambda: _preprocessing_of_timm(config), where)
+    stated = _checked_statements(lambda: _preprocessing_of_timm(config), where)
     tensors = _unwrapped(read_tensor_file(file))
-    return _checked(from_timm(from_unilm(tensors), head, where), where, **said)
+    return _checked(from_timm(from_unilm(tensors), head, where), where, **stated)
 
 
 def _from_hf_folder(folder: Path) -> BeitWeights:
@@ -145,8 +146,8 @@ def _from_hf_folder(folder: Path) -> BeitWeights:
     to_hf.check_config(config, where)
     preprocessor = folder / to_hf.PREPROCESSOR
     processing = _json(preprocessor) if preprocessor.is_file() else {}
-    said = _told(lambda: to_hf.preprocessing_of(processing, config), where)
-    weights = _checked(from_hf(_unwrapped(read_tensor_file(file)), where), where, **said)
+    stated = _checked_statements(lambda: to_hf.preprocessing_of(processing, config), where)
+    weights = _checked(from_hf(_unwrapped(read_tensor_file(file)), where), where, **stated)
     for key, found in (
         ("num_attention_heads", weights.model.heads),
         ("image_size", weights.model.image_px),
@@ -164,38 +165,40 @@ def _from_unilm_folder(folder: Path) -> BeitWeights:
     where = _named(file, f"{folder.name}/{file.name}")
     config = _json(folder / CONFIG)
     return _checked(
-        from_unilm(_unwrapped(read_tensor_file(file))), where, **_told(lambda: to_unilm.preprocessing_of(config), where)
+        from_unilm(_unwrapped(read_tensor_file(file))),
+        where,
+        **_checked_statements(lambda: to_unilm.preprocessing_of(config), where),
     )
 
 
 def _preprocessing_of_timm(config: dict) -> dict:
     cfg = config.get("pretrained_cfg", config)
     labels = config.get("label_names") or cfg.get("label_names")
-    said = {
+    stated = {
         "mean": cfg.get("mean"),
         "std": cfg.get("std"),
         "classes": labels.values() if isinstance(labels, dict) else labels,
     }
-    return {name: tuple(value) for name, value in said.items() if value} | (
+    return {name: tuple(value) for name, value in stated.items() if value} | (
         {"crop": cfg["crop_pct"]} if cfg.get("crop_pct") else {}
     )
 
 
-def _told(read: Callable[[], dict], where: str) -> dict:
-    """mean, std, crop and classes that a folder's JSON tells, each of its kind.
+def _checked_statements(read: Callable[[], dict], where: str) -> dict:
+    """mean, std, crop and classes that a folder's JSON states, with their types and ranges checked.
 
-    Raises: UserError if one is not.
+    Raises: UserError if one is wrong.
     """
     files = f"{CONFIG} or {to_hf.PREPROCESSOR}"
     try:
-        said = read()
+        stated = read()
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        # wherever a value of another kind was met
+        # Raised wherever a value has an unexpected type.
         raise UserError(
             f"{where}: its {files} is not what a library wrote ({type(error).__name__}: {error}); fetch "
             "the folder again"
         ) from None
-    for name, value in said.items():
+    for name, value in stated.items():
         if name == "classes":
             fits = all(isinstance(text, str) for text in value)
         elif name == "crop":
@@ -204,7 +207,7 @@ def _told(read: Callable[[], dict], where: str) -> dict:
             fits = len(value) == 3 and all(map(_is_number, value)) and (name == "mean" or min(value) > 0)
         if not fits:
             raise UserError(f"{where}: {name} is {short(value)} in its {files}; fetch the folder again")
-    return said
+    return stated
 
 
 def _is_number(value) -> bool:
@@ -254,18 +257,18 @@ def _json(path: Path) -> dict:
 
 
 def _named(file: Path, name: str) -> str:
-    """What messages and cards call it; a file that is missing is refused by its reader."""
+    """The file's name with its hash, for messages and cards; a missing file is refused by its reader."""
     return f"{name} (sha256 {sha256_of_file(file)[:12]})" if file.is_file() else name
 
 
 # -------------------------------------------------------------------- from names and shapes to a model
 
 
-def _checked(tensors: dict[str, torch.Tensor], where: str, **said) -> BeitWeights:
-    """Canonical weights, each tensor in its place and of its shape.
+def _checked(tensors: dict[str, torch.Tensor], where: str, **stated) -> BeitWeights:
+    """Canonical weights, after a check that each tensor is known and has the right shape.
 
     Args:
-        said: fields of `BeitWeights` that a config told.
+        stated: fields of `BeitWeights` that a config states.
     """
     _refuse_other_families(tensors, where)
     for name, tensor in tensors.items():
@@ -286,7 +289,7 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **said) -> BeitWeight
         facts["left out"] = f"BEiT v2's class-token branch, {len(branch)} tensors that only pre-training needs"
         logger.info("%s: %s", where, facts["left out"])
         tensors = {name: tensor for name, tensor in tensors.items() if name not in branch}
-    # transformers keeps a mask token where it fine-tuned a pre-trained model
+    # transformers keeps the mask token of a pre-trained model that it fine-tuned.
     if "head.weight" in tensors and "lm_head.weight" not in tensors:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "mask_token"}
     kind = (
@@ -302,8 +305,8 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **said) -> BeitWeight
         tensors |= {TABLE.format(block): shared.clone() for block in range(settings.depth)}
         facts["bias tables"] = "one for all blocks in the file, copied into every block"
     _check_shapes(tensors, kind, settings, where)
-    said.setdefault("crop", usual_crop(settings.image_px))
-    weights = BeitWeights(kind, settings, tensors, where, facts=facts, **said)
+    stated.setdefault("crop", default_crop(settings.image_px))
+    weights = BeitWeights(kind, settings, tensors, where, facts=facts, **stated)
     if weights.classes and len(weights.classes) != weights.num_classes:
         raise UserError(
             f"{where}: {len(weights.classes)} class names in its {CONFIG}, a head of "
@@ -342,9 +345,9 @@ def _refuse_other_families(tensors: dict[str, torch.Tensor], where: str) -> None
 
 
 def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
-    """Sizes as the shapes tell them.
+    """Model settings that follow from the tensors' shapes.
 
-    Layer scale is the mean magnitude of what was learnt, the rate of stochastic depth is not in a file.
+    Layer scale is the mean magnitude of the learnt values; a file does not hold the rate of stochastic depth.
     """
     width, _, _, patch_px = tensors[_PATCH].shape
     table = next(tensor for name, tensor in tensors.items() if name.endswith("relative_position_bias_table"))
@@ -355,9 +358,9 @@ def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
             "patches; give weights of a square image"
         )
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-    # blocks.0 is there
+    # Never empty: `_refuse_other_families` has found blocks.0.
     depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))
-    # no model of so many blocks is built to find the first missing tensor
+    # Checked first, so that no huge model is built only to find its first missing tensor.
     if depth > len(tensors):
         raise UserError(f"{where}: holds block {depth - 1}, but {len(tensors)} tensors in all; fetch the file again")
     if "blocks.0.mlp.fc1.weight" not in tensors:
@@ -377,7 +380,8 @@ def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
         depth=depth,
         heads=table.shape[1],
         mlp_ratio=len(tensors["blocks.0.mlp.fc1.weight"]) / width,
-        layer_scale=float(torch.stack(gammas).mean()) or 0.1,  # 0 would be no layer scale
+        # In the settings 0 would mean no layer scale.
+        layer_scale=float(torch.stack(gammas).mean()) or 0.1,
         drop_path=0.0,
     )
 
@@ -390,7 +394,8 @@ def _check_shapes(tensors: dict[str, torch.Tensor], kind: str, settings: ModelSe
             f"{where}: width {settings.width} is not a multiple of the {settings.heads} heads of its bias "
             "table; fetch the file again"
         )
-    with torch.device("meta"):  # shapes alone
+    # On the meta device only shapes are computed.
+    with torch.device("meta"):
         net = Beit(
             **timm_arguments(
                 settings, shared_bias=SHARED_TABLE in tensors or kind == "mim", num_classes=classes, pooling=pooling

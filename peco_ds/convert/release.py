@@ -1,4 +1,4 @@
-"""A release folder: weights, the target library's config, and a model card that says where the weights come from."""
+"""Write a release folder: weights, the target library's config, and a model card that states the weights' origin."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-# keys of config.json by which timm's, transformers' and unilm's are told apart
+# Keys of config.json that distinguish the releases of timm, transformers and unilm.
 _TELLING = {"architecture", "model_type", "layout"}
 _WEIGHTS_OF_ANY = (WEIGHTS, "mim_head.safetensors", "model.pth", "pytorch_model.bin", "preprocessor_config.json")
 
@@ -24,12 +24,13 @@ _WEIGHTS_OF_ANY = (WEIGHTS, "mim_head.safetensors", "model.pth", "pytorch_model.
 class Release:
     """Weights in the names and files of one library."""
 
-    # as model hubs name it in a card's front matter
+    # The library's name in the front matter of a model card, as model hubs spell it.
     library: str
-    # file name -> tensors: .safetensors, or .pth, which holds them under "model"
+    # File name -> tensors: .safetensors, or .pth, which holds them under "model".
     tensors: dict[str, dict[str, torch.Tensor]]
-    configs: dict[str, dict]  # file name -> JSON; config.json among them
-    # Markdown: how to load it, and what each file is for
+    # File name -> JSON; config.json is among them.
+    configs: dict[str, dict]
+    # Markdown: how to load it, and what each file is for.
     usage: str
 
 
@@ -59,7 +60,7 @@ def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
             save_file(
                 {key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata={"format": "pt"}
             )
-            # safetensors leaves it to its owner alone; a release is for others
+            # safetensors makes the file readable by its owner only; a release is for others too.
             temporary.chmod(0o644)
         else:
             torch.save({"model": {key: _alone(tensor) for key, tensor in tensors.items()}}, temporary)
@@ -70,9 +71,9 @@ def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that is a part of a larger one takes the whole into the file.
+    """The tensor with a storage of its own.
 
-    ZeRO's consolidated weights are such parts.
+    A part of a larger tensor, as ZeRO's consolidated weights are, would take the whole into the file.
     """
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return (tensor if whole else tensor.clone(memory_format=torch.contiguous_format)).detach()
@@ -130,7 +131,7 @@ Input: {model.image_px} px, RGB, {statistics}; in evaluation {weights.crop:g} of
 
 
 def _licence(facts: dict[str, str]) -> str:
-    """What binds the weights, as far as the run recorded it, itself or of the run that it started from."""
+    """The terms that bind the weights, as far as this run, or the one that it started from, recorded them."""
     named = {"the tokenizer": TOKENIZER_LICENCE, "the tokenizer's judge": JUDGE_LICENCE}
     known = {what: facts.get(fact) or facts.get(f"{fact} of what it started from") for what, fact in named.items()}
     terms = "\n".join(f"- {what}: {text}" for what, text in known.items() if text)

@@ -1,4 +1,4 @@
-"""Relative position bias of one image size for another.
+"""Resize the relative position bias of one image size to another.
 
 Only the bias tables depend on the image size. Weights of another patch size are another model and are never
 resampled.
@@ -14,7 +14,7 @@ from scipy.interpolate import RectBivariateSpline
 
 from peco_ds.errors import UserError
 
-# class token to patch, patch to class token, class token to itself: the last rows of every table
+# The last rows of every table: class token to patch, patch to class token, class token to itself.
 CLASS_ROWS = 3
 
 
@@ -50,7 +50,7 @@ def resize_bias_table(table: torch.Tensor, grid: int) -> torch.Tensor:
     width, new_width = 2 * old_grid - 1, 2 * grid - 1
     points = geometric_points(width, new_width)
     wanted = np.arange(new_width) - new_width // 2
-    # a 2 x 2 grid has three distances, too few for a cubic
+    # A 2 x 2 grid has three distances, too few for a cubic spline.
     order = min(3, width - 1)
     planes = table[:-CLASS_ROWS].detach().double().cpu().numpy().reshape(width, width, -1)
     resized = [

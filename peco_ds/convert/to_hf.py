@@ -1,6 +1,6 @@
-"""Canonical weights <-> Hugging Face transformers' BEiT, in the names that its version 4 has on disk.
+"""Convert between canonical weights and Hugging Face transformers' BEiT, in the names that its version 4 has on disk.
 
-Version 5 reads and writes the same.
+Version 5 reads and writes the same names.
 
 mim         BeitForMaskedImageModeling
 features    BeitModel
@@ -23,15 +23,18 @@ from peco_ds.models.beit_weights import SHARED_TABLE, BeitWeights
 logger = logging.getLogger("peco_ds")
 
 PREPROCESSOR = "preprocessor_config.json"
-# of BEiT; a BeitConfig that is told nothing has 1e-12
+# BEiT's value; the default of BeitConfig is 1e-12.
 NORM_EPS = 1e-6
 CLASSES = {"mim": "BeitForMaskedImageModeling", "features": "BeitModel", "classifier": "BeitForImageClassification"}
-_BICUBIC = 3  # PIL's number
+# PIL's number of the filter.
+_BICUBIC = 3
 
-_BASE = {  # inside `beit.`
+# Names inside `beit.`.
+_BASE = {
     "cls_token": "embeddings.cls_token",
     "mask_token": "embeddings.mask_token",
-    "pos_embed": "embeddings.position_embeddings",  # read so that it is refused by its reason
+    # Read only to be refused with the right reason.
+    "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
     "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
     SHARED_TABLE: "encoder.relative_position_bias.relative_position_bias_table",
@@ -55,7 +58,8 @@ _BLOCK = {
     "mlp.fc2.weight": "output.dense.weight",
     "mlp.fc2.bias": "output.dense.bias",
 }
-_HEADS = {  # outside of `beit.`
+# Names outside of `beit.`.
+_HEADS = {
     "lm_head.weight": "lm_head.weight",
     "lm_head.bias": "lm_head.bias",
     "head.weight": "classifier.weight",
@@ -141,7 +145,7 @@ def _names(kind: str, depth: int) -> dict[str, str]:
         names |= {
             f"blocks.{block}.{ours}": f"{prefix}encoder.layer.{block}.{theirs}" for ours, theirs in _BLOCK.items()
         }
-    # the token head has it outside of `beit.`
+    # The model with a token head has its norm outside of `beit.`.
     norm = "layernorm" if kind == "mim" else f"{prefix}layernorm"
     return names | {f"norm.{part}": f"{norm}.{part}" for part in ("weight", "bias")} | _HEADS
 
@@ -172,7 +176,8 @@ def hf_config(weights: BeitWeights) -> dict:
         "use_relative_position_bias": not shared,
         "use_shared_relative_position_bias": shared,
         "layer_scale_init_value": model.layer_scale,
-        "drop_path_rate": 0.0,  # the training's, not the model's
+        # Stochastic depth belongs to the training, not to the model.
+        "drop_path_rate": 0.0,
         # In the model with a token head this flag removes a norm in front of the head's own.
         "use_mean_pooling": weights.kind == "mim" or weights.pooling == "mean",
         "torch_dtype": str(weights.tensors["cls_token"].dtype).removeprefix("torch."),
@@ -189,13 +194,14 @@ def hf_config(weights: BeitWeights) -> dict:
 def preprocessor_config(weights: BeitWeights) -> dict:
     """The evaluation's view of an image: short side to image_px / crop, then the central square.
 
-    BEiT's own processor cannot keep the aspect ratio,
-    CLIP's does just this."""
+    CLIP's processor does this; BEiT's own cannot keep the aspect ratio.
+    """
     px = weights.model.image_px
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": math.floor(px / weights.crop)},  # as timm and BEiT
+        # Rounded as timm and BEiT do.
+        "size": {"shortest_edge": math.floor(px / weights.crop)},
         "resample": _BICUBIC,
         "do_center_crop": True,
         "crop_size": {"height": px, "width": px},
@@ -209,7 +215,7 @@ def preprocessor_config(weights: BeitWeights) -> dict:
 
 
 def check_config(config: dict, where: str) -> None:
-    """Warns of an eps that is not BEiT's.
+    """Warn of an eps that is not BEiT's.
 
     Raises: UserError if the config asks for a model that this backbone is not.
     """
@@ -219,7 +225,7 @@ def check_config(config: dict, where: str) -> None:
     if eps != NORM_EPS:
         logger.warning(
             "%s: layer_norm_eps is %g in its %s; BEiT was trained with %g, which is taken here (1e-12 is "
-            "only what BeitConfig says when told nothing)",
+            "only the default of BeitConfig)",
             where,
             eps,
             CONFIG,
@@ -230,7 +236,7 @@ def check_config(config: dict, where: str) -> None:
 
 
 def preprocessing_of(preprocessor: dict, classifier_config: dict) -> dict:
-    """mean, std, crop and classes where the two files of a folder tell them, under the names of `BeitWeights`."""
+    """mean, std, crop and classes, where a folder's two files state them, under the names of `BeitWeights`."""
     found: dict = {}
     if preprocessor.get("image_mean") and preprocessor.get("image_std"):
         found |= {"mean": tuple(preprocessor["image_mean"]), "std": tuple(preprocessor["image_std"])}

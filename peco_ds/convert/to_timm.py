@@ -1,8 +1,8 @@
-"""Canonical weights <-> timm's `Beit`.
+"""Convert between canonical weights and timm's `Beit`.
 
 timm kept BEiT's names. The bias table that pre-training shares between blocks is copied into every block, the form in
-which timm's registered models keep it. What timm has no place for (mask token, token head) goes into a file of its own;
-with it beside, the copies become one table again.
+which timm's registered models keep it. Tensors that timm's model does not have (mask token, token head) go into a file
+of their own. Where that file is present, the copies become one table again.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def from_timm(tensors: dict[str, torch.Tensor], head: dict[str, torch.Tensor], w
     """Canonical tensors of a timm file.
 
     Args:
-        head: of HEAD_FILE, {} if there is none. Where the blocks' tables are no longer one, it is left out with a
-            warning: the backbone was trained on.
+        head: tensors of HEAD_FILE, {} if there is none. Where the blocks' tables differ, it is left out with a
+            warning: the backbone was trained further.
     """
     whole = with_shared_table(tensors | head)
     if head and SHARED_TABLE not in whole:
@@ -67,7 +67,7 @@ def with_shared_table(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 def timm_config(weights: BeitWeights) -> dict:
     """`config.json` as timm's `local-dir:` and hub loaders read it.
 
-    Sizes that are not registered ride on `model_args`.
+    `model_args` holds sizes that no registered model has.
     """
     model = weights.model
     pooling = weights.pooling

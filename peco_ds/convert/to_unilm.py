@@ -1,5 +1,5 @@
-"""Canonical weights <-> a checkpoint of the released BEiT code (unilm): the same names, and the index buffers that its
-modules keep in their state.
+"""Convert between canonical weights and a checkpoint of the released BEiT code (unilm): the same names, plus the index
+buffers that its modules keep in their state.
 
 unilm has no installable package. Its file is a dictionary with the tensors under `model`; its model classes take the
 sizes as arguments, which lie in config.json.
@@ -15,7 +15,7 @@ from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import BeitWeights
 
 FILE = "model.pth"
-# in config.json, which none of unilm's scripts reads
+# Marks our config.json, which none of unilm's scripts reads.
 LAYOUT = "unilm"
 _TABLE_END, _INDEX_END = "relative_position_bias_table", "relative_position_index"
 
@@ -32,7 +32,7 @@ def to_unilm(weights: BeitWeights) -> Release:
     for name, tensor in weights.tensors.items():
         tensors[name] = tensor
         if name.endswith(_TABLE_END):
-            # one tensor under many names is stored once
+            # One tensor under many names is stored once.
             tensors[name.removesuffix(_TABLE_END) + _INDEX_END] = index
     return Release(LAYOUT, {FILE: tensors}, {CONFIG: unilm_config(weights)}, _usage(weights))
 
@@ -42,7 +42,7 @@ def from_unilm(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def unilm_config(weights: BeitWeights) -> dict:
-    """Arguments of unilm's model class, and what its file has no place for."""
+    """Arguments of unilm's model class, and the settings that its weights file cannot hold."""
     model, mim = weights.model, weights.kind == "mim"
     head = (
         {"vocab_size": weights.num_codes}

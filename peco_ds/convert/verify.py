@@ -1,10 +1,9 @@
-"""Load a release by the target library's own loader, in a process that cannot import us, and compare what comes out
-with our own model's answer.
+"""Verify a release: load it with the target library, without this package, and compare the outputs with our model's.
 
-timm, transformers  their own loaders.
-unilm               has no installable package; its file is loaded strictly into timm's port of its model by timm's own
-filter for its files, the index
-                    buffers are compared with the port's, and the names with the state of unilm's modules.
+timm, transformers  Their own loaders are used.
+unilm               It has no installable package. Its file is loaded strictly into timm's port of its model by timm's
+                    own filter for its files; the index buffers are compared with the port's, and the names with the
+                    state of unilm's modules.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from peco_ds.models.beit_weights import SHARED_TABLE, BeitWeights
 from peco_ds.models.mim import MaskedImageModel
 from peco_ds.models.vit import timm_arguments
 
-# float32, largest difference over largest value; worst case seen on B/16 and H-wide models: 2e-6
+# In float32, largest difference over largest value; the worst case measured on B/16 and H-wide models is 2e-6.
 TOLERANCE = 1e-5
 COMPARED = {"mim": "token logits and features", "features": "features", "classifier": "class logits"}
 LOADERS = {"timm": "timm", "transformers": "transformers", "unilm": "timm's port of unilm"}
@@ -108,10 +107,10 @@ _SCRIPTS = {"timm": _TIMM, "transformers": _TRANSFORMERS, "unilm": _UNILM}
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model says to drawn images: float32 arrays by name.
+class ModelOutputs:
+    """A model's outputs for random images: float32 arrays by name.
 
-    `tokens` with nothing masked, token `logits` with the patches of `is_masked` masked.
+    `tokens` are computed with nothing masked, token `logits` with the patches of `is_masked` masked.
     """
 
     kind: str
@@ -121,8 +120,8 @@ class Answers:
 
 
 @torch.no_grad()
-def answers_of(weights: BeitWeights) -> Answers:
-    """Our own model's answers in float32; the weights are used where they lie, not copied."""
+def model_outputs(weights: BeitWeights) -> ModelOutputs:
+    """Our own model's outputs in float32; the weights are used in place, not copied."""
     settings = replace(weights.model, drop_path=0.0)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, settings.image_px, settings.image_px, generator=generator)
@@ -150,7 +149,7 @@ def answers_of(weights: BeitWeights) -> Answers:
     broken = next((name for name, value in values.items() if not value.isfinite().all()), None)
     if broken:
         raise UserError(f"{weights.source}: its {broken} are not finite; do not publish it, take an older checkpoint")
-    return Answers(weights.kind, images, is_masked, {name: value.numpy() for name, value in values.items()})
+    return ModelOutputs(weights.kind, images, is_masked, {name: value.numpy() for name, value in values.items()})
 
 
 def _assembled(build: Callable[[], nn.Module], tensors: dict[str, torch.Tensor]) -> nn.Module:
@@ -158,7 +157,8 @@ def _assembled(build: Callable[[], nn.Module], tensors: dict[str, torch.Tensor])
     with torch.device("meta"):
         model = build()
     model.load_state_dict(tensors, assign=True)
-    for module in model.modules():  # buffers that are in no file
+    # Buffers that no file holds are computed.
+    for module in model.modules():
         if getattr(module, "relative_position_index", None) is not None:
             module.relative_position_index = gen_relative_position_index(module.window_size)
         if getattr(module, "k_bias", None) is not None:
@@ -166,18 +166,18 @@ def _assembled(build: Callable[[], nn.Module], tensors: dict[str, torch.Tensor])
     return model.eval()
 
 
-def compare(release: Path, library: str, expected: Answers) -> float:
+def compare(release: Path, library: str, expected: ModelOutputs) -> float:
     """Largest difference between the release in its library and our own model, relative to the largest value of the
     same output.
 
     Args:
-        library: of `Release`.
+        library: `Release.library`.
     Raises: UserError if the library cannot load the release, or the difference exceeds TOLERANCE.
     """
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
         np.savez(inputs, images=expected.images_norm.numpy(), is_masked=expected.is_masked.numpy())
-        # -I: no PYTHONPATH and no current folder, as on a stranger's machine
+        # -I: no PYTHONPATH and no current folder, as on a user's machine.
         command = [
             sys.executable,
             "-I",
@@ -193,7 +193,7 @@ def compare(release: Path, library: str, expected: Answers) -> float:
             lines = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
             raise UserError(f"{release}: {LOADERS[library]} does not load it: {lines[-1]}")
         with np.load(outputs) as found:
-            # NaN stays NaN
+            # np.max keeps a NaN, which then exceeds the tolerance.
             worst = float(
                 np.max(
                     [np.abs(found[name] - value).max() / np.abs(value).max() for name, value in expected.values.items()]

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: however many processes write into a folder, and wherever one of them is killed."""
+"""Write files that are whole or absent, however many processes write into a folder and whenever one of them dies."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import BinaryIO
 
 
 @contextmanager
-def draft(path: Path) -> Iterator[BinaryIO]:
+def temporary_file(path: Path) -> Iterator[BinaryIO]:
     """A file beside `path`, open for writing under a temporary name (`file.name`) that no other process has, and locked
     for as long as its writer lives.
 
-    Whoever opens it makes it durable (`flush_to_disk`) and renames it; what is still there at the end is removed.
+    The caller makes it durable (`flush_to_disk`) and renames it. A file that was not renamed is removed at the end.
     """
     while True:
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
         with open(temporary, "xb") as file:
-            # taken for a leftover in the moment before it was locked
+            # Before it was locked, another process may have taken it for a leftover and removed it.
             if _lock(file, wait=False) is False or not temporary.exists():
                 continue
             try:
@@ -32,28 +32,33 @@ def draft(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Remove drafts of these files whose writers are dead. On a file system without locks nothing is removed."""
+    """Remove temporary files of these names whose writers have died.
+
+    On a file system without locks nothing is removed.
+    """
     for name in names:
-        remove_dead(find_drafts(folder, name))
+        remove_abandoned(find_temporary_files(folder, name))
 
 
-def find_drafts(folder: Path, name: str = "*") -> list[Path]:
+def find_temporary_files(folder: Path, name: str = "*") -> list[Path]:
     return list(folder.glob(f".{name}.*.tmp"))
 
 
-def remove_dead(drafts: Iterable[Path]) -> None:
-    """As `remove_leftovers`, of drafts that were found before."""
-    for path in drafts:
+def remove_abandoned(paths: Iterable[Path]) -> None:
+    """Remove those of the temporary files whose writers have died, as `remove_leftovers` does."""
+    for path in paths:
         try:
-            with open(path, "r+b") as file:  # NFS locks only what is open for writing
+            # NFS locks only files that are open for writing.
+            with open(path, "r+b") as file:
                 if _lock(file, wait=False):
                     path.unlink(missing_ok=True)
-        except FileNotFoundError:  # its writer has just renamed it
+        except FileNotFoundError:
+            # Its writer has just renamed it.
             continue
 
 
 @contextmanager
-def alone(lock_path: Path, *, wait: bool) -> Iterator[bool]:
+def lock_file(lock_path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold a lock file; the system gives it back when its holder dies, so none is ever left behind.
 
     Args:
@@ -64,8 +69,9 @@ def alone(lock_path: Path, *, wait: bool) -> Iterator[bool]:
         try:
             yield _lock(file, wait=wait) is not False
         finally:
-            with suppress(OSError):  # a file system without locks
-                # closing is not enough where a process was forked meanwhile: it holds the file too
+            # A file system without locks raises an error here.
+            with suppress(OSError):
+                # To close the file is not enough where a process was forked meanwhile: it holds the lock too.
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 

@@ -1,9 +1,8 @@
-"""Random images for classifiers, and the plain crop they are judged on: timm's parts, each draw a pure function of
-its words.
+"""Augmentation for classifiers, and the central crop they are evaluated on: timm's transforms, reproducibly seeded.
 
-timm draws from the global generators of Python, numpy and torch. `drawn_from` lends it seeded ones and gives the
-process its own back, so that neither worker, rank nor restart changes an image, and no image changes the model's
-stochastic depth.
+timm draws from the global generators of Python, numpy and torch. `drawn_from` seeds them and restores their states
+afterwards, so that neither worker, rank nor restart changes an image, and no image changes the model's stochastic
+depth.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from peco_ds.data.views import normalize
 from peco_ds.errors import UserError
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
-_MAX_SEED = 2**32  # what numpy's global generator takes
+# The largest seed that numpy's global generator takes, plus one.
+_MAX_SEED = 2**32
 
 # What timm raises for an augmentation text that it cannot read.
 _NOT_AUGMENT = (AssertionError, ValueError, LookupError, TypeError)
@@ -35,16 +35,15 @@ _NOT_AUGMENT = (AssertionError, ValueError, LookupError, TypeError)
 
 @contextmanager
 def drawn_from(*words: int, device: torch.device | None = None) -> Iterator[None]:
-    """Inside, the global generators of `random`, numpy and torch follow from the words alone.
+    """Inside the context, the global generators of `random`, numpy and torch follow from the words only.
 
-    After it they go on as if never used.
+    Afterwards they continue as if they had not been used.
 
     Args:
-        words: non-negative integers, as of `order.generator`.
-        device: a CUDA device's generator is lent as well; None or another device: the CPU's alone.
+        words: non-negative integers, as for `order.generator`.
+        device: a CUDA device, whose generator is seeded too; None or another device: only the CPU's is.
     """
-    # Not torch.manual_seed and fork_rng: they reach for every CUDA device, which a forked loader process must not
-    # touch.
+    # torch.manual_seed and fork_rng would reach for every CUDA device, which a forked loader process must not touch.
     lent = [torch.default_generator]
     if device is not None and device.type == "cuda":
         lent.append(
@@ -86,7 +85,7 @@ class TrainCrop:
                 color_jitter=augment.color_jitter or None,
                 auto_augment=augment.auto_augment or None,
                 interpolation=augment.interpolation,
-                # ends in uint8; statistics and erasing wait for the device
+                # The result is uint8; normalisation and erasing run on the device.
                 normalize=False,
             )
         except _NOT_AUGMENT as error:
@@ -113,8 +112,8 @@ def _augment_operations(transform) -> Iterator[AugmentOp]:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **colours) -> Image.Image:
-    # RandAugment's strongest step keeps no bit at all. That is black, as every published run had it; Pillow 13 raises
-    # an error instead.
+    # RandAugment's strongest step keeps no bit at all: a black image, in every published run. Pillow 13 raises an error
+    # instead.
     return posterize(image, bits_to_keep, **colours) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
@@ -139,7 +138,7 @@ class CenterCrop:
 
 
 class BatchMix:
-    """What is done to a whole training batch on the device: normalisation, random erasing, mixup or cutmix, label
+    """Operations on a whole training batch on the device: normalisation, random erasing, mixup or cutmix, label
     smoothing.
 
     Args:

@@ -1,5 +1,5 @@
-"""What a tokenizer is judged on: the central square of every image, exactly once over all ranks, with its label where
-the set has any.
+"""Batches for evaluating a tokenizer: the central square of every image, exactly once over all ranks, with its label
+where the set has any.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from peco_ds.data.device_feed import device_batches
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.labelled import CropMaker, rank_samples
-from peco_ds.data.loaders import ImageSet
 from peco_ds.data.views import center_view, cut
 from peco_ds.data.workers import RawBatch
 
@@ -30,18 +30,19 @@ def _central_square(size_px: int, image_u8: torch.Tensor) -> torch.Tensor:
     return cut(image_u8, center_view(*image_u8.shape[1:]), size_px)
 
 
-def square_batches(
-    images: ImageSet, *, rank: int, world_size: int, batch: int, size_px: int, num_workers: int, device: torch.device
-) -> Iterator[SquareBatch]:
+def square_batches(images: ImageSet, size_px: int, world, *, batch: int, num_workers: int) -> Iterator[SquareBatch]:
     """The squares that `held_out_images` cuts, of a set of any size.
 
     Every rank gets equally many batches of equal size, filled up with padding.
 
+    Args:
+        world: has rank, size, device.
+        batch: images a forward pass.
     Raises: UserError for an image that cannot be read, or a label that is not one of the set's.
     """
 
     def prepare(raw: RawBatch) -> torch.Tensor:
-        return raw.cuts[size_px].to(device, non_blocking=True).float() / 255
+        return raw.cuts[size_px].to(world.device, non_blocking=True).float() / 255
 
     def finish(images_01: torch.Tensor, raw: RawBatch) -> SquareBatch:
         return SquareBatch(images_01, raw.labels, raw.samples)
@@ -49,9 +50,9 @@ def square_batches(
     make = CropMaker(images, partial(_central_square, size_px), size_px)
     yield from device_batches(
         make,
-        list(rank_samples(images.num_samples, rank, world_size, batch)),
+        list(rank_samples(images.num_samples, world.rank, world.size, batch)),
         prepare,
         finish,
         num_workers=num_workers,
-        device=device,
+        device=world.device,
     )

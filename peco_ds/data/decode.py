@@ -1,10 +1,9 @@
-"""Bytes of an image file -> upright 8-bit RGB, or a stated reason why not.
+"""Decode the bytes of an image file to upright 8-bit RGB, or say why that is not possible.
 
 Ordinary JPEGs (grey or three channels, no EXIF rotation) are decoded natively by torchvision, where it still can.
-Everything else
-takes the careful path through Pillow, which knows CMYK, palettes, 16 bit, alpha, EXIF and the other formats. Both are
+Everything else is decoded by Pillow, which knows CMYK, palettes, 16 bit, alpha, EXIF and the other formats. Both are
 strict: a file that ends early is refused, never returned with a grey lower half. Embedded colour profiles are ignored,
-as ImageNet training everywhere does.
+as is usual in ImageNet training.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ try:
     # twentieth of the decoding's time.
     decode_jpeg = torch.ops.image.decode_jpeg
 except (ImportError, AttributeError):
-    # once it is removed the careful path serves every image, only slower
+    # Once the operator is removed, Pillow decodes every image, only slower.
     decode_jpeg = None
 
 # Pillow warns of a decompression bomb from this size on; here it is a refusal, since a loader process would hold 3
@@ -45,16 +44,16 @@ _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 class DecodeError(ValueError):
-    """The bytes are no image that can be trusted; the message says why."""
+    """The bytes are not a sound image; the message says why."""
 
 
 @dataclass(frozen=True)
 class ImageKind:
-    """What a file is by its content; its name is not asked."""
+    """The kind of an image file, by its content and not its name."""
 
-    # jpg, png, webp; empty for a format that image shards do not hold
+    # "jpg", "png" or "webp"; empty for a format that image shards do not hold.
     extension: str
-    # every decoder gives the same upright RGB, so the bytes may be passed on as they are
+    # Every decoder gives the same upright RGB, so the bytes may be passed on unchanged.
     plain: bool
     lossless: bool
 
@@ -71,8 +70,8 @@ def decode_rgb(data: bytes) -> torch.Tensor:
         MAX_SCANS scans.
     """
     header = _read_jpeg_header(data)
-    # Both decoders refuse a file that stops, but one whose end is a hole of zeros, as an interrupted copy leaves it,
-    # they may fill.
+    # Both decoders refuse a file that ends early, but they may accept one whose end is zeros, as an interrupted copy
+    # leaves it.
     if header is not None and data.rfind(b"\xff\xd9") < header.scan_start:
         raise DecodeError("JPEG without an end mark: cut short, or its end was never written")
     if header is not None and not header.single_scan and data.count(_START_OF_SCAN, header.scan_start) > MAX_SCANS:
@@ -81,13 +80,14 @@ def decode_rgb(data: bytes) -> torch.Tensor:
         try:
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB.value, False)
         except RuntimeError:
-            pass  # Pillow has the readable reason
+            # Pillow, below, gives the readable reason.
+            pass
     with _opened(data) as image:
         return torch.from_numpy(_upright_rgb(image)).permute(2, 0, 1)
 
 
 def image_kind(data: bytes) -> ImageKind:
-    """Look at the header only.
+    """The kind of an image file, from its header.
 
     Raises: DecodeError if the header is of no known format; a damaged body is found by `decode_rgb`.
     """
@@ -130,8 +130,7 @@ class _opened:
         return image
 
     def __exit__(self, kind, error, traceback) -> None:
-        # Any kind: on damaged bytes Pillow's readers raise OSError, SyntaxError, struct.error, EOFError, IndexError and
-        # more.
+        # On damaged bytes Pillow's readers raise OSError, SyntaxError, struct.error, EOFError, IndexError and more.
         if isinstance(error, Exception) and not isinstance(error, DecodeError):
             raise _decode_error(error) from None
 
@@ -143,7 +142,7 @@ def _decode_error(error: Exception) -> DecodeError:
 def _upright_rgb(image: Image.Image) -> np.ndarray:
     """[H, W, 3] uint8."""
     image.load()
-    # Pillow's mode for some 16-bit greys
+    # Pillow has this mode for some 16-bit greys.
     widened_16_bit = image.mode == "I" and image.format in ("PNG", "PPM")
     image = ImageOps.exif_transpose(image)
     # Pillow's own convert("RGB") clips these at 255
@@ -161,15 +160,16 @@ def _upright_rgb(image: Image.Image) -> np.ndarray:
 
 
 class _JpegHeader(NamedTuple):
-    # 8-bit grey or three channels, of sane size, upright
+    # 8-bit grey or three channels, of a size that is decoded, upright.
     ordinary: bool
-    scan_start: int  # bytes before the first scan
-    # sequential, and its first scan has all channels: decoders take no other one
+    # Bytes before the first scan.
+    scan_start: int
+    # A sequential JPEG whose first scan has all channels: decoders take no other scan.
     single_scan: bool
 
 
 def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
-    """Walk the marker segments up to the first scan, in microseconds; None if that is not how the bytes are built.
+    """Walk the marker segments up to the first scan, in microseconds; None if the bytes are no JPEG.
 
     Source: ITU-T T.81 annex B (markers and segments).
     """

@@ -1,9 +1,9 @@
-"""Batches from loader processes to the device; on a GPU the next one is on its way while the step before it runs.
+"""Move batches from loader processes to the device; on a GPU the next one is copied while the current step runs.
 
 A batch is copied out of pinned memory and prepared (jitter, normalisation) on a stream of its own, one batch ahead.
-Nothing else is done ahead: a batch is counted, a fault of it raised, and what has to run on the stream of the step (an
-online tokenizer) begun when its turn comes, so a run that stops and continues meets everything where one that never
-stopped does. On a CPU there is nothing to overlap, and nothing is read ahead.
+Nothing else is done ahead. When a batch's turn comes it is counted, its errors are raised, and what has to run on the
+step's stream (an online tokenizer) begins, so a run that stops and continues has everything at the same batch as an
+uninterrupted one. On a CPU there is nothing to overlap, and nothing is read ahead.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def device_batches(
         prepare: copies to the device (non_blocking: what it finds is pinned there) and what can follow without the
             step; its tensors, in tuples. It draws from no global random generator.
         finish: the batch, made of what `prepare` gave; on the step's stream, in the batch's turn.
-        in_turn: is told of every batch that is handed out, before it is; may raise.
+        in_turn: called with every batch just before it is yielded; may raise.
     Raises: what `load_raw`, `prepare`, `in_turn` and `finish` raise, in the turn of the batch that they raise it for.
     """
     on_gpu = device.type == "cuda"
     raws = load_raw(make, places, num_workers, pin=on_gpu)
-    return handed_out(raws, prepare, finish, lane=SideStream(device) if on_gpu else None, in_turn=in_turn)
+    return prepared_batches(raws, prepare, finish, lane=SideStream(device) if on_gpu else None, in_turn=in_turn)
 
 
-def handed_out(
+def prepared_batches(
     raws: Iterator[RawBatch],
     prepare: Callable[[RawBatch], Ready],
     finish: Callable[[Ready, RawBatch], Batch],
@@ -54,7 +54,7 @@ def handed_out(
     lane: SideStream | None,
     in_turn: Callable[[RawBatch], None] | None = None,
 ) -> Iterator[Batch]:
-    """As `device_batches`, of batches that are there; `raws` is closed with this iterator.
+    """As `device_batches`, for a given iterator of raw batches, which is closed with this one.
 
     Args:
         lane: prepares one batch ahead; None: each in its turn.
@@ -64,15 +64,16 @@ def handed_out(
         try:
             raw = next(raws)
             return raw, (lane.begin(prepare, raw) if lane else prepare(raw)), None
-        except Exception as error:  # the end of the batches too
+        except Exception as error:
+            # StopIteration, the end of the batches, is kept too.
             return None, None, error
 
     with closing(raws):
         coming = take() if lane else None
         while True:
             raw, ready, error = coming or take()
-            # Before the batch is handed out: when its step has begun, the host may have nothing left to do but wait for
-            # the device.
+            # Taken before the batch is yielded: once its step has begun, the host may have nothing left to do but
+            # wait for the device.
             coming = take() if lane and error is None else None
             if isinstance(error, StopIteration):
                 return
@@ -105,13 +106,13 @@ class SideStream:
         consumer = torch.cuda.current_stream(self._device)
         consumer.wait_event(prepared)
         for tensor in _tensors(ready):
-            # else its memory would go to a later batch while the step still reads it
+            # Otherwise its memory would go to a later batch while the step still reads it.
             tensor.record_stream(consumer)
         return ready
 
 
 def _tensors(value) -> Iterator[torch.Tensor]:
-    """On a device, in tuples of any depth."""
+    """The tensors of a device in nested tuples."""
     if isinstance(value, torch.Tensor):
         if value.device.type != "cpu":
             yield value

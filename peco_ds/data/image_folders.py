@@ -1,4 +1,4 @@
-"""The images of a folder, their labels and their keys, from names alone: no image is opened here."""
+"""List the images of a folder with their labels and keys, from names only: no image is opened here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from peco_ds.errors import UserError
+from peco_ds.errors import UserError, describe_os_error
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm".split())
 _WNID = re.compile(r"n\d{8}")
@@ -18,10 +18,13 @@ _WNID = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True)
 class Image:
-    path: str  # relative to --images
-    size_bytes: int  # -1: cannot be looked at
+    # Relative to --images.
+    path: str
+    # -1: the file cannot be reached.
+    size_bytes: int
     key: str
-    label: int  # -1: none
+    # -1: the image has no label.
+    label: int
 
 
 def list_images(
@@ -37,9 +40,7 @@ def list_images(
     try:
         found = sorted(_walk(folder))
     except OSError as error:
-        raise UserError(
-            f"--images {folder}: {error.filename}: {error.strerror}; make every folder in it readable"
-        ) from None
+        raise UserError(f"--images {folder}: {describe_os_error(error)}; make every folder in it readable") from None
     if not found:
         raise UserError(f"--images {folder}: holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}); correct the path")
     paths = [path for path, _ in found]
@@ -79,7 +80,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, int]]:
                     try:
                         yield path, entry.stat().st_size
                     except OSError:
-                        # a link to nowhere: listed, so that the reader rejects it by name
+                        # A dangling link is listed, so that the reader rejects it by name.
                         yield path, -1
 
 
@@ -104,12 +105,15 @@ def _labels_from_folders(folder: Path, paths: list[str], labels: str) -> tuple[l
 
 
 def labels_from_list(paths: list[str], synsets: Path, classes_file: Path | None) -> tuple[list[int], list[str]]:
-    """Labels of a flat folder from a list, in any of the forms in which ILSVRC's validation labels go round.
+    """Labels of a flat folder from a list, in any of the forms in which ILSVRC's validation labels are published.
 
-    1. Kaggle's LOC_val_solution.csv: `name,synset box box...`.   2. `name synset` or `name number`, number counted from
-    0 (Caffe's val.txt).   3. One synset a line, in image-name order.   4. One number a line in image-name order,
-    counted from 1 (the devkit's ILSVRC2012_validation_ground_truth.txt). Numbers index the lines of `classes_file`. The
-    label is always the place among sorted synsets, which for ILSVRC is the usual class index.
+    1. Kaggle's LOC_val_solution.csv: `name,synset box box...`.
+    2. `name synset` or `name number`, number counted from 0 (Caffe's val.txt).
+    3. One synset a line, in image-name order.
+    4. One number a line in image-name order, counted from 1 (the devkit's ILSVRC2012_validation_ground_truth.txt).
+
+    Numbers index the lines of `classes_file`. The label is always the place among sorted synsets, which for ILSVRC is
+    the usual class index.
 
     Raises: UserError if list and images do not match one to one, or the order of the numbers is in doubt.
     """
@@ -179,8 +183,7 @@ def _names_of_numbers(numbers: list[str], first: int, synsets: Path, classes_lis
         and classes_listed == sorted(classes_listed)
         and all(_WNID.fullmatch(name) for name in classes_listed)
     ):
-        # The devkit's numbers follow its own order (1 is n02119789), and a sorted list would give wrong labels without
-        # a sign of it.
+        # The devkit's numbers follow its own order (1 is n02119789). A sorted list would give wrong labels silently.
         raise UserError(
             f"--synsets {synsets}: ILSVRC2012 numbers do not follow sorted synsets; give --classes in the "
             "order of ILSVRC2012_ID (meta.mat of the devkit), "
@@ -225,10 +228,10 @@ def _text(path: Path, option: str) -> str:
 
 
 def unique_keys(paths: list[str]) -> list[str]:
-    """A WebDataset key for each path: the file name without extension, or the whole path joined by `_` where that name
-    is not alone.
+    """A WebDataset key for each path: the file name without extension, or the whole path joined by `_` where several
+    images have that name.
 
-    Dots would end a key and slashes would make folders, so neither is left in; nor are control and unpaired characters.
+    Dots would end a key and slashes would make folders, so both are replaced; so are control and unpaired characters.
     """
     stems = [_key_text(path.rpartition("/")[2].rpartition(".")[0]) for path in paths]
     count = Counter(stems)

@@ -1,6 +1,4 @@
-"""An image set in the making: shards written from images, or tars indexed where they lie, each whole or absent.
-
-A restart knows them.
+"""Write the shards of an image set, or index existing tars in place: each is whole or absent, and a restart continues.
 
 `pack_images.py --help` imports this file, so what needs torch (the decoder, webdataset) is imported where it is used.
 """
@@ -14,15 +12,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peco_ds.data.atomic_files import alone, draft, flush_folder, flush_to_disk, remove_leftovers
+from peco_ds.data.atomic_files import flush_folder, flush_to_disk, lock_file, remove_leftovers, temporary_file
 from peco_ds.data.image_folders import Image, printable, read_classes
 from peco_ds.data.indexed_tar import INDEX_SUFFIX, IndexedTar, index_name, write_index
-from peco_ds.errors import UserError
+from peco_ds.errors import UserError, describe_os_error
 from peco_ds.schema import IMAGE_EXTENSIONS, MANIFEST_NAME, Shard, read_json, sha256_of_file, sha256_of_json, write_json
 
-# a million classes; every class below the largest label gets a name
+# At most a million classes: every class below the largest label gets a name.
 _LABEL_DIGITS = 6
-# folder in --out: what each finished shard was made from, for a restart
+# The folder in --out that records what each finished shard was made from, for a restart.
 _RECORDS = ".pack"
 
 
@@ -64,14 +62,16 @@ class IndexJob:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What came of a job; kept in `--out/.pack` so that a restart can tell a finished shard."""
+    """The result of a job, kept in `--out/.pack` so that a restart recognises a finished shard."""
 
     job_digest: str
     units: int
     shard: Shard
-    rejected: list[str]  # "path: reason"
+    # Each as "path: reason".
+    rejected: list[str]
     reencoded: int = 0
-    labelled: int = 0  # samples with a .cls
+    # Samples with a .cls.
+    labelled: int = 0
     largest_label: int = -1
 
 
@@ -85,7 +85,7 @@ def sole_writer(out: Path) -> Iterator[None]:
     Raises: UserError if another run is at work in it.
     """
     _make_folder(out, out / _RECORDS)
-    with alone(out / _RECORDS / "lock", wait=False) as nobody_else:
+    with lock_file(out / _RECORDS / "lock", wait=False) as nobody_else:
         if not nobody_else:
             raise UserError(
                 f"--out {out}: another pack_images.py is at work in it; wait for it to end, or give another folder"
@@ -101,7 +101,7 @@ def _make_folder(out: Path, folder: Path) -> None:
 
 
 def prepare_folder(out: Path, jobs: list, options: dict[str, str]) -> tuple[list[ShardRecord], list]:
-    """Make ready for the run: what is finished is kept, what belongs to another plan is removed.
+    """Prepare the folder for a run: finished shards are kept, those of another plan are removed.
 
     Returns: records of finished shards, jobs still to be done.
     Raises: UserError if the folder holds a finished set made with other options, or tars of unknown origin.
@@ -139,13 +139,13 @@ def prepare_folder(out: Path, jobs: list, options: dict[str, str]) -> tuple[list
             kept[record.shard.name] = record
         elif record is None or record.shard.name not in digest_of:
             path.unlink()
-            # a tar indexed in place is the user's, never ours to remove
+            # A tar that was indexed in place belongs to the user and is never removed.
             if record is not None and not record.shard.path:
                 (out / record.shard.name).unlink(missing_ok=True)
                 (out / index_name(record.shard.name)).unlink(missing_ok=True)
     todo = [job for job in jobs if job.name not in kept]
     if todo:
-        # a manifest never stands beside a shard it does not describe
+        # A manifest never stands beside a shard that it does not describe.
         (out / MANIFEST_NAME).unlink(missing_ok=True)
     return list(kept.values()), todo
 
@@ -184,14 +184,14 @@ def make_shard(out: Path, job: PackJob | IndexJob, count_one: Callable[[], None]
     """
     record_path = out / _RECORDS / f"{job.name}.record.json"
     try:
-        # one that outlived its shard must not vouch for half of the next
+        # A record that outlived its shard must not vouch for half of the next one.
         record_path.unlink(missing_ok=True)
         record = _write_shard(out, job, count_one) if isinstance(job, PackJob) else _index_in_place(out, job, count_one)
         flush_folder(out)
         write_json(record_path, asdict(record))
     except OSError as error:
-        place, reason = error.filename or out / job.name, error.strerror or error
-        raise UserError(f"{place}: {reason}; make room or correct the path, and start again to continue") from None
+        reason = describe_os_error(error, out / job.name)
+        raise UserError(f"{reason}; make room or correct the path, and start again to continue") from None
     return record
 
 
@@ -200,7 +200,7 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
 
     tar_path = out / job.name
     rejected, reencoded = [], 0
-    with draft(tar_path) as file:
+    with temporary_file(tar_path) as file:
         # Fixed owner and time: the same folder gives the same bytes. PAX, since USTAR refuses long or accented keys.
         with TarWriter(file, user="peco", group="peco", mtime=0, encoder=False, format="PAX_FORMAT") as writer:
             for image in job.images:
@@ -226,7 +226,7 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
 
 
 def packed_bytes(path: Path, short_side_px: int, quality: int) -> tuple[str, bytes, bool]:
-    """What is stored for an image file.
+    """The bytes that are stored for an image file.
 
     Returns: extension, bytes, whether they differ from the file's.
     Raises: DecodeError (a ValueError) or OSError if the image cannot be read to its end.
@@ -239,7 +239,7 @@ def packed_bytes(path: Path, short_side_px: int, quality: int) -> tuple[str, byt
         raise DecodeError("not a regular file")
     data = path.read_bytes()
     kind = image_kind(data)
-    # also where the bytes are kept: a damaged body shows only here
+    # Decoded also where the bytes are kept: a damaged body shows only here.
     pixels = decode_rgb(data)
     height_px, width_px = pixels.shape[1:]
     shrink = short_side_px / min(height_px, width_px) if short_side_px else 1.0
@@ -247,20 +247,20 @@ def packed_bytes(path: Path, short_side_px: int, quality: int) -> tuple[str, byt
         return kind.extension, data, False
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     if shrink < 1:
-        # Rounding may not take the long side of a very thin image below the short one.
+        # Rounding must not take the long side of a very thin image below the short one.
         size = [max(short_side_px, round(side * shrink)) for side in (width_px, height_px)]
         image = image.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     if kind.lossless:
         image.save(buffer, "PNG")
         return "png", buffer.getvalue(), True
-    # full chroma: halving it a second time blurs coloured edges
+    # Chroma is kept whole: to halve it a second time blurs coloured edges.
     image.save(buffer, "JPEG", quality=quality, subsampling=0)
     return "jpg", buffer.getvalue(), True
 
 
 def _index_in_place(out: Path, job: IndexJob, count_one: Callable[[], None]) -> ShardRecord:
-    # before reading: a tar that changes meanwhile is then done again
+    # Taken before reading, so that a tar that changes meanwhile is indexed again.
     digest = job.digest()
     index_path = out / index_name(job.name)
     samples, index_sha256 = write_index(job.tar_path, index_path)

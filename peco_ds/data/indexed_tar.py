@@ -39,7 +39,7 @@ from peco_ds.schema import (
 
 INDEX_SUFFIX = ".index.json"
 _CHUNK_BYTES = 1 << 20
-# shards, by a process: a shared file system is asked about many files at once, or a hundred thousand take minutes
+# Shards that a process checks at once: on a shared file system a hundred thousand would otherwise take minutes.
 _CHECKED_AT_ONCE = 8
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -74,13 +74,14 @@ def build_index(tar_path: str | Path) -> dict:
     keys: set[str] = set()
     end = 0
     if tar_path.exists() and not tar_path.is_file():
-        # reading a pipe would wait for ever
+        # To read a pipe would block for ever.
         raise UserError(f"{tar_path}: a folder, pipe or device, no tar; correct the path")
     try:
         tar_bytes = tar_path.stat().st_size
         with tarfile.open(tar_path, "r:", encoding="utf-8") as tar, open(tar_path, "rb") as file:
             for member in tar:
-                tar.members.clear()  # tarfile would keep every member in memory
+                # tarfile would keep every member in memory.
+                tar.members.clear()
                 end = member.offset_data + (
                     -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if member.isreg() else 0
                 )
@@ -112,8 +113,8 @@ def build_index(tar_path: str | Path) -> dict:
         raise UserError(f"{tar_path}: no such tar; correct the path") from None
     except UserError:
         raise
-    # Beside its own errors, tarfile lets through what a damaged header makes of its numbers.
     except (tarfile.TarError, ValueError, OverflowError, MemoryError, LookupError, RecursionError, EOFError) as error:
+        # Beside its own errors, tarfile lets through what a damaged header makes of its numbers.
         place = f"after member {samples[-1]['key']!r}" if samples else "at its start"
         raise UserError(
             f"{tar_path}: not a whole, uncompressed tar {place} ({error or type(error).__name__}); unpack "
@@ -181,7 +182,8 @@ class IndexedTar:
         size than was indexed.
     """
 
-    _file_descriptor = -1  # closed
+    # -1: the tar is not open.
+    _file_descriptor = -1
 
     def __init__(self, tar_path: str | Path, index_path: str | Path, index_sha256: str = "") -> None:
         self.tar_path, self.index_path = Path(tar_path), Path(index_path)
@@ -195,7 +197,8 @@ class IndexedTar:
         # others would take as long as decoding those few images. One that the manifest vouches for is cut at the line
         # breaks we wrote, and a sample is parsed when it is read.
         self._tar_bytes, self._samples = (_cut(text) if index_sha256 else None) or self._checked(text)
-        self._parsed: tuple[int, dict] | None = None  # the sample read last
+        # The sample that was read last.
+        self._parsed: tuple[int, dict] | None = None
         tar_bytes = _existing_bytes(self.tar_path, "tar")
         if tar_bytes != self._tar_bytes:
             raise UserError(
@@ -236,7 +239,7 @@ class IndexedTar:
         return list(self._sample(i)["members"])
 
     def _sample(self, i: int) -> dict:
-        """Raises: UserError if the index says what no index can."""
+        """Raises: UserError if the index is damaged here."""
         last = self._parsed
         if last is not None and last[0] == i:
             return last[1]
@@ -288,7 +291,7 @@ class IndexedTar:
         return data
 
     def close(self) -> None:
-        """Give the file descriptor back; the next read opens the tar anew."""
+        """Give the file descriptor back; the next read opens the tar again."""
         descriptor, self._file_descriptor = self._file_descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -301,7 +304,7 @@ class IndexedTar:
 
 
 def _fault_of_index(index: dict) -> str:
-    """What an index of the right version says that no index can; "" if there is nothing."""
+    """What is wrong with an index of the right version; "" if nothing is."""
     tar_bytes, samples = index.get("tar_bytes"), index.get("samples")
     if type(tar_bytes) is not int or not isinstance(samples, list):
         return "tar_bytes is no number" if isinstance(samples, list) else "samples is no list"
@@ -375,7 +378,7 @@ class ShardSet:
         # An evicted shard is closed by its last reference, so a thread that still reads from it is not cut off.
         self._open_shard = lru_cache(maxsize=max_open)(self._load_shard)
 
-    # the open shards do not travel to loader processes
+    # Open shards are not sent to loader processes.
     def __reduce__(self):
         return _shard_set, (self.folder, self.manifest, self._max_open)
 
@@ -419,7 +422,7 @@ class ShardSet:
         """
         assert verify in ("size", "all"), verify
         numbers = list(shard_numbers)
-        # handing them over one by one would take longer than a local disk's answer
+        # To hand them over one by one would take longer than a local disk's answer.
         few = min(32, max(1, len(numbers) // (8 * _CHECKED_AT_ONCE)))
 
         def check_few(first: int) -> None:
@@ -428,7 +431,7 @@ class ShardSet:
 
         pool = ThreadPoolExecutor(_CHECKED_AT_ONCE)
         try:
-            # in their order: the first fault is named
+            # Results come in the order of the shards, so the first fault is named.
             for _ in pool.map(check_few, range(0, len(numbers), few)):
                 pass
         finally:
@@ -453,7 +456,8 @@ class ShardSet:
                     )
 
     def _paths(self, shard: Shard) -> tuple[Path, Path]:
-        tar_path = self.folder / (shard.path or shard.name)  # an absolute path replaces the folder
+        # An absolute path replaces the folder.
+        tar_path = self.folder / (shard.path or shard.name)
         return tar_path, self.folder / index_name(shard.name)
 
     def _load_shard(self, shard_number: int) -> IndexedTar:

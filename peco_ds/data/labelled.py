@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,23 +10,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from peco_ds.config import AugmentSettings, DataSettings
+from peco_ds.config import FinetuneRecipe
 from peco_ds.data.augment import BatchMix, CenterCrop, TrainCrop, drawn_from
 from peco_ds.data.decode import DecodeError
 from peco_ds.data.device_feed import device_batches
-from peco_ds.data.loaders import BadImages, ImageSet
+from peco_ds.data.image_set import BadImages, ImageSet
 from peco_ds.data.order import AUGMENT, SampleOrder
 from peco_ds.data.views import normalize
 from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
-# label and sample number of a row that only fills a batch up
+# The label and the sample number of a row that only fills up a batch.
 PADDING = -1
 
 
 class LabelledBatch(NamedTuple):
-    """What a training step of a classifier needs, on the device."""
+    """The batch of a classifier's training step, on the device."""
 
     images_norm: torch.Tensor  # float32 [B, 3, S, S]
     targets: torch.Tensor  # float32 [B, C], each row sums to 1
@@ -34,13 +34,24 @@ class LabelledBatch(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """What a classifier or its features are measured on, on the device."""
+    """The batch that a classifier or its features are measured on, on the device."""
 
     # float32 [B, 3, S, S]; black where a row is padding
     images_norm: torch.Tensor
     labels: torch.Tensor  # int64 [B]; -1: padding
     # int64 [B], global sample numbers; -1: padding
     samples: torch.Tensor
+
+
+class CropSettings(NamedTuple):
+    """The images that a classifier is measured on, as its weights expect them."""
+
+    image_px: int
+    # Share of the resized short side that is seen, in (0, 1].
+    crop: float
+    # Statistics of images in [0, 1].
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 def check_labels(images: ImageSet, what: str) -> tuple[str, ...]:
@@ -92,7 +103,7 @@ class _TrainMaker:
         shown = -1
         for position in map(int, positions):
             sample = self.order.sample_at(position)
-            # repeats of an image stand side by side; it is decoded once
+            # Repeats of an image stand side by side, so it is decoded once.
             if sample != shown:
                 substitute, key, image, bad = self.images.decode_or_next(sample)
                 label, shown = self.images.label(substitute), sample
@@ -109,39 +120,35 @@ class _TrainMaker:
 
 def training_batches(
     images: ImageSet,
-    positions,
-    *,
-    data: DataSettings,
-    augment: AugmentSettings,
-    smoothing: float,
-    num_classes: int,
-    image_px: int,
-    seed: int,
+    positions: Iterable[np.ndarray],
+    recipe: FinetuneRecipe,
     device: torch.device,
+    bad: BadImages | None = None,
+    *,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
-    bad: BadImages | None = None,
 ) -> Iterator[LabelledBatch]:
     """Batches of classifier training.
 
     An unreadable image is named and counted, and the next one takes its place with its own label.
 
     Args:
-        images: a labelled set (`check_labels`).
-        positions: iterable of position arrays of one length, one a batch (`order.rank_positions`).
-        smoothing: of the labels, in [0, 1).  num_classes: C; as many as the set has, or more.
-        mean, std: statistics of images in [0, 1] that the weights expect.
+        images: a labelled set (`check_labels`); its classes are the targets' columns.
+        positions: position arrays of one length, one a batch (`order.rank_positions`).
+        recipe: its data, augment, classifier.smoothing, model.image_px and run.seed are read.
         bad: the run's count of unreadable images; None: one of this call's own.
+        mean, std: statistics of images in [0, 1] that the weights expect.
     Yields: LabelledBatch on `device`.
     Raises: UserError for a label that is not one of the set's, too many unreadable images, or an augmentation that
         timm does not know.
     """
-    assert len(images.manifest.classes) <= num_classes, (
-        f"{len(images.manifest.classes)} classes in the set, {num_classes} in the head"
-    )
+    data, augment, image_px, seed = recipe.data, recipe.augment, recipe.model.image_px, recipe.run.seed
     order = SampleOrder(images.shards.shard_sizes, seed, data.shuffle_window_shards, augment.repeats)
     make = _TrainMaker(images, order, TrainCrop(augment, image_px), image_px, seed)
-    mix = BatchMix(augment, smoothing=smoothing, num_classes=num_classes, seed=seed, mean=mean, std=std)
+    num_classes = len(images.manifest.classes)
+    mix = BatchMix(
+        augment, smoothing=recipe.classifier.smoothing, num_classes=num_classes, seed=seed, mean=mean, std=std
+    )
 
     def prepare(raw: RawBatch) -> tuple[torch.Tensor, torch.Tensor]:
         images_u8, labels = raw.cuts[image_px].to(device, non_blocking=True), raw.labels.to(device, non_blocking=True)
@@ -188,17 +195,7 @@ class CropMaker:
 
 
 def evaluation_batches(
-    images: ImageSet,
-    *,
-    rank: int,
-    world_size: int,
-    batch: int,
-    image_px: int,
-    crop: float,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    num_workers: int,
-    device: torch.device,
+    images: ImageSet, crops: CropSettings, world, *, batch: int, num_workers: int
 ) -> Iterator[EvalBatch]:
     """Central crops of this rank's share of a labelled set; every image exactly once over all ranks.
 
@@ -206,21 +203,21 @@ def evaluation_batches(
     collective.
 
     Args:
+        world: has rank, size, device.
         batch: images a forward pass; fewer where a rank's whole share is smaller.
-        crop: share of the resized short side that is seen, in (0, 1].
-        mean, std: statistics of images in [0, 1] that the weights expect.
-    Yields: EvalBatch on `device`; a rank's samples are consecutive and increasing.
+    Yields: EvalBatch on `world.device`; a rank's samples are consecutive and increasing.
     Raises: UserError for an image that cannot be read, or a label that is not one of the set's.
     """
-    places = rank_samples(images.num_samples, rank, world_size, batch)
+    image_px, device = crops.image_px, world.device
+    places = rank_samples(images.num_samples, world.rank, world.size, batch)
 
     def prepare(raw: RawBatch) -> EvalBatch:
-        images_norm = normalize(raw.cuts[image_px].to(device, non_blocking=True), mean, std)
+        images_norm = normalize(raw.cuts[image_px].to(device, non_blocking=True), crops.mean, crops.std)
         return EvalBatch(
             images_norm, raw.labels.to(device, non_blocking=True), raw.samples.to(device, non_blocking=True)
         )
 
-    make = CropMaker(images, CenterCrop(image_px, crop), image_px)
+    make = CropMaker(images, CenterCrop(image_px, crops.crop), image_px)
     yield from device_batches(
         make, list(places), prepare, lambda batch, _: batch, num_workers=num_workers, device=device
     )

@@ -1,4 +1,4 @@
-"""One function a stage -> typed batches, in an order that no worker, rank or micro-batch can change.
+"""Batches of each stage, from one function a stage, in an order that does not depend on workers, ranks or micro-batch.
 
 Workers decode and cut; jitter and normalisation run in batches on the device. An image that cannot be read is named
 and counted and its place taken by the next one of the set; a token record that cannot be trusted, or a shard that is no
@@ -8,45 +8,44 @@ longer the one of the manifest, stops the run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from peco_ds.config import DataSettings, MaskSettings, ViewSettings, data_path
-from peco_ds.data.decode import DecodeError, decode_rgb
+from peco_ds.config import DataSettings, PretrainRecipe, TokenizerRecipe, ViewSettings
+from peco_ds.data.decode import DecodeError
 from peco_ds.data.device_feed import device_batches
-from peco_ds.data.indexed_tar import DamagedRecord, ShardSet
+from peco_ds.data.image_set import BadImages, ImageSet
 from peco_ds.data.masking import draw_masked
 from peco_ds.data.order import SampleOrder, view_at
-from peco_ds.data.retry import UnreadableRecord, read_with_retries
 from peco_ds.data.token_shards import TokenRecord, TokenSet
 from peco_ds.data.views import center_view, cut, draw_view, jitter, room_for_cuts, to_backbone, to_tokenizer
 from peco_ds.data.workers import RawBatch
+from peco_ds.data_paths import data_path
 from peco_ds.errors import UserError
-from peco_ds.schema import IGNORED, IMAGE_EXTENSIONS, VIEW_COLUMNS, ImageManifest, read_manifest
+from peco_ds.schema import IGNORED, VIEW_COLUMNS
 
 logger = logging.getLogger("peco_ds")
 
-# view row of an image that could not be read: a box without height
+# The view row of an image that could not be read: a box without height.
 UNREADABLE = np.zeros(len(VIEW_COLUMNS), dtype=np.float32)
 
 
 class Codes(NamedTuple):
-    """What a tokenizer says of whole views, on the device."""
+    """A tokenizer's codes of whole views, on the device."""
 
     codes: torch.Tensor  # int64 [B, N]
-    # int64 [B, N, T], where soft targets are asked for
+    # int64 [B, N, T], where soft targets are asked for.
     topk_codes: torch.Tensor | None = None
-    # float32 [B, N, T], as stored in 16 bits; a row sums to the mass kept
+    # float32 [B, N, T], rounded to the 16 bits that are stored; a row sums to the probability mass kept.
     topk_probs: torch.Tensor | None = None
 
 
 def codes_of(tokenizer, images_11: torch.Tensor, views: ViewSettings) -> Codes:
-    """What a tokenizer says of crops, as token shards keep it.
+    """A tokenizer's codes of crops, as token shards keep them.
 
     Args:
         tokenizer: an `ImageTokenizer` in eval mode.
@@ -60,174 +59,45 @@ def codes_of(tokenizer, images_11: torch.Tensor, views: ViewSettings) -> Codes:
 
 
 class MaskedTargets(NamedTuple):
-    """What an objective compares a model's outputs with."""
+    """The targets that an objective compares a model's outputs with."""
 
-    # int64 [B, M], of the masked patches; IGNORED where `masked` only repeats its last one
+    # int64 [B, M], codes of the masked patches; IGNORED where `masked` only repeats its last entry.
     codes: torch.Tensor
     masked: torch.Tensor  # int64 [B, M]
-    # int64 [B, N, T], of all patches: a target may mix in what its neighbours are
+    # int64 [B, N, T], soft codes of all patches: a target may mix in those of its neighbours.
     topk_codes: torch.Tensor | None
     topk_probs: torch.Tensor | None  # float32 [B, N, T]
 
 
 class MaskedBatch(NamedTuple):
-    """What a masked pre-training step needs, on the device."""
+    """The batch of a masked pre-training step, on the device."""
 
     images_norm: torch.Tensor  # float32 [B, 3, S, S], ImageNet statistics
-    # int64 [B, M], masked patches, increasing; an image with fewer repeats its last one
+    # int64 [B, M], masked patches, increasing; an image with fewer repeats its last one.
     masked: torch.Tensor
     targets: MaskedTargets
     keys: list[str]
 
 
 class CropBatch(NamedTuple):
-    """What a tokenizer training step needs."""
+    """The batch of a tokenizer's training step."""
 
     images_11: torch.Tensor  # float32 [B, 3, T, T] on the device
     keys: list[str]
 
 
-class ImageSet:
-    """Decoded images of an image set by global sample number.
-
-    Args:
-        folder: of image shards, with its manifest.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.manifest = read_manifest(folder, ImageManifest)
-        self.shards = ShardSet(folder, self.manifest)
-        self.num_samples = self.shards.num_samples
-
-    def decode(self, sample: int) -> tuple[str, torch.Tensor]:
-        """Key and uint8 [3, H, W].
-
-        Raises: DecodeError (names the key) if the record is damaged, cannot be read or is no image; UserError if its
-            whole shard is missing or has another size than the manifest says: that is no single bad image.
-        """
-        try:
-            key, members = read_with_retries(self.shards, sample, IMAGE_EXTENSIONS)
-        except (DamagedRecord, UnreadableRecord) as error:
-            self.shards.check_shards([self.shards.locate(sample)[0]], "size")
-            raise DecodeError(str(error)) from None
-        if not members:
-            raise DecodeError(f"{key}: has no image ({', '.join(IMAGE_EXTENSIONS)})")
-        try:
-            return key, decode_rgb(next(iter(members.values())))
-        except DecodeError as error:
-            raise DecodeError(f"{key}: {error}") from None
-
-    def key(self, sample: int) -> str:
-        return self.shards.key(sample)
-
-    def label(self, sample: int) -> int:
-        """Class number of an image of a labelled set.
-
-        Raises: UserError naming key and value if the record has no label, or one outside the manifest's classes.
-        """
-        try:
-            key, members = read_with_retries(self.shards, sample, ("cls",))
-        except UnreadableRecord as error:
-            raise UserError(f"{error}; its label is needed: repair the set or the file system") from None
-        shard, _ = self.shards.locate(sample)
-        place = f"{self.folder / self.manifest.shards[shard].name}: {key}"
-        if "cls" not in members:
-            raise UserError(
-                f"{place}: has no .cls, but the set has {len(self.manifest.classes)} classes; make the set "
-                "again with a label for every image"
-            )
-        text = members["cls"].strip()
-        if not text.isdigit() or len(text) > 9 or int(text) >= len(self.manifest.classes):
-            raise UserError(
-                f"{place}: .cls holds {text[:20]!r}, the set has classes 0 to "
-                f"{len(self.manifest.classes) - 1}; make the set again"
-            )
-        return int(text)
-
-    def decode_or_next(self, sample: int) -> tuple[int, str, torch.Tensor, list[str]]:
-        """As `decode`, or the next readable image of the set.
-
-        The same substitute on every rank and after every restart.
-
-        Returns: sample number used, key, image, and what was unreadable on the way.
-        """
-        bad: list[str] = []
-        for step in range(self.num_samples):
-            candidate = (sample + step) % self.num_samples
-            try:
-                return candidate, *self.decode(candidate), bad
-            except DecodeError as error:
-                bad.append(str(error))
-        raise UserError(f"{self.folder}: none of {self.num_samples} images can be read; first: {bad[0]}")
-
-
-class BadImages:
-    """Names and counts the unreadable images that this rank met in the whole run, and stops the run when they are too
-    many.
-
-    Its state is kept in checkpoints, so that no restart grants the first few anew.
-
-    Args:
-        max_share: of the images read; the first `tolerated` are always allowed.
-    """
-
-    tolerated = 10
-
-    def __init__(self, max_share: float) -> None:
-        self._max_share = max_share
-        # readings of an image that failed: one image counts once an epoch
-        self.count = 0
-        self.read = 0
-        self._named: set[str] = set()  # since this start
-
-    def add(self, read: int, bad: list[str]) -> None:
-        """One batch: images in it, and a text for each unreadable one.
-
-        Raises: UserError when they have become too many.
-        """
-        self.read += read
-        self.count += len(bad)
-        for text in bad:
-            if text not in self._named:
-                self._named.add(text)
-                logger.warning("unreadable image, the next one takes its place: %s", text)
-        if bad and self.count > max(self.tolerated, self._max_share * self.read):
-            raise UserError(
-                f"{self.count} of {self.read} readings of images failed on this rank, more than "
-                f"{self.tolerated} and more than data.max_bad_share {self._max_share}; last: {bad[-1]}; "
-                "repair the image set or raise the share"
-            )
-
-    def add_batch(self, raw: RawBatch) -> None:
-        """As `add`."""
-        self.add(len(raw.keys), raw.bad)
-
-    def state(self) -> dict[str, int]:
-        """For a checkpoint."""
-        return {"count": self.count, "read": self.read}
-
-    def load_state(self, states: list[dict[str, int]]) -> None:
-        """Continue from the states of one rank, of several where the number of ranks has shrunk, or of none."""
-        self.count, self.read = (sum(state[name] for state in states) for name in ("count", "read"))
-
-
 @dataclass
 class MaskedMaker:
-    """Positions of the run -> what a masked pre-training batch is made of.
+    """Positions of the run -> the parts of a masked pre-training batch.
 
     Travels to the workers, so it holds no open file.
     """
 
     images: ImageSet
-    # None: views are drawn here and codes computed in the loop
+    # None: views are drawn here and the codes are computed in the training loop.
     tokens: TokenSet | None
     order: SampleOrder
-    views: ViewSettings
-    mask: MaskSettings
-    image_px: int
-    grid: int
-    seed: int
+    recipe: PretrainRecipe
 
     def _read(
         self, epoch: int, sample: int, view: int
@@ -241,7 +111,7 @@ class MaskedMaker:
         while True:
             sample, key, image, unreadable = self.images.decode_or_next(sample)
             bad += unreadable
-            own_view = view if sample == first else view_at(self.seed, epoch, sample, self.views.count)
+            own_view = view if sample == first else self._view(epoch, sample)
             record = self.tokens.read(sample, key, own_view) if self.tokens is not None else None
             if record is None or record.is_usable:
                 return sample, key, image, own_view, record, bad
@@ -253,14 +123,16 @@ class MaskedMaker:
             sample = (sample + 1) % self.images.num_samples
 
     def __call__(self, positions: np.ndarray) -> RawBatch:
-        raw = RawBatch()
-        looks = {backbone_look(self.image_px)} | ({tokenizer_look(self.views)} if self.tokens is None else set())
-        raw.cuts, rows = {look: room_for_cuts(len(positions), look[0]) for look in looks}, []
+        raw, recipe = RawBatch(), self.recipe
+        kinds = {backbone_crop(recipe.model.image_px)} | (
+            {tokenizer_crop(recipe.views)} if self.tokens is None else set()
+        )
+        raw.cuts, rows = {kind: room_for_cuts(len(positions), kind[0]) for kind in kinds}, []
         stored: list[tuple[np.ndarray, ...]] = []
         # What needs no pixel is drawn for the whole batch at once: between two images, whose pixels have filled the
         # caches, it takes several times as long.
         chosen = [(self.order.epoch_of(position), self.order.sample_at(position)) for position in positions.tolist()]
-        first_views = [view_at(self.seed, epoch, sample, self.views.count) for epoch, sample in chosen]
+        first_views = [self._view(epoch, sample) for epoch, sample in chosen]
         for place, ((epoch, sample), view) in enumerate(zip(chosen, first_views)):
             sample, key, image, view, record, bad = self._read(epoch, sample, view)
             chosen[place] = epoch, sample
@@ -268,32 +140,28 @@ class MaskedMaker:
                 row = record.views[0]
                 stored.append(self._stored(record))
             else:
-                row = draw_recorded_view(image, self.views, sample, view)
-            for look in looks:
-                raw.cuts[look][place] = cut(image, row, *look)
+                row = draw_view(recipe.views, *image.shape[1:], sample=sample, view=view)
+            for kind in kinds:
+                raw.cuts[kind][place] = cut(image, row, *kind)
             rows.append(row)
             raw.keys.append(key)
             raw.bad += bad
-        mask = self.mask
-        drawn = dict(
-            seed=self.seed,
-            grid=self.grid,
-            kind=mask.kind,
-            count=mask.count,
-            min_block=mask.min_block,
-            min_aspect=mask.min_aspect,
-            exact=mask.exact,
-        )
-        masked = [self._filled(draw_masked(epoch=epoch, sample=sample, **drawn)) for epoch, sample in chosen]
+        masked = [
+            self._filled(draw_masked(recipe.mask, recipe.model.grid, seed=recipe.run.seed, epoch=epoch, sample=sample))
+            for epoch, sample in chosen
+        ]
         raw.rows = torch.from_numpy(np.stack(rows))
         raw.masked = torch.from_numpy(np.stack(masked))
         raw.stored = tuple(torch.from_numpy(np.stack(values)) for values in zip(*stored))
         return raw
 
+    def _view(self, epoch: int, sample: int) -> int:
+        return view_at(self.recipe.run.seed, epoch, sample, self.recipe.views.count)
+
     def _stored(self, record: TokenRecord) -> tuple[np.ndarray, ...]:
         """Hard codes of a record's one view and, where the recipe asks for them, its likeliest soft ones."""
         hard = record.codes[0].astype(np.int64)
-        kept = self.views.topk
+        kept = self.recipe.views.topk
         return (
             (hard, record.topk_codes[0, :, :kept].astype(np.int64), record.topk_probs[0, :, :kept].astype(np.float32))
             if kept
@@ -301,50 +169,27 @@ class MaskedMaker:
         )
 
     def _filled(self, masked: np.ndarray) -> np.ndarray:
-        return (
-            masked
-            if len(masked) == self.mask.count
-            else np.concatenate([masked, np.full(self.mask.count - len(masked), masked[-1])])
-        )
+        missing = self.recipe.mask.count - len(masked)
+        return np.concatenate([masked, np.full(missing, masked[-1])]) if missing else masked
 
 
-# side of a crop in px, and the interpolation it is resized with
-Look = tuple[int, str]
+# The side of a crop in px, and the interpolation it is resized with.
+CropKind = tuple[int, str]
 
 
-def backbone_look(image_px: int) -> Look:
+def backbone_crop(image_px: int) -> CropKind:
     return image_px, "bicubic"
 
 
-def tokenizer_look(views: ViewSettings) -> Look:
+def tokenizer_crop(views: ViewSettings) -> CropKind:
     return views.tokenizer_px, views.tokenizer_interpolation
 
 
-def draw_recorded_view(image: torch.Tensor, views: ViewSettings, sample: int, view: int) -> np.ndarray:
-    """The row that tokenize_shards.py records for this view; drawn anew it is the same."""
-    return draw_view(
-        *image.shape[1:],
-        seed=views.seed,
-        sample=sample,
-        view=view,
-        scale=views.scale,
-        ratio=views.ratio,
-        flip=views.flip,
-        color_jitter=views.color_jitter,
-    )
-
-
 def masked_batches(
-    image_set: ImageSet,
+    images: ImageSet,
     tokens: TokenSet | Callable[[torch.Tensor], Codes],
-    positions,
-    *,
-    data: DataSettings,
-    views: ViewSettings,
-    mask: MaskSettings,
-    image_px: int,
-    grid: int,
-    seed: int,
+    positions: Iterable[np.ndarray],
+    recipe: PretrainRecipe,
     device: torch.device,
     bad: BadImages | None = None,
 ) -> Iterator[MaskedBatch]:
@@ -352,21 +197,22 @@ def masked_batches(
 
     Args:
         tokens: a token set, or a tokenizer `images_11 [B, 3, T, T] -> Codes` that computes them online.
-        positions: iterable of position arrays, one a batch (`order.rank_positions`).
+        positions: position arrays, one a batch (`order.rank_positions`).
+        recipe: its data, views, mask, model's size and run.seed are read.
         bad: the run's count of unreadable images; None: one of this call's own.
     Yields: MaskedBatch on `device`.
     """
     stored = tokens if isinstance(tokens, TokenSet) else None
-    order = SampleOrder(image_set.shards.shard_sizes, seed, data.shuffle_window_shards)
-    make = MaskedMaker(image_set, stored, order, views, mask, image_px, grid, seed)
+    order = SampleOrder(images.shards.shard_sizes, recipe.run.seed, recipe.data.shuffle_window_shards)
+    make = MaskedMaker(images, stored, order, recipe)
 
     def prepare(raw: RawBatch) -> tuple:
-        images = {look: jitter(images.to(device, non_blocking=True), raw.rows) for look, images in raw.cuts.items()}
+        crops = {kind: jitter(crops.to(device, non_blocking=True), raw.rows) for kind, crops in raw.cuts.items()}
         known = tuple(values.to(device, non_blocking=True) for values in raw.stored)
         return (
-            to_backbone(images[backbone_look(image_px)]),
+            to_backbone(crops[backbone_crop(recipe.model.image_px)]),
             raw.masked.to(device, non_blocking=True),
-            known or (to_tokenizer(images[tokenizer_look(views)]),),
+            known or (to_tokenizer(crops[tokenizer_crop(recipe.views)]),),
         )
 
     def finish(ready: tuple, raw: RawBatch) -> MaskedBatch:
@@ -376,9 +222,9 @@ def masked_batches(
         codes = Codes(*known) if stored is not None else tokens(*known)
         return MaskedBatch(images_norm, masked, masked_targets(codes, masked), raw.keys)
 
-    bad = bad or BadImages(data.max_bad_share)
+    bad = bad or BadImages(recipe.data.max_bad_share)
     yield from device_batches(
-        make, positions, prepare, finish, num_workers=data.num_workers, device=device, in_turn=bad.add_batch
+        make, positions, prepare, finish, num_workers=recipe.data.num_workers, device=device, in_turn=bad.add_batch
     )
 
 
@@ -402,12 +248,12 @@ class _CropMaker:
         for place, position in enumerate(positions):
             epoch = self.order.epoch_of(int(position))
             sample, key, image, bad = self.images.decode_or_next(self.order.sample_at(int(position)))
-            row = draw_recorded_view(image, self.views, sample, epoch)
-            cuts[place] = cut(image, row, *tokenizer_look(self.views))
+            row = draw_view(self.views, *image.shape[1:], sample=sample, view=epoch)
+            cuts[place] = cut(image, row, *tokenizer_crop(self.views))
             rows.append(row)
             raw.keys.append(key)
             raw.bad += bad
-        raw.cuts = {tokenizer_look(self.views): cuts}
+        raw.cuts = {tokenizer_crop(self.views): cuts}
         raw.rows = torch.from_numpy(np.stack(rows))
         return raw
 
@@ -415,28 +261,29 @@ class _CropMaker:
 def crop_batches(
     images: ImageSet,
     order: SampleOrder,
-    positions,
-    *,
-    data: DataSettings,
-    views: ViewSettings,
+    positions: Iterable[np.ndarray],
+    recipe: PretrainRecipe | TokenizerRecipe,
     device: torch.device,
     bad: BadImages | None = None,
 ) -> Iterator[CropBatch]:
-    """Batches of tokenizer training; `bad` as in `masked_batches`. Yields: CropBatch on `device`."""
+    """Batches of tokenizer training, as recipe.data and recipe.views say; `bad` as in `masked_batches`.
+
+    Yields: CropBatch on `device`.
+    """
 
     def prepare(raw: RawBatch) -> torch.Tensor:
-        return to_tokenizer(jitter(raw.cuts[tokenizer_look(views)].to(device, non_blocking=True), raw.rows))
+        return to_tokenizer(jitter(raw.cuts[tokenizer_crop(recipe.views)].to(device, non_blocking=True), raw.rows))
 
     def finish(images_11: torch.Tensor, raw: RawBatch) -> CropBatch:
         return CropBatch(images_11, raw.keys)
 
-    bad = bad or BadImages(data.max_bad_share)
+    bad = bad or BadImages(recipe.data.max_bad_share)
     yield from device_batches(
-        _CropMaker(images, order, views),
+        _CropMaker(images, order, recipe.views),
         positions,
         prepare,
         finish,
-        num_workers=data.num_workers,
+        num_workers=recipe.data.num_workers,
         device=device,
         in_turn=bad.add_batch,
     )
@@ -450,8 +297,8 @@ class _ViewsMaker:
     views: ViewSettings
 
     def __call__(self, samples: np.ndarray) -> RawBatch:
-        raw, rows, look = RawBatch(), [], tokenizer_look(self.views)
-        cuts = room_for_cuts(len(samples) * self.views.count, look[0])
+        raw, rows, kind = RawBatch(), [], tokenizer_crop(self.views)
+        cuts = room_for_cuts(len(samples) * self.views.count, kind[0])
         for sample in samples:
             key = self.images.key(int(sample))
             try:
@@ -461,11 +308,15 @@ class _ViewsMaker:
                 raw.bad.append(str(error))
                 image = None
             for view in range(self.views.count):
-                row = UNREADABLE if image is None else draw_recorded_view(image, self.views, int(sample), view)
-                cuts[len(rows)] = 0 if image is None else cut(image, row, *look)
+                if image is None:
+                    row = UNREADABLE
+                    cuts[len(rows)] = 0
+                else:
+                    row = draw_view(self.views, *image.shape[1:], sample=int(sample), view=view)
+                    cuts[len(rows)] = cut(image, row, *kind)
                 rows.append(row)
             raw.keys.append(key)
-        raw.cuts = {look: cuts}
+        raw.cuts = {kind: cuts}
         raw.rows = torch.from_numpy(np.stack(rows))
         return raw
 
@@ -475,37 +326,36 @@ class ViewsBatch(NamedTuple):
 
     keys: list[str]
     rows: np.ndarray  # float32 [b, K, len(VIEW_COLUMNS)]
-    # float32 [b * K, 3, T, T] on the device, views of an image adjacent
+    # float32 [b * K, 3, T, T] on the device; the views of an image are adjacent.
     images_11: torch.Tensor
 
 
 def view_batches(
     images: ImageSet,
     samples: list[np.ndarray],
-    *,
-    data: DataSettings,
-    views: ViewSettings,
+    recipe: PretrainRecipe,
     device: torch.device,
     bad: BadImages | None = None,
 ) -> Iterator[ViewsBatch]:
-    """Batches of tokenizing: `samples` is a list of arrays of sample numbers, one a batch.
+    """Batches of tokenizing, as recipe.data and recipe.views say; `bad` as in `masked_batches`.
 
-    `bad` as in `masked_batches`.
+    Args:
+        samples: arrays of sample numbers, one a batch.
     """
 
     def prepare(raw: RawBatch) -> torch.Tensor:
-        return to_tokenizer(jitter(raw.cuts[tokenizer_look(views)].to(device, non_blocking=True), raw.rows))
+        return to_tokenizer(jitter(raw.cuts[tokenizer_crop(recipe.views)].to(device, non_blocking=True), raw.rows))
 
     def finish(images_11: torch.Tensor, raw: RawBatch) -> ViewsBatch:
-        return ViewsBatch(raw.keys, raw.rows.numpy().reshape(len(raw.keys), views.count, -1), images_11)
+        return ViewsBatch(raw.keys, raw.rows.numpy().reshape(len(raw.keys), recipe.views.count, -1), images_11)
 
-    bad = bad or BadImages(data.max_bad_share)
+    bad = bad or BadImages(recipe.data.max_bad_share)
     yield from device_batches(
-        _ViewsMaker(images, views),
+        _ViewsMaker(images, recipe.views),
         samples,
         prepare,
         finish,
-        num_workers=data.num_workers,
+        num_workers=recipe.data.num_workers,
         device=device,
         in_turn=bad.add_batch,
     )

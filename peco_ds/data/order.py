@@ -1,10 +1,9 @@
-"""(seed, epoch, position) -> sample, as a pure function; and the cursor that names a place in that order.
+"""The order of samples, a pure function (seed, epoch, position) -> sample, and the cursor that marks a place in it.
 
 Every epoch permutes the shards, groups them into windows, and permutes the samples inside each window, so that reading
-stays
-local to a few tars while batches mix many. Positions count on across epochs: position p is sample p mod n of epoch p
-div n. Which rank, worker or micro-batch asks never enters, so 1, 2 or 512 ranks see the same global batches in the same
-order.
+stays local to a few tars while batches mix many. Positions count on across epochs: position p is sample p mod n of
+epoch p div n. The result does not depend on which rank, worker or micro-batch asks, so 1, 2 or 512 ranks see the same
+global batches in the same order.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Cursor:
     `samples` counts what was trained on over all ranks, not what was prefetched.
     """
 
-    # of the image set: another set has another order
+    # The fingerprint of the image set: another set has another order.
     fingerprint: str
     seed: int
     samples: int
@@ -65,13 +64,14 @@ class Cursor:
 class _Window(NamedTuple):
     """The samples of a few shards in their order.
 
-    Places, not samples, are permuted: in place and in 32 bits, a quarter of the memory.
+    Places are permuted, not samples: in place and in 32 bits, which takes a quarter of the memory.
     """
 
     # [n], a permutation of 0 .. n - 1, counted through the shards as they were drawn
     places: np.ndarray
-    ends: list[int]  # of each shard, in these places
-    # global sample number minus place, for each shard
+    # Where each shard ends, in these places.
+    ends: list[int]
+    # For each shard, global sample number minus place.
     shifts: list[int]
 
 
@@ -99,7 +99,7 @@ class SampleOrder:
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._window = lru_cache(maxsize=2)(self._make_window)
 
-    # the caches do not travel to loader processes
+    # The caches are not sent to loader processes.
     def __reduce__(self):
         return SampleOrder, (self._sizes, self._seed, self._window_shards, self._repeats)
 
@@ -131,7 +131,7 @@ class SampleOrder:
         chosen = shards[window * self._window_shards : (window + 1) * self._window_shards]
         ends = np.cumsum(self._sizes[chosen])
         places = np.arange(ends[-1], dtype=np.uint32 if ends[-1] < 1 << 32 else np.int64)
-        # what is drawn depends on how many there are, not on their type
+        # The permutation depends on the number of places, not on their type.
         generator(WINDOW, self._seed, epoch, window).shuffle(places)
         return _Window(places, ends.tolist(), (self._starts[chosen + 1] - ends).tolist())
 

@@ -1,4 +1,4 @@
-"""Reading through hiccups of a network file system: tried again a few times before an error counts."""
+"""Read records of a network file system that may fail for a moment: a few more tries before an error counts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from peco_ds.data.indexed_tar import ShardSet
 
 logger = logging.getLogger("peco_ds")
 
-WAITS_S = (0.2, 1.0, 5.0)  # before each further try
+# Pauses before each further try.
+WAITS_S = (0.2, 1.0, 5.0)
 
 
 class UnreadableRecord(Exception):
-    """The system did not give the bytes, however often it was asked; the message names shard and reason."""
+    """Every try to read the bytes failed; the message names shard and reason."""
 
 
 def read_with_retries(
     shards: ShardSet, sample: int, extensions: Iterable[str] | None = None
 ) -> tuple[str, dict[str, bytes]]:
-    """As `ShardSet.read`, again after a wait where the system reports an error (EIO, ESTALE, ETIMEDOUT and the like).
+    """As `ShardSet.read`, tried again after a pause where the system reports an error (EIO, ESTALE, ETIMEDOUT, ...).
 
     Raises: UnreadableRecord when no try has helped; DamagedRecord and UserError at once, as `ShardSet.read`.
     """
@@ -43,6 +44,7 @@ def read_with_retries(
 
 
 def _open_anew(shards: ShardSet, sample: int) -> None:
-    """A handle that has gone stale never comes back."""
-    with suppress(OSError):  # the next try meets it
+    """Close the shard, so that the next read opens it again: a stale handle never recovers."""
+    # An error here is met again by the next try.
+    with suppress(OSError):
         shards.open_shard(shards.locate(sample)[0]).close()

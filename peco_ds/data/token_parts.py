@@ -1,4 +1,4 @@
-"""A token set in the making: shard by shard, by many jobs, restartable; the manifest when all shards are there."""
+"""Build a token set shard by shard, by many jobs that can be restarted; the manifest follows when all shards exist."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
-from peco_ds.data.atomic_files import alone, find_drafts, remove_dead
+from peco_ds.data.atomic_files import find_temporary_files, lock_file, remove_abandoned
 from peco_ds.data.indexed_tar import index_name
 from peco_ds.data.token_shards import TokenRecord, write_token_shard
 from peco_ds.errors import UserError
@@ -27,7 +27,7 @@ from peco_ds.schema import (
     write_manifest,
 )
 
-# one small file a finished shard: its entry in the manifest and what it was made from
+# One small file for each finished shard: its entry in the manifest, and what it was made from.
 _PARTS = ".parts"
 
 
@@ -109,8 +109,7 @@ class TokenParts:
                 images.samples,
                 "",
             )
-            # The index tells every member's checksum; a tar that was replaced without it does not go with it, and has
-            # none for a moment.
+            # The index holds every member's checksum. A writer that replaces a tar removes the index first.
             whole = (
                 expected
                 and (self.folder / shard.name).stat().st_size == shard.bytes
@@ -120,22 +119,22 @@ class TokenParts:
             return None
         return shard if whole else None
 
-    def _alone(self) -> AbstractContextManager[bool]:
-        """Held while files take their final names, by one process at a time."""
-        return alone(self.folder / _PARTS / "lock", wait=True)
+    def _naming_lock(self) -> AbstractContextManager[bool]:
+        """The lock that one process at a time holds while files take their final names."""
+        return lock_file(self.folder / _PARTS / "lock", wait=True)
 
     def _remove_leftovers(self) -> None:
-        """Of writers that were killed before this start.
+        """Remove temporary files of writers that were killed before this start.
 
-        Once: to look through the folder for every shard takes time that grows with the square of their number.
+        Done once: a search for every shard would take time that grows with the square of their number.
         """
         if self._tidy:
             return
-        found = [*find_drafts(self.folder), *find_drafts(self.folder / _PARTS)]
+        found = [*find_temporary_files(self.folder), *find_temporary_files(self.folder / _PARTS)]
         if found:
-            # nobody is between a JSON file's temporary name and its final one
-            with self._alone():
-                remove_dead(found)
+            # Under the lock no other process is between a JSON file's temporary name and its final one.
+            with self._naming_lock():
+                remove_abandoned(found)
         self._tidy = True
 
     def is_done(self, number: int) -> bool:
@@ -158,11 +157,11 @@ class TokenParts:
                 unreadable += not record.is_usable
                 yield record
 
-        shard = write_token_shard(self.folder, image_shard.name, counted(), self._alone)
+        shard = write_token_shard(self.folder, image_shard.name, counted(), self._naming_lock)
         assert shard.samples == image_shard.samples, (
             f"{shard.name}: {shard.samples} records for {image_shard.samples} images"
         )
-        with self._alone():
+        with self._naming_lock():
             write_json(
                 part_file,
                 {
@@ -173,8 +172,8 @@ class TokenParts:
                 },
             )
 
-    def reading(self, number: int) -> dict[str, int]:
-        """What reading the images of a finished shard came to: a state of `loaders.BadImages`."""
+    def read_counts(self, number: int) -> dict[str, int]:
+        """How many images of a finished shard were read and were unreadable, as a state of `image_set.BadImages`."""
         unreadable = read_json(self._part_file(number)).get("unreadable")
         return {"count": unreadable if type(unreadable) is int else 0, "read": self._images.shards[number].samples}
 
@@ -197,8 +196,8 @@ class TokenParts:
             tokenizer_facts=self._facts,
             **self._common,
         )
-        with self._alone():
-            # of writers that were killed since this start looked
-            remove_dead([*find_drafts(self.folder), *find_drafts(self.folder / _PARTS)])
+        with self._naming_lock():
+            # Those of writers that were killed since `_remove_leftovers` ran.
+            remove_abandoned([*find_temporary_files(self.folder), *find_temporary_files(self.folder / _PARTS)])
             write_manifest(self.folder, manifest)
         return manifest

@@ -18,7 +18,7 @@ import numpy as np
 import webdataset
 
 from peco_ds.config import ViewSettings
-from peco_ds.data.atomic_files import draft, flush_folder, flush_to_disk
+from peco_ds.data.atomic_files import flush_folder, flush_to_disk, temporary_file
 from peco_ds.data.indexed_tar import ShardSet, build_index, index_name
 from peco_ds.data.retry import UnreadableRecord, read_with_retries
 from peco_ds.data.views import fault_of_views
@@ -43,7 +43,7 @@ class TokenRecord:
     codes: np.ndarray  # uint16 [K, N], row-major patches
     views: np.ndarray  # float32 [K, len(VIEW_COLUMNS)]
     topk_codes: np.ndarray | None = None  # uint16 [K, N, T]
-    # float16 [K, N, T], of the full softmax: a row sums to the mass kept
+    # float16 [K, N, T], probabilities of the full softmax: a row sums to the mass kept.
     topk_probs: np.ndarray | None = None
     members: dict = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -79,10 +79,10 @@ def write_token_shard(
     """
     tar, index = folder / name, folder / index_name(name)
     records = iter(records)
-    # loader processes start with it; forked later they would hold on to the draft's lock
+    # The first record starts the loader processes. Forked later, they would hold the temporary file's lock.
     first = list(islice(records, 1))
-    with draft(tar) as file:
-        # mtime 0 and one owner: the same tokens give the same bytes, hence the same sha256.
+    with temporary_file(tar) as file:
+        # With mtime 0 and one owner the same tokens give the same bytes, hence the same sha256.
         with webdataset.TarWriter(file, user="peco", group="peco", mtime=0) as writer:
             for record in chain(first, records):
                 writer.write({"__key__": record.key, **record.members})
@@ -90,7 +90,7 @@ def write_token_shard(
         found = {**build_index(file.name), "tar": name}
         tar_bytes, sha256 = os.path.getsize(file.name), sha256_of_file(file.name)
         with committing():
-            # another writer was quicker; what is done stays done at every moment
+            # Where another writer was quicker, its files stay, so that a finished shard is never absent.
             if not _stand_there(tar, sha256, index, found):
                 index.unlink(missing_ok=True)
                 os.replace(file.name, tar)
@@ -130,15 +130,16 @@ def read_npy(data: bytes, *, what: str, dtype, shape: tuple[int | None, ...], ro
     Args:
         what: shard, key and member, for the message.
         shape: None matches any length.
-        row: give this one of the first axis alone, as [1, ...].
+        row: return only this row of the first axis, as [1, ...].
     Raises: UserError if the bytes are no such array.
     """
     try:
-        size_bytes = 2 if data[6:7] == b"\x01" else 4  # of the header's length, by format version
+        # The field that holds the header's length has two bytes in format version 1, four in later ones.
+        size_bytes = 2 if data[6:7] == b"\x01" else 4
         header_end = 8 + size_bytes + int.from_bytes(data[8 : 8 + size_bytes], "little")
         found_shape, column_major, found_dtype, start = _parse_npy_header(data[:header_end])
     except Exception as error:
-        # the header is a Python literal, and its reader stumbles over others in many ways
+        # The header is a Python literal; its reader fails on other bytes in many ways.
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"{what}: not an .npy array ({reason or type(error).__name__}); make the token shard again"
@@ -159,7 +160,7 @@ def read_npy(data: bytes, *, what: str, dtype, shape: tuple[int | None, ...], ro
     if left != wanted:
         raise UserError(f"{what}: not an .npy array ({left} bytes for {wanted}); make the token shard again")
     values = np.frombuffer(data, dtype, offset=start).reshape(found_shape)
-    # a view could not be written to
+    # A copy, because a view of the bytes could not be written to.
     return (values if row is None else values[row : row + 1]).copy()
 
 
@@ -189,7 +190,7 @@ class TokenSet:
         self.shards = ShardSet(folder, manifest)
         self.num_samples = self.shards.num_samples
         self._num_patches = grid * grid
-        # soft codes are many times the hard ones: not read where nobody asks for them
+        # Soft codes are many times as large as hard ones, so they are read only where they are asked for.
         self._soft = views.topk > 0
         self._members = ("codes.npy", "views.npy", *(("topk_codes.npy", "topk_probs.npy") if self._soft else ()))
 
@@ -257,8 +258,8 @@ class TokenSet:
         """The record of a global sample number.
 
         Args:
-            view: this one alone, as a record with K = 1: what is not used is neither copied nor looked through; the
-                checksums are of the whole record.
+            view: read only this view, as a record with K = 1; the others are neither copied nor checked, but for the
+                checksum of the whole record.
         Raises: UserError (with shard and key) for a damaged record, a key that is not the image's, or a code out of
             range.
         """
@@ -310,7 +311,7 @@ class TokenSet:
                     f"{place}.topk_codes.npy: code {soft['topk_codes'].max()} in a vocabulary of "
                     f"{self.manifest.num_codes}; make the token shard again"
                 )
-            # NaN is neither
+            # Written so that NaN fails too.
             if (
                 not ((soft["topk_probs"] >= 0) & (soft["topk_probs"] <= 1)).all()
                 or not soft["topk_probs"].any(axis=-1).all()

@@ -1,14 +1,13 @@
-"""Paired crops: what the backbone sees and what the tokenizer saw.
+"""Paired crops of an image, one for the backbone and one for the tokenizer, drawn once and replayed from a record.
 
-A view is a row of numbers (`schema.VIEW_COLUMNS`), drawn once and recorded. From the row both crops come out of the
-source
-image: same box, same flip, same colour jitter, each at its own size. Crops are cut and resized once to uint8 on the
+A view is a row of numbers (`schema.VIEW_COLUMNS`), drawn once and recorded. Both crops of the source image follow from
+the row: same box, same flip, same colour jitter, each at its own size. Crops are cut and resized once to uint8 on the
 CPU; jitter runs on whole batches on the device, in integer steps, so a replayed crop equals the recorded one pixel for
 pixel whatever the batch.
 
 Source: BEiT's two-view transform (arXiv 2106.08254; released `datasets.py`). One difference, for speed: BEiT jitters
-    the whole image
-before it cuts, here the cut is jittered, so contrast pivots on the mean grey of the crop and not of the image.
+    the whole image before it cuts. Here the crop is jittered, so contrast pivots on the mean grey of the crop and not
+    of the image.
 """
 
 from __future__ import annotations
@@ -22,35 +21,33 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from peco_ds.config import ViewSettings
 from peco_ds.data.order import VIEW, generator, uniform
 from peco_ds.errors import UserError
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, VIEW_COLUMNS
 
-_JITTER_ORDERS = tuple(itertools.permutations(range(3)))  # 0 brightness, 1 contrast, 2 saturation
+# 0 is brightness, 1 contrast, 2 saturation.
+_JITTER_ORDERS = tuple(itertools.permutations(range(3)))
 _BOX = slice(0, 4)
 _FLIP = VIEW_COLUMNS.index("flip")
 _FACTORS = slice(VIEW_COLUMNS.index("brightness"), VIEW_COLUMNS.index("saturation") + 1)
 _ORDER = VIEW_COLUMNS.index("jitter_order")
 
 
-def draw_view(
-    height: int, width: int, *, seed: int, sample: int, view: int, scale, ratio, flip: float, color_jitter: float
-) -> np.ndarray:
-    """One view of one image, as a pure function of (seed, sample, view).
+def draw_view(views: ViewSettings, height: int, width: int, *, sample: int, view: int) -> np.ndarray:
+    """One view of one image, as a pure function of (views.seed, sample, view).
 
     Args:
+        views: says how boxes, flips and jitter are drawn.
         height, width: of the upright source image, px.
-        scale: (low, high) share of its area.
-        ratio: (low, high) aspect,
-        log-uniform.  flip: probability.  color_jitter: factors are uniform in [1 - j, 1 + j].
     Returns: float32 [len(VIEW_COLUMNS)].
     Source: random resized crop as torchvision's (ten tries, then the central crop of the nearest allowed aspect).
     """
-    draw = generator(VIEW, seed, sample, view)
+    draw = generator(VIEW, views.seed, sample, view)
     row = np.empty(len(VIEW_COLUMNS), dtype=np.float32)
-    row[_BOX] = _draw_box(draw, height, width, scale, ratio)
-    row[_FLIP] = draw.random() < flip
-    row[_FACTORS] = draw.uniform(1 - color_jitter, 1 + color_jitter, 3)
+    row[_BOX] = _draw_box(draw, height, width, views.scale, views.ratio)
+    row[_FLIP] = draw.random() < views.flip
+    row[_FACTORS] = draw.uniform(1 - views.color_jitter, 1 + views.color_jitter, 3)
     row[_ORDER] = draw.integers(len(_JITTER_ORDERS))
     return row
 
@@ -75,9 +72,9 @@ def center_view(height: int, width: int) -> np.ndarray:
 
 
 def fault_of_views(rows: np.ndarray, first: int = 0) -> str:
-    """What recorded rows [K, len(VIEW_COLUMNS)] hold that `draw_view` never draws; "" if there is nothing.
+    """What is wrong with recorded rows [K, len(VIEW_COLUMNS)], which `draw_view` never draws; "" if nothing is.
 
-    All zeros is an image that could not be read.
+    A row of zeros marks an image that could not be read.
 
     Args:
         first: number of the first row's view.
@@ -99,7 +96,7 @@ def fault_of_views(rows: np.ndarray, first: int = 0) -> str:
 
 
 def cut(image: torch.Tensor, row: np.ndarray, size_px: int, interpolation: str = "bicubic") -> torch.Tensor:
-    """Box, antialiased resize, flip; jitter is `jitter`'s.
+    """Crop to the view's box, resize with antialiasing, flip. `jitter` follows on whole batches.
 
     Args:
         image: uint8 [3, H, W].
@@ -121,14 +118,16 @@ def cut(image: torch.Tensor, row: np.ndarray, size_px: int, interpolation: str =
 
 
 def room_for_cuts(count: int, size_px: int) -> torch.Tensor:
-    """uint8 [count, 3, size_px, size_px], not filled, channels last in memory: the device turns them into planes while
-    it makes numbers of the pixels, at no cost; here it would
-    take a tenth of a worker's time."""
+    """An empty uint8 tensor [count, 3, size_px, size_px], channels last in memory.
+
+    The device turns it into planes while it converts pixels to floats, at no cost; a worker would spend a tenth of its
+    time on that.
+    """
     return torch.empty(count, size_px, size_px, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
 def _bicubic(crop: torch.Tensor, size_px: int) -> torch.Tensor:
-    # The image axis is put before the rows, not before the channels: torch then sees that the channels are last, and
+    # The batch axis is put before the rows, not before the channels: torch then sees that the channels are last, and
     # leaves them there.
     one = crop.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return F.interpolate(one, size=(size_px, size_px), mode="bicubic", antialias=True)[0]
@@ -190,14 +189,15 @@ def normalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, .
 
 
 def from_backbone(images_norm: torch.Tensor) -> torch.Tensor:
-    """The way back from `to_backbone`: float32 [B, 3, S, S] in [-1, 1]."""
+    """The inverse of `to_backbone`: float32 [B, 3, S, S] in [-1, 1]."""
     mean, std = (_on_device(values, images_norm.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images_norm * std + mean) * 2 - 1
 
 
 @lru_cache
 def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    # Once a device: a copy from the host in every batch would make the host wait for what the device has still to do.
+    # Made once a device: a copy from the host in every batch would make the host wait for the work queued on the
+    # device.
     return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
@@ -207,5 +207,5 @@ def to_tokenizer(images: torch.Tensor) -> torch.Tensor:
 
 
 def _floats(images: torch.Tensor) -> torch.Tensor:
-    """A new tensor, in planes."""
+    """A new float32 tensor, channels first in memory."""
     return images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)

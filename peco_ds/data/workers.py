@@ -1,7 +1,4 @@
-"""Batches made in worker processes, in a given order.
-
-A worker that dies is replaced, and no batch is lost or changes.
-"""
+"""Make batches in worker processes, in a given order; a worker that dies is replaced, no batch is lost or changed."""
 
 from __future__ import annotations
 
@@ -21,34 +18,31 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from peco_ds.errors import UserError
+from peco_ds.errors import UserError, describe_os_error
+from peco_ds.stop_signals import ignore_stop_signals
 
 logger = logging.getLogger("peco_ds")
-
-# Answered by saving and leaving with exit code 75: Slurm's warning, the usual request to end, Ctrl-C, a terminal that
-# was closed.
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass
 class RawBatch:
     """A batch as it leaves a worker."""
 
-    # what the maker calls a size -> uint8 [B, 3, size, size], in any memory format
+    # Kind of crop, named by the maker -> uint8 [B, 3, size, size], in any memory format.
     cuts: dict[object, torch.Tensor] = field(default_factory=dict)
     rows: torch.Tensor | None = None  # float32 [B, len(VIEW_COLUMNS)]
     masked: torch.Tensor | None = None
-    # of token records: int64 [B, N]; where soft codes are asked for also int64 [B, N, T] and float32 [B, N, T]
+    # Codes of token records: int64 [B, N]; where soft codes are asked for, also int64 [B, N, T] and float32 [B, N, T].
     stored: tuple[torch.Tensor, ...] = ()
-    # int64 [B]; -1: this row only fills the batch up
+    # int64 [B]; -1: this row only fills up the batch.
     labels: torch.Tensor | None = None
-    # int64 [B], global sample numbers; -1 as above
+    # int64 [B], global sample numbers; -1: this row only fills up the batch.
     samples: torch.Tensor | None = None
-    # of the run: which batch of this size it is, counted over all ranks
+    # The number of this batch in the run, counted over all ranks.
     slice_number: int = 0
     keys: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
-    # a UserError raised in the worker; raised again, in one line, in the main process
+    # The text of a UserError raised in the worker; the main process raises it again, in one line.
     error: str = ""
 
     def pin_memory(self) -> RawBatch:
@@ -67,19 +61,21 @@ class _Dataset(Dataset):
         self._make = make
 
     def __getitem__(self, places: np.ndarray) -> RawBatch:
-        # An exception crossing a worker's border arrives as a traceback inside a message; a field arrives as it is.
+        # An exception that crosses a process boundary arrives as a traceback inside a message; a field arrives
+        # unchanged.
         try:
             return self._make(places)
         except UserError as error:
             return RawBatch(error=str(error))
         except OSError as error:
-            return RawBatch(error=f"{error.filename or 'reading the data'}: {error.strerror}")
+            return RawBatch(error=describe_os_error(error, "reading the data"))
 
 
-# this many with fewer than WORKER_STRETCH batches from one to the next end the run
+# So many worker deaths with fewer than WORKER_STRETCH batches between them end the run.
 MAX_WORKER_DEATHS = 3
 WORKER_STRETCH = 100
-_DEATHS = {  # signal -> likely reason, remedy
+# Signal -> likely reason, remedy.
+_DEATHS = {
     signal.SIGKILL: (
         "most often the system had run out of memory",
         "lower data.num_workers or give the job more memory",
@@ -98,14 +94,14 @@ def load_raw(
     """Batches made in `num_workers` processes (0: in this one), in the order of `places` (arrays, one a batch).
 
     A worker that dies (out of memory, a crash) costs time and nothing else: all are started again from the first batch
-    that was not handed out. No global random generator of this process is drawn from.
+    that was not yielded. No global random generator of this process is drawn from.
 
     Args:
         pin: copy the batches to page-locked memory, from which a GPU fetches them while the host goes on.
     Raises: UserError that `make` raised, or when workers keep dying.
     """
     places = _Places(places)
-    deaths = handed_out = 0
+    deaths = num_yielded = 0
     while True:
         workers = _Workers(make, places, num_workers, pin)
         died = None
@@ -113,8 +109,8 @@ def load_raw(
             for raw in workers:
                 if raw.error:
                     raise UserError(raw.error)
-                places.handed_out()
-                handed_out += 1
+                places.drop_first()
+                num_yielded += 1
                 yield raw
         except _WorkerDied as death:
             died = death.exit_code, str(death)
@@ -122,7 +118,7 @@ def load_raw(
             workers.close()
         if died is None:
             return
-        deaths, handed_out = (1 if handed_out >= WORKER_STRETCH else deaths + 1), 0
+        deaths, num_yielded = (1 if num_yielded >= WORKER_STRETCH else deaths + 1), 0
         reason, remedy = _DEATHS.get(
             -died[0], ("no reason is known", "lower data.num_workers, or look into the system's log")
         )
@@ -135,21 +131,21 @@ def load_raw(
 
 
 class _Places:
-    """The places of all batches, which can be iterated again from the first one that was not handed out."""
+    """The places of all batches, which can be iterated again from the first one that was not yielded."""
 
     def __init__(self, places: Iterable[np.ndarray]) -> None:
         self._rest = iter(places)
-        # to workers; their batches have not come back, or not in turn
-        self._given: deque[np.ndarray] = deque()
+        # Places given to workers whose batches have not come back, or not in turn.
+        self._pending: deque[np.ndarray] = deque()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        yield from list(self._given)
+        yield from list(self._pending)
         for place in self._rest:
-            self._given.append(place)
+            self._pending.append(place)
             yield place
 
-    def handed_out(self) -> None:
-        self._given.popleft()
+    def drop_first(self) -> None:
+        self._pending.popleft()
 
 
 class _WorkerDied(Exception):
@@ -175,7 +171,8 @@ class _Workers:
             pin_memory=pin,
             worker_init_fn=_start_worker if num_workers else None,
             prefetch_factor=2 if num_workers else None,
-            # without one the loader draws from the global generator, and a resumed run would drop other paths
+            # Without a generator of its own the loader would draw from the global one, and a resumed run would drop
+            # other paths.
             generator=torch.Generator(),
         )
         self._since = time.time()
@@ -196,8 +193,8 @@ class _Workers:
             except _WorkerDied:
                 raise
             except Exception:
-                # What a batch breaks on that a dead worker left half sent has many types; the process may take a moment
-                # to be gone.
+                # A batch that a dead worker left half sent raises errors of many types; the process may take a moment
+                # to end.
                 self._raise_if_one_died(within_s=1.0, any_exit=True)
                 raise
             yield raw
@@ -230,7 +227,8 @@ class _Workers:
 
     def close(self) -> None:
         """No process is left, and nothing of theirs in shared memory."""
-        self._batches = None  # torch ends the workers with their iterator
+        # torch ends the workers with their iterator.
+        self._batches = None
         for process in self._processes:
             process.join(0.1)
             if process.is_alive():
@@ -247,9 +245,9 @@ def _unlink_shared_memory_of(pid: int, since: float) -> None:
     for file in Path("/dev/shm").glob(f"torch_{pid}_*"):
         with suppress(FileNotFoundError):
             found = file.stat()
-            # containers may share the folder and count processes for themselves
+            # Containers may share the folder, and each numbers its processes from 1.
             if found.st_uid == os.getuid() and found.st_ctime >= since - 1:
-                # batches that were handed out are mapped, and stay
+                # Batches that were yielded are mapped, and stay usable.
                 file.unlink()
 
 
@@ -258,9 +256,8 @@ def _in_main_thread() -> bool:
 
 
 def _start_worker(_worker: int) -> None:
-    # workers are the parallelism; more threads would fight over the same cores
+    # The workers are the parallelism; more threads would compete for the same cores.
     torch.set_num_threads(1)
     # Slurm signals every process of a step. The loop answers and ends its workers; one that died of the signal would
     # end the loop.
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_stop_signals()

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 def classification_quality(
     forward: Callable[[torch.Tensor], torch.Tensor], batches: Iterable, *, num_classes: int, device: torch.device
 ) -> dict[str, float]:
-    """Collective: torchmetrics sums the counts over the ranks of the process group, if there is one.
+    """Top-1, top-5 and loss. Collective: torchmetrics sums the counts over the ranks of the process group, if any.
 
     Args:
         forward: images_norm [B, 3, S, S] -> logits [B, C].

@@ -1,7 +1,7 @@
-"""Images as nothing but their codes: what a classifier can read off the tokens themselves.
+"""Represent an image by its codes alone, to measure what a classifier can learn from the tokens.
 
-PeCo classifies images straight from code vectors to show how much meaning its tokens carry. The text of that
-experiment leaves the pooling open; two plain ones are taken here, and both are reported.
+PeCo classifies images straight from code vectors to show how much meaning its tokens carry. The paper leaves the
+pooling open; two plain ones are used here, and both are reported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 def bag_of_codes(codes: torch.Tensor, num_codes: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Which codes an image has, wherever they lie: square roots of their shares, so that every image has length 1.
+    """The codes of an image without their positions: square roots of their shares, so that every image has length 1.
 
     Args:
         codes: integers [n, N].

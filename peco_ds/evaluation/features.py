@@ -1,4 +1,4 @@
-"""Frozen features: pooled tokens after chosen blocks, taken once and kept on disk, one float16 file a block."""
+"""Compute frozen features, the pooled tokens after chosen blocks, and keep them on disk: one float16 file a block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from timm.models.beit import Beit
 
+from peco_ds.config import ProbeSettings
 from peco_ds.errors import UserError
+from peco_ds.evaluation.stopping import until_stopped
 from peco_ds.schema import MANIFEST_NAME, read_json, sha256_of_json, write_json
 
 logger = logging.getLogger("peco_ds")
@@ -37,7 +39,7 @@ def feature_bytes(width: int, pooling: str, *, num_blocks: int, num_images: int)
 def pooled_features(
     backbone: Beit, images_norm: torch.Tensor, blocks: tuple[int, ...], pooling: Literal["class_mean", "class", "mean"]
 ) -> list[torch.Tensor]:
-    """What a linear classifier sees of a frozen backbone.
+    """The features of a frozen backbone that a linear classifier is trained on.
 
     Args:
         images_norm: [B, 3, S, S].
@@ -70,7 +72,8 @@ class FeatureFiles:
     manifest.json appears last and says what the features were made from, so a folder with one is whole.
 
     Args:
-        made_from: JSON-able; all that decides the numbers (images, weights, settings).  sizes: split -> n.  width: F.
+        made_from: JSON-able; everything that determines the numbers (images, weights, settings).
+        sizes: split -> n.  width: F.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class FeatureFiles:
         self.fingerprint = sha256_of_json(made_from)
 
     def state(self) -> Literal["whole", "absent", "other"]:
-        """whole: these features lie there; other: features of something else do."""
+        """ "whole": the folder holds these features; "other": it holds features of something else."""
         path = self.folder / MANIFEST_NAME
         if not path.is_file():
             return "absent"
@@ -108,7 +111,7 @@ class FeatureFiles:
         )
 
     def create(self) -> None:
-        """Make the files in full size, their rows to be written by all ranks. One rank calls it.
+        """Create the files in full size; all ranks write rows into them. One rank calls it.
 
         Raises: UserError if the disk is too small.
         """
@@ -137,8 +140,8 @@ class FeatureFiles:
         Args:
             rows: samples int64 [b], labels int64 [b], and float16 [b, F] a block.
         """
-        # Written, not mapped: ranks on several nodes write rows of one memory page, and over NFS a mapped page goes
-        # back as a whole.
+        # Written with pwrite, not mapped: ranks on several nodes write rows of one memory page, and NFS writes a mapped
+        # page back as a whole.
         names = ("labels", *map(self._block_name, self._blocks))
         starts = [np.load(self._path(split, name), mmap_mode="r").offset for name in names]
         files = [os.open(self._path(split, name), os.O_WRONLY) for name in names]
@@ -159,7 +162,7 @@ class FeatureFiles:
                 os.close(file)
 
     def finish(self) -> None:
-        """All rows are there. One rank calls it."""
+        """Mark the folder as whole, once all rows are written. One rank calls it."""
         write_json(self.folder / MANIFEST_NAME, {"fingerprint": self.fingerprint, "made_from": self._made_from})
 
     def labels(self, split: str) -> torch.Tensor:
@@ -167,16 +170,16 @@ class FeatureFiles:
         return torch.from_numpy(self._read(split, "labels", (self._sizes[split],), np.int64))
 
     def features(self, split: str, block: int) -> torch.Tensor:
-        """float16 [n, F], mapped from the file: what is not looked at is not read."""
+        """float16 [n, F], mapped from the file: rows that are not used are not read."""
         return torch.from_numpy(self._read(split, self._block_name(block), (self._sizes[split], self._width), STORED))
 
     def _read(self, split: str, name: str, shape: tuple[int, ...], dtype) -> np.ndarray:
         path = self._path(split, name)
         try:
-            # copy on write, so that torch may have it
+            # Mapped copy-on-write, because torch asks for a writable array.
             array = np.load(path, mmap_mode="c", allow_pickle=False)
         except Exception as error:
-            # the header is a Python literal, and its reader stumbles over others in many ways
+            # The header is a Python literal; its reader fails on other bytes in many ways.
             raise UserError(
                 f"{path}: not an .npy array ({' '.join(str(error).split())[:120]}); remove "
                 f"{self.folder / MANIFEST_NAME} and start again"
@@ -195,38 +198,26 @@ class FeatureFiles:
         return f"block_{block:02d}"
 
 
-class Stopped(Exception):
-    """The ranks were asked to stop."""
-
-
-def take_features(
-    backbone: Beit,
-    batches: Iterable,
-    *,
-    blocks: tuple[int, ...],
-    pooling: str,
-    precision: Literal["bf16", "fp32"],
-    device: torch.device,
-    stop_requested: Callable[[], bool],
-):
-    """Features of this rank's images, for `FeatureFiles.write`. Collective where `stop_requested` is.
+def compute_features(backbone: Beit, batches: Iterable, settings: ProbeSettings, *, blocks: tuple[int, ...], world):
+    """Features of this rank's images, for `FeatureFiles.write`. Collective.
 
     Args:
         batches: have `.images_norm`, `.labels`, `.samples` (int64 [B], -1 where a row only fills the batch up).
+        settings: its pooling and precision are read.
+        blocks: counted from 1, increasing.
+        world: has device and stop_requested.
     Yields: samples, labels, and float16 [b, F] a block.
     Raises: Stopped; UserError if a feature is not finite.
     """
     clipped = 0
-    for batch in batches:
-        if stop_requested():
-            raise Stopped
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            features = pooled_features(backbone, batch.images_norm, blocks, pooling)
+    for batch in until_stopped(batches, world.stop_requested):
+        with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
+            features = pooled_features(backbone, batch.images_norm, blocks, settings.pooling)
         real = batch.samples >= 0
         stacked = torch.stack(features)[:, real]
         if not bool(torch.isfinite(stacked).all()):
             raise UserError(
-                f"the backbone gives values that are not finite in {precision}; set probe.precision=fp32, or "
+                f"the backbone gives values that are not finite in {settings.precision}; set probe.precision=fp32, or "
                 "check the weights"
             )
         clipped += int((stacked.abs() > LARGEST).sum())
@@ -240,8 +231,8 @@ def take_features(
         )
 
 
-def rows_of(features: torch.Tensor, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """How classifiers and neighbours see stored features: int64 [b] on the CPU -> float32 [b, F] on `device`.
+def feature_rows(features: torch.Tensor, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Access to stored features by row: int64 [b] on the CPU -> float32 [b, F] on `device`.
 
     Args:
         features: [n, F]; moved to a GPU whole where that leaves half of its free memory, else row by row as asked for.

@@ -1,4 +1,4 @@
-"""Nearest neighbours: how much of the labels lies in the features themselves, with nothing trained."""
+"""Classify by nearest neighbours: how well the features separate the classes, with nothing trained."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def knn_top1(
     Args:
         train_rows, val_rows: int64 [b] -> float32 [b, F] on `device`.  train_labels: int64 [n].  val_labels: int64 [m].
         ks: more than n count as n.
-        chunk: images of either set in one matrix of similarities, which is all that memory depends on beside val.
+        chunk: images of either set in one matrix of similarities; memory depends on it and on the size of val.
     Source: DINO (arXiv 2104.14294), after Wu et al. (arXiv 1805.01978).
     """
     most = min(max(ks), len(train_labels))
     similarity = torch.empty(len(val_labels), 0, device=device)
     labels = torch.empty(len(val_labels), 0, dtype=torch.int64, device=device)
     val_unit = torch.cat([F.normalize(val_rows(index), dim=1) for index in torch.arange(len(val_labels)).split(chunk)])
-    # the training set is read once, whatever the size of val
+    # The training set is read once, whatever the size of val.
     for index in torch.arange(len(train_labels)).split(chunk):
         train_unit, candidates = F.normalize(train_rows(index), dim=1), train_labels[index].to(device)
         kept = [
@@ -43,7 +43,7 @@ def knn_top1(
             for unit, near, of in zip(val_unit.split(chunk), similarity.split(chunk), labels.split(chunk))
         ]
         similarity, labels = (torch.cat(parts) for parts in zip(*kept))
-    # relative to the nearest: the same votes, and no overflow
+    # Similarities are taken relative to the nearest: the same votes, and no overflow.
     weights = torch.exp((similarity - similarity[:, :1]) / temperature)
     truth = val_labels.to(device)
     found = {}

@@ -1,5 +1,6 @@
-"""Linear classifiers (and, beside them, nearest neighbours) on frozen features: one for every learning rate, side by
-side in one tensor, so that a pass over the features trains them all.
+"""Probe frozen features with linear classifiers and nearest neighbours.
+
+The classifiers of all learning rates lie side by side in one tensor, so that a pass over the features trains them all.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class LinearProbes(NamedTuple):
     weight: torch.Tensor  # float32 [R, C, F]
     bias: torch.Tensor  # float32 [R, C]
     mean: torch.Tensor  # float32 [F], of the training set
-    # float32 [F], one over its standard deviation
+    # float32 [F], one over the standard deviation of the training set.
     scale: torch.Tensor
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
@@ -45,20 +46,17 @@ def standardisation(rows: Callable, num_rows: int) -> tuple[torch.Tensor, torch.
         total, squares = total + values.sum(dim=0), squares + values.square().sum(dim=0)
     mean = total / num_rows
     variance = squares / num_rows - mean.square()
-    steady = variance <= 1e-12 * (squares / num_rows)  # what is left of a constant after rounding
+    # A variance that rounding alone explains is that of a constant feature.
+    steady = variance <= 1e-12 * (squares / num_rows)
     return mean.float(), torch.where(steady, 0.0, variance.clamp_min(1e-30).rsqrt()).float()
 
 
 def train_linear_probes(
     rows: Callable,
     labels: torch.Tensor,
+    settings: ProbeSettings,
     *,
     num_classes: int,
-    lrs: tuple[float, ...],
-    epochs: int,
-    batch: int,
-    weight_decay: float,
-    seed: int,
     device: torch.device,
     stop: Callable[[], None] = lambda: None,
 ) -> LinearProbes:
@@ -66,17 +64,18 @@ def train_linear_probes(
 
     Every feature is standardised over the training set first, as the parameter-free BatchNorm of MAE's probe does batch
     by batch: the scale of the residual stream grows with the layer, and without it one learning rate would not fit two
-    layers. The whole set's statistics depend on no batch. The weights
-    start at zero: the problem is convex, and no draw has to be named.
+    layers. The whole set's statistics depend on no batch. The weights start at zero: the problem is convex, so no
+    random start is needed.
 
     Args:
         rows: int64 [b] on the CPU -> float32 [b, F] on `device`.
         labels: int64 [n].
-        batch: images a step; an epoch's last one may be smaller.
+        settings: its lrs, epochs, global_batch (an epoch's last batch may be smaller), weight_decay and seed are read.
         stop: called before every epoch; may raise.
     Source: BEiT (arXiv 2106.08254), table 9: AdamW, 50 epochs, batch 1024; MAE (arXiv 2111.06377), appendix, for the
         normalisation.
     """
+    lrs, epochs, batch = settings.lrs, settings.epochs, settings.global_batch
     mean, scale = standardisation(rows, len(labels))
     weight = torch.zeros(len(lrs), num_classes, len(mean), device=device, requires_grad=True)
     bias = torch.zeros(len(lrs), num_classes, device=device, requires_grad=True)
@@ -84,14 +83,14 @@ def train_linear_probes(
     # The optimiser moves each learning rate's slice; slices and their gradients share memory with the whole tensors.
     weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
     groups, peaks = [], []
-    for whole, decay in ((weight, weight_decay), (bias, 0.0)):
+    for whole, decay in ((weight, settings.weight_decay), (bias, 0.0)):
         for part, gradient, lr in zip(whole.detach(), whole.grad, lrs):
             part.grad = gradient
             groups.append({"params": [part], "weight_decay": decay})
             peaks.append(lr)
     optimizer = torch.optim.AdamW(groups, lr=0.0)
     truth = labels.to(device)
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator().manual_seed(settings.seed)
     steps_an_epoch = -(-len(labels) // batch)
     for epoch in range(epochs):
         stop()
@@ -104,7 +103,7 @@ def train_linear_probes(
             weight.grad.zero_()
             bias.grad.zero_()
             logits = probes.logits(rows(index))
-            # A sum over the learning rates: none feels another's gradient.
+            # Summed over the learning rates, so that none is affected by another's gradient.
             loss = F.cross_entropy(
                 logits.flatten(0, 1), truth[index.to(device)].repeat_interleave(len(lrs)), reduction="sum"
             ) / len(index)
@@ -149,17 +148,7 @@ def probe(
         train, val: rows and labels, as `train_linear_probes` takes them.
     Returns: {"linear": [{"lr", "top1", "top5"}], "knn": {k: top1}} on `val`, in percent; k as text.
     """
-    probes = train_linear_probes(
-        *train,
-        num_classes=num_classes,
-        lrs=settings.lrs,
-        epochs=settings.epochs,
-        batch=settings.global_batch,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-        device=device,
-        stop=stop,
-    )
+    probes = train_linear_probes(*train, settings, num_classes=num_classes, device=device, stop=stop)
     linear = [{"lr": lr, **accuracy} for lr, accuracy in zip(settings.lrs, linear_accuracy(probes, *val))]
     knn = (
         knn_top1(

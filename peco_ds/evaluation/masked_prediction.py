@@ -1,4 +1,4 @@
-"""What a masked pre-trained model fills in, made visible by the tokenizer's decoder."""
+"""Show the predictions of a masked pre-trained model as images, through the tokenizer's decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def masked_prediction_columns(model, tokenizer, batch: MaskedBatch, codes: torch
     """Image | masked | decoded prediction | decoded true tokens.
 
     Args:
-        model: of `build_mim`.
+        model: from `build_mim`.
         tokenizer: an ImageTokenizer that makes images.
         batch: B images with their masked patches.
         codes: int64 [B, N], the true codes of all patches. The prediction keeps them where the image is visible.

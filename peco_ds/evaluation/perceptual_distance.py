@@ -1,5 +1,6 @@
-"""LPIPS with the network's weights from a local file: torchmetrics has the linear weights in its wheel, and would fetch
-the network from the web.
+"""Compute LPIPS with the network's weights from a local file.
+
+torchmetrics has the linear weights in its wheel, but would fetch the network from the web.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torchmetrics.functional.image.lpips import _NoTrainLpips
 from peco_ds.errors import UserError
 from peco_ds.models.weight_files import read_tensor_file
 
-# the convolutions of torchvision's AlexNet and VGG; the classifier behind them is not part of LPIPS
+# The convolutions of torchvision's AlexNet and VGG; the classifier behind them is not part of LPIPS.
 _FEATURES = "features."
 _FIRST = "0.weight"
 _FIRST_SHAPES = {(64, 3, 11, 11): "alex", (64, 3, 3, 3): "vgg"}
@@ -53,7 +54,7 @@ def load_lpips(path: Path) -> Lpips:
             f"{path}: is neither torchvision's AlexNet nor its VGG16; fetch alexnet-owt-7be5be79.pth or "
             "vgg16-397923af.pth from download.pytorch.org/models"
         )
-    # "rand": torchvision is not asked for its weights
+    # With pnet_rand torchvision is not asked for its weights.
     net = _NoTrainLpips(net=name, pnet_rand=True)
     # torchmetrics cuts the network into slices whose layers keep their numbers.
     expected = {key.partition(".")[2]: tensor for key, tensor in net.net.state_dict().items()}

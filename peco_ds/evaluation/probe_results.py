@@ -15,11 +15,11 @@ from peco_ds.schema import read_json, write_json
 
 
 class LayerResults:
-    """One file a layer, so that ranks need not wait for one another and a second start goes on where the first was
+    """One file a layer, so that ranks need not wait for one another, and a second start continues where the first
     stopped.
 
     Args:
-        key: a result under another one is not ours.
+        key: identifies features and settings; results under another key are ignored.
     """
 
     def __init__(self, folder: Path, key: str, blocks: tuple[int, ...]) -> None:
@@ -41,7 +41,8 @@ class LayerResults:
             found = read_json(path) if path.is_file() else {}
         except ValueError:
             found = {}
-        if not isinstance(found, dict):  # damaged: the block is measured again
+        # The file is damaged: the block is measured again.
+        if not isinstance(found, dict):
             return None
         return (
             {name: value for name, value in found.items() if name != "key"} if found.get("key") == self._key else None

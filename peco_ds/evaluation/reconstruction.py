@@ -1,6 +1,4 @@
-"""How well a tokenizer's round trip keeps an image, or its teacher's features, and how much of its codebook it
-uses.
-"""
+"""Measure how well a tokenizer reconstructs images or its teacher's features, and how much of the codebook it uses."""
 
 from __future__ import annotations
 
@@ -18,11 +16,13 @@ from peco_ds.models.vq import usage
 
 class RoundTrip(NamedTuple):
     codes: torch.Tensor  # int64 [b, N]
-    reconstruction: torch.Tensor | None  # [b, 3, S, S] in [-1, 1]; None of a tokenizer that makes no images
+    # [b, 3, S, S] in [-1, 1]; None for a tokenizer that makes no images.
+    reconstruction: torch.Tensor | None
 
 
 def round_trip_of(tokenizer) -> Callable[[torch.Tensor], RoundTrip]:
-    """images_11 [b, 3, S, S] -> codes and, where the tokenizer makes images, what it makes of the codes alone.
+    """The function images_11 [b, 3, S, S] -> codes and, where the tokenizer makes images, their reconstruction from the
+    codes.
 
     In eval mode.
     """
@@ -37,13 +37,13 @@ def round_trip_of(tokenizer) -> Callable[[torch.Tensor], RoundTrip]:
 
 
 class CodeSums:
-    """Code usage, summed over a rank's images: what every tokenizer can be measured by."""
+    """Code usage, summed over a rank's images; every tokenizer can be measured by it."""
 
-    # of the values that `_measured` gives, averaged over images
+    # Names of the values that `_measured` gives; they are averaged over images.
     names: tuple[str, ...] = ()
 
     def __init__(self, num_codes: int, device: torch.device) -> None:
-        # the last one counts images
+        # The last entry counts images.
         self._sums = torch.zeros(len(self.names) + 1, device=device, dtype=torch.float64)
         self._counts = torch.zeros(num_codes, device=device, dtype=torch.float64)
 
@@ -52,7 +52,7 @@ class CodeSums:
         """
         Args:
             originals_01: [b, 3, S, S] in [0, 1].  output: has .codes [b, N], and what a subclass asks for.
-            real: bool [b]; a row without it only fills the batch up and counts nothing.
+            real: bool [b]; False: the row only fills up the batch and is not counted.
         """
         weight = real.double()
         values = [*self._measured(originals_01, output), torch.ones_like(weight)]
@@ -121,25 +121,25 @@ class CosineSums(CodeSums):
 
 
 def training_sums(tokenizer, device: torch.device, frozen) -> CodeSums:
-    """Fresh sums of what a tokenizer learns: round trips, or the teacher's features.
+    """New sums for what a tokenizer learns to reconstruct: images, or the teacher's features.
 
     Args:
-        frozen: what it learns from, on the device: of a tokenizer that makes no images the teacher,
-            `.targets(images_01) -> [b, N, D]`.
+        frozen: the frozen network of its training, on the device; for a tokenizer that makes no images the teacher,
+            with `.targets(images_01) -> [b, N, D]`.
     """
     num_codes = tokenizer.settings.num_codes
     return RoundTripSums(num_codes, device) if tokenizer.makes_images else CosineSums(num_codes, device, frozen.targets)
 
 
 def quality_line(quality: dict[str, float], num_codes: int) -> str:
-    """What a `result` says, for one line of text."""
-    told = {
+    """A `result` as one line of text."""
+    formats = {
         "psnr": "PSNR {:.2f} dB",
         "ssim": "SSIM {:.3f}",
         "lpips": "LPIPS {:.3f}",
         "cosine": "cosine to the teacher {:.3f}",
     }
-    measured = [text.format(quality[name]) for name, text in told.items() if name in quality]
+    measured = [text.format(quality[name]) for name, text in formats.items() if name in quality]
     return ", ".join(
         [*measured, f"{quality['codes_used']} of {num_codes} codes", f"perplexity {quality['perplexity']:.1f}"]
     )
@@ -147,95 +147,75 @@ def quality_line(quality: dict[str, float], num_codes: int) -> str:
 
 @torch.no_grad()
 def held_out_quality(
-    round_trip: Callable,
-    images_u8: torch.Tensor,
-    sums: CodeSums,
-    *,
-    batch: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    all_reduce: Callable,
+    round_trip: Callable, images_u8: torch.Tensor, sums: CodeSums, world, *, batch: int
 ) -> dict[str, float]:
-    """What `sums` measures, over a held-out set, shared by the ranks. Collective.
+    """The measures of `sums` over a held-out set that the ranks share. Collective.
 
     Args:
         round_trip: images_11 [b, 3, S, S] -> the output that `sums.add` takes; called equally often on every rank.
-        images_u8: uint8 [n, 3, S, S], the same on every rank.  sums: fresh.
+        images_u8: uint8 [n, 3, S, S], the same on every rank.
+        sums: empty.
+        world: has rank, size, device, all_reduce.
+        batch: images a forward pass.
     Returns: as `CodeSums.result`.
     """
     total = len(images_u8)
-    each = -(-total // world_size)
+    each = -(-total // world.size)
     for start in range(0, each, batch):
-        places = torch.arange(rank * each + start, rank * each + min(start + batch, each))
-        # Every rank makes the same number of calls: past the end the last image stands in and counts nothing.
-        originals = images_u8[places.clamp(max=total - 1)].to(device).float() / 255
-        sums.add(originals, round_trip(originals * 2 - 1), (places < total).to(device))
-    return sums.result(all_reduce)
+        places = torch.arange(world.rank * each + start, world.rank * each + min(start + batch, each))
+        # Every rank makes the same number of calls. Past the end the last image is repeated and not counted.
+        originals = images_u8[places.clamp(max=total - 1)].to(world.device).float() / 255
+        sums.add(originals, round_trip(originals * 2 - 1), (places < total).to(world.device))
+    return sums.result(world.all_reduce)
 
 
 class HeldOut:
     """Quality on held-out images while a tokenizer trains: evaluation.jsonl, TensorBoard and, of one that makes
-    images, reconstructions.png. Collective.
+    images, reconstructions.png.
 
     Args:
-        images_u8: uint8 [n, 3, S, S], the same on every rank.  tokenizer, frozen: as `training_sums`.
-        world: has rank, size, device, all_reduce, is_main.  meter: takes what is measured.
+        images_u8: uint8 [n, 3, S, S], the same on every rank.
+        run: the training run, attached to its engine; `engine(images_11)` gives the tokenizer's output, or one that
+            holds it as `.tokenizer`.
+        tokenizer, frozen: as `training_sums`.
     """
 
-    def __init__(
-        self,
-        images_u8: torch.Tensor,
-        settings: EvaluationSettings,
-        *,
-        tokenizer,
-        frozen,
-        batch: int,
-        out: Path,
-        world,
-        meter,
-    ) -> None:
-        self._images_u8, self._settings, self._tokenizer, self._frozen = images_u8, settings, tokenizer, frozen
-        self._batch, self._out, self._world, self._meter = batch, out, world, meter
+    def __init__(self, images_u8: torch.Tensor, run, *, tokenizer, frozen) -> None:
+        self._images_u8, self._run, self._tokenizer, self._frozen = images_u8, run, tokenizer, frozen
+        self._settings: EvaluationSettings = run.cfg.evaluation
         self.last: dict[str, float] = {}
 
-    def due(self, step: int) -> bool:
-        return self._settings.every_steps > 0 and step % self._settings.every_steps == 0
+    def is_due(self, step: int) -> bool:
+        """Whether to measure when `step` steps are done: at the end, and every evaluation.every_steps."""
+        every = self._settings.every_steps
+        return step == self._run.durations.stop_step or (every > 0 and step % every == 0)
 
     @torch.no_grad()
-    def __call__(self, engine, step: int) -> None:
-        """Measure; `engine(images_11)` gives the tokenizer's output, or one that holds it as `.tokenizer`."""
-        world = self._world
-        engine.eval()
+    def measure(self, step: int) -> None:
+        """Measure now, when `step` steps are done. Collective."""
+        run, world = self._run, self._run.world
 
         def round_trip(images_11: torch.Tensor):
-            output = engine(images_11)
+            output = run.engine(images_11)
             return getattr(output, "tokenizer", output)
 
-        self.last = held_out_quality(
-            round_trip,
-            self._images_u8,
-            training_sums(self._tokenizer, world.device, self._frozen),
-            batch=self._batch,
-            rank=world.rank,
-            world_size=world.size,
-            device=world.device,
-            all_reduce=world.all_reduce,
-        )
-        if world.is_main:
-            self._meter.evaluation(step, self.last)
-        if self._tokenizer.makes_images:
-            self._show(round_trip, step)
-        engine.train()
+        with run.evaluating():
+            run.engine.eval()
+            sums = training_sums(self._tokenizer, world.device, self._frozen)
+            self.last = held_out_quality(round_trip, self._images_u8, sums, world, batch=run.cfg.run.micro_batch)
+            run.meter.evaluation(step, self.last)
+            if self._tokenizer.makes_images:
+                self._show(round_trip, step)
+            run.engine.train()
 
     def _show(self, round_trip: Callable, step: int) -> None:
         """Every rank makes the images, which may be a collective; the first one keeps them."""
         shown = self._images_u8[: self._settings.grid_images]
-        restored = round_trip(shown.to(self._world.device).float() / 127.5 - 1).reconstruction
-        if self._world.is_main:
+        restored = round_trip(shown.to(self._run.world.device).float() / 127.5 - 1).reconstruction
+        if self._run.world.is_main:
             grid = comparison_grid([shown, to_u8(restored).cpu()])
-            self._meter.image("original | round trip", grid, step)
-            save_png(self._out / "reconstructions.png", grid)
+            self._run.meter.image("original | round trip", grid, step)
+            save_png(self._run.out / "reconstructions.png", grid)
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """Attention with an additive bias that is learned and the same for every image of a batch.
 
-PyTorch's own attention hands back such a bias's gradient once an image, [B, H, T, T], and leaves it to be summed: for
-ViT-H/14 at 448 px that is 34 MB an image and layer. Here the backward pass goes through some images at a time and
-adds up, in float32. On a GPU the kernels are PyTorch's memory-efficient
-ones, forward and backward: its flash kernels take no bias, cuDNN's give it no gradient. On a CPU, where PyTorch has no
-fused kernel with a gradient for the bias, one image at a time stays in the cache.
+PyTorch's own attention returns such a bias's gradient for every image, [B, H, T, T], to be summed afterwards: for
+ViT-H/14 at 448 px that is 34 MB an image and layer. Here the backward pass takes a few images at a time and sums their
+gradients in float32. On a GPU the kernels are PyTorch's memory-efficient ones, forward and backward: its flash kernels
+take no bias, cuDNN's give it no gradient. On a CPU, where PyTorch has no fused kernel with a gradient for the bias, one
+image at a time stays in the cache.
 
 Both operators are opaque to torch.compile: a compiled block runs the same attention as one that is not. On a GPU the
 backward kernel adds up the query's gradient in the device's order, unless `torch.use_deterministic_algorithms` is set.
@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-# elements; the memory-efficient kernels read rows of the bias that start at multiples of it
+# In elements: the memory-efficient kernels read rows of the bias that start at multiples of it.
 ALIGNMENT = 16
 _efficient = torch.ops.aten._scaled_dot_product_efficient_attention
 _efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
-# of the bias's gradient before it is summed, a call of the backward kernel
+# The most bytes that the bias's gradient takes, before it is summed, in one call of the backward kernel.
 GPU_BYTES = 2**27
 
 
@@ -39,7 +39,7 @@ def attend(qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     if bias.dim() == 3 and bias.requires_grad and torch.is_grad_enabled() and dim % 8 == 0:
         return biased_attention(qkv, bias)[0]
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    # four dimensions: a CPU's fused kernel looks at no other
+    # Four dimensions, because a CPU's fused kernel accepts no other mask.
     mask = bias.to(qkv.dtype) if bias.dim() == 4 else bias.to(qkv.dtype)[None]
     return (
         F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -90,7 +90,7 @@ def biased_attention_backward(
     grad_bias = torch.zeros(heads, tokens, tokens, device=qkv.device)
     if qkv.is_cuda:
         out = out.view(batch, tokens, heads, dim).transpose(1, 2)
-        # a seed and an offset: nothing is dropped
+        # The seed and offset of dropout are not used: nothing is dropped.
         kernel_bias, unused = _kernel_bias(bias, qkv), torch.empty((), dtype=torch.int64, device=qkv.device)
         for some in _even_slices(batch, GPU_BYTES // (heads * tokens * kernel_bias.stride(-2) * qkv.element_size())):
             found = _efficient_backward(
@@ -151,15 +151,13 @@ def _backward_flops(_grad_shape, qkv_shape, bias_shape, *_args, **_options) -> i
 
 
 def _kernel_bias(bias: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-    """[H, T, T] -> a view [B, H, T, T] of the kernel's dtype and alignment, with one copy in memory for all
-    images.
-    """
+    """[H, T, T] -> a view [B, H, T, T] with the kernel's dtype and alignment; all images share one copy in memory."""
     padded = F.pad(bias.to(qkv.dtype), (0, -bias.shape[-1] % ALIGNMENT))
     return padded[..., : bias.shape[-1]].expand(len(qkv), -1, -1, -1)
 
 
 def _even_slices(batch: int, at_most: int) -> list[slice]:
-    """A last call of a few images would leave most of a GPU idle."""
+    """Slices of nearly equal length, because a last call of a few images would leave most of a GPU idle."""
     calls = math.ceil(batch / max(1, at_most))
     ends = [batch * call // calls for call in range(calls + 1)]
     return [slice(first, last) for first, last in zip(ends, ends[1:])]
@@ -188,7 +186,7 @@ def _(table, index):
 def sum_by_position(grad: torch.Tensor, index: torch.Tensor, positions: int) -> torch.Tensor:
     """Sums of grad [H, T, T] over equal numbers of index [T, T]: [positions, H].
 
-    In one order always; a compiler's own scatter would add in the device's.
+    The order of the additions is fixed; a compiler's own scatter would add in the order in which the threads arrive.
     """
     return torch.ops.aten.embedding_dense_backward(grad.permute(1, 2, 0).contiguous(), index, positions, -1, False)
 

@@ -1,12 +1,12 @@
-"""Weights of a BEiT-family model in one form, whatever file they came from and whatever layout they go to.
+"""The canonical form of a BEiT-family model's weights, whatever file they came from and whatever layout they go to.
 
 Names are those of the released BEiT code, which timm kept: `cls_token`, `patch_embed.proj.*`, `blocks.N.*`; then, by
 kind,
 
 mim         `mask_token`, `rel_pos_bias.relative_position_bias_table` (one for all blocks), `norm.*`, `lm_head.*`
 features    `norm.*`, or `fc_norm.*` of a mean-pooled backbone, and a table in every block
-(`blocks.N.attn.relative_position_bias_table`) or one for all classifier  a table in every block, `fc_norm.*` (mean
-pooling) or `norm.*` (class token), `head.*`
+            (`blocks.N.attn.relative_position_bias_table`) or one for all
+classifier  a table in every block, `fc_norm.*` (mean pooling) or `norm.*` (class token), `head.*`
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 TABLE = "blocks.{}.attn.relative_position_bias_table"
-TOKENIZER_LICENCE, JUDGE_LICENCE = "tokenizer's licence", "judge's licence"  # names among `facts`
+# Names among `facts`.
+TOKENIZER_LICENCE, JUDGE_LICENCE = "tokenizer's licence", "judge's licence"
 
 
-def usual_crop(image_px: int) -> float:
+def default_crop(image_px: int) -> float:
     """Share of the resized image's side that BEiT's evaluation sees: all of it from 384 px on."""
     return 1.0 if image_px >= 384 else 0.875
 
@@ -36,14 +37,17 @@ class BeitWeights:
     kind: Literal["mim", "features", "classifier"]
     model: ModelSettings
     tensors: dict[str, torch.Tensor]
-    # one line for logs and cards: file or run, with a hash or a step
+    # One line for logs and cards: file or run, with a hash or a step.
     source: str
-    classes: tuple[str, ...] | None = None  # names in label order, where they are known
-    mean: tuple[float, ...] = IMAGENET_MEAN  # of the images the model wants, in [0, 1]
+    # Class names in label order, where they are known.
+    classes: tuple[str, ...] | None = None
+    # Statistics of images in [0, 1] that the model expects.
+    mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    # share of the resized image's side that is seen in evaluation
+    # Share of the resized image's side that is seen in evaluation.
     crop: float = 0.875
-    facts: dict = field(default_factory=dict)  # for the model card: name -> text
+    # For the model card: name -> text.
+    facts: dict = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:

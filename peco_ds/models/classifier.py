@@ -1,7 +1,7 @@
 """The fine-tuned model: timm's `Beit` with a bias table in every block, mean pooling, and a linear head.
 
-Its parameters carry timm's names, so a release is no
-renaming at all."""
+Its parameters have timm's names, so a release renames nothing.
+"""
 
 from __future__ import annotations
 

@@ -15,11 +15,12 @@ from peco_ds.models.peco_tokenizer import PecoTokenizer, TokenizerOutput, group_
 class PatchCritic(nn.Sequential):
     """Images [B, 3, H, W] in [-1, 1] -> one logit a patch, [B, 1, about H / 2 ** layers, W / 2 ** layers].
 
+    GroupNorm replaces the published critic's BatchNorm: batch statistics would make an image's logits, and so the loss,
+    depend on its micro-batch and rank, and would mix real images with reconstructions.
+
     Args:
-        channels: of the first convolution; doubled at each further one, up to eight times.
+        channels: channels of the first convolution; doubled at each further one, up to eight times.
         layers: convolutions of stride 2.
-    GroupNorm stands where the published critic has BatchNorm: batch statistics would make an image's logits, and so
-    the loss, depend on its micro-batch and rank, and would mix real images with reconstructions.
     Source: pix2pix (arXiv 1611.07004), the "PatchGAN" of appendix 6.1.2; VQGAN (arXiv 2012.09841) for its use here.
     """
 
@@ -28,7 +29,7 @@ class PatchCritic(nn.Sequential):
         modules: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for index in range(1, layers + 1):
             stride = 2 if index < layers else 1
-            # No bias: the norm behind it would take the groups' means out again.
+            # No bias, because the norm after it would remove it.
             modules.append(nn.Conv2d(widths[index - 1], widths[index], 4, stride=stride, padding=1, bias=False))
             modules += [group_norm(widths[index]), nn.LeakyReLU(0.2)]
         modules.append(nn.Conv2d(widths[layers], 1, 4, padding=1))
@@ -39,9 +40,9 @@ class CriticLogits(NamedTuple):
     """float32 [B, 1, h, w] each."""
 
     real: torch.Tensor
-    # of the reconstruction; gradient to the critic alone
+    # The critic's logits of the reconstruction, with gradient to the critic only.
     fake_detached: torch.Tensor
-    # same values; gradient to the reconstruction and to the critic
+    # The same values, with gradient to the reconstruction and to the critic.
     fake: torch.Tensor
 
 
@@ -51,13 +52,12 @@ class TokenizerWithCriticOutput(NamedTuple):
 
 
 class TokenizerWithCritic(nn.Module):
-    """Tokenizer and critic behind one forward, so that one engine and one backward pass train both.
+    """Tokenizer and critic in one forward, so that one engine and one backward pass train both.
 
-    The critic must climb where the tokenizer descends. `hinge_losses` of tokenizer_losses.py adds `fake_detached.mean()
-    - fake.mean()`
-    for the tokenizer: the critic's own gradient of the two terms cancels, the reconstruction's gradient of the second
-    remains. This needs no second optimiser and no parameter switched off for a part of the graph, which ZeRO-3 would
-    not survive.
+    The critic must ascend where the tokenizer descends. `hinge_losses` of tokenizer_losses.py adds
+    `fake_detached.mean() - fake.mean()` for the tokenizer: in the critic the gradients of the two terms cancel, and for
+    the reconstruction the gradient of the second remains. This needs no second optimiser, and no parameter has to be
+    switched off for a part of the graph, which ZeRO-3 does not support.
     """
 
     def __init__(self, tokenizer: PecoTokenizer, critic: PatchCritic) -> None:
@@ -76,7 +76,7 @@ class TokenizerWithCritic(nn.Module):
 
 
 def with_critic(tokenizer: ImageTokenizer, settings: AdversarialSettings) -> nn.Module:
-    """What the engine trains: the tokenizer beside a fresh critic, or alone where the recipe has none."""
+    """The model that the engine trains: the tokenizer with a new critic, or alone where the recipe has none."""
     if not settings.weight:
         return tokenizer
     return TokenizerWithCritic(tokenizer, PatchCritic(settings.channels, settings.layers))

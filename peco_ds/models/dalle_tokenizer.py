@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peco_ds.config import TokenizerSettings, check_tokenizer_settings
+from peco_ds.config import TokenizerSettings
 from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import LogitTokenizer
 from peco_ds.models.weight_files import count_of, rename_tensors, size_of
+from peco_ds.recipe_checks import check_tokenizer_settings
 
 # The logit-Laplace likelihood has no mass at 0 and 1: images of [0, 1] are put into [0.1, 0.9].
 MARGIN = 0.1
@@ -115,9 +116,7 @@ class DalleTokenizer(LogitTokenizer):
 
     @torch.no_grad()
     def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Codes int64 [B, N] of a (height, width) grid -> images float32 [B, 3, H, W] in [-1, 1]: the likeliest
-        ones.
-        """
+        """Codes int64 [B, N] of a (height, width) grid -> the likeliest images, float32 [B, 3, H, W] in [-1, 1]."""
         assert self.makes_images, "this release holds no decoder"
         first, *others = self.decoder
         # The first convolution of one-hot codes picks columns of its weight; the one-hot tensor would have V channels.
@@ -130,9 +129,9 @@ class DalleTokenizer(LogitTokenizer):
 
     @property
     def code_vectors(self) -> torch.Tensor:
-        """float32 [V, C] without gradient: what the decoder first makes of each code.
+        """float32 [V, C] without gradient: the decoder's embedding of each code.
 
-        Without a decoder the weights that each code's logit is read off with.
+        Without a decoder, the weights of each code's logit.
         """
         vectors = self.decoder[0].weight[:, :, 0, 0].T if self.makes_images else self.encoder[-1].weight[:, :, 0, 0]
         return vectors.detach()
@@ -185,7 +184,7 @@ def _layer_names(settings: TokenizerSettings) -> list[str]:
     names = ["input"]
     for level in range(1, len(settings.channel_mults) + 1):
         names += [f"group_{level}.block_{index}" for index in range(1, settings.blocks_per_level + 1)] + [""]
-    # the last group's "" is the ReLU of the output
+    # The last group's "" is the ReLU before the output.
     return [*names, "output.conv"]
 
 

@@ -1,4 +1,4 @@
-"""Frozen networks that judge (perceptual loss) or teach (VQ-KD): timm ViTs, MoCo v3, DINO, DINOv2, CLIP, our own
+"""Load frozen networks for perceptual losses and as VQ-KD teachers: timm ViTs, MoCo v3, DINO, DINOv2, CLIP, our own
 releases.
 
 A file is read strictly: a tensor that is missing, left over or of another shape is an error, because a judge with a few
@@ -34,7 +34,7 @@ from peco_ds.models.vit_layouts import (
 from peco_ds.schema import read_json, sha256_of_file
 
 MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
-# what a section of a recipe is told to fetch
+# What a message tells the user to fetch, for each section of a recipe.
 FETCH = {
     "perceptual": f"fetch {MOCO_V3_URL} (MoCo v3, ViT-B/16, 300 epochs) and give its path in perceptual.weights",
     "teacher": "fetch ViT-B-16.pt of github.com/openai/CLIP, or dino_vitbase16_pretrain.pth of "
@@ -49,13 +49,12 @@ class FeatureNet(nn.Module):
 
     Args:
         net: timm `VisionTransformer` or `Beit`.
-        mean, std: of its input, for images in [0, 1].
+        mean, std: statistics of images in [0, 1] that the network expects.
         description: one line for the log.
-        projection: float [T, D] that CLIP puts behind its final norm, or None.
+        projection: float [T, D], CLIP's layer after the final norm, or None.
         licence: what the weights are published under, "" unknown.
-    Attributes: image_px, the side of the square image it looks at; grid, patches a side of it; depth, its number of
-    blocks;
-        target_width, numbers a patch of `targets`.
+    Attributes: image_px, the side of its square input; grid, patches a side; depth, number of blocks; target_width,
+        numbers a patch of `targets`.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class FeatureNet(nn.Module):
             projection on every patch.
         """
         tokens = self.net.forward_features(self._normalized(images_01))[:, self.net.num_prefix_tokens :]
-        # with mean pooling timm keeps the final norm behind the pooling
+        # With mean pooling timm puts the final norm after the pooling.
         if isinstance(self.net.norm, nn.Identity):
             tokens = self.net.fc_norm(tokens)
         return (tokens if self.projection is None else F.linear(tokens, self.projection.to(tokens.dtype))).float()
@@ -160,7 +159,7 @@ def load_feature_net(
         architecture: timm name; "auto" reads width, depth, patch size and image size off the file. Folders and timm
             names bring theirs. CLIP weights that stand without a config and are not OpenAI's own file need it, for it
             tells GELU from QuickGELU.
-        image_px: side of the image it shall look at, position embeddings resampled; 0: the one it was trained on.
+        image_px: side of its input images, position embeddings resampled; 0: the one it was trained on.
         section: of the recipe, for messages: "perceptual" or "teacher".
     Raises: UserError if the file is missing or unreadable, does not hold a ViT, does not fit the architecture, misses a
         tensor or has one left over, if one is not finite, if its activation cannot be told, or if a download fails.
@@ -299,14 +298,15 @@ def _create(source: str, refusal: str, name: str) -> nn.Module:
     """
     try:
         notes = getattr(timm.get_pretrained_cfg(name), "notes", None) or ()
-    except RuntimeError:  # a tag of somebody's own
+    except RuntimeError:
+        # timm does not know the tag, as of a user's own release.
         notes = ()
     activation = {"act_layer": "quick_gelu"} if any("natively QuickGELU" in note for note in notes) else {}
     try:
         return timm.create_model(source, pretrained=True, **activation)
     except Exception as error:
-        # hub clients raise what their transport raises, and a damaged config ends anywhere in timm; none of it is a
-        # fault of ours
+        # Hub clients raise the errors of their transport, and a damaged config fails anywhere in timm; none is a fault
+        # of this package.
         raise UserError(refusal.format(_one_line(error))) from None
 
 
@@ -341,7 +341,7 @@ def _from_file(path: Path, architecture: str, section: str) -> _Loaded:
                 f"{'quick_gelu' if quick else 'gelu'}; use {section}.architecture=auto"
             )
         if vit.fixed_heads:
-            # timm's names for this width may mean another number of heads, which no shape would betray.
+            # timm's name for this width may mean another number of heads, which no shape would reveal.
             net = timm.create_model(architecture, pretrained=False, num_classes=0, num_heads=heads)
     _load_strictly(net, state, path, name, section)
     projection = vit.projection
@@ -386,7 +386,7 @@ def _build_from_shapes(path: Path, vit: VitFile, section: str) -> VisionTransfor
         )
     blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
     depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))
-    # no model of so many blocks is built to find the first missing tensor
+    # Checked first, so that no huge model is built only to find its first missing tensor.
     if depth > len(state):
         raise UserError(f"{path}: holds block {depth - 1}, but {len(state)} tensors in all; fetch the file again")
     class_tokens = 1 if "cls_token" in state else 0
@@ -400,7 +400,7 @@ def _build_from_shapes(path: Path, vit: VitFile, section: str) -> VisionTransfor
     if prefix is None:
         raise UserError(f"{path}: pos_embed has {positions} places, no square grid of patches; {advice}")
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    # DINOv2's giant: two halves, one of which opens the other
+    # DINOv2's giant has a gated MLP: one half of the hidden layer gates the other.
     gated = hidden == 2 * state["blocks.0.mlp.fc2.weight"].shape[1]
     return VisionTransformer(
         img_size=sides[prefix] * patch_px,

@@ -1,6 +1,4 @@
-"""What every tokenizer of the family can do, whatever its network: images -> codes, hard or soft, and where it can,
-codes -> images.
-"""
+"""The interface of all tokenizers: images -> codes, hard or soft, and for most of them codes -> images."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from peco_ds.models.vq import Codebook
 class SoftTokens(NamedTuple):
     codes: torch.Tensor  # int64 [B, N], row-major
     topk_codes: torch.Tensor  # int64 [B, N, k], likeliest first
-    # float32 [B, N, k], of the softmax over all V codes: a row sums to the mass kept
+    # float32 [B, N, k], probabilities of the softmax over all V codes: a row sums to the mass kept.
     topk_probs: torch.Tensor
 
 
@@ -28,7 +26,7 @@ class ImageTokenizer(nn.Module):
     codes and commitment.
     """
 
-    # False: `decode_codes` is not there, codes stand for features and not for pixels
+    # False: the codes stand for features, not for pixels, and there is no `decode_codes`.
     makes_images = True
 
     def __init__(self, settings: TokenizerSettings) -> None:
@@ -36,8 +34,8 @@ class ImageTokenizer(nn.Module):
         self.settings = settings
 
     def trunk(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Nearly all of the work, in the precision that autocast asks for: images -> what `choose` tells the codes
-        from, [B, ..., H / stride, W / stride].
+        """Nearly all of the work, in the precision of autocast: images -> the input of `choose`, [B, ..., H / stride,
+        W / stride].
         """
         raise NotImplementedError
 
@@ -54,7 +52,7 @@ class ImageTokenizer(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Codes int64 [B, N]. In eval mode, so that nothing is counted."""
+        """Codes int64 [B, N]. Needs eval mode, in which a codebook does not count."""
         self.check_eval()
         return self.choose(self.trunk(images_11))
 
@@ -74,7 +72,7 @@ class ImageTokenizer(nn.Module):
 
     @property
     def code_vectors(self) -> torch.Tensor:
-        """float [V, C] without gradient: what stands for each code, for probes of the codes."""
+        """float [V, C] without gradient: a vector for each code, for probes of the codes."""
         raise NotImplementedError
 
     def check_eval(self) -> None:
@@ -90,7 +88,7 @@ class ImageTokenizer(nn.Module):
 
 
 class LogitTokenizer(ImageTokenizer):
-    """Base of those that compute a logit for every code: the code is their arg max."""
+    """Base of the tokenizers that compute a logit for every code: the code is the arg max."""
 
     def code_logits(self, outputs: torch.Tensor) -> torch.Tensor:
         """The last layer, in the precision of its weights: [B, C, h, w] -> [B, V, h, w].
@@ -115,20 +113,19 @@ class LogitTokenizer(ImageTokenizer):
 
 
 class CodebookTokenizer(ImageTokenizer):
-    """Base of those that choose the nearest vector of a codebook, which a subclass makes as `codebook`."""
+    """Base of the tokenizers that choose the nearest vector of a codebook, which a subclass sets as `codebook`."""
 
     codebook: Codebook
 
     def to_features(self, outputs: torch.Tensor) -> torch.Tensor:
-        """The last layers, in the precision of their weights: the trunk's outputs -> features [B, C, H / stride, W /
-        stride].
+        """Run the last layers in the precision of their weights.
+
+        The trunk's outputs -> features [B, C, H / stride, W / stride].
         """
         raise NotImplementedError
 
     def encode(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W] in [-1, 1], sides multiples of the stride -> features [B, C, H / stride, W /
-        stride].
-        """
+        """Images [B, 3, H, W] in [-1, 1] -> features [B, C, H / stride, W / stride]; the stride divides the sides."""
         return self.to_features(self.trunk(images_11))
 
     def choose(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -148,7 +145,7 @@ class CodebookTokenizer(ImageTokenizer):
 
 
 def soft_tokens(logits: torch.Tensor, k: int, temperature: float) -> SoftTokens:
-    """From logits [B, N, V] of a tokenizer that computes them all."""
+    """Soft tokens from the logits [B, N, V] of a tokenizer that computes them all."""
     scaled = logits.float() / temperature
     values, indices = scaled.topk(k, dim=-1)
     return SoftTokens(logits.argmax(dim=-1), indices, (values - scaled.logsumexp(dim=-1, keepdim=True)).exp())

@@ -1,8 +1,7 @@
-"""The small decoder behind an encoder that saw the visible patches alone, and the index work on masked and visible
-places.
+"""The small decoder for an encoder that sees only visible patches, and the selection of masked and visible places.
 
-Selections are gathers of places that differ within an image, and products with one-hot rows: no two gradients are
-added in an order that the device picks, so a run that was stopped continues bit for bit.
+Selections are gathers of places that differ within an image, and products with one-hot rows: no gradients are added in
+an order that the device picks, so a run that was stopped continues bit for bit.
 """
 
 from __future__ import annotations
@@ -92,12 +91,13 @@ def visible_first(masked: torch.Tensor, num_patches: int) -> torch.Tensor:
 def bias_at(bias: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     """The bias between class token and some patches: [H, 1 + N, 1 + N] at int64 [B, n] -> [B, H, 1 + n, 1 + n]."""
     heads, tokens, _ = bias.shape
-    places = F.pad(patches + 1, (1, 0))  # class token first
+    # The class token comes first.
+    places = F.pad(patches + 1, (1, 0))
     one_hot = (places.unsqueeze(-1) == torch.arange(tokens, device=places.device)).to(bias.dtype)
     rows = one_hot.flatten(0, 1) @ bias.transpose(0, 1).flatten(1)  # [B (1 + n), H (1 + N)]
     both = rows.view(len(places), -1, tokens) @ one_hot.transpose(1, 2)
     picked = both.view(len(places), places.shape[1], heads, places.shape[1]).transpose(1, 2)
-    # A GPU's kernel wants rows that start at multiples of its alignment; else every layer would make, and keep, an
+    # A GPU's kernel wants rows that start at multiples of its alignment. Otherwise every layer would make, and keep, an
     # aligned copy of its own.
     return (
         F.pad(picked, (0, -picked.shape[-1] % ALIGNMENT))[..., : picked.shape[-1]]

@@ -2,10 +2,10 @@
 
 MaskedImageModel       BEiT: backbone, mask token, token head; the encoder sees a mask token at each masked place
 AggregatingImageModel  BEiT v2: a second branch beside it, which makes the class token carry what the image shows
-VisibleImageModel      MAE's asymmetry: the encoder sees the visible patches alone, a small decoder fills in the rest
+VisibleImageModel      MAE's asymmetry: the encoder sees only the visible patches, a small decoder fills in the rest
 
-A release holds `backbone.*`, and `mask_token` and `lm_head.*` where they work on the backbone's own tokens; all else
-serves pre-training alone.
+A release holds `backbone.*`, and `mask_token` and `lm_head.*` where they work on the backbone's own tokens; the other
+parts only serve pre-training.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from peco_ds.models.vit import (
 
 class MimOutput(NamedTuple):
     logits: torch.Tensor  # [B, M, V] at the masked patches, in the order of `masked`
-    # [B, 1 + N, D] after the norm that the token head sees, class token first
+    # [B, 1 + N, D] after the norm before the token head, class token first.
     features: torch.Tensor
     aggregated_logits: torch.Tensor | None = None  # [B, M, V] of a second branch
 
@@ -48,7 +48,8 @@ def build_mim(
     N, D]`.
 
     Args:
-        num_codes: V.  activation_checkpointing: what of each transformer block is computed again in the backward pass.
+        num_codes: V.
+        activation_checkpointing: the part of each transformer block that the backward pass computes again.
     """
     if encoding.kind == "visible":
         return VisibleImageModel(model, encoding, num_codes, activation_checkpointing=activation_checkpointing)
@@ -61,7 +62,7 @@ class MaskedImageModel(nn.Module):
     """BEiT's pre-training model.
 
     Args:
-        settings: size of the backbone.  num_codes: V.  activation_checkpointing: of each block in the backward pass.
+        settings: size of the backbone.  num_codes: V.  activation_checkpointing: see `build_mim`.
     Source: BEiT (arXiv 2106.08254), released `modeling_pretrain.py`.
     """
 
@@ -151,13 +152,12 @@ class AggregatingImageModel(MaskedImageModel):
 
 
 class VisibleImageModel(nn.Module):
-    """The encoder sees class token and visible patches, so that it costs what they cost.
-
-    A decoder predicts the codes of the masked ones.
+    """The encoder sees only the class token and the visible patches, which saves compute; a decoder predicts the codes
+    of the masked patches.
 
     PeCo's text discusses MAE's asymmetry and does not say that its ViT-H was trained so: this is our reading of an open
-    question. The encoder is the BEiT backbone with its relative position bias taken at the visible places; nothing else
-    tells it where a patch lies.
+    question. The encoder is the BEiT backbone with its relative position bias at the visible places; it has no other
+    information about positions.
 
     Source: MAE (arXiv 2111.06377), section 3, with codes as targets.
     """

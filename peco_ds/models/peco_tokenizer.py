@@ -18,7 +18,7 @@ from peco_ds.models.vq import Codebook
 
 
 class TokenizerOutput(NamedTuple):
-    # float32 [B, 3, H, W], trained towards [-1, 1], not clipped
+    # float32 [B, 3, H, W], trained towards [-1, 1], not clipped.
     reconstruction: torch.Tensor
     codes: torch.Tensor  # int64 [B, N], row-major
     commitment: torch.Tensor  # float32 [], unweighted
@@ -69,7 +69,7 @@ class AttentionBlock(nn.Module):
 class Downsample(nn.Module):
     """Halves the grid.
 
-    The padding lies right and below only: symmetric padding would need an odd size to see every pixel.
+    Padded at the right and the bottom only: symmetric padding would need an odd size to see every pixel.
     """
 
     def __init__(self, channels: int) -> None:
@@ -81,7 +81,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the grid: nearest neighbour, then a convolution, which leaves no checkerboard."""
+    """Doubles the grid: nearest neighbour, then a convolution, which avoids checkerboard artefacts."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Decoder(nn.Sequential):
 
 
 class PecoTokenizer(CodebookTokenizer):
-    """Encoder, codebook, decoder. Training calls `forward` alone, and every parameter takes part in it.
+    """Encoder, codebook, decoder. Training calls only `forward`, and every parameter takes part in it.
 
     Args:
         seed: decides at which encoder outputs dead codes restart.

@@ -1,6 +1,4 @@
-"""Tokenizers that others released, in the files they released them in: recognised by the names of their tensors, read
-without running what is in them.
-"""
+"""Read tokenizers from the files in which others released them: recognised by tensor names, nothing in them is run."""
 
 from __future__ import annotations
 
@@ -18,8 +16,8 @@ from peco_ds.models.vqkd_tokenizer import LEFT_BEHIND, read_vqkd
 from peco_ds.models.weight_files import read_tensor_file, size_of
 from peco_ds.schema import sha256_of_file
 
-# What released files name beside tensors: DALL-E's hold whole modules, Lightning's checkpoints the callback that wrote
-# them and its best score.
+# The classes that released files hold beside tensors: DALL-E's hold whole modules, Lightning's checkpoints the callback
+# that wrote them and its best score.
 _OBJECTS = frozenset(
     [
         f"dall_e.{name}"
@@ -127,10 +125,12 @@ LAYOUTS = {
 @dataclass(frozen=True)
 class PublishedTokenizer:
     settings: TokenizerSettings
-    # of the tokenizer that these settings build, float32
+    # The float32 state of the tokenizer that these settings build.
     state_dict: dict[str, torch.Tensor]
-    left_out: int  # tensors that only training needs
-    facts: dict  # for the release's card
+    # The number of tensors that were left out because only training needs them.
+    left_out: int
+    # For the release's card.
+    facts: dict
 
 
 def read_published(paths: list[Path], kind: str = "auto") -> PublishedTokenizer:

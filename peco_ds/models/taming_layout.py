@@ -1,4 +1,4 @@
-"""Files of taming-transformers' VQGANs -> our tokenizers: VQModel (nearest code) and GumbelVQ.
+"""Convert the files of taming-transformers' VQGANs, VQModel (nearest code) and GumbelVQ, into our tokenizers.
 
 Source: VQGAN (arXiv 2012.09841) and the names in its released files.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from peco_ds.config import TokenizerSettings, check_tokenizer_settings
+from peco_ds.config import TokenizerSettings
 from peco_ds.errors import UserError
 from peco_ds.models.gumbel_tokenizer import GumbelTokenizer
 from peco_ds.models.peco_tokenizer import PecoTokenizer
 from peco_ds.models.vq import Codebook
 from peco_ds.models.weight_files import count_of, rename_tensors, size_of
+from peco_ds.recipe_checks import check_tokenizer_settings
 
 # Names of the layers inside a block, ours -> theirs; the others are the same.
 _INSIDE = {"shortcut": ("nin_shortcut",), "proj": ("proj_out",), "qkv": ("q", "k", "v")}
@@ -100,7 +101,7 @@ _END = ["norm_out", "", "conv_out"]
 
 
 def _encoder_layers(settings: TokenizerSettings) -> list[str]:
-    """Their names for the layers of `Encoder`, in order; "" for the activation, which has no tensors."""
+    """The released names of `Encoder`'s layers, in order; "" for the activation, which has no tensors."""
     last = len(settings.channel_mults) - 1
     names = ["conv_in"]
     for level in range(last + 1):

@@ -1,6 +1,4 @@
-"""Any classifier of timm by its name, as a point of comparison: with the hub's weights, or with a local file of the
-same architecture.
-"""
+"""Load any classifier of timm by its name, for comparison: with the hub's weights or with a local file."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from peco_ds.models.weight_files import read_tensor_file
 
 logger = logging.getLogger("peco_ds")
 
-# where training scripts put the weights inside their checkpoint
+# Keys under which training scripts put the weights into their checkpoint.
 _CONTAINERS = ("state_dict", "model", "module")
 
 
@@ -27,7 +25,7 @@ class TimmClassifier(NamedTuple):
     num_classes: int
     source: str
     image_px: int
-    # side of the images that the model is evaluated at unless another is asked for
+    # The side of the images that the model is evaluated at unless another is asked for.
     own_px: int
     crop: float
     mean: tuple[float, ...]
@@ -60,8 +58,8 @@ def load_timm_classifier(name: str, checkpoint: Path | None = None, *, image_px:
     try:
         model = timm.create_model(name, pretrained=True, **arguments).eval()
     except Exception as error:
-        # the hub clients raise what their transport raises, timm's filters what they stumble on; none of it is a fault
-        # of ours
+        # Hub clients raise the errors of their transport, and timm's filters many others; none is a fault of this
+        # package.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if checkpoint is not None:
             raise UserError(
@@ -90,13 +88,14 @@ def load_timm_classifier(name: str, checkpoint: Path | None = None, *, image_px:
 
 
 def _resize(model: nn.Module, name: str, image_px: int) -> None:
-    """Make the model take images of another size: transformers are told, convolutional networks take any."""
+    """Make the model take images of another size: transformers have to be resized, convolutional networks take any."""
     try:
         if hasattr(model, "set_input_size"):
             model.set_input_size(img_size=(image_px, image_px))
         with torch.no_grad():
             model(torch.zeros(1, 3, image_px, image_px))
-    except Exception as error:  # timm's models refuse in many ways
+    except Exception as error:
+        # timm's models refuse in many ways.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"--image_px {image_px}: {name} takes no such image ({reason}); leave it out for the model's own size"

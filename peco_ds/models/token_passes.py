@@ -1,4 +1,4 @@
-"""A tokenizer as a fast function of many images: one precision, passes of one size, the network compiled where asked.
+"""Run a tokenizer fast over many images: one precision, passes of one size, the network compiled where asked for.
 
 Stored and online codes both come from here.
 """
@@ -18,13 +18,12 @@ class TokenPasses:
     images of one size.
 
     In bf16 the trunk runs under autocast: products in bf16, statistics of norms in float32. The last layer and the
-    search for the code are in the precision of
-    the weights, float32. A compiled trunk has one static shape: a last pass with fewer images is filled up, so that
-    nothing is compiled again for it.
+    search for the code run in the precision of the weights, float32. A compiled trunk has one static shape: a last pass
+    with fewer images is filled up, so that nothing is compiled again for it.
 
     Args:
         tokenizer: in eval mode, on its device.
-        images: of a pass, at most.
+        images: the most images of one pass.
         compiled: by torch.compile, which the first pass waits for.
     """
 
@@ -33,8 +32,8 @@ class TokenPasses:
     ) -> None:
         tokenizer.check_eval()
         assert images >= 1
-        # Eager group norms give images back channels first, and the next convolution would turn them round again;
-        # compiled ones keep the order they find.
+        # Eager group norms return images channels first, and the next convolution would convert them back; compiled
+        # ones keep the memory format.
         self._layout = torch.channels_last if compiled else torch.contiguous_format
         self._tokenizer = tokenizer.to(memory_format=self._layout)
         self._bf16, self._images, self._compiled = precision == "bf16", images, compiled
@@ -55,7 +54,7 @@ class TokenPasses:
 
     @torch.no_grad()
     def outputs(self, images_11: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The trunk's, pass by pass."""
+        """The trunk's outputs, pass by pass."""
         for piece in images_11.split(self._images):
             number = len(piece)
             if self._compiled and number < self._images:
@@ -65,7 +64,7 @@ class TokenPasses:
             yield outputs[:number]
 
 
-def even_pass(images: int, at_most: int) -> int:
+def even_pass_size(images: int, at_most: int) -> int:
     """Images of each pass when `images` are cut into the fewest of at most `at_most`: as equal as can be, so that
     next to nothing is filled up.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -13,13 +12,15 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peco_ds.config import TokenizerSettings, check_tokenizer_settings
+from peco_ds.config import TokenizerSettings
 from peco_ds.errors import UserError
 from peco_ds.models.dalle_tokenizer import DalleTokenizer
 from peco_ds.models.gumbel_tokenizer import GumbelTokenizer
 from peco_ds.models.image_tokenizer import ImageTokenizer
 from peco_ds.models.peco_tokenizer import PecoTokenizer
 from peco_ds.models.vqkd_tokenizer import VqkdTokenizer
+from peco_ds.models.weight_files import weights_fingerprint
+from peco_ds.recipe_checks import check_tokenizer_settings
 from peco_ds.schema import read_json, short, write_json
 
 KINDS: dict[str, type[ImageTokenizer]] = {
@@ -80,7 +81,7 @@ def save_tokenizer(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     described = json.loads(json.dumps(asdict(settings)))
-    fingerprint = tokenizer_fingerprint(described, tensors)
+    fingerprint = weights_fingerprint(described, tensors)
     temporary = folder / f".{TENSORS_NAME}.{os.getpid()}.tmp"
     save_file(tensors, temporary)
     with open(temporary, "rb+") as file:
@@ -155,7 +156,7 @@ def load_tokenizer(folder: str | Path) -> tuple[ImageTokenizer, TokenizerCard]:
             raise UserError(
                 f"{path}: tensor {name} is {tensors[name].dtype}, the settings ask for {expected[name].dtype}; {REMEDY}"
             )
-    fingerprint = tokenizer_fingerprint(described, tensors)
+    fingerprint = weights_fingerprint(described, tensors)
     if fingerprint != card.fingerprint:
         raise UserError(
             f"{folder}: fingerprint {fingerprint[:12]} is not the card's {card.fingerprint[:12]}, so a "
@@ -201,18 +202,3 @@ def _read_card(folder: Path) -> tuple[TokenizerCard, dict]:
                 f"{path}: {name} is {short(raw.get(name))}, its settings give {getattr(settings, name)}; {REMEDY}"
             )
     return TokenizerCard(fingerprint, settings, settings.num_codes, settings.stride_px, extra), raw["settings"]
-
-
-def tokenizer_fingerprint(settings: dict, tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 over the settings' canonical JSON and every tensor's name, dtype, shape and bytes, by sorted name.
-
-    Args:
-        settings: as the card holds them, so that a default added later changes no old fingerprint.
-        tensors: on the CPU.
-    """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

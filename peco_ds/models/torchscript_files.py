@@ -1,4 +1,4 @@
-"""TorchScript archives, the form of OpenAI's CLIP files, as tensors by name.
+"""Read the tensors of TorchScript archives, the form of OpenAI's CLIP files, by name.
 
 The program in them is neither compiled nor run.
 """
@@ -32,7 +32,7 @@ _DTYPES = {
 
 
 def is_torchscript(path: str | Path) -> bool:
-    """Whether a file is such an archive: a zip whose folder has constants.pkl beside data.pkl."""
+    """Whether a file is a TorchScript archive: a zip whose folder has constants.pkl beside data.pkl."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
@@ -43,7 +43,7 @@ def is_torchscript(path: str | Path) -> bool:
 def read_torchscript(path: str | Path) -> dict[str, torch.Tensor]:
     """Parameters and buffers of the module in an archive, by their dotted names, on the CPU in the stored precision.
 
-    One that has two names is one tensor.
+    A parameter with two names is one tensor.
 
     Raises: UserError if the archive is damaged, names a Python object that is neither a module of its own nor a tensor,
         or asks for more memory than it is large.
@@ -55,7 +55,7 @@ def read_torchscript(path: str | Path) -> dict[str, torch.Tensor]:
             folder = table.removesuffix("data.pkl") + "data/"
             return _tensors(archive, folder, _saved_tensors(root), Path(path).stat().st_size)
     except Exception as error:
-        # a damaged pickle ends in IndexError, struct.error or AttributeError, wherever the reader happens to stand
+        # On a damaged pickle the reader raises IndexError, struct.error, AttributeError and others.
         detail = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
             f"{path}: not a readable TorchScript archive ({detail}); fetch it again, or save "
@@ -77,7 +77,7 @@ class _Saved(NamedTuple):
 
 
 class _Module:
-    """Stands for every module of the archive: attributes and nothing that could run."""
+    """Replaces every module of the archive: it has attributes, and nothing that could run."""
 
 
 def _saved(storage, offset, size, stride, *_flags) -> _Saved:
@@ -92,9 +92,9 @@ def _first(content, *_type):
     return content
 
 
-# Python's own unpickler and not C's, which takes memory for any place in its memo that a damaged file names.
+# Python's own unpickler, because the one in C allocates memory for any place in its memo that a damaged file names.
 class _Reader(pickle._Unpickler):
-    """Gives modules as `_Module`, tensors as `_Saved`; of Python itself it hands out nothing."""
+    """Unpickles modules as `_Module` and tensors as `_Saved`, and nothing else."""
 
     def find_class(self, module: str, name: str):
         if module.split(".")[0] == "__torch__":
@@ -104,7 +104,8 @@ class _Reader(pickle._Unpickler):
         known = {("torch._utils", "_rebuild_tensor_v2"): _saved, ("collections", "OrderedDict"): dict}
         if (module, name) in known:
             return known[module, name]
-        if module == "torch.jit._pickle":  # typed lists
+        # Typed lists.
+        if module == "torch.jit._pickle":
             return _first
         raise pickle.UnpicklingError(f"its pickle names {module[:60]}.{name[:60]}, which was not run")
 
@@ -125,7 +126,7 @@ def _saved_tensors(root: object) -> dict[str, _Saved]:
     waiting, seen = [("", root)], set()
     while waiting:
         prefix, module = waiting.pop()
-        # a damaged archive may hold a module that holds itself
+        # A damaged archive may hold a module that holds itself.
         if id(module) in seen:
             continue
         seen.add(id(module))
@@ -140,8 +141,8 @@ def _saved_tensors(root: object) -> dict[str, _Saved]:
 def _tensors(
     archive: zipfile.ZipFile, folder: str, named: dict[str, _Saved], file_bytes: int
 ) -> dict[str, torch.Tensor]:
-    """Each storage is read once and let go of, each tensor made once: any number of them may lie in one storage, or
-    have one place in it.
+    """Each storage is read once and released, and each tensor is made once: any number of them may lie in one storage,
+    or share a place in it.
     """
     distinct = sorted(set(named.values()), key=lambda saved: saved.storage.key)
     asked = sum(math.prod(saved.size) * saved.storage.dtype.itemsize for saved in distinct)
@@ -165,7 +166,7 @@ def _tensor(data: bytearray, saved: _Saved) -> torch.Tensor:
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    # torch stores; a packed member may be a thousand times the file's size
+    # torch never compresses; a compressed member may be a thousand times the file's size.
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"its member {name[:80]} is compressed")
     return archive.read(name)

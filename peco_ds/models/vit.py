@@ -1,10 +1,9 @@
-"""The backbone: timm's `Beit` by its parameters, with blocks of our own, and one relative position bias shared by all
-of them; BEiT's initialisation.
+"""The backbone: a ViT with the parameters of timm's `Beit`, blocks of our own and one relative position bias for all.
 
-Parameters have timm's names and meaning, so a release for timm is a change of names. What differs is how a block
-computes: attention with a shared bias (`attention.py`), stochastic depth drawn outside so that one compiled graph
-serves all blocks, and recomputation inside. Sizes: B 768 x 12 x 12 heads, L 1024 x 24 x 16, H 1280 x 32 x 16 with patch
-14.
+Parameters have timm's names and meaning, so a release for timm is a change of names. The blocks compute differently:
+attention with a shared bias (`attention.py`), stochastic depth drawn outside so that one compiled graph serves all
+blocks, and activation checkpointing inside. Initialisation is BEiT's. Sizes (width x depth x heads): B 768 x 12 x 12,
+L 1024 x 24 x 16, H 1280 x 32 x 16 with patch 14.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ class TransformerBlock(Block):
     The unit that ZeRO-3 gathers and torch.compile sees.
 
     Args:
-        layer_scale: initial gammas; 0: none.  grid: patches a side, for a bias table of its own; None: it is given one.
+        layer_scale: initial gammas; 0: none.
+        grid: patches a side, for a bias table of the block's own; None: the bias is passed to `forward`.
         drop_path, drop_path_by: stochastic depth, see `draw_paths`.
         activation_checkpointing: in the backward pass, "selective": all but the matrix products and attention, "full":
             all.
@@ -67,7 +67,7 @@ class TransformerBlock(Block):
         )
 
     def draw_paths(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What stochastic depth does to attention and MLP in this pass, in training; None where nothing.
+        """The random choice of stochastic depth for attention and MLP in this pass; None where nothing is dropped.
 
         "image": factors [B, 1, 1], 0 with probability drop_path, else 1 / (1 - drop_path). "subset": int64 [n], the
         images that take the branch; n is B (1 - drop_path), rounded, at least 1, so the share is exact in every pass
@@ -97,12 +97,12 @@ class TransformerBlock(Block):
         Args:
             shared_rel_pos_bias: [H, T, T], or one an image [B, H, T, T]; not needed where the block has a table of its
                 own.
-            attention_path, mlp_path: of `draw_paths`.
+            attention_path, mlp_path: what `draw_paths` gave.
         """
         if self.activation_checkpointing == "none" or not self.training:
             return self._run(x, shared_rel_pos_bias, attention_path, mlp_path)
-        # Non-reentrant: the recomputed forward takes the same kernels as the first, so no loss changes. What is random
-        # was drawn before.
+        # Non-reentrant: the recomputed forward runs the same kernels as the first, so no loss changes. Random numbers
+        # were drawn before.
         contexts = {"context_fn": _keep_products} if self.activation_checkpointing == "selective" else {}
         return checkpoint(
             self._run,
@@ -137,9 +137,9 @@ class TransformerBlock(Block):
 
     @property
     def _linear(self):
-        # ZeRO-3 puts a function of its own in the place of F.linear, which saves the weight and not a view that would
-        # keep it gathered. That one adds the bias in place, to the very product that selective recomputation has kept,
-        # and would add it again. There nothing is saved, so the plain operator will do.
+        # ZeRO-3 replaces F.linear by a function that saves the weight and not a view, which would keep it gathered. But
+        # that function adds the bias in place, to the very product that selective checkpointing keeps, and would add it
+        # a second time. There nothing is saved for the weight, so the plain operator will do.
         return torch.ops.aten.linear if self.activation_checkpointing == "selective" else F.linear
 
 
@@ -152,7 +152,7 @@ def _add(x: torch.Tensor, branch, path: torch.Tensor | None, bias: torch.Tensor 
     if bias is not None and bias.dim() == 4:
         bias = bias[path]
     out = branch(x[path], bias)
-    # No two rows go to one place, so the order in which a device adds them is all the same.
+    # No two rows go to one place, so the order in which a device adds them does not matter.
     return x.index_add(0, path, (out * (len(x) / len(path))).to(x.dtype))
 
 
@@ -281,8 +281,8 @@ def scale_by_depth(blocks: Iterable[Block], first: int = 1) -> None:
 def trunc_normal(tensor: torch.Tensor, std: float) -> None:
     """Normal(0, std) cut at +-std: its own standard deviation is 0.54 of `std`.
 
-    By the inverse distribution function. PyTorch's own draws anew until every value lies inside, a third of them each
-    time: a minute for ViT-H.
+    Computed with the inverse distribution function. PyTorch's own function draws again until every value lies inside, a
+    third of them each time: a minute for ViT-H.
     """
     edge = math.erf(math.sqrt(0.5))
     tensor.uniform_(-edge, edge).erfinv_().mul_(math.sqrt(2) * std).clamp_(-std, std)

@@ -1,9 +1,9 @@
-"""The layouts in which ViTs are published, each brought to timm's names: MoCo v3, DINO, DINOv2, CLIP (OpenAI,
-open_clip), Hugging Face's CLIP, DINOv2 and ViT.
+"""Recognise the layouts in which ViTs are published and bring each to timm's names: MoCo v3, DINO, DINOv2, CLIP
+(OpenAI, open_clip), Hugging Face's CLIP, DINOv2 and ViT.
 
-What decides an answer without showing in a shape (activation, epsilon, heads) is taken from the layout or from the
-config file beside the weights,
-and never guessed: CLIP's names are the same for weights trained with GELU and with its approximation QuickGELU.
+Settings that no shape shows (activation, epsilon, heads) are taken from the layout or from the config file beside the
+weights, and never guessed: CLIP's names are the same for weights trained with GELU and with its approximation
+QuickGELU.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ PATCH_WEIGHT = "patch_embed.proj.weight"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HF_CONFIG = "config.json"
 
-_GELU, _QUICK_GELU = "gelu", "quick_gelu"  # as timm spells them
+# Activations as timm spells them.
+_GELU, _QUICK_GELU = "gelu", "quick_gelu"
 _HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
 # MoCo v3's ViT-S has 12 heads; the shapes of a file do not tell
 _MOCO_HEADS_OF_WIDTH = {384: 12, 768: 12}
-# open_clip's H, g and bigG; all others have heads 64 wide
+# Widths of open_clip's H, g and bigG; in all others a head is 64 wide.
 _CLIP_HEADS_OF_WIDTH = {1280: 16, 1408: 16, 1664: 16}
 
-# Where training scripts put the weights inside their checkpoint, and what they put before each name. The first that
+# Keys under which training scripts put the weights into their checkpoint, and prefixes of each name. The first that
 # fits is taken, so an average ("teacher", "base_encoder") wins over what it averages.
 _CONTAINERS = ("state_dict", "teacher", "model", "module")
 _MOCO_PREFIXES = ("module.base_encoder.", "base_encoder.")
 _PREFIXES = (*_MOCO_PREFIXES, "module.backbone.", "backbone.", "module.encoder.", "encoder.", "module.", "")
-_HEADS = ("head.", "head_dist.", "fc.")  # what sits behind the features
+# Layers after the features.
+_HEADS = ("head.", "head_dist.", "fc.")
 _DIMENSIONS = {
     PATCH_WEIGHT: 4,
     "pos_embed": 3,
@@ -100,7 +102,7 @@ def read_vit_file(path: Path) -> VitFile:
 
 
 def _check(path: Path, tensors: dict[str, torch.Tensor], dimensions: dict[str, int], prefix: str = "") -> None:
-    """What is looked into before the strict comparison has to have the form for it."""
+    """Check the tensors whose shapes are read before the strict comparison."""
     for name, wanted in dimensions.items():
         if name in tensors and (
             tensors[name].ndim != wanted or not tensors[name].numel() or not tensors[name].is_floating_point()
@@ -176,16 +178,19 @@ _KNOWN_FILES = (
 
 class _Found(NamedTuple):
     path: Path
-    inner: dict[str, torch.Tensor]  # the tensors behind the prefix, without it
+    # The tensors whose names have the prefix, named without it.
+    inner: dict[str, torch.Tensor]
     whole: dict[str, torch.Tensor]
     prefix: str
 
 
 @dataclass(frozen=True)
 class _Layout:
-    mark: str  # the tensor by which it is known
-    patches: str  # the patch embedding's weight
-    # what may stand before its names; the first that fits is taken
+    # The tensor by which the layout is known.
+    mark: str
+    # The name of the patch embedding's weight.
+    patches: str
+    # Prefixes that its names may have; the first that fits is taken.
     prefixes: tuple[str, ...]
     read: Callable[[_Found], VitFile]
 
@@ -239,9 +244,9 @@ def is_projection(weight: torch.Tensor | None, bias: torch.Tensor | None) -> boo
 
 
 def _with_registers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """DINOv2's registers stand between class token and patches without a position.
+    """The state with DINOv2's registers, which stand between class token and patches and have no position.
 
-    Timm then keeps positions for patches alone.
+    timm then keeps positions for the patches only.
     """
     if "register_tokens" not in state:
         return state
@@ -275,11 +280,11 @@ _CLIP_NAMES = (
 def _read_clip(found: _Found) -> VitFile:
     tensors = dict(found.inner)
     projection = tensors.pop("proj", None)
-    # of another form: refused, and not left out
+    # A projection of another form stays as it is, to be refused and not left out.
     projection = projection.T if projection is not None and projection.ndim == 2 else projection
     state = _renamed(tensors, _CLIP_NAMES)
     width = state[PATCH_WEIGHT].shape[0]
-    # OpenAI's own files keep three numbers beside the weights; what others saved with these names may have been trained
+    # OpenAI's own files keep three numbers beside the weights. Files of others with these names may have been trained
     # with either activation.
     of_openai = "input_resolution" in found.whole
     vit = VitFile(
@@ -385,9 +390,9 @@ _LAYOUTS = (
 
 
 def _renamed(tensors: dict[str, torch.Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
-    """The first pattern that a name begins with is put in its place.
+    """Rename each tensor by the first pattern that its name begins with.
 
-    A name that none fits, or whose place is taken, stays, to be refused as one without a place.
+    A name that no pattern fits, or whose new name is taken, stays, to be refused later as unexpected.
     """
     new = {
         name: next((re.sub(f"^{old}", put, name) for old, put in names if re.match(old, name)), name)
@@ -401,9 +406,9 @@ def _renamed(tensors: dict[str, torch.Tensor], names: tuple[tuple[str, str], ...
 
 
 def _joined(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Query, key and value of Hugging Face -> one tensor in this order.
+    """Concatenate Hugging Face's query, key and value into one tensor, in this order.
 
-    Left as they are where one is missing or of another shape.
+    Unchanged where one is missing or of another shape.
     """
     state = dict(state)
     for name in [name for name in state if re.fullmatch(r"blocks\.\d+\.attn\.q\.(weight|bias)", name)]:
@@ -431,9 +436,9 @@ def _with_batch(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _as_configured(
     path: Path, vit: VitFile, types: tuple[str, ...], *, heads: int, activation: str, eps: float
 ) -> VitFile:
-    """Heads, activation, epsilon, statistics and licence as the files of a Hugging Face folder say.
+    """The ViT with heads, activation, epsilon, statistics and licence from the files of a Hugging Face folder.
 
-    Unchanged where the weights stand alone.
+    Unchanged where there is no config beside the weights.
     """
     vit = replace(vit, licence=licence_beside(path.parent) or vit.licence)
     config = _config_beside(path, HF_CONFIG)

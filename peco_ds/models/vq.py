@@ -22,11 +22,11 @@ BLOCK_ELEMENTS = 2**25
 
 class Quantized(NamedTuple):
     codes: torch.Tensor  # int64 [B, N], row-major
-    # [B, C, H, W] in the input's dtype; its gradient passes straight to the features
+    # [B, C, H, W] in the input's dtype; its gradient passes straight through to the features.
     quantized: torch.Tensor
-    # float32 [B, C, H, W], the chosen codes themselves, without gradient
+    # float32 [B, C, H, W], the vectors of the chosen codes, without gradient.
     nearest: torch.Tensor
-    # float32 [], mean squared distance of the features to their codes; gradient to the features
+    # float32 [], mean squared distance of the features to their codes, with gradient to the features.
     commitment: torch.Tensor
 
 
@@ -37,10 +37,10 @@ class Codebook(nn.Module):
         num_codes: V.  code_dim: C.
         l2_normalized: features and codes live on the unit sphere, nearest means largest cosine.
         decay: of the moving averages, in [0, 1).  count_eps: Laplace smoothing of the counts.
-        average: of what a code is the moving average. "sums": of its features' sums over the average of their counts,
-            so that every feature weighs alike, and a code without hits loses its past. "directions", for unit codes: of
-            the features' unit mean, so that every step with a hit weighs alike, and a code without hits keeps its past;
-            a rare code follows the encoder more slowly.
+        average: what the moving average of a code is taken over. "sums": the sums of its features, divided by the
+            average of their counts, so that every feature weighs alike, and a code without hits loses its past.
+            "directions", for unit codes: the unit mean of its features, so that every step with a hit weighs alike,
+            and a code without hits keeps its past; a rare code follows the encoder more slowly.
         revive_below: a code whose averaged count (vectors a step) falls below this restarts at an encoder output; 0:
             never.
         seed: of the choice of those outputs.
@@ -72,15 +72,13 @@ class Codebook(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("ema_count", torch.ones(num_codes))
         self.register_buffer("ema_sum", codes.clone())
-        # Numbers instead of bool and Python int: every backend can broadcast them, and reading one is left to the
-        # caller.
+        # Tensors, not bool and int: every backend can broadcast them, and only a caller that needs one reads it back.
         self.register_buffer("initialized", torch.zeros(()))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        # vectors all ranks counted in the last step
+        # The number of vectors that all ranks counted in the last step.
         self.register_buffer("step_rows", torch.tensor(float(num_codes)))
-        # Sums of this step, the count in the last column, so that one collective carries both. With revival a second
-        # table of
-        # V rows holds candidates for restarts.
+        # Sums of this step, with the count in the last column, so that one collective carries both. With revival a
+        # second table of V rows holds candidates for restarts.
         tables = 2 if revive_below > 0 else 1
         self.register_buffer("pending", torch.zeros(tables * num_codes, code_dim + 1), persistent=False)
         salt = torch.randint(-(2**62), 2**62, (code_dim,), generator=torch.Generator().manual_seed(seed))
@@ -114,9 +112,10 @@ class Codebook(nn.Module):
     def forward(self, features: torch.Tensor) -> Quantized:
         """Nearest code of every position; in training mode also adds to the pending statistics of this step.
 
+        It must run once a micro-batch: a forward repeated by activation checkpointing would count twice.
+
         Args:
             features: [B, C, H, W], any float dtype; compared in float32.
-        Must run once a micro-batch: a forward repeated by activation checkpointing would count twice.
         """
         assert self.codes.dtype == torch.float32, (
             "the codebook must stay float32; build it outside a context that casts tensors"
@@ -226,10 +225,10 @@ class Codebook(nn.Module):
     def _candidate_slots(self, rows: torch.Tensor) -> torch.Tensor:
         """int64 [S]: a pseudo-random slot in [0, V) for a share of the rows, -1 for the others.
 
-        Slot and share follow from (seed, step, the row's own bits), so a row is a candidate on whichever rank and
-        micro-batch it
-        lies. The share keeps about V rows of a step, as many as there were in the last one: about a third of the slots
-        then hold exactly one row, and only those can be told from a sum over ranks.
+        Slot and share follow from (seed, step, the row's own bits), so whether a row is a candidate does not depend on
+        its rank and micro-batch. The share keeps about V of the rows of a step, if it has as many as the last one:
+        about a third of the slots then hold exactly one row, and only such a row can be recovered from a sum over
+        ranks.
         """
         bits = rows.contiguous().view(torch.int32).to(torch.int64)
         # Integer sums wrap and do not depend on their order. The rounds after it are a multiply-xorshift mixer.
@@ -250,8 +249,8 @@ class Codebook(nn.Module):
         Args:
             all_reduce: sums a float32 tensor over the ranks, in place; nothing on one process.
             applied: False for a step that was skipped, whose features may not be finite: what was counted is forgotten.
-        Returns: float32 [V], how often each code was chosen in this step by all ranks.
-        Nothing is read back to the host.
+        Returns: float32 [V], how often each code was chosen in this step by all ranks. Nothing is read back to the
+            host.
         """
         if not applied:
             self.pending.zero_()
@@ -268,8 +267,8 @@ class Codebook(nn.Module):
             smoothed = (self.ema_count + self.count_eps) / (total + self.num_codes * self.count_eps) * total
             codes = self.ema_sum / smoothed.unsqueeze(1)
         if self.l2_normalized:
-            # A code nothing chose keeps its direction; renewed from a sum that shrinks every step it would drown in
-            # rounding.
+            # A code that nothing chose keeps its direction. Computed from a sum that shrinks every step, it would be
+            # lost in rounding.
             codes = torch.where(counts.unsqueeze(1) > 0, F.normalize(codes, dim=-1), self.codes)
         self.codes.copy_(codes)
         if self.revive_below > 0:
@@ -303,12 +302,12 @@ class Codebook(nn.Module):
     def init_kmeans(self, vectors: torch.Tensor, iterations: int, generator: torch.Generator) -> None:
         """Lloyd's algorithm from randomly chosen vectors; the cosine variant with unit codes.
 
-        The caller broadcasts the buffers.
+        An empty cluster restarts at a randomly chosen vector before the next iteration. The caller broadcasts the
+        buffers.
 
         Args:
             vectors: [S, C] encoder outputs on the codebook's device; fewer than V are repeated with small noise.
             generator: the only source of randomness; a CPU one draws the same numbers on every machine.
-        An empty cluster restarts at a randomly chosen vector before the next iteration.
         """
         rows = vectors.to(self.codes).reshape(-1, self.code_dim)
         assert len(rows) > 0 and torch.isfinite(rows).all(), "k-means needs finite vectors, at least one"

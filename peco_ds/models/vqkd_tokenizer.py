@@ -16,15 +16,16 @@ from timm.layers import trunc_normal_
 from timm.models.beit import Beit
 from torch import nn
 
-from peco_ds.config import TokenizerSettings, TokenizerVitSettings, check_tokenizer_settings
+from peco_ds.config import TokenizerSettings, TokenizerVitSettings
 from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import CodebookTokenizer
 from peco_ds.models.vq import Codebook
 from peco_ds.models.weight_files import rename_tensors
+from peco_ds.recipe_checks import check_tokenizer_settings
 
 
 class VqkdOutput(NamedTuple):
-    # float32 [B, N, target_width], trained towards the direction of the teacher's
+    # float32 [B, N, target_width], trained towards the direction of the teacher's features.
     features: torch.Tensor
     codes: torch.Tensor  # int64 [B, N], row-major
     commitment: torch.Tensor  # float32 [], unweighted
@@ -33,7 +34,7 @@ class VqkdOutput(NamedTuple):
 class PatchTransformer(Beit):
     """timm's `Beit` with absolute positions that ends in its patch tokens: [B, C, S, S] -> [B, N, D], after the norm.
 
-    The class token is attended to by the patches and then left behind. timm's initialisation is the released one:
+    The patches attend to the class token, which is then dropped. timm's initialisation is the released one:
     normal, std 0.02, not cut at one deviation as in pre-training, projections divided by sqrt(2 i) in block i from 1.
     """
 
@@ -70,7 +71,7 @@ class Fp32Linear(nn.Linear):
 
 
 class VqkdTokenizer(CodebookTokenizer):
-    """Encoder, codebook, decoder of features. Training calls `forward` alone, and every parameter takes part in it.
+    """Encoder, codebook, decoder of features. Training calls only `forward`, and every parameter takes part in it.
 
     Args:
         seed: decides at which encoder outputs dead codes restart.
@@ -137,10 +138,10 @@ class VqkdTokenizer(CodebookTokenizer):
 
 # -------------------------------------------------------------------------------------- released files
 
-# of every attention head of the released networks; no shape tells
+# The width of every attention head of the released networks, which no shape tells.
 HEAD_WIDTH = 64
 CONTAINERS = ("model", "state_dict")
-# a training checkpoint's frozen teacher and what belongs to it
+# Names of a training checkpoint's frozen teacher and of what belongs to it.
 LEFT_BEHIND = ("teacher", "scaling", "loss")
 HEADS = {"encode_task_layer.": "to_code.", "decode_task_layer.": "to_target."}
 CODES = "quantize.embedding.weight"
@@ -184,7 +185,7 @@ def read_vqkd(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tensor]
         name: (_their_name(name),) for name in expected if name == "codebook.codes" or not name.startswith("codebook.")
     }
     state = rename_tensors({name: tensor for name, tensor in released.items() if name not in UNUSED}, names, expected)
-    # Codes are all that tokenizing needs. A training that went on from here would start its averages afresh, as after
+    # Tokenizing needs only the codes. A training that continued from here would start its averages anew, as after
     # k-means.
     codebook = Codebook.from_settings(settings)
     codebook.start_at(state["codebook.codes"])
@@ -234,7 +235,7 @@ def _settings_of(released: dict[str, torch.Tensor]) -> TokenizerSettings:
 def _depth(released: dict[str, torch.Tensor], part: str) -> int:
     numbers = {int(found[1]) for name in released if (found := re.match(rf"{part}\.blocks\.([0-9]{{1,6}})\.", name))}
     depth = 1 + max(numbers, default=-1)
-    # no network of so many blocks is built to find the first missing tensor
+    # Checked first, so that no huge network is built only to find its first missing tensor.
     if not 1 <= depth <= len(released):
         raise UserError(
             f"its {part} has {len(numbers)} blocks up to number {depth - 1} in {len(released)} tensors; {REMEDY}"

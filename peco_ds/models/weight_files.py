@@ -1,10 +1,13 @@
-"""Files of weights that strangers wrote: read without running anything that is in them, and named for what they are
-where they are none.
+"""Read weight files of unknown origin without running anything in them, and rename or fingerprint their tensors.
+
+A file that holds no weights is refused with what it seems to be.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -22,8 +25,8 @@ _NOT_A_WEIGHTS_FILE = "not a readable weights file"
 
 
 class StoredObject:
-    """Stands in for an object of another package that a pickle holds: it keeps the attributes that were stored, and
-    there is nothing in it that could run.
+    """Replaces an object of another package that a pickle holds: it keeps the stored attributes, and nothing of it can
+    run.
     """
 
     def __init__(self, *arguments) -> None:
@@ -35,7 +38,7 @@ class StoredObject:
 
 
 def read_tensor_file(path: str | Path, *, objects: frozenset[str] = frozenset()) -> dict:
-    """What a .safetensors or a torch.save file (.pth, .pt, .bin, .pth.tar) holds, its tensors on the CPU.
+    """The content of a .safetensors or a torch.save file (.pth, .pt, .bin, .pth.tar), its tensors on the CPU.
 
     Tensors are mapped where the format allows it: they take memory once they are read. Of pickles only tensors, plain
     containers and argparse.Namespace (MoCo v3 and DINO store their command line) are unpickled.
@@ -71,7 +74,7 @@ def read_tensor_file(path: str | Path, *, objects: frozenset[str] = frozenset())
         if isinstance(content, StoredObject):
             content = _tensors_of(content)
     except Exception as error:
-        # a damaged pickle ends in IndexError, struct.error or AssertionError, wherever the reader happens to stand
+        # On a damaged pickle the reader raises IndexError, struct.error, AssertionError and others.
         raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: {_reason(error, path)}") from None
     if not isinstance(content, dict):
         raise UserError(
@@ -83,10 +86,10 @@ def read_tensor_file(path: str | Path, *, objects: frozenset[str] = frozenset())
 
 
 def _refuse_odd_tensors(content: dict, path: Path) -> None:
-    """Tensors that are not whole on the CPU: without bytes behind them, or stretched by their strides, they would take
-    memory that the file does not have.
+    """Refuse tensors without bytes behind them, or expanded by their strides: they would take memory that the file does
+    not have.
     """
-    # a pickle may hold a dictionary that holds itself
+    # A pickle may hold a dictionary that holds itself.
     waiting, seen = [content], {id(content)}
     while waiting:
         for name, value in waiting.pop().items():
@@ -125,13 +128,14 @@ def _tensors_of(module: StoredObject) -> dict[str, torch.Tensor]:
 
 def _unpickle(path: Path, objects: frozenset[str]) -> object:
     with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"  # torch maps no other format
+        # torch maps no other format.
+        is_zip = file.read(4) == b"PK\x03\x04"
     if is_zip:
         with zipfile.ZipFile(path) as archive:
             packed = next(
                 (member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED), None
             )
-        # torch stores; a packed member may be a thousand times the file's size
+        # torch.save never compresses; a compressed member may be a thousand times the file's size.
         if packed is not None:
             raise ValueError(f"its member {packed[:80]} is compressed")
     with torch.serialization.safe_globals([argparse.Namespace, *((StoredObject, name) for name in objects)]):
@@ -139,10 +143,9 @@ def _unpickle(path: Path, objects: frozenset[str]) -> object:
 
 
 def foreign_classes(path: str | Path, known: frozenset[str] = frozenset()) -> list[str]:
-    """What the pickle of a torch.save file names beside tensors and plain containers; nothing of it is run or read.
+    """The classes that the pickle of a torch.save file names beside tensors and plain containers; nothing is run.
 
-    To be asked before others unpickle a file that holds objects: one with a name that is not expected could run
-    anything.
+    Call it before other code unpickles a file with objects: an unexpected class could run anything.
 
     Args:
         known: names that the reader expects, as "module.Class".
@@ -151,7 +154,7 @@ def foreign_classes(path: str | Path, known: frozenset[str] = frozenset()) -> li
     try:
         return sorted(set(get_unsafe_globals_in_checkpoint(path)) - known)
     except Exception as error:
-        # a damaged one ends in IndexError, struct.error or AssertionError, wherever the reader happens to stand
+        # On a damaged pickle the reader raises IndexError, struct.error, AssertionError and others.
         raise UserError(f"{path}: {_NOT_A_WEIGHTS_FILE}: {_reason(error, Path(path))}") from None
 
 
@@ -189,9 +192,9 @@ def size_of(tensors: dict, name: str, dimension: int) -> int:
 
 
 def count_of(tensors: dict, pattern: str, *, first: int) -> int:
-    """How many of the names that `pattern` gives for first, first + 1 ...
+    """How many of the names that `pattern` gives for first, first + 1, ... exist without a gap.
 
-    are there without a gap; at least 1, so that a missing first one is named by who asks for it.
+    At least 1, so that the caller names the first one where it is missing.
     """
     number = 1
     while pattern.format(first + number) in tensors:
@@ -202,10 +205,10 @@ def count_of(tensors: dict, pattern: str, *, first: int) -> int:
 def rename_tensors(
     tensors: dict, names: dict[str, tuple[str, ...]], expected: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """A state dict in our names, float32, from a file's tensors, every one of which has its place.
+    """A float32 state dict in our names from a file's tensors, all of which must be used.
 
     Args:
-        names: ours -> the file's; several are put together along the first dimension.
+        names: ours -> the file's; several are concatenated along the first dimension.
         expected: tensors of the right shapes in our names, on any device; those that `names` does not have are left to
             the caller.
     Raises: UserError if a tensor is missing, left over, not of floats, not finite, or of another shape.
@@ -247,3 +250,18 @@ def _float32(name: str, tensor, shape: tuple[int, ...]) -> torch.Tensor:
     if not tensor.isfinite().all():
         raise UserError(f"tensor {name} holds values that are not finite; fetch the file again")
     return tensor.float()
+
+
+def weights_fingerprint(settings: dict, tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 over the settings' canonical JSON and every tensor's name, dtype, shape and bytes, by sorted name.
+
+    Args:
+        settings: as they are recorded, so that a default added later changes no old fingerprint.
+        tensors: on the CPU.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""k-means start of a codebook from the first images of the run, the same on every rank."""
+"""Initialise a codebook by k-means on the encoder outputs of the run's first images, the same on every rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def init_codebook(
         tokenizer: on the device, whole; has `.encode(images_11) -> [B, C, h, w]` and `.codebook`.
         batches: images_11 [B, 3, T, T], equally long on every rank.
     Source: BEiT v2's `norm_ema_quantizer.py`, which runs k-means on each rank's own first batch and never compares the
-        results; here they are one.
+        results; here there is one result.
     """
     logger.info(
         "gathering %d encoder outputs for the k-means start of the codebook (tokenizer.kmeans_vectors)",
@@ -35,8 +35,8 @@ def init_codebook(
     vectors: list[torch.Tensor] = []
     while sum(map(len, vectors)) < settings.kmeans_vectors:
         features = tokenizer.encode(next(batches))
-        # Gathered pass by pass: the vectors stand in the order of the samples, so the start is the same for any number
-        # of ranks.
+        # Gathered pass by pass, so that the vectors are in the order of the samples and the start is the same for any
+        # number of ranks.
         vectors.append(world.gather(features.float().flatten(2).transpose(1, 2).reshape(-1, features.shape[1])))
     everywhere = torch.cat(vectors)[: settings.kmeans_vectors]
     if world.is_main:

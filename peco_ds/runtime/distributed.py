@@ -1,4 +1,4 @@
-"""Ranks from srun, deepspeed, torchrun or a plain process; device, seeds, collectives, stop flag."""
+"""Join the ranks of srun, deepspeed, torchrun or a plain process; device, seeds, collectives, stop flag."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import re
-import signal
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,33 +17,36 @@ import psutil
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when deepspeed is imported
+    # DeepSpeed reads this once, at its import.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 import torch.distributed as dist
 
-from peco_ds.data.workers import STOP_SIGNALS
 from peco_ds.errors import UserError
+from peco_ds.stop_signals import on_stop_signal
 
 logger = logging.getLogger("peco_ds")
 
-# Longer than any watchdog of a run (run.hang_timeout_s, an hour for start, saves and evaluation): that one says where
-# each rank stands. DeepSpeed's own default is ten minutes, less than a conversion of a large checkpoint or a first
-# compilation may take on rank 0.
+# Longer than any watchdog of a run (run.hang_timeout_s, an hour for start, saves and evaluation), because the watchdog
+# says where each rank hangs. DeepSpeed's own default of ten minutes is less than a conversion of a large checkpoint or
+# a first compilation may take on rank 0.
 COLLECTIVE_TIMEOUT_H = 2
 
 
 def import_muon_uncompiled() -> None:
-    """Given any optimiser, DeepSpeed imports its Muon to compare the two, and Muon hands its functions to torch.compile
-    at once, which loads all of torch's compiler:
-    seconds of every start, also of one that compiles nothing. Runs are trained with AdamW alone, so Muon's functions
-    may as well stay as they are.
+    """Import DeepSpeed's Muon without compiling it.
+
+    Given any optimiser, DeepSpeed imports Muon to compare the two, and Muon passes its functions to torch.compile at
+    once. That loads all of torch's compiler and takes seconds of every start, also of one that compiles nothing. Runs
+    use AdamW only, so Muon's functions may stay uncompiled.
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-    except ImportError:  # of a release without it
+    except ImportError:
+        # This DeepSpeed release has no Muon.
         pass
     finally:
         if before is None:
@@ -59,17 +61,18 @@ import_muon_uncompiled()
 class Launcher:
     """The `deepspeed` or `torchrun` that started this rank.
 
-    A rank whose launcher was killed has nobody left who would tell it to stop.
+    Once the launcher was killed, nothing tells the rank to stop.
     """
 
     def __init__(self) -> None:
         self._chain = [psutil.Process(os.getppid())]
         words = " ".join(self._words(self._chain[0]))
-        # the second of deepspeed's two processes; the first is the one that users see and end
+        # This is the second of deepspeed's two processes; the first is the one that users see and end.
         if "deepspeed.launcher.launch" in words:
             self._chain += self._chain[0].parents()[:1]
         elif not re.search(r"torchrun|torch\.distributed\.(run|launch)", words):
-            self._chain = []  # a shell may end before what it started
+            # The parent is no launcher, but a shell, say, which may end before what it started.
+            self._chain = []
 
     def gone(self) -> bool:
         return not all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in self._chain)
@@ -83,11 +86,14 @@ class Launcher:
 
 
 class Agreed(NamedTuple):
-    """What all ranks know together at the end of a step."""
+    """What all ranks agree on at the end of a step."""
 
-    stop: bool  # some rank was asked to stop
-    busy: bool  # some rank still writes
-    due: bool  # a checkpoint is due by the clock
+    # Some rank was asked to stop.
+    stop: bool
+    # Some rank still writes its part of a checkpoint.
+    busy: bool
+    # A checkpoint is due by the clock.
+    due: bool
 
 
 @dataclass
@@ -97,9 +103,11 @@ class World:
     rank: int
     size: int
     device: torch.device
-    stop_seen: bool = False  # by this rank; `agree_on` asks all
+    # Whether this rank was asked to stop; `agree_on` asks all ranks.
+    stop_seen: bool = False
     launcher: Launcher | None = None
-    _asked: tuple[torch.Tensor, torch.cuda.Event] | None = None  # answers on their way to the host
+    # Answers on their way to the host.
+    _asked: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     @property
     def is_main(self) -> bool:
@@ -149,22 +157,17 @@ class World:
             dist.barrier()
 
     def watch_signals(self) -> None:
-        """The stop signals only set a flag; the loop ends the step and saves. A second Ctrl-C is Python's own."""
-        for number in STOP_SIGNALS:
-            # nohup, or a shell's job in the background
-            ignored = signal.getsignal(number) is signal.SIG_IGN
-            if not ignored or number in (signal.SIGUSR2, signal.SIGTERM):
-                signal.signal(number, self._on_signal)
+        """From here on a stop signal only sets a flag; the loop ends the step and saves."""
+        on_stop_signal(self._set_stop_seen)
 
-    def _on_signal(self, number, _frame) -> None:
+    def _set_stop_seen(self) -> None:
         self.stop_seen = True
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
 
     def agree_on(self, *, busy: bool = False, due: bool = False) -> Agreed:
         """The same answers on every rank, once an optimiser step. Collective.
 
-        On a GPU they are those asked for at the last call: reading these would make the host wait for the step.
+        On a GPU the answers are those of the previous call: to read the current ones would make the host wait for the
+        step.
 
         Args:
             busy: this rank still writes its part of a checkpoint.  due: rank 0's clock says that one is due.
@@ -173,7 +176,7 @@ class World:
         flags = torch.zeros(3, device=self.device)
         for place, flag in enumerate((self.stop_seen, busy, due)):
             if flag:
-                # a tensor made from host values would wait for the device
+                # To copy a tensor from host values would wait for the device.
                 flags[place].fill_(1.0)
         self.all_reduce(flags)
         if self.device.type == "cuda":
@@ -189,7 +192,7 @@ class World:
         return Agreed(*(count > 0 for count in flags.tolist()))
 
     def forget_answers(self) -> None:
-        """Answers under way are not to be believed: what they were asked about has changed."""
+        """Discard answers under way, because what they were asked about has changed."""
         self._asked = None
 
     def stop_requested(self) -> bool:
@@ -205,7 +208,7 @@ def start_world() -> World:
     _translate_environment()
     if torch.cuda.is_available():
         if torch.cuda.device_count() == 1:
-            # each task was given sight of its own GPU only (--gpus-per-task)
+            # Each task sees only its own GPU (--gpus-per-task).
             os.environ["LOCAL_RANK"] = "0"
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
@@ -217,7 +220,7 @@ def start_world() -> World:
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
-        # the deepspeed launcher forces one thread
+        # The deepspeed launcher sets OMP_NUM_THREADS to 1.
         if "OMP_NUM_THREADS" not in os.environ or "LOCAL_SIZE" in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _local_size()))
     rank = int(os.environ["RANK"])
@@ -225,7 +228,8 @@ def start_world() -> World:
     deepspeed.init_distributed(
         dist_backend=None, auto_mpi_discovery=False, verbose=False, timeout=timedelta(hours=COLLECTIVE_TIMEOUT_H)
     )
-    # Left to the interpreter's end, gloo's threads now and then outlive what they need and abort a rank that was done.
+    # If this is left to the interpreter's end, gloo's threads sometimes outlive what they need and abort a rank that
+    # was done.
     atexit.register(_leave)
     world = World(rank, int(os.environ["WORLD_SIZE"]), device, launcher=Launcher())
     world.watch_signals()
@@ -244,7 +248,8 @@ def seed_all(seed: int) -> None:
 
 
 def _local_size() -> int:
-    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):  # deepspeed's launcher, torchrun
+    # The first is set by deepspeed's launcher, the second by torchrun.
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         if name in os.environ:
             return int(os.environ[name])
     # "2(x3),1": tasks of each node of a Slurm step; equal on all nodes of a training job
@@ -275,7 +280,7 @@ def _translate_environment() -> None:
 
 
 def _configure_logging(rank: int) -> None:
-    """Ours at INFO on the first rank and WARNING elsewhere; DeepSpeed's chatter only when it warns."""
+    """Our logger at INFO on the first rank and WARNING elsewhere; DeepSpeed's at WARNING."""
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S"))

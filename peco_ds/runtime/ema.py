@@ -1,4 +1,4 @@
-"""Moving average of the weights, kept on what each rank owns of the fp32 master weights: no rank ever holds it whole.
+"""Keep a moving average of the weights, sharded like the fp32 master weights: no rank ever holds it whole.
 
 DeepSpeed's optimisers keep those masters in lists of their own; this file is the one place that knows which.
 """
@@ -86,10 +86,11 @@ def local_masters(engine) -> list[torch.Tensor]:
         "fp32_groups_flat_partition",
         "fp32_groups_flat",
     ):
-        # ZeRO-3; ZeRO-1 and 2; ZeRO-1 in bf16; without ZeRO in 16 bit with a fused optimiser
+        # In this order: ZeRO-3; ZeRO-1 and 2; ZeRO-1 in bf16; without ZeRO in 16 bit with a fused optimiser.
         if getattr(optimizer, name, None):
             return getattr(optimizer, name)
-    if hasattr(optimizer, "fp32_groups"):  # without ZeRO in 16 bit
+    # Without ZeRO in 16 bit.
+    if hasattr(optimizer, "fp32_groups"):
         return [master for group in optimizer.fp32_groups for master in group]
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -99,11 +100,12 @@ def refresh_weights(engine) -> None:
     """Bring changed masters into the weights that the model computes with. Collective."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        # as its own step does; a gathered copy would stay as it was
+        # As ZeRO-3's own step does: otherwise a gathered copy would keep the old weights.
         optimizer._partition_all_parameters()
         for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-        if optimizer.persistent_parameters:  # small ones are kept whole on every rank
+        # ZeRO-3 keeps small parameters whole on every rank.
+        if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()

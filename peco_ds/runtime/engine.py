@@ -1,7 +1,4 @@
-"""Recipe + ds_configs JSON -> one merged setting -> DeepSpeed engine.
-
-The one place that knows the order of wrapping.
-"""
+"""Wrap a model into a DeepSpeed engine, from the recipe and a merged ds_configs JSON; the order of wrapping is here."""
 
 from __future__ import annotations
 
@@ -16,7 +13,8 @@ from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import nn
 
-from peco_ds.config import Durations, OptimSettings, RunSettings, ScheduleSettings
+from peco_ds.config import OptimSettings, RunSettings, ScheduleSettings
+from peco_ds.durations import Durations
 from peco_ds.errors import UserError
 from peco_ds.runtime.optim import build_optimizer, decay_groups
 from peco_ds.schedules import cosine_with_warmup
@@ -67,7 +65,7 @@ def start_engine(
 
 
 def compiles(run: RunSettings) -> bool:
-    """What run.compile comes to on this machine."""
+    """Whether run.compile means to compile on this machine."""
     return run.compile == "blocks" or (
         run.compile == "auto" and torch.cuda.is_available() and run.layer_norm == "torch"
     )
@@ -76,16 +74,15 @@ def compiles(run: RunSettings) -> bool:
 def compile_each(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> None:
     """Compile the forward pass of every module of these classes, each by itself; they share the graphs.
 
-    ZeRO-3's hooks, which gather and free weights, lie around a module's forward pass and so outside of what is
-    compiled. A graph that breaks would be slow
-    without a word: it is an error here.
+    ZeRO-3's hooks, which gather and free weights, run around a module's forward pass and so outside of the compiled
+    code. A graph break would make it slow silently, so it is an error here.
     """
-    # training, evaluation, the sizes of subsets
+    # Training, evaluation and subsets of several sizes each need a graph.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for module in model.modules():
         if isinstance(module, classes):
-            # Sizes other than the first would make all sizes symbolic, and kernels slower: a decoder's after an
-            # encoder's. Only subsets have too many.
+            # A size other than the first, as a decoder's after an encoder's, would make all sizes symbolic and kernels
+            # slower. Only subsets have too many sizes for a graph each.
             dynamic = None if getattr(module, "drop_path_by", "") == "subset" else False
             module.forward = torch.compile(module.forward, fullgraph=True, dynamic=dynamic)
 
@@ -97,14 +94,15 @@ def check_deepspeed_config(ds_config: dict, source: str | Path) -> None:
     """
     try:
         deepspeed.DeepSpeedConfig(ds_config)
-    except ValidationError as error:  # some blocks are checked with pydantic
+    except ValidationError as error:
+        # DeepSpeed checks some blocks with pydantic.
         first = error.errors()[0]
         raise UserError(
             f"{source}: {error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}; DeepSpeed "
             f"{deepspeed.__version__} refuses it"
         ) from None
     except (DeepSpeedConfigError, TypeError, AttributeError, ValueError, KeyError, AssertionError) as error:
-        # others by whatever breaks on them
+        # Other blocks raise errors of any of these types.
         raise UserError(
             f"{source}: DeepSpeed {deepspeed.__version__} refuses it: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}"

@@ -15,10 +15,8 @@ from typing import Literal
 
 import torch
 
-from peco_ds.command_line import lost_ranks
-from peco_ds.config import Durations, RunSettings
-from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, UserError
-from peco_ds.planner.hardware import hardware_of_device
+from peco_ds.config import RunSettings
+from peco_ds.durations import Durations
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.engine import grad_norm, memory_gib
 from peco_ds.runtime.timeline import (
@@ -42,7 +40,7 @@ logger = logging.getLogger("peco_ds")
 
 __all__ = ["EVALUATION_FILE", "METRICS_FILE", "Meter", "read_evaluation", "read_metrics"]
 
-# metrics.jsonl name -> TensorBoard tag
+# Name in metrics.jsonl -> TensorBoard tag. A name with a slash is its own tag; any other one goes under loss/.
 _TAGS = {
     "loss": "loss/total",
     "accuracy": "tokens/masked_accuracy",
@@ -66,16 +64,8 @@ _TAGS = {
     "perplexity": "tokens/perplexity",
 }
 _NO_SCALARS = ("step", "time", "start", "up_s")
-# a pause shorter than this was none: the loop only asked whether something was due
+# A shorter pause was none: the loop only asked whether something was due.
 _SHORTEST_S = 1e-3
-
-
-def _peak_flops(world: World, precision: str) -> float:
-    """FLOP a second of all ranks' devices by their data sheets; 0 where there is none."""
-    if world.device.type != "cuda":
-        return 0.0
-    hardware = hardware_of_device(torch.cuda.get_device_name(world.device))
-    return world.size * hardware.peak_flops[precision] if hardware else 0.0
 
 
 class Meter:
@@ -83,14 +73,13 @@ class Meter:
 
     Records the start, and the end by `close`.
 
-    As a context manager it records an exception that leaves the loop as the end of this start.
-
     Args:
         run_folder: metrics.jsonl, starts.jsonl and tensorboard/ are written there by rank 0.
         first_step: rows after it, left by a run that went on past its last checkpoint, are dropped: no step is missing
             or there twice.
-        training_flops: FLOP of one image, forward and backward: model FLOP utilisation is logged on a GPU whose peak
-            is known.
+        training_flops: FLOP of one image, forward and backward.
+        peak_flops: FLOP a second of all ranks' devices, 0 where it is not known; with it model FLOP utilisation is
+            logged.
         counters: name -> what this rank counted since the run began; every row has the sum over ranks.
     """
 
@@ -104,15 +93,17 @@ class Meter:
         run: RunSettings,
         num_samples: int,
         training_flops: float = 0.0,
+        peak_flops: float = 0.0,
         counters: dict[str, Callable[[], int]] | None = None,
     ) -> None:
         self._run_folder, self._world = run_folder, world
-        self._training_flops, self._peak_flops = training_flops, _peak_flops(world, run.precision)
+        self._training_flops, self._peak_flops = training_flops, peak_flops
         self._durations, self._run, self._num_samples = durations, run, num_samples
         self._done = first_step
         self._counters = counters or {}
         self._paused_since: float | None = None
-        self._first_step_from: float | None = None  # when this start asked for its first batch
+        # Time at which this start asked for its first batch.
+        self._first_step_from: float | None = None
         self._first_waited_s = 0.0
         self._first_is_done = False
         self._discard_step()
@@ -122,7 +113,7 @@ class Meter:
             from torch.utils.tensorboard import SummaryWriter
 
             drop_redone_steps(run_folder, first_step)
-            # the moment of the start is evaluated again
+            # The evaluation at the step of the start is made again.
             drop_rows_after(run_folder / EVALUATION_FILE, first_step - 1)
             self._start = record_start(
                 run_folder,
@@ -131,25 +122,12 @@ class Meter:
                 total_steps=durations.total_steps,
                 stop_step=durations.stop_step,
             )
-            self._age_s = process_age_s() - time.monotonic()  # of the process, at monotonic time 0
+            # Age of the process at monotonic time 0.
+            self._age_s = process_age_s() - time.monotonic()
             self._account = account_of(run_folder)
-            # a row is one write: whole, or cut short by a kill
+            # Unbuffered: a row is one write, whole or cut short by a kill.
             self._file = open(run_folder / METRICS_FILE, "ab", buffering=0)
             self._tensorboard = SummaryWriter(str(run_folder / "tensorboard"), purge_step=first_step + 1)
-
-    def __enter__(self) -> Meter:
-        return self
-
-    def __exit__(self, kind, error, _traceback) -> None:
-        if error is not None:
-            lost = lost_ranks(error)
-            others = EXIT_INTERRUPTED if lost else EXIT_FAULT
-            reason = f"lost the other ranks: {lost}" if lost else f"{kind.__name__}: {error}"
-            try:
-                self.close(EXIT_BAD_INPUT if isinstance(error, UserError) else others, " ".join(reason.split())[:500])
-            except UserError as second:
-                # the disk that did not take a checkpoint does not take this either; what came first is what counts
-                logger.warning("%s", second)
 
     def _reset(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
@@ -318,7 +296,8 @@ class Meter:
                 value = torch.tensor(value, dtype=torch.float32, device=self._world.device)
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._passes += state["passes"]
-        if states:  # time passes on all ranks alike
+        # Time passes on all ranks alike.
+        if states:
             self._steps, self._data_wait_s = states[0]["steps"], states[0]["data_wait_s"]
             self._since = time.perf_counter() - states[0]["elapsed_s"]
         if self._file is not None and states and "start" in states[0]:
@@ -364,7 +343,7 @@ class Meter:
             if self._tensorboard is not None:
                 self._tensorboard.add_image(tag, image_u8, step)
 
-    def close(self, code: int = EXIT_DONE, reason: str = "") -> None:
+    def close(self, code: int, reason: str = "") -> None:
         """Record how this start ended, and say where its time went. Not collective; only the first call counts.
 
         Args:

@@ -1,4 +1,4 @@
-"""Parameter groups and the AdamW that a recipe asks for."""
+"""Build the parameter groups and the AdamW that a recipe asks for."""
 
 from __future__ import annotations
 
@@ -47,9 +47,8 @@ def decay_groups(model: nn.Module, weight_decay: float, lr_scales: dict[str, flo
 
 
 def layer_scales(depth: int, decay: float) -> dict[str, float]:
-    """Factors on the learning rate of a classifier's layers, for `decay_groups`: what lies `n` layers below the
-    head learns at
-    decay ** n of the learning rate.
+    """Factors on the learning rate of a classifier's layers, for `decay_groups`: decay ** n for a layer `n` below
+    the head.
 
     Returns: parameter-name prefix -> factor. Patch embedding and class token are layer 0, block i (from 0) is layer i +
         1, the pooling norm and the head are layer depth + 1 and keep the full learning rate.
@@ -86,7 +85,7 @@ def build_optimizer(groups: list[dict], settings: OptimSettings, *, offloaded: b
 
 
 def use_layer_norm(run: RunSettings) -> None:
-    """Before a model is built: whose kernel its layer norms take, by timm's own switch.
+    """Select the kernel of the layer norms by timm's own switch; to be called before a model is built.
 
     Raises: UserError as `require_nvidia_apex`.
     """
@@ -99,7 +98,8 @@ def require_nvidia_apex(setting: str, *, module: str, extension: str) -> None:
     """Raises: UserError saying which `apex` is installed, if any, and where the right one comes from.
 
     Args:
-        setting: that asks for it.  module, extension: the part of it that is needed, and that part's CUDA kernels.
+        setting: the name of the setting that asks for apex.
+        module, extension: the part of apex that is needed, and that part's CUDA kernels.
     """
     remedy = (
         "build NVIDIA's from a clone of github.com/NVIDIA/apex (APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip "

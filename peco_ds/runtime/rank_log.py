@@ -1,4 +1,4 @@
-"""The log of one rank: a file that grows over all starts of a run."""
+"""Write the log of one rank: a file that all starts of a run append to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOLDER = "logs"
 
 logger = logging.getLogger("peco_ds")
 
-# what the last `log_to` of this process changed
+# Functions that undo what the last `log_to` of this process changed.
 _undo: list[Callable[[], None]] = []
 
 
@@ -28,7 +28,7 @@ def log_path(run_folder: Path, rank: int) -> Path:
 
 
 def stacks_path(run_folder: Path, rank: int) -> Path:
-    """Where a hang's stack dump goes."""
+    """The file for the stacks of a rank that hangs."""
     return Path(run_folder) / FOLDER / f"rank_{rank:05d}.stacks.txt"
 
 
@@ -36,8 +36,8 @@ def log_to(run_folder: Path, rank: int) -> Path:
     """From here on the logger "peco_ds" (every level), Python warnings and uncaught tracebacks also go to
     RUN/logs/rank_NNNNN.log.
 
-    What stderr shows does not change. A file that is there is continued, under a header line of this start. A second
-    call in one process moves the log.
+    What stderr shows does not change. An existing file is continued, under a header line of this start. A second call
+    in one process moves the log.
 
     Returns: the file.
     """
@@ -46,8 +46,8 @@ def log_to(run_folder: Path, rank: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = _RankFile(path, _ends_cut_short(path))
     handler.setFormatter(_one_line_a_record(rank))
-    # A logger drops what is below its own level before any handler sees it; so the level moves to the handlers that
-    # were there.
+    # A logger drops records below its own level before any handler sees them, so the level moves to the existing
+    # handlers.
     shown = logger.getEffectiveLevel()
     levels = [(other, other.level) for other in logger.handlers]
     level = logger.level
@@ -82,7 +82,7 @@ def close() -> None:
 
 
 def _copy_hooks(handler: logging.Handler) -> None:
-    """Warnings and tracebacks that nobody catches are shown as before, and written to the handler."""
+    """Warnings and uncaught tracebacks are shown as before, and also written to the handler."""
 
     def record(level: int, message: str, trace=None) -> None:
         handler.handle(logging.LogRecord("python", level, "", 0, message, None, trace))
@@ -131,7 +131,7 @@ def _one_line_a_record(rank: int) -> logging.Formatter:
 
 
 def _ends_cut_short(path: Path) -> bool:
-    """Whether a kill left the last line without its end."""
+    """Whether the last line has no end, as after a kill."""
     if not path.is_file() or path.stat().st_size == 0:
         return False
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""What a run folder tells without the program: settings, DeepSpeed JSON, command, commit, versions."""
+"""Write and read the records of a run folder: settings, DeepSpeed JSON, command, commit, versions."""
 
 from __future__ import annotations
 
@@ -11,76 +11,44 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import yaml
 
-from peco_ds.config import NOT_YAML, Resolved, read_yaml
-from peco_ds.data.atomic_files import alone
+from peco_ds.config import Recipe
+from peco_ds.data.atomic_files import lock_file
 from peco_ds.errors import UserError
+from peco_ds.field_marks import AbsentMeans, FreeOnResume, keys_with
+from peco_ds.old_spellings import current_settings
+from peco_ds.recipe_files import Resolved
 from peco_ds.runtime.distributed import World
 from peco_ds.schema import read_json, write_json
+from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
 logger = logging.getLogger("peco_ds")
 
 LOCK_PATIENCE_S = 180
-_held: dict[Path, ExitStack] = {}  # locks of this process
+# Run folders that this process has locked.
+_held: dict[Path, ExitStack] = {}
 
 SETTINGS = "settings.yaml"
 DEEPSPEED = "deepspeed.json"
 PROVENANCE = "provenance.json"
 
-# of runs from before there was a choice, where it was not today's default
-_WAS = {"pretrain": {"views.tokenizer_precision": "fp32"}}
 
-# Settings that may differ between a run and its continuation. Paths are among them: what lies there is compared by
-# fingerprint.
-_FREE = (
-    "data.num_workers",
-    "data.root",
-    "data.images",
-    "data.tokens",
-    "data.tokenizer",
-    "data.val_images",
-    "data.verify",
-    "data.max_bad_share",
-    "run.log_every_steps",
-    "run.micro_batch",
-    "run.activation_checkpointing",
-    "run.compile",
-    "run.layer_norm",
-    "run.max_skipped_steps",
-    "run.spike_factor",
-    "run.hang_timeout_s",
-    "schedule.stop_at_step",
-    "checkpoint.",
-    "evaluation.",
-    "name",
-)
-
-
-def open_run_folder(
-    folder: Path, stage: str, resolved: Resolved, ds_config: dict, provenance: dict, world: World
-) -> None:
+def open_run_folder(folder: Path, stage: str, resolved: Resolved, ds_config: dict, world: World) -> None:
     """Create the folder and record what the run is. Collective; rank 0 writes, a refusal is raised by all.
 
     Args:
-        ds_config: merged.  provenance: fingerprints of what the run reads; ends in the model card of its release.
+        ds_config: merged.
     Raises: UserError if the folder holds another run, naming the first setting that differs.
     """
-    fault = ""
-    if world.is_main:
-        try:
-            _write(folder, stage, resolved, ds_config, provenance)
-        except UserError as error:
-            fault = str(error)
-        except OSError as error:
-            fault = f"{folder}: cannot be written ({error.strerror}); give another --out"
-    world.agree(fault)
-    # A folder that only rank 0 sees would give checkpoints that miss the other ranks' parts, found out when it is too
-    # late.
+    _on_main(world, folder, lambda: _write(folder, stage, resolved, ds_config))
+    # In a folder that only rank 0 sees, checkpoints would miss the other ranks' parts, which would show only on a
+    # resume.
     world.agree(
         ""
         if (folder / SETTINGS).is_file()
@@ -88,15 +56,44 @@ def open_run_folder(
     )
 
 
-def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict, provenance: dict) -> None:
+def record_provenance(folder: Path, facts: dict, world: World) -> None:
+    """Add to what the folder tells of the run's origins. Collective, as `open_run_folder`.
+
+    Args:
+        facts: among them fingerprints of what the run reads; they end in the model card of its release.
+    Raises: UserError if the run that is continued was trained from others.
+    """
+
+    def write() -> None:
+        _refuse_other_origins(folder, facts)
+        write_json(folder / PROVENANCE, {**read_provenance(folder), **facts})
+
+    _on_main(world, folder, write)
+
+
+def _on_main(world: World, folder: Path, write: Callable[[], None]) -> None:
+    """Let rank 0 write; what it refuses, or its disk, is raised by all ranks. Collective."""
+    fault = ""
+    if world.is_main:
+        try:
+            write()
+        except UserError as error:
+            fault = str(error)
+        except OSError as error:
+            fault = f"{folder}: cannot be written ({error.strerror}); give another --out"
+    world.agree(fault)
+
+
+def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _hold(folder)
-    # tuples as lists, as YAML reads them back
+    # Tuples become lists, as YAML reads them back.
     settings = json.loads(json.dumps(resolved.as_dict()["recipe"]))
-    # a start that failed before its first checkpoint binds nobody
-    begun = any((folder / "checkpoints").glob("step_*"))
-    if begun and resolved.recipe.checkpoint.resume == "auto":
-        _refuse_another_run(folder, stage, settings, provenance)
+    # A start that failed before its first checkpoint imposes nothing on later ones.
+    continued = any((folder / "checkpoints").glob("step_*")) and resolved.recipe.checkpoint.resume == "auto"
+    if continued:
+        _refuse_other_settings(folder, stage, settings)
+    origins = read_provenance(folder) if continued else {}
     text = yaml.safe_dump({"stage": stage, "recipe": settings, "sources": resolved.sources}, sort_keys=False)
     temporary = folder / f".{SETTINGS}.tmp"
     temporary.write_text(
@@ -106,20 +103,20 @@ def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict, proven
     write_json(folder / DEEPSPEED, ds_config)
     with open(folder / "commands.txt", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
-    write_json(folder / PROVENANCE, {"commit": commit(), **provenance, "versions": versions()})
+    write_json(folder / PROVENANCE, {**origins, "commit": commit(), "versions": versions()})
 
 
 def _hold(folder: Path) -> None:
     """Keep other starts out of the folder for as long as this process lives: two would remove each other's half-written
     checkpoints.
 
-    A lock outlives its process for a while where a node was lost and the server has yet to notice; hence the patience.
+    Where a node was lost, its lock stays until the server notices; so a start waits for a while.
     """
     if folder.resolve() in _held:
         return
     for attempt in range(LOCK_PATIENCE_S):
         stack = ExitStack()
-        if stack.enter_context(alone(folder / ".lock", wait=False)):
+        if stack.enter_context(lock_file(folder / ".lock", wait=False)):
             _held[folder.resolve()] = stack
             return
         stack.close()
@@ -130,17 +127,18 @@ def _hold(folder: Path) -> None:
 
 
 def check_same_run(checkpoint: Path, run_folder: Path) -> None:
-    """A checkpoint keeps the settings it was trained with.
+    """Compare the settings that a checkpoint was trained with to those of the run folder.
 
-    Those of a run that was started over and interrupted before its first save are another's.
+    They differ where a run was started over and interrupted before its first save.
 
-    Raises: UserError if they are not this run's.
+    Raises: UserError if the checkpoint belongs to another run.
     """
     now = read_settings(run_folder)
-    _refuse_another_run(checkpoint, now["stage"], now["recipe"], read_provenance(run_folder))
+    _refuse_other_settings(checkpoint, now["stage"], now["recipe"])
+    _refuse_other_origins(checkpoint, read_provenance(run_folder))
 
 
-def _refuse_another_run(folder: Path, stage: str, settings: dict, provenance: dict) -> None:
+def _refuse_other_settings(folder: Path, stage: str, settings: dict) -> None:
     recorded = read_settings(folder)
     if recorded["stage"] != stage:
         raise UserError(f"{folder}: holds a run of {recorded['stage']}; choose another --out")
@@ -149,13 +147,18 @@ def _refuse_another_run(folder: Path, stage: str, settings: dict, provenance: di
         for key, value in tree.items():
             yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
-    before = _WAS.get(stage, {}) | dict(flat(recorded["recipe"]))
+    absent = keys_with(Recipe, AbsentMeans).items()
+    before = {key: mark.value for key, mark in absent if mark.stage == stage} | dict(flat(recorded["recipe"]))
+    free = keys_with(Recipe, FreeOnResume)
     for key, value in flat(settings):
-        if before.get(key, value) != value and not key.startswith(_FREE):
+        if before.get(key, value) != value and key not in free:
             raise UserError(
                 f"{folder}: holds a run with {key} = {before[key]!r}, this one has {value!r}; choose another "
                 "--out, or set checkpoint.resume=never to start over"
             )
+
+
+def _refuse_other_origins(folder: Path, provenance: dict) -> None:
     was = read_provenance(folder)
     for name in ("images_fingerprint", "tokenizer_fingerprint", "judge"):
         if name in provenance and was.get(name) not in (None, provenance[name]):
@@ -166,7 +169,7 @@ def _refuse_another_run(folder: Path, stage: str, settings: dict, provenance: di
 
 
 def read_settings(folder: Path) -> dict:
-    """The recorded settings of a run: {"stage", "recipe", "sources"}.
+    """The recorded settings of a run: {"stage", "recipe", "sources"}, in today's spelling.
 
     Raises: UserError if the folder is no run folder, or the record is damaged.
     """
@@ -183,7 +186,7 @@ def read_settings(folder: Path) -> dict:
         or not isinstance(recorded.get("recipe"), dict)
     ):
         raise UserError(f"{path}: is not what a run wrote there; restore it, or start a new --out")
-    return recorded
+    return recorded | {"recipe": current_settings(Recipe, recorded["recipe"])}
 
 
 def read_provenance(folder: Path) -> dict:

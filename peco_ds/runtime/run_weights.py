@@ -1,4 +1,4 @@
-"""Weights of a training run in the canonical form, from its newest whole checkpoint or from one that is named."""
+"""Read a training run's weights in the canonical form, from its newest whole checkpoint or from a named one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from peco_ds.config import FinetuneRecipe, PretrainRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
-from peco_ds.runtime.checkpoint_files import (
+from peco_ds.runtime.checkpoint.consolidate import fp32_weights, has_ema
+from peco_ds.runtime.checkpoint.files import (
     FOLDER,
     PROGRESS,
     Progress,
@@ -19,13 +20,12 @@ from peco_ds.runtime.checkpoint_files import (
     read_progress,
     verify,
 )
-from peco_ds.runtime.consolidate import fp32_weights, has_ema
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS, read_provenance, read_settings
 
-# of a masked image model; a classifier has the canonical names already
+# The prefix of a masked image model's backbone; a classifier has the canonical names already.
 _PREFIX = "backbone."
-# of one whose head works on the backbone's tokens
+# Further tensors of a masked image model whose head works on the backbone's tokens.
 _HEAD_NAMES = ("mask_token", "lm_head.weight", "lm_head.bias")
 _RECIPES = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
 
@@ -48,10 +48,10 @@ def read_run(path: Path, average: Literal["auto", "ema", "raw"] = "auto") -> Bei
     source = f"{recipe.name}, {checkpoint.name}" + (", moving average" if averaged else "")
     facts = _facts(recipe, progress, provenance, run_folder, averaged)
     if isinstance(recipe, FinetuneRecipe):
-        told = {"classes", "mean", "std"}
-        if not told <= provenance.keys():
+        needed = {"classes", "mean", "std"}
+        if not needed <= provenance.keys():
             raise UserError(
-                f"{checkpoint / PROVENANCE}: does not tell {', '.join(sorted(told - provenance.keys()))}; "
+                f"{checkpoint / PROVENANCE}: does not tell {', '.join(sorted(needed - provenance.keys()))}; "
                 "restore it, or give another checkpoint"
             )
         classes = provenance["classes"]
@@ -136,7 +136,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
 
 def _objective(recipe: PretrainRecipe) -> str:
-    """What was learnt, in words."""
+    """The objective of the run, in words."""
     objective, views, mask, encoding, aggregation = (
         recipe.objective,
         recipe.views,
@@ -163,7 +163,7 @@ def _objective(recipe: PretrainRecipe) -> str:
 def _facts(
     recipe: PretrainRecipe | FinetuneRecipe, progress: Progress, provenance: dict, run_folder: Path, averaged: bool
 ) -> dict[str, str]:
-    """What a model card says: name -> text."""
+    """The facts for a model card: name -> text."""
     facts = {"recipe": recipe.name, "optimiser steps": f"{progress.step}", "images seen": f"{progress.cursor.samples}"}
     facts["images"] = (
         f"{provenance.get('num_samples', '?')} images, fingerprint `{provenance.get('images_fingerprint', '?')}`"
@@ -206,9 +206,9 @@ def _facts(
 
 
 def _licences_of_origin(init_facts: dict[str, str]) -> dict[str, str]:
-    """What bound the weights that a run started from, over any number of runs: a fine-tuning of a fine-tuning is still
-    bound by its tokenizer's terms.
+    """The terms of the weights that a run started from, over any number of runs: a fine-tuning of a fine-tuning is
+    still bound by its tokenizer's terms.
     """
     names = {f"{name} of what it started from": name for name in (TOKENIZER_LICENCE, JUDGE_LICENCE)}
-    found = {told: init_facts.get(name) or init_facts.get(told) for told, name in names.items()}
-    return {told: text for told, text in found.items() if text and isinstance(text, str)}
+    found = {fact: init_facts.get(name) or init_facts.get(fact) for fact, name in names.items()}
+    return {fact: text for fact, text in found.items() if text and isinstance(text, str)}

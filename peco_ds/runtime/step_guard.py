@@ -1,10 +1,10 @@
-"""Optimiser steps that must not be taken: a loss or gradient that is not finite, a gradient spike.
+"""Skip optimiser steps that must not be taken: a loss or gradient that is not finite, a gradient spike.
 
-All ranks agree before a weight moves, and at no collective of its own: a loss that is not finite makes its gradient
-NaN, and every rank judges by the norm of the gradient summed over all of them. DeepSpeed reads that norm back every
-step as it is, so looking at it makes no rank wait for its device anew. It drops a step with a norm that is not finite
-itself, except in fp32 without ZeRO; spikes it takes. Both are refused here, at the one place that
-every ZeRO stage goes through: the step of the wrapped optimiser.
+All ranks agree before a weight moves, without a collective for it: a loss that is not finite makes its gradient NaN,
+and every rank decides by the norm of the gradient, which is summed over all of them. DeepSpeed reads that norm back
+every step anyway, so no rank waits for its device once more. DeepSpeed itself drops a step whose norm is not finite,
+except in fp32 without ZeRO, but takes spikes. Both are refused here, at the one place that every ZeRO stage passes: the
+step of the wrapped optimiser.
 """
 
 from __future__ import annotations
@@ -22,33 +22,34 @@ from peco_ds.runtime.distributed import World
 
 logger = logging.getLogger("peco_ds")
 
-# steps looked back on, for the median and for the count of skipped ones
+# The number of last steps that the median and the count of skipped steps are taken over.
 WINDOW = 128
-# applied steps before a norm can be called a spike: the first ones of a run vary by themselves
+# So many steps must be applied before a norm can count as a spike: the first norms of a run vary a lot.
 LEAST = 32
-NAMED = 4  # sample keys a rank names
+# The most sample keys that a rank names.
+NAMED = 4
 
 
 class StepGuard:
     """Skips bad steps on all ranks, counts them, and ends the run when they are too many.
 
-    A skipped step leaves weights, Adam's moments and average as they were; data and schedule go on. The search for a
-    loss scale in fp16 also skips
-    steps: those are no fault and are not counted.
+    A skipped step leaves weights, Adam's moments and the moving average unchanged; data and schedule go on. The search
+    for a loss scale in fp16 also skips steps, which are not counted.
 
     Args:
-        engine: DeepSpeed engine; its optimiser's step is wrapped, and of ZeRO-0 in fp32 the clipping too, which else
-            forgets the norm.
+        engine: DeepSpeed engine; its optimiser's step is wrapped, and under ZeRO-0 in fp32 also the clipping, which
+            would otherwise forget the norm.
     """
 
     def __init__(self, engine, run: RunSettings, world: World) -> None:
         self._engine, self._run, self._world = engine, run, world
-        self._norms: list[float] = []  # of applied steps, newest last
-        # numbers of skipped steps, within the window
+        # Norms of applied steps, the newest last.
+        self._norms: list[float] = []
+        # Numbers of skipped steps within the window.
         self._skipped: list[int] = []
         self.total_skipped = 0
         self._passes: list[tuple[torch.Tensor, list[str]]] = []
-        # of the step in hand, once the optimiser asked
+        # Whether the current step is taken; None until the optimiser asks.
         self._norm: float | None = None
         self._wrap(engine)
 
@@ -61,7 +62,7 @@ class StepGuard:
                 return take_step(*args, **options)
 
         inner.step = guarded_step
-        # ZeRO-0 in fp32: no optimiser of DeepSpeed's around it, nobody looks at the norm
+        # ZeRO-0 in fp32: DeepSpeed wraps no optimiser of its own around ours, and nothing looks at the norm.
         self._plain = engine.optimizer is inner
         if self._plain:
             limit = engine.gradient_clipping() or math.inf
@@ -77,9 +78,10 @@ class StepGuard:
         """Asked once a parameter group; the norm of the whole gradient is known by then."""
         if self._norm is None:
             if self._plain and not self._engine.gradient_clipping():
-                self._engine.clip_fp32_gradients()  # limit infinite: measures only
+                # The limit is infinite, so this only measures the norm.
+                self._engine.clip_fp32_gradients()
             norm = (self._engine if self._plain else self._engine.optimizer)._global_grad_norm
-            # None: the JSON switched the norm off
+            # None: the DeepSpeed JSON switched the norm off.
             self._norm = float(norm) if norm is not None else 0.0
         return math.isfinite(self._norm) and not self._is_spike(self._norm)
 
@@ -148,10 +150,11 @@ class StepGuard:
         return False
 
     def _gather_persistent(self) -> None:
-        """ZeRO-3 partitions its small, persistent weights before a step and gathers them after.
+        """Gather ZeRO-3's small, persistent weights, which it partitions before a step and gathers after it.
 
-        On a step that it drops it forgets the latter, and a
-        run that was resumed then breaks off at the next forward pass, whose fetches are not those it had recorded."""
+        After a step that it drops it does not gather them. A resumed run would then fail at the next forward pass,
+        whose fetches are not those it had recorded.
+        """
         persistent = getattr(self._engine.optimizer, "persistent_parameters", None)
         if persistent:
             persistent[0].all_gather(persistent)

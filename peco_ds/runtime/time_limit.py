@@ -1,4 +1,4 @@
-"""When the Slurm job of this process ends. No torch, no Slurm library: its environment, and its own `squeue`."""
+"""Find out when the Slurm job of this process ends, from its environment and from `squeue`; needs no Slurm library."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 
 logger = logging.getLogger("peco_ds")
 
-# a controller that is busy answers later; the step in hand waits no longer than this
+# A busy controller answers late; the current step waits no longer than this.
 ANSWER_S = 20.0
 
 
 def seconds_left(environ: Mapping[str, str]) -> float | None:
-    """What `squeue` says is left of this job, in seconds; inf for no limit, None where it does not answer."""
+    """Seconds left of this job, as `squeue` says; inf for no limit, None where it does not answer."""
     command = ["squeue", "--noheader", f"--jobs={environ['SLURM_JOB_ID']}", "--states=all", "--format=%L"]
     try:
         done = subprocess.run(
@@ -43,9 +43,9 @@ def parse_time_left(text: str) -> float | None:
 
 
 class TimeLimit:
-    """When the job ends. For rank 0: what it answers is passed on to the others as a stop signal would be.
+    """When the job ends. For rank 0, which passes the answer on to the others like a stop signal.
 
-    At the first question the environment is asked, then Slurm. From then on a clock counts that does not jump.
+    The first call reads the environment, then asks Slurm. From then on a clock that does not jump counts down.
 
     Args:
         environ: of this process.  ask: seconds left of the job of an environment; None: no answer.
@@ -55,22 +55,22 @@ class TimeLimit:
         self, environ: Mapping[str, str], ask: Callable[[Mapping[str, str]], float | None] = seconds_left
     ) -> None:
         self._environ, self._ask = environ, ask
-        # on the monotonic clock; None: no limit, or not known
+        # The job's end on the monotonic clock; None: no limit, or not known.
         self._end: float | None = None
-        # outside of Slurm there is nothing to look for
+        # Outside of Slurm there is nothing to ask.
         self._looked = not environ.get("SLURM_JOB_ID")
         self._over = False
 
     @property
     def left_s(self) -> float | None:
         """Seconds until the job ends; None outside of Slurm, without a limit, or where Slurm does not answer."""
-        # not before it matters: of thousands of ranks one asks
+        # Asked only when needed, because of thousands of ranks only one needs it.
         if not self._looked:
             self._look()
         return None if self._end is None else self._end - time.monotonic()
 
     def is_near(self, margin_s: float) -> bool:
-        """Whether the job ends within so many seconds; costs a look at the clock. Once True, always True.
+        """Whether the job ends within so many seconds; this only reads the clock. Once True, always True.
 
         Before it says so for the first time, Slurm is asked whether the limit was put off.
         """

@@ -1,18 +1,18 @@
-"""What a run folder tells about time: rows of metrics and evaluation, starts and ends, goodput.
+"""Record and read how a run spent its time: rows of metrics and evaluation, starts and ends, goodput.
 
-No torch, so that reading answers at once.
+Needs no torch, so that reading answers at once.
 
-`starts.jsonl` is only ever appended to, by rank 0. Its rows:
-    start    number from 1, unix time at which the process began, seconds until the first step and which phase took how
-    many of them, host, ranks, step
-             resumed at, Slurm's job, command
-    first_step  its first optimiser step in this start is done: seconds waited for its images, seconds of the step
-        itself, compilation included
-    dropped  a start whose last rows left metrics.jsonl because their steps are done again, and how long it was up by
-    then continued  a start whose last checkpoint holds steps that were in no row yet, and how long it was up by then
-    end      how a start ended by itself; a start without one was killed, or still runs
+Rank 0 only ever appends to `starts.jsonl`. Its rows:
+    start       number from 1, unix time at which the process began, seconds until the first step and of each phase
+                before it, host, ranks, step resumed at, Slurm's job, command
+    first_step  the first optimiser step of this start is done: seconds waited for its images, seconds of the step
+                itself, compilation included
+    dropped     the last rows of a start were taken out of metrics.jsonl because their steps are done again; how long
+                that start had been up by then
+    continued   the last checkpoint of a start holds steps that were in no row yet; how long it had been up by then
+    end         how a start ended by itself; a start without one was killed, or still runs
 A row of metrics.jsonl carries the number of its start and `up_s`, seconds since that process began by a clock that
-never jumps. The wall clock is asked only for what lies between two processes.
+never jumps. The wall clock is used only for the time between two processes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from peco_ds.errors import EXIT_DONE, UserError
+from peco_ds.old_spellings import current_record
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
@@ -37,17 +38,17 @@ SCRATCH = "scratch"
 
 
 def read_metrics(run_folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl, in order; [] if there are none. What cannot be read is left out."""
+    """Rows of metrics.jsonl, in order; [] if there are none. Unreadable rows are left out."""
     return read_rows(Path(run_folder) / METRICS_FILE)[0]
 
 
 def read_evaluation(run_folder: Path) -> list[dict]:
-    """Rows of evaluation.jsonl, in order; [] if there are none. What cannot be read is left out."""
+    """Rows of evaluation.jsonl, in order; [] if there are none. Unreadable rows are left out."""
     return read_rows(Path(run_folder) / EVALUATION_FILE)[0]
 
 
 def read_rows(path: Path) -> tuple[list[dict], str]:
-    """Rows of a file of one JSON object a line.
+    """Rows of a file of one JSON object a line, with today's names.
 
     Returns: the readable rows in order, and what is wrong with the file ("" if nothing is).
     """
@@ -64,21 +65,22 @@ def read_rows(path: Path) -> tuple[list[dict], str]:
             rows.append(row) if row is not None else bad.append(number)
     if not bad:
         return rows, ""
-    if bad == [len(lines)]:  # no line end after it
+    # The last line has no end.
+    if bad == [len(lines)]:
         return rows, f"the last line of {path.name} is half written"
     return rows, f"{path.name}: {len(bad)} lines are damaged, first line {bad[0]}"
 
 
 def _row(line: bytes) -> dict | None:
     try:
-        row = json.loads(line)
+        row = current_record(json.loads(line))
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
     return row if isinstance(row, dict) else None
 
 
 def append_row(path: Path, row: dict) -> None:
-    """One line, on disk before this returns; after a line that was cut short it begins a new one.
+    """Append one line, which is on disk when this returns; after a line that was cut short it begins a new one.
 
     Raises: UserError if the disk does not take it.
     """
@@ -95,7 +97,7 @@ def append_row(path: Path, row: dict) -> None:
 
 
 def write_row(file: BinaryIO, row: dict) -> None:
-    """One line to an unbuffered file, at once. NaN and infinities, which JSON does not have, become null.
+    """Write one line to an unbuffered file. NaN and infinities, which JSON does not have, become null.
 
     Raises: UserError if the disk does not take it, or not all of it.
     """
@@ -137,7 +139,7 @@ def drop_rows_after(path: Path, step: int) -> list[dict]:
         row = _row(line)
         number = row.get("step") if row is not None else None
         if not isinstance(number, int):
-            # a line that was cut short; its step is done again, else the checkpoint were older
+            # A line that was cut short. Its step is done again, since it was not in the checkpoint.
             continue
         if last < number <= step:
             kept.append(line)
@@ -159,14 +161,14 @@ def drop_rows_after(path: Path, step: int) -> list[dict]:
 
 
 def drop_redone_steps(run_folder: Path, step: int) -> None:
-    """Take rows after `step` out of metrics.jsonl; how long the starts that wrote them were up stays known."""
+    """Take rows after `step` out of metrics.jsonl, and record how long the starts that wrote them had been up."""
     path = run_folder / METRICS_FILE
     up_s: dict[int, float] = {}
     for row in read_rows(path)[0]:
         if isinstance(row.get("step"), int) and row["step"] > step:
             number = _count(row, "start")
             up_s[number] = max(up_s.get(number, 0.0), _seconds(row, "up_s"))
-    # before the rows go: a kill in between loses nothing, and counting a start twice changes nothing
+    # Written before the rows go: a kill in between loses nothing, and counting a start twice changes nothing.
     for number, seconds in up_s.items():
         append_row(run_folder / STARTS_FILE, {"event": "dropped", "start": number, "after_step": step, "up_s": seconds})
     drop_rows_after(path, step)
@@ -186,11 +188,11 @@ class StartUp:
 
     def __init__(self) -> None:
         self._spent: dict[str, float] = {}
-        # age of the process at the end of the last phase
+        # Age of the process at the end of the last phase.
         self._until_s = 0.0
 
     def ends(self, phase: str) -> None:
-        """What was done since the last phase ended is called `phase`; what has the same name is added up."""
+        """The time since the last phase ended counts as `phase`; times of the same name are added up."""
         now_s = process_age_s()
         self._spent[phase] = self._spent.get(phase, 0.0) + max(0.0, now_s - self._until_s)
         self._until_s = now_s
@@ -199,7 +201,8 @@ class StartUp:
         return {phase: round(spent, 2) for phase, spent in self._spent.items()}
 
 
-START_UP = StartUp()  # a process starts once
+# One for the process, which starts once.
+START_UP = StartUp()
 
 
 def record_start(run_folder: Path, *, ranks: int, step: int, total_steps: int, stop_step: int) -> int:
@@ -249,16 +252,17 @@ def _read_object(path: Path) -> dict:
 class Goodput:
     """Where the wall time since a run's first start went, seconds; they add up to `wall_s`."""
 
-    useful_s: float  # in steps that stand in metrics.jsonl
-    # in which those steps stood still for their images
+    # Time in steps that are rows of metrics.jsonl, without waiting for images.
+    useful_s: float
+    # Time in those steps spent waiting for images.
     data_wait_s: float
     save_s: float
     evaluation_s: float
-    # of the first start: imports, opening the data, building the model
+    # Start-up of the first start: imports, opening the data, building the model.
     startup_s: float
-    # steps done again, and what else the process did beside its steps
+    # Steps done again, and everything else that a process did beside its steps.
     lost_s: float
-    # between a process and the next, and start-up of every start after the first
+    # Time between a process and the next, and start-up of every start after the first.
     restart_s: float
     restarts: int
 
@@ -295,19 +299,20 @@ class Goodput:
 class Account:
     """Adds up starts and rows to a goodput.
 
-    Rows may be damaged, clocks may have jumped: what makes no sense counts as nothing.
+    Rows may be damaged and clocks may have jumped: values out of range count as 0.
     """
 
     def __init__(self) -> None:
-        self._began: dict[int, float] = {}  # start -> unix time
+        # Start -> unix time.
+        self._began: dict[int, float] = {}
         self._startup: dict[int, float] = {}
-        # start -> longest time it is known to have been up
+        # Start -> longest time that it is known to have been up.
         self._up: dict[int, float] = {}
-        # starts that reached their last step: nobody waited for the next
+        # Starts that reached their last step: the time until the next start is not lost.
         self._done: set[int] = set()
         self._spent = dict.fromkeys(("useful", "data_wait", "save", "evaluation"), 0.0)
         self._last_step = 0
-        # the last end, with the steps since its last row
+        # The last end, with the steps since its last row.
         self._open: dict | None = None
 
     def event(self, row: dict) -> None:
@@ -341,7 +346,7 @@ class Account:
 
     def goodput(self) -> Goodput:
         spent = dict(self._spent)
-        # done and saved, not yet in a row
+        # Steps that are done and saved, but not yet in a row.
         if self._open is not None and _count(self._open, "step") > self._last_step:
             waited = min(_seconds(self._open, "open_wait_s"), _seconds(self._open, "open_s"))
             spent["useful"] += _seconds(self._open, "open_s") - waited

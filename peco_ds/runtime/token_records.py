@@ -1,6 +1,4 @@
-"""Views of images -> token records -> token shards, with the device never waiting for the host: results are fetched,
-and shards written, beside it.
-"""
+"""Turn views of images into token records and token shards, asynchronously, so that the device never waits."""
 
 from __future__ import annotations
 
@@ -22,10 +20,11 @@ def record_batches(
 ) -> Iterator[list[TokenRecord]]:
     """The records of each batch, a record an image.
 
+    A batch is queued on the device before the host waits for the batch before it. An error of a batch is raised after
+    the batch before it was yielded.
+
     Args:
         codes: images_11 [b * K, 3, T, T] -> Codes (`token_source.codes_function`).
-    A batch is queued on the device before the one ahead of it is waited for; what it breaks on is raised after the one
-    ahead was handed out.
     """
     ahead, fault = None, None
     batches = iter(batches)
@@ -80,11 +79,12 @@ class _Fetched:
 
 class _Batch(NamedTuple):
     shard: int
-    records: list[TokenRecord] | None  # None: the shard has no more
+    # None: the shard has no more records.
+    records: list[TokenRecord] | None
 
 
 class _Dropped(Exception):
-    """The shard in hand will not be finished."""
+    """The current shard will not be finished."""
 
 
 class ShardWriter:
@@ -96,15 +96,16 @@ class ShardWriter:
                     writer.put(number, records)
                 writer.end(number)
 
-    Leaving the block waits for the shards that were ended; one that was not, as after an exception, is dropped whole.
-    What the writing broke on is raised by the next call, or at the end of the block.
+    Leaving the block waits for the shards that were ended; a shard that was not, as after an exception, is dropped
+    whole. An error of the thread is raised by the next call, or at the end of the block.
     """
 
-    AHEAD = 4  # batches that may lie waiting for the disk
+    # Batches that may wait for the disk.
+    AHEAD = 4
 
     def __init__(self, parts: TokenParts) -> None:
         self._parts = parts
-        # None: there will be no more
+        # None: no batch follows.
         self._waiting: queue.Queue[_Batch | None] = queue.Queue(self.AHEAD)
         self._fault: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="token shard writer", daemon=True)
@@ -113,14 +114,14 @@ class ShardWriter:
         return self
 
     def put(self, shard: int, records: list[TokenRecord]) -> None:
-        """The next records of a shard, whose others were put without another's between them.
+        """Write the next records of a shard; the records of a shard are put without another's in between.
 
         Waits while AHEAD batches are not written yet.
         """
         self._hand_over(_Batch(shard, records))
 
     def end(self, shard: int) -> None:
-        """All of the shard's records were put."""
+        """Finish a shard, all of whose records were put."""
         self._hand_over(_Batch(shard, None))
 
     def __exit__(self, kind, *_) -> None:
@@ -131,11 +132,13 @@ class ShardWriter:
             self._thread.join()
             self._raise_fault()
         except BaseException:
-            if kind is None:  # else the block's own exception goes on
+            # Otherwise the exception of the block itself is raised.
+            if kind is None:
                 raise
 
     def _hand_over(self, batch: _Batch | None) -> None:
-        # not before the first batch: loader processes, forked for it, would inherit an open shard and its lock
+        # Started at the first batch, because loader processes, forked for it, would otherwise inherit an open shard and
+        # its lock.
         if self._thread.ident is None:
             self._thread.start()
         while True:

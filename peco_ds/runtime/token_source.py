@@ -1,4 +1,4 @@
-"""Where the codes of a pre-training run come from: stored token shards, or a tokenizer in the loop."""
+"""Open the source of a pre-training run's codes: stored token shards, or a tokenizer in the training loop."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
-from peco_ds.config import ONLINE, PretrainRecipe, data_path
+from peco_ds.config import ONLINE, PretrainRecipe
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.indexed_tar import ShardSet
-from peco_ds.data.loaders import Codes, ImageSet, codes_of
+from peco_ds.data.loaders import Codes, codes_of
 from peco_ds.data.token_shards import TokenSet
-from peco_ds.errors import UserError
+from peco_ds.data_paths import data_path
+from peco_ds.errors import UserError, describe_os_error
 from peco_ds.models.image_tokenizer import ImageTokenizer
-from peco_ds.models.token_passes import TokenPasses, even_pass
+from peco_ds.models.token_passes import TokenPasses, even_pass_size
 from peco_ds.models.tokenizers import TokenizerCard, load_tokenizer, read_card
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.engine import compiles
@@ -27,7 +29,7 @@ def open_tokens(
 ) -> TokenSet | Callable[[torch.Tensor], Codes]:
     """The token set that the recipe names, or a function images_11 [B, 3, T, T] -> Codes for data.tokens = online.
 
-    What stands on disk is compared with its manifests before the first step, the hashing shared by the ranks.
+    Files are compared with their manifests before the first step; the ranks share the hashing.
 
     Args:
         tokenizer_named: data.tokenizer was set by the user, so that it has to be there.
@@ -46,7 +48,7 @@ def open_tokens(
         num_codes=recipe.objective.num_codes,
         grid=recipe.model.grid,
         views=recipe.views,
-        # Without the tokenizer at hand the tokens' own record of it is all there is to go by.
+        # Where the tokenizer does not exist, any fingerprint that the tokens record is accepted.
         tokenizer_fingerprint=read_card(tokenizer).fingerprint if tokenizer_named or tokenizer.exists() else None,
     )
     check_shared(tokens.shards, "size" if data.verify == "size" else "all", world)
@@ -54,8 +56,8 @@ def open_tokens(
 
 
 def token_provenance(recipe: PretrainRecipe, tokens) -> dict:
-    """Which tokenizer the codes come from, and what it says of itself: in its release where that is at hand, else in
-    the token set.
+    """The fingerprint and facts of the tokenizer that the codes come from: from its release where that exists, else
+    from the token set.
     """
     folder = data_path(recipe.data, recipe.data.tokenizer)
     card = read_card(folder) if folder.exists() else None
@@ -75,7 +77,7 @@ def check_shared(shards: ShardSet, verify: str, world: World) -> None:
     except UserError as error:
         fault = str(error)
     except OSError as error:
-        fault = f"{error.filename}: {error.strerror}"
+        fault = describe_os_error(error)
     world.agree(fault)
 
 
@@ -88,7 +90,7 @@ def check_pair(card: TokenizerCard, recipe: PretrainRecipe, where: str) -> None:
     own, wanted = card.settings.only_px, card.stride_px * grid
     if own not in (None, wanted):
         raise UserError(
-            f"{where}: its {card.settings.kind} tokenizer looks at {own} px alone, a "
+            f"{where}: its {card.settings.kind} tokenizer takes images of {own} px only, a "
             f"{own // card.stride_px}x{own // card.stride_px} grid; the backbone has {grid}x{grid} "
             "patches; "
             "change model.image_px or model.patch_px, or take another tokenizer"
@@ -121,17 +123,16 @@ def online_tokenizer(folder: Path, recipe: PretrainRecipe, device: torch.device)
 
 def codes_function(tokenizer: ImageTokenizer, recipe: PretrainRecipe, images: int) -> Callable[[torch.Tensor], Codes]:
     """The tokenizer as a function images_11 [B, 3, T, T] -> Codes, in views.tokenizer_precision and compiled as
-    run.compile says: codes to be stored and codes
-    computed in the training loop both come from it.
+    run.compile says: codes to be stored and codes computed in the training loop both come from it.
 
     Args:
         tokenizer: in eval mode, on its device.
-        images: a call has, most often; cut into passes of at most run.micro_batch.
+        images: the usual number of images of a call, which is cut into passes of at most run.micro_batch.
     """
     passes = TokenPasses(
         tokenizer,
         precision=recipe.views.tokenizer_precision,
-        images=even_pass(images, recipe.run.micro_batch),
+        images=even_pass_size(images, recipe.run.micro_batch),
         compiled=compiles(recipe.run),
     )
     return lambda images_11: codes_of(passes, images_11, recipe.views)

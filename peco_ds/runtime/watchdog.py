@@ -1,6 +1,4 @@
-"""Ends a rank that hangs: no step for too long, whatever the main thread is stuck in, and the stacks of all threads are
-on disk.
-"""
+"""End a rank that hangs: after too long without a step, whatever blocks the main thread, with all stacks on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from pathlib import Path
 
 from peco_ds.errors import EXIT_INTERRUPTED
 
-# for what comes before the first step (start, conversion, compilation), for saves and evaluation
+# The limit before the first step (start, conversion, compilation), and for saves and evaluation.
 LONG_S = 3600.0
 
 # The report may hang on the very file system that the run hangs on; the end of the process must not wait for it.
@@ -23,14 +21,13 @@ REPORT_S = 20.0
 
 
 class Watchdog:
-    """Watches that `beat` is called often enough; a thread of this process.
+    """A thread of this process that checks that `beat` is called often enough.
 
-    Time is what this thread itself sees pass: it wakes every few moments, and a wait that took far longer than asked
-    for counts as one such wait. A process that was stopped (SIGSTOP, a debugger, a laptop that slept) goes on where it
-    was, though every clock ran on. The thread needs Python's interpreter lock, which torch gives back while it waits
-    for a device or for other ranks.
+    The thread counts the time it has itself waited: a wait that took far longer than asked for counts as a short one.
+    So a process that was stopped (SIGSTOP, a debugger, a laptop that slept) continues, although every clock ran on.
+    The thread needs Python's interpreter lock, which torch releases while it waits for a device or for other ranks.
 
-    As a context manager it is closed at the end. Until the first beat the limit is LONG_S, where `timeout_s` is no
+    As a context manager it is closed at the end. Until the first beat the limit is LONG_S, or `timeout_s` if that is
     longer.
 
     Args:
@@ -44,7 +41,7 @@ class Watchdog:
     ) -> None:
         assert timeout_s >= 0, timeout_s
         self._dump_to, self._rank, self._on_hang = Path(dump_to), rank, on_hang
-        # innermost phase last
+        # Phases with their limits, the innermost one last.
         self._limits: list[tuple[str, float]] = [("start", max(timeout_s, LONG_S))]
         self._timeout_s = timeout_s
         self._beats = self._step = 0
@@ -63,7 +60,7 @@ class Watchdog:
         """A phase with a limit of its own, in seconds, in place of the usual one: an evaluation, a save, a first step
         that compiles. 0: no limit.
 
-        A beat inside starts the time anew; where it ends, it starts anew as well.
+        The time starts again at the phase's begin, at a beat inside it, and at its end.
         """
         self._limits.append((phase, timeout_s))
         self._beats += 1
@@ -84,7 +81,7 @@ class Watchdog:
         self._closed.set()
 
     def _watch(self) -> None:
-        # on Linux and macOS it stands still while the machine sleeps
+        # On Linux and macOS this clock stands still while the machine sleeps.
         before = time.monotonic()
         idle_s, seen = 0.0, self._beats
         while True:

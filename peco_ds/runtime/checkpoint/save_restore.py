@@ -22,11 +22,13 @@ import numpy as np
 import torch
 from deepspeed.utils import zero_to_fp32
 
-from peco_ds.config import CheckpointSettings, Durations
+from peco_ds.config import CheckpointSettings
 from peco_ds.data.order import Cursor
-from peco_ds.errors import UserError
-from peco_ds.runtime.background_writer import BackgroundWriter, HostCopies, describe_os_error
-from peco_ds.runtime.checkpoint_files import (
+from peco_ds.durations import Durations
+from peco_ds.errors import UserError, describe_os_error
+from peco_ds.runtime.checkpoint.consolidate import ema_name
+from peco_ds.runtime.checkpoint.elastic import load_elastic
+from peco_ds.runtime.checkpoint.files import (
     FOLDER,
     PROGRESS,
     RECORDS,
@@ -43,20 +45,20 @@ from peco_ds.runtime.checkpoint_files import (
     tag_of,
     wait_for_removals,
 )
-from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
-from peco_ds.runtime.consolidate import ema_name
+from peco_ds.runtime.checkpoint.pickles import load_known, refuse_foreign_classes
+from peco_ds.runtime.checkpoint.writer import BackgroundWriter, HostCopies
 from peco_ds.runtime.distributed import World, seed_all
-from peco_ds.runtime.elastic import load_elastic
 from peco_ds.runtime.ema import WeightEma
+from peco_ds.runtime.metrics import Meter
 from peco_ds.runtime.run_folder import check_same_run
 from peco_ds.runtime.time_limit import TimeLimit
 from peco_ds.schema import sha256_of_file, write_json
 
 logger = logging.getLogger("peco_ds")
 
-# before a job's time limit, beside what the last save took
-# parts under the names that earlier releases saved them by
+# Names of parts in checkpoints of earlier releases -> today's.
 _RENAMED = {"bad_pictures": "bad_images"}
+# A run saves so long before its job's time limit, beside what the last save took.
 LEAST_MARGIN_S = 60.0
 
 
@@ -78,7 +80,8 @@ class Saver:
     Args:
         run_folder: on a file system that all ranks share.
         restored: as `restore` gave it; the parts go on from its states.
-        parts: objects with state() and load_state(list of states) that belong to each rank; one of them is "meter".
+        meter: counts saves as pauses; saved as a part.
+        parts: objects with state() and load_state(list of states) that belong to each rank.
         shared: the same, for what is equal on all ranks.
         ema: the run's moving average, if it keeps one.
     """
@@ -93,6 +96,7 @@ class Saver:
         durations: Durations,
         global_batch: int,
         world: World,
+        meter: Meter,
         parts: dict,
         shared: dict,
         ema: WeightEma | None = None,
@@ -100,8 +104,8 @@ class Saver:
         self._run_folder, self._root = run_folder, run_folder / FOLDER
         self._engine, self._progress, self._world, self._ema = engine, restored.progress, world, ema
         self._settings, self._durations, self._global_batch = settings, durations, global_batch
-        self._parts, self._shared = parts, shared
-        for of_run, states in ((parts, restored.states), (shared, restored.shared)):
+        self._meter, self._parts, self._shared = meter, {"meter": meter, **parts}, shared
+        for of_run, states in ((self._parts, restored.states), (shared, restored.shared)):
             for name, part in of_run.items():
                 part.load_state(states.get(name, []))
         self._copies = engine.checkpoint_engine = HostCopies()
@@ -123,7 +127,7 @@ class Saver:
         Raises: UserError if a checkpoint could not be written; the older ones stand.
         """
         world, now = self._world, time.monotonic()
-        # an evaluation lies between two steps, too
+        # The longest time between two steps includes evaluations.
         self._longest_s, self._stepped = max(self._longest_s, now - self._stepped), now
         if world.is_main and self._limit.is_near(LEAST_MARGIN_S + 2 * self._save_s + self._longest_s):
             world.stop_seen = True
@@ -143,14 +147,15 @@ class Saver:
         if self._writer is not None:
             self._commit()
         wait_for_removals()
-        self._world.barrier()  # what rank 0 renamed is there for all
+        # All ranks go on when rank 0 has renamed the folder.
+        self._world.barrier()
 
     def _begin(self, done: int) -> None:
         """Copy this rank's part, and leave the writing to a thread."""
-        # saves are asked for faster than the disk takes them
+        # Saves are due faster than the disk takes them: wait for the one in hand.
         if self._writer is not None:
             self._commit()
-        with self._parts["meter"].paused("save"):
+        with self._meter.paused("save"):
             self._begun = time.monotonic()
             progress = self._progress.at(done, self._global_batch)
             temporary = self._root / f".tmp-{tag_of(done)}"
@@ -158,12 +163,13 @@ class Saver:
             self._engine.save_checkpoint(str(self._root), tag=temporary.name, save_latest=False)
             states = {"parts": _states(self._parts), "shared": _states(self._shared)}
             self._copies.save({"random": _random_states(self._world.device), **states}, rank_name(self._world.rank))
-            # without ZeRO every rank has the same whole average
+            # Without ZeRO every rank has the same whole average, and rank 0 saves it.
             if self._ema is not None and (progress.zero_stage or self._world.is_main):
                 self._copies.save(self._ema.state(), ema_name(self._world.rank))
             records = (lambda: self._write_records(temporary, progress)) if self._world.is_main else dict
             self._writing, self._writer = progress, BackgroundWriter(temporary, self._copies.take(), records)
-            self._world.forget_answers()  # those under way know nothing of this write
+            # Answers under way know nothing of this write.
+            self._world.forget_answers()
 
     def _make(self, temporary: Path) -> str:
         try:
@@ -186,7 +192,7 @@ class Saver:
 
     def _commit(self) -> None:
         """Once all ranks have written, or failed to: make it a checkpoint, or leave no trace of it. Collective."""
-        with self._parts["meter"].paused("save"):
+        with self._meter.paused("save"):
             writer, progress = self._writer, self._writing
             self._writer = self._writing = None
             writer.wait()
@@ -261,7 +267,7 @@ def restore(
     saved.cursor.check(fingerprint, seed)
     set_aside_after(run_folder, saved.step, world)
     progress = Progress(saved.step, saved.cursor, world.size, zero_stage)
-    # without ZeRO every rank holds the same
+    # Without ZeRO every rank holds the same state, so any rank's file will do.
     if saved == progress or saved.zero_stage == zero_stage == 0:
         loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
         assert loaded is not None, f"DeepSpeed found nothing in {folder}"
@@ -269,7 +275,10 @@ def restore(
             ema.load(load_known(folder / ema_name(world.rank if zero_stage else 0)))
     else:
         load_elastic(engine, folder, saved, world, ema)
-    read = lambda rank: load_known(folder / rank_name(rank))  # noqa: E731
+
+    def read(rank: int) -> dict:
+        return load_known(folder / rank_name(rank))
+
     if saved.world_size == world.size:
         mine = [read(world.rank)]
         _set_random_states(mine[0]["random"], world.device)

@@ -1,7 +1,4 @@
-"""What a checkpoint is on disk: a folder `checkpoints/step_N` with a manifest, whole or not there.
-
-Verified, listed, kept and removed here.
-"""
+"""Checkpoints on disk, folders `checkpoints/step_N` with a manifest: committed, verified, listed, kept and removed."""
 
 from __future__ import annotations
 
@@ -25,23 +22,25 @@ from peco_ds.schema import sha256_of_file, write_json
 logger = logging.getLogger("peco_ds")
 
 FOLDER = "checkpoints"
-# for people and scripts; resuming looks at what verifies
+# For people and scripts; a resume takes the newest checkpoint that verifies.
 LATEST = "latest"
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
-# of the run folder; a checkpoint that is moved elsewhere still tells what it is
+# Records copied from the run folder, so that a checkpoint that is moved elsewhere is still complete.
 RECORDS = (SETTINGS, PROVENANCE)
-# checkpoints/universal/step_N: the same in DeepSpeed's universal format, made when the ranks or the ZeRO stage change
+# checkpoints/universal/step_N is the checkpoint in DeepSpeed's universal format, made when the number of ranks or the
+# ZeRO stage changes.
 UNIVERSAL = "universal"
 
 _removals: list[threading.Thread] = []
 
-Files = dict[str, list]  # name within the folder -> [bytes, sha256]
+# Name within the folder -> [bytes, sha256].
+Files = dict[str, list]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What was done: `step` optimiser steps, up to `cursor` in the data."""
+    """The progress of a run: `step` optimiser steps, up to `cursor` in the data."""
 
     step: int
     cursor: Cursor
@@ -74,7 +73,7 @@ def commit(temporary: Path, final: Path, files: Files) -> None:
     """
     write_json(temporary / MANIFEST, {"files": dict(sorted(files.items()))})
     flush_folder(temporary)
-    # the same step saved again after a resume from an older checkpoint
+    # The same step is saved again after a resume from an older checkpoint.
     if final.is_dir():
         _remove(final)
     os.rename(temporary, final)
@@ -111,7 +110,7 @@ def verify(folder: Path, world: World | None = None) -> str:
 
 
 def _missing_part(folder: Path, files: Files) -> str:
-    """What a checkpoint of so many ranks has to have, and this one's manifest does not list."""
+    """A part that the checkpoint must have and its manifest does not list, in words; "" if there is none."""
     if PROGRESS not in files:
         return f"{MANIFEST} does not list {PROGRESS}"
     progress = json.loads((folder / PROGRESS).read_text())
@@ -131,23 +130,23 @@ def _missing_part(folder: Path, files: Files) -> str:
 
 
 def rank_name(rank: int) -> str:
-    """What is a rank's own beside DeepSpeed's files: random states, counters."""
+    """The file of a rank's own state beside DeepSpeed's files: random states, counters."""
     return f"rank_{rank:05d}.pt"
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """Committed checkpoints, newest first: a folder counts once it has its final name.
 
-    Whether it still is whole, `verify` says.
+    `verify` says whether it still is whole.
     """
     found = (run_folder / FOLDER).glob("step_*")
     return sorted((path for path in found if re.fullmatch(r"step_\d{8}", path.name) and path.is_dir()), reverse=True)
 
 
 def newest_whole(run_folder: Path, world: World | None = None) -> Path | None:
-    """The newest checkpoint that verifies; says which newer ones do not. Collective when `world` is given."""
+    """The newest checkpoint that verifies; newer ones that do not are logged. Collective when `world` is given."""
     folders = list_checkpoints(run_folder)
-    # one rank's view of a shared file system may lag behind another's
+    # One rank's view of a shared file system may lag behind another's.
     if world:
         folders = world.gather_objects(folders)[0]
     for folder in folders:
@@ -159,10 +158,7 @@ def newest_whole(run_folder: Path, world: World | None = None) -> Path | None:
 
 
 def retain(root: Path, settings: CheckpointSettings) -> None:
-    """Keep the newest `keep_last` and every multiple of `keep_every_steps`.
-
-    Remove the rest, and converted copies of what is gone.
-    """
+    """Keep the newest `keep_last` and every multiple of `keep_every_steps`; remove the others and their copies."""
     kept = set()
     for number, folder in enumerate(list_checkpoints(root.parent)):
         for_good = settings.keep_every_steps > 0 and step_of(folder) % settings.keep_every_steps == 0
@@ -176,7 +172,7 @@ def retain(root: Path, settings: CheckpointSettings) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """What writers and removals that were cut short left behind. Only before the run's own first save."""
+    """Remove what interrupted writers and removals left behind. Only before the run's own first save."""
     for folder in (root, root / UNIVERSAL):
         for pattern in (".tmp-*", ".old-*"):
             for leftover in folder.glob(pattern):
@@ -184,8 +180,8 @@ def remove_leftovers(root: Path) -> None:
 
 
 def set_aside_after(run_folder: Path, step: int, world: World) -> None:
-    """Rename checkpoints beyond `step`, damaged or of a run that is started over: the newest of a folder must be the
-    run's own. Collective.
+    """Rename checkpoints beyond `step`, which are damaged or of a run that is started over: the newest of a folder must
+    be the run's own. Collective.
     """
     fault = ""
     if world.is_main:
@@ -201,8 +197,8 @@ def set_aside_after(run_folder: Path, step: int, world: World) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # Renamed first: a removal that is cut short must not leave half a checkpoint under a good name. A parallel file
-    # system takes its time to remove gigabytes; nobody waits for that.
+    # Renamed first, because a removal that is cut short must not leave half a checkpoint under a valid name. A parallel
+    # file system takes long to remove gigabytes, so a thread does it.
     doomed = folder.with_name(f".old-{folder.name}-{os.getpid()}-{time.monotonic_ns()}")
     os.rename(folder, doomed)
     thread = threading.Thread(
@@ -213,7 +209,7 @@ def _remove(folder: Path) -> None:
 
 
 def wait_for_removals(within_s: float = 60.0) -> None:
-    """Before a run ends; what is not removed by then goes at its next start."""
+    """Wait at the end of a run; what is not removed by then is removed at its next start."""
     deadline = time.monotonic() + within_s
     while _removals:
         _removals.pop().join(max(0.0, deadline - time.monotonic()))

@@ -1,6 +1,4 @@
-"""A checkpoint's sharded weights as one set of float32 tensors, whatever the ZeRO stage and number of ranks that wrote
-it.
-"""
+"""Gather a checkpoint's sharded weights into one set of float32 tensors, for any ZeRO stage and number of ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from pathlib import Path
 import torch
 from deepspeed.utils import zero_to_fp32
 
-from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
+from peco_ds.runtime.checkpoint.pickles import load_known, refuse_foreign_classes
 
 
 def has_ema(checkpoint: Path) -> bool:
@@ -32,7 +30,7 @@ def fp32_weights(checkpoint: Path, *, average: bool = False) -> dict[str, torch.
         checkpoint: a complete checkpoint folder that was verified (`newest_whole`, `verify`).
         average: the moving average of the weights (`has_ema`) instead of the weights.
     """
-    # zero_to_fp32 reads some of the files by itself
+    # zero_to_fp32 reads some of the files itself.
     refuse_foreign_classes(checkpoint)
     optimizer_files = (
         zero_to_fp32.get_optim_files(str(checkpoint)) if list(checkpoint.glob("*_optim_states.pt")) else []
@@ -44,15 +42,15 @@ def fp32_weights(checkpoint: Path, *, average: bool = False) -> dict[str, torch.
         # ZeRO-0 writes whole modules and no partitioned optimiser.
         module = load_known(checkpoint / "mp_rank_00_model_states.pt", mmap=True)["module"]
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in module.items()}
-    # Read here and not by zero_to_fp32's own entry: it refuses ZeRO-1 in bf16, whose `BF16_Optimizer` keeps the same
-    # flat partitions but does not write which stage they are of, and it knows nothing of averages, which lie in memory
-    # as the weights do.
+    # The entry function of zero_to_fp32 is not used: it refuses ZeRO-1 in bf16, whose `BF16_Optimizer` keeps the same
+    # flat partitions but does not write their stage, and it does not know moving averages, which are laid out like the
+    # weights.
     partitions = [load_known(path, mmap=True)["optimizer_state_dict"] for path in optimizer_files]
     stage_3 = "fp32_flat_groups" in partitions[0]
     groups = [part["shards"] for part in averages] or [
         part["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"] for part in partitions
     ]
-    # its progress bars are no news to whoever converts
+    # The user who converts does not need its progress bars.
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(checkpoint)))
         if stage_3:

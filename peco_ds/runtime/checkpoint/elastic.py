@@ -1,15 +1,12 @@
-"""Continue a checkpoint with another number of ranks or under another ZeRO stage, through DeepSpeed's universal
-checkpoints.
+"""Continue a checkpoint with another number of ranks or ZeRO stage, through DeepSpeed's universal checkpoints.
 
-The one place that knows what DeepSpeed's universal path (0.19.8) does not do by itself:
-- ZeRO-3 gives every parameter group the rate and weight decay of the first one, and all groups one Adam step counter, a
-single tensor that then
-  advances once a group: `_own_settings_and_steps`.
-- Each stage reads only what its own kind was converted to: tensors bare or in a dict, the step beside each parameter or
-among the optimiser's global
-  state, files by other names: `_serve_every_stage`.
+DeepSpeed's universal path (0.19.8) has gaps, which are closed here:
+- ZeRO-3 gives every parameter group the learning rate and weight decay of the first one, and all groups one Adam step
+  counter, a single tensor that then advances once a group: `_own_settings_and_steps`.
+- Each stage reads only its own form: tensors bare or in a dict, the step beside each parameter or in the optimiser's
+  global state, files by other names: `_serve_every_stage`.
 - Buffers (a codebook and its averages) are not loaded at all: `_load_buffers`.
-- It knows nothing of moving averages: `_load_average`.
+- Moving averages are not known to it: `_load_average`.
 """
 
 from __future__ import annotations
@@ -29,11 +26,10 @@ from deepspeed.utils import safe_set_full_fp32_param
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from peco_ds.errors import UserError
-from peco_ds.runtime.background_writer import describe_os_error
-from peco_ds.runtime.checkpoint_files import MANIFEST, UNIVERSAL, Progress
-from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
-from peco_ds.runtime.consolidate import fp32_weights, has_ema
+from peco_ds.errors import UserError, describe_os_error
+from peco_ds.runtime.checkpoint.consolidate import fp32_weights, has_ema
+from peco_ds.runtime.checkpoint.files import MANIFEST, UNIVERSAL, Progress
+from peco_ds.runtime.checkpoint.pickles import load_known, refuse_foreign_classes
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.ema import WeightEma, local_masters
 from peco_ds.schema import sha256_of_file, write_json
@@ -41,10 +37,10 @@ from peco_ds.schema import sha256_of_file, write_json
 logger = logging.getLogger("peco_ds")
 
 AVERAGE = "ema.safetensors"
-# written last: sha256 of the source's manifest
+# This file is written last; it holds the sha256 of the source's manifest.
 COMPLETE = "converted_from.json"
 OPTIMIZER_STATE = Path("zero", "optimizer_state.pt")
-# threads that convert; each holds one rank's part of the source at a time
+# Threads that convert. Each holds one rank's part of the source at a time.
 WORKERS = 8
 
 
@@ -78,7 +74,7 @@ def load_elastic(engine, folder: Path, saved: Progress, world: World, ema: Weigh
 
     own = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
     _load_average(engine, ema, universal)
-    # what "checkpoint": {"load_universal": true} sets
+    # The DeepSpeed JSON sets this by "checkpoint": {"load_universal": true}.
     engine._config.load_universal_checkpoint = True
     try:
         loaded, _ = engine.load_checkpoint(str(universal.parent), tag=universal.name)
@@ -111,10 +107,10 @@ def _convert(folder: Path, universal: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    # Threads in place of its processes: the fork of a process that has computed with OpenMP was seen to hang for ever.
-    # What takes the time is many small files.
+    # Threads replace its processes: the fork of a process that has computed with OpenMP was seen to hang for ever. Most
+    # of the time goes to many small files.
     ds_to_universal.ProcessPoolExecutor = ThreadPoolExecutor
-    # its steps and progress bars are no news to whoever trains
+    # The user who trains does not need its messages and progress bars.
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         ds_to_universal.main(arguments)
     _serve_every_stage(folder, temporary)
@@ -131,10 +127,11 @@ def _convert(folder: Path, universal: Path) -> None:
 
 
 def _serve_every_stage(folder: Path, universal: Path) -> None:
-    """Optimiser state and file names as ZeRO-1, 2 and 3 each look for them."""
+    """Write optimiser state and files in all the forms that ZeRO-1, 2 and 3 look for."""
     first = sorted(folder.glob("*_optim_states.pt"))[0]
     state = load_known(first, mmap=True)["optimizer_state_dict"]
-    base = state.get("optimizer_state_dict") or state["base_optimizer_state"]  # ZeRO-3; the others
+    # The first is ZeRO-3's key, the second that of the other stages.
+    base = state.get("optimizer_state_dict") or state["base_optimizer_state"]
     step = base["state"][0].get("step")
     merged = load_known(universal / OPTIMIZER_STATE)
     kept = {
@@ -155,7 +152,8 @@ def _serve_every_stage(folder: Path, universal: Path) -> None:
     for parameter in filter(Path.is_dir, (universal / "zero").iterdir()):
         for part in parameter.glob("*.pt"):
             content = load_known(part) if part.name != "step.pt" else {}
-            if isinstance(content, torch.Tensor):  # ZeRO-3 writes them bare and reads both
+            # ZeRO-3 writes bare tensors and reads both forms.
+            if isinstance(content, torch.Tensor):
                 torch.save({"param": content, "cat_dim": 0}, part)
         if step is not None and (parameter / "exp_avg.pt").is_file():
             torch.save(step, parameter / "step.pt")
@@ -167,9 +165,9 @@ def _serve_every_stage(folder: Path, universal: Path) -> None:
 
 
 def _own_settings_and_steps(engine, own: list[dict], universal: Path) -> None:
-    """Each parameter group its own settings, each part of the optimiser its own step counter."""
+    """Give each parameter group its own settings, and each part of the optimiser its own step counter."""
     for group, settings in zip(engine.optimizer.param_groups, own, strict=True):
-        # some optimisers count there: that is progress, not a setting
+        # Some optimisers keep their step counter here: that is progress, not a setting.
         group |= {key: value for key, value in settings.items() if key != "step"}
     step = load_known(universal / OPTIMIZER_STATE)["optimizer_state_dict"]["state"][0]["step"]
     for state in engine.basic_optimizer.state.values():
@@ -187,9 +185,9 @@ def _load_buffers(engine, universal: Path) -> None:
 
 @torch.no_grad()
 def _load_average(engine, ema: WeightEma | None, universal: Path) -> None:
-    """The average takes the masters' place for a moment: DeepSpeed knows which piece of a parameter lies where.
+    """Load the average through the master weights, because DeepSpeed knows which piece of a parameter lies where.
 
-    Before the masters are loaded.
+    To be called before the masters are loaded.
     """
     if ema is None:
         return

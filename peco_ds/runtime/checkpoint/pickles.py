@@ -1,7 +1,4 @@
-"""DeepSpeed's checkpoint files are pickles.
-
-They are read only if they name no class beyond the few that DeepSpeed puts there.
-"""
+"""Read DeepSpeed's checkpoint files, which are pickles, only if they name no class beyond DeepSpeed's own few."""
 
 from __future__ import annotations
 
@@ -15,16 +12,16 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from peco_ds.errors import UserError
 from peco_ds.models.weight_files import foreign_classes
 
-# seen under ZeRO 0 to 3 in fp32, bf16 and fp16
+# The classes that occur under ZeRO 0 to 3 in fp32, bf16 and fp16.
 _CLASSES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
 _NAMES = frozenset(f"{kind.__module__}.{kind.__name__}" for kind in _CLASSES)
 
 
 def refuse_foreign_classes(path: Path, rank: int = 0, world_size: int = 1) -> None:
-    """To be called before DeepSpeed reads a checkpoint: its own loading runs whatever a pickle says.
+    """To be called before DeepSpeed reads a checkpoint: its own loading would run anything that a pickle names.
 
     Args:
-        path: a file, or a folder with all that is in it, of which this rank looks at its share.
+        path: a file, or a folder, of whose files this rank checks its share.
     Raises: UserError naming the first file that holds another class.
     """
     files = sorted(path.rglob("*.pt")) if path.is_dir() else [path]

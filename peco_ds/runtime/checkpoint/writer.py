@@ -1,7 +1,7 @@
-"""Checkpoint files written beside training: the loop waits for a copy to host memory, a thread does the rest.
+"""Write checkpoint files beside training: the loop waits for a copy to host memory only, a thread does the rest.
 
-`HostCopies` takes the place of DeepSpeed's checkpoint engine, the object that its `save_checkpoint` hands every file's
-content to.
+`HostCopies` replaces DeepSpeed's checkpoint engine, the object to which its `save_checkpoint` passes every file's
+content.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from peco_ds.runtime.checkpoint_files import Files
-from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
+from peco_ds.errors import describe_os_error
+from peco_ds.runtime.checkpoint.files import Files
+from peco_ds.runtime.checkpoint.pickles import load_known, refuse_foreign_classes
 
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY}
 
@@ -28,8 +29,8 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR,
 class HostCopies(CheckpointEngine):
     """Collects the files that DeepSpeed would write, their tensors copied to host memory; `take` hands them over.
 
-    The copies' memory is used again by the next save: as much as this rank's part of a checkpoint, pinned where there
-    is a GPU (torch then rounds every tensor's up to a power of two).
+    The next save uses the copies' memory again: as much as this rank's part of a checkpoint, pinned where there is a
+    GPU (torch then rounds the memory of every tensor up to a power of two).
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class HostCopies(CheckpointEngine):
         return load_known(Path(path))
 
     def preserves_storage_sharing(self) -> bool:
-        # every tensor is copied by itself, so that DeepSpeed need not clone slices of its flat buffers first
+        # Every tensor is copied by itself, so DeepSpeed need not clone slices of its flat buffers first.
         return False
 
     def save(self, state_dict, path: str) -> None:
@@ -58,7 +59,8 @@ class HostCopies(CheckpointEngine):
     def take(self) -> dict[str, object]:
         """File name -> content of everything saved since the last call, ready to be written."""
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies run beside the host
+            # The copies run asynchronously.
+            torch.cuda.synchronize()
         files, self._files = self._files, {}
         return files
 
@@ -70,7 +72,7 @@ class HostCopies(CheckpointEngine):
             return kind((key, self._copied(item, (*place, key))) for key, item in value.items())
         if type(value) in (list, tuple):
             return type(value)(self._copied(item, (*place, index)) for index, item in enumerate(value))
-        # the loss scaler of fp16 is an object that the next step changes
+        # The loss scaler of fp16 is an object that the next step changes.
         return copy.deepcopy(value)
 
     def _host_copy(self, tensor: torch.Tensor, place: tuple) -> torch.Tensor:
@@ -110,19 +112,20 @@ class BackgroundWriter:
             self.written |= _patiently(self._prepare)
             for name, content in self._files.items():
                 self.written[name] = _patiently(lambda: write_hashed(self._folder / name, content))  # noqa: B023
-                refuse_foreign_classes(self._folder / name)  # here, and not when a resume needs it
+                # Checked now, not only when a resume needs the file.
+                refuse_foreign_classes(self._folder / name)
             self.fault = ""
         except OSError as error:
             self.fault = describe_os_error(error)
         except Exception as error:
-            # whatever it is: a part that is missing must not be taken for a checkpoint
+            # Any error counts: a checkpoint with a missing part must not be committed.
             self.fault = f"{self._folder}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         finally:
             self._files = {}
 
 
 def _patiently(write: Callable):
-    """A file system that stumbles is given time; one that is full is not."""
+    """Retry where a file system fails for a moment; raise at once where it is full."""
     for pause_s in (1.0, 5.0, None):
         try:
             return write()
@@ -130,11 +133,6 @@ def _patiently(write: Callable):
             if pause_s is None or error.errno not in _PASSING:
                 raise
         time.sleep(pause_s)
-
-
-def describe_os_error(error: OSError) -> str:
-    """One that comes from a descriptor, not a name, does not tell which file."""
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
 def write_hashed(path: Path, content) -> list:
@@ -148,7 +146,7 @@ def write_hashed(path: Path, content) -> list:
 
 
 class _HashedFile:
-    """Hashed on the way, so that gigabytes need not be read back. torch writes its zip from front to back."""
+    """Hashes while it writes, so that gigabytes need not be read back; torch writes its zip from front to back."""
 
     def __init__(self, file) -> None:
         self._file = file

@@ -1,0 +1,50 @@
+"""Evaluate a classifier: accuracy on a labelled image set, and images per second."""
+
+from __future__ import annotations
+
+import time
+
+from torch import nn
+
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.labelled import CropSettings, evaluation_batches
+from peco_ds.evaluation.classification import classification_quality
+from peco_ds.evaluation.forward import ForwardSettings, in_precision, world_images_per_s
+from peco_ds.evaluation.stopping import until_stopped
+
+
+def evaluate_classifier(
+    model: nn.Module, images: ImageSet, settings: CropSettings, how: ForwardSettings, world
+) -> tuple[dict, str]:
+    """Collective.
+
+    Args:
+        model: images_norm [B, 3, S, S] -> logits [B, C], in eval mode.  images: labelled.
+        world: the ranks (`runtime.distributed.World`).
+    Returns: settings, quality and throughput as they are recorded, and one line about them.
+    Raises: Stopped if the ranks were asked to stop; UserError for an unreadable image or a wrong label.
+    """
+    forward = in_precision(model.to(world.device), how.precision, world.device)
+    forward_images_per_s = world_images_per_s(forward, how.batch, settings.image_px, world)
+    batches = evaluation_batches(images, settings, world, batch=how.batch, num_workers=how.num_workers)
+    begun = time.perf_counter()
+    quality = classification_quality(
+        forward,
+        until_stopped(batches, world.stop_requested),
+        num_classes=len(images.manifest.classes),
+        device=world.device,
+    )
+    end_to_end_images_per_s = quality["images"] / (time.perf_counter() - begun)
+    result = {
+        "settings": {**settings._asdict(), **how.facts(world)},
+        "quality": quality,
+        "throughput": {
+            "forward_images_per_s": forward_images_per_s,
+            "end_to_end_images_per_s": end_to_end_images_per_s,
+        },
+    }
+    line = (
+        f"top-1 {quality['top1']:.2f}, top-5 {quality['top5']:.2f} on {quality['images']} images at "
+        f"{settings.image_px} px, {forward_images_per_s:.1f} images/s ({end_to_end_images_per_s:.1f} with decoding)"
+    )
+    return result, line

@@ -1,0 +1,157 @@
+"""Evaluate a tokenizer: reconstructions, use of the codebook, images per second, and probes of the codes alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from peco_ds.config import ProbeSettings
+from peco_ds.data.central_squares import square_batches
+from peco_ds.data.image_set import ImageSet
+from peco_ds.errors import UserError
+from peco_ds.evaluation.code_probes import bag_of_codes, mean_code_vector
+from peco_ds.evaluation.forward import ForwardSettings, in_precision, world_images_per_s
+from peco_ds.evaluation.linear_probes import probe
+from peco_ds.evaluation.perceptual_distance import load_lpips
+from peco_ds.evaluation.reconstruction import CodeSums, RoundTripSums, quality_line, round_trip_of
+from peco_ds.evaluation.stopping import until_stopped
+from peco_ds.models.tokenizers import load_tokenizer
+
+# Codes a side at which a release is measured unless told otherwise: 224 px at stride 16, 112 px at stride 8.
+GRID = 14
+
+
+class TokenizerEvaluation:
+    """A tokenizer's release, opened and checked before any rank joins another; `measure` then runs on all ranks.
+
+    Args:
+        image_px: side of the images; None: that of the tokenizer's training run (`own_px`), where it is known, else
+            what gives 14 x 14 codes.
+        lpips: torchvision's weights of AlexNet or VGG16, to measure LPIPS too.
+    Raises: UserError for a damaged release, a size that the tokenizer does not take, or LPIPS of one without images.
+    """
+
+    def __init__(self, release: Path, *, image_px: int | None, own_px: int | None, lpips: Path | None) -> None:
+        self._tokenizer, self.card = load_tokenizer(release)
+        only_px, stride_px = self.card.settings.only_px, self.card.stride_px
+        self._image_px = image_px or only_px or own_px or GRID * stride_px
+        if only_px not in (None, self._image_px):
+            raise UserError(
+                f"--image_px {image_px}: the tokenizer takes images of {only_px} px only; leave --image_px out"
+            )
+        if self._image_px % stride_px:
+            raise UserError(f"--image_px {self._image_px}: not a multiple of the tokenizer's stride {stride_px}")
+        if lpips and not self._tokenizer.makes_images:
+            raise UserError(
+                f"--lpips {lpips}: the tokenizer {release} makes no images, so there is nothing to "
+                "compare; leave --lpips out"
+            )
+        self._distance = load_lpips(lpips) if lpips else None
+
+    def measure(self, images: ImageSet, train: ImageSet | None, how: ForwardSettings, world) -> tuple[dict, str]:
+        """Collective.
+
+        Args:
+            images: to measure on.  train: labelled as `images` are; None: the codes are not probed.
+            world: the ranks (`runtime.distributed.World`).
+        Returns: settings, quality, throughput and code probes as they are recorded, and one line about them.
+        Raises: Stopped if the ranks were asked to stop; UserError for an unreadable image.
+        """
+        tokenizer, distance, num_codes = self._tokenizer.to(world.device), self._distance, self.card.num_codes
+        if distance is not None:
+            distance.to(world.device)
+        round_trip = in_precision(round_trip_of(tokenizer), how.precision, world.device)
+        tokenize = in_precision(tokenizer.tokenize, how.precision, world.device)
+        tokenize_images_per_s = world_images_per_s(tokenize, how.batch, self._image_px, world)
+        if tokenizer.makes_images:
+            sums = RoundTripSums(num_codes, world.device, distance)
+        else:
+            sums = CodeSums(num_codes, world.device)
+        codes = []
+        begun = time.perf_counter()
+        for batch in self._squares(images, how, world):
+            output = round_trip(batch.images_01 * 2 - 1)
+            sums.add(batch.images_01, output, (batch.samples >= 0).to(world.device))
+            codes.append((output.codes, batch.labels, batch.samples))
+        quality = sums.result(world.all_reduce)
+        end_to_end_images_per_s = images.num_samples / (time.perf_counter() - begun)
+        result = {
+            "settings": {
+                "image_px": self._image_px,
+                "num_codes": num_codes,
+                "lpips_network": distance.network if distance else None,
+                **how.facts(world),
+            },
+            "quality": quality,
+            "throughput": {
+                "tokenize_images_per_s": tokenize_images_per_s,
+                "end_to_end_images_per_s": end_to_end_images_per_s,
+            },
+        }
+        line = f"{quality_line(quality, num_codes)} on {images.num_samples} images at {self._image_px} px"
+        if train is not None:
+            train_codes = (
+                (tokenize(batch.images_01 * 2 - 1), batch.labels, batch.samples)
+                for batch in self._squares(train, how, world)
+            )
+            result["code_probes"] = _probe_codes(
+                tokenizer, _gathered(train_codes, world), _gathered(codes, world), len(train.manifest.classes), world
+            )
+            result["train_images"] = train.facts()
+            line += "".join(
+                f"; {name}: linear {found['best_linear']:.2f}, k-NN {found['best_knn']:.2f}"
+                for name, found in result["code_probes"]["images_as"].items()
+            )
+        return result, line
+
+    def _squares(self, images: ImageSet, how: ForwardSettings, world):
+        batches = square_batches(images, self._image_px, world, batch=how.batch, num_workers=how.num_workers)
+        return until_stopped(batches, world.stop_requested)
+
+
+def _gathered(batches, world):
+    """Codes int32 [n, N] and labels int64 [n] of the whole set in the order of its samples, on every rank's CPU.
+
+    Collective.
+    """
+    codes, labels, samples = (
+        torch.cat(parts) for parts in zip(*((codes.int().cpu(), labels, samples) for codes, labels, samples in batches))
+    )
+    codes, labels, samples = (world.gather(part.to(world.device)).cpu() for part in (codes, labels, samples))
+    order = samples.argsort()[int((samples < 0).sum()) :]
+    return codes[order], labels[order]
+
+
+def _probe_codes(tokenizer, train, val, num_classes: int, world) -> dict:
+    """What a linear classifier and nearest neighbours make of the codes alone, in percent.
+
+    Collective; the two forms of an image are shared out.
+    """
+    settings, vectors, device = ProbeSettings(), tokenizer.code_vectors, world.device
+    forms = {
+        "bag of codes": lambda codes: bag_of_codes(codes, len(vectors), device),
+        "mean code vector": lambda codes: mean_code_vector(codes, vectors, device),
+    }
+    found = {}
+    for name in list(forms)[world.rank :: world.size]:
+        accuracies = probe(
+            *((forms[name](codes), labels) for codes, labels in (train, val)),
+            settings,
+            num_classes=num_classes,
+            device=device,
+        )
+        best = {
+            "best_linear": max(row["top1"] for row in accuracies["linear"]),
+            "best_knn": max(accuracies["knn"].values()),
+        }
+        found[name] = {**best, **accuracies}
+    everything = {name: value for part in world.gather_objects(found) for name, value in part.items()}
+    used = {
+        key: value
+        for key, value in asdict(settings).items()
+        if key in ("lrs", "epochs", "global_batch", "weight_decay", "knn_k", "knn_temperature", "seed")
+    }
+    return {"images_as": {name: everything[name] for name in forms}, "settings": used}

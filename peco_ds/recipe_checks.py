@@ -1,0 +1,269 @@
+"""What can be refused in a recipe without files and without knowing the number of ranks.
+
+The range of a single value stands at its field (`field_marks.Bounds`); here stand the checks that need two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+
+from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, Recipe, TokenizerRecipe, TokenizerSettings
+from peco_ds.errors import UserError
+from peco_ds.field_marks import Bounds, settings_fields
+from peco_ds.schedules import images_taken
+from peco_ds.schema import short
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises: UserError for the first value out of its range, else for the first two that do not go together."""
+    check_bounds(recipe)
+    if not isinstance(recipe, ProbeRecipe):
+        _check_training(recipe)
+    if isinstance(recipe, (PretrainRecipe, TokenizerRecipe)):
+        _check_crops("views", recipe.views)
+    if isinstance(recipe, (PretrainRecipe, FinetuneRecipe)):
+        _check_model(recipe)
+    if isinstance(recipe, PretrainRecipe):
+        _check_pretrain(recipe)
+    elif isinstance(recipe, TokenizerRecipe):
+        _check_tokenizer(recipe)
+    elif isinstance(recipe, FinetuneRecipe):
+        _check_finetune(recipe)
+    elif isinstance(recipe, ProbeRecipe):
+        _check_probe(recipe)
+
+
+def check_bounds(settings, prefix: str = "") -> None:
+    """Hold every value against the `Bounds` at its field.
+
+    Raises: UserError naming the first value outside; keys begin with `prefix`.
+    """
+    for name, _, marks in settings_fields(type(settings)):
+        value = getattr(settings, name)
+        if is_dataclass(value):
+            check_bounds(value, f"{prefix}{name}.")
+        for fault in (mark.fault(value) for mark in marks if isinstance(mark, Bounds)):
+            _require(not fault, f"{prefix}{name} {_written(value)}: {fault}")
+
+
+def _written(value) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) and len(value) <= 16 else short(value)
+
+
+def _check_training(recipe) -> None:
+    schedule = recipe.schedule
+    _require(
+        recipe.run.compile != "blocks" or recipe.run.layer_norm == "torch",
+        "run.compile blocks and run.layer_norm apex are both set: a compiled block fuses its own "
+        "layer norm; set run.layer_norm=torch, or run.compile=none",
+    )
+    _require(
+        schedule.epochs is None or schedule.steps is None,
+        "schedule.epochs and schedule.steps are both set; a duration has one spelling, drop one",
+    )
+    _require(
+        schedule.epochs is not None or schedule.steps is not None,
+        "schedule.epochs is not set; give schedule.epochs or schedule.steps",
+    )
+    _require(
+        schedule.warmup_epochs is None or schedule.warmup_steps is None,
+        "schedule.warmup_epochs and schedule.warmup_steps are both set; drop one",
+    )
+    _require(
+        recipe.checkpoint.every_epochs is None or recipe.checkpoint.every_steps is None,
+        "checkpoint.every_epochs and checkpoint.every_steps are both set; drop one",
+    )
+
+
+def _check_crops(section: str, crops) -> None:
+    for name in ("scale", "ratio"):
+        low, high = getattr(crops, name)
+        _require(low <= high, f"{section}.{name} [{low}, {high}]: the lowest first, then the highest; swap them")
+
+
+def _check_model(recipe) -> None:
+    model = recipe.model
+    _require(
+        model.image_px % model.patch_px == 0,
+        f"model.image_px {model.image_px} is not a multiple of model.patch_px {model.patch_px}",
+    )
+    _require(
+        model.width % model.heads == 0, f"model.width {model.width} is not a multiple of model.heads {model.heads}"
+    )
+    _require(
+        int(model.width * model.mlp_ratio) >= 1,
+        f"model.mlp_ratio {model.mlp_ratio}: gives a hidden layer without units",
+    )
+    if model.drop_path_by == "subset" and model.drop_path > 0:
+        _require(
+            images_taken(recipe.run.micro_batch, model.drop_path) < recipe.run.micro_batch,
+            f"model.drop_path_by subset: of run.micro_batch {recipe.run.micro_batch} images a rate of "
+            f"{model.drop_path} leaves out none, subsets are of whole images; raise one of the two, or "
+            "set model.drop_path_by=image",
+        )
+
+
+def _check_pretrain(recipe: PretrainRecipe) -> None:
+    mask, patches = recipe.mask, recipe.model.grid**2
+    _require(
+        mask.count < patches,
+        f"mask.count {mask.count}: the image has {patches} patches, mask between 1 and {patches - 1}",
+    )
+    _require(
+        mask.kind == "random" or mask.min_block <= mask.count,
+        f"mask.min_block {mask.min_block} is more than mask.count {mask.count}; lower it",
+    )
+    _require(
+        recipe.objective.name != "multi_choice" or recipe.views.topk > 0,
+        "objective.name multi_choice learns from soft codes, and views.topk is 0; set views.topk "
+        "(mc-BEiT's recipes: 64) and tokenize with it",
+    )
+    _check_variants(recipe)
+
+
+def _check_variants(recipe: PretrainRecipe) -> None:
+    model, encoding, aggregation = recipe.model, recipe.encoding, recipe.aggregation
+    _require(
+        aggregation.early_block < model.depth,
+        f"aggregation.early_block {aggregation.early_block}: the backbone has {model.depth} blocks, "
+        f"so an early one is 1 to {model.depth - 1} (BEiT v2: 9 of 12, 21 of 24), or 0 for no second "
+        "branch",
+    )
+    visible = encoding.kind == "visible"
+    _require(
+        encoding.decoder_width % encoding.decoder_heads == 0,
+        f"encoding.decoder_width {encoding.decoder_width} is not a multiple of encoding.decoder_heads "
+        f"{encoding.decoder_heads}",
+    )
+    _require(
+        not visible or recipe.mask.exact,
+        "encoding.kind visible needs the same number of visible patches in every image; set mask.exact=true",
+    )
+    _require(
+        not (visible and aggregation.early_block),
+        "encoding.kind visible and aggregation.early_block are both set: the second branch needs a "
+        "token at every place; drop one",
+    )
+
+
+def _check_finetune(recipe: FinetuneRecipe) -> None:
+    augment = recipe.augment
+    _check_crops("augment", augment)
+    mixes = augment.mix_probability > 0 and (augment.mixup > 0 or augment.cutmix > 0)
+    _require(
+        not mixes or recipe.run.micro_batch % 2 == 0,
+        f"run.micro_batch {recipe.run.micro_batch} is odd: mixup and cutmix pair the images of a "
+        "pass; make it even, or set augment.mixup=0 augment.cutmix=0",
+    )
+    _require(
+        recipe.data.val_images != "", "data.val_images is empty; give the labelled images that top-1 is measured on"
+    )
+
+
+def _check_probe(recipe: ProbeRecipe) -> None:
+    _require(len(recipe.probe.lrs) > 0, "probe.lrs []: one rate at least")
+    _require(
+        recipe.init.weights != "",
+        "init.weights is empty; give the run folder, release or weights file whose features are probed",
+    )
+    _require(
+        recipe.data.val_images != "",
+        "data.val_images is empty; give the labelled images that accuracy is measured on",
+    )
+
+
+def _check_tokenizer(recipe: TokenizerRecipe) -> None:
+    for name in ("activation_checkpointing", "compile"):
+        asked = getattr(recipe.run, name)
+        _require(
+            asked in ("none", "auto"),
+            f"run.{name} {asked}: is of transformers that are pre-trained or fine-tuned; a tokenizer is "
+            "trained without, drop it",
+        )
+    check_tokenizer_settings(recipe.tokenizer)
+    kind, stride, size = recipe.tokenizer.kind, recipe.tokenizer.stride_px, recipe.views.tokenizer_px
+    _require(size % stride == 0, f"views.tokenizer_px {size} is not a multiple of the tokenizer's stride {stride}")
+    _require(
+        recipe.tokenizer.only_px in (None, size),
+        f"views.tokenizer_px {size} is not tokenizer.vit.image_px {recipe.tokenizer.only_px}; set both to one size",
+    )
+    _require(
+        kind in ("vqgan", "vqkd"),
+        f"tokenizer.kind {kind}: is read from released files (import_tokenizer.py), not trained here; "
+        "vqgan and vqkd are",
+    )
+    if kind == "vqkd":
+        _require(
+            recipe.perceptual.weights == "",
+            f"perceptual.weights {recipe.perceptual.weights}: a tokenizer of kind vqkd has a teacher and "
+            "no judge; drop it, and set teacher.weights",
+        )
+        _require(
+            recipe.teacher.weights != "",
+            "teacher.weights is empty; give a CLIP, DINO or any timm ViT file, whose features a "
+            "tokenizer of kind vqkd learns to give",
+        )
+        _require(
+            recipe.adversarial.weight == 0,
+            f"adversarial.weight {recipe.adversarial.weight}: a tokenizer of kind vqkd makes no images "
+            "for a critic; set it to 0",
+        )
+    else:
+        _require(
+            recipe.teacher.weights == "",
+            f"teacher.weights {recipe.teacher.weights}: a tokenizer of kind {kind} has a judge and no "
+            "teacher; drop it, or set tokenizer.kind=vqkd",
+        )
+        _require(
+            recipe.perceptual.weight == 0 or recipe.perceptual.weights != "",
+            "perceptual.weights is empty; give a MoCo v3 file (vit-b-300ep.pth.tar) or any timm ViT "
+            "file, or set perceptual.weight=0 for a tokenizer without a judge",
+        )
+    _require(
+        recipe.data.val_images != "" or recipe.data.holdout > 0,
+        "no held-out image to judge the tokenizer on; set data.val_images to an image set, or "
+        "data.val_images= data.holdout=N to keep N of the training images",
+    )
+
+
+def check_tokenizer_settings(settings: TokenizerSettings, section: str = "tokenizer") -> None:
+    """Raises: UserError if they describe no network; a release's are checked as a recipe's are."""
+    check_bounds(settings, f"{section}.")
+    mults = settings.channel_mults
+    _require(
+        1 <= len(mults) <= 16,
+        f"{section}.channel_mults of {len(mults)} levels: one factor a level, 1 to 16 levels",
+    )
+    _require(
+        settings.decoder or settings.kind == "dvae",
+        f"{section}.decoder false: a {settings.kind} tokenizer has one; only dvae can be without",
+    )
+    _require(
+        settings.average == "sums" or settings.l2_normalized,
+        f"{section}.average {settings.average}: is of unit codes; set {section}.l2_normalized=true, "
+        f"or {section}.average=sums",
+    )
+    if settings.kind == "vqkd":
+        vit = settings.vit
+        _require(
+            vit.image_px % vit.patch_px == 0,
+            f"{section}.vit.image_px {vit.image_px} is not a multiple of {section}.vit.patch_px {vit.patch_px}",
+        )
+        _require(
+            int(min(vit.width, vit.decoder_width) * vit.mlp_ratio) >= 1,
+            f"{section}.vit.mlp_ratio {vit.mlp_ratio}: gives a hidden layer without units",
+        )
+        _require(
+            vit.width % vit.heads == 0,
+            f"{section}.vit.width {vit.width} is not a multiple of {section}.vit.heads {vit.heads}",
+        )
+        _require(
+            vit.decoder_width % vit.decoder_heads == 0,
+            f"{section}.vit.decoder_width {vit.decoder_width} is not a multiple of "
+            f"{section}.vit.decoder_heads {vit.decoder_heads}",
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,1 @@
+"""Checkpoints: saved and restored, whole or absent, on any number of ranks."""
