@@ -179,7 +179,7 @@ def test_unreadable_images_of_earlier_starts_are_known(tmp_path):
     parts = parts_of(tmp_path)
     parts.write(0, records(0))
     parts.write(1, records(1, usable=False))
-    assert parts.reading(0) == {"count": 0, "read": SAMPLES} and parts.reading(1) == {
+    assert parts.read_counts(0) == {"count": 0, "read": SAMPLES} and parts.read_counts(1) == {
         "count": SAMPLES,
         "read": SAMPLES,
     }
