@@ -30,9 +30,11 @@ from benchmarks.record import at_least, benchmark_parser, markdown_table, parse,
 from benchmarks.stages import launcher
 from benchmarks.turns import spread
 from peco_ds.command_line import leave, run
-from peco_ds.config import DS_CONFIGS, PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
+from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.errors import UserError
-from peco_ds.runtime.checkpoint import Saver, restore
+from peco_ds.recipe_files import load_recipe
+from peco_ds.runtime.checkpoint.save_restore import Saver, restore
 from peco_ds.runtime.distributed import World, seed_all, start_world
 from peco_ds.runtime.run_folder import open_run_folder
 

@@ -34,9 +34,10 @@ from benchmarks.record import at_least, benchmark_parser, markdown_table, parse,
 from benchmarks.stages import launcher
 from benchmarks.turns import measured, ratios, spread
 from peco_ds.command_line import run
-from peco_ds.config import DS_CONFIGS, PretrainRecipe, load_recipe
-from peco_ds.deepspeed_json import read_deepspeed_json
+from peco_ds.config import PretrainRecipe
+from peco_ds.deepspeed_json import DS_CONFIGS, read_deepspeed_json
 from peco_ds.errors import UserError
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.distributed import World, start_world
 
 # What is changed in which file; see EngineTrainer. "leaves" is ours.

@@ -35,9 +35,13 @@ from benchmarks.record import at_least, benchmark_parser, markdown_table, parse,
 from benchmarks.stages import Stages
 from benchmarks.step_time import step_costs, training_flops
 from peco_ds.command_line import run
-from peco_ds.config import DS_CONFIGS, NOT_YAML, PretrainRecipe, load_recipe, micro_steps, read_yaml
+from peco_ds.config import PretrainRecipe
+from peco_ds.deepspeed_json import DS_CONFIGS
+from peco_ds.durations import micro_steps
 from peco_ds.errors import EXIT_DONE, UserError
+from peco_ds.recipe_files import load_recipe
 from peco_ds.schema import sha256_of_json, write_json
+from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
 _strict = ConfigDict(extra="forbid")
 # in a setting: the timm release of an arm that stands earlier, pre-trained with the first seed

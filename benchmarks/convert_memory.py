@@ -25,9 +25,10 @@ import torch
 from benchmarks.record import benchmark_parser, markdown_table, parse, publish
 from benchmarks.stages import STAGES, call, ended
 from peco_ds.command_line import run
-from peco_ds.config import PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
 from peco_ds.models.mim import MaskedImageModel
-from peco_ds.runtime.checkpoint_files import MANIFEST, PROGRESS, rank_name, tag_of
+from peco_ds.recipe_files import load_recipe
+from peco_ds.runtime.checkpoint.files import MANIFEST, PROGRESS, rank_name, tag_of
 from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS
 from peco_ds.schema import sha256_of_file, write_json
 

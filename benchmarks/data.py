@@ -39,13 +39,15 @@ from benchmarks.sets import DRAWN, chosen_files, pack, write_tokens
 from benchmarks.step_time import mask_of, synchronize, training_flops
 from benchmarks.turns import by_turns, measured, ratios, spread
 from peco_ds.command_line import run
-from peco_ds.config import PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
 from peco_ds.data.decode import decode_rgb
-from peco_ds.data.device_feed import SideStream, handed_out
-from peco_ds.data.loaders import ImageSet, MaskedMaker, backbone_look
+from peco_ds.data.device_feed import SideStream, prepared_batches
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.loaders import MaskedMaker, backbone_crop
 from peco_ds.data.order import SampleOrder
 from peco_ds.data.views import cut, jitter, to_backbone
 from peco_ds.planner.hardware import HARDWARE
+from peco_ds.recipe_files import load_recipe
 from peco_ds.schema import IMAGE_EXTENSIONS
 
 H100_FLOPS = HARDWARE["h100"].peak_flops["bf16"]  # also of an H200
@@ -154,7 +156,7 @@ class Bench:
         self.tokens = write_tokens(self.image_set, recipe, tokens)
         sizes, seed = self.image_set.shards.shard_sizes, recipe.run.seed
         order = SampleOrder(sizes, seed, recipe.data.shuffle_window_shards)
-        self.sample_at, self.look = order.sample_at, backbone_look(recipe.model.image_px)
+        self.sample_at, self.look = order.sample_at, backbone_crop(recipe.model.image_px)
         make = dict(
             images=self.image_set,
             order=order,
@@ -248,7 +250,7 @@ class Bench:
             return to_backbone(jitter(raw.cuts[self.look].to(device, non_blocking=True), raw.rows))
 
         def fed(lane):
-            return handed_out((raw for _ in range(sizes.batches)), prepare, lambda images, _: images, lane=lane)
+            return prepared_batches((raw for _ in range(sizes.batches)), prepare, lambda images, _: images, lane=lane)
 
         def stretch(batches: Iterable) -> float:
             begun = time.perf_counter()

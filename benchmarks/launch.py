@@ -31,7 +31,9 @@ from benchmarks.sets import make_root
 from benchmarks.stages import STAGES, call, ended, launcher
 from benchmarks.turns import ratios, spread
 from peco_ds.command_line import run
-from peco_ds.config import DS_CONFIGS, PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
+from peco_ds.deepspeed_json import DS_CONFIGS
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.timeline import METRICS_FILE, STARTS_FILE, read_rows
 
 PHASES = tuple("launcher imports data ranks records model engine checkpoint".split()) + ("first batch", "first step")

@@ -28,7 +28,7 @@ from benchmarks.record import at_least, benchmark_parser, markdown_table, parse,
 from benchmarks.sets import make_root
 from benchmarks.stages import STAGES, call, launcher
 from peco_ds.command_line import run
-from peco_ds.config import DS_CONFIGS
+from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.errors import UserError
 from peco_ds.runtime.timeline import METRICS_FILE, STARTS_FILE, read_rows
 

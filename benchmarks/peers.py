@@ -49,13 +49,15 @@ from benchmarks.step_time import (
 )
 from benchmarks.turns import ratios, spread
 from peco_ds.command_line import run
-from peco_ds.config import DS_CONFIGS, PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
 from peco_ds.convert.release import CONFIG, WEIGHTS
 from peco_ds.convert.to_hf import to_hf
+from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import BeitWeights
 from peco_ds.models.vit import TransformerBlock, timm_arguments
 from peco_ds.objectives import build_objective
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.engine import compile_each
 from peco_ds.runtime.optim import build_optimizer, decay_groups
 

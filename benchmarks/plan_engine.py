@@ -28,12 +28,14 @@ sys.path.insert(0, str(HERE.parent))
 from record import at_least, require_gpu
 
 from peco_ds.command_line import Parser, run
-from peco_ds.config import DS_CONFIGS, FinetuneRecipe, PretrainRecipe, load_recipe
+from peco_ds.config import FinetuneRecipe, PretrainRecipe
+from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.errors import UserError
 from peco_ds.planner.memory import GpuMemory, gpu_memory, saved_bytes
 from peco_ds.planner.shapes import FLOPS_PER_MAC, mim_macs
 from peco_ds.planner.traffic import Collective, TrainedTensor, step_collectives
 from peco_ds.planner.work import Segment, finetune_segments, pretrain_segments
+from peco_ds.recipe_files import load_recipe
 
 PARTS = ("flops", "state", "traffic")
 # optimiser steps: in the first one ZeRO-3 records its order, in the second it first follows it
@@ -412,7 +414,7 @@ class _Trainee:
 
     def saved_bytes(self) -> int:
         """Of the copies in host memory that this rank's part of a checkpoint is written from."""
-        from peco_ds.runtime.background_writer import HostCopies
+        from peco_ds.runtime.checkpoint.writer import HostCopies
 
         copies = self._engine.checkpoint_engine = HostCopies()
         self._engine._copy_recovery_script = lambda _folder: None

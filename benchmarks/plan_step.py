@@ -28,11 +28,12 @@ sys.path.insert(0, str(HERE.parent))
 from record import at_least, require_gpu, write_record
 
 from peco_ds.command_line import Parser, run
-from peco_ds.config import PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
 from peco_ds.planner.compute import PACES, segment_seconds
 from peco_ds.planner.hardware import HARDWARE, Hardware, hardware_of_device
 from peco_ds.planner.shapes import ELEMENT_BYTES, mim_activation_bytes
 from peco_ds.planner.work import pretrain_segments
+from peco_ds.recipe_files import load_recipe
 
 # Recipe and settings.
 GPU_ROWS = {

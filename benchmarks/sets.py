@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 
 from benchmarks.stages import STAGES, call
-from peco_ds.config import PretrainRecipe, TokenizerSettings, load_recipe
-from peco_ds.data.loaders import ImageSet, draw_recorded_view
+from peco_ds.config import PretrainRecipe, TokenizerSettings
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.loaders import draw_recorded_view
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord, TokenSet
 from peco_ds.errors import UserError
 from peco_ds.models.tokenizers import build_tokenizer, save_tokenizer
+from peco_ds.recipe_files import load_recipe
 from peco_ds.schema import IMAGE_EXTENSIONS, MANIFEST_NAME, ViewRecipe
 
 # how the names of images begin that are no real ones

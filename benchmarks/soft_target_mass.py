@@ -19,7 +19,7 @@ from benchmarks.record import at_least, benchmark_parser, markdown_table, parse,
 from benchmarks.step_time import this_device
 from peco_ds.command_line import run
 from peco_ds.data.central_squares import square_batches
-from peco_ds.data.loaders import ImageSet
+from peco_ds.data.image_set import ImageSet
 from peco_ds.errors import UserError
 from peco_ds.models.tokenizers import load_tokenizer
 

@@ -40,7 +40,9 @@ from benchmarks.step_time import (
     training_flops,
 )
 from peco_ds.command_line import run
-from peco_ds.config import DS_CONFIGS, PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
+from peco_ds.deepspeed_json import DS_CONFIGS
+from peco_ds.recipe_files import load_recipe
 
 # Recipe and settings of each size, most telling first. On a GPU: micro-batches that fit 80 GB without recomputation. On
 # a CPU: a few blocks.

@@ -36,11 +36,13 @@ from benchmarks.sets import chosen_files, pack
 from benchmarks.step_time import synchronize, this_device
 from benchmarks.turns import measured, ratios, spread
 from peco_ds.command_line import run
-from peco_ds.config import PretrainRecipe, TokenizerRecipe, ViewSettings, load_recipe
-from peco_ds.data.loaders import ImageSet, draw_recorded_view, view_batches
+from peco_ds.config import PretrainRecipe, TokenizerRecipe, ViewSettings
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.loaders import draw_recorded_view, view_batches
 from peco_ds.data.views import cut, jitter, to_tokenizer
-from peco_ds.models.token_passes import TokenPasses, even_pass
+from peco_ds.models.token_passes import TokenPasses, even_pass_size
 from peco_ds.models.tokenizers import build_tokenizer
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.engine import compiles
 from peco_ds.runtime.token_records import record_batches
 from peco_ds.runtime.token_source import codes_function
@@ -146,7 +148,7 @@ def measure(case: Case, args: argparse.Namespace, images: ImageSet) -> Found:
     compiled = copy.deepcopy(eager) if compiles(recipe.run) else None
     together = max(1, recipe.run.micro_batch // views.count)
     codes = codes_function(compiled or eager, recipe, together * views.count)
-    a_pass = even_pass(together * views.count, recipe.run.micro_batch)
+    a_pass = even_pass_size(together * views.count, recipe.run.micro_batch)
     networks = {f"network alone, {precision}, eager": (eager, precision, False) for precision in ("fp32", "bf16")}
     if compiled:
         precisions = ("fp32", "bf16") if args.both_compiled else (views.tokenizer_precision,)

@@ -20,8 +20,9 @@ from benchmarks.record import at_least, benchmark_parser, markdown_table, parse,
 from benchmarks.step_time import StepCost, step_costs
 from benchmarks.turns import ratios, spread
 from peco_ds.command_line import run
-from peco_ds.config import PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
 from peco_ds.errors import UserError
+from peco_ds.recipe_files import load_recipe
 
 
 def main(argv: list[str] | None = None) -> int:

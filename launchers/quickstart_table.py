@@ -8,16 +8,18 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from peco_ds.config import PretrainRecipe, data_path
-from peco_ds.data.loaders import ImageSet, masked_batches
+from peco_ds.config import PretrainRecipe
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.loaders import masked_batches
 from peco_ds.data.order import SampleOrder, view_at
 from peco_ds.data.token_shards import TokenSet
+from peco_ds.data_paths import data_path
 from peco_ds.evaluation.masked_prediction import masked_prediction_columns
 from peco_ds.evaluation.reconstruction import comparison_grid, save_png
 from peco_ds.models.mim import MaskedImageModel
 from peco_ds.models.tokenizers import load_tokenizer
-from peco_ds.runtime.checkpoint_files import newest_whole
-from peco_ds.runtime.consolidate import fp32_weights
+from peco_ds.runtime.checkpoint.consolidate import fp32_weights
+from peco_ds.runtime.checkpoint.files import newest_whole
 from peco_ds.runtime.metrics import read_metrics
 from peco_ds.runtime.run_folder import read_settings
 

@@ -14,7 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
-from peco_ds.config import DS_CONFIGS, Resolved, load_recipe
+from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -24,6 +24,7 @@ from peco_ds.errors import (
     EXIT_REQUEUE,
     UserError,
 )
+from peco_ds.recipe_files import Resolved, load_recipe
 
 logger = logging.getLogger("peco_ds")
 

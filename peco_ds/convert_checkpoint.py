@@ -74,14 +74,14 @@ def convert(args: argparse.Namespace) -> int:
     from peco_ds.convert.to_hf import to_hf
     from peco_ds.convert.to_timm import to_timm
     from peco_ds.convert.to_unilm import to_unilm
-    from peco_ds.convert.verify import COMPARED, LOADERS, answers_of, compare
+    from peco_ds.convert.verify import COMPARED, LOADERS, compare, model_outputs
     from peco_ds.runtime.run_weights import read_run
 
     weights = read_weights(
         args.source, layout=args.layout, average=args.weights, statistics=args.statistics, read_run=read_run
     )
     release = {"timm": to_timm, "hf": to_hf, "unilm": to_unilm}[args.to](weights)
-    expected = answers_of(weights) if args.verify else None
+    expected = model_outputs(weights) if args.verify else None
     write_release(args.out, release, weights)
     parameters = sum(tensor.numel() for tensor in weights.tensors.values())
     line, library = f"{args.out}: {weights.source}, {parameters / 1e6:.1f} M parameters", release.library

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from peco_ds.config import OptimSettings, RunSettings, micro_steps, nearest
-from peco_ds.errors import UserError
+from peco_ds.config import OptimSettings, RunSettings
+from peco_ds.durations import micro_steps
+from peco_ds.errors import UserError, nearest
 from peco_ds.schema import read_json, short
 
 # Top-level keys of deepspeed 0.19.8 (runtime/constants.py and the blocks read in runtime/config.py). DeepSpeed itself

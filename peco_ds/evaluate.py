@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{args.target}: no tokenizer; --lpips and --train_images are for tokenizers (linear_probe.py "
             "probes a backbone)"
         )
-    from peco_ds.evaluation.features import Stopped
+    from peco_ds.evaluation.stopping import Stopped
 
     try:
         result, line, world = evaluate_classifier(args) if tokenizer is None else evaluate_tokenizer(args, *tokenizer)
@@ -150,8 +150,8 @@ def write(path: Path, result: dict) -> None:
 
 
 def evaluate_classifier(args):
+    from peco_ds.data.image_set import ImageSet
     from peco_ds.data.labelled import check_labels, evaluation_batches
-    from peco_ds.data.loaders import ImageSet
     from peco_ds.evaluation.classification import classification_quality
     from peco_ds.runtime.distributed import start_world
 
@@ -200,7 +200,7 @@ def load_classifier(args, classes: tuple[str, ...]):
     from.
     """
     from peco_ds.convert.initialize import check_classes
-    from peco_ds.models.beit_weights import usual_crop
+    from peco_ds.models.beit_weights import default_crop
 
     if Path(args.target).exists():
         from peco_ds.convert.initialize import classifier_of
@@ -237,7 +237,7 @@ def load_classifier(args, classes: tuple[str, ...]):
     if args.crop is not None:
         crop = args.crop
     elif image_px != trained_px:
-        crop = usual_crop(image_px)
+        crop = default_crop(image_px)
     return model, {"image_px": image_px, "crop": crop, "mean": tuple(mean), "std": tuple(std)}, source
 
 
@@ -273,8 +273,8 @@ def find_tokenizer(target: Path) -> tuple[Path, int | None] | None:
 
 def evaluate_tokenizer(args, release: Path, own_px: int | None):
     from peco_ds.data.central_squares import square_batches
+    from peco_ds.data.image_set import ImageSet
     from peco_ds.data.labelled import labelled_sets
-    from peco_ds.data.loaders import ImageSet
     from peco_ds.evaluation.perceptual_distance import load_lpips
     from peco_ds.evaluation.reconstruction import CodeSums, RoundTripSums, quality_line, round_trip_of
     from peco_ds.models.tokenizers import load_tokenizer
@@ -441,7 +441,7 @@ def throughput(forward, batch: int, image_px: int, world) -> float:
     """Images a second over all ranks at once. Collective."""
     import torch
 
-    from peco_ds.evaluation.throughput import forward_images_per_s
+    from peco_ds.evaluation.forward import forward_images_per_s
 
     images = (
         torch.randn(batch, 3, image_px, image_px, generator=torch.Generator().manual_seed(0))
@@ -458,7 +458,7 @@ def throughput(forward, batch: int, image_px: int, world) -> float:
 
 def until_stopped(batches, world):
     """The batches, as long as no rank was asked to stop. Collective; every rank has equally many. Raises: Stopped."""
-    from peco_ds.evaluation.features import Stopped
+    from peco_ds.evaluation.stopping import Stopped
 
     for batch in batches:
         if world.stop_requested():

@@ -25,12 +25,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args, resolved) -> int:
     """Check everything that needs no ranks, and say what the run would be and cost."""
-    from peco_ds.config import data_path, resolve_durations
     from peco_ds.convert.initialize import check_head, check_sizes
     from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
     from peco_ds.data.labelled import labelled_sets
+    from peco_ds.data_paths import data_path
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.durations import resolve_durations
     from peco_ds.planner.report import finetune_report
     from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN
     from peco_ds.runtime.run_weights import read_run
@@ -65,22 +66,23 @@ def dry_run(args, resolved) -> int:
 
 
 def train(args, resolved) -> int:
-    from peco_ds.config import data_path, micro_steps, resolve_durations
     from peco_ds.convert.initialize import start_classifier
     from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
+    from peco_ds.data.image_set import BadImages
     from peco_ds.data.labelled import evaluation_batches, labelled_sets, training_batches
-    from peco_ds.data.loaders import BadImages
     from peco_ds.data.order import rank_positions
+    from peco_ds.data_paths import data_path
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.durations import micro_steps, resolve_durations
     from peco_ds.evaluation.classification import classification_quality
     from peco_ds.models.classifier import build_classifier
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives.soft_labels import soft_label_cross_entropy
     from peco_ds.planner.stages import training_flops
     from peco_ds.runtime.around_steps import around_steps
-    from peco_ds.runtime.checkpoint import continues, restore
-    from peco_ds.runtime.checkpoint_files import list_checkpoints
+    from peco_ds.runtime.checkpoint.files import list_checkpoints
+    from peco_ds.runtime.checkpoint.save_restore import continues, restore
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.ema import WeightEma
     from peco_ds.runtime.engine import set_lr, start_engine

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args, cfg: ProbeRecipe) -> int:
     """Check everything that needs no ranks, and say what the probe would cost."""
-    from peco_ds.config import data_path
+    from peco_ds.data_paths import data_path
     from peco_ds.evaluation.features import feature_bytes, feature_width
     from peco_ds.planner.shapes import FLOPS_PER_MAC, TRAINING_OVER_FORWARD, mim_macs
     from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, IMAGENET_1K_VAL
@@ -83,8 +83,9 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
 
 
 def take_and_probe(args, resolved) -> int:
-    from peco_ds.evaluation.features import TRAIN, VAL, FeatureFiles, Stopped, feature_width
+    from peco_ds.evaluation.features import TRAIN, VAL, FeatureFiles, feature_width
     from peco_ds.evaluation.probe_results import LayerResults
+    from peco_ds.evaluation.stopping import Stopped
     from peco_ds.runtime.distributed import start_world
     from peco_ds.schema import sha256_of_json
 
@@ -168,19 +169,19 @@ def blocks_of(cfg: ProbeRecipe, weights) -> tuple[int, ...]:
 
 def labelled_images(cfg: ProbeRecipe):
     """Training and held-out images, and the class names that both have."""
-    from peco_ds.config import data_path
     from peco_ds.data.labelled import labelled_sets
+    from peco_ds.data_paths import data_path
 
     return labelled_sets(data_path(cfg.data, cfg.data.images), data_path(cfg.data, cfg.data.val_images))
 
 
 def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train, val) -> dict:
     """All that decides the features' values."""
-    from peco_ds.models.tokenizers import tokenizer_fingerprint
+    from peco_ds.models.weight_files import weights_fingerprint
 
     settings = cfg.probe
     return {
-        "weights": tokenizer_fingerprint(asdict(weights.model), weights.tensors),
+        "weights": weights_fingerprint(asdict(weights.model), weights.tensors),
         "train_images": train.manifest.fingerprint(),
         "val_images": val.manifest.fingerprint(),
         "blocks": list(blocks),
@@ -203,7 +204,7 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
     """
     from peco_ds.convert.initialize import feature_backbone
     from peco_ds.data.labelled import evaluation_batches
-    from peco_ds.evaluation.features import take_features
+    from peco_ds.evaluation.features import compute_features
 
     settings = cfg.probe
     state = world.gather_objects(files.state())[0]
@@ -236,7 +237,7 @@ def make_features(cfg: ProbeRecipe, files, weights, blocks: tuple[int, ...], ima
             num_workers=cfg.data.num_workers,
             device=world.device,
         )
-        rows = take_features(
+        rows = compute_features(
             backbone,
             batches,
             blocks=blocks,
@@ -257,14 +258,17 @@ def probe_layer(files, block: int, settings, num_classes: int, world) -> dict:
 
     Raises: Stopped.
     """
-    from peco_ds.evaluation.features import TRAIN, VAL, Stopped, rows_of
+    from peco_ds.evaluation.features import TRAIN, VAL, feature_rows
     from peco_ds.evaluation.linear_probes import probe
+    from peco_ds.evaluation.stopping import Stopped
 
     def stop() -> None:
         if world.stop_seen:
             raise Stopped
 
-    train, val = ((rows_of(files.features(split, block), world.device), files.labels(split)) for split in (TRAIN, VAL))
+    train, val = (
+        (feature_rows(files.features(split, block), world.device), files.labels(split)) for split in (TRAIN, VAL)
+    )
     return {"block": block, **probe(train, val, settings, num_classes=num_classes, device=world.device, stop=stop)}
 
 

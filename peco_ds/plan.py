@@ -18,7 +18,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run
-from peco_ds.config import data_path
+from peco_ds.data_paths import data_path
 from peco_ds.errors import EXIT_DONE, UserError
 
 _SETTING = re.compile(r"([\w-]+:)?\w+(\.\w+)+=")

@@ -25,8 +25,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args, resolved) -> int:
     """Check everything that needs no ranks, and say what the run would be and cost."""
-    from peco_ds.config import data_path, resolve_durations
+    from peco_ds.data_paths import data_path
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.durations import resolve_durations
     from peco_ds.planner.report import pretrain_report
     from peco_ds.planner.stages import IMAGENET_1K_TRAIN
     from peco_ds.schema import ImageManifest, read_manifest
@@ -73,16 +74,18 @@ def dry_run(args, resolved) -> int:
 
 
 def train(args, resolved) -> int:
-    from peco_ds.config import data_path, micro_steps, resolve_durations
-    from peco_ds.data.loaders import BadImages, ImageSet, masked_batches
+    from peco_ds.data.image_set import BadImages, ImageSet
+    from peco_ds.data.loaders import masked_batches
     from peco_ds.data.order import rank_positions
+    from peco_ds.data_paths import data_path
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.durations import micro_steps, resolve_durations
     from peco_ds.models.mim import build_mim
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import build_objective
     from peco_ds.planner.stages import training_flops
     from peco_ds.runtime.around_steps import around_steps
-    from peco_ds.runtime.checkpoint import restore
+    from peco_ds.runtime.checkpoint.save_restore import restore
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import set_lr, start_engine
     from peco_ds.runtime.optim import use_layer_norm

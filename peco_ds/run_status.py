@@ -19,10 +19,10 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run
-from peco_ds.config import NOT_YAML, read_yaml
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from peco_ds.runtime.timeline import EVALUATION_FILE, METRICS_FILE, STARTS_FILE, Account, clock, read_rows
 from peco_ds.schema import MANIFEST_NAME, sha256_of_file
+from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
 SETTINGS = "settings.yaml"
 CHECKPOINTS = "checkpoints"

@@ -16,7 +16,8 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import parse_stage, run, stage_parser
-from peco_ds.config import PretrainRecipe, data_path
+from peco_ds.config import PretrainRecipe
+from peco_ds.data_paths import data_path
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
 logger = logging.getLogger("peco_ds")
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--part {args.part} of --parts {args.parts}: parts count from 0")
     cfg = resolved.recipe
 
-    from peco_ds.data.loaders import ImageSet
+    from peco_ds.data.image_set import ImageSet
     from peco_ds.data.token_parts import TokenParts
     from peco_ds.models.tokenizers import load_tokenizer, read_card
     from peco_ds.runtime.token_source import check_pair
@@ -138,7 +139,8 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
     import numpy as np
     from tqdm import tqdm
 
-    from peco_ds.data.loaders import BadImages, view_batches
+    from peco_ds.data.image_set import BadImages
+    from peco_ds.data.loaders import view_batches
     from peco_ds.runtime.token_records import ShardWriter, record_batches
     from peco_ds.runtime.token_source import codes_function
 

@@ -27,8 +27,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dry_run(args, resolved) -> int:
-    from peco_ds.config import data_path, resolve_durations
+    from peco_ds.data_paths import data_path
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.durations import resolve_durations
     from peco_ds.models.frozen_net import frozen_net_at_hand
     from peco_ds.planner.report import tokenizer_report
     from peco_ds.planner.stages import IMAGENET_1K_TRAIN
@@ -53,10 +54,12 @@ def dry_run(args, resolved) -> int:
 
 
 def train(args, resolved) -> int:
-    from peco_ds.config import data_path, micro_steps, resolve_durations
-    from peco_ds.data.loaders import BadImages, ImageSet, crop_batches, held_out_images, training_order
+    from peco_ds.data.image_set import BadImages, ImageSet
+    from peco_ds.data.loaders import crop_batches, held_out_images, training_order
     from peco_ds.data.order import rank_positions
+    from peco_ds.data_paths import data_path
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.durations import micro_steps, resolve_durations
     from peco_ds.evaluation.reconstruction import HeldOut
     from peco_ds.models.critic import with_critic
     from peco_ds.models.frozen_net import load_frozen_net
@@ -65,8 +68,8 @@ def train(args, resolved) -> int:
     from peco_ds.objectives.tokenizer_losses import build_tokenizer_objective
     from peco_ds.planner.stages import training_flops
     from peco_ds.runtime.around_steps import around_steps
-    from peco_ds.runtime.checkpoint import continues, restore
-    from peco_ds.runtime.checkpoint_files import list_checkpoints
+    from peco_ds.runtime.checkpoint.files import list_checkpoints
+    from peco_ds.runtime.checkpoint.save_restore import continues, restore
     from peco_ds.runtime.codebook_init import init_codebook
     from peco_ds.runtime.distributed import seed_all, start_world
     from peco_ds.runtime.engine import set_lr, start_engine
@@ -201,8 +204,8 @@ def release(out: Path, cfg: TokenizerRecipe, quality: dict[str, float], judged: 
     """Write OUT/tokenizer from the newest checkpoint."""
     from peco_ds.evaluation.reconstruction import quality_line
     from peco_ds.models.tokenizers import save_tokenizer
-    from peco_ds.runtime.checkpoint_files import newest_whole, read_progress
-    from peco_ds.runtime.consolidate import fp32_weights
+    from peco_ds.runtime.checkpoint.consolidate import fp32_weights
+    from peco_ds.runtime.checkpoint.files import newest_whole, read_progress
 
     checkpoint = newest_whole(out)
     progress = read_progress(checkpoint)

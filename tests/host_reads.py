@@ -27,14 +27,17 @@ def main(out: Path) -> None:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from peco_ds.config import PretrainRecipe, load_recipe, resolve_durations
-    from peco_ds.data.loaders import BadImages, Codes, MaskedBatch, masked_targets
+    from peco_ds.config import PretrainRecipe
+    from peco_ds.data.image_set import BadImages
+    from peco_ds.data.loaders import Codes, MaskedBatch, masked_targets
     from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.durations import resolve_durations
     from peco_ds.models.mim import build_mim
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import build_objective
+    from peco_ds.recipe_files import load_recipe
     from peco_ds.runtime.around_steps import around_steps
-    from peco_ds.runtime.checkpoint import restore
+    from peco_ds.runtime.checkpoint.save_restore import restore
     from peco_ds.runtime.distributed import start_world
     from peco_ds.runtime.engine import set_lr, start_engine
     from peco_ds.runtime.watchdog import Watchdog

@@ -97,7 +97,7 @@ def spoil(fault: dict):
 
 
 def leave_unmended(_asked: bool):
-    from peco_ds.runtime import elastic as module
+    from peco_ds.runtime.checkpoint import elastic as module
 
     original = module._own_settings_and_steps
     module._own_settings_and_steps = lambda *arguments: None

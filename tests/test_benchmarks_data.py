@@ -9,7 +9,8 @@ from PIL import Image
 
 from benchmarks import data as benchmark
 from benchmarks import sets
-from peco_ds.config import PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
+from peco_ds.recipe_files import load_recipe
 
 
 def timed(ours: list[float], theirs: list[float]):
@@ -53,7 +54,7 @@ def test_a_run_of_a_few_images_writes_every_table_and_how_it_was_made(real_data,
 
 
 def test_image_shards_give_the_images_they_hold(small_sets, tmp_path):
-    from peco_ds.data.loaders import ImageSet
+    from peco_ds.data.image_set import ImageSet
 
     files = sets.chosen_files(small_sets.root / "images" / "train", 5, tmp_path / "files")
     images = ImageSet(small_sets.root / "images" / "train")

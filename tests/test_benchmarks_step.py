@@ -21,8 +21,9 @@ from benchmarks.profile_step import Stretch, kind_of, profile_step, shares_of_ke
 from benchmarks.record import versions, write_record
 from benchmarks.step import AXES, CPU_SIZES, Measurement, Row, Setting, cells, settings_of, table, utilisation
 from benchmarks.step_time import Turns, step_costs, step_memory
-from peco_ds.config import PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
 from peco_ds.errors import UserError
+from peco_ds.recipe_files import load_recipe
 
 TOY = (
     "model.depth=2 model.width=48 model.heads=3 model.image_px=64 mask.count=6 mask.min_block=2 "
@@ -127,7 +128,9 @@ import sys, weakref
 import torch
 from benchmarks.engine_step import EngineTrainer, join_alone
 from benchmarks.step_time import free_memory, this_device
-from peco_ds.config import DS_CONFIGS, PretrainRecipe, load_recipe
+from peco_ds.config import PretrainRecipe
+from peco_ds.deepspeed_json import DS_CONFIGS
+from peco_ds.recipe_files import load_recipe
 join_alone()
 linear = torch.nn.functional.linear
 settings = ["run.precision=fp32", "run.compile=none", "run.global_batch=2", *sys.argv[1:]]

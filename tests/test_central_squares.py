@@ -3,7 +3,8 @@ import torch
 
 from peco_ds.config import DataSettings
 from peco_ds.data.central_squares import square_batches
-from peco_ds.data.loaders import ImageSet, held_out_images
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.loaders import held_out_images
 
 CPU = torch.device("cpu")
 

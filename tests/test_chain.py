@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from peco_ds.config import RECIPES, FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe
+from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe
 from peco_ds.errors import UserError
 from peco_ds.planner.chain import read_chain, recipe_type
+from peco_ds.recipe_files import RECIPES
 
 
 def names(chain) -> list[str]:

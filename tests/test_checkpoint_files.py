@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-from peco_ds.config import CheckpointSettings, PretrainRecipe, ScheduleSettings, resolve_durations
-from peco_ds.runtime import background_writer
-from peco_ds.runtime.background_writer import BackgroundWriter, HostCopies, write_hashed
-from peco_ds.runtime.checkpoint_files import (
+from peco_ds.config import CheckpointSettings, PretrainRecipe, ScheduleSettings
+from peco_ds.durations import resolve_durations
+from peco_ds.runtime.checkpoint import writer as background_writer
+from peco_ds.runtime.checkpoint.files import (
     FOLDER,
     LATEST,
     MANIFEST,
@@ -25,6 +25,7 @@ from peco_ds.runtime.checkpoint_files import (
     tag_of,
     verify,
 )
+from peco_ds.runtime.checkpoint.writer import BackgroundWriter, HostCopies, write_hashed
 from peco_ds.schema import sha256_of_file
 
 

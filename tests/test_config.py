@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from peco_ds.command_line import parse_stage, run, stage_parser
 from peco_ds.config import (
-    RECIPES,
     CheckpointSettings,
     DataSettings,
     FinetuneRecipe,
@@ -24,16 +23,14 @@ from peco_ds.config import (
     RunSettings,
     ScheduleSettings,
     TokenizerRecipe,
-    data_path,
-    find_recipe,
-    known_keys,
-    load_recipe,
-    micro_steps,
-    resolve_durations,
 )
+from peco_ds.data_paths import data_path
 from peco_ds.deepspeed_json import DEEPSPEED_KEYS, merge_deepspeed, read_deepspeed_json
+from peco_ds.durations import micro_steps, resolve_durations
 from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
+from peco_ds.field_marks import known_keys
 from peco_ds.planner.report import pretrain_report, tokenizer_report
+from peco_ds.recipe_files import RECIPES, find_recipe, load_recipe
 
 ENOUGH = "schedule.epochs=1"  # the one setting without a default
 

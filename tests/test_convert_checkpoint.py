@@ -13,7 +13,7 @@ from peco_ds.convert.release import model_card, write_release
 from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
-from peco_ds.convert.verify import answers_of, compare
+from peco_ds.convert.verify import compare, model_outputs
 from peco_ds.convert_checkpoint import main
 from peco_ds.errors import UserError
 from peco_ds.models.tokenizers import load_tokenizer, save_tokenizer
@@ -85,7 +85,7 @@ def test_one_changed_tensor_is_noticed(tmp_path, to, name):
         metadata={"format": "pt"},
     )
     with pytest.raises(UserError, match="differ from the trained model's by .*do not publish it"):
-        compare(tmp_path, LIBRARY[to], answers_of(weights))
+        compare(tmp_path, LIBRARY[to], model_outputs(weights))
 
 
 @pytest.mark.parametrize("side", ["release", "weights"])
@@ -95,7 +95,7 @@ def test_a_head_of_nan_is_never_called_equal(tmp_path, side):
     released, ours = (bad, good) if side == "release" else (good, bad)
     write_release(tmp_path, TO["timm"](released), released)
     with pytest.raises(UserError, match="do not publish it"):
-        compare(tmp_path, "timm", answers_of(ours))
+        compare(tmp_path, "timm", model_outputs(ours))
 
 
 def test_a_release_for_another_library_is_not_written_over(tmp_path):
@@ -123,7 +123,7 @@ def test_one_changed_entry_of_a_unilm_file_is_noticed(tmp_path, change, words):
         del tensors[index]
     torch.save({"model": tensors}, tmp_path / "model.pth")
     with pytest.raises(UserError, match=words):
-        compare(tmp_path, "unilm", answers_of(weights))
+        compare(tmp_path, "unilm", model_outputs(weights))
 
 
 def test_an_eps_that_is_not_beits_shows_in_the_comparison(tmp_path):
@@ -134,7 +134,7 @@ def test_an_eps_that_is_not_beits_shows_in_the_comparison(tmp_path):
     assert config["layer_norm_eps"] == 1e-6
     (tmp_path / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-2}))
     with pytest.raises(UserError, match="differ from"):
-        compare(tmp_path, "transformers", answers_of(weights))
+        compare(tmp_path, "transformers", model_outputs(weights))
 
 
 @pytest.mark.parametrize("origin", ["", " of what it started from"], ids=["of its own run", "of the run before"])

@@ -29,16 +29,17 @@ from bounds import bounded
 from PIL import Image
 from safetensors.torch import save_file
 
-from peco_ds.config import FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerSettings, ViewSettings, load_recipe
+from peco_ds.config import FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerSettings, ViewSettings
 from peco_ds.convert.read import read_weights
 from peco_ds.convert.release import write_release
 from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
 from peco_ds.data.image_folders import labels_from_list, read_classes
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.image_shards import IndexJob, make_shard, prepare_folder
 from peco_ds.data.indexed_tar import IndexedTar, build_index, index_name, write_index
-from peco_ds.data.loaders import ImageSet, masked_batches
+from peco_ds.data.loaders import masked_batches
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.data.views import cut
 from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
@@ -46,7 +47,8 @@ from peco_ds.errors import UserError
 from peco_ds.models.feature_nets import load_feature_net
 from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, save_tokenizer
 from peco_ds.models.weight_files import foreign_classes, read_tensor_file
-from peco_ds.runtime.checkpoint_files import list_checkpoints, newest_whole, verify
+from peco_ds.recipe_files import load_recipe
+from peco_ds.runtime.checkpoint.files import list_checkpoints, newest_whole, verify
 from peco_ds.runtime.run_folder import read_provenance, read_settings
 from peco_ds.runtime.run_weights import read_run
 from peco_ds.schema import (

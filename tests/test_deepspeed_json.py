@@ -8,8 +8,8 @@ import deepspeed
 import pytest
 from deepspeed.runtime.config import _REMOVED_ZERO_CONFIG_KEYS
 
-from peco_ds.config import DS_CONFIGS, OptimSettings, RunSettings
-from peco_ds.deepspeed_json import REMOVED_ZERO_KEYS, merge_deepspeed, read_deepspeed_json
+from peco_ds.config import OptimSettings, RunSettings
+from peco_ds.deepspeed_json import DS_CONFIGS, REMOVED_ZERO_KEYS, merge_deepspeed, read_deepspeed_json
 from peco_ds.errors import UserError
 
 FILES = sorted(DS_CONFIGS.glob("*.json"))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from peco_ds.data import device_feed
-from peco_ds.data.device_feed import SideStream, device_batches, handed_out
-from peco_ds.data.loaders import BadImages
+from peco_ds.data.device_feed import SideStream, device_batches, prepared_batches
+from peco_ds.data.image_set import BadImages
 from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
 
@@ -42,7 +42,7 @@ class Journal(list):
         return raw.slice_number
 
     def batches(self, lane, count=4, fault_at=None):
-        return handed_out(self.raws(count, fault_at), self.prepare, self.finish, lane=lane, in_turn=self.in_turn)
+        return prepared_batches(self.raws(count, fault_at), self.prepare, self.finish, lane=lane, in_turn=self.in_turn)
 
     def of(self, what: str) -> list[int]:
         return [number for event, number in self if event == what]
@@ -99,7 +99,7 @@ def test_a_fault_of_the_preparation_is_raised_in_its_turn_too():
         assert raw.slice_number < 1, "ours"
         return journal.prepare(raw)
 
-    batches = handed_out(journal.raws(3), prepare, journal.finish, lane=StandIn())
+    batches = prepared_batches(journal.raws(3), prepare, journal.finish, lane=StandIn())
     assert next(batches) == 0
     with pytest.raises(AssertionError, match="ours"):
         next(batches)
@@ -110,7 +110,7 @@ def test_unreadable_images_of_a_batch_that_was_only_begun_are_in_no_checkpoint()
     for name, lane in (("in turn", None), ("ahead", StandIn())):
         bad, seen = BadImages(max_share=1.0), []
         raws = (RawBatch(keys=["a", "b"], bad=[f"image {number}"]) for number in range(5))
-        for _ in handed_out(raws, lambda raw: raw.keys, lambda keys, raw: keys, lane=lane, in_turn=bad.add_batch):
+        for _ in prepared_batches(raws, lambda raw: raw.keys, lambda keys, raw: keys, lane=lane, in_turn=bad.add_batch):
             seen.append(bad.state())
         counts[name] = seen
     assert counts["ahead"] == counts["in turn"] == [{"count": number, "read": 2 * number} for number in range(1, 6)]
@@ -119,7 +119,9 @@ def test_unreadable_images_of_a_batch_that_was_only_begun_are_in_no_checkpoint()
 def test_too_many_unreadable_images_end_the_run_at_the_batch_that_has_them():
     bad = BadImages(max_share=0.0)
     raws = (RawBatch(keys=["a"] * 20, bad=[f"image {number}"] * (11 * (number == 2))) for number in range(4))
-    batches = handed_out(raws, lambda raw: raw.keys, lambda keys, raw: keys, lane=StandIn(), in_turn=bad.add_batch)
+    batches = prepared_batches(
+        raws, lambda raw: raw.keys, lambda keys, raw: keys, lane=StandIn(), in_turn=bad.add_batch
+    )
     next(batches), next(batches)
     with pytest.raises(UserError, match="11 of 60 readings"):
         next(batches)

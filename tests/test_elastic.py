@@ -8,8 +8,8 @@ import pytest
 from conftest import REPOSITORY, run_stage
 from test_train_tokenizer import SMALL as SMALL_TOKENIZER
 
-from peco_ds.runtime.checkpoint_files import UNIVERSAL, list_checkpoints
-from peco_ds.runtime.consolidate import fp32_weights
+from peco_ds.runtime.checkpoint.consolidate import fp32_weights
+from peco_ds.runtime.checkpoint.files import UNIVERSAL, list_checkpoints
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.run_weights import read_run
 

@@ -3,13 +3,16 @@
 import pytest
 import torch
 
-from peco_ds.config import PretrainRecipe, TokenizerSettings, TokenizerVitSettings, data_path, load_recipe
-from peco_ds.data.loaders import ImageSet, masked_batches
+from peco_ds.config import PretrainRecipe, TokenizerSettings, TokenizerVitSettings
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.loaders import masked_batches
 from peco_ds.data.order import rank_positions
+from peco_ds.data_paths import data_path
 from peco_ds.errors import UserError
 from peco_ds.models.mim import build_mim
 from peco_ds.models.tokenizers import KINDS, build_tokenizer, save_tokenizer
 from peco_ds.objectives import OBJECTIVES, build_objective
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.token_source import online_tokenizer
 
 CPU = torch.device("cpu")

@@ -8,7 +8,8 @@ from timm.models.beit import Beit
 
 from peco_ds.config import ModelSettings
 from peco_ds.errors import UserError
-from peco_ds.evaluation.features import FeatureFiles, Stopped, feature_bytes, pooled_features, take_features
+from peco_ds.evaluation.features import FeatureFiles, compute_features, feature_bytes, pooled_features
+from peco_ds.evaluation.stopping import Stopped
 from peco_ds.models.vit import build_backbone
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def padded_batches(images, samples):
 
 def taken(backbone, batches, **changes):
     arguments = dict(blocks=(1, 3), pooling="class_mean", precision="fp32", device=CPU, stop_requested=lambda: False)
-    return take_features(backbone, batches, **{**arguments, **changes})
+    return compute_features(backbone, batches, **{**arguments, **changes})
 
 
 def test_features_written_in_any_order_are_read_in_the_order_of_the_samples_and_padding_is_nowhere(

@@ -13,8 +13,8 @@ from peco_ds import finetune
 from peco_ds.config import ModelSettings
 from peco_ds.convert.initialize import classifier_of
 from peco_ds.convert.read import read_weights
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.labelled import evaluation_batches
-from peco_ds.data.loaders import ImageSet
 from peco_ds.errors import UserError
 from peco_ds.evaluation.classification import classification_quality
 from peco_ds.runtime.metrics import read_evaluation, read_metrics

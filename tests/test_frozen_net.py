@@ -2,9 +2,10 @@ import pytest
 import timm
 import torch
 
-from peco_ds.config import TokenizerRecipe, load_recipe
+from peco_ds.config import TokenizerRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.frozen_net import load_frozen_net
+from peco_ds.recipe_files import load_recipe
 
 SMALL = [
     "tokenizer.vit.image_px=32",

@@ -14,9 +14,9 @@ from timm.data import create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from peco_ds.config import AugmentSettings, DataSettings, RunSettings
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.indexed_tar import index_name, write_index
 from peco_ds.data.labelled import check_labels, evaluation_batches, training_batches
-from peco_ds.data.loaders import ImageSet
 from peco_ds.data.order import SampleOrder, rank_positions
 from peco_ds.errors import UserError
 from peco_ds.schema import MANIFEST_NAME, ImageManifest, Shard, write_manifest

@@ -11,15 +11,9 @@ from pathlib import Path
 import pytest
 
 from peco_ds.command_line import parse_stage, stage_parser
-from peco_ds.config import (
-    RECIPES,
-    FinetuneRecipe,
-    PretrainRecipe,
-    ProbeRecipe,
-    TokenizerRecipe,
-    load_recipe,
-    micro_steps,
-)
+from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe
+from peco_ds.durations import micro_steps
+from peco_ds.recipe_files import RECIPES, load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCHERS = REPOSITORY / "launchers"

@@ -14,23 +14,18 @@ import pytest
 import torch
 from conftest import run_stage
 
-from peco_ds.config import PretrainRecipe, data_path, load_recipe
+from peco_ds.config import PretrainRecipe
 from peco_ds.data import retry
+from peco_ds.data.image_set import BadImages, ImageSet
 from peco_ds.data.indexed_tar import IndexedTar
-from peco_ds.data.loaders import (
-    BadImages,
-    Codes,
-    ImageSet,
-    crop_batches,
-    held_out_images,
-    masked_batches,
-    training_order,
-)
+from peco_ds.data.loaders import Codes, crop_batches, held_out_images, masked_batches, training_order
 from peco_ds.data.order import rank_positions
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.data.workers import MAX_WORKER_DEATHS, WORKER_STRETCH, RawBatch, load_raw
+from peco_ds.data_paths import data_path
 from peco_ds.errors import UserError
 from peco_ds.models.tokenizers import load_tokenizer
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.token_source import online_tokenizer
 from peco_ds.schema import IGNORED
 

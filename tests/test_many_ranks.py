@@ -18,9 +18,9 @@ import pytest
 import torch
 from conftest import REPOSITORY, run_stage
 
-from peco_ds.runtime.checkpoint_files import list_checkpoints, rank_name, verify
-from peco_ds.runtime.checkpoint_pickles import load_known
-from peco_ds.runtime.consolidate import fp32_weights
+from peco_ds.runtime.checkpoint.consolidate import fp32_weights
+from peco_ds.runtime.checkpoint.files import list_checkpoints, rank_name, verify
+from peco_ds.runtime.checkpoint.pickles import load_known
 from peco_ds.runtime.metrics import read_metrics
 
 RANKS, STEPS, STOP, BATCH, MICRO = 16, 6, 3, 32, 2

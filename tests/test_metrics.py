@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peco_ds.config import Durations, RunSettings
+from peco_ds.config import RunSettings
+from peco_ds.durations import Durations
 from peco_ds.errors import EXIT_REQUEUE, UserError
 from peco_ds.runtime import metrics
 from peco_ds.runtime.metrics import Meter, read_evaluation, read_metrics

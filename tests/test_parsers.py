@@ -35,14 +35,7 @@ from safetensors.torch import save_file
 from vqkd_samples import released_layout
 
 from peco_ds import run_status
-from peco_ds.config import (
-    FinetuneRecipe,
-    ModelSettings,
-    PretrainRecipe,
-    TokenizerSettings,
-    TokenizerVitSettings,
-    load_recipe,
-)
+from peco_ds.config import FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerSettings, TokenizerVitSettings
 from peco_ds.convert.read import read_weights
 from peco_ds.convert.release import write_release
 from peco_ds.convert.to_hf import to_hf
@@ -50,9 +43,9 @@ from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
 from peco_ds.data.decode import DecodeError, decode_rgb, image_kind
 from peco_ds.data.image_folders import labels_from_list, read_classes
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.image_shards import packed_bytes, prepare_folder
 from peco_ds.data.indexed_tar import DamagedRecord, IndexedTar, build_index, write_index
-from peco_ds.data.loaders import ImageSet
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord, read_npy, write_token_shard
 from peco_ds.data.views import fault_of_views
@@ -69,7 +62,8 @@ from peco_ds.models.weight_files import foreign_classes, read_tensor_file
 from peco_ds.planner.bill import make_bill
 from peco_ds.planner.chain import read_chain
 from peco_ds.planner.hardware import find_hardware
-from peco_ds.runtime.checkpoint_files import newest_whole
+from peco_ds.recipe_files import load_recipe
+from peco_ds.runtime.checkpoint.files import newest_whole
 from peco_ds.runtime.run_folder import read_provenance, read_settings
 from peco_ds.runtime.run_weights import read_run
 from peco_ds.runtime.timeline import drop_rows_after, goodput, read_rows, record_start

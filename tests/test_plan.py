@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from peco_ds.config import DS_CONFIGS
+from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.errors import UserError
 from peco_ds.plan import main
 from peco_ds.schema import ImageManifest, Shard, write_manifest

@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from webdataset import TarWriter
 
 from peco_ds.config import (
-    RECIPES,
     AggregationSettings,
     EncodingSettings,
     FinetuneRecipe,
@@ -31,9 +30,8 @@ from peco_ds.config import (
     TokenizerRecipe,
     TokenizerSettings,
     ViewSettings,
-    load_recipe,
-    resolve_durations,
 )
+from peco_ds.durations import resolve_durations
 from peco_ds.models.mim import build_mim
 from peco_ds.models.tokenizers import build_tokenizer
 from peco_ds.models.vit import build_blocks, run_blocks, timm_arguments
@@ -50,6 +48,7 @@ from peco_ds.planner.shapes import (
     tokenizer_cost,
 )
 from peco_ds.planner.stages import IMAGENET_1K_TRAIN
+from peco_ds.recipe_files import RECIPES, load_recipe
 from peco_ds.schema import VIEW_COLUMNS
 
 SIZES = {

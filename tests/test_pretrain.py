@@ -129,8 +129,8 @@ def test_weights_consolidated_from_any_zero_stage_are_the_ones_that_were_trained
     """
     import torch
 
-    from peco_ds.runtime.checkpoint_files import list_checkpoints
-    from peco_ds.runtime.consolidate import fp32_weights
+    from peco_ds.runtime.checkpoint.consolidate import fp32_weights
+    from peco_ds.runtime.checkpoint.files import list_checkpoints
 
     found, reference = (fp32_weights(list_checkpoints(runs[0] / run)[0]) for run in (name, "zero0_1"))
     assert found.keys() == reference.keys()
@@ -169,7 +169,7 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(runs, precision):
 
 
 def test_a_run_started_over_owns_the_newest_checkpoint(runs):
-    from peco_ds.runtime.checkpoint_files import list_checkpoints
+    from peco_ds.runtime.checkpoint.files import list_checkpoints
 
     folder = runs[0] / "over_2"
     assert [path.name for path in list_checkpoints(folder)] == ["step_00000002"]
@@ -258,7 +258,7 @@ def test_any_zero_stage_and_number_of_ranks_converts_to_a_release_that_timm_load
 def test_a_damaged_checkpoint_is_passed_over_and_one_alone_refused(runs, tmp_path):
     import shutil
 
-    from peco_ds.runtime.checkpoint_files import list_checkpoints, newest_whole, verify
+    from peco_ds.runtime.checkpoint.files import list_checkpoints, newest_whole, verify
 
     shutil.copytree(runs[0] / "whole_2", tmp_path / "run")
     newest, older = list_checkpoints(tmp_path / "run")  # keep_last 2: steps 10 and 9

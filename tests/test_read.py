@@ -28,7 +28,7 @@ from transformers import (
 
 from peco_ds.config import ModelSettings
 from peco_ds.convert.read import read_weights
-from peco_ds.convert.verify import answers_of
+from peco_ds.convert.verify import model_outputs
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import SHARED_TABLE
 
@@ -253,7 +253,7 @@ def test_a_folder_that_timm_wrote_gives_its_logits_and_its_own_statistics(tmp_pa
         and weights.mean == mean
         and weights.crop == 0.9
     )
-    answers = answers_of(weights)
+    answers = model_outputs(weights)
     with torch.no_grad():
         np.testing.assert_allclose(answers.values["logits"], model(answers.images_norm).numpy(), rtol=0, atol=1e-5)
 
@@ -296,7 +296,7 @@ def test_a_masked_image_model_that_transformers_wrote_gives_its_token_logits(tmp
     model = hf_folder(tmp_path, BeitForMaskedImageModeling, **MIM_FLAGS)
     weights = read_weights(tmp_path)
     assert weights.kind == "mim" and weights.num_codes == CODES
-    answers = answers_of(weights)
+    answers = model_outputs(weights)
     with torch.no_grad():
         expected = model(answers.images_norm, bool_masked_pos=answers.hidden).logits.numpy()
     np.testing.assert_allclose(answers.values["logits"], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -330,7 +330,7 @@ def test_a_classifier_that_transformers_wrote_gives_its_logits_under_every_flag(
         and weights.pooling == ("mean" if mean_pooling else "class")
     )
     assert weights.mean == (0.5, 0.5, 0.5) and weights.crop == pytest.approx(64 / 73)
-    answers = answers_of(weights)
+    answers = model_outputs(weights)
     with torch.no_grad():
         expected = model(answers.images_norm).logits.numpy()
     np.testing.assert_allclose(answers.values["logits"], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -344,7 +344,7 @@ def test_a_bare_backbone_that_transformers_wrote_gives_its_hidden_states(tmp_pat
     model = hf_folder(tmp_path, BeitModel, **flags)
     weights = read_weights(tmp_path)
     assert weights.kind == "features"
-    answers = answers_of(weights)
+    answers = model_outputs(weights)
     with torch.no_grad():
         out = model(answers.images_norm)
     for found, expected in (

@@ -271,7 +271,8 @@ def test_the_launcher_reads_a_copy_without_slurm_or_torch(run_folder, tmp_path):
 
 def test_file_names_are_those_that_training_and_tokenizing_write():
     from peco_ds.data import token_parts
-    from peco_ds.runtime import checkpoint_files, run_folder
+    from peco_ds.runtime import run_folder
+    from peco_ds.runtime.checkpoint import files as checkpoint_files
 
     assert (run_status.SETTINGS, run_status.CHECKPOINTS, run_status.PARTS) == (
         run_folder.SETTINGS,

@@ -8,7 +8,7 @@ import json
 import pytest
 from conftest import REPOSITORY, run_stage
 
-from peco_ds.data.loaders import ImageSet
+from peco_ds.data.image_set import ImageSet
 from peco_ds.runtime.metrics import read_metrics
 
 STAGES = (0, 1, 2, 3)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from peco_ds.runtime.checkpoint_files import list_checkpoints
+from peco_ds.runtime.checkpoint.files import list_checkpoints
 from peco_ds.runtime.metrics import read_metrics
 
 DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29877"]

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from peco_ds.evaluation.throughput import forward_images_per_s
+from peco_ds.evaluation.forward import forward_images_per_s
 
 
 def test_throughput_is_images_over_time_and_the_slow_first_pass_is_not_in_it():

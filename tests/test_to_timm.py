@@ -11,7 +11,7 @@ from PIL import Image
 from peco_ds.convert.read import read_weights
 from peco_ds.convert.release import write_release
 from peco_ds.convert.to_timm import to_timm
-from peco_ds.convert.verify import answers_of
+from peco_ds.convert.verify import model_outputs
 from peco_ds.data.augment import CenterCrop
 from peco_ds.data.views import to_backbone
 
@@ -26,7 +26,7 @@ def released(folder, weights):
 def test_a_classifier_release_is_the_trained_classifier_in_timm(tmp_path):
     weights = sample("classifier", classes=NAMES, mean=(0.5,) * 3, std=(0.5,) * 3, crop=0.9)
     model = timm.create_model(f"local-dir:{released(tmp_path, weights)}", pretrained=True).eval()
-    answers = answers_of(weights)
+    answers = model_outputs(weights)
     with torch.no_grad():
         torch.testing.assert_close(
             model(answers.images_norm), torch.from_numpy(answers.values["logits"]), rtol=0, atol=1e-5

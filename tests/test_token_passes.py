@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from peco_ds.config import TokenizerSettings, TokenizerVitSettings
-from peco_ds.models.token_passes import TokenPasses, even_pass
+from peco_ds.models.token_passes import TokenPasses, even_pass_size
 from peco_ds.models.tokenizers import build_tokenizer
 
 SIZES = dict(channels=16, channel_mults=(1, 1, 2, 2), blocks_per_level=1, z_channels=16, num_codes=256, code_dim=8)
@@ -111,7 +111,7 @@ def test_a_compiled_network_is_compiled_once_whatever_the_number_of_images(token
     "images, at_most, each", [(64, 64, 64), (60, 64, 60), (100, 64, 50), (67, 64, 34), (1, 64, 1), (130, 64, 44)]
 )
 def test_passes_are_as_equal_as_can_be(images, at_most, each):
-    assert even_pass(images, at_most) == each
+    assert even_pass_size(images, at_most) == each
     passes = -(-images // each)
     assert passes == -(-images // at_most) and passes * each - images < passes
 

@@ -10,7 +10,7 @@ import pytest
 import webdataset
 
 from peco_ds.config import ViewSettings
-from peco_ds.data.loaders import ImageSet
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord, TokenSet, read_npy, write_token_shard
 from peco_ds.errors import UserError

@@ -6,10 +6,12 @@ import shutil
 import pytest
 
 from peco_ds import tokenize_shards
-from peco_ds.config import PretrainRecipe, data_path, load_recipe
-from peco_ds.data.loaders import ImageSet
+from peco_ds.config import PretrainRecipe
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.token_shards import TokenSet
+from peco_ds.data_paths import data_path
 from peco_ds.models.tokenizers import CARD_NAME
+from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.token_source import token_provenance
 from peco_ds.schema import MANIFEST_NAME
 

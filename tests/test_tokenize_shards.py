@@ -12,10 +12,12 @@ import pytest
 from conftest import run_stage
 
 from peco_ds import tokenize_shards
-from peco_ds.config import PretrainRecipe, data_path, load_recipe
-from peco_ds.data.loaders import ImageSet
+from peco_ds.config import PretrainRecipe
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.token_shards import TokenSet
+from peco_ds.data_paths import data_path
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
+from peco_ds.recipe_files import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from peco_ds.config import RECIPES, TokenizerLossSettings, TokenizerRecipe, TokenizerSettings, load_recipe
+from peco_ds.config import TokenizerLossSettings, TokenizerRecipe, TokenizerSettings
 from peco_ds.models.critic import PatchCritic, TokenizerWithCritic
 from peco_ds.models.tokenizers import build_tokenizer
 from peco_ds.objectives.tokenizer_losses import (
@@ -19,6 +19,7 @@ from peco_ds.objectives.tokenizer_losses import (
     pixel_loss,
     tokenizer_loss,
 )
+from peco_ds.recipe_files import RECIPES, load_recipe
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

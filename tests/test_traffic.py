@@ -12,9 +12,11 @@ import pytest
 from conftest import REPOSITORY
 from engine_census import TRAFFIC, census, each
 
-from peco_ds.config import DS_CONFIGS, FinetuneRecipe, PretrainRecipe, load_recipe
+from peco_ds.config import FinetuneRecipe, PretrainRecipe
+from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.planner.traffic import Collective, sent_bytes, step_collectives, traffic_by_operation
 from peco_ds.planner.work import finetune_segments, pretrain_segments
+from peco_ds.recipe_files import load_recipe
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from plan_engine import logged_sums, predicted_calls, sums

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peco_ds.config import (
-    RECIPES,
     AdversarialSettings,
     AggregationSettings,
     FinetuneRecipe,
@@ -28,7 +27,6 @@ from peco_ds.config import (
     TokenizerSettings,
     TokenizerVitSettings,
     ViewSettings,
-    load_recipe,
 )
 from peco_ds.models.classifier import build_classifier
 from peco_ds.models.critic import with_critic
@@ -52,6 +50,7 @@ from peco_ds.planner.work import (
     tokenizer_segments,
     tokenizing_segments,
 )
+from peco_ds.recipe_files import RECIPES, load_recipe
 from peco_ds.schedules import images_taken
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

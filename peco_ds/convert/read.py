@@ -25,7 +25,7 @@ from peco_ds.convert.to_hf import from_hf, has_hf_names
 from peco_ds.convert.to_timm import HEAD_FILE, from_timm
 from peco_ds.convert.to_unilm import from_unilm
 from peco_ds.errors import UserError
-from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights, usual_crop
+from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights, default_crop
 from peco_ds.models.vit import timm_arguments
 from peco_ds.models.vit_layouts import terms_beside
 from peco_ds.models.weight_files import read_tensor_file
@@ -302,7 +302,7 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **said) -> BeitWeight
         tensors |= {TABLE.format(block): shared.clone() for block in range(settings.depth)}
         facts["bias tables"] = "one for all blocks in the file, copied into every block"
     _check_shapes(tensors, kind, settings, where)
-    said.setdefault("crop", usual_crop(settings.image_px))
+    said.setdefault("crop", default_crop(settings.image_px))
     weights = BeitWeights(kind, settings, tensors, where, facts=facts, **said)
     if weights.classes and len(weights.classes) != weights.num_classes:
         raise UserError(

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from peco_ds.data.device_feed import device_batches
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.labelled import CropMaker, rank_samples
-from peco_ds.data.loaders import ImageSet
 from peco_ds.data.views import center_view, cut
 from peco_ds.data.workers import RawBatch
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peco_ds.data.atomic_files import alone, draft, flush_folder, flush_to_disk, remove_leftovers
+from peco_ds.data.atomic_files import flush_folder, flush_to_disk, lock_file, remove_leftovers, temporary_file
 from peco_ds.data.image_folders import Image, printable, read_classes
 from peco_ds.data.indexed_tar import INDEX_SUFFIX, IndexedTar, index_name, write_index
 from peco_ds.errors import UserError
@@ -85,7 +85,7 @@ def sole_writer(out: Path) -> Iterator[None]:
     Raises: UserError if another run is at work in it.
     """
     _make_folder(out, out / _RECORDS)
-    with alone(out / _RECORDS / "lock", wait=False) as nobody_else:
+    with lock_file(out / _RECORDS / "lock", wait=False) as nobody_else:
         if not nobody_else:
             raise UserError(
                 f"--out {out}: another pack_images.py is at work in it; wait for it to end, or give another folder"
@@ -200,7 +200,7 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
 
     tar_path = out / job.name
     rejected, reencoded = [], 0
-    with draft(tar_path) as file:
+    with temporary_file(tar_path) as file:
         # Fixed owner and time: the same folder gives the same bytes. PAX, since USTAR refuses long or accented keys.
         with TarWriter(file, user="peco", group="peco", mtime=0, encoder=False, format="PAX_FORMAT") as writer:
             for image in job.images:

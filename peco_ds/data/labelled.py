@@ -14,7 +14,7 @@ from peco_ds.config import AugmentSettings, DataSettings
 from peco_ds.data.augment import BatchMix, CenterCrop, TrainCrop, drawn_from
 from peco_ds.data.decode import DecodeError
 from peco_ds.data.device_feed import device_batches
-from peco_ds.data.loaders import BadImages, ImageSet
+from peco_ds.data.image_set import BadImages, ImageSet
 from peco_ds.data.order import AUGMENT, SampleOrder
 from peco_ds.data.views import normalize
 from peco_ds.data.workers import RawBatch

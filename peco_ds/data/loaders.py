@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from peco_ds.config import DataSettings, MaskSettings, ViewSettings, data_path
+from peco_ds.config import DataSettings, MaskSettings, ViewSettings
 from peco_ds.data.decode import DecodeError, decode_rgb
 from peco_ds.data.device_feed import device_batches
 from peco_ds.data.indexed_tar import DamagedRecord, ShardSet
@@ -26,6 +26,7 @@ from peco_ds.data.retry import UnreadableRecord, read_with_retries
 from peco_ds.data.token_shards import TokenRecord, TokenSet
 from peco_ds.data.views import center_view, cut, draw_view, jitter, room_for_cuts, to_backbone, to_tokenizer
 from peco_ds.data.workers import RawBatch
+from peco_ds.data_paths import data_path
 from peco_ds.errors import UserError
 from peco_ds.schema import IGNORED, IMAGE_EXTENSIONS, VIEW_COLUMNS, ImageManifest, read_manifest
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
-from peco_ds.data.atomic_files import alone, find_drafts, remove_dead
+from peco_ds.data.atomic_files import find_temporary_files, lock_file, remove_dead
 from peco_ds.data.indexed_tar import index_name
 from peco_ds.data.token_shards import TokenRecord, write_token_shard
 from peco_ds.errors import UserError
@@ -122,7 +122,7 @@ class TokenParts:
 
     def _alone(self) -> AbstractContextManager[bool]:
         """Held while files take their final names, by one process at a time."""
-        return alone(self.folder / _PARTS / "lock", wait=True)
+        return lock_file(self.folder / _PARTS / "lock", wait=True)
 
     def _remove_leftovers(self) -> None:
         """Of writers that were killed before this start.
@@ -131,7 +131,7 @@ class TokenParts:
         """
         if self._tidy:
             return
-        found = [*find_drafts(self.folder), *find_drafts(self.folder / _PARTS)]
+        found = [*find_temporary_files(self.folder), *find_temporary_files(self.folder / _PARTS)]
         if found:
             # nobody is between a JSON file's temporary name and its final one
             with self._alone():
@@ -199,6 +199,6 @@ class TokenParts:
         )
         with self._alone():
             # of writers that were killed since this start looked
-            remove_dead([*find_drafts(self.folder), *find_drafts(self.folder / _PARTS)])
+            remove_dead([*find_temporary_files(self.folder), *find_temporary_files(self.folder / _PARTS)])
             write_manifest(self.folder, manifest)
         return manifest

@@ -18,7 +18,7 @@ import numpy as np
 import webdataset
 
 from peco_ds.config import ViewSettings
-from peco_ds.data.atomic_files import draft, flush_folder, flush_to_disk
+from peco_ds.data.atomic_files import flush_folder, flush_to_disk, temporary_file
 from peco_ds.data.indexed_tar import ShardSet, build_index, index_name
 from peco_ds.data.retry import UnreadableRecord, read_with_retries
 from peco_ds.data.views import fault_of_views
@@ -79,9 +79,9 @@ def write_token_shard(
     """
     tar, index = folder / name, folder / index_name(name)
     records = iter(records)
-    # loader processes start with it; forked later they would hold on to the draft's lock
+    # loader processes start with it; forked later they would hold on to the temporary_file's lock
     first = list(islice(records, 1))
-    with draft(tar) as file:
+    with temporary_file(tar) as file:
         # mtime 0 and one owner: the same tokens give the same bytes, hence the same sha256.
         with webdataset.TarWriter(file, user="peco", group="peco", mtime=0) as writer:
             for record in chain(first, records):

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peco_ds.config import TokenizerSettings, check_tokenizer_settings
+from peco_ds.config import TokenizerSettings
 from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import LogitTokenizer
 from peco_ds.models.weight_files import count_of, rename_tensors, size_of
+from peco_ds.recipe_checks import check_tokenizer_settings
 
 # The logit-Laplace likelihood has no mass at 0 and 1: images of [0, 1] are put into [0.1, 0.9].
 MARGIN = 0.1

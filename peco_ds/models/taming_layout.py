@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from peco_ds.config import TokenizerSettings, check_tokenizer_settings
+from peco_ds.config import TokenizerSettings
 from peco_ds.errors import UserError
 from peco_ds.models.gumbel_tokenizer import GumbelTokenizer
 from peco_ds.models.peco_tokenizer import PecoTokenizer
 from peco_ds.models.vq import Codebook
 from peco_ds.models.weight_files import count_of, rename_tensors, size_of
+from peco_ds.recipe_checks import check_tokenizer_settings
 
 # Names of the layers inside a block, ours -> theirs; the others are the same.
 _INSIDE = {"shortcut": ("nin_shortcut",), "proj": ("proj_out",), "qkv": ("q", "k", "v")}

@@ -13,13 +13,14 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peco_ds.config import TokenizerSettings, check_tokenizer_settings
+from peco_ds.config import TokenizerSettings
 from peco_ds.errors import UserError
 from peco_ds.models.dalle_tokenizer import DalleTokenizer
 from peco_ds.models.gumbel_tokenizer import GumbelTokenizer
 from peco_ds.models.image_tokenizer import ImageTokenizer
 from peco_ds.models.peco_tokenizer import PecoTokenizer
 from peco_ds.models.vqkd_tokenizer import VqkdTokenizer
+from peco_ds.recipe_checks import check_tokenizer_settings
 from peco_ds.schema import read_json, short, write_json
 
 KINDS: dict[str, type[ImageTokenizer]] = {

@@ -16,11 +16,12 @@ from timm.layers import trunc_normal_
 from timm.models.beit import Beit
 from torch import nn
 
-from peco_ds.config import TokenizerSettings, TokenizerVitSettings, check_tokenizer_settings
+from peco_ds.config import TokenizerSettings, TokenizerVitSettings
 from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import CodebookTokenizer
 from peco_ds.models.vq import Codebook
 from peco_ds.models.weight_files import rename_tensors
+from peco_ds.recipe_checks import check_tokenizer_settings
 
 
 class VqkdOutput(NamedTuple):

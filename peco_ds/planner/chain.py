@@ -5,20 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peco_ds.config import (
-    NOT_YAML,
-    READERS,
-    FinetuneRecipe,
-    PretrainRecipe,
-    ProbeRecipe,
-    TokenizerRecipe,
-    TokenizerSettings,
-    find_recipe,
-    load_recipe,
-    read_yaml,
-)
+from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe, TokenizerSettings
 from peco_ds.errors import UserError
 from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, IMAGENET_1K_VAL, Kind, Stage
+from peco_ds.recipe_files import READERS, find_recipe, load_recipe
+from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
 # Tokenizers of released files, that nothing here trains.
 PUBLISHED = {

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from peco_ds.config import DS_CONFIGS
-from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+from peco_ds.deepspeed_json import DS_CONFIGS, merge_deepspeed, read_deepspeed_json
 from peco_ds.errors import UserError
 from peco_ds.planner.hardware import GIB, Hardware
 from peco_ds.planner.memory import GpuMemory, gpu_memory, offload_device, zero_stage

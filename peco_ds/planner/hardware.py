@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from peco_ds.config import NOT_YAML, nearest, read_yaml
-from peco_ds.errors import UserError
+from peco_ds.errors import UserError, nearest
 from peco_ds.schema import short
+from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 GIB, TIB = 2**30, 2**40

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from peco_ds.config import (
-    Durations,
     FinetuneRecipe,
     ModelSettings,
     PretrainRecipe,
     RunSettings,
     TokenizerRecipe,
     TokenizerSettings,
-    micro_steps,
 )
+from peco_ds.durations import Durations, micro_steps
 from peco_ds.errors import UserError
 from peco_ds.planner.bill import aligned, figure, ranged
 from peco_ds.planner.data_side import token_bytes

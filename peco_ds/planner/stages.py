@@ -6,16 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from peco_ds.config import (
-    Durations,
-    FinetuneRecipe,
-    PretrainRecipe,
-    Recipe,
-    RunSettings,
-    TokenizerRecipe,
-    TokenizerSettings,
-    resolve_durations,
-)
+from peco_ds.config import FinetuneRecipe, PretrainRecipe, Recipe, RunSettings, TokenizerRecipe, TokenizerSettings
+from peco_ds.durations import Durations, resolve_durations
 from peco_ds.errors import UserError
 from peco_ds.planner.memory import ema_bytes
 from peco_ds.planner.shapes import (

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from peco_ds.config import CheckpointSettings, Durations, RunSettings
-from peco_ds.data.loaders import BadImages
-from peco_ds.runtime.checkpoint import Restored, Saver
+from peco_ds.config import CheckpointSettings, RunSettings
+from peco_ds.data.image_set import BadImages
+from peco_ds.durations import Durations
+from peco_ds.runtime.checkpoint.save_restore import Restored, Saver
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.ema import WeightEma
 from peco_ds.runtime.metrics import Meter

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from peco_ds.runtime.checkpoint_files import Files
-from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
+from peco_ds.runtime.checkpoint.files import Files
+from peco_ds.runtime.checkpoint.pickles import load_known, refuse_foreign_classes
 
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY}
 

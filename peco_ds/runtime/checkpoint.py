@@ -22,11 +22,13 @@ import numpy as np
 import torch
 from deepspeed.utils import zero_to_fp32
 
-from peco_ds.config import CheckpointSettings, Durations
+from peco_ds.config import CheckpointSettings
 from peco_ds.data.order import Cursor
-from peco_ds.errors import UserError
-from peco_ds.runtime.background_writer import BackgroundWriter, HostCopies, describe_os_error
-from peco_ds.runtime.checkpoint_files import (
+from peco_ds.durations import Durations
+from peco_ds.errors import UserError, describe_os_error
+from peco_ds.runtime.checkpoint.consolidate import ema_name
+from peco_ds.runtime.checkpoint.elastic import load_elastic
+from peco_ds.runtime.checkpoint.files import (
     FOLDER,
     PROGRESS,
     RECORDS,
@@ -43,10 +45,9 @@ from peco_ds.runtime.checkpoint_files import (
     tag_of,
     wait_for_removals,
 )
-from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
-from peco_ds.runtime.consolidate import ema_name
+from peco_ds.runtime.checkpoint.pickles import load_known, refuse_foreign_classes
+from peco_ds.runtime.checkpoint.writer import BackgroundWriter, HostCopies
 from peco_ds.runtime.distributed import World, seed_all
-from peco_ds.runtime.elastic import load_elastic
 from peco_ds.runtime.ema import WeightEma
 from peco_ds.runtime.run_folder import check_same_run
 from peco_ds.runtime.time_limit import TimeLimit

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from deepspeed.utils import zero_to_fp32
 
-from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
+from peco_ds.runtime.checkpoint.pickles import load_known, refuse_foreign_classes
 
 
 def has_ema(checkpoint: Path) -> bool:

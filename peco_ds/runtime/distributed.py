@@ -23,8 +23,8 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 
-from peco_ds.data.workers import STOP_SIGNALS
 from peco_ds.errors import UserError
+from peco_ds.stop_signals import STOP_SIGNALS
 
 logger = logging.getLogger("peco_ds")
 

@@ -29,11 +29,10 @@ from deepspeed.utils import safe_set_full_fp32_param
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from peco_ds.errors import UserError
-from peco_ds.runtime.background_writer import describe_os_error
-from peco_ds.runtime.checkpoint_files import MANIFEST, UNIVERSAL, Progress
-from peco_ds.runtime.checkpoint_pickles import load_known, refuse_foreign_classes
-from peco_ds.runtime.consolidate import fp32_weights, has_ema
+from peco_ds.errors import UserError, describe_os_error
+from peco_ds.runtime.checkpoint.consolidate import fp32_weights, has_ema
+from peco_ds.runtime.checkpoint.files import MANIFEST, UNIVERSAL, Progress
+from peco_ds.runtime.checkpoint.pickles import load_known, refuse_foreign_classes
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.ema import WeightEma, local_masters
 from peco_ds.schema import sha256_of_file, write_json

@@ -16,7 +16,8 @@ from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import nn
 
-from peco_ds.config import Durations, OptimSettings, RunSettings, ScheduleSettings
+from peco_ds.config import OptimSettings, RunSettings, ScheduleSettings
+from peco_ds.durations import Durations
 from peco_ds.errors import UserError
 from peco_ds.runtime.optim import build_optimizer, decay_groups
 from peco_ds.schedules import cosine_with_warmup

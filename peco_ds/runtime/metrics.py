@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 
 from peco_ds.command_line import lost_ranks
-from peco_ds.config import Durations, RunSettings
+from peco_ds.config import RunSettings
+from peco_ds.durations import Durations
 from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, UserError
 from peco_ds.planner.hardware import hardware_of_device
 from peco_ds.runtime.distributed import World

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from peco_ds.config import NOT_YAML, Resolved, read_yaml
-from peco_ds.data.atomic_files import alone
+from peco_ds.data.atomic_files import lock_file
 from peco_ds.errors import UserError
+from peco_ds.recipe_files import Resolved
 from peco_ds.runtime.distributed import World
 from peco_ds.schema import read_json, write_json
+from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
 logger = logging.getLogger("peco_ds")
 
@@ -119,7 +120,7 @@ def _hold(folder: Path) -> None:
         return
     for attempt in range(LOCK_PATIENCE_S):
         stack = ExitStack()
-        if stack.enter_context(alone(folder / ".lock", wait=False)):
+        if stack.enter_context(lock_file(folder / ".lock", wait=False)):
             _held[folder.resolve()] = stack
             return
         stack.close()

@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from peco_ds.config import FinetuneRecipe, PretrainRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
-from peco_ds.runtime.checkpoint_files import (
+from peco_ds.runtime.checkpoint.consolidate import fp32_weights, has_ema
+from peco_ds.runtime.checkpoint.files import (
     FOLDER,
     PROGRESS,
     Progress,
@@ -19,7 +20,6 @@ from peco_ds.runtime.checkpoint_files import (
     read_progress,
     verify,
 )
-from peco_ds.runtime.consolidate import fp32_weights, has_ema
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS, read_provenance, read_settings
 

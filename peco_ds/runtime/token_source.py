@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
-from peco_ds.config import ONLINE, PretrainRecipe, data_path
+from peco_ds.config import ONLINE, PretrainRecipe
+from peco_ds.data.image_set import ImageSet
 from peco_ds.data.indexed_tar import ShardSet
-from peco_ds.data.loaders import Codes, ImageSet, codes_of
+from peco_ds.data.loaders import Codes, codes_of
 from peco_ds.data.token_shards import TokenSet
+from peco_ds.data_paths import data_path
 from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import ImageTokenizer
-from peco_ds.models.token_passes import TokenPasses, even_pass
+from peco_ds.models.token_passes import TokenPasses, even_pass_size
 from peco_ds.models.tokenizers import TokenizerCard, load_tokenizer, read_card
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.engine import compiles
@@ -131,7 +133,7 @@ def codes_function(tokenizer: ImageTokenizer, recipe: PretrainRecipe, images: in
     passes = TokenPasses(
         tokenizer,
         precision=recipe.views.tokenizer_precision,
-        images=even_pass(images, recipe.run.micro_batch),
+        images=even_pass_size(images, recipe.run.micro_batch),
         compiled=compiles(recipe.run),
     )
     return lambda images_11: codes_of(passes, images_11, recipe.views)
