@@ -37,8 +37,8 @@ from peco_ds.models.tokenizers import build_tokenizer
 from peco_ds.models.vit import build_blocks, run_blocks, timm_arguments
 from peco_ds.objectives.hard_tokens import hard_tokens
 from peco_ds.planner.data_side import token_bytes
-from peco_ds.planner.dry_run import WORLD_SIZES, dry_run_report, tokenizing_report
 from peco_ds.planner.memory import STAGES
+from peco_ds.planner.report import WORLD_SIZES, dry_run_report, tokenizing_report
 from peco_ds.planner.shapes import (
     FLOPS_PER_MAC,
     backbone_parameters,
