@@ -1,37 +1,36 @@
 """Predict, then run: step time and activation memory of recipes as the planner expects them of this device, beside what
 they are.
 
-    python benchmarks/plan_step.py [--gpu] [--rows "ROW; ROW"] [--rounds 5] [--record FILE.md] [key.sub=value ...]
+    python -m benchmarks.plan_step [--gpu] [--rows "ROW; ROW"] [--rounds 5] [--record FILE.md] [key.sub=value ...]
 
 First the device is measured: what large matrix products of the run's precision reach, and how fast a long copy moves.
 From these two, and shares of them that are the planner's own, every row is predicted; then it is trained as
 benchmarks/step_time.py trains: forward pass, objective, backward pass, AdamW, no data, no ZeRO. A card of the planner's
 catalogue is also predicted from its data sheet alone, as plan.py would. On a CPU small models in float32 on one thread,
-timed by its own clock so that
-others on the machine disturb less: they test the form of the model. --gpu takes the recipes' own sizes in bf16.
+timed by its own clock so that others on the machine disturb less: they test the form of the model. --gpu takes the
+recipes' own sizes in bf16.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+import torch
 
-from record import at_least, require_gpu, write_record
-
-from peco_ds.command_line import Parser, run
+from benchmarks.matmul_ceiling import matmul_ceiling
+from benchmarks.record import at_least, benchmark_parser, markdown_table, parse, publish
+from benchmarks.step_time import DTYPES, free_memory, step_costs, this_device
+from peco_ds.command_line import run
 from peco_ds.config import PretrainRecipe
-from peco_ds.planner.compute import PACES, segment_seconds
-from peco_ds.planner.hardware import HARDWARE, Hardware, hardware_of_device
+from peco_ds.errors import UserError
+from peco_ds.planner.hardware import GIB, HARDWARE, Hardware, hardware_of_device
 from peco_ds.planner.shapes import ELEMENT_BYTES, mim_activation_bytes
+from peco_ds.planner.step_cost import PACES, segment_seconds
 from peco_ds.planner.work import pretrain_segments
 from peco_ds.recipe_files import load_recipe
 
@@ -98,45 +97,34 @@ class Row:
     peak_predicted: float = 0.0
     peak: float = 0.0  # 0: not a GPU
 
+    @property
+    def error(self) -> float:
+        return self.predicted["typical"] / self.measured - 1
+
+    @property
+    def inside(self) -> bool:
+        return self.predicted["fast"] <= self.measured <= self.predicted["slow"]
+
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--gpu", action="store_true", help="the recipes' own sizes, bf16; without it small models in fp32"
-    )
-    parser.add_argument(
-        "--rows",
-        metavar="ROW; ROW",
-        help=f"of {'; '.join(GPU_ROWS)}; without --gpu of {'; '.join(CPU_ROWS)}; separated by semicolons "
-        "(default: all)",
-    )
-    parser.add_argument(
-        "--rounds", type=at_least(1), default=5, help="steps of each row that are timed (default: %(default)s)"
-    )
-    parser.add_argument("--record", type=Path, help="also write the table to this file, anew after every row")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over every row's recipe")
-    args = parser.parse_intermixed_args(argv)
-    if args.gpu:
-        require_gpu()
-    else:
-        import torch
-
+    gpu = "the recipes' own sizes, bf16; without it small models in fp32"
+    parser = benchmark_parser("plan_step", __doc__, gpu=gpu, overrides="settings over every row's recipe")
+    names = f"of {'; '.join(GPU_ROWS)}; without --gpu of {'; '.join(CPU_ROWS)}; separated by semicolons (default: all)"
+    parser.add_argument("--rows", metavar="ROW; ROW", help=names)
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="steps timed of each row (default: %(default)s)")
+    args = parse(parser, argv)
+    if not args.gpu:
         torch.set_num_threads(1)
-    recipes = chosen_recipes(args)
-    command = shlex.join(["python", "benchmarks/plan_step.py", *(sys.argv[1:] if argv is None else argv)])
     rows: list[Row] = []
-    for name, recipe in recipes.items():
+    for name, recipe in chosen_recipes(args).items():
         rows.append(predict_then_run(name, recipe, rounds=args.rounds))
-        if args.record:
-            write_record(args.record, "The planner's step beside the real one", command, report(rows), "timm")
-    sys.stdout.write(f"{report(rows)}\n")
+        text = publish(args, "The planner's step beside the real one", report(rows), "timm")
+    sys.stdout.write(text)
     return 0
 
 
 def chosen_recipes(args: argparse.Namespace) -> dict[str, PretrainRecipe]:
     """The rows' recipes. Raises: UserError for a row or a setting that is not known."""
-    from peco_ds.errors import UserError
-
     known = GPU_ROWS if args.gpu else CPU_ROWS
     names = [name.strip() for name in args.rows.split(";")] if args.rows else list(known)
     unknown = next((name for name in names if name not in known), None)
@@ -153,18 +141,12 @@ def measured_machine(precision: str) -> Hardware:
 
     Attention's share of a known card is its catalogue's, over what products reach.
     """
-    from matmul_ceiling import matmul_ceiling
-    from step_time import DTYPES, this_device
-
     device = this_device()
-    ceiling = matmul_ceiling(DTYPES[precision], device, clock=_clock(device))
-    known = _catalogued()
+    ceiling, known = matmul_ceiling(DTYPES[precision], device, clock=_clock(device)), _catalogued()
     start = known or HARDWARE["h100"]
-    shares = (
-        tuple(min(1.0, share * known.peak_flops[precision] / ceiling) for share in known.attention_share)
-        if known
-        else start.attention_share
-    )
+    attention = start.attention_share
+    if known:
+        attention = tuple(min(1.0, share * known.peak_flops[precision] / ceiling) for share in attention)
     return replace(
         start,
         name="this device",
@@ -172,16 +154,14 @@ def measured_machine(precision: str) -> Hardware:
         peak_flops={**start.peak_flops, precision: ceiling},
         memory_bytes_s=copy_bytes_s(device),
         product_share=PRODUCT_SHARE[device.type],
-        attention_share=shares,
+        attention_share=attention,
         memory_share=COPY_SHARE,
         gpus_per_node=1,
     )
 
 
-def copy_bytes_s(device) -> float:
+def copy_bytes_s(device: torch.device) -> float:
     """Bytes read and written in a second by a long copy, the best of several."""
-    import torch
-
     clock = _clock(device)
     source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
     target, best = torch.empty_like(source), float("inf")
@@ -195,42 +175,31 @@ def copy_bytes_s(device) -> float:
     return 2 * COPY_BYTES[device.type] / best
 
 
-def _clock(device) -> Callable[[], float]:
+def _clock(device: torch.device) -> Callable[[], float]:
     return time.perf_counter if device.type == "cuda" else time.process_time
 
 
 def _catalogued() -> Hardware | None:
-    import torch
-
     return hardware_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def predicted_seconds(recipe: PretrainRecipe, machine: Hardware, pace: str) -> float:
     """Of one optimiser step of one micro-batch, as step_time.py runs it: parameters and moments in the run's type."""
-    segments = pretrain_segments(recipe)
-    passes = [
-        segment_seconds(segment, recipe.run.micro_batch, machine, recipe.run.precision, pace) for segment in segments
-    ]
-    parameters = sum(segment.parameters for segment in segments)
-    optimizer = (
-        ADAMW_VALUES
-        * ELEMENT_BYTES[recipe.run.precision]
-        * parameters
-        / (machine.memory_bytes_s * machine.memory_share)
-    )
+    precision, segments = recipe.run.precision, pretrain_segments(recipe)
+    passes = [segment_seconds(segment, recipe.run.micro_batch, machine, precision, pace) for segment in segments]
+    values = ADAMW_VALUES * sum(segment.parameters for segment in segments)
+    optimizer = values * ELEMENT_BYTES[precision] / (machine.memory_bytes_s * machine.memory_share)
     return sum(one.forward + one.backward for one in passes) + optimizer
 
 
 def predict_then_run(name: str, recipe: PretrainRecipe, *, rounds: int) -> Row:
-    from step_time import free_memory, step_costs
-
-    run_, known, machine = recipe.run, _catalogued(), measured_machine(recipe.run.precision)
+    settings, known, machine = recipe.run, _catalogued(), measured_machine(recipe.run.precision)
     kept = mim_activation_bytes(
         recipe.model,
         num_codes=recipe.objective.num_codes,
         masked=recipe.mask.count,
-        checkpointing=run_.activation_checkpointing,
-        precision=run_.precision,
+        checkpointing=settings.activation_checkpointing,
+        precision=settings.precision,
         encoding=recipe.encoding,
         aggregation=recipe.aggregation,
     )
@@ -239,73 +208,54 @@ def predict_then_run(name: str, recipe: PretrainRecipe, *, rounds: int) -> Row:
     free_memory()
     return Row(
         name,
-        run_.micro_batch,
+        settings.micro_batch,
         machine,
-        run_.precision,
+        settings.precision,
         predicted,
         predicted_seconds(recipe, known, "typical") if known else 0.0,
         min(cost.seconds if cost.peak_bytes else cost.cpu_seconds),
         kept.saved,
         cost.saved_bytes_per_image,
-        kept.total * run_.micro_batch,
+        kept.total * settings.micro_batch,
         cost.peak_bytes,
     )
 
 
 def report(rows: list[Row]) -> str:
     """Markdown: the device, the table, and how far off it is."""
-    machines = {
-        row.precision: row.machine for row in sorted(rows, key=lambda row: row.machine.peak_flops[row.precision])
-    }
+    best = {row.precision: row.machine for row in sorted(rows, key=lambda row: row.machine.peak_flops[row.precision])}
     device = "; ".join(
         f"{precision} products reach {machine.peak_flops[precision] / 1e12:.3g} TFLOP/s here, copies "
         f"{machine.memory_bytes_s / 1e9:.3g} GB/s"
-        for precision, machine in machines.items()
+        for precision, machine in best.items()
     )
-    sheet = any(row.catalogue for row in rows)
-    header = [
-        "row",
-        "images",
-        "predicted, ms (fast to slow)",
-        *(["from the data sheet, ms"] if sheet else []),
-        "fastest step, ms",
-        "error",
-        "inside",
-    ]
-    header += ["saved an image, MB: predicted", "measured"]
-    header += ["peak, GiB: predicted", "measured"] if any(row.peak for row in rows) else []
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    for row in rows:
-        slow, typical, fast = (row.predicted[pace] * 1e3 for pace in PACES)
-        measured = row.measured * 1e3
-        cells = [row.name, str(row.batch), f"{typical:.4g} ({fast:.4g} to {slow:.4g})"]
-        cells += (
-            [f"{row.catalogue * 1e3:.4g} ({row.catalogue / row.measured - 1:+.0%})" if row.catalogue else ""]
-            if sheet
-            else []
-        )
-        cells += [
-            f"{measured:.4g}",
-            f"{typical / measured - 1:+.0%}",
-            "yes" if fast <= measured <= slow else "no",
-            f"{row.saved_predicted / 1e6:.3g}",
-            f"{row.saved / 1e6:.3g}",
-        ]
-        cells += [f"{row.peak_predicted / 2**30:.1f}", f"{row.peak / 2**30:.1f}"] if row.peak else []
-        lines.append(f"| {' | '.join(cells)} |")
-    errors = [row.predicted["typical"] / row.measured - 1 for row in rows]
-    inside = sum(row.predicted["fast"] <= row.measured <= row.predicted["slow"] for row in rows)
+    errors = [row.error for row in rows]
     notes = [
         f"{device}, at best; both are measured anew before every row.",
-        f"Typical pace off by {statistics.median(errors):+.0%} in the median, at worst "
-        f"{max(errors, key=abs):+.0%}; {inside} of {len(rows)} lie between fast and slow.",
+        f"Typical pace off by {statistics.median(errors):+.0%} in the median, at worst {max(errors, key=abs):+.0%}; "
+        f"{sum(row.inside for row in rows)} of {len(rows)} lie between fast and slow.",
     ]
-    if not any(row.peak for row in rows):
+    sheet, on_gpu = any(row.catalogue for row in rows), any(row.peak for row in rows)
+    if not on_gpu:
         notes.append(
-            "Saved: a CPU's attention keeps its T x T weights, which a GPU's kernel does not and the "
-            "planner does not count; what full recomputation keeps hides from the counter."
+            "Saved: a CPU's attention keeps its T x T weights, which a GPU's kernel does not and the planner does not "
+            "count; what full recomputation keeps hides from the counter."
         )
-    return "\n\n".join([" ".join(notes), "\n".join(lines)])
+    heads = ["row", "images", "predicted, ms (fast to slow)", *["from the data sheet, ms"] * sheet, "fastest step, ms"]
+    heads += ["error", "inside", "saved an image, MB: predicted", "measured"]
+    heads += ["peak, GiB: predicted", "measured"] * on_gpu
+    return f"{' '.join(notes)}\n\n{markdown_table(heads, [_cells(row, sheet, on_gpu) for row in rows])}"
+
+
+def _cells(row: Row, sheet: bool, on_gpu: bool) -> list[str]:
+    slow, typical, fast = (row.predicted[pace] * 1e3 for pace in PACES)
+    cells = [row.name, str(row.batch), f"{typical:.4g} ({fast:.4g} to {slow:.4g})"]
+    if sheet:
+        known = f"{row.catalogue * 1e3:.4g} ({row.catalogue / row.measured - 1:+.0%})"
+        cells.append(known if row.catalogue else "")
+    cells += [f"{row.measured * 1e3:.4g}", f"{row.error:+.0%}", "yes" if row.inside else "no"]
+    cells += [f"{row.saved_predicted / 1e6:.3g}", f"{row.saved / 1e6:.3g}"]
+    return cells + [f"{row.peak_predicted / GIB:.1f}", f"{row.peak / GIB:.1f}"] * on_gpu
 
 
 if __name__ == "__main__":

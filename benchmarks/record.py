@@ -94,8 +94,8 @@ def require_gpu() -> None:
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+    head, *lines = (f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows))
+    return "\n".join([head, f"|{'---|' * len(heads)}", *lines])
 
 
 def publish(args: argparse.Namespace, title: str, body: str, *packages: str) -> str:

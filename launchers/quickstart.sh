@@ -42,7 +42,7 @@ data=(data.root="$out")
 stage "pack the images"
 images="${IMAGES:-}"
 if [ -z "$images" ]; then
-    images="$out/images"
+    images="$out/photographs"
     python launchers/quickstart_images.py "$images"
 fi
 python peco_ds/pack_images.py --images "$images" --labels none --out "$out/images/train" --short_side 256 --samples_per_shard 8 --workers 2

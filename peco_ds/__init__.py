@@ -1,3 +1,3 @@
 """peco_ds: masked image modelling with perceptual codebooks (PeCo and its family) under DeepSpeed."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -18,6 +18,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from peco_ds.field_marks import AbsentMeans, Bounds, FreeOnResume, Renamed
+from peco_ds.registry import OBJECTIVES, TOKENIZERS, Option
 
 # A value of data.tokens: the codes are computed in the training loop.
 ONLINE = "online"
@@ -163,9 +164,12 @@ class AggregationSettings:
 
 @dataclass(frozen=True, config=_strict)
 class ObjectiveSettings:
-    """What pre-training predicts. `name` is a file of objectives/."""
+    """What pre-training predicts."""
 
-    name: Literal["hard_tokens", "multi_choice"] = "hard_tokens"
+    # One of registry.OBJECTIVES.
+    name: str = "hard_tokens"
+    # Settings that an objective declares for itself, as objective.options.NAME.
+    options: dict[str, Option] = field(default_factory=dict, hash=False)
     # Must be the tokenizer's.
     num_codes: NumCodes = 8192
     # multi_choice: weight of the targets averaged over similar patches. The patch's own target has 1 - omega.
@@ -177,6 +181,10 @@ class ObjectiveSettings:
     # multi_choice: the probability of codes that were not stored is spread evenly over them, or given to the stored
     # ones.
     rest: Literal["uniform", "renormalize"] = "uniform"
+
+    def option(self, name: str) -> Option:
+        """A setting of the objective's own: the recipe's, or its default."""
+        return {**OBJECTIVES[self.name].options, **self.options}[name]
 
 
 @dataclass(frozen=True, config=_strict)
@@ -302,9 +310,11 @@ class TokenizerSettings:
     PeCo does not describe its network; kind vqgan is VQGAN's f16 (arXiv 2012.09841).
     """
 
-    # vqgan and vqkd are trained here. gumbel (VQGAN) and dvae (DALL-E) are read from released files.
-    kind: Literal["vqgan", "vqkd", "gumbel", "dvae"] = "vqgan"
-    # The network of kind vqkd. The fields from `channels` to `z_channels` describe the others.
+    # One of registry.TOKENIZERS. Some are trained here, others are read from released files.
+    kind: str = "vqgan"
+    # Settings that a kind declares for itself, as tokenizer.options.NAME.
+    options: dict[str, Option] = field(default_factory=dict, hash=False)
+    # The network of a kind of transformers. The fields from `channels` to `z_channels` describe convolutional ones.
     vit: TokenizerVitSettings = field(default_factory=TokenizerVitSettings)
     channels: AtLeastOne = 128
     # Channels of each level over `channels`. The stride is 2 ** (levels - 1).
@@ -337,12 +347,16 @@ class TokenizerSettings:
     @property
     def stride_px(self) -> int:
         """Side of a patch that becomes one code."""
-        return self.vit.patch_px if self.kind == "vqkd" else 2 ** (len(self.channel_mults) - 1)
+        return TOKENIZERS[self.kind].stride_px(self)
 
     @property
     def only_px(self) -> int | None:
         """The one image size that the network takes. None: every multiple of the stride."""
-        return self.vit.image_px if self.kind == "vqkd" else None
+        return TOKENIZERS[self.kind].only_px(self)
+
+    def option(self, name: str) -> Option:
+        """A setting of the kind's own: the recipe's, or its default."""
+        return {**TOKENIZERS[self.kind].options, **self.options}[name]
 
 
 @dataclass(frozen=True, config=_strict)

@@ -61,7 +61,10 @@ def read_deepspeed_json(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"DeepSpeed config {str(path)!r}: no such file; ready ones lie in ds_configs/")
+        raise UserError(
+            f"DeepSpeed config {str(path)!r}: no such file; ready ones lie in ds_configs/ of the repository, "
+            "which a package installed without -e does not see: name one with --deepspeed_config FILE"
+        )
     try:
         raw = read_json(path)
     except ValueError as error:

@@ -29,8 +29,6 @@ def dry_run(args, resolved) -> int:
     from peco_ds.data.augment import TrainCrop
     from peco_ds.data.labelled import labelled_sets
     from peco_ds.planner.dry_run import dry_run
-    from peco_ds.planner.report import finetune_report
-    from peco_ds.planner.stages import IMAGENET_1K_CLASSES
 
     cfg = resolved.recipe
 
@@ -46,9 +44,9 @@ def dry_run(args, resolved) -> int:
                 check_head(weights, classes)
             start = f"{weights.source} ({weights.kind})"
         missing = [f"{name} {path}: no such folder yet" for name, path in sets.items() if not path.exists()]
-        return {"num_classes": len(classes) or IMAGENET_1K_CLASSES}, [f"starts from         {start}", *missing]
+        return {"num_classes": len(classes) or None}, [f"starts from         {start}", *missing]
 
-    return dry_run(args, resolved, finetune_report, look)
+    return dry_run(args, resolved, look)
 
 
 def train(args, resolved) -> int:
@@ -58,7 +56,7 @@ def train(args, resolved) -> int:
     from peco_ds.models.classifier import build_classifier
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives.soft_labels import soft_label_cross_entropy
-    from peco_ds.planner.stages import training_flops
+    from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.optim import layer_scales
     from peco_ds.runtime.run import START_UP, Run
 

@@ -21,6 +21,7 @@ if __package__ in (None, ""):
 
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import EXIT_DONE, UserError
+from peco_ds.registry import TOKENIZERS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--kind",
-        choices=["auto", "dvae", "gumbel", "vqgan", "vqkd"],
+        choices=["auto", *sorted(name for name, kind in TOKENIZERS.items() if kind.release is not None)],
         default="auto",
         help="what FILE must be (default: what it is)",
     )
@@ -62,7 +63,7 @@ def import_tokenizer(args: argparse.Namespace) -> int:
         notes.append(f"trained with {found.facts['judge']}, licence: {found.facts['judge_licence']}")
     if found.left_out:
         notes.append(f"{found.left_out} tensors left out that only its training needs")
-    if settings.kind == "dvae" and not settings.decoder:
+    if not settings.decoder:
         notes.append("without decoder.pkl it makes no images")
     sys.stdout.write("; ".join([line, *notes]) + "\n")
     return EXIT_DONE

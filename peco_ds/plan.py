@@ -1,8 +1,8 @@
-"""Predict what a run would cost: memory, traffic, step time, hours and GPU-hours of every stage, on a number of GPUs of
-a kind. Needs neither torch nor a GPU.
+"""What a run would cost before it is one: memory, traffic, step time, hours and GPU-hours of every stage, on so many
+GPUs of a kind. Needs neither torch nor a GPU.
 
-    python peco_ds/plan.py --hardware h100 --gpus 64
-    python peco_ds/plan.py --hardware h100 h200 --gpus 8 64 256 512 --plot scaling.png schedule.epochs=1600
+python peco_ds/plan.py --hardware h100 --gpus 64
+python peco_ds/plan.py --hardware h100 h200 --gpus 8 64 256 512 --plot scaling.png schedule.epochs=1600
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # Started by path: Python's path needs the package's parent, not the package's folder.
+    # started by path: the package's parent, not its inside
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run
@@ -23,86 +23,45 @@ from peco_ds.errors import EXIT_DONE, UserError
 
 _SETTING = re.compile(r"([\w-]+:)?\w+(\.\w+)+=")
 
+RECIPE = (
+    "with a pre-training's the whole chain around it is planned, with a tokenizer's or a fine-tuning's that stage "
+    "alone (default: %(default)s)"
+)
+HARDWARE = "a machine of the catalogue (--list_hardware), or a YAML file of your own (default: h100)"
+DEEPSPEED_CONFIG = "DeepSpeed JSON of the recipe's stage (default: the one that its entry point takes by itself)"
+TOKENIZER_RECIPE = "tokenizer of the chain (default: the one that usually goes with the recipe)"
+FINETUNE_RECIPES = "fine-tunings of the chain, in order; without a name the chain ends at pre-training"
+SAMPLES = "images of the training set (default: those of data.images where it is packed, else ImageNet-1K's 1,281,167)"
+FINETUNE_SAMPLES = "labelled images of the fine-tunings (default: as many)"
+VAL_SAMPLES = "images that a classifier is measured on (default: ImageNet-1K's 50,000)"
+BAD_NODE = "also say how much longer a step takes when one node computes slowly or has a slow network"
+OVERRIDES = "settings over the recipe's, or over those of another recipe of the chain"
+NO_SIMULATION = (
+    "--simulate: steps are no longer played rank by rank (closed form and simulation differed by at most 1.8 %: "
+    "benchmarks/plan_simulate_202611.md); --bad_node tells what one slow node costs\n"
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--recipe",
-        default="peco_vith14",
-        help="of a pre-training: the whole chain around it; of a tokenizer or a fine-tuning: that stage "
-        "alone (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--hardware",
-        nargs="+",
-        default=["h100"],
-        metavar="NAME",
-        help="of the catalogue (--list_hardware), or a YAML file of your own (default: h100)",
-    )
-    parser.add_argument(
-        "--gpus",
-        nargs="+",
-        type=_count,
-        default=[64],
-        metavar="N",
-        help="1 to 1024; several make a table over them (default: 64)",
-    )
-    parser.add_argument(
-        "--deepspeed_config", default=None, help="of the recipe's stage (default: the default of its entry point)"
-    )
-    parser.add_argument(
-        "--tokenizer_recipe",
-        default=None,
-        metavar="RECIPE",
-        help="in place of the one that usually goes with the recipe",
-    )
-    parser.add_argument(
-        "--finetune_recipes",
-        nargs="*",
-        default=None,
-        metavar="RECIPE",
-        help="likewise, in order; none: the chain ends at pre-training",
-    )
-    parser.add_argument(
-        "--samples",
-        type=_count,
-        default=None,
-        help="images of the training set (default: those of data.images where it is packed, else "
-        "ImageNet-1K's 1,281,167)",
-    )
-    parser.add_argument(
-        "--finetune_samples", type=_count, default=None, help="labelled images of the fine-tunings (default: as many)"
-    )
-    parser.add_argument(
-        "--val_samples",
-        type=_count,
-        default=None,
-        help="images that a classifier is measured on (default: ImageNet-1K's 50,000)",
-    )
-    parser.add_argument(
-        "--simulate",
-        action="store_true",
-        help="also play the steps on every rank with stragglers, and the run with its failures",
-    )
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write all numbers")
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        default=None,
-        metavar="FILE.png",
-        help="also draw images/s and days over the GPU counts",
-    )
-    parser.add_argument(
-        "--list_hardware", action="store_true", help="print the catalogue with its sources, and nothing else"
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="[RECIPE:]key.sub=value",
-        help="settings over the recipe's, or over those of another recipe of the chain",
-    )
+    add = parser.add_argument
+    add("--recipe", default="peco_vith14", help=RECIPE)
+    add("--hardware", nargs="+", default=["h100"], metavar="NAME", help=HARDWARE)
+    add("--gpus", nargs="+", type=_count, default=[64], metavar="N", help="1 to 1024; several: a table (default: 64)")
+    add("--deepspeed_config", default=None, help=DEEPSPEED_CONFIG)
+    add("--tokenizer_recipe", metavar="RECIPE", help=TOKENIZER_RECIPE)
+    add("--finetune_recipes", nargs="*", default=None, metavar="RECIPE", help=FINETUNE_RECIPES)
+    add("--samples", type=_count, default=None, help=SAMPLES)
+    add("--finetune_samples", type=_count, help=FINETUNE_SAMPLES)
+    add("--val_samples", type=_count, default=None, help=VAL_SAMPLES)
+    add("--bad_node", action="store_true", help=BAD_NODE)
+    add("--simulate", action="store_true", help=argparse.SUPPRESS)
+    add("--json", type=Path, default=None, metavar="FILE", help="also write all numbers")
+    add("--plot", type=Path, metavar="FILE.png", help="also draw images/s and days over the GPU counts")
+    add("--list_hardware", action="store_true", help="print the catalogue with its sources, and nothing else")
+    add("overrides", nargs="*", metavar="[RECIPE:]key.sub=value", help=OVERRIDES)
     given = sys.argv[1:] if argv is None else argv
-    # Otherwise --gpus 8 64 model.depth=2 would take the setting for a number.
+    # else --gpus 8 64 model.depth=2 would take the setting for a number
     settings = [text for text in given if _SETTING.match(text)]
     args = parser.parse_intermixed_args([text for text in given if text not in settings])
     args.overrides = settings + args.overrides
@@ -126,20 +85,9 @@ def _count(text: str) -> int:
 
 
 def plan(args) -> int:
-    from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
-    from peco_ds.planner.assumptions import assumption_lines
-    from peco_ds.planner.bill import (
-        SCAN_HEADS,
-        aligned,
-        bill_facts,
-        bill_text,
-        make_bill,
-        scan_notes,
-        scan_rows,
-        simulation_lines,
-    )
-    from peco_ds.planner.chain import read_chain
-    from peco_ds.planner.fitting import DeepSpeedChoice, check_gpus, shipped
+    from peco_ds.planner.bill import bill_facts, make_bill
+    from peco_ds.planner.bill_text import assumption_lines, bad_node_lines, bill_text, scan_text
+    from peco_ds.planner.fitting import check_gpus
     from peco_ds.planner.hardware import find_hardware
 
     machines = list({machine.name: machine for machine in map(find_hardware, args.hardware)}.values())
@@ -148,76 +96,108 @@ def plan(args) -> int:
             raise UserError(f"{path}: there is no folder {path.parent}; make it or correct the path")
         if path is not None and (path.suffix != suffix or path.is_dir()):
             raise UserError(f"{path}: give the name of a {suffix} file")
+    chain, assumed = _chain(args)
+    asked = _asked_json(args.deepspeed_config, chain.main) if args.deepspeed_config else None
+    for machine in machines:
+        for count in args.gpus:
+            check_gpus(count, machine, chain.main)
+    counts = sorted(set(args.gpus))
+    single = len(counts) == len(machines) == 1
+    bills = [make_bill(chain, machine, count, asked, as_written=single) for machine in machines for count in counts]
+    assumptions = assumption_lines(machines)
+    lines = [bill_text(bills[0], assumed=assumed) if single else scan_text(bills, assumed=assumed)]
+    if args.simulate:
+        sys.stderr.write(NO_SIMULATION)
+    if args.bad_node or args.simulate:
+        lines += ["", *(line for bill in bills for line in bad_node_lines(bill))]
+    lines += ["", "On these assumptions (slow, typical, fast where there are three):", *assumptions]
+    sys.stdout.write("\n".join(lines) + "\n")
+    if args.json:
+        facts = {
+            "recipe": chain.main.recipe.name,
+            "samples": chain.main.num_samples,
+            "bills": [bill_facts(bill) for bill in bills],
+            "assumptions": [line.strip() for line in assumptions],
+        }
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+    if args.plot:
+        scaling_plot(args.plot, bills)
+    return EXIT_DONE
+
+
+def _chain(args):
+    """The chain of the recipe, and whether its number of images is a guess."""
+    from peco_ds.planner.chain import read_chain
+    from peco_ds.schema import ImageManifest, read_manifest
+
     named = dict(
         tokenizer=args.tokenizer_recipe, finetune=args.finetune_recipes, finetune_samples=args.finetune_samples
     )
     named |= dict(val_samples=args.val_samples) if args.val_samples else {}
     chain = read_chain(args.recipe, args.overrides, **named)
-    samples = _samples(args.samples, chain.main.recipe)
-    if samples is not None:
-        chain = read_chain(args.recipe, args.overrides, num_samples=samples, **named)
-    main = chain.main
-    asked = None
-    if args.deepspeed_config:
-        asked = DeepSpeedChoice(args.deepspeed_config, read_deepspeed_json(args.deepspeed_config))
-        # Derived from the number of GPUs.
-        held = {key: value for key, value in asked.raw.items() if key != "gradient_accumulation_steps"}
-        # Refuses the settings that the stage itself would refuse.
-        merge_deepspeed(held, args.deepspeed_config, main.run, main.recipe.optim, world_size=1)
-        asked = next((choice for choice in shipped() if choice.raw == asked.raw), asked)
-    for machine in machines:
-        for count in args.gpus:
-            check_gpus(count, machine, main)
-    counts = sorted(set(args.gpus))
-    single = len(counts) == len(machines) == 1
-    bills = [make_bill(chain, machine, count, asked, as_written=single) for machine in machines for count in counts]
-    lines = []
-    if single:
-        lines.append(bill_text(bills[0], assumed=samples is None))
-    else:
-        said = f"{main.num_samples:,} images" + (" (assumed: ImageNet-1K; no set was read)" if samples is None else "")
-        lines += [
-            f"{main.name}{'' if len(chain.stages) == 1 else ' and what belongs to it'}, with the settings "
-            f"recommended for each; {said}",
-            "",
-            *aligned([SCAN_HEADS, *scan_rows(bills)]),
-            "",
-            *scan_notes(bills),
-        ]
-    simulated = [simulation_lines(bill) for bill in bills] if args.simulate else []
-    lines += ["", *(line for found in simulated for line in found)] if simulated else []
-    lines += ["", "On these assumptions (slow, typical, fast where there are three):", *assumption_lines(machines)]
-    sys.stdout.write("\n".join(lines) + "\n")
-    if args.json:
-        args.json.write_text(
-            json.dumps(
-                {
-                    "recipe": main.recipe.name,
-                    "samples": main.num_samples,
-                    "bills": [bill_facts(bill) for bill in bills],
-                    "assumptions": [line.strip() for line in assumption_lines(machines)],
-                },
-                indent=1,
-            )
-            + "\n"
-        )
-    if args.plot:
-        from peco_ds.planner.curves import scaling_plot
-
-        scaling_plot(args.plot, bills)
-    return EXIT_DONE
+    samples, data = args.samples, chain.main.recipe.data
+    if samples is None:
+        images = data_path(data, data.images)
+        if not images.exists():
+            return chain, True
+        samples = read_manifest(images, ImageManifest).samples
+    elif samples < 1:
+        raise UserError(f"--samples {samples}: at least 1 image")
+    return read_chain(args.recipe, args.overrides, num_samples=samples, **named), False
 
 
-def _samples(given: int | None, recipe) -> int | None:
-    """Number of images in the training set: as given, or of the packed set; None: neither."""
-    from peco_ds.schema import ImageManifest, read_manifest
+def _asked_json(path: str, main):
+    """The DeepSpeed JSON of the command line, which is refused as the stage itself would refuse it."""
+    from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
+    from peco_ds.planner.fitting import DeepSpeedChoice, shipped
 
-    if given is not None:
-        if given < 1:
-            raise UserError(f"--samples {given}: at least 1 image")
-        return given
-    images = data_path(recipe.data, recipe.data.images)
-    return read_manifest(images, ImageManifest).samples if images.exists() else None
+    asked = DeepSpeedChoice(path, read_deepspeed_json(path))
+    # follows from the GPUs
+    held = {key: value for key, value in asked.raw.items() if key != "gradient_accumulation_steps"}
+    merge_deepspeed(held, path, main.run, main.recipe.optim, world_size=1)
+    return next((choice for choice in shipped() if choice.raw == asked.raw), asked)
+
+
+def scaling_plot(path: Path, bills) -> None:
+    """Two panels over GPU counts, a line a kind of GPU with a band from the slow to the fast pace: images/s of the main
+    stage beside linear scaling, and days of the whole chain.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    speed, days = figure.subplots(1, 2)
+    for number, name in enumerate(dict.fromkeys(bill.hardware.name for bill in bills)):
+        own = sorted((bill for bill in bills if bill.hardware.name == name), key=lambda bill: bill.gpus)
+        gpus, colour = [bill.gpus for bill in own], f"C{number}"
+        linear = [own[0].main.images_s() / gpus[0] * count for count in gpus]
+        speed.plot(gpus, linear, color=colour, linestyle=":", linewidth=1)
+        for axes, quantity in ((speed, _images_s), (days, _days)):
+            slow, typical, fast = ([quantity(bill, pace) for bill in own] for pace in ("slow", "typical", "fast"))
+            axes.plot(gpus, typical, marker="o", color=colour, label=name)
+            axes.fill_between(gpus, slow, fast, color=colour, alpha=0.2, linewidth=0)
+    main, counts = bills[0].chain.main, sorted({bill.gpus for bill in bills})
+    epochs = f"{main.recipe.schedule.epochs or 0:g} epochs"
+    speed.set_title(f"{main.name}, {epochs}; dotted: linear, band: fast to slow pace", fontsize="medium")
+    days.set_title("all stages, with evaluations, saves and failures", fontsize="medium")
+    for axes, label in ((speed, "images/s"), (days, "days")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_xlabel("GPUs")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _images_s(bill, pace: str) -> float:
+    return bill.main.images_s(pace)
+
+
+def _days(bill, pace: str) -> float:
+    return bill.hours(pace) / 24
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args, resolved) -> int:
     from peco_ds.planner.dry_run import dry_run
-    from peco_ds.planner.report import pretrain_report
 
     cfg = resolved.recipe
 
@@ -52,9 +51,9 @@ def dry_run(args, resolved) -> int:
                 tokenizer_fingerprint=fingerprint,
             )
             found = "fit images and recipe" + ("" if fingerprint else "; the tokenizer is not at hand to compare")
-        return {"num_views": cfg.views.count}, [f"tokens              {found} ({cfg.data.tokens})"]
+        return {}, [f"tokens              {found} ({cfg.data.tokens})"]
 
-    return dry_run(args, resolved, pretrain_report, look)
+    return dry_run(args, resolved, look)
 
 
 def train(args, resolved) -> int:
@@ -63,7 +62,7 @@ def train(args, resolved) -> int:
     from peco_ds.models.mim import build_mim
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.objectives import build_objective
-    from peco_ds.planner.stages import training_flops
+    from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.run import START_UP, Run
     from peco_ds.runtime.token_source import open_tokens, token_provenance
 

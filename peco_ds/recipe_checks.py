@@ -10,6 +10,7 @@ from dataclasses import is_dataclass
 from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, Recipe, TokenizerRecipe, TokenizerSettings
 from peco_ds.errors import UserError
 from peco_ds.field_marks import Bounds, settings_fields
+from peco_ds.registry import OBJECTIVES, TOKENIZERS, check_options, kinds_learning_from
 from peco_ds.schedules import images_taken
 from peco_ds.schema import short
 
@@ -113,11 +114,15 @@ def _check_pretrain(recipe: PretrainRecipe) -> None:
         mask.kind == "random" or mask.min_block <= mask.count,
         f"mask.min_block {mask.min_block} is more than mask.count {mask.count}; lower it",
     )
+    objective = recipe.objective
+    kind = OBJECTIVES.named(objective.name)
     _require(
-        recipe.objective.name != "multi_choice" or recipe.views.topk > 0,
-        "objective.name multi_choice learns from soft codes, and views.topk is 0; set views.topk "
+        not kind.soft_codes or recipe.views.topk > 0,
+        f"objective.name {objective.name} learns from soft codes, and views.topk is 0; set views.topk "
         "(mc-BEiT's recipes: 64) and tokenize with it",
     )
+    check_options(objective.options, kind.options, "objective.options")
+    kind.check(recipe)
     _check_variants(recipe)
 
 
@@ -187,32 +192,33 @@ def _check_tokenizer(recipe: TokenizerRecipe) -> None:
         recipe.tokenizer.only_px in (None, size),
         f"views.tokenizer_px {size} is not tokenizer.vit.image_px {recipe.tokenizer.only_px}; set both to one size",
     )
+    judged, taught = kinds_learning_from("judge"), kinds_learning_from("teacher")
     _require(
-        kind in ("vqgan", "vqkd"),
+        kind in judged + taught,
         f"tokenizer.kind {kind}: is read from released files (import_tokenizer.py), not trained here; "
-        "vqgan and vqkd are",
+        f"{' and '.join(judged + taught)} are",
     )
-    if kind == "vqkd":
+    if kind in taught:
         _require(
             recipe.perceptual.weights == "",
-            f"perceptual.weights {recipe.perceptual.weights}: a tokenizer of kind vqkd has a teacher and "
+            f"perceptual.weights {recipe.perceptual.weights}: a tokenizer of kind {kind} has a teacher and "
             "no judge; drop it, and set teacher.weights",
         )
         _require(
             recipe.teacher.weights != "",
             "teacher.weights is empty; give a CLIP, DINO or any timm ViT file, whose features a "
-            "tokenizer of kind vqkd learns to give",
+            f"tokenizer of kind {kind} learns to give",
         )
         _require(
             recipe.adversarial.weight == 0,
-            f"adversarial.weight {recipe.adversarial.weight}: a tokenizer of kind vqkd makes no images "
+            f"adversarial.weight {recipe.adversarial.weight}: a tokenizer of kind {kind} makes no images "
             "for a critic; set it to 0",
         )
     else:
         _require(
             recipe.teacher.weights == "",
             f"teacher.weights {recipe.teacher.weights}: a tokenizer of kind {kind} has a judge and no "
-            "teacher; drop it, or set tokenizer.kind=vqkd",
+            f"teacher; drop it, or set tokenizer.kind={' or '.join(taught)}",
         )
         _require(
             recipe.perceptual.weight == 0 or recipe.perceptual.weights != "",
@@ -229,39 +235,24 @@ def _check_tokenizer(recipe: TokenizerRecipe) -> None:
 def check_tokenizer_settings(settings: TokenizerSettings, section: str = "tokenizer") -> None:
     """Raises: UserError if they describe no network; a release's are checked as a recipe's are."""
     check_bounds(settings, f"{section}.")
+    kind = TOKENIZERS.named(settings.kind, f"{section}.kind")
+    check_options(settings.options, kind.options, f"{section}.options")
     mults = settings.channel_mults
     _require(
         1 <= len(mults) <= 16,
         f"{section}.channel_mults of {len(mults)} levels: one factor a level, 1 to 16 levels",
     )
     _require(
-        settings.decoder or settings.kind == "dvae",
-        f"{section}.decoder false: a {settings.kind} tokenizer has one; only dvae can be without",
+        settings.decoder or kind.decoder_optional,
+        f"{section}.decoder false: a {settings.kind} tokenizer has one; only "
+        f"{' or '.join(name for name, other in TOKENIZERS.items() if other.decoder_optional)} can be without",
     )
     _require(
         settings.average == "sums" or settings.l2_normalized,
         f"{section}.average {settings.average}: is of unit codes; set {section}.l2_normalized=true, "
         f"or {section}.average=sums",
     )
-    if settings.kind == "vqkd":
-        vit = settings.vit
-        _require(
-            vit.image_px % vit.patch_px == 0,
-            f"{section}.vit.image_px {vit.image_px} is not a multiple of {section}.vit.patch_px {vit.patch_px}",
-        )
-        _require(
-            int(min(vit.width, vit.decoder_width) * vit.mlp_ratio) >= 1,
-            f"{section}.vit.mlp_ratio {vit.mlp_ratio}: gives a hidden layer without units",
-        )
-        _require(
-            vit.width % vit.heads == 0,
-            f"{section}.vit.width {vit.width} is not a multiple of {section}.vit.heads {vit.heads}",
-        )
-        _require(
-            vit.decoder_width % vit.decoder_heads == 0,
-            f"{section}.vit.decoder_width {vit.decoder_width} is not a multiple of "
-            f"{section}.vit.decoder_heads {vit.decoder_heads}",
-        )
+    kind.check(settings, section)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -139,12 +139,18 @@ def _flatten(tree: dict, prefix: str = ""):
             yield f"{prefix}{key}", value
 
 
+def _is_option(key: str, known: list[str]) -> bool:
+    """Whether it may be a setting that a kind declares for itself; `check_options` finds out."""
+    section = key.rpartition(".")[0]
+    return section.endswith(".options") and section in known
+
+
 def _set(merged: dict, sources: dict, key: str, value, source: str, recipe_type: type) -> None:
     key, value, renamed = current_setting(recipe_type, key, value)
     if renamed:
         notice(renamed)
     known = known_keys(recipe_type)
-    if key not in known:
+    if key not in known and not _is_option(key, known):
         others = [readers for other, readers in READERS.items() if key in known_keys(other)]
         if others:
             raise UserError(

@@ -29,12 +29,11 @@ def main(argv: list[str] | None = None) -> int:
 def dry_run(args, resolved) -> int:
     from peco_ds.models.frozen_net import frozen_net_at_hand
     from peco_ds.planner.dry_run import dry_run
-    from peco_ds.planner.report import tokenizer_report
 
     def look(_manifest) -> tuple[dict, list[str]]:
         return {}, [f"judge or teacher    {frozen_net_at_hand(resolved.recipe)}"]
 
-    return dry_run(args, resolved, tokenizer_report, look)
+    return dry_run(args, resolved, look)
 
 
 def train(args, resolved) -> int:
@@ -46,7 +45,7 @@ def train(args, resolved) -> int:
     from peco_ds.models.tokenizers import build_tokenizer
     from peco_ds.models.vq import usage
     from peco_ds.objectives.tokenizer_losses import build_tokenizer_objective
-    from peco_ds.planner.stages import training_flops
+    from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.codebook_init import init_codebook
     from peco_ds.runtime.run import START_UP, Run
 

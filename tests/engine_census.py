@@ -5,17 +5,12 @@ each number of ranks.
 from __future__ import annotations
 
 import functools
-import sys
 import tempfile
 from pathlib import Path
 
-from conftest import REPOSITORY
-
+from benchmarks import plan_engine
+from benchmarks.plan_engine import Case
 from peco_ds.errors import UserError
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-import plan_engine
-from plan_engine import Case
 
 # benchmarks/plan_engine.py counts these too; here they would say nothing that their neighbours do not.
 LEFT_OUT = (

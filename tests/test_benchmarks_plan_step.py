@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from dataclasses import replace
 
 import pytest
-from conftest import REPOSITORY, run_stage
+from benchmark_runs import run_benchmark
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-from plan_step import CPU_ROWS, GPU_ROWS, Row, chosen_recipes, predicted_seconds, report
-
+from benchmarks.plan_step import CPU_ROWS, GPU_ROWS, Row, chosen_recipes, predicted_seconds, report
 from peco_ds.errors import UserError
-from peco_ds.planner.compute import PACES
 from peco_ds.planner.hardware import HARDWARE
+from peco_ds.planner.step_cost import PACES
 
 TOY = (
     "model.depth=2 model.width=48 model.heads=3 model.image_px=64 views.tokenizer_px=64 "
@@ -30,14 +26,14 @@ def arguments(rows: str = "", *, gpu: bool = False, overrides: list[str] | None 
 
 def test_rows_are_predicted_run_and_recorded(tmp_path):
     record = tmp_path / "step.md"
-    answer = run_stage(
-        "benchmarks/plan_step.py", "--rows", "width 384; width 384, full", "--rounds", 1, "--record", record, *TOY
+    answer = run_benchmark(
+        "plan_step", "--rows", "width 384; width 384, full", "--rounds", 1, "--record", record, *TOY
     ).stdout
     rows = [re.split(r" *\| *", line.strip("| ")) for line in answer.splitlines() if line.startswith("| width")]
     assert [row[0] for row in rows] == ["width 384", "width 384, full"]
     assert all(float(row[2].split()[0]) > 0 and float(row[3]) > 0 and row[5] in ("yes", "no") for row in rows)
     assert float(rows[1][7]) < float(rows[0][7]), "blocks that are recomputed keep less"
-    assert answer.strip() in record.read_text() and "benchmarks/plan_step.py --rows" in record.read_text()
+    assert answer.strip() in record.read_text() and "python -m benchmarks.plan_step --rows" in record.read_text()
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -2,65 +2,46 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import pytest
-from conftest import REPOSITORY, run_stage
+from benchmark_runs import run_benchmark
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-from plan_world import (
-    BASE,
-    GIANT,
-    HUGE,
-    LARGE,
-    Passes,
-    Published,
-    Vit,
-    mae,
-    published,
-    report,
-    run_hours,
-    sized,
-    vit_passes,
-)
-
-from peco_ds.planner.compute import PACES
+from benchmarks.plan_world import Network, Published, published, report, run_images_s
 from peco_ds.planner.shapes import FLOPS_PER_MAC
+from peco_ds.planner.step_cost import PACES
 
 
 def flops(networks) -> float:
     """Of one image, forward alone."""
-    return sum(vit_passes(vit, how)[0].flops for vit, how in networks)
+    return sum(network.passes()[0].flops for network in networks)
 
 
 @pytest.mark.parametrize(
     "size, patch, mlp_ratio, gmac",
-    [(BASE, 16, 4.0, 17.6), (LARGE, 16, 4.0, 61.6), (HUGE, 14, 4.0, 167.4), (GIANT, 14, 48 / 11, 267.2)],
+    [("B", 16, 4.0, 17.6), ("L", 16, 4.0, 61.6), ("H", 14, 4.0, 167.4), ("g", 14, 48 / 11, 267.2)],
 )
 def test_transformers_have_the_macs_that_timm_publishes(size, patch, mlp_ratio, gmac):
-    network = (Vit(sized(*size, patch=patch, mlp_ratio=mlp_ratio)), Passes("eager"))
+    network = Network(size, "eager", patch=patch, mlp_ratio=mlp_ratio)
     assert flops([network]) == pytest.approx(FLOPS_PER_MAC * gmac * 1e9, rel=0.01)
 
 
 def test_mae_sees_a_quarter_of_the_patches_so_that_it_costs_a_third():
-    whole = flops([(Vit(sized(*LARGE)), Passes("eager"))])
-    assert 0.25 < flops(mae(LARGE, 16)) / whole < 0.4
+    mae = next(row.networks for row in published() if row.what == "MAE-L/16, 800 epochs, 64 GPUs")
+    assert 0.25 < flops(mae) / flops([Network("L", "eager")]) < 0.4
 
 
 def test_inference_has_no_backward_pass_and_stored_attention_moves_more():
-    vit = Vit(sized(*BASE))
-    assert len(vit_passes(vit, Passes("compiled", trained=False))) == 1
+    assert len(Network("B", "compiled", trained=False).passes()) == 1
     fused, stored = (
-        sum(work.moved_bytes for work in vit_passes(vit, Passes("autocast", stored_attention=kept)))
+        sum(work.moved_bytes for work in Network("B", "autocast", stored_attention=kept).passes())
         for kept in (False, True)
     )
     assert stored > 1.3 * fused
 
 
 def test_a_run_of_so_many_hours_is_so_many_images_a_second():
-    assert run_hours(100, 10, 4, images=36_000) == 100 * 36_000 / 36_000 / 4
+    assert run_images_s(100, 10, 4, images=36_000) == 100 * 36_000 / 36_000 / 4
 
 
 def test_every_row_is_predicted_in_order_of_pace_and_names_its_source():
@@ -84,14 +65,7 @@ def test_more_gpus_never_give_more_images_a_gpu():
 
 def test_the_report_says_error_range_and_role_of_every_row():
     row = Published(
-        "one",
-        "h100",
-        100.0,
-        ((Vit(sized(*BASE)), Passes("compiled")),),
-        64,
-        "somewhere",
-        precision="bf16",
-        group="group",
+        "one", "group", "somewhere", "h100", 100.0, (Network("B", "compiled"),), micro_batch=64, precision="bf16"
     )
     typical = row.predicted("typical")
     exact, half = replace(row, images_s=typical), replace(row, what="two", images_s=2 * typical)
@@ -106,5 +80,5 @@ def test_the_report_says_error_range_and_role_of_every_row():
 
 def test_the_table_is_written_where_it_is_asked_for(tmp_path):
     record = tmp_path / "world.md"
-    answer = run_stage("benchmarks/plan_world.py", "--record", record).stdout
+    answer = run_benchmark("plan_world", "--record", record).stdout
     assert answer.strip() in record.read_text()

@@ -37,4 +37,4 @@ def test_what_is_printed_is_the_record_where_one_is_written(tmp_path):
 def test_each_has_its_turn_once_a_round_in_an_order_that_turns():
     assert list(by_turns("ab", 2)) == [(False, "a"), (False, "b"), (True, "b"), (True, "a"), (True, "a"), (True, "b")]
     assert spread([3.0, 1.0, 2.0]) == "2.00 (1.00 to 3.00)" and spread([]) == ""
-    assert markdown_table(("a", "b"), [(1, "x")]) == "| a | b |\n| --- | --- |\n| 1 | x |"
+    assert markdown_table(("a", "b"), [(1, "x")]) == "| a | b |\n|---|---|\n| 1 | x |"

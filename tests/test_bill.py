@@ -7,9 +7,10 @@ import re
 from dataclasses import replace
 
 import pytest
+from step_simulation import simulate_step
 
-from peco_ds.planner.assumptions import assumption_lines
-from peco_ds.planner.bill import bill_facts, bill_text, make_bill, scan_rows, simulation_lines
+from peco_ds.planner.bill import bad_node_costs, bill_facts, make_bill
+from peco_ds.planner.bill_text import assumption_lines, bad_node_lines, bill_text, scan_rows
 from peco_ds.planner.chain import read_chain
 from peco_ds.planner.hardware import find_hardware
 from peco_ds.planner.stages import Stage
@@ -102,12 +103,20 @@ def test_a_scan_scales_from_its_smallest_count():
     assert first[5] == "100%" and 80 < int(second[5].rstrip("%")) <= 101
 
 
-def test_simulation_and_closed_form_stand_side_by_side(bill):
-    step, goodput = simulation_lines(bill, steps=20)[1:3]
-    mean, closed = (float(found) for found in re.findall(r"step, s +([\d.]+) .*closed form ([\d.]+),", step)[0])
-    assert closed == pytest.approx(mean, rel=0.05)
-    shares = [float(found) for found in re.findall(r"([\d.]+)%", goodput)]
-    assert shares[0] == pytest.approx(shares[-1], abs=1.0)
+def test_one_bad_node_costs_what_a_played_step_takes_longer(bill):
+    inputs, costs = bill.main.inputs(), bad_node_costs(bill.main)
+    usual = simulate_step(inputs, steps=50).mean_s
+    played = (
+        simulate_step(inputs, steps=50, slow_nodes={0: 1.1}),
+        simulate_step(inputs, steps=50, slow_nodes={0: 2.0}),
+        simulate_step(inputs, steps=50, slow_network=0.5),
+        simulate_step(inputs, steps=50, slow_network=0.1),
+    )
+    assert list(costs.values()) == pytest.approx([step.mean_s / usual - 1 for step in played], abs=0.01)
+    (line,) = bad_node_lines(bill)
+    assert all(f"{case} {share:+.1%}" in line for case, share in costs.items())
+    alone = make_bill(CHAIN, H100, 8)
+    assert bad_node_costs(alone.main) == {} and "there is only one node" in bad_node_lines(alone)[0]
 
 
 def test_every_assumption_has_a_source_and_machines_that_share_it_share_the_line():
@@ -123,10 +132,8 @@ def test_every_assumption_has_a_source_and_machines_that_share_it_share_the_line
 
 def test_a_neighbour_that_does_not_fit_as_written_does_not_hide_the_rest():
     tight = make_bill(CHAIN, replace(H100, memory_bytes=16e9), 1)
-    assert (
-        tight.unfit
-        and all("does not fit as its recipe is written" in line for line in tight.unfit)
-        and tight.unfit[0] in bill_text(tight, assumed=True)
+    assert tight.unfit and f"{tight.unfit[0].name}: does not fit as its recipe is written" in bill_text(
+        tight, assumed=True
     )
 
 

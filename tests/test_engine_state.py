@@ -4,12 +4,10 @@ offloads, on the host.
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-from conftest import REPOSITORY
 from engine_census import OFFLOADED, STATE, census, each
 
+from benchmarks.plan_engine import predicted_memory, sizes_of, worst_moment
 from peco_ds.planner.memory import (
     STAGES,
     checkpoint_bytes,
@@ -19,9 +17,6 @@ from peco_ds.planner.memory import (
     optimizer_bytes,
     saved_bytes,
 )
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-from plan_engine import predicted_memory, sizes_of, worst_moment
 
 N = 10**9
 

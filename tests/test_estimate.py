@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from step_simulation import simulate_step
 
 from peco_ds.errors import UserError
 from peco_ds.planner.chain import read_chain
 from peco_ds.planner.estimate import estimate, fits
 from peco_ds.planner.fitting import DeepSpeedChoice, shipped
 from peco_ds.planner.hardware import find_hardware
-from peco_ds.planner.simulation import simulate_step
 
 H100 = find_hardware("h100")
 JSON = {choice.name: choice for choice in shipped()}

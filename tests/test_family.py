@@ -10,9 +10,10 @@ from peco_ds.data.order import rank_positions
 from peco_ds.data_paths import data_path
 from peco_ds.errors import UserError
 from peco_ds.models.mim import build_mim
-from peco_ds.models.tokenizers import KINDS, build_tokenizer, save_tokenizer
-from peco_ds.objectives import OBJECTIVES, build_objective
+from peco_ds.models.tokenizers import build_tokenizer, save_tokenizer
+from peco_ds.objectives import build_objective
 from peco_ds.recipe_files import load_recipe
+from peco_ds.registry import OBJECTIVES, TOKENIZERS
 from peco_ds.runtime.token_source import online_tokenizer
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ VARIANTS = {
 
 
 def test_every_kind_of_tokenizer_is_among_these():
-    assert SETTINGS.keys() == KINDS.keys()
+    assert SETTINGS.keys() == TOKENIZERS.keys()
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,13 @@ def test_a_whole_machine_of_ones_own_needs_no_base(written):
     )
 
 
+def test_memory_may_stand_in_gib_and_a_value_may_name_its_source(written):
+    path = written("base: h100\nmemory_bytes: 94 GiB\nhost_memory_bytes: 1.5 TiB\nsources: {memory_bytes: a label}\n")
+    machine = find_hardware(path)
+    assert (machine.memory_bytes, machine.host_memory_bytes) == (94 * 2**30, 1.5 * 2**40)
+    assert (machine.sources["memory_bytes"], machine.sources["host_memory_bytes"]) == ("a label", str(path))
+
+
 @pytest.mark.parametrize(
     "text, named",
     [
@@ -131,6 +138,9 @@ def test_a_whole_machine_of_ones_own_needs_no_base(written):
         ("base: h100\nproduct_share: [0.7, 0.6, 0.5]\n", "product_share"),
         ("base: h100\nmemory_share: 1.5\n", "memory_share"),
         ("base: h100\ntitle: 5\n", "title"),
+        ("base: h100\nmemory_bytes: 94 GB\n", "memory_bytes"),
+        ("base: h100\nlink_bytes_s: 94 GiB\n", "link_bytes_s"),
+        ("base: h100\nsources: {speed: a label}\n", "sources"),
         (FULL.replace("cores_per_node: 32\n", ""), "cores_per_node is not set"),
         (FULL.replace(", fp32: 3.0e+13", ""), "peak_flops.fp32 is not set"),
         ("- h100\n", "list"),

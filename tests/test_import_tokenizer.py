@@ -10,7 +10,8 @@ from published_samples import dalle_tensors, save_dalle, save_lightning, taming_
 from peco_ds.errors import UserError
 from peco_ds.import_tokenizer import main
 from peco_ds.models.published_tokenizers import read_published
-from peco_ds.models.tokenizers import KINDS, build_tokenizer, load_tokenizer, read_card
+from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, read_card
+from peco_ds.registry import TOKENIZERS
 
 
 def sha256(path) -> str:
@@ -94,4 +95,4 @@ def test_the_kinds_to_choose_from_are_all_there_are(capsys):
     assert "invalid choice" in refused("x.pkl", "--out", "y", "--kind", "none")
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "{" + ",".join(["auto", *sorted(KINDS)]) + "}" in capsys.readouterr().out.replace("\n", "")
+    assert "{" + ",".join(["auto", *sorted(TOKENIZERS)]) + "}" in capsys.readouterr().out.replace("\n", "")

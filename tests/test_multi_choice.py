@@ -8,9 +8,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from peco_ds.config import ObjectiveSettings
+from peco_ds.config import (
+    AggregationSettings,
+    MaskSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    PretrainRecipe,
+    ViewSettings,
+)
+from peco_ds.costs import FLOPS_PER_MAC
 from peco_ds.objectives import build_objective, multi_choice
+from peco_ds.planner.shapes import objective_cost
+from peco_ds.planner.work import pretrain_segments
 from peco_ds.schema import IGNORED
 
 B, N, M, V, D, T = 3, 6, 4, 9, 5, 3
@@ -159,3 +170,38 @@ def test_choices_are_probabilities_even_where_sixteen_bits_kept_more_than_one(re
         found = multi_choice.dense_choices(codes[..., :kept], probs[..., :kept] * V / kept, V, rest)
         torch.testing.assert_close(found.sum(-1), torch.ones(1, 2))
         assert (found >= 0).all()
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_products_of_the_objective_are_those_that_a_counter_sees_and_the_planner_reckons(branches, gradient):
+    batch, masked, width, codes, topk = 2, 12, 48, 64, 8
+    recipe = PretrainRecipe(
+        model=ModelSettings(image_px=64, patch_px=8, width=width, depth=2, heads=3),
+        aggregation=AggregationSettings(early_block=branches - 1),
+        mask=MaskSettings(count=masked),
+        objective=ObjectiveSettings(name="multi_choice", num_codes=codes, similarity_gradient=gradient),
+        views=ViewSettings(topk=topk),
+    )
+    torch.manual_seed(0)
+    features = torch.randn(batch, 65, width, requires_grad=True)
+    logits = [torch.randn(batch, masked, codes, requires_grad=True) for _ in range(branches)]
+    outputs = SimpleNamespace(logits=logits[0], features=features, aggregated_logits=(*logits, None)[1])
+    likeliest = torch.rand(batch, 64, codes).softmax(dim=-1).topk(topk)
+    targets = SimpleNamespace(
+        codes=torch.randint(codes, (batch, masked)),
+        masked=torch.stack([torch.randperm(64)[:masked] for _ in range(batch)]),
+        topk_codes=likeliest.indices,
+        topk_probs=likeliest.values,
+    )
+    with FlopCounterMode(display=False) as forward:
+        loss, _ = build_objective(recipe.objective)(outputs, targets)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    cost = objective_cost(recipe)
+    assert forward.get_total_flops() == batch * FLOPS_PER_MAC * cost.forward_macs
+    assert backward.get_total_flops() == batch * FLOPS_PER_MAC * (cost.backward_macs + cost.recomputed_macs)
+    reckoned = next(segment for segment in pretrain_segments(recipe) if segment.name == "objective")
+    assert batch * reckoned.forward.flops == forward.get_total_flops()
+    assert batch * reckoned.backward.flops == backward.get_total_flops()
+    assert reckoned.model_flops == cost.model_flops < reckoned.forward.flops + reckoned.backward.flops

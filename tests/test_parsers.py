@@ -519,7 +519,7 @@ PARSERS = {
         pack_records, ".pack/plan.json", lambda f: prepare_folder(f, [], {"quality": "92"}), ()
     ),
     "the part of a token set": Parser(
-        part_files, "tokens/.parts/a.json", lambda f: token_parts(f).is_done(0) and token_parts(f).reading(0), ()
+        part_files, "tokens/.parts/a.json", lambda f: token_parts(f).is_done(0) and token_parts(f).read_counts(0), ()
     ),
     "the index of a token shard that is written again": Parser(written_shard, "a.index.json", written_shard, ()),
     "a list of classes": Parser(text("list", "cat one\ndog two\n"), "list", lambda f: read_classes(f / "list")),

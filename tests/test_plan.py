@@ -22,7 +22,7 @@ PLAN = Path(__file__).resolve().parents[1] / "peco_ds" / "plan.py"
 
 def test_a_plan_imports_no_torch_and_names_its_assumptions(tmp_path):
     script = (
-        "import sys, runpy; sys.argv = ['plan.py', '--gpus', '64', '--simulate']\ntry: "
+        "import sys, runpy; sys.argv = ['plan.py', '--gpus', '64', '--bad_node']\ntry: "
         f"runpy.run_path({str(PLAN)!r}, run_name='__main__')\nfinally: "
         f"sys.stderr.write(str(sorted({{'torch', 'deepspeed', 'timm'}} & set(sys.modules))))"
     )
@@ -68,6 +68,13 @@ def test_several_counts_and_machines_make_a_table_values_and_an_image(tmp_path, 
     ]
     with Image.open(tmp_path / "plan.png") as image:
         assert image.width > 500 and len(image.convert("L").resize((50, 20)).getcolors()) > 5
+
+
+def test_the_old_flag_of_the_simulation_says_where_its_record_is_and_tells_of_a_bad_node(capsys):
+    assert main(["--recipe", "finetune_vitb16", "--gpus", "16", "--simulate"]) == 0
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1 and "benchmarks/plan_simulate_202611.md" in said.err
+    assert "One bad node, finetune_vitb16 on 16 h100" in said.out and "twice as long +" in said.out
 
 
 def test_settings_after_a_list_of_counts_are_settings(tmp_path):

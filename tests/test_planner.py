@@ -38,7 +38,7 @@ from peco_ds.models.vit import build_blocks, run_blocks, timm_arguments
 from peco_ds.objectives.hard_tokens import hard_tokens
 from peco_ds.planner.data_side import token_bytes
 from peco_ds.planner.memory import STAGES
-from peco_ds.planner.report import WORLD_SIZES, finetune_report, pretrain_report, tokenizer_report, tokenizing_report
+from peco_ds.planner.report import WORLD_SIZES, dry_run_report, tokenizing_report
 from peco_ds.planner.shapes import (
     FLOPS_PER_MAC,
     backbone_parameters,
@@ -306,14 +306,7 @@ def h_recipe() -> PretrainRecipe:
 def test_the_report_of_vit_h_names_its_sizes_schedule_storage_and_the_assumed_set():
     recipe = h_recipe()
     durations = resolve_durations(recipe, IMAGENET_1K_TRAIN)
-    text = pretrain_report(
-        recipe,
-        num_samples=IMAGENET_1K_TRAIN,
-        num_views=100,
-        durations=durations,
-        ds_config={"zero_optimization": {"stage": 3}},
-        assumed=True,
-    )
+    text = dry_run_report(recipe, ds_config={"zero_optimization": {"stage": 3}})
     lines = {line[:20].strip(): line[20:] for line in text.splitlines()}
     assert "backbone 630.5 M" in lines["parameters"]
     assert "16 x 16 = 256 patches" in lines["grid"] and "98 (38.3%)" in lines["grid"]
@@ -329,9 +322,7 @@ def test_the_report_of_vit_h_names_its_sizes_schedule_storage_and_the_assumed_se
 
 
 def report_lines(recipe: PretrainRecipe) -> dict[str, str]:
-    text = pretrain_report(
-        recipe, num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000), ds_config={}
-    )
+    text = dry_run_report(recipe, num_samples=5000, ds_config={})
     return {line[:20].strip(): line[20:] for line in text.splitlines()}
 
 
@@ -356,21 +347,13 @@ def test_the_report_says_what_a_variant_adds_and_what_it_costs_beside_the_plain_
 
 def test_a_set_that_was_read_is_not_called_assumed():
     recipe = h_recipe()
-    text = pretrain_report(
-        recipe, num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000), ds_config={}
-    )
+    text = dry_run_report(recipe, num_samples=5000, ds_config={})
     assert "assumed" not in text and "5,000 images" in text
 
 
 def test_the_memory_table_has_aligned_rows_that_add_up_and_marks_the_chosen_stage():
     recipe = replace(h_recipe(), run=RunSettings(activation_checkpointing="full"))
-    text = pretrain_report(
-        recipe,
-        num_samples=5000,
-        num_views=1,
-        durations=resolve_durations(recipe, 5000),
-        ds_config={"zero_optimization": {"stage": 2}},
-    )
+    text = dry_run_report(recipe, num_samples=5000, ds_config={"zero_optimization": {"stage": 2}})
     head, *rows = text.splitlines()[text.splitlines().index("") + 2 :][: 1 + len(WORLD_SIZES) * len(STAGES)]
     assert {len(row) for row in rows} == {len(head)}
     columns = head.split()
@@ -387,18 +370,15 @@ def test_the_memory_table_has_aligned_rows_that_add_up_and_marks_the_chosen_stag
 
 def test_a_world_whose_batch_does_not_divide_is_shown_and_explained():
     recipe = replace(h_recipe(), run=RunSettings(global_batch=2048, micro_batch=64))
-    text = pretrain_report(
-        recipe, num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000), ds_config={}
-    )
+    text = dry_run_report(recipe, num_samples=5000, ds_config={})
     assert "global_batch 2048 is not a multiple of micro_batch 64 x 64 or 256 GPUs" in text
 
 
 def test_offloaded_bytes_have_their_own_column():
     recipe = h_recipe()
     config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
-    arguments = dict(num_samples=5000, num_views=1, durations=resolve_durations(recipe, 5000))
-    assert " host" in pretrain_report(recipe, ds_config=config, **arguments)
-    assert " host" not in pretrain_report(recipe, ds_config={}, **arguments)
+    assert " host" in dry_run_report(recipe, ds_config=config, num_samples=5000)
+    assert " host" not in dry_run_report(recipe, ds_config={}, num_samples=5000)
 
 
 @pytest.mark.parametrize("topk", [0, 4])
@@ -425,7 +405,7 @@ def test_token_storage_is_what_a_tar_of_records_takes(topk, views):
 
 def test_the_tokenizers_report_names_sizes_schedule_and_memory():
     recipe = TokenizerRecipe(name="tok", schedule=ScheduleSettings(epochs=50, warmup_steps=100))
-    text = tokenizer_report(recipe, 1_000_000, resolve_durations(recipe, 1_000_000))
+    text = dry_run_report(recipe, num_samples=1_000_000, ds_config={})
     assert "14 x 14 = 196 codes of 8192" in text and "warm-up 100 steps" in text and "50.00 epochs" in text
     assert "memory a GPU in GiB" in text
 
@@ -450,26 +430,12 @@ PROBES = [path for path in RECIPES.glob("*.yaml") if "probe:" in sections(path)]
 
 @pytest.mark.parametrize("path", sorted(set(RECIPES.glob("*.yaml")) - set(PROBES)), ids=lambda path: path.stem)
 def test_every_shipped_recipe_has_a_report(path):
+    kind, needed = PretrainRecipe, []
     if "tokenizer:" in sections(path):
-        needed = "teacher.weights=teacher.pth" if "kind: vqkd" in path.read_text() else "perceptual.weight=0"
-        recipe = load_recipe(TokenizerRecipe, path, [needed], environ={}).recipe
-        text = tokenizer_report(recipe, IMAGENET_1K_TRAIN, resolve_durations(recipe, IMAGENET_1K_TRAIN))
+        kind = TokenizerRecipe
+        needed = ["teacher.weights=teacher.pth" if "kind: vqkd" in path.read_text() else "perceptual.weight=0"]
     elif "classifier:" in sections(path):
-        recipe = load_recipe(FinetuneRecipe, path, [], environ={}).recipe
-        text = finetune_report(
-            recipe,
-            num_samples=IMAGENET_1K_TRAIN,
-            num_classes=1000,
-            durations=resolve_durations(recipe, IMAGENET_1K_TRAIN),
-            ds_config={},
-        )
-    else:
-        recipe = load_recipe(PretrainRecipe, path, [], environ={}).recipe
-        text = pretrain_report(
-            recipe,
-            num_samples=IMAGENET_1K_TRAIN,
-            num_views=recipe.views.count,
-            durations=resolve_durations(recipe, IMAGENET_1K_TRAIN),
-            ds_config={},
-        )
+        kind = FinetuneRecipe
+    recipe = load_recipe(kind, path, needed, environ={}).recipe
+    text = dry_run_report(recipe, num_samples=IMAGENET_1K_TRAIN, ds_config={})
     assert text.startswith(recipe.name) and "parameters" in text

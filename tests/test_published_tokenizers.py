@@ -16,10 +16,10 @@ from vqkd_samples import released_layout
 from peco_ds.config import TokenizerVitSettings
 from peco_ds.errors import UserError
 from peco_ds.models.dalle_tokenizer import read_dvae
-from peco_ds.models.published_tokenizers import LAYOUTS, read_published
+from peco_ds.models.published_tokenizers import read_published, releases
 from peco_ds.models.taming_layout import read_gumbel, read_vqgan
-from peco_ds.models.tokenizers import KINDS
 from peco_ds.models.vqkd_tokenizer import read_vqkd
+from peco_ds.registry import TOKENIZERS
 
 
 def equal(found, expected) -> bool:
@@ -51,7 +51,7 @@ def dalle(tmp_path):
 
 
 def test_every_kind_of_tokenizer_has_a_layout():
-    assert LAYOUTS.keys() == KINDS.keys()
+    assert releases().keys() == TOKENIZERS.keys()
 
 
 @pytest.mark.parametrize("order", [["encoder.pkl", "decoder.pkl"], ["decoder.pkl", "encoder.pkl"]])
@@ -243,7 +243,7 @@ def test_files_that_do_not_belong_together_are_named(dalle):
 @pytest.mark.parametrize("kind", ["dvae", "vqgan", "gumbel", "vqkd"])
 def test_a_tensor_by_which_a_file_is_known_is_named_where_it_is_a_number_or_empty(tmp_path, kind):
     tensors = {"dvae": lambda: dalle_tensors("encoder"), "vqkd": vqkd_tensors}.get(kind, lambda: taming_tensors(kind))()
-    for sign in LAYOUTS[kind].signs:
+    for sign in releases()[kind].signs:
         for broken in (torch.tensor(1.0), torch.empty(0, 0, 0, 0)):
             torch.save({"state_dict": tensors | {sign: broken}}, tmp_path / "last.ckpt")
             assert (

@@ -298,7 +298,7 @@ def test_a_masked_image_model_that_transformers_wrote_gives_its_token_logits(tmp
     assert weights.kind == "mim" and weights.num_codes == CODES
     answers = model_outputs(weights)
     with torch.no_grad():
-        expected = model(answers.images_norm, bool_masked_pos=answers.hidden).logits.numpy()
+        expected = model(answers.images_norm, bool_masked_pos=answers.is_masked).logits.numpy()
     np.testing.assert_allclose(answers.values["logits"], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

@@ -8,10 +8,9 @@ import pytest
 
 from peco_ds.errors import UserError
 from peco_ds.planner.chain import read_chain
-from peco_ds.planner.estimate import CHECKPOINTING, estimate, fits
+from peco_ds.planner.estimate import CHECKPOINTING, SAME_SPEED, estimate, fits, recommend
 from peco_ds.planner.fitting import shipped
 from peco_ds.planner.hardware import find_hardware
-from peco_ds.planner.recommend import SAME_SPEED, recommend
 
 H100 = find_hardware("h100")
 JSON = {choice.name: choice for choice in shipped()}

@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from step_simulation import simulate_run, simulate_step
 
-from peco_ds.planner.compute import SegmentSeconds
 from peco_ds.planner.goodput import goodput
 from peco_ds.planner.hardware import Hardware
-from peco_ds.planner.simulation import simulate_run, simulate_step
-from peco_ds.planner.step_cost import StepInputs, closed_form
+from peco_ds.planner.step_cost import SegmentSeconds, StepInputs, closed_form
 from peco_ds.planner.traffic import Collective, step_collectives
 from peco_ds.planner.work import Segment, Work
 

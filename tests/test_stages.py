@@ -6,8 +6,9 @@ import pytest
 
 from peco_ds.config import FinetuneRecipe, PretrainRecipe, TokenizerRecipe
 from peco_ds.planner.chain import NEIGHBOURS, read_chain, recipe_type
+from peco_ds.planner.mfu import training_flops
 from peco_ds.planner.shapes import mim_macs
-from peco_ds.planner.stages import IMAGENET_1K_VAL, Stage, training_flops
+from peco_ds.planner.stages import IMAGENET_1K_VAL, Stage
 from peco_ds.recipe_files import RECIPES, load_recipe
 
 TRAINABLE = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("probe_"))

@@ -7,10 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from peco_ds.planner.compute import SegmentSeconds
 from peco_ds.planner.hardware import Hardware
 from peco_ds.planner.network import collective_seconds
-from peco_ds.planner.step_cost import StepInputs, closed_form, durations, expected_maximum
+from peco_ds.planner.step_cost import SegmentSeconds, StepInputs, closed_form, durations, expected_maximum
 from peco_ds.planner.traffic import Collective
 
 MACHINE = Hardware(

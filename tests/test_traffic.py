@@ -5,21 +5,17 @@ wrong.
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 
 import pytest
-from conftest import REPOSITORY
 from engine_census import TRAFFIC, census, each
 
+from benchmarks.plan_engine import logged_sums, predicted_calls, sums
 from peco_ds.config import FinetuneRecipe, PretrainRecipe
 from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.planner.traffic import Collective, sent_bytes, step_collectives, traffic_by_operation
 from peco_ds.planner.work import finetune_segments, pretrain_segments
 from peco_ds.recipe_files import load_recipe
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-from plan_engine import logged_sums, predicted_calls, sums
 
 
 def pairs(collectives) -> list[tuple[str, float]]:

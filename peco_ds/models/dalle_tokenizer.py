@@ -7,6 +7,8 @@ Source: DALL-E (arXiv 2102.12092), appendix A.2, and the layout of its released 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -196,3 +198,23 @@ def _released_name(name: str, layers: list[str]) -> str:
     elif inside == ["shortcut"]:
         inside = ["id_path"]
     return ".".join([side, "blocks", layers[int(number)], *inside, kind[0]])
+
+
+def both_sides(files: list[tuple[Path, dict]]) -> dict:
+    """Tensors of DALL-E's files, with the side before their names: both files have the same ones, but only the encoder
+    begins with a wide convolution.
+    """
+    sides: dict[str, Path] = {}
+    tensors = {}
+    for path, held in files:
+        try:
+            side = "encoder" if size_of(held, "blocks.input.w", 3) > 1 else "decoder"
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        if side in sides:
+            raise UserError(f"{path}: DALL-E's {side}, as {sides[side]} is; give encoder.pkl and decoder.pkl")
+        sides[side] = path
+        tensors |= {f"{side}.{name}": tensor for name, tensor in held.items()}
+    if "encoder" not in sides:
+        raise UserError(f"{files[0][0]}: DALL-E's decoder alone, which makes no codes; give encoder.pkl too")
+    return tensors

@@ -1,40 +1,20 @@
-"""Load frozen networks for perceptual losses and as VQ-KD teachers: timm ViTs, MoCo v3, DINO, DINOv2, CLIP, our own
-releases.
+"""Frozen networks that judge (perceptual loss) or teach (VQ-KD), whatever their family.
 
-A file is read strictly: a tensor that is missing, left over or of another shape is an error, because a judge with a few
-random blocks still gives a loss that falls. `vit_layouts` knows the layouts.
+A family is a line of `registry.FEATURE_NETS`: it recognises its weights, and its subclass of `FeatureNet` gives
+features after stages. The blocks of perceptual.blocks are stages: of a ViT its transformer blocks (`vit_feature_nets`).
 """
 
 from __future__ import annotations
 
-import re
-from functools import partial
-from pathlib import Path
-from typing import NamedTuple
-
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, Mlp, QuickGELU, SwiGLUPacked
-from timm.models.beit import Beit
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from peco_ds.errors import UserError
-from peco_ds.models.vit_layouts import (
-    HF_CONFIG,
-    OPEN_CLIP_CONFIG,
-    PATCH_WEIGHT,
-    VitFile,
-    is_projection,
-    licence_beside,
-    object_in,
-    read_vit_file,
-)
-from peco_ds.schema import read_json, sha256_of_file
+from peco_ds.registry import family_of
 
 MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
-# What a message tells the user to fetch, for each section of a recipe.
+# what a section of a recipe is told to fetch
 FETCH = {
     "perceptual": f"fetch {MOCO_V3_URL} (MoCo v3, ViT-B/16, 300 epochs) and give its path in perceptual.weights",
     "teacher": "fetch ViT-B-16.pt of github.com/openai/CLIP, or dino_vitbase16_pretrain.pth of "
@@ -43,41 +23,54 @@ FETCH = {
 
 
 class FeatureNet(nn.Module):
-    """A frozen ViT that gives the patch tokens after chosen blocks, or its final ones.
+    """A frozen network that gives features after chosen stages, or its final ones. A subclass runs the network.
 
     It stays in eval mode, whatever its parent does.
 
     Args:
-        net: timm `VisionTransformer` or `Beit`.
-        mean, std: statistics of images in [0, 1] that the network expects.
-        description: one line for the log.
-        projection: float [T, D], CLIP's layer after the final norm, or None.
+        net: the network; taken to float32 and frozen.
+        image_px: side of the square image it looks at.
+        grid: places a side of its final features.
+        depth: number of its stages.
+        target_width: numbers a place of `targets`; 0: it only judges.
+        mean, std: of its input, for images in [0, 1].
+        description: one line for the log, the run's record and the model card.
         licence: what the weights are published under, "" unknown.
-    Attributes: image_px, the side of its square input; grid, patches a side; depth, number of blocks; target_width,
-        numbers a patch of `targets`.
     """
 
     def __init__(
         self,
-        net: VisionTransformer | Beit,
+        net: nn.Module,
         *,
+        image_px: int,
+        grid: int,
+        depth: int,
+        target_width: int = 0,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         description: str,
-        projection: torch.Tensor | None = None,
         licence: str = "",
     ) -> None:
         super().__init__()
         self.net = net.float().eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer(
-            "projection", None if projection is None else projection.detach().float().contiguous(), persistent=False
-        )
-        self.image_px, self.grid = net.patch_embed.img_size[0], net.patch_embed.grid_size[0]
-        self.depth = len(net.blocks)
-        self.target_width = net.embed_dim if projection is None else projection.shape[0]
+        self.image_px, self.grid, self.depth, self.target_width = image_px, grid, depth, target_width
         self.description, self.licence = description, licence
+
+    def after_blocks(self, images_norm: torch.Tensor, blocks: list[int]) -> list[torch.Tensor]:
+        """Features after stages.
+
+        Args:
+            images_norm: float32 [B, 3, image_px, image_px], normalised; gradient flows back to it.
+            blocks: numbers from 1, ascending, each once; what lies behind the last need not run.
+        Returns: one [B, N, D] a block, places row-major; N and D may differ between blocks.
+        """
+        raise NotImplementedError
+
+    def final(self, images_norm: torch.Tensor) -> torch.Tensor:
+        """What a tokenizer learns to give: [B, grid * grid, target_width], row-major."""
+        raise NotImplementedError
 
     def train(self, mode: bool = True) -> FeatureNet:
         return super().train(False)
@@ -91,7 +84,7 @@ class FeatureNet(nn.Module):
             )
 
     def features(self, images_01: torch.Tensor, blocks: tuple[int, ...]) -> list[torch.Tensor]:
-        """Patch tokens after the given blocks, without class token and without the final norm.
+        """Features after the given blocks.
 
         Args:
             images_01: [B, 3, H, W] in [0, 1], resized (bilinear, antialiased) where its size is not image_px; gradient
@@ -102,33 +95,17 @@ class FeatureNet(nn.Module):
         """
         self.check_blocks(blocks)
         ascending = sorted(set(blocks))
-        tokens = self.net.forward_intermediates(
-            self._normalized(images_01),
-            indices=[number - 1 for number in ascending],
-            norm=False,
-            stop_early=True,
-            output_fmt="NLC",
-            intermediates_only=True,
-        )
-        after = dict(zip(ascending, tokens))
+        after = dict(zip(ascending, self.after_blocks(self._normalized(images_01), ascending)))
         return [after[number].float() for number in blocks]
 
     def targets(self, images_01: torch.Tensor) -> torch.Tensor:
-        """Final patch features: after the final norm, and after CLIP's projection where the weights have one.
-
-        Without class token and registers.
+        """Final features, as `final`.
 
         Args:
             images_01: as in `features`.
-        Returns: float32 [B, grid * grid, target_width], row-major. Under autocast the network computes in its dtype.
-        Source: BEiT v2's teachers (arXiv 2208.06366, section 2.2; released `modeling_vqkd.py`): CLIP's final norm and
-            projection on every patch.
+        Returns: float32 [B, grid * grid, target_width]. Under autocast the network computes in its dtype.
         """
-        tokens = self.net.forward_features(self._normalized(images_01))[:, self.net.num_prefix_tokens :]
-        # With mean pooling timm puts the final norm after the pooling.
-        if isinstance(self.net.norm, nn.Identity):
-            tokens = self.net.fc_norm(tokens)
-        return (tokens if self.projection is None else F.linear(tokens, self.projection.to(tokens.dtype))).float()
+        return self.final(self._normalized(images_01)).float()
 
     def _normalized(self, images_01: torch.Tensor) -> torch.Tensor:
         size = (self.image_px, self.image_px)
@@ -138,336 +115,20 @@ class FeatureNet(nn.Module):
         return (images - self.mean) / self.std
 
 
-class _Loaded(NamedTuple):
-    net: VisionTransformer | Beit
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    description: str
-    projection: torch.Tensor | None
-    licence: str
-
-
 def load_feature_net(
     weights: str, architecture: str = "auto", *, image_px: int = 0, section: str = "perceptual"
 ) -> FeatureNet:
-    """Read a frozen network.
+    """Read a frozen network, in the way of the family that recognises it.
 
     Args:
-        weights: a file in a layout of `vit_layouts` (.pth, .pt, .pth.tar, .bin, .safetensors: MoCo v3, DINO, DINOv2,
-            CLIP of OpenAI, open_clip and Hugging Face, any timm ViT), a folder of timm's, Hugging Face's or open_clip's
-            with its config, or, where no such path exists, the name of a timm model, which is downloaded.
-        architecture: timm name; "auto" reads width, depth, patch size and image size off the file. Folders and timm
-            names bring theirs. CLIP weights that stand without a config and are not OpenAI's own file need it, for it
-            tells GELU from QuickGELU.
-        image_px: side of its input images, position embeddings resampled; 0: the one it was trained on.
+        weights, architecture: as the recipe has them.
+        image_px: side of the image it shall look at; 0: the one it was trained on.
         section: of the recipe, for messages: "perceptual" or "teacher".
-    Raises: UserError if the file is missing or unreadable, does not hold a ViT, does not fit the architecture, misses a
-        tensor or has one left over, if one is not finite, if its activation cannot be told, or if a download fails.
+    Raises: UserError if nothing is named, or what is named cannot be read as a whole.
     """
     if not weights:
         raise UserError(
             f"{section}.weights is empty; {FETCH[section]}"
             + (", or set perceptual.weight=0" if section == "perceptual" else "")
         )
-    path = Path(weights).expanduser()
-    if path.is_dir():
-        loaded = _from_folder(path, architecture, section)
-    elif path.is_file():
-        loaded = _from_file(path, architecture, section)
-    else:
-        loaded = _from_name(weights, architecture, section)
-    held = {**loaded.net.state_dict(), "projection": loaded.projection}
-    broken = next((name for name, tensor in held.items() if tensor is not None and not tensor.isfinite().all()), None)
-    if broken is not None:
-        raise UserError(
-            f"{loaded.description}: tensor {broken} (timm's name) holds values that are not finite; fetch "
-            "the weights again"
-        )
-    if image_px:
-        patch = loaded.net.patch_embed.patch_size[0]
-        if image_px < 0 or image_px % patch:
-            raise UserError(
-                f"{section}.image_px {image_px} is not a multiple of the patch size {patch} of {loaded.description}"
-            )
-        loaded.net.set_input_size(img_size=(image_px, image_px))
-    return FeatureNet(
-        loaded.net,
-        mean=loaded.mean,
-        std=loaded.std,
-        description=loaded.description,
-        projection=loaded.projection,
-        licence=loaded.licence,
-    )
-
-
-# --------------------------------------------------------------------------------------- three sources
-
-_WEIGHTS_OF = {
-    HF_CONFIG: ("model.safetensors", "pytorch_model.bin"),
-    OPEN_CLIP_CONFIG: ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
-}
-
-
-def _from_folder(folder: Path, architecture: str, section: str) -> _Loaded:
-    config = _timm_config(folder)
-    if config is None:
-        found = next(
-            (
-                folder / name
-                for config, names in _WEIGHTS_OF.items()
-                if (folder / config).is_file()
-                for name in names
-                if (folder / name).is_file()
-            ),
-            None,
-        )
-        if found is None:
-            lacking = next(
-                (name for name in (HF_CONFIG, "model.safetensors") if not (folder / name).is_file()), HF_CONFIG
-            )
-            raise UserError(
-                f"{folder}: holds no {lacking}; give a weights file, or a release folder made with "
-                "convert_checkpoint.py --to timm"
-            )
-        return _from_file(found, architecture, section)
-    name, tag = config.get("architecture"), object_in(config, "pretrained_cfg").get("tag")
-    net = _create(
-        f"local-dir:{folder}",
-        f"{folder}: timm cannot load it ({{}}); make it again with convert_checkpoint.py --to timm",
-        f"{name}.{tag}",
-    )
-    name = _checked_name(net, str(folder))
-    if architecture not in ("auto", name):
-        raise UserError(f"{folder}: holds {name}, but {section}.architecture is {architecture}; use auto")
-    sha = sha256_of_file(folder / "model.safetensors")[:12]
-    licence = licence_beside(folder) or str(object_in(config, "pretrained_cfg").get("license") or "")[:80]
-    return _Loaded(
-        net, *_statistics(net), f"{name} ({folder.name}/model.safetensors, sha256 {sha})", _projection_of(net), licence
-    )
-
-
-def _timm_config(folder: Path) -> dict | None:
-    """timm's config.json of a release folder; None where the folder is of another library."""
-    if not (folder / HF_CONFIG).is_file() or not (folder / "model.safetensors").is_file():
-        return None
-    try:
-        config = read_json(folder / HF_CONFIG)
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"{folder / HF_CONFIG}: not readable as JSON ({error}); make it again with convert_checkpoint.py --to timm"
-        ) from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / HF_CONFIG}: no JSON object; make it again with convert_checkpoint.py --to timm")
-    return None if "model_type" in config and "architecture" not in config else config
-
-
-def _from_name(name: str, architecture: str, section: str) -> _Loaded:
-    if "/" in name or name.endswith((".pth", ".pt", ".tar", ".safetensors", ".bin")):
-        raise UserError(f"{name}: no such file; correct the path, or {FETCH[section]}")
-    if not timm.is_model(name.partition(".")[0]):
-        raise UserError(
-            f"{name}: neither a file or folder nor the name of a timm model; correct it, or {FETCH[section]}"
-        )
-    if architecture not in ("auto", name):
-        raise UserError(f"{section}.architecture {architecture} contradicts {section}.weights {name}; use auto")
-    advice = (
-        f"elsewhere, put it on this machine and set {section}.weights to its path and "
-        f"{section}.architecture={name.partition('.')[0]}"
-    )
-    net = _create(
-        name,
-        f"{name}: its weights could not be downloaded ({{}}); fetch model.safetensors of "
-        f"huggingface.co/timm/{name} {advice}",
-        name,
-    )
-    _checked_name(net, name)
-    licence = net.pretrained_cfg.get("license")
-    return _Loaded(
-        net,
-        *_statistics(net),
-        f"timm {name}",
-        _projection_of(net),
-        f"{licence} (as timm records it)" if licence else "",
-    )
-
-
-def _create(source: str, refusal: str, name: str) -> nn.Module:
-    """timm's model with its weights.
-
-    With QuickGELU where timm notes that the weights of this name were trained with it, whatever the model's own.
-    """
-    try:
-        notes = getattr(timm.get_pretrained_cfg(name), "notes", None) or ()
-    except RuntimeError:
-        # timm does not know the tag, as of a user's own release.
-        notes = ()
-    activation = {"act_layer": "quick_gelu"} if any("natively QuickGELU" in note for note in notes) else {}
-    try:
-        return timm.create_model(source, pretrained=True, **activation)
-    except Exception as error:
-        # Hub clients raise the errors of their transport, and a damaged config fails anywhere in timm; none is a fault
-        # of this package.
-        raise UserError(refusal.format(_one_line(error))) from None
-
-
-def _from_file(path: Path, architecture: str, section: str) -> _Loaded:
-    try:
-        vit = read_vit_file(path)
-    except UserError as error:
-        raise UserError(f"{error}, or {FETCH[section]}") from None
-    state, heads = vit.state, vit.heads
-    width, patch_px = state[PATCH_WEIGHT].shape[0], state[PATCH_WEIGHT].shape[-1]
-    if architecture == "auto":
-        net = _build_from_shapes(path, vit, section)
-        name = (
-            f"{vit.layout} {width} x {len(net.blocks)} blocks x {heads} heads, patch {patch_px}, "
-            f"{net.patch_embed.img_size[0]} px"
-        )
-        name += ", QuickGELU" if vit.activation == "quick_gelu" else ""
-    else:
-        if not timm.is_model(architecture):
-            raise UserError(f"{section}.architecture {architecture!r}: no timm model of this name; use auto")
-        net = timm.create_model(architecture, pretrained=False, num_classes=0)
-        name = _checked_name(net, architecture)
-        if net.embed_dim != width:
-            raise UserError(
-                f"{path}: holds a ViT of width {width}, but {architecture} has width {net.embed_dim}; use "
-                f"{section}.architecture=auto or another file"
-            )
-        quick = isinstance(net.blocks[0].mlp.act, QuickGELU) if isinstance(net, VisionTransformer) else False
-        if vit.layout == "CLIP" and vit.activation is not None and quick != (vit.activation == "quick_gelu"):
-            raise UserError(
-                f"{path}: was trained with {vit.activation}, {architecture} computes "
-                f"{'quick_gelu' if quick else 'gelu'}; use {section}.architecture=auto"
-            )
-        if vit.fixed_heads:
-            # timm's name for this width may mean another number of heads, which no shape would reveal.
-            net = timm.create_model(architecture, pretrained=False, num_classes=0, num_heads=heads)
-    _load_strictly(net, state, path, name, section)
-    projection = vit.projection
-    if projection is not None and (
-        projection.ndim != 2
-        or projection.shape[1] != width
-        or not projection.numel()
-        or not projection.is_floating_point()
-    ):
-        raise UserError(
-            f"{path}: CLIP's projection has shape {tuple(projection.shape)}, the patch tokens are {width} "
-            "wide; fetch the file again"
-        )
-    return _Loaded(
-        net, vit.mean, vit.std, f"{name} ({path.name}, sha256 {sha256_of_file(path)[:12]})", projection, vit.licence
-    )
-
-
-# -------------------------------------------------------------------------------- building and filling
-
-
-def _build_from_shapes(path: Path, vit: VitFile, section: str) -> VisionTransformer:
-    advice = f"name the model in {section}.architecture"
-    state, heads = vit.state, vit.heads
-    width, _, patch_px, _ = state[PATCH_WEIGHT].shape
-    if heads is None:
-        raise UserError(f"{path}: a ViT of width {width}, whose number of heads no shape tells; {advice}")
-    if "blocks.0.attn.q_bias" in state:
-        raise UserError(
-            f"{path}: weights of a BEiT; give its release folder (config.json and model.safetensors), or {advice}"
-        )
-    if not {"pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"} <= state.keys():
-        raise UserError(
-            f"{path}: no plain ViT (pos_embed, blocks.0.mlp.fc1.weight or blocks.0.mlp.fc2.weight is missing); {advice}"
-        )
-    if vit.activation is None:
-        raise UserError(
-            f"{path}: CLIP weights, which may have been trained with GELU (LAION-2B, DataComp: "
-            "vit_base_patch16_clip_224) or QuickGELU (OpenAI, LAION-400M, DFN, "
-            f"MetaCLIP: vit_base_patch16_clip_quickgelu_224), and nothing in the file tells; {advice}, or "
-            "put its library's config file beside it"
-        )
-    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
-    depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))
-    # Checked first, so that no huge model is built only to find its first missing tensor.
-    if depth > len(state):
-        raise UserError(f"{path}: holds block {depth - 1}, but {len(state)} tensors in all; fetch the file again")
-    class_tokens = 1 if "cls_token" in state else 0
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    positions = state["pos_embed"].shape[1]
-    # With registers timm knows both tables with a place for every token and tables for patches alone; DINOv2 and timm's
-    # own have the latter.
-    prefixes = (0, class_tokens + registers) if registers else (class_tokens, 0)
-    sides = {prefix: round((positions - prefix) ** 0.5) for prefix in prefixes if positions > prefix}
-    prefix = next((prefix for prefix, side in sides.items() if side * side == positions - prefix), None)
-    if prefix is None:
-        raise UserError(f"{path}: pos_embed has {positions} places, no square grid of patches; {advice}")
-    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    # DINOv2's giant has a gated MLP: one half of the hidden layer gates the other.
-    gated = hidden == 2 * state["blocks.0.mlp.fc2.weight"].shape[1]
-    return VisionTransformer(
-        img_size=sides[prefix] * patch_px,
-        patch_size=patch_px,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=hidden / width,
-        mlp_layer=SwiGLUPacked if gated else Mlp,
-        act_layer="silu" if gated else vit.activation,
-        norm_layer=partial(LayerNorm, eps=vit.norm_eps),
-        qkv_bias="blocks.0.attn.qkv.bias" in state,
-        init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
-        class_token=class_tokens == 1,
-        reg_tokens=registers,
-        no_embed_class=prefix == 0 and class_tokens + registers > 0,
-        pre_norm="norm_pre.weight" in state,
-        global_pool="avg" if "fc_norm.weight" in state else "token",
-        num_classes=0,
-    )
-
-
-def _load_strictly(net: nn.Module, state: dict[str, torch.Tensor], path: Path, name: str, section: str) -> None:
-    expected = net.state_dict()
-    for key in expected:
-        if key not in state:
-            raise UserError(
-                f"{path}: tensor {key} (timm's name) of {name} is missing; fetch the file again or correct "
-                f"{section}.architecture"
-            )
-    for key, tensor in state.items():
-        if key not in expected:
-            raise UserError(
-                f"{path}: tensor {key} has no place in {name}; correct {section}.architecture, or give a file "
-                "without it"
-            )
-        if tensor.shape != expected[key].shape:
-            found, wanted = tuple(tensor.shape), tuple(expected[key].shape)
-            raise UserError(
-                f"{path}: tensor {key} (timm's name) has shape {found}, {name} has {wanted}; correct "
-                f"{section}.architecture"
-            )
-        if tensor.is_floating_point() != expected[key].is_floating_point():
-            raise UserError(
-                f"{path}: tensor {key} (timm's name) is {tensor.dtype}, {name} has {expected[key].dtype}; "
-                "fetch the file again"
-            )
-    net.load_state_dict(state)
-
-
-def _projection_of(net: VisionTransformer | Beit) -> torch.Tensor | None:
-    """CLIP's projection, which timm's releases keep as the head."""
-    if isinstance(net, Beit) or isinstance(net.norm_pre, nn.Identity) or not isinstance(net.head, nn.Linear):
-        return None
-    return net.head.weight if is_projection(net.head.weight, net.head.bias) else None
-
-
-def _checked_name(net: nn.Module, source: str) -> str:
-    if not isinstance(net, (VisionTransformer, Beit)):
-        raise UserError(f"{source}: a {type(net).__name__}; give a plain ViT or a BEiT of timm")
-    return net.pretrained_cfg["architecture"]
-
-
-def _statistics(net: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return tuple(net.pretrained_cfg["mean"]), tuple(net.pretrained_cfg["std"])
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+    return family_of(weights, architecture).load(weights, architecture, image_px=image_px, section=section)

@@ -1,5 +1,5 @@
-"""The frozen network that a tokenizer learns from, by the tokenizer's kind: a judge of its images, or a teacher of
-its features.
+"""The frozen network that a tokenizer learns from, as its kind has it: a judge of its images, or a teacher of its
+features.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from pathlib import Path
 from peco_ds.config import TokenizerRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.feature_nets import FeatureNet, load_feature_net
+from peco_ds.registry import TOKENIZERS
 
 
 def load_frozen_net(recipe: TokenizerRecipe) -> FeatureNet | None:
@@ -17,17 +18,22 @@ def load_frozen_net(recipe: TokenizerRecipe) -> FeatureNet | None:
     Raises: UserError if its file is none, it lacks one of perceptual.blocks, or a teacher's features have another width
         or grid than the tokenizer gives.
     """
-    return LOADERS[recipe.tokenizer.kind](recipe)
+    return _teacher(recipe) if _taught(recipe) else _judge(recipe)
 
 
 def frozen_net_at_hand(recipe: TokenizerRecipe) -> str:
     """What a dry run says of it: its description where its file or folder is there, so that one that does not fit is
     refused before the run; nothing is fetched.
     """
-    named = NAMED[recipe.tokenizer.kind](recipe)
+    judge = recipe.perceptual.weights if recipe.perceptual.weight else ""
+    named = recipe.teacher.weights if _taught(recipe) else judge
     if not named:
         return "none"
     return load_frozen_net(recipe).description if Path(named).expanduser().exists() else f"not there yet ({named})"
+
+
+def _taught(recipe: TokenizerRecipe) -> bool:
+    return TOKENIZERS[recipe.tokenizer.kind].learns_from == "teacher"
 
 
 def _judge(recipe: TokenizerRecipe) -> FeatureNet | None:
@@ -42,7 +48,10 @@ def _judge(recipe: TokenizerRecipe) -> FeatureNet | None:
 def _teacher(recipe: TokenizerRecipe) -> FeatureNet:
     settings, vit = recipe.teacher, recipe.tokenizer.vit
     teacher = load_feature_net(settings.weights, settings.architecture, image_px=settings.image_px, section="teacher")
-    width, grid, wanted = teacher.target_width, teacher.grid, vit.image_px // vit.patch_px
+    width, grid = teacher.target_width, teacher.grid
+    wanted = recipe.views.tokenizer_px // recipe.tokenizer.stride_px
+    if not width:
+        raise UserError(f"teacher.weights: {teacher.description} only judges; give another network")
     if width != vit.target_width:
         raise UserError(
             f"tokenizer.vit.target_width {vit.target_width}: the teacher {teacher.description} gives "
@@ -56,10 +65,3 @@ def _teacher(recipe: TokenizerRecipe) -> FeatureNet:
             f"the tokenizer one of {wanted} x {wanted} codes; set teacher.image_px={size}"
         )
     return teacher
-
-
-LOADERS = {"vqgan": _judge, "vqkd": _teacher}
-NAMED = {
-    "vqgan": lambda recipe: recipe.perceptual.weights if recipe.perceptual.weight else "",
-    "vqkd": lambda recipe: recipe.teacher.weights,
-}

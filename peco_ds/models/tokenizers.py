@@ -14,21 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from peco_ds.config import TokenizerSettings
 from peco_ds.errors import UserError
-from peco_ds.models.dalle_tokenizer import DalleTokenizer
-from peco_ds.models.gumbel_tokenizer import GumbelTokenizer
 from peco_ds.models.image_tokenizer import ImageTokenizer
-from peco_ds.models.peco_tokenizer import PecoTokenizer
-from peco_ds.models.vqkd_tokenizer import VqkdTokenizer
 from peco_ds.models.weight_files import weights_fingerprint
 from peco_ds.recipe_checks import check_tokenizer_settings
+from peco_ds.registry import TOKENIZERS
 from peco_ds.schema import read_json, short, write_json
-
-KINDS: dict[str, type[ImageTokenizer]] = {
-    "vqgan": PecoTokenizer,
-    "vqkd": VqkdTokenizer,
-    "gumbel": GumbelTokenizer,
-    "dvae": DalleTokenizer,
-}
 
 RELEASE_VERSION = 1
 TENSORS_NAME = "tokenizer.safetensors"
@@ -43,7 +33,7 @@ def build_tokenizer(settings: TokenizerSettings, *, seed: int = 0) -> ImageToken
 
     `seed` decides at which encoder outputs dead codes restart.
     """
-    return KINDS[settings.kind](settings, seed=seed)
+    return TOKENIZERS[settings.kind].network(settings, seed=seed)
 
 
 # ------------------------------------------------------------------------------------- release on disk
@@ -81,6 +71,9 @@ def save_tokenizer(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     described = json.loads(json.dumps(asdict(settings)))
+    # A kind without options of its own keeps the fingerprint that it had before there were any.
+    if not settings.options:
+        del described["options"]
     fingerprint = weights_fingerprint(described, tensors)
     temporary = folder / f".{TENSORS_NAME}.{os.getpid()}.tmp"
     save_file(tensors, temporary)
@@ -128,12 +121,7 @@ def load_tokenizer(folder: str | Path) -> tuple[ImageTokenizer, TokenizerCard]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); {REMEDY}") from None
-    vit = card.settings.vit
-    asked = (
-        vit.depth + vit.decoder_depth
-        if card.settings.kind == "vqkd"
-        else card.settings.blocks_per_level * len(card.settings.channel_mults)
-    )
+    asked = TOKENIZERS[card.settings.kind].tensors(card.settings)
     if asked > len(tensors):
         raise UserError(f"{path}: {len(tensors)} tensors, the settings ask for {asked} blocks; {REMEDY}")
     try:

@@ -18,6 +18,7 @@ from torch import nn
 
 from peco_ds.config import TokenizerSettings, TokenizerVitSettings
 from peco_ds.errors import UserError
+from peco_ds.kinds.vqkd import LEFT_BEHIND
 from peco_ds.models.image_tokenizer import CodebookTokenizer
 from peco_ds.models.vq import Codebook
 from peco_ds.models.weight_files import rename_tensors
@@ -141,8 +142,6 @@ class VqkdTokenizer(CodebookTokenizer):
 # The width of every attention head of the released networks, which no shape tells.
 HEAD_WIDTH = 64
 CONTAINERS = ("model", "state_dict")
-# Names of a training checkpoint's frozen teacher and of what belongs to it.
-LEFT_BEHIND = ("teacher", "scaling", "loss")
 HEADS = {"encode_task_layer.": "to_code.", "decode_task_layer.": "to_target."}
 CODES = "quantize.embedding.weight"
 UNUSED = (

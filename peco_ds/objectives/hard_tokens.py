@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
+from peco_ds.config import ObjectiveSettings
 from peco_ds.schema import IGNORED
 
 
@@ -30,6 +33,11 @@ def hard_tokens(outputs, targets) -> tuple[torch.Tensor, dict[str, torch.Tensor]
         "aggregated_loss": aggregated.detach(),
     }
     return loss + aggregated, {"accuracy": accuracy, **stats}
+
+
+def build(settings: ObjectiveSettings) -> Callable:
+    """As every objective: it has no settings of its own."""
+    return hard_tokens
 
 
 def code_loss(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

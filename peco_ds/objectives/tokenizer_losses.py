@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from peco_ds.config import AdversarialSettings, PerceptualSettings, TokenizerLossSettings, TokenizerRecipe
+from peco_ds.registry import TOKENIZERS
 
 
 def pixel_loss(reconstruction: torch.Tensor, target: torch.Tensor, kind: Literal["mse", "l1"]) -> torch.Tensor:
@@ -168,10 +169,9 @@ def build_tokenizer_objective(recipe: TokenizerRecipe, frozen) -> Callable:
     Args:
         frozen: what `load_frozen_net` gave for the recipe, on the device.
     """
-    return TOKENIZER_OBJECTIVES[recipe.tokenizer.kind](recipe, frozen)
-
-
-TOKENIZER_OBJECTIVES = {
-    "vqgan": lambda recipe, judge: TokenizerObjective(recipe.loss, recipe.perceptual, recipe.adversarial, judge),
-    "vqkd": lambda recipe, teacher: DistillationObjective(recipe.loss, teacher),
-}
+    kind = TOKENIZERS[recipe.tokenizer.kind]
+    if kind.objective is not None:
+        return kind.objective(recipe, frozen)
+    if kind.learns_from == "teacher":
+        return DistillationObjective(recipe.loss, frozen)
+    return TokenizerObjective(recipe.loss, recipe.perceptual, recipe.adversarial, frozen)

@@ -7,18 +7,11 @@ from pathlib import Path
 
 from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe, TokenizerSettings
 from peco_ds.errors import UserError
-from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, IMAGENET_1K_VAL, Kind, Stage
+from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, IMAGENET_1K_VAL, Kind, Stage, stage_of
 from peco_ds.recipe_files import READERS, find_recipe, load_recipe
+from peco_ds.registry import TOKENIZERS, kinds_learning_from
 from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
-# Tokenizers of released files, that nothing here trains.
-PUBLISHED = {
-    # DALL-E's
-    "dvae": TokenizerSettings(
-        kind="dvae", channels=256, channel_mults=(1, 2, 4, 8), attention=False, code_dim=128, decoder=False
-    ),
-    "gumbel": TokenizerSettings(kind="gumbel", channel_mults=(1, 1, 2, 4)),  # VQGAN's Gumbel f8
-}
 # Recipe of a pre-training -> its tokenizer (recipe, or name of a published one) and the recipes of its fine-tunings, in
 # order.
 NEIGHBOURS = {
@@ -84,7 +77,7 @@ def read_chain(
             "pre-training, a tokenizer or a fine-tuning"
         )
     # a copy under another file name keeps its neighbours
-    usual = NEIGHBOURS.get(_settings(find_recipe(recipe)).get("name", name), (None, ()))
+    usual = NEIGHBOURS.get(str(_settings(find_recipe(recipe)).get("name", name)), (None, ()))
     tokenizer_named = tokenizer or usual[0]
     others = [] if kind is not PretrainRecipe else list(usual[1] if finetune is None else finetune)
     if kind is not PretrainRecipe and (tokenizer or finetune):
@@ -92,7 +85,8 @@ def read_chain(
             f"recipe {recipe!r} is planned alone: --tokenizer_recipe and --finetune_recipes go with the "
             "recipe of a pre-training"
         )
-    trained = None if tokenizer_named in PUBLISHED or kind is not PretrainRecipe else tokenizer_named
+    published = _published(tokenizer_named)
+    trained = None if published or kind is not PretrainRecipe else tokenizer_named
     known = [name, *(find_recipe(other).stem for other in (trained, *others) if other)]
     own: dict[str, list[str]] = {key: [] for key in known}
     for text in overrides:
@@ -102,42 +96,41 @@ def read_chain(
             raise UserError(f"override {text!r}: {owner!r} is no recipe of this chain; there are {', '.join(known)}")
         own[owner if prefixed else name].append(rest if prefixed else text)
     main_recipe = _read(recipe, kind, own[name])
-    kinds: dict[type, Kind] = {
-        PretrainRecipe: "pre-training",
-        TokenizerRecipe: "tokenizer",
-        FinetuneRecipe: "fine-tuning",
-    }
     finetune_samples = finetune_samples or num_samples
-    main = Stage(
-        kinds[kind], main_recipe, finetune_samples if kind is FinetuneRecipe else num_samples, num_classes, val_samples
-    )
+    labelled = dict(num_classes=num_classes, val_samples=val_samples)
+    main = stage_of(main_recipe, finetune_samples if kind is FinetuneRecipe else num_samples, **labelled)
     if kind is not PretrainRecipe:
         return Chain((main,), main)
     stages: list[Stage] = []
     if trained:
         training = _read(trained, TokenizerRecipe, own[find_recipe(trained).stem])
-        stages.append(Stage("tokenizer", training, num_samples))
-    network = training.tokenizer if trained else PUBLISHED.get(tokenizer_named)
+        stages.append(stage_of(training, num_samples))
+    network = training.tokenizer if trained else published
     if network:
         _require_grid(network, main_recipe)
         stages.append(Stage("tokenizing", main_recipe, num_samples, tokenizer=network))
     stages.append(main)
     for other in others:
         tuned = _read(other, FinetuneRecipe, own[find_recipe(other).stem])
-        tuned = (
+        if finetune is None:
+            tuned = replace(tuned, model=replace(tuned.model, **_size(main_recipe)))
+        else:
             _require_size(tuned, main_recipe)
-            if finetune is not None
-            else replace(tuned, model=replace(tuned.model, **_size(main_recipe)))
-        )
-        stages.append(Stage("fine-tuning", tuned, finetune_samples, num_classes, val_samples))
+        stages.append(stage_of(tuned, finetune_samples, **labelled))
     return Chain(tuple(stages), main)
+
+
+def _published(name: str | None) -> TokenizerSettings | None:
+    """The released tokenizer of a kind that plans know, which nothing here trains."""
+    kind = TOKENIZERS.get(name)
+    return kind.release.planned if kind and kind.release else None
 
 
 def _size(recipe) -> dict[str, float]:
     return {name: getattr(recipe.model, name) for name in ("patch_px", "width", "depth", "heads", "mlp_ratio")}
 
 
-def _require_size(tuned: FinetuneRecipe, recipe: PretrainRecipe) -> FinetuneRecipe:
+def _require_size(tuned: FinetuneRecipe, recipe: PretrainRecipe) -> None:
     for name, value in _size(recipe).items():
         if getattr(tuned.model, name) != value:
             raise UserError(
@@ -145,7 +138,6 @@ def _require_size(tuned: FinetuneRecipe, recipe: PretrainRecipe) -> FinetuneReci
                 f"from {recipe.name}, which has {value}; name a recipe of that size, or set "
                 f"{tuned.name}:model.{name}={value}"
             )
-    return tuned
 
 
 def _require_grid(network: TokenizerSettings, recipe: PretrainRecipe) -> None:
@@ -173,15 +165,7 @@ _OWN_KEYS = {
     ProbeRecipe: ("probe.",),
     FinetuneRecipe: ("classifier.", "init.", "augment.", "ema."),
     PretrainRecipe: ("model.", "mask.", "objective.", "encoding.", "aggregation.", "data.tokens", "views.count"),
-    TokenizerRecipe: (
-        "tokenizer.",
-        "perceptual.",
-        "teacher.",
-        "adversarial.",
-        "loss.",
-        "data.val_images",
-        "data.holdout",
-    ),
+    TokenizerRecipe: tuple("tokenizer. perceptual. teacher. adversarial. loss. data.val_images data.holdout".split()),
 }
 
 
@@ -193,11 +177,8 @@ def _settings(path: Path) -> dict[str, object]:
         return {}
     found: dict[str, object] = {}
     for section, value in raw.items() if isinstance(raw, dict) else ():
-        found |= (
-            {f"{section}.{key}": item for key, item in value.items()}
-            if isinstance(value, dict)
-            else {str(section): value}
-        )
+        nested = isinstance(value, dict)
+        found |= {f"{section}.{key}": item for key, item in value.items()} if nested else {str(section): value}
     return found
 
 
@@ -209,6 +190,7 @@ def _read(recipe: str, kind: type, overrides: list[str]):
     needed = []
     if kind is TokenizerRecipe:
         written = _settings(find_recipe(recipe)) | dict(text.split("=", 1) for text in overrides if "=" in text)
-        key = "teacher.weights" if written.get("tokenizer.kind") == "vqkd" else "perceptual.weights"
+        taught = written.get("tokenizer.kind") in kinds_learning_from("teacher")
+        key = "teacher.weights" if taught else "perceptual.weights"
         needed = [] if written.get(key) else [f"{key}={_PLANNED}"]
     return load_recipe(kind, recipe, [*needed, *overrides]).recipe

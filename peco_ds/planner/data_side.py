@@ -7,8 +7,7 @@ from peco_ds.planner.stages import Stage
 from peco_ds.schema import VIEW_COLUMNS
 
 # Seconds of one core (AMD EPYC, torchvision's decoder), measured on ImageNet images of 87 thousand pixels:
-# benchmarks/data.py for pre-training's parts;
-# RandAugment through Pillow at 224 and 448 px gave 2.1 and 5.9 ms.
+# benchmarks/data.py for pre-training's parts; RandAugment through Pillow at 224 and 448 px gave 2.1 and 5.9 ms.
 DECODE_S_A_PIXEL = 5.2e-9
 RECORD_S = 424e-6  # read, order, mask, token record, batch
 # box, resize and flip, by the pixels of the crop
@@ -18,8 +17,6 @@ AUGMENT_S, AUGMENT_S_A_PIXEL = 850e-6, 25e-9
 SOURCE_PIXELS = 469 * 387
 # 147.9 GB of ILSVRC2012_img_train.tar over 1,281,167 images
 SOURCE_BYTES = 115_400
-
-
 # Of that time, by pace. Assumed: other processors, and two processes on the two threads of a core.
 LOADER_PACE = {"slow": 1.6, "typical": 1.0, "fast": 0.8}
 

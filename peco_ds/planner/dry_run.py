@@ -7,20 +7,18 @@ from collections.abc import Callable
 
 from peco_ds.data_paths import data_path
 from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
-from peco_ds.durations import resolve_durations
 from peco_ds.errors import EXIT_DONE
-from peco_ds.planner.stages import IMAGENET_1K_TRAIN
+from peco_ds.planner.report import dry_run_report
 from peco_ds.schema import ImageManifest, read_manifest
 
 
-def dry_run(args, resolved, report: Callable[..., str], look: Callable[[ImageManifest | None], tuple[dict, list[str]]]):
+def dry_run(args, resolved, look: Callable[[ImageManifest | None], tuple[dict, list[str]]]) -> int:
     """Write the report of a training stage to stdout; nothing is trained.
 
     Args:
         args: the stage's command line.  resolved: its recipe.
-        report: cfg, num_samples, durations, ds_config, assumed and what `look` adds -> text.
         look: checks what the stage reads, given the manifest of data.images, or None where it is not there yet and
-            ImageNet-1K is assumed. Returns further arguments of `report`, and lines that follow it.
+            ImageNet-1K is assumed. Returns further arguments of `dry_run_report`, and lines that follow it.
     Returns: the exit code.
     Raises: UserError for whatever a start would refuse before its ranks join.
     """
@@ -30,10 +28,7 @@ def dry_run(args, resolved, report: Callable[..., str], look: Callable[[ImageMan
     folder = data_path(cfg.data, cfg.data.images)
     manifest = read_manifest(folder, ImageManifest) if folder.exists() else None
     more, lines = look(manifest)
-    num_samples = manifest.samples if manifest else IMAGENET_1K_TRAIN
-    durations = resolve_durations(cfg, num_samples)
-    text = report(
-        cfg, num_samples=num_samples, durations=durations, ds_config=ds_config, assumed=manifest is None, **more
-    )
+    num_samples = manifest.samples if manifest else None
+    text = dry_run_report(cfg, ds_config=ds_config, num_samples=num_samples, **more)
     sys.stdout.write("\n".join([text, "", *lines]) + "\n")
     return EXIT_DONE

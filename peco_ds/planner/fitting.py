@@ -54,6 +54,10 @@ class DeepSpeedChoice:
 def shipped() -> tuple[DeepSpeedChoice, ...]:
     """The JSONs of ds_configs, by stage; what is offloaded last."""
     found = [DeepSpeedChoice(path.name, read_deepspeed_json(path)) for path in sorted(DS_CONFIGS.glob("*.json"))]
+    if not found:
+        raise UserError(
+            f"{DS_CONFIGS}: no DeepSpeed JSON; run from the repository, or install it with pip install -e ."
+        )
     return tuple(sorted(found, key=lambda choice: (choice.offloads, choice.stage)))
 
 
@@ -100,17 +104,16 @@ def check_gpus(gpus: int, hardware: Hardware, stage: Stage) -> None:
 
 def nearest_counts(stage: Stage, gpus: int, hardware: Hardware) -> str:
     """The GPU counts next to `gpus`, below and above, that are whole nodes and divide the stage's batch, in words."""
+    usable = _usable_counts(stage, hardware)
+    below, above = [count for count in usable if count < gpus], [count for count in usable if count > gpus]
+    return " or ".join(str(count) for count in below[-1:] + above[:1])
+
+
+def _usable_counts(stage: Stage, hardware: Hardware) -> list[int]:
+    """GPUs of one node or of whole nodes that divide the stage's batch, fewest first."""
     node = hardware.gpus_per_node
-    usable = [
-        count
-        for count in [*range(1, node), *range(node, MOST_GPUS + 1, node)]
-        if not stage.trains or shares(stage, count)
-    ]
-    near = [
-        max((count for count in usable if count < gpus), default=None),
-        min((count for count in usable if count > gpus), default=None),
-    ]
-    return " or ".join(str(count) for count in near if count)
+    counts = [*range(1, node), *range(node, MOST_GPUS + 1, node)]
+    return [count for count in counts if not stage.trains or shares(stage, count)]
 
 
 def shares(stage: Stage, gpus: int) -> list[int]:
@@ -118,10 +121,9 @@ def shares(stage: Stage, gpus: int) -> list[int]:
 
     [] if the GPUs do not divide it.
     """
-    batch = stage.run.global_batch
-    if batch % gpus:
+    part, left = divmod(stage.run.global_batch, gpus)
+    if left:
         return []
-    part = batch // gpus
     return [size for size in range(1, part + 1) if part % size == 0 and not (stage.mixes and size % 2)]
 
 
@@ -129,22 +131,14 @@ def gpus_that_divide(stage: Stage, gpus: int, hardware: Hardware) -> int:
     """The most GPUs up to `gpus` that divide the stage's global batch: all of them, as a rule."""
     if not stage.trains:
         return gpus
-    whole = (
-        range(gpus, 0, -1)
-        if gpus <= hardware.gpus_per_node
-        else [
-            *range(gpus - gpus % hardware.gpus_per_node, 0, -hardware.gpus_per_node),
-            *range(hardware.gpus_per_node, 0, -1),
-        ]
-    )
-    found = next((count for count in whole if shares(stage, count)), None)
+    usable = [count for count in _usable_counts(stage, hardware) if count <= gpus]
     # one GPU divides every batch, unless its images are mixed in pairs
-    if found is None:
+    if not usable:
         raise UserError(
-            f"{stage.name}: run.global_batch {stage.run.global_batch} is odd, and mixup pairs the "
-            "images of a pass; make it even, or set augment.mixup=0 augment.cutmix=0"
+            f"{stage.name}: run.global_batch {stage.run.global_batch} is odd, and mixup pairs the images of a pass; "
+            "make it even, or set augment.mixup=0 augment.cutmix=0"
         )
-    return found
+    return usable[-1]
 
 
 def require_divides(stage: Stage, gpus: int, hardware: Hardware) -> None:
@@ -186,22 +180,17 @@ def room(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice) -
         precision=stage.run.precision,
         ds_config=merged(stage, choice),
     )
-    # it lies where the optimiser's state does
-    average = (
-        0.0
-        if choice.offload_device("optimizer") != "none"
-        else stage.average_bytes(stage=choice.stage, world_size=gpus)
-    )
-    fixed = stage.fixed_bytes + average
+    fixed = stage.fixed_bytes
+    # the moving average lies where the optimiser's state does
+    if choice.offload_device("optimizer") == "none":
+        fixed += stage.average_bytes(stage=choice.stage, world_size=gpus)
     return Room(state, fixed, a_image, available)
 
 
 def merged(stage: Stage, choice: DeepSpeedChoice) -> dict:
     """The JSON with what the recipe owns filled in. The batch, which a plan varies, is left to the recipe."""
-    run, batch = (
-        replace(stage.run, global_batch=stage.run.micro_batch),
-        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
-    )
+    run = replace(stage.run, global_batch=stage.run.micro_batch)
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     raw = {key: value for key, value in choice.raw.items() if key not in batch}
     made = merge_deepspeed(raw, choice.name, run, stage.recipe.optim, world_size=1)
     return {key: value for key, value in made.items() if key not in batch}

@@ -5,17 +5,15 @@ state (32-bit master weights and two Adam moments); stage 1 divides the state by
 stage 3 the weights too. DeepSpeed 0.19.8 keeps more, as a census of the tensors it holds after a backward pass shows
 (test_engine_state.py repeats it):
 
-  stage 1, bf16, gradients summed in 32 bits   32-bit gradients whole on every rank beside the 16-bit ones: 2 + 2 + 4 B,
-      not 2 + 2
+  stage 1, bf16, gradients summed in 32 bits   32-bit gradients whole on every rank beside the 16-bit ones: 2 + 2 + 4
+                                               B, not 2 + 2
   stage 1 to 3, fp32                           a master copy beside the weights: state is 12 B, not 8; stage 0 has none
   stage 1 and 2                                a flat bucket of `reduce_bucket_size` elements (not in the first case),
-  two if it overlaps; in stage 2 for the time of the
-                                               backward pass
+                                               two if it overlaps; in stage 2 for the time of the backward pass
   stage 3                                      one such bucket; weights gathered in the forward pass stay for the
-  backward pass as far as
-                                               `stage3_max_reuse_distance` reaches, and prefetches run as far ahead as
-                                                   `stage3_max_live_parameters` allows: by default
-                                               that is all of them. A single rank gathers nothing
+                                               backward pass as far as `stage3_max_reuse_distance` reaches, and
+                                               prefetches run as far ahead as `stage3_max_live_parameters` allows: by
+                                               default that is all of them. A single rank gathers nothing
 
 An offloaded optimiser takes more on the host than it leaves on the GPU: a 32-bit gradient of the partition to step
 with, beside the one that is summed (stage 3) or a copy of the 16-bit weights on their way back (stages 1 and 2, whose
@@ -33,6 +31,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil, log2
+from typing import Any
 
 from peco_ds.planner.shapes import ELEMENT_BYTES
 
@@ -102,7 +101,8 @@ def gpu_memory(
     summed_apart = precision == "bf16" and summed == 4 and stage == 1 and not offloaded_state
 
     weights = part * element if stage == 3 else num_parameters * element
-    optimizer = optimizer_bytes(stage, precision) * (part if stage else num_parameters)
+    optimizer: float = optimizer_bytes(stage, precision) * (part if stage else num_parameters)
+    gradients: float
     if stage <= 1:
         gradients = num_parameters * (element + summed if summed_apart else summed if stage else element)
     else:
@@ -118,12 +118,10 @@ def gpu_memory(
     if offloaded_weights:
         host, pinned, weights = host + weights, pinned + weights, 0.0
     gathered = _gathered_elements(num_parameters, zero) * element if stage == 3 and world_size > 1 else 0.0
-    bucket = (
-        0.0
-        if stage == 0 or summed_apart
-        else zero_number(zero, "reduce_bucket_size", REDUCE_BUCKET)
-        * _bucket_element_bytes(ds_config, stage, element, summed)
-    )
+    bucket = 0.0
+    if stage and not summed_apart:
+        elements = zero_number(zero, "reduce_bucket_size", REDUCE_BUCKET)
+        bucket = elements * _bucket_element_bytes(ds_config, stage, element, summed)
     return GpuMemory(weights, gradients, optimizer, bucket + gathered, activations, host, pinned)
 
 
@@ -134,7 +132,8 @@ def optimizer_bytes(stage: int, precision: str) -> int:
 
 def gradient_bytes(ds_config: dict, precision: str) -> int:
     """Bytes of one element of the summed gradient: `data_types.grad_accum_dtype`, by default the weights' type."""
-    return DTYPE_BYTES.get(ds_config.get("data_types", {}).get("grad_accum_dtype"), ELEMENT_BYTES[precision])
+    asked = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    return DTYPE_BYTES.get(str(asked), ELEMENT_BYTES[precision])
 
 
 def checkpoint_bytes(num_parameters: int, *, stage: int, precision: str, average: bool = False) -> int:
@@ -161,19 +160,17 @@ def offloads(zero: dict, key: str) -> bool:
 def _bucket_element_bytes(ds_config: dict, stage: int, element: int, summed: int) -> int:
     """Of the bucket that gradients are copied into, or of both where it is doubled."""
     if stage == 3:
-        return DTYPE_BYTES.get(ds_config.get("communication_data_type"), element)
-    return (summed if stage == 1 else element) * (
-        2 if ds_config.get("zero_optimization", {}).get("overlap_comm") else 1
-    )
+        return DTYPE_BYTES.get(str(ds_config.get("communication_data_type")), element)
+    doubled = ds_config.get("zero_optimization", {}).get("overlap_comm")
+    return (summed if stage == 1 else element) * (2 if doubled else 1)
 
 
 def _gathered_elements(num_parameters: int, zero: dict) -> float:
     """Weights present at most: those that stay for their backward pass, or those that prefetches have run ahead for."""
     prefetch = zero_number(zero, "stage3_prefetch_bucket_size", PREFETCH_BUCKET)
     ahead = zero_number(zero, "stage3_max_live_parameters", MAX_LIVE) if prefetch else 0
-    return min(
-        num_parameters, max(ahead, zero_number(zero, "stage3_max_reuse_distance", MAX_REUSE_DISTANCE)) + prefetch
-    )
+    reused = zero_number(zero, "stage3_max_reuse_distance", MAX_REUSE_DISTANCE)
+    return min(num_parameters, max(ahead, reused) + prefetch)
 
 
 def zero_number(zero: dict, key: str, default: float) -> float:
@@ -230,7 +227,7 @@ def host_bytes_per_node(
     rounded = 2 ** ceil(log2(part)) / part if part else ROUNDED_UP
     offloaded = state.host + (rounded - 1) * state.pinned
     moved_average = ema_bytes(num_parameters, stage=stage, world_size=world_size) if average and state.host else 0.0
-    sizes = dict(stage=stage, world_size=world_size, precision=precision, average=average)
+    sizes: dict[str, Any] = dict(stage=stage, world_size=world_size, precision=precision, average=average)
     first, other = (saved_bytes(num_parameters, first_rank=first_rank, **sizes) for first_rank in (True, False))
     single = first - other  # weights, tensor by tensor
     return ranks_per_node * (offloaded + moved_average + rounded * other) + ROUNDED_UP * single

@@ -12,8 +12,8 @@ the tuner's correction of trees between 1 and 256 MB (up to a half), and what a 
 computation beside it (step_cost.CONTENTION).
 
 Published bus bandwidths (tests/test_network.py) are met within 15%, but reduce-scatters on 64 to 128 nodes are
-predicted 17% too fast, and of one all-gather on 32 nodes
-half was reached: long rings over many switches do worse than the tuner's latencies say.
+predicted 17% too fast, and of one all-gather on 32 nodes half was reached: long rings over many switches do worse than
+the tuner's latencies say.
 
 Sources: NCCL 2.21, src/graph/tuning.cc (latencies, shares) and src/graph/topo.h (bandwidth of links); NVIDIA's answers
 and users' measurements in the trackers of NCCL and nccl-tests, named beside each value.

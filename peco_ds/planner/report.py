@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peco_ds.config import (
     FinetuneRecipe,
     ModelSettings,
@@ -10,9 +12,9 @@ from peco_ds.config import (
     TokenizerRecipe,
     TokenizerSettings,
 )
-from peco_ds.durations import Durations, micro_steps
+from peco_ds.durations import micro_steps
 from peco_ds.errors import UserError
-from peco_ds.planner.bill import aligned, figure, ranged
+from peco_ds.planner.bill_text import aligned, figure, images_of, labelled, ranged
 from peco_ds.planner.data_side import token_bytes
 from peco_ds.planner.estimate import estimate
 from peco_ds.planner.fitting import FRAGMENTATION, GIB, RESERVED_BYTES, DeepSpeedChoice, Room, room
@@ -20,14 +22,14 @@ from peco_ds.planner.hardware import find_hardware
 from peco_ds.planner.memory import STAGES, checkpoint_bytes, zero_stage
 from peco_ds.planner.shapes import (
     FLOPS_PER_MAC,
-    MimMacs,
-    MimParameters,
     mim_macs,
     mim_parameters,
+    objective_cost,
     skipped_by_subsets,
     tokenizer_cost,
 )
-from peco_ds.planner.stages import IMAGENET_1K_TRAIN, Stage
+from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, Stage, stage_of
+from peco_ds.registry import OBJECTIVES
 
 WORLD_SIZES = (1, 8, 64, 256)
 # that a dry run's times are predicted for; plan.py takes any
@@ -36,168 +38,37 @@ HARDWARE = "h100"
 _LABEL_WIDTH = 20
 
 
-def pretrain_report(
-    recipe: PretrainRecipe,
+def dry_run_report(
+    recipe: PretrainRecipe | FinetuneRecipe | TokenizerRecipe,
     *,
-    num_samples: int,
-    num_views: int,
-    durations: Durations,
     ds_config: dict,
-    assumed: bool = False,
+    num_samples: int | None = None,
+    num_classes: int | None = None,
 ) -> str:
-    """Model, compute, schedule, storage and memory of a pre-training run.
+    """Model, compute, schedule, storage and memory of a training run.
 
     Args:
-        num_samples: images of the set.  num_views: recorded views of each.
-        durations: `resolve_durations(recipe, num_samples)`.
         ds_config: DeepSpeed JSON, read or merged: stage, buckets, offload and the type of summed gradients count.
-        assumed: `num_samples` is a guess because no set was read; the report says so.
+        num_samples, num_classes: of the set; None: no set was read, ImageNet-1K's are assumed and the report says so.
     Returns: lines without a final newline.
+    Raises: UserError as `resolve_durations`.
     """
-    model, run, masked = recipe.model, recipe.run, recipe.mask.count
-    num_codes, variants = recipe.objective.num_codes, dict(encoding=recipe.encoding, aggregation=recipe.aggregation)
-    parameters = mim_parameters(model, num_codes, **variants)
-    macs = mim_macs(model, num_codes=num_codes, masked=masked, **variants)
-    stage = Stage("pre-training", recipe, num_samples)
-    patches = model.grid**2
-    payload, in_tar = token_bytes(num_views, patches, recipe.views.topk)
-    lines = [
-        f"{recipe.name}: masked pre-training",
-        _line(
-            "model",
-            f"width {model.width}, depth {model.depth}, heads {model.heads}, patch {model.patch_px} px, "
-            f"image {model.image_px} px",
-        ),
-        _line("parameters", _parameter_text(parameters, num_codes)),
-        _line(
-            "grid",
-            f"{model.grid} x {model.grid} = {patches} patches; {recipe.mask.kind} mask hides "
-            f"{'' if recipe.mask.exact else 'at most '}{masked} ({masked / patches:.1%})",
-        ),
-        *_variant_lines(recipe, macs),
-        _line(
-            "objective",
-            recipe.objective.name
-            + (f", {recipe.views.topk} soft codes a patch" if recipe.objective.name == "multi_choice" else ""),
-        ),
-        *_compute_lines(macs.total, macs.training_flops, durations, run.global_batch),
-        *_subset_lines(model, run.micro_batch),
-        *_schedule_lines(recipe, durations, num_samples, assumed),
-        _line(
-            "token storage",
-            f"{payload:,} B an image ({num_views} views: codes {2 * num_views * patches:,} B), "
-            f"{_decimal(num_samples * payload)} for the set, {_decimal(num_samples * in_tar)} in tars",
-        ),
-        *_checkpoint_lines(recipe, parameters.total, durations, ds_config),
-        "",
-        *_memory_lines(stage, ds_config),
-        "",
-        *_time_lines(stage, ds_config),
-    ]
-    return "\n".join(lines)
-
-
-def finetune_report(
-    recipe: FinetuneRecipe,
-    *,
-    num_samples: int,
-    num_classes: int,
-    durations: Durations,
-    ds_config: dict,
-    assumed: bool = False,
-) -> str:
-    """The same for a fine-tuning run.
-
-    The moving average of the weights stands on a line of its own, beside the memory table.
-
-    Args:
-        num_classes: of the images.  The other arguments and the result: as `pretrain_report`.
-    """
-    model, run = recipe.model, recipe.run
-    stage = Stage("fine-tuning", recipe, num_samples, num_classes)
-    # A classifier's head sees one token an image, where pre-training's sees the masked patches.
-    macs, parameters = mim_macs(model, num_codes=num_classes, masked=1), stage.parameters
-    classifier, augment = recipe.classifier, recipe.augment
-    lowest = recipe.optim.lr * classifier.layer_decay ** (model.depth + 1)
-    lines = [
-        f"{recipe.name}: fine-tuning",
-        _line(
-            "model",
-            f"width {model.width}, depth {model.depth}, heads {model.heads}, patch {model.patch_px} px, "
-            f"image {model.image_px} px",
-        ),
-        _line("parameters", f"{_millions(parameters)} with a head of {num_classes} classes"),
-        _line(
-            "learning rate",
-            f"{recipe.optim.lr:g} at the head, {lowest:.2g} at the patch embedding (layer decay "
-            f"{classifier.layer_decay}), stochastic depth up to {model.drop_path}",
-        ),
-        _line(
-            "augmentation",
-            f"{augment.auto_augment or 'no RandAugment'}, mixup {augment.mixup}, cutmix {augment.cutmix}, "
-            f"erasing {augment.erasing}, smoothing {classifier.smoothing}, repeats {augment.repeats}",
-        ),
-        *_compute_lines(macs.total, macs.training_flops, durations, run.global_batch),
-        *_subset_lines(model, run.micro_batch),
-        *_schedule_lines(recipe, durations, num_samples, assumed),
-        *_checkpoint_lines(recipe, parameters, durations, ds_config),
-    ]
-    if recipe.ema.decay:
-        lines.append(
-            _line(
-                "moving average",
-                f"decay {recipe.ema.decay}: 4 bytes a parameter, {4 * parameters / GIB:.2f} GiB over all "
-                'ranks together (ZeRO-0: on each), under "other" below',
-            )
+    planned = stage_of(recipe, num_samples or IMAGENET_1K_TRAIN, num_classes=num_classes or IMAGENET_1K_CLASSES)
+    if isinstance(recipe, TokenizerRecipe) and not tokenizer_cost(recipe.tokenizer, recipe.views.tokenizer_px).known:
+        unknown = "its kind does not tell the cost of its network, so neither memory nor time is predicted"
+        lines = {"kind": recipe.tokenizer.kind, "cost": unknown} | _schedule_lines(planned, num_samples is None)
+        return "\n".join([f"{recipe.name}: tokenizer training", *labelled(lines, _LABEL_WIDTH)])
+    parts = {"pre-training": _pretraining, "fine-tuning": _finetuning, "tokenizer": _tokenizer}
+    title, of_model, compute, storage = parts[planned.kind](planned)
+    lines = of_model | compute | _schedule_lines(planned, num_samples is None)
+    lines |= storage | _checkpoint_line(planned, ds_config)
+    if planned.averages:
+        lines["moving average"] = (
+            f"decay {planned.recipe.ema.decay}: 4 bytes a parameter, {4 * planned.parameters / GIB:.2f} GiB over all "
+            'ranks together (ZeRO-0: on each), under "other" below'
         )
-    return "\n".join([*lines, "", *_memory_lines(stage, ds_config), "", *_time_lines(stage, ds_config)])
-
-
-def tokenizer_report(
-    recipe: TokenizerRecipe,
-    num_samples: int,
-    durations: Durations,
-    *,
-    ds_config: dict | None = None,
-    assumed: bool = False,
-) -> str:
-    """The same for a tokenizer's training; its judge or teacher is taken for a ViT-B/16.
-
-    Args:
-        ds_config: None: DeepSpeed's defaults.  The other arguments and the result: as `pretrain_report`.
-    """
-    tokenizer, run, size = recipe.tokenizer, recipe.run, recipe.views.tokenizer_px
-    cost = tokenizer_cost(tokenizer, size)
-    grid = size // tokenizer.stride_px
-    stage = Stage("tokenizer", recipe, num_samples)
-    lines = [
-        f"{recipe.name}: tokenizer training",
-        _line(
-            "image",
-            f"{size} px, stride {tokenizer.stride_px} px: {grid} x {grid} = {grid**2} codes of "
-            f"{tokenizer.num_codes}, {tokenizer.code_dim} wide",
-        ),
-        _line(
-            "parameters",
-            f"encoder {_millions(cost.encoder.parameters)}, decoder {_millions(cost.decoder.parameters)}, "
-            f"total {_millions(cost.parameters)}; codebook buffers {_millions(cost.codebook_elements)} in "
-            "fp32",
-        ),
-        *_compute_lines(
-            cost.forward_macs,
-            stage.model_flops,
-            durations,
-            run.global_batch,
-            with_frozen=stage.fixed_bytes > 4 * cost.codebook_elements,
-        ),
-        *_schedule_lines(recipe, durations, num_samples, assumed),
-        *_checkpoint_lines(recipe, cost.parameters, durations, ds_config or {}),
-        "",
-        *_memory_lines(stage, ds_config or {}),
-        "",
-        *_time_lines(stage, ds_config or {}),
-    ]
-    return "\n".join(lines)
+    tables = [*_memory_lines(planned, ds_config), "", *_time_lines(planned, ds_config)]
+    return "\n".join([f"{recipe.name}: {title}", *labelled(lines, _LABEL_WIDTH), "", *tables])
 
 
 def tokenizing_report(recipe: PretrainRecipe, tokenizer: TokenizerSettings, *, num_samples: int) -> str:
@@ -206,128 +77,148 @@ def tokenizing_report(recipe: PretrainRecipe, tokenizer: TokenizerSettings, *, n
     Args:
         num_samples: images that have no tokens yet.
     """
-    stage, views = Stage("tokenizing", recipe, num_samples, tokenizer=tokenizer), recipe.views
-    lines = [
-        _line(
-            "network",
-            f"{tokenizer.kind}, {_millions(stage.parameters)}, {stage.model_flops / 1e9:.1f} GFLOP a view "
-            f"of {views.tokenizer_px} px, in {views.tokenizer_precision}",
-        ),
-        _line(
-            "views",
-            f"{num_samples:,} images x {views.count} = {stage.images:,}; "
-            f"{_decimal(num_samples * token_bytes(views.count, recipe.model.grid**2, views.topk)[1])} in "
-            "tars",
-        ),
-    ]
-    return "\n".join([*lines, "", *_time_lines(stage, {})])
-
-
-# ----------------------------------------------------------------------------------- parts of a report
-
-
-def _parameter_text(parameters: MimParameters, num_codes: int) -> str:
-    parts = {
-        "backbone": parameters.backbone,
-        "aggregation": parameters.aggregation,
-        "decoder": parameters.decoder,
-        "token head": parameters.token_head,
+    planned, views = Stage("tokenizing", recipe, num_samples, tokenizer=tokenizer), recipe.views
+    in_tars = num_samples * token_bytes(views.count, recipe.model.grid**2, views.topk)[1]
+    lines = {
+        "network": f"{tokenizer.kind}, {_millions(planned.parameters)}, {planned.model_flops / 1e9:.1f} GFLOP a view "
+        f"of {views.tokenizer_px} px, in {views.tokenizer_precision}",
+        "views": f"{num_samples:,} images x {views.count} = {planned.images:,}; {_decimal(in_tars)} in tars",
     }
-    return (
-        ", ".join(f"{name} {_millions(count)}" for name, count in parts.items() if count)
-        + f" ({num_codes} codes), total {_millions(parameters.total)}"
+    return "\n".join([*labelled(lines, _LABEL_WIDTH), "", *_time_lines(planned, {})])
+
+
+# ------------------------------------------------- by kind: title, and the lines of model, compute, storage
+
+_Lines = dict[str, str]
+
+
+def _pretraining(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
+    recipe = planned.recipe
+    model, mask, objective, views = recipe.model, recipe.mask, recipe.objective, recipe.views
+    variants = dict(encoding=recipe.encoding, aggregation=recipe.aggregation)
+    found = mim_parameters(model, objective.num_codes, **variants)
+    macs = mim_macs(model, num_codes=objective.num_codes, masked=mask.count, **variants)
+    patches = model.grid**2
+    named = {
+        "backbone": found.backbone,
+        "aggregation": found.aggregation,
+        "decoder": found.decoder,
+        "token head": found.token_head,
+    }
+    parameters = ", ".join(f"{name} {_millions(count)}" for name, count in named.items() if count)
+    of_model = _model_line(model) | {
+        "parameters": f"{parameters} ({objective.num_codes} codes), total {_millions(found.total)}",
+        "grid": f"{model.grid} x {model.grid} = {patches} patches; {mask.kind} mask hides "
+        f"{'' if mask.exact else 'at most '}{mask.count} ({mask.count / patches:.1%})",
+    }
+    of_model |= _variant_line(recipe, macs.total)
+    soft = f", {views.topk} soft codes a patch" if OBJECTIVES[objective.name].soft_codes else ""
+    of_model["objective"] = objective.name + soft
+    payload, in_tar = token_bytes(views.count, patches, views.topk)
+    storage = (
+        f"{payload:,} B an image ({views.count} views: codes {2 * views.count * patches:,} B), "
+        f"{_decimal(planned.num_samples * payload)} for the set, {_decimal(planned.num_samples * in_tar)} in tars"
     )
+    flops = macs.training_flops + objective_cost(recipe).model_flops
+    compute = _compute_lines(planned, macs.total, flops)
+    return "masked pre-training", of_model, compute, {"token storage": storage}
 
 
-def _variant_lines(recipe: PretrainRecipe, macs: MimMacs) -> list[str]:
+def _finetuning(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
+    recipe = planned.recipe
+    model, classifier, augment = recipe.model, recipe.classifier, recipe.augment
+    lowest = recipe.optim.lr * classifier.layer_decay ** (model.depth + 1)
+    of_model = _model_line(model) | {
+        "parameters": f"{_millions(planned.parameters)} with a head of {planned.num_classes} classes",
+        "learning rate": f"{recipe.optim.lr:g} at the head, {lowest:.2g} at the patch embedding (layer decay "
+        f"{classifier.layer_decay}), stochastic depth up to {model.drop_path}",
+        "augmentation": f"{augment.auto_augment or 'no RandAugment'}, mixup {augment.mixup}, cutmix {augment.cutmix}, "
+        f"erasing {augment.erasing}, smoothing {classifier.smoothing}, repeats {augment.repeats}",
+    }
+    # A classifier's head sees one token an image, where pre-training's sees the masked patches.
+    macs = mim_macs(model, num_codes=planned.num_classes, masked=1)
+    return "fine-tuning", of_model, _compute_lines(planned, macs.total, macs.training_flops), {}
+
+
+def _tokenizer(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
+    """Its judge or teacher is taken for a ViT-B/16."""
+    tokenizer, size = planned.recipe.tokenizer, planned.recipe.views.tokenizer_px
+    cost, grid = tokenizer_cost(tokenizer, size), size // tokenizer.stride_px
+    of_model = {
+        "image": f"{size} px, stride {tokenizer.stride_px} px: {grid} x {grid} = {grid**2} codes of "
+        f"{tokenizer.num_codes}, {tokenizer.code_dim} wide",
+        "parameters": f"encoder {_millions(cost.encoder.parameters)}, decoder {_millions(cost.decoder.parameters)}, "
+        f"total {_millions(cost.parameters)}; codebook buffers {_millions(cost.codebook_elements)} in fp32",
+    }
+    frozen = " with its judge or teacher" if planned.fixed_bytes > 4 * cost.codebook_elements else ""
+    return "tokenizer training", of_model, _compute_lines(planned, cost.forward_macs, planned.model_flops, frozen), {}
+
+
+def _model_line(model: ModelSettings) -> _Lines:
+    text = f"width {model.width}, depth {model.depth}, heads {model.heads}, patch {model.patch_px} px, image"
+    return {"model": f"{text} {model.image_px} px"}
+
+
+def _variant_line(recipe: PretrainRecipe, macs: int) -> _Lines:
     """What differs from an encoder with a mask token at each masked place and one branch, and its share of that one's
     forward pass.
     """
     model, encoding, aggregation, masked = recipe.model, recipe.encoding, recipe.aggregation, recipe.mask.count
-    plain = mim_macs(model, num_codes=recipe.objective.num_codes, masked=masked)
+    share = f"{macs / mim_macs(model, num_codes=recipe.objective.num_codes, masked=masked).total:.1%}"
     if encoding.kind == "visible":
-        shown = (
-            f"the encoder sees {model.grid**2 - masked} of {model.grid**2} patches; decoder width "
-            f"{encoding.decoder_width}, depth {encoding.decoder_depth}, heads {encoding.decoder_heads}"
-        )
-        return [_line("encoding", f"{shown}; {macs.total / plain.total:.1%} of the forward pass of full encoding")]
+        return {
+            "encoding": f"the encoder sees {model.grid**2 - masked} of {model.grid**2} patches; decoder width "
+            f"{encoding.decoder_width}, depth {encoding.decoder_depth}, heads {encoding.decoder_heads}; {share} of the "
+            "forward pass of full encoding"
+        }
     if aggregation.early_block:
-        return [
-            _line(
-                "aggregation",
-                f"final class token and patches after block {aggregation.early_block} through "
-                f"{aggregation.blocks} extra blocks; {macs.total / plain.total:.1%} of the forward pass "
-                "without them",
-            )
-        ]
-    return []
+        return {
+            "aggregation": f"final class token and patches after block {aggregation.early_block} through "
+            f"{aggregation.blocks} extra blocks; {share} of the forward pass without them"
+        }
+    return {}
 
 
-def _subset_lines(model: ModelSettings, micro_batch: int) -> list[str]:
-    if model.drop_path_by != "subset":
-        return []
-    return [
-        _line(
-            "stochastic depth",
-            f"subsets of {micro_batch} images: {skipped_by_subsets(model, micro_batch):.1%} of the "
-            "blocks' work is left out (not taken off above)",
+# ----------------------------------------------------------------------------- what all kinds say alike
+
+
+def _compute_lines(planned: Stage, forward_macs: int, training_flops: float, with_what: str = "") -> _Lines:
+    batch = planned.run.global_batch
+    lines = {
+        "forward": f"{forward_macs / 1e9:.1f} GMAC = {FLOPS_PER_MAC * forward_macs / 1e9:.1f} GFLOP an image",
+        "training": f"{training_flops / 1e9:.1f} GFLOP an image{with_what}, {training_flops * batch / 1e12:.1f} TFLOP "
+        f"a step, {training_flops * planned.images:.3g} FLOP the run (recomputation not counted)",
+    }
+    model = getattr(planned.recipe, "model", None)
+    if model and model.drop_path_by == "subset":
+        skipped = skipped_by_subsets(model, planned.run.micro_batch)
+        lines["stochastic depth"] = (
+            f"subsets of {planned.run.micro_batch} images: {skipped:.1%} of the blocks' work is left out (not taken "
+            "off above)"
         )
-    ]
+    return lines
 
 
-def _compute_lines(
-    forward_macs: int, training_flops: float, durations: Durations, global_batch: int, *, with_frozen: bool = False
-) -> list[str]:
-    total = training_flops * durations.total_steps * global_batch
-    return [
-        _line("forward", f"{forward_macs / 1e9:.1f} GMAC = {FLOPS_PER_MAC * forward_macs / 1e9:.1f} GFLOP an image"),
-        _line(
-            "training",
-            f"{training_flops / 1e9:.1f} GFLOP a "
-            f"image{' with its judge or teacher' if with_frozen else ''}, "
-            f"{training_flops * global_batch / 1e12:.1f} TFLOP a step, {total:.3g} FLOP the run "
-            "(recomputation not counted)",
-        ),
-    ]
-
-
-def _schedule_lines(
-    recipe: PretrainRecipe | TokenizerRecipe | FinetuneRecipe, durations: Durations, num_samples: int, assumed: bool
-) -> list[str]:
-    seen = durations.total_steps * recipe.run.global_batch
-    source = (
-        " (assumed: ImageNet-1K; no set was read)"
-        if assumed and num_samples == IMAGENET_1K_TRAIN
-        else " (assumed; no set was read)"
-        if assumed
-        else ""
-    )
+def _schedule_lines(planned: Stage, assumed: bool) -> _Lines:
+    durations, batch, num_samples = planned.durations, planned.run.global_batch, planned.num_samples
     stop = f"; this run stops at step {durations.stop_step:,}" if durations.stop_step < durations.total_steps else ""
-    return [
-        _line("set", f"{num_samples:,} images{source}"),
-        _line(
-            "schedule",
-            f"{durations.total_steps:,} steps of {recipe.run.global_batch:,} images, warm-up "
-            f"{durations.warmup_steps:,} steps{stop}",
-        ),
-        _line("images seen", f"{seen:,} = {seen / num_samples:.2f} epochs"),
-    ]
+    return {
+        "set": images_of(num_samples, assumed),
+        "schedule": f"{durations.total_steps:,} steps of {batch:,} images, warm-up "
+        f"{durations.warmup_steps:,} steps{stop}",
+        "images seen": f"{planned.images:,} = {planned.images / num_samples:.2f} epochs",
+    }
 
 
-def _checkpoint_lines(
-    recipe: PretrainRecipe | TokenizerRecipe | FinetuneRecipe,
-    num_parameters: int,
-    durations: Durations,
-    ds_config: dict,
-) -> list[str]:
-    stage, keep = zero_stage(ds_config), recipe.checkpoint.keep_last
-    average = isinstance(recipe, FinetuneRecipe) and bool(recipe.ema.decay)
-    size = checkpoint_bytes(num_parameters, stage=stage, precision=recipe.run.precision, average=average)
+def _checkpoint_line(planned: Stage, ds_config: dict) -> _Lines:
+    stage, settings, durations = zero_stage(ds_config), planned.recipe.checkpoint, planned.durations
+    sizes: dict[str, Any] = dict(stage=stage, precision=planned.run.precision, average=planned.averages)
+    size = checkpoint_bytes(planned.parameters, **sizes)
     every = f"every {durations.checkpoint_steps:,} steps" if durations.checkpoint_steps else "at the end"
-    kept = f"the newest {keep} kept"
-    if recipe.checkpoint.keep_every_steps:
-        kept += f", and each at a multiple of {recipe.checkpoint.keep_every_steps:,} steps for good"
-    return [_line("checkpoint", f"{size / GIB:.2f} GiB on disk at ZeRO-{stage}, {every}, {kept}")]
+    kept = f"the newest {settings.keep_last} kept"
+    if settings.keep_every_steps:
+        kept += f", and each at a multiple of {settings.keep_every_steps:,} steps for good"
+    return {"checkpoint": f"{size / GIB:.2f} GiB on disk at ZeRO-{stage}, {every}, {kept}"}
 
 
 def _memory_lines(planned: Stage, ds_config: dict) -> list[str]:
@@ -336,43 +227,42 @@ def _memory_lines(planned: Stage, ds_config: dict) -> list[str]:
     The same figures as plan.py has for the recipe's micro-batch.
     """
     run, hardware = planned.run, find_hardware(HARDWARE)
-    names = ("weights", "gradients", "optimiser", "buffers", "other", "state", "activations", "total")
-    rows, offloads, indivisible = [], False, []
-    for world_size in WORLD_SIZES:
-        accumulation = _accumulation(run, world_size)
-        if accumulation == "-":
-            indivisible.append(world_size)
-        for stage in STAGES:
-            found = room(
-                planned, hardware, world_size, DeepSpeedChoice("the DeepSpeed JSON", _with_stage(ds_config, stage, run))
-            )
-            offloads = offloads or found.state.host > 0
-            rows.append((world_size, stage, accumulation, found))
-    head = (
-        f"{'GPUs':>6} {'ZeRO':>5} {'accumulation':>12}"
-        + "".join(f" {name:>11}" for name in names)
-        + (f" {'host':>11}" if offloads else "")
-    )
-    lines = [
-        f"memory a GPU in GiB, {run.precision}, micro-batch {run.micro_batch}, activation "
-        f"checkpointing {run.activation_checkpointing}; * is the DeepSpeed JSON's stage; "
-        f"other: {RESERVED_BYTES / GIB:g} for context and communicators, and what ZeRO does not "
-        f"divide; activations with {FRAGMENTATION - 1:.0%} lost in the allocator",
-        head,
-    ]
-    for world_size, stage, accumulation, found in rows:
-        mark = "*" if stage == zero_stage(ds_config) else " "
-        lines.append(
-            f"{world_size:>6} {stage:>4}{mark} {accumulation:>12}"
-            + "".join(f" {value / GIB:>11.2f}" for value in _columns(found, run.micro_batch, offloads))
+    accumulation = {world_size: _accumulation(run, world_size) for world_size in WORLD_SIZES}
+    found = {
+        (world_size, stage): room(
+            planned, hardware, world_size, DeepSpeedChoice("the DeepSpeed JSON", _with_stage(ds_config, stage, run))
         )
+        for world_size in WORLD_SIZES
+        for stage in STAGES
+    }
+    offloads = any(each.state.host > 0 for each in found.values())
+    names = ["weights", "gradients", "optimiser", "buffers", "other", "state", "activations", "total"]
+    names += ["host"] if offloads else []
+    lines = [
+        f"memory a GPU in GiB, {run.precision}, micro-batch {run.micro_batch}, activation checkpointing "
+        f"{run.activation_checkpointing}; * is the DeepSpeed JSON's stage; other: {RESERVED_BYTES / GIB:g} for context "
+        f"and communicators, and what ZeRO does not divide; activations with {FRAGMENTATION - 1:.0%} lost in the "
+        "allocator",
+        f"{'GPUs':>6} {'ZeRO':>5} {'accumulation':>12}" + "".join(f" {name:>11}" for name in names),
+    ]
+    for (world_size, stage), each in found.items():
+        mark = "*" if stage == zero_stage(ds_config) else " "
+        values = "".join(f" {value / GIB:>11.2f}" for value in _columns(each, run.micro_batch, offloads))
+        lines.append(f"{world_size:>6} {stage:>4}{mark} {accumulation[world_size]:>12}{values}")
+    indivisible = " or ".join(str(world_size) for world_size, steps in accumulation.items() if steps == "-")
     if indivisible:
-        counts = " or ".join(str(count) for count in indivisible)
         lines.append(
-            f"- : global_batch {run.global_batch} is not a multiple of micro_batch {run.micro_batch} x "
-            f"{counts} GPUs; such a run needs another run.micro_batch"
+            f"- : global_batch {run.global_batch} is not a multiple of micro_batch {run.micro_batch} x {indivisible} "
+            "GPUs; such a run needs another run.micro_batch"
         )
     return lines
+
+
+def _columns(found: Room, micro_batch: int, offloads: bool) -> list[float]:
+    state, other, activations = found.state, RESERVED_BYTES + found.fixed_bytes, micro_batch * found.bytes_per_image
+    parts = [state.weights, state.gradients, state.optimizer, state.buffers, other]
+    sums = [state.state + other, activations, state.state + other + activations]
+    return parts + sums + ([state.host] if offloads else [])
 
 
 def _with_stage(ds_config: dict, stage: int, run: RunSettings) -> dict:
@@ -385,55 +275,6 @@ def _with_stage(ds_config: dict, stage: int, run: RunSettings) -> dict:
     return changed
 
 
-def _time_lines(planned: Stage, ds_config: dict) -> list[str]:
-    """Predicted speed at each world size, with the recipe's settings.
-
-    A micro-batch that does not divide or fit is made smaller.
-    """
-    hardware, choice = find_hardware(HARDWARE), DeepSpeedChoice("the DeepSpeed JSON", ds_config)
-    rows, refused = (
-        [("GPUs", "micro x passes", "step s", "images/s" if planned.trains else "views/s", "MFU", "hours")],
-        [],
-    )
-    for world_size in WORLD_SIZES:
-        try:
-            made = estimate(planned, hardware, world_size, choice)
-        except UserError as error:
-            rows.append((str(world_size), "-", "-", "-", "-", "-"))
-            refused.append(f"- : {error}")
-            continue
-        rows.append(
-            (
-                str(world_size),
-                f"{made.micro_batch} x {made.micro_steps}",
-                figure(made.step_s()),
-                f"{made.images_s():,.0f}",
-                f"{made.mfu():.0%}",
-                ranged(made.hours),
-            )
-        )
-    return [
-        f"predicted on {hardware.title}, hours with saves and failures, from a fast to a slow pace; plan.py tells more",
-        *aligned(rows),
-        *dict.fromkeys(refused),
-    ]
-
-
-def _columns(found: Room, micro_batch: int, offloads: bool) -> list[float]:
-    state, other, activations = found.state, RESERVED_BYTES + found.fixed_bytes, micro_batch * found.bytes_per_image
-    columns = [
-        state.weights,
-        state.gradients,
-        state.optimizer,
-        state.buffers,
-        other,
-        state.state + other,
-        activations,
-        state.state + other + activations,
-    ]
-    return columns + [state.host] if offloads else columns
-
-
 def _accumulation(run: RunSettings, world_size: int) -> str:
     try:
         return str(micro_steps(run, world_size))
@@ -441,8 +282,28 @@ def _accumulation(run: RunSettings, world_size: int) -> str:
         return "-"
 
 
-def _line(label: str, text: str) -> str:
-    return f"{label:<{_LABEL_WIDTH}}{text}"
+def _time_lines(planned: Stage, ds_config: dict) -> list[str]:
+    """Predicted speed at each world size, with the recipe's settings.
+
+    A micro-batch that does not divide or fit is made smaller.
+    """
+    hardware, choice = find_hardware(HARDWARE), DeepSpeedChoice("the DeepSpeed JSON", ds_config)
+    rows = [("GPUs", "micro x passes", "step s", "images/s" if planned.trains else "views/s", "MFU", "hours")]
+    refused = []
+    for world_size in WORLD_SIZES:
+        try:
+            made = estimate(planned, hardware, world_size, choice)
+        except UserError as error:
+            rows.append((str(world_size), *"-----"))
+            refused.append(f"- : {error}")
+            continue
+        passes, speed = f"{made.micro_batch} x {made.micro_steps}", f"{made.images_s():,.0f}"
+        rows.append((str(world_size), passes, figure(made.step_s()), speed, f"{made.mfu():.0%}", ranged(made.hours)))
+    return [
+        f"predicted on {hardware.title}, hours with saves and failures, from a fast to a slow pace; plan.py tells more",
+        *aligned(rows),
+        *dict.fromkeys(refused),
+    ]
 
 
 def _millions(count: int) -> str:

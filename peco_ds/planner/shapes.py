@@ -1,23 +1,27 @@
 """Parameters, multiply-accumulates and activation bytes of the networks, counted layer by layer from the settings.
 
 Letters: N patches, T = N + 1 tokens, n tokens that the encoder sees, M masked patches, D width, F hidden width of the
-MLP, H heads, L blocks, V codes. One multiply-accumulate (MAC) is two FLOPs. Norms, activations, softmax and biases are
-left out of the MACs, as is usual; all matrix products and convolutions are in, the quadratic part of attention too.
+MLP, H heads, L blocks, V codes. What a MAC counts: `peco_ds.costs`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
-from peco_ds.config import AggregationSettings, EncodingSettings, ModelSettings, TokenizerSettings
+from peco_ds.config import AggregationSettings, EncodingSettings, ModelSettings, PretrainRecipe, TokenizerSettings
+from peco_ds.costs import (
+    FLOPS_PER_MAC,
+    IMAGE_CHANNELS,
+    TRAINING_OVER_FORWARD,
+    Cost,
+    ObjectiveCost,
+    TokenizerCost,
+)
+from peco_ds.registry import OBJECTIVES, TOKENIZERS
 from peco_ds.schedules import images_taken
 
-IMAGE_CHANNELS = 3
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-FLOPS_PER_MAC = 2
-# The backward pass computes a gradient for the input and one for the weight of every product. Recomputed activations
-# are not counted: FLOPs are the model's, the convention of MFU.
-TRAINING_OVER_FORWARD = 3
 
 
 # ---------------------------------------------------------------------------------- vision transformer
@@ -232,7 +236,7 @@ def mim_activation_bytes(
             saved=ends + sum(depth * block.saved for depth, block in stacks),
             working=max(head_backward, *(block.backward for _, block in stacks)),
         )
-    kept = {"selective": _BlockActivations.products.fget, "full": _BlockActivations.input.fget}[checkpointing]
+    kept = attrgetter({"selective": "products", "full": "input"}[checkpointing])
     recomputed = max(block.saved + block.backward - kept(block) for _, block in stacks)
     return ActivationBytes(
         saved=ends + sum(depth * kept(block) for depth, block in stacks), working=max(head_backward, recomputed)
@@ -300,213 +304,22 @@ def _head_activations(masked: int, width: int, num_codes: int, element: int) -> 
     return masked * (width * element + num_codes * (element + 4)), masked * num_codes * (element + 4)
 
 
-# ------------------------------------------------------------------------------------------- tokenizer
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of some layers of a tokenizer: parameters, forward MACs an image, elements an image kept for backward."""
-
-    parameters: int = 0
-    macs: int = 0
-    saved: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.parameters + other.parameters, self.macs + other.macs, self.saved + other.saved)
-
-    def times(self, count: int) -> Cost:
-        return Cost(count * self.parameters, count * self.macs, count * self.saved)
-
-
-@dataclass(frozen=True)
-class TokenizerCost:
-    encoder: Cost  # with the layers to the code's dimension
-    # with the layers from it, and VQ-KD's to the teacher's
-    decoder: Cost
-    # codes, and the moving averages of their counts and sums: buffers, not parameters
-    codebook_elements: int
-    search_macs: int  # nearest-code search of an image
-
-    @property
-    def parameters(self) -> int:
-        return self.encoder.parameters + self.decoder.parameters
-
-    @property
-    def forward_macs(self) -> int:
-        return self.encoder.macs + self.decoder.macs + self.search_macs
-
-    @property
-    def training_flops(self) -> int:
-        """FLOPs of an image's forward and backward pass, without frozen networks and the critic.
-
-        The search has no backward.
-        """
-        return FLOPS_PER_MAC * (TRAINING_OVER_FORWARD * (self.encoder.macs + self.decoder.macs) + self.search_macs)
+# ------------------------------------------------------------------------------ tokenizers, objectives
 
 
 def tokenizer_cost(tokenizer: TokenizerSettings, image_px: int) -> TokenizerCost:
-    """Cost of a tokenizer on an image of image_px x image_px.
+    """Cost of a tokenizer on an image of image_px x image_px, as its kind tells it.
 
-    Of those that are read from released files (gumbel, dvae), who pick a code by its logit, the layer of
-    logits is the search; a dvae's decoder, which nothing here trains or runs at scale, is left out.
-
-    Source: of kind vqgan, VQGAN (arXiv 2012.09841), the f16 configuration of its released code, sizes of a PeCo
-        stand-in; gumbel: its f8; vqkd: BEiT v2 (arXiv 2208.06366); dvae: DALL-E (arXiv 2102.12092).
+    Of a kind that tells none, the images at either end and the search for the nearest code alone.
     """
-    grid = image_px // tokenizer.stride_px
-    parts = {
-        "vqgan": (_encoder, _decoder),
-        "gumbel": (_gumbel_encoder, _decoder),
-        "vqkd": (_vqkd_encoder, _vqkd_decoder),
-        "dvae": (_dvae_encoder, _nothing),
-    }
-    encoder, decoder = parts[tokenizer.kind]
-    searched = tokenizer.channels * tokenizer.channel_mults[-1] if tokenizer.kind == "dvae" else tokenizer.code_dim
-    return TokenizerCost(
-        encoder=encoder(tokenizer, image_px),
-        decoder=decoder(tokenizer, image_px),
-        codebook_elements=tokenizer.num_codes * (2 * tokenizer.code_dim + 1)
-        if tokenizer.kind in ("vqgan", "vqkd")
-        else 0,
-        search_macs=grid**2 * searched * tokenizer.num_codes,
-    )
+    cost = TOKENIZERS[tokenizer.kind].cost
+    if cost is not None:
+        return cost(tokenizer, image_px)
+    codes = (image_px // tokenizer.stride_px) ** 2
+    image = Cost(saved=IMAGE_CHANNELS * image_px**2)
+    return TokenizerCost(image, image, 0, codes * tokenizer.code_dim * tokenizer.num_codes, known=False)
 
 
-def _nothing(tokenizer: TokenizerSettings, image_px: int) -> Cost:
-    return Cost()
-
-
-def _gumbel_encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
-    """VQGAN's, with a layer of logits behind it."""
-    return _encoder(tokenizer, image_px) + Cost(
-        (tokenizer.code_dim + 1) * tokenizer.num_codes, 0, tokenizer.code_dim * (image_px // tokenizer.stride_px) ** 2
-    )
-
-
-def _dvae_encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
-    """Blocks of four convolutions at a quarter of the width, and pooling between two groups."""
-    width, size = tokenizer.channels, image_px
-    cost = _conv(IMAGE_CHANNELS, width, 7, size)
-    for level, mult in enumerate(tokenizer.channel_mults):
-        out = tokenizer.channels * mult
-        for _ in range(tokenizer.blocks_per_level):
-            hidden = out // 4
-            cost += (
-                _conv(width, hidden, 3, size) + _conv(hidden, hidden, 3, size).times(2) + _conv(hidden, out, 1, size)
-            )
-            cost += _conv(width, out, 1, size) if width != out else Cost()
-            width = out
-        size //= 1 if level == len(tokenizer.channel_mults) - 1 else 2
-    return cost + Cost((width + 1) * tokenizer.num_codes, 0, width * size**2)
-
-
-def _vqkd_encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
-    vit = tokenizer.vit
-    grid = image_px // vit.patch_px
-    return _patch_transformer(
-        IMAGE_CHANNELS, grid, vit.patch_px, vit.width, vit.depth, int(vit.width * vit.mlp_ratio)
-    ) + _tanh_head(vit.width, tokenizer.code_dim, grid**2)
-
-
-def _vqkd_decoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
-    vit = tokenizer.vit
-    grid = image_px // vit.patch_px
-    blocks = _patch_transformer(
-        tokenizer.code_dim, grid, 1, vit.decoder_width, vit.decoder_depth, int(vit.decoder_width * vit.mlp_ratio)
-    )
-    return blocks + _tanh_head(vit.decoder_width, vit.target_width, grid**2)
-
-
-def _patch_transformer(channels: int, grid: int, patch_px: int, width: int, depth: int, hidden: int) -> Cost:
-    """A ViT with absolute positions and a class token, without layer scale, down to its normed patch tokens.
-
-    What a block keeps: `mim_activation_bytes`.
-    """
-    patches, tokens = grid**2, grid**2 + 1
-    embedding = Cost(
-        channels * patch_px**2 * width + width,
-        patches * channels * patch_px**2 * width,
-        channels * (grid * patch_px) ** 2,
-    )
-    positions_and_norm = Cost((tokens + 1) * width + 2 * width, 0, tokens * width + patches * width)
-    block = Cost(
-        4 * width**2 + 3 * width + 2 * width * hidden + hidden + width + 4 * width,
-        tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width,
-        tokens * (8 * width + 2 * hidden),
-    )
-    return embedding + block.times(depth) + positions_and_norm
-
-
-def _tanh_head(width: int, out: int, positions: int) -> Cost:
-    """Linear, tanh, linear at every position; keeps the input, tanh's output, and the output."""
-    return Cost(
-        width**2 + width + width * out + out, positions * (width**2 + width * out), positions * (2 * width + out)
-    )
-
-
-def _encoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
-    widths = [tokenizer.channels * multiplier for multiplier in tokenizer.channel_mults]
-    cost, width, size = _conv(IMAGE_CHANNELS, tokenizer.channels, 3, image_px), tokenizer.channels, image_px
-    for level, out in enumerate(widths):
-        last = level == len(widths) - 1
-        for _ in range(tokenizer.blocks_per_level):
-            cost += _residual(width, out, size)
-            width = out
-            if last and tokenizer.attention:
-                cost += _attention(width, size)
-        if not last:
-            cost += _conv(width, width, 3, size // 2, in_size=size)
-            size //= 2
-    cost += _middle(tokenizer, width, size)
-    cost += _norm_swish(width, size) + _conv(width, tokenizer.z_channels, 3, size)
-    return cost + _conv(tokenizer.z_channels, tokenizer.code_dim, 1, size)
-
-
-def _decoder(tokenizer: TokenizerSettings, image_px: int) -> Cost:
-    widths = [tokenizer.channels * multiplier for multiplier in tokenizer.channel_mults]
-    width, size = widths[-1], image_px // tokenizer.stride_px
-    cost = _conv(tokenizer.code_dim, tokenizer.z_channels, 1, size) + _conv(tokenizer.z_channels, width, 3, size)
-    cost += _middle(tokenizer, width, size)
-    for level, out in reversed(list(enumerate(widths))):
-        for _ in range(tokenizer.blocks_per_level + 1):
-            cost += _residual(width, out, size)
-            width = out
-            if level == len(widths) - 1 and tokenizer.attention:
-                cost += _attention(width, size)
-        if level:
-            size *= 2
-            cost += _conv(width, width, 3, size)
-    return cost + _norm_swish(width, size) + _conv(width, IMAGE_CHANNELS, 3, size)
-
-
-def _middle(tokenizer: TokenizerSettings, width: int, size: int) -> Cost:
-    cost = _residual(width, width, size).times(2)
-    return cost + _attention(width, size) if tokenizer.attention else cost
-
-
-def _residual(width: int, out: int, size: int) -> Cost:
-    cost = _norm_swish(width, size) + _conv(width, out, 3, size) + _norm_swish(out, size) + _conv(out, out, 3, size)
-    if width != out:
-        # The shortcut's input is the first norm's, kept already.
-        cost += Cost(width * out + out, width * out * size**2)
-    return cost
-
-
-def _attention(width: int, size: int) -> Cost:
-    """Single head over all positions: four 1x1 convolutions.
-
-    Keeps the norm's input, its output, query, key, value and the mixture.
-    """
-    positions = size**2
-    return Cost(
-        2 * width + 4 * (width**2 + width), 4 * width**2 * positions + 2 * positions**2 * width, 6 * width * positions
-    )
-
-
-def _norm_swish(width: int, size: int) -> Cost:
-    return Cost(2 * width, 0, 2 * width * size**2)
-
-
-def _conv(width: int, out: int, kernel: int, size: int, *, in_size: int | None = None) -> Cost:
-    """`size` is the output's side in pixels, and the input's too unless `in_size` is given."""
-    return Cost(kernel**2 * width * out + out, kernel**2 * width * out * size**2, width * (in_size or size) ** 2)
+def objective_cost(recipe: PretrainRecipe) -> ObjectiveCost:
+    """What a recipe's objective costs beside a cross-entropy with hard codes; nothing where it does not tell."""
+    return OBJECTIVES[recipe.objective.name].cost(recipe) or ObjectiveCost()

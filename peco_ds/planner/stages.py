@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from peco_ds.config import FinetuneRecipe, PretrainRecipe, Recipe, RunSettings, TokenizerRecipe, TokenizerSettings
 from peco_ds.durations import Durations, resolve_durations
@@ -16,6 +16,7 @@ from peco_ds.planner.shapes import (
     mim_activation_bytes,
     mim_macs,
     mim_parameters,
+    objective_cost,
     own_bias_bytes,
     tokenizer_cost,
 )
@@ -48,7 +49,7 @@ class Stage:
     """
 
     kind: Kind
-    recipe: Recipe
+    recipe: Any  # which of the recipes, `kind` says
     num_samples: int = IMAGENET_1K_TRAIN
     num_classes: int = IMAGENET_1K_CLASSES
     val_samples: int = IMAGENET_1K_VAL
@@ -110,7 +111,7 @@ class Stage:
             return finetune_segments(self.recipe, self.num_classes)
         if self.kind == "tokenizer":
             return tokenizer_segments(self.recipe)
-        return tokenizing_segments(self.tokenizer, self.recipe.views)
+        return tokenizing_segments(self._tokenizer, self.recipe.views)
 
     @cached_property
     def parameters(self) -> int:
@@ -128,58 +129,47 @@ class Stage:
 
     @property
     def _tokenizer(self) -> TokenizerSettings:
-        return self.recipe.tokenizer if self.kind == "tokenizer" else self.tokenizer
+        found = self.recipe.tokenizer if self.kind == "tokenizer" else self.tokenizer
+        assert found is not None, self.kind
+        return found
+
+    @property
+    def _sizes(self) -> dict:
+        """What the formulas of a transformer take beside its model: head, masked patches, variant."""
+        if self.kind == "fine-tuning":
+            # a classifier's head sees one token an image
+            return dict(num_codes=self.num_classes, masked=1)
+        recipe = self.recipe
+        variant = dict(encoding=recipe.encoding, aggregation=recipe.aggregation)
+        return dict(num_codes=recipe.objective.num_codes, masked=recipe.mask.count, **variant)
 
     @cached_property
     def model_flops(self) -> float:
         """FLOP of one image, forward and backward: the numerator of MFU.
 
-        Recomputation is not counted, nor what subsets of stochastic depth leave out; a judge or teacher
-        is. Of tokenizing, forward alone."""
+        Recomputation is not counted, nor what subsets of stochastic depth leave out; a judge or teacher and the
+        objective are. Of tokenizing, forward alone. 0 for a tokenizer of a kind that does not tell its cost.
+        """
         recipe = self.recipe
+        if self.kind == "tokenizer" and not tokenizer_cost(recipe.tokenizer, recipe.views.tokenizer_px).known:
+            return 0.0
         if self.kind in ("tokenizer", "tokenizing") or recipe.model.drop_path_by == "subset":
             return sum(segment.model_flops for segment in self.segments)
-        if self.kind == "pre-training":
-            macs = mim_macs(
-                recipe.model,
-                num_codes=recipe.objective.num_codes,
-                masked=recipe.mask.count,
-                encoding=recipe.encoding,
-                aggregation=recipe.aggregation,
-            )
-        else:
-            macs = mim_macs(recipe.model, num_codes=self.num_classes, masked=1)
-        return macs.training_flops
+        flops = mim_macs(recipe.model, **self._sizes).training_flops
+        return flops + objective_cost(recipe).model_flops if self.kind == "pre-training" else flops
 
     @cached_property
     def activation_bytes(self) -> float:
         """Device memory of one image between its forward and its backward pass."""
-        run = self.run
-        if self.kind == "pre-training":
-            recipe = self.recipe
-            sizes = dict(
-                num_codes=recipe.objective.num_codes,
-                masked=recipe.mask.count,
-                encoding=recipe.encoding,
-                aggregation=recipe.aggregation,
-            )
-            return mim_activation_bytes(
-                recipe.model, checkpointing=run.activation_checkpointing, precision=run.precision, **sizes
-            ).total
-        if self.kind == "fine-tuning":
-            return mim_activation_bytes(
-                self.recipe.model,
-                num_codes=self.num_classes,
-                masked=1,
-                checkpointing=run.activation_checkpointing,
-                precision=run.precision,
-            ).total
-        cost = tokenizer_cost(self._tokenizer, self.recipe.views.tokenizer_px)
+        run, recipe = self.run, self.recipe
+        if self.kind in ("pre-training", "fine-tuning"):
+            how: dict[str, Any] = dict(checkpointing=run.activation_checkpointing, precision=run.precision)
+            return mim_activation_bytes(recipe.model, **self._sizes, **how).total
+        cost = tokenizer_cost(self._tokenizer, recipe.views.tokenizer_px)
         if self.kind == "tokenizer":
-            return (cost.encoder.saved + cost.decoder.saved) * ELEMENT_BYTES[run.precision] + frozen_net_bytes(
-                self.recipe
-            ).a_image
-        return LAYERS_ALIVE * cost.encoder.saved * ELEMENT_BYTES[self.recipe.views.tokenizer_precision]
+            saved = (cost.encoder.saved + cost.decoder.saved) * ELEMENT_BYTES[run.precision]
+            return saved + frozen_net_bytes(recipe).a_image
+        return LAYERS_ALIVE * cost.encoder.saved * ELEMENT_BYTES[recipe.views.tokenizer_precision]
 
     @cached_property
     def fixed_bytes(self) -> float:
@@ -216,11 +206,16 @@ class Stage:
         return augment.mix_probability > 0 and (augment.mixup > 0 or augment.cutmix > 0)
 
 
-def training_flops(recipe: Recipe, num_classes: int = IMAGENET_1K_CLASSES) -> float:
-    """`Stage.model_flops` of a training's recipe: what its MFU counts."""
+def stage_of(recipe: Recipe, num_samples: int = IMAGENET_1K_TRAIN, **more) -> Stage:
+    """The stage that trains by a recipe; `more` as `Stage` takes it."""
     kinds: dict[type, Kind] = {
         PretrainRecipe: "pre-training",
         FinetuneRecipe: "fine-tuning",
         TokenizerRecipe: "tokenizer",
     }
-    return Stage(kinds[type(recipe)], recipe, num_classes=num_classes).model_flops
+    return Stage(kinds[type(recipe)], recipe, num_samples, **more)
+
+
+def training_flops(recipe: Recipe, num_classes: int = IMAGENET_1K_CLASSES) -> float:
+    """As `mfu.training_flops`, by its old name; to be removed with its last caller."""
+    return stage_of(recipe, num_classes=num_classes).model_flops

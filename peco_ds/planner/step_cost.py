@@ -1,22 +1,27 @@
 """Seconds of an optimiser step, in closed form.
 
+A pass of a segment takes what its products need at the share of the peak that they reach, and what else it reads and
+writes at the memory's pace; a stream runs one kernel after another, so the times are added. A pass that is shorter than
+what the host needs to launch its kernels takes that long.
+
 A rank has two queues: what it computes (segments of the forward pass, then of the backward pass, of each micro-batch)
 and its collectives, which NCCL runs one after another on one communicator, in the order in which they were posted.
 DeepSpeed 0.19.8 posts and awaits them so:
 
-  gather, overlapping       posted where the pass of the segment begins in which the host asks for it (the prefetch);
-  the segment it serves waits for it
-  gather, not overlapping   posted where its own segment would begin: nothing hides it
-  reduction, overlapping    posted when its segment's backward pass is over; awaited at the end of the micro-batch,
-  where DeepSpeed waits for all it has posted reduction, not            posted there too, and the next segment waits
-  after the step            nothing hides it
+  gather, overlapping         posted where the pass of the segment begins in which the host asks for it (the prefetch);
+                              the segment it serves waits for it
+  gather, not overlapping     posted where its own segment would begin: nothing hides it
+  reduction, overlapping      posted when its segment's backward pass is over; awaited at the end of the micro-batch,
+                              where DeepSpeed waits for all it has posted
+  reduction, not overlapping  posted there too, and the next segment waits
+  after the step              nothing hides it
 
 The step is then the longest path through both queues. A path that leaves the computation at one point, runs through a
 chain of collectives and comes back at a later point costs, beyond the computation, `sum of the chain - what is computed
-between the two points`; the exposed time is the largest sum that chains which
-follow one another reach. Three simple cases: all hidden but the first gather and what is left of the last reduction
-(compute-bound); all of the collectives less all of the computation between the first call and the last
-(communication-bound); every collective (nothing overlaps).
+between the two points`; the exposed time is the largest sum that chains which follow one another reach. Three simple
+cases: all hidden but the first gather and what is left of the last reduction (compute-bound); all of the collectives
+less all of the computation between the first call and the last (communication-bound); every collective (nothing
+overlaps).
 
 Contention: a running collective keeps `contention` of a GPU's multiprocessors busy, so what a pass computes beside it
 takes longer by that share of the hidden time. The longest path is taken again with the pass so much longer, until the
@@ -24,8 +29,11 @@ hidden time no longer changes.
 
 Stragglers: a synchronous step lasts as long as its slowest rank. Each rank's passes are taken to vary by `noise` about
 their mean, independently; until a collective makes all ranks wait, the noise of several passes adds up as its square
-root. The slowest of n ranks is `expected_maximum(n)` deviations slow, and the
-same longest path is taken with the computation so much longer: where the links set the pace, a slow rank costs little.
+root. The slowest of n ranks is `expected_maximum(n)` deviations slow, and the same longest path is taken with the
+computation so much longer: where the links set the pace, a slow rank costs little.
+
+A simulation that plays every rank's queues (tests/step_simulation.py) agrees within 1.8 % on 288 steps of 1 to 1024
+GPUs (benchmarks/plan_simulate_202611.md).
 """
 
 from __future__ import annotations
@@ -35,14 +43,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
-from peco_ds.planner.compute import SegmentSeconds
+from peco_ds.errors import UserError
 from peco_ds.planner.hardware import Hardware
 from peco_ds.planner.network import collective_seconds
 from peco_ds.planner.traffic import Collective
+from peco_ds.planner.work import Segment, Work
 
+PACES = ("slow", "typical", "fast")
+
+# Of what products reach. Assumed: a convolution of 128 to 512 channels is a product with a shared dimension of nine
+# times that, but gathers its operand, and eager PyTorch keeps maps channels first, which cuDNN turns round; ResNet-50's
+# published training rates on these cards are a quarter of their peak, with its norms.
+CONVOLUTION_SHARE = {"slow": 0.45, "typical": 0.60, "fast": 0.80}
+# In float32 attention's kernels and the products use the same units; assumed half of what products reach, for short
+# rows.
+FP32_ATTENTION_SHARE = 0.5
+# Of a machine's memory_share. Assumed: the share is that of long copies; sums over the rows of a batch and kernels of
+# odd widths reach less.
+MEMORY_PACE = {"slow": 0.85, "typical": 1.0, "fast": 1.08}
+# Seconds the host needs for one kernel. Assumed: a CUDA launch costs about 4 microseconds, an operator of eager PyTorch
+# with autograd and an engine's hooks up to twice that.
+LAUNCH_S = {"slow": 10e-6, "typical": 6e-6, "fast": 4e-6}
+# AdamW with float32 moments and weights, fused: gradient, weight and both moments read (16), the last three written
+# (12), the 16-bit copy (2); before it the gradient's norm and its scaling (12).
+OPTIMIZER_BYTES = 42
+# An offloaded optimiser. Assumed: the CPU's AdamW reaches half of the 600 GB/s of two sockets with eight channels of
+# DDR5 each; pinned copies between a GPU and its host reach 25 GB/s, all of PCIe 4 and half of PCIe 5. A gradient of 4 B
+# goes down, a weight of 2 comes back.
+HOST_MEMORY_BYTES_S, HOST_LINK_BYTES_S, OFFLOADED_BYTES = 300e9, 25e9, 4 + 2
 # Standard deviation of a rank's pass over ranks and passes. Assumed: on five clusters the same program's time varied by
 # 8% over GPUs of one model (at most 22%; Sinha et al., SC22, arXiv 2208.11035), taken for the span of some hundred
-# GPUs, which is five to six deviations. Single GPUs were up to 1.5 times slower: simulate_step's slow_nodes.
+# GPUs, which is five to six deviations. Single GPUs were up to 1.5 times slower: slow_node.
 NOISE = 0.015
 # Assumed: an all-gather on an H100 was seen to hold 24 of its 132 multiprocessors (NVIDIA developer forum, topic
 # 337991). A product that fills all of them exactly took nearly twice as long beside it there; blocks' products fill
@@ -53,8 +84,69 @@ _ROUNDS = 4
 
 
 @dataclass(frozen=True)
+class SegmentSeconds:
+    """Of one micro-batch in one segment."""
+
+    forward: float
+    backward: float
+
+
+def segment_seconds(
+    segment: Segment, images: int, hardware: Hardware, precision: str, pace: str = "typical"
+) -> SegmentSeconds:
+    """Seconds of one micro-batch in one segment, forward and backward.
+
+    Args:
+        images: of the micro-batch.
+        precision: of the run; a segment that computes in another one says so itself.
+        pace: one of PACES.
+    Raises: UserError if the machine has no peak in that precision.
+    """
+    assert pace in PACES, pace
+    used = segment.precision or precision
+    return SegmentSeconds(
+        *(work_seconds(work, images, hardware, used, pace) for work in (segment.forward, segment.backward))
+    )
+
+
+def work_seconds(work: Work, images: int, hardware: Hardware, precision: str, pace: str = "typical") -> float:
+    """Of one pass of `images`."""
+    if precision not in hardware.peak_flops:
+        raise UserError(f"{hardware.name} has no peak_flops in {precision}; known: {', '.join(hardware.peak_flops)}")
+    place = PACES.index(pace)
+    peak, share = hardware.peak_flops[precision], hardware.product_share[place]
+    attention_share = FP32_ATTENTION_SHARE * share if precision == "fp32" else hardware.attention_share[place]
+    computing = (
+        (work.products - work.attention) / share
+        + work.attention / attention_share
+        + work.convolutions / (CONVOLUTION_SHARE[pace] * share)
+    )
+    moving = (work.moved_bytes * images + work.pass_bytes) / (
+        hardware.memory_bytes_s * hardware.memory_share * MEMORY_PACE[pace]
+    )
+    return max(images * computing / peak + moving, work.kernels * LAUNCH_S[pace])
+
+
+def optimizer_seconds(num_parameters: float, hardware: Hardware) -> float:
+    """Seconds of the optimiser's own work on this rank's `num_parameters` of the parameters: it only reads and
+    writes.
+    """
+    return num_parameters * OPTIMIZER_BYTES / (hardware.memory_bytes_s * hardware.memory_share)
+
+
+def offloaded_optimizer_seconds(num_parameters: float, ranks_per_node: int) -> float:
+    """The same where optimiser and moments lie on the host: its memory is shared by the ranks of a node."""
+    return num_parameters * (
+        OPTIMIZER_BYTES * ranks_per_node / HOST_MEMORY_BYTES_S + OFFLOADED_BYTES / HOST_LINK_BYTES_S
+    )
+
+
+# ------------------------------------------------------------------------ the longest path of a step
+
+
+@dataclass(frozen=True)
 class StepInputs:
-    """What closed form and simulation start from."""
+    """What the closed form starts from."""
 
     segments: tuple[SegmentSeconds, ...]  # of one micro-batch, in running order
     collectives: tuple[Collective, ...]  # of the whole optimiser step
@@ -68,6 +160,8 @@ class StepInputs:
     contention: float = CONTENTION
     # of the bandwidths that collectives usually reach
     link_share: float = 1.0
+    # how many times as long one node computes as the others
+    slow_node: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +208,13 @@ def closed_form(inputs: StepInputs) -> StepCost:
         late, lost = added(queue, 1.0)
         exposed, contended = exposed + late, contended + lost
         if queue or (inputs.collectives and micro_step == inputs.micro_steps - 1):
-            stretch = 1 + inputs.noise * expected_maximum(inputs.ranks) * _of_several(forward, backward, waiting)
+            together = _of_several(forward, backward, waiting)
+            stretch = 1 + inputs.noise * expected_maximum(inputs.ranks) * together
+            if inputs.slow_node > 1:
+                # the slowest rank is one of the slow node's, if that is slower still
+                its_ranks = min(inputs.ranks, inputs.hardware.gpus_per_node)
+                slowest_there = 1 + inputs.noise * expected_maximum(its_ranks) * together
+                stretch = max(stretch, inputs.slow_node * slowest_there)
             slowest += waiting * stretch * passes + sum(added(queue, stretch))
             waiting = 0
     slowest += waiting * passes + after

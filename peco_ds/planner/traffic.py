@@ -4,16 +4,17 @@ The rules are those of DeepSpeed 0.19.8, read in its source (`stage3.py`, `parti
 `stage_1_and_2.py`, `bf16_optimizer.py`, `engine.py`) and held against what its engine asks of the process group
 (tests/test_traffic.py). In steady state, from the third step on:
 
-  ZeRO-0, and ZeRO-1 in bf16 with gradients summed in fp32   all-reduces at the end of the last backward pass, of 5e8
-  elements and more each; no key changes that ZeRO-1 else                                                all-reduces of
-  buckets in the last micro-step alone; without `overlap_comm` all of them at its end ZeRO-2
-  the same in every micro-step; `use_multi_rank_bucket_allreduce` false: a reduce to each owner instead,
-                                                             before each of which the host waits for the device
-  ZeRO-1 and 2, after the step                               one gather a parameter group, however large:
-      `allgather_bucket_size` has no say where the process group gathers into one tensor, as NCCL and gloo do; a norm a
-      group (not in the first case), an overflow flag
-  ZeRO-3                                                     weights gathered in every micro-step, gradients
-  reduce-scattered in every micro-step; a norm a group
+  ZeRO-0, and ZeRO-1 in bf16 with     all-reduces at the end of the last backward pass, of 5e8 elements and more each;
+  gradients summed in fp32            no key changes that
+  ZeRO-1 else                         all-reduces of buckets in the last micro-step alone; without `overlap_comm` all of
+                                      them at its end
+  ZeRO-2                              the same in every micro-step; `use_multi_rank_bucket_allreduce` false: a reduce to
+                                      each owner instead, before each of which the host waits for the device
+  ZeRO-1 and 2, after the step        one gather a parameter group, however large (`allgather_bucket_size` has no say
+                                      where the process group gathers into one tensor, as NCCL and gloo do); a norm a
+                                      group (not in the first case), an overflow flag
+  ZeRO-3                              weights gathered in every micro-step, gradients reduce-scattered in every
+                                      micro-step; a norm a group
 
 ZeRO-3 asks for a prefetch at every module it enters, so it runs ahead by one bucket a module and not by one bucket in
 all, as far as `stage3_max_live_parameters` allows. A block's weights stay from its forward to its backward pass if what
@@ -173,10 +174,8 @@ def _estimated_modules(segment: Segment, place: int, segments: int) -> list[list
     tensors = [TrainedTensor(count, decays=count >= min(width**2, largest)) for count in elements]
     if len(tensors) >= BLOCK_TENSORS:
         return [tensors]
-    vectors, others = (
-        [tensor for tensor in tensors if tensor.elements == width],
-        [tensor for tensor in tensors if tensor.elements != width],
-    )
+    vectors = [tensor for tensor in tensors if tensor.elements == width]
+    others = [tensor for tensor in tensors if tensor.elements != width]
     if place == 0 and segments > 1 and others:
         # The model itself with its class and mask token; the patch embedding, its convolution, its norm (none); the
         # bias table, if it is here.
@@ -230,7 +229,6 @@ class _Network:
         for tensor in self.tensors:
             by_group.setdefault(tensor.group, []).append(tensor)
         self.groups = [by_group[group] for group in sorted(by_group)]
-        self.last = max((tensor.segment for tensor in self.tensors), default=0)
 
 
 class _Step:
@@ -239,9 +237,9 @@ class _Step:
         self.zero = ds_config.get("zero_optimization", {})
         self.stage = zero_stage(ds_config)
         self.precision, self.element = precision, ELEMENT_BYTES[precision]
-        self.reduced = DTYPE_BYTES.get(ds_config.get("communication_data_type"), 4)
+        self.reduced = DTYPE_BYTES.get(str(ds_config.get("communication_data_type")), 4)
         summed = ds_config.get("data_types", {}).get("grad_accum_dtype")
-        self.summed = DTYPE_BYTES.get(summed, 4 if self.stage else self.element)
+        self.summed = DTYPE_BYTES.get(str(summed), 4 if self.stage else self.element)
         self.flagged = precision == "fp16" or (
             precision == "bf16" and ds_config.get("bf16", {}).get("check_grad_overflow", self.stage in (1, 2))
         )
@@ -255,12 +253,8 @@ class _Step:
         return found + ([self._after("all_reduce", NORM_BYTES)] if self.precision == "fp32" and self.clips else [])
 
     def stage_1_or_2(self) -> list[Collective]:
-        if (
-            self.stage == 1
-            and self.precision == "bf16"
-            and self.summed == 4
-            and not offloads(self.zero, "offload_optimizer")
-        ):
+        offloaded = offloads(self.zero, "offload_optimizer")
+        if self.stage == 1 and self.precision == "bf16" and self.summed == 4 and not offloaded:
             found = self._after_backward(self._whole_reductions(self._group_elements()))
         else:
             found = self._bucket_reductions() + self._flag() + self._norms()
@@ -269,11 +263,10 @@ class _Step:
     def stage_3(self) -> list[Collective]:
         kept = zero_number(self.zero, "stage3_param_persistence_threshold", PERSISTENCE)
         persistent = [tensor for tensor in self.network.tensors if tensor.elements <= kept]
+        kept_whole = {tensor.number for tensor in persistent}
         found = []
         for micro_step in range(self.micro_steps):
-            found += _Gathers(
-                self.network, self.zero, {tensor.number for tensor in persistent}, self._gathered, micro_step
-            ).run()
+            found += _Gathers(self.network, self.zero, kept_whole, self._gathered, micro_step).run()
             found += self._scattered(micro_step)
         if self.precision == "fp16":
             found += self._flag()
@@ -324,7 +317,9 @@ class _Step:
 
     def _buckets(self, order: Sequence[_Tensor]) -> list[tuple[list[_Tensor], int]]:
         """Tensors that are reduced together, and the segment in whose backward pass the bucket was found full."""
-        calls, bucket, filled = [], [], 0
+        calls: list[tuple[list[_Tensor], int]] = []
+        bucket: list[_Tensor] = []
+        filled = 0
         for tensor in order:
             if bucket and filled + tensor.elements > self.bucket:
                 calls.append((bucket, tensor.segment))
@@ -343,32 +338,18 @@ class _Step:
             and not self.zero.get("use_multi_rank_bucket_allreduce", True)
         )
         owned = self._owned() if to_owners else {}
-        found = []
-        for micro_step in range(self.micro_steps if self.stage == 2 else 1):
-            micro_step = micro_step if self.stage == 2 else self.micro_steps - 1
+        last, found = self.micro_steps - 1, []
+        for micro_step in range(self.micro_steps) if self.stage == 2 else [last]:
             for bucket, segment in self._buckets(order):
-                shares = {0: sum(tensor.elements for tensor in bucket)}
-                if to_owners:
-                    shares = {}
-                    for tensor in bucket:
-                        for owner, elements in owned[tensor.number]:
-                            shares[owner] = shares.get(owner, 0) + elements
-                for elements in shares.values():
-                    num_bytes = elements * self.reduced
-                    if at_end:
-                        found.append(self._after("all_reduce", num_bytes))
-                    else:
-                        found.append(
-                            Collective(
-                                "reduce" if to_owners else "all_reduce",
-                                num_bytes,
-                                "backward",
-                                segment,
-                                micro_step,
-                                self._overlaps(),
-                                segment,
-                            )
-                        )
+                shares: dict[int, int] = {}
+                for tensor in bucket:
+                    for owner, elements in owned[tensor.number] if to_owners else [(0, tensor.elements)]:
+                        shares[owner] = shares.get(owner, 0) + elements
+                if at_end:
+                    found += [self._after("all_reduce", elements * self.reduced) for elements in shares.values()]
+                    continue
+                operation: Operation = "reduce" if to_owners else "all_reduce"
+                found += [self._reduction(operation, elements, segment, micro_step) for elements in shares.values()]
         return found
 
     def _owned(self) -> dict[int, list[tuple[int, int]]]:
@@ -388,28 +369,21 @@ class _Step:
         return found
 
     def _scattered(self, micro_step: int) -> list[Collective]:
-        order = []
+        order: list[_Tensor] = []
         for module in reversed(self.network.modules):
             # A block's gradients are taken when its backward pass is over, group by group.
-            order += (
-                sorted(module.tensors, key=lambda tensor: (tensor.group, tensor.number))
-                if module.unit
-                else module.tensors[::-1]
-            )
-        operation = "reduce_scatter" if self.zero.get("reduce_scatter", True) else "all_reduce"
+            by_group = sorted(module.tensors, key=lambda tensor: (tensor.group, tensor.number))
+            order += by_group if module.unit else module.tensors[::-1]
+        operation: Operation = "reduce_scatter" if self.zero.get("reduce_scatter", True) else "all_reduce"
         padded = self._padded if operation == "reduce_scatter" else int
         return [
-            Collective(
-                operation,
-                self.reduced * sum(padded(tensor.elements) for tensor in bucket),
-                "backward",
-                segment,
-                micro_step,
-                self._overlaps(),
-                segment,
-            )
+            self._reduction(operation, sum(padded(tensor.elements) for tensor in bucket), segment, micro_step)
             for bucket, segment in self._buckets(order)
         ]
+
+    def _reduction(self, operation: Operation, elements: int, segment: int, micro_step: int) -> Collective:
+        num_bytes = self.reduced * elements
+        return Collective(operation, num_bytes, "backward", segment, micro_step, self._overlaps(), segment)
 
 
 class _Gathers:
@@ -450,7 +424,7 @@ class _Gathers:
         if not tensors:
             return
         self._available |= {tensor.number: tensor.elements for tensor in tensors}
-        when = "forward" if needed < self._forward else "backward"
+        when: Literal["forward", "backward"] = "forward" if needed < self._forward else "backward"
         segment = self._order[needed].segment
         asked_segment = self._order[asked].segment
         # the backward pass begins at the other end

@@ -4,15 +4,14 @@ Products and convolutions are counted as `shapes.py` counts them. Beside them st
 read off models/vit.py, models/attention.py, models/mim.py and the objectives, kernel by kernel (`block_kernels`): every
 one reads its inputs from device memory and writes its outputs there. Eager runs one kernel an operation; torch.compile
 makes one of what lies between two products, and reads a row once for a norm and what follows it. Operands of the
-products
-themselves are left out: their kernels load them while they multiply.
+products themselves are left out: their kernels load them while they multiply. What a kind of tokenizer, a frozen
+network or an objective computes is told by its descriptor (`peco_ds.costs`).
 
 Letters: N patches, T tokens, D width, F hidden width, H heads, M masked patches, V codes, E bytes of an activation.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -25,23 +24,16 @@ from peco_ds.config import (
     RunSettings,
     TokenizerRecipe,
     TokenizerSettings,
-    TokenizerVitSettings,
     ViewSettings,
 )
-from peco_ds.planner.shapes import (
-    ELEMENT_BYTES,
-    FLOPS_PER_MAC,
-    IMAGE_CHANNELS,
-    Cost,
-    relative_positions,
-    tokenizer_cost,
-)
+from peco_ds.costs import FLOPS_PER_MAC, FP32_BYTES, IMAGE_CHANNELS, Blocks, Cost, FrozenCost, ObjectiveCost, conv
+from peco_ds.planner.shapes import ELEMENT_BYTES, objective_cost, relative_positions, tokenizer_cost
+from peco_ds.registry import TOKENIZERS, family_of
 from peco_ds.schedules import images_taken
 
 # autocast: eager, weights and residual stream in float32, products in 16 bits
 Kernels = Literal["compiled", "eager", "autocast"]
 
-FP32_BYTES = 4
 # models/attention.py: rows of the bias start at multiples of ALIGNMENT elements; its gradient is summed some images
 # at a time, of at most SUM_BYTES.
 ALIGNMENT, SUM_BYTES = 16, 2**27
@@ -101,10 +93,21 @@ class Segment:
     # a network beside the model, whose FLOP are not the model's
     frozen: bool = False
 
+    def plus(self, forward: Work, backward: Work) -> Segment:
+        return replace(self, forward=self.forward + forward, backward=self.backward + backward)
+
     @property
     def model_flops(self) -> float:
         """FLOP of one image's forward and backward pass, recomputation not counted."""
         return self.forward.flops + self.backward.flops - self.recomputed.flops
+
+
+def _trained(
+    name: str, elements: tuple[int, ...], element: int, forward: Work, backward: Work, again: Work = Work()
+) -> Segment:
+    """A segment whose trained tensors are listed: their gradients are summed once a pass."""
+    summed = Work(pass_bytes=gradient_sum_bytes(sum(elements), element))
+    return Segment(name, sum(elements), len(elements), forward, backward + summed, again, elements)
 
 
 def model_flops(segments: Iterable[Segment]) -> float:
@@ -149,25 +152,15 @@ class BlockShape:
         scale.
         """
         width, hidden = self.width, self.hidden
-        found = [width] * 4 + [
-            width,
-            width,
-            3 * width * width,
-            width * width,
-            width,
-            hidden * width,
-            hidden,
-            width * hidden,
-            width,
-        ]
-        return tuple(found + [width, width] if self.scaled else found)
+        norms, biases, scales = [width] * 4, [width] * 2, [width] * 2 if self.scaled else []
+        products = [3 * width * width, width * width, width, hidden * width, hidden, width * hidden, width]
+        return tuple(norms + biases + products + scales)
 
 
 @dataclass(frozen=True)
 class Kernel:
     """Some kernels of one kind in a block's pass that only move data."""
 
-    what: str
     launches: float
     moved_bytes: float  # of one image
     # False: on the residual stream, for every image
@@ -191,41 +184,41 @@ def _eager(block: BlockShape) -> tuple[list[Kernel], list[Kernel]]:
     # under autocast layer scale is a product with float32 weights
     S = R if scaled else E
     forward = [
-        Kernel("norms: read, write", 2, 2 * row * 2 * R),
-        Kernel("query, key and value bias put together", 3, 0),
-        Kernel("GELU: read, write", 1, hidden_row * 2 * E),
-        Kernel("sums with the residual stream: read both, write", 2, 2 * row * (2 * R + S), in_branch=False),
+        # norms: read, write
+        Kernel(2, 2 * row * 2 * R),
+        # query, key and value bias put together
+        Kernel(3, 0),
+        # GELU: read, write
+        Kernel(1, hidden_row * 2 * E),
+        # sums with the residual stream: read both, write
+        Kernel(2, 2 * row * (2 * R + S), in_branch=False),
     ]
     backward = [
-        Kernel("gradients of both paths into a sum: read both, write", 2, 2 * row * 3 * R, in_branch=False),
-        Kernel("GELU: read gradient and input, write", 1, hidden_row * 3 * E),
-        Kernel("norms: read gradient and input, write; read both again for weight and bias", 4, 2 * row * 5 * R),
+        # gradients of both paths into a sum: read both, write
+        Kernel(2, 2 * row * 3 * R, in_branch=False),
+        # GELU: read gradient and input, write
+        Kernel(1, hidden_row * 3 * E),
+        # norms: read gradient and input, write; read both again for weight and bias
+        Kernel(4, 2 * row * 5 * R),
     ]
     if block.trained:
-        backward.append(
-            Kernel(
-                "gradients of the biases: read gradients of query, key, value, projection, MLP",
-                4,
-                (5 * row + hidden_row) * E,
-            )
-        )
+        # gradients of the biases: read gradients of query, key, value, projection, MLP
+        backward.append(Kernel(4, (5 * row + hidden_row) * E))
     if autocast:
-        forward.append(Kernel("norms' outputs cast to 16 bits", 2, 2 * row * (R + E)))
-        backward.append(Kernel("gradients of norms' outputs cast to float32", 2, 2 * row * (R + E)))
+        # norms' outputs cast to 16 bits; their gradients cast to float32
+        forward.append(Kernel(2, 2 * row * (R + E)))
+        backward.append(Kernel(2, 2 * row * (R + E)))
         if not scaled:
-            backward.append(Kernel("gradients of branches cast to 16 bits", 2, 2 * row * (R + E)))
+            # gradients of branches cast to 16 bits
+            backward.append(Kernel(2, 2 * row * (R + E)))
     if scaled:
-        forward.append(Kernel("layer scale: read, write", 2, 2 * row * (E + S)))
-        backward.append(
-            Kernel(
-                "layer scale: gradient times scale; gradient times branch, and its sum",
-                6,
-                2 * row * ((R + E) + (R + E + R) + R),
-            )
-        )
+        # layer scale: read, write; gradient times scale, gradient times branch, and its sum
+        forward.append(Kernel(2, 2 * row * (E + S)))
+        backward.append(Kernel(6, 2 * row * ((R + E) + (R + E + R) + R)))
     if dropped:
-        forward.append(Kernel("stochastic depth: draws; read, write", 7, 2 * row * 2 * S))
-        backward.append(Kernel("stochastic depth: read, write", 2, 2 * row * 2 * S))
+        # stochastic depth: draws; read, write
+        forward.append(Kernel(7, 2 * row * 2 * S))
+        backward.append(Kernel(2, 2 * row * 2 * S))
     return forward, backward + _attention_moves(block)
 
 
@@ -237,26 +230,26 @@ def _compiled(block: BlockShape) -> tuple[list[Kernel], list[Kernel]]:
     E, row, hidden_row = block.element, block.tokens * block.width, block.tokens * block.hidden
     scale = 1 if block.scaled else 0
     forward = [
-        Kernel("first norm: read, write", 1, row * 2 * E),
-        Kernel("first branch scaled and added, second norm: read branch and stream, write", 1, row * 3 * E),
-        Kernel("GELU: read, write", 1, hidden_row * 2 * E),
-        Kernel("both branches scaled and added: read them and the stream, write", 1, row * 4 * E, in_branch=False),
+        # first norm: read, write
+        Kernel(1, row * 2 * E),
+        # first branch scaled and added, second norm: read branch and stream, write
+        Kernel(1, row * 3 * E),
+        # GELU: read, write
+        Kernel(1, hidden_row * 2 * E),
+        # both branches scaled and added: read them and the stream, write
+        Kernel(1, row * 4 * E, in_branch=False),
     ]
     backward = [
-        Kernel(
-            "second branch: gradient read for the bias; scaled, and with the branch for the scale",
-            1 + 2 * scale,
-            row * (1 + 4 * scale) * E,
-        ),
-        Kernel("GELU: read gradient and input, write; bias", 2, hidden_row * 4 * E),
-        Kernel(
-            "second norm, sum with the residual stream, first branch scaled; sums for weights, biases, "
-            "scale read again",
-            3 + 2 * scale,
-            row * (8 + 4 * scale) * E,
-        ),
-        Kernel("query, key and value bias", 1, row * 3 * E),
-        Kernel("first norm, sum with the residual stream; sums for weight and bias read again", 2, row * 6 * E),
+        # second branch: gradient read for the bias; scaled, and with the branch for the scale
+        Kernel(1 + 2 * scale, row * (1 + 4 * scale) * E),
+        # GELU: read gradient and input, write; bias
+        Kernel(2, hidden_row * 4 * E),
+        # second norm, sum with the residual stream, first branch scaled; sums for weights, biases, scale read again
+        Kernel(3 + 2 * scale, row * (8 + 4 * scale) * E),
+        # query, key and value bias
+        Kernel(1, row * 3 * E),
+        # first norm, sum with the residual stream; sums for weight and bias read again
+        Kernel(2, row * 6 * E),
     ]
     return forward, backward + _attention_moves(block)
 
@@ -264,28 +257,17 @@ def _compiled(block: BlockShape) -> tuple[list[Kernel], list[Kernel]]:
 def _attention_moves(block: BlockShape) -> list[Kernel]:
     """Of the backward pass: the attention operator is opaque to the compiler, so it costs the same either way."""
     E, row = block.element, block.tokens * block.width
-    found = [Kernel("gradients of query, key and value copied together", 3, row * 6 * E)]
-    if block.bias == "none":
-        return found
+    # gradients of query, key and value copied together
+    found = [Kernel(3, row * 6 * E)]
     if block.bias == "image":
-        return [
-            *found,
-            Kernel(
-                "gradient of the bias: written, read, and added to that of the other blocks",
-                2,
-                block.scores * (2 + 3) * E,
-            ),
-        ]
-    padded = block.heads * block.tokens * _aligned(block.tokens)
-    together = max(1, SUM_BYTES // (padded * E))
-    return [
-        *found,
-        Kernel(
-            "gradient of the bias: written once an image, read, summed some images at a time",
-            3,
-            2 * padded * E + 4 * FP32_BYTES * block.scores / together,
-        ),
-    ]
+        # gradient of the bias: written, read, and added to that of the other blocks
+        found.append(Kernel(2, block.scores * (2 + 3) * E))
+    elif block.bias != "none":
+        padded = block.heads * block.tokens * _aligned(block.tokens)
+        together = max(1, SUM_BYTES // (padded * E))
+        # gradient of the bias: written once an image, read, summed some images at a time
+        found.append(Kernel(3, 2 * padded * E + 4 * FP32_BYTES * block.scores / together))
+    return found
 
 
 def _aligned(tokens: int) -> int:
@@ -342,8 +324,8 @@ def _table_bytes(block: BlockShape) -> tuple[float, float]:
     """Of the bias, once a pass.
 
     Forward: cast, padded, and for a table of the block's own spread out. Backward: the same casts, zeros for its
-    gradient, and that added to the
-    other blocks' or summed into the table."""
+    gradient, and that added to the other blocks' or summed into the table.
+    """
     if block.bias in ("none", "image"):
         return 0.0, 0.0
     padded = block.heads * block.tokens * _aligned(block.tokens)
@@ -393,13 +375,8 @@ def pretrain_segments(recipe: PretrainRecipe) -> tuple[Segment, ...]:
     table = relative_positions(model.grid) * model.heads
     embedding = _embedding(model, element, (_patch_weights(model), width, width, width, table))
     spread = 3 * FP32_BYTES * model.heads * (patches + 1) ** 2
-    embedding = replace(
-        embedding,
-        forward=embedding.forward + Work(pass_bytes=spread),
-        backward=embedding.backward + Work(pass_bytes=spread + SORT_BYTES * (patches + 1) ** 2),
-    )
-    head = _head(recipe, width, patches + 1, (2 if extra else 1) * masked, element)
-    return (embedding, *blocks, head)
+    embedding = embedding.plus(Work(pass_bytes=spread), Work(pass_bytes=spread + SORT_BYTES * (patches + 1) ** 2))
+    return (embedding, *blocks, *_heads(recipe, width, patches + 1, (2 if extra else 1) * masked, element))
 
 
 def finetune_segments(recipe: FinetuneRecipe, num_classes: int) -> tuple[Segment, ...]:
@@ -413,18 +390,13 @@ def finetune_segments(recipe: FinetuneRecipe, num_classes: int) -> tuple[Segment
     flops = FLOPS_PER_MAC * width * num_classes
     row = tokens * width * element
     elements = (width, width, width * num_classes, num_classes)
-    head = Segment(
+    moved = row + num_classes * 20
+    head = _trained(
         "head",
-        sum(elements),
-        len(elements),
-        forward=Work(products=flops, moved_bytes=row + num_classes * 20, kernels=15),
-        backward=Work(
-            products=2 * flops,
-            moved_bytes=row + num_classes * 20,
-            kernels=25,
-            pass_bytes=gradient_sum_bytes(sum(elements), element),
-        ),
-        tensor_elements=elements,
+        elements,
+        element,
+        Work(products=flops, moved_bytes=moved, kernels=15),
+        Work(products=2 * flops, moved_bytes=moved, kernels=25),
     )
     return (_embedding(model, element, (_patch_weights(model), width, width)), *blocks, head)
 
@@ -482,54 +454,43 @@ def _embedding(model: ModelSettings, element: int, elements: tuple[int, ...], *,
     flops = FLOPS_PER_MAC * patches * _patch_weights(model)
     row, image = patches * width * element, IMAGE_CHANNELS * model.image_px**2
     moves = 4 if mask_tokens else 2
-    return Segment(
+    return _trained(
         "embedding",
-        sum(elements),
-        len(elements),
-        forward=Work(convolutions=flops, moved_bytes=image * (FP32_BYTES + element) + moves * row, kernels=14),
+        elements,
+        element,
+        Work(convolutions=flops, moved_bytes=image * (FP32_BYTES + element) + moves * row, kernels=14),
         # The image wants no gradient: the weight's alone.
-        backward=Work(
-            convolutions=flops,
-            moved_bytes=(moves + 1) * row,
-            kernels=12 + 2 * len(elements),
-            pass_bytes=gradient_sum_bytes(sum(elements), element),
-        ),
-        tensor_elements=elements,
+        Work(convolutions=flops, moved_bytes=(moves + 1) * row, kernels=12 + 2 * len(elements)),
     )
 
 
-def _head(recipe: PretrainRecipe, width: int, tokens: int, predicted: int, element: int) -> Segment:
-    """Final norm, the masked places picked, token head, cross-entropy and accuracy; of soft codes also the targets."""
-    codes, patches = recipe.objective.num_codes, recipe.model.grid**2
+def _heads(recipe: PretrainRecipe, width: int, tokens: int, predicted: int, element: int) -> list[Segment]:
+    """Final norm, the masked places picked, token head, cross-entropy and accuracy.
+
+    What an objective computes beside them stands before: the last segment is that of the last module.
+    """
+    codes, cost = recipe.objective.num_codes, objective_cost(recipe)
     logits, flops = predicted * codes, FLOPS_PER_MAC * predicted * width * codes
+    row, picked = tokens * width * element, predicted * width * element
     # Logits cast to float32, log-softmax, arg max; backward the loss's gradient, that of log-softmax, cast, the bias's
     # sum.
-    forward_bytes = logits * ((element + FP32_BYTES) + 2 * FP32_BYTES + element)
+    loss_bytes = logits * ((element + FP32_BYTES) + 2 * FP32_BYTES + element)
     backward_bytes = logits * (FP32_BYTES + 3 * FP32_BYTES + (FP32_BYTES + element) + element)
-    kernels, targets = 14, 0.0
-    if recipe.objective.name == "multi_choice":
-        # The dense choices [N, V] in float32, filled, scattered into, read by a product with every masked patch; all of
-        # it again in the backward pass.
-        targets, forward_bytes = (
-            FLOPS_PER_MAC * predicted * patches * codes,
-            forward_bytes + patches * codes * 4 * FP32_BYTES,
-        )
-        backward_bytes, kernels = backward_bytes + forward_bytes, 60
-    row, picked = tokens * width * element, predicted * width * element
-    elements = (width, width, width * codes, codes)
-    return Segment(
+    head = _trained(
         "head",
-        sum(elements),
-        len(elements),
-        forward=Work(products=flops, moved_bytes=2 * row + 2 * picked + forward_bytes, kernels=kernels),
-        backward=Work(
-            products=2 * flops,
-            moved_bytes=6 * row + 3 * picked + backward_bytes,
-            kernels=2 * kernels,
-            pass_bytes=gradient_sum_bytes(sum(elements), element),
-        ),
-        tensor_elements=elements,
+        (width, width, width * codes, codes),
+        element,
+        Work(products=flops, moved_bytes=2 * row + 2 * picked + loss_bytes, kernels=14),
+        Work(products=2 * flops, moved_bytes=6 * row + 3 * picked + backward_bytes, kernels=28),
     )
+    if cost == ObjectiveCost():
+        return [head]
+    again = Work()
+    if cost.recomputed_macs:
+        again = Work(products=FLOPS_PER_MAC * cost.recomputed_macs, moved_bytes=cost.moved_bytes + loss_bytes)
+    forward = Work(FLOPS_PER_MAC * cost.forward_macs, moved_bytes=cost.moved_bytes, kernels=cost.kernels)
+    backward = Work(FLOPS_PER_MAC * cost.backward_macs, kernels=2 * cost.kernels) + again
+    return [Segment("objective", 0, 0, forward, backward, again, precision="fp32"), head]
 
 
 def _visible_segments(recipe: PretrainRecipe) -> tuple[Segment, ...]:
@@ -548,12 +509,8 @@ def _visible_segments(recipe: PretrainRecipe) -> tuple[Segment, ...]:
     # The bias of the visible places: rows, then columns, of the whole one, picked by products with one-hot rows.
     picks = FLOPS_PER_MAC * model.heads * seen * tokens * (tokens + seen)
     picked = (2 * model.heads * seen * tokens + 4 * model.heads * seen**2) * element + 3 * seen * width * element
-    embedding = replace(
-        embedding,
-        forward=embedding.forward + Work(products=picks, moved_bytes=picked, kernels=20),
-        backward=embedding.backward
-        + Work(products=picks, moved_bytes=picked, kernels=20, pass_bytes=SORT_BYTES * tokens**2),
-    )
+    picking = Work(products=picks, moved_bytes=picked, kernels=20)
+    embedding = embedding.plus(picking, picking + Work(pass_bytes=SORT_BYTES * tokens**2))
     encoder = BlockShape(
         seen,
         width,
@@ -580,29 +537,23 @@ def _visible_segments(recipe: PretrainRecipe) -> tuple[Segment, ...]:
     flops = FLOPS_PER_MAC * seen * width * narrow
     elements = (width, width, width * narrow, narrow, narrow, table * encoding.decoder_heads)
     places = tokens * narrow * element
-    between = Segment(
+    between = _trained(
         "decoder's embedding",
-        sum(elements),
-        len(elements),
-        forward=Work(products=flops, moved_bytes=2 * seen * width * element + 6 * places, kernels=12),
-        backward=Work(
+        elements,
+        element,
+        Work(products=flops, moved_bytes=2 * seen * width * element + 6 * places, kernels=12),
+        Work(
             products=2 * flops,
             moved_bytes=5 * seen * width * element + 8 * places,
             kernels=30,
-            pass_bytes=gradient_sum_bytes(sum(elements), element) + SORT_BYTES * tokens**2,
+            pass_bytes=SORT_BYTES * tokens**2,
         ),
-        tensor_elements=elements,
     )
-    return (
-        embedding,
-        *blocks,
-        between,
-        *(
-            _block_segment(f"decoder, block {number}", decoder, None, run, number)
-            for number in range(encoding.decoder_depth)
-        ),
-        _head(recipe, narrow, tokens, masked, element),
-    )
+    decoders = [
+        _block_segment(f"decoder, block {number}", decoder, None, run, number)
+        for number in range(encoding.decoder_depth)
+    ]
+    return (embedding, *blocks, between, *decoders, *_heads(recipe, narrow, tokens, masked, element))
 
 
 # ------------------------------------------------------------------------------------------ tokenizers
@@ -624,47 +575,6 @@ class FrozenBytes:
     a_image: float
 
 
-@dataclass(frozen=True)
-class FrozenVit:
-    """A ViT that judges or teaches, as far as its recipe names it."""
-
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    patch_px: int = 16
-    image_px: int = 224
-
-    def block(self, element: int) -> BlockShape:
-        tokens = (self.image_px // self.patch_px) ** 2 + 1
-        return BlockShape(tokens, self.width, 4 * self.width, self.heads, element, "eager", trained=False)
-
-    @property
-    def parameters(self) -> int:
-        block = 12 * self.width**2 + 13 * self.width
-        tokens = (self.image_px // self.patch_px) ** 2 + 1
-        return self.depth * block + (IMAGE_CHANNELS * self.patch_px**2 + 1 + 1 + tokens + 2) * self.width
-
-
-_VIT_SIZES = {
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "huge": (1280, 32, 16),
-}
-
-
-def _frozen_vit(architecture: str, image_px: int) -> FrozenVit:
-    """By timm's name.
-
-    A file's own sizes are not read, so without a name it is ViT-B/16, that of MoCo v3, DINO and CLIP which the recipes
-    name.
-    """
-    found = re.search(r"(tiny|small|base|large|huge)_patch(\d+)", architecture)
-    width, depth, heads = _VIT_SIZES[found[1]] if found else _VIT_SIZES["base"]
-    return FrozenVit(width, depth, heads, int(found[2]) if found else 16, image_px or 224)
-
-
 def tokenizer_segments(recipe: TokenizerRecipe) -> tuple[Segment, ...]:
     """Encoder, nearest code, decoder.
 
@@ -675,21 +585,9 @@ def tokenizer_segments(recipe: TokenizerRecipe) -> tuple[Segment, ...]:
     """
     tokenizer, size, element = recipe.tokenizer, recipe.views.tokenizer_px, ELEMENT_BYTES[recipe.run.precision]
     cost = tokenizer_cost(tokenizer, size)
-    codes = (size // tokenizer.stride_px) ** 2
-    if tokenizer.kind == "vqkd":
-        vit, grid = tokenizer.vit, size // tokenizer.stride_px
-        encoder = _transformer_segment(
-            "encoder", cost.encoder, vit.depth, _vit_block(vit, grid, element, decoder=False)
-        )
-        decoder = _transformer_segment(
-            "decoder", cost.decoder, vit.decoder_depth, _vit_block(vit, grid, element, decoder=True)
-        )
-    else:
-        encoder = _autoencoder_segment("encoder", tokenizer, cost.encoder, codes, tokenizer.blocks_per_level, element)
-        decoder = _autoencoder_segment(
-            "decoder", tokenizer, cost.decoder, codes, tokenizer.blocks_per_level + 1, element
-        )
-    search = _search_segment(tokenizer, cost.search_macs, codes)
+    encoder = _side("encoder", cost.encoder, cost.encoder_blocks, element)
+    decoder = _side("decoder", cost.decoder, cost.decoder_blocks, element)
+    search = _search_segment(tokenizer, cost.search_macs, (size // tokenizer.stride_px) ** 2)
     critic = [_critic_segment(recipe.adversarial, size, element)] if recipe.adversarial.weight else []
     return (encoder, search, decoder, *critic, *_frozen_segments(recipe))
 
@@ -697,34 +595,13 @@ def tokenizer_segments(recipe: TokenizerRecipe) -> tuple[Segment, ...]:
 def tokenizing_segments(tokenizer: TokenizerSettings, views: ViewSettings) -> tuple[Segment, ...]:
     """Of one view of one image: the encoder and the code of each patch, forward alone; compiled, as on a GPU."""
     size, element = views.tokenizer_px, ELEMENT_BYTES[views.tokenizer_precision]
-    codes = (size // tokenizer.stride_px) ** 2
+    codes, cost = (size // tokenizer.stride_px) ** 2, tokenizer_cost(tokenizer, size)
     # softmax over all codes, and the likeliest of them picked
     soft = codes * tokenizer.num_codes * FP32_BYTES * (6 if views.topk else 0)
-    cost = tokenizer_cost(tokenizer, size)
-    if tokenizer.kind == "vqkd":
-        block = replace(
-            _vit_block(tokenizer.vit, size // tokenizer.stride_px, element, decoder=False), kernels="compiled"
-        )
-        trunk = _transformer_segment("encoder", cost.encoder, tokenizer.vit.depth, block)
-    elif tokenizer.kind == "dvae":
-        trunk = _convolution_segment(
-            "encoder",
-            cost.encoder,
-            0.0,
-            element,
-            convolutions=4 * tokenizer.blocks_per_level * len(tokenizer.channel_mults) + 1,
-            tensors=0,
-            compiled=True,
-        )
-    else:
-        trunk = _autoencoder_segment(
-            "encoder", tokenizer, cost.encoder, codes, tokenizer.blocks_per_level, element, compiled=True
-        )
-    choose = _search_segment(tokenizer, cost.search_macs, codes)
-    choose = replace(choose, forward=choose.forward + Work(moved_bytes=soft))
+    trunk = _side("encoder", cost.encoder, cost.encoder_blocks, element, compiled=True)
+    choose = _search_segment(tokenizer, cost.search_macs, codes).plus(Work(moved_bytes=soft), Work())
     return tuple(
-        replace(segment, parameters=0, tensors=0, backward=Work(), recomputed=Work(), tensor_elements=())
-        for segment in (trunk, choose)
+        Segment(segment.name, 0, 0, segment.forward, Work(), precision=segment.precision) for segment in (trunk, choose)
     )
 
 
@@ -732,134 +609,104 @@ def frozen_net_bytes(recipe: TokenizerRecipe) -> FrozenBytes:
     """Device memory of the judge or teacher: float32 weights.
 
     Of an image, what the judge keeps of the reconstruction for its gradient, or the teacher's features.
-
-    A frozen block keeps no operand of its linear layers: of T D values the inputs of both norms, query, key, value and
-    attention's output; of T F the input of GELU.
     """
-    vit = _frozen_net(recipe)
-    if vit is None:
+    net = _frozen_net(recipe)
+    if net is None:
         return FrozenBytes(0.0, 0.0)
-    tokens = (vit.image_px // vit.patch_px) ** 2 + 1
-    if recipe.tokenizer.kind == "vqkd":
-        working = tokens * 2 * (4 * vit.width) * FP32_BYTES  # of the one layer that runs
-        return FrozenBytes(
-            FP32_BYTES * vit.parameters, working + (tokens - 1) * recipe.tokenizer.vit.target_width * FP32_BYTES
-        )
-    block = tokens * (6 * vit.width + 4 * vit.width) * FP32_BYTES
+    weights = FP32_BYTES * net.parameters
+    if _taught(recipe):
+        codes = (recipe.views.tokenizer_px // recipe.tokenizer.stride_px) ** 2
+        target = codes * recipe.tokenizer.vit.target_width
+        return FrozenBytes(weights, (max(stage.working for stage in net.stages) + target) * FP32_BYTES)
+    blocks = recipe.perceptual.blocks
+    saved = sum(stage.saved for stage in net.stages[: max(blocks, default=0)])
     # features of both images and their difference
-    kept = (tokens - 1) * vit.width * FP32_BYTES * 3 * len(recipe.perceptual.blocks)
-    return FrozenBytes(
-        FP32_BYTES * vit.parameters,
-        max(recipe.perceptual.blocks, default=0) * block + kept + 2 * IMAGE_CHANNELS * vit.image_px**2 * FP32_BYTES,
-    )
+    features = 3 * sum(net.stages[min(number, len(net.stages)) - 1].features for number in blocks)
+    return FrozenBytes(weights, (saved + features + 2 * IMAGE_CHANNELS * net.image_px**2) * FP32_BYTES)
 
 
-def _frozen_net(recipe: TokenizerRecipe) -> FrozenVit | None:
-    if recipe.tokenizer.kind == "vqkd":
-        return _frozen_vit(recipe.teacher.architecture, recipe.teacher.image_px)
-    return _frozen_vit(recipe.perceptual.architecture, recipe.perceptual.image_px) if recipe.perceptual.weight else None
+def _taught(recipe: TokenizerRecipe) -> bool:
+    return TOKENIZERS[recipe.tokenizer.kind].learns_from == "teacher"
+
+
+def _frozen_net(recipe: TokenizerRecipe) -> FrozenCost | None:
+    """None: there is none, or its family does not tell what it costs."""
+    asked = recipe.teacher if _taught(recipe) else recipe.perceptual
+    if not _taught(recipe) and not recipe.perceptual.weight:
+        return None
+    return family_of(asked.weights, asked.architecture).cost(asked.architecture, asked.image_px)
 
 
 def _frozen_segments(recipe: TokenizerRecipe) -> list[Segment]:
-    vit = _frozen_net(recipe)
-    if vit is None:
+    net = _frozen_net(recipe)
+    if net is None:
         return []
-    forward, backward, _ = block_work(vit.block(FP32_BYTES))
-    values = IMAGE_CHANNELS * vit.image_px**2
-    patches = Work(convolutions=FLOPS_PER_MAC * values * vit.width, moved_bytes=6 * values * FP32_BYTES, kernels=10)
-    if recipe.tokenizer.kind == "vqkd":
-        return [Segment("teacher", 0, 0, patches + forward.times(vit.depth), Work(), precision="fp32", frozen=True)]
-    depth = min(vit.depth, max(recipe.perceptual.blocks))
-    return [
-        Segment(
-            "judge",
-            0,
-            0,
-            (patches + forward.times(depth)).times(2),
-            patches + backward.times(depth),
-            precision="fp32",
-            frozen=True,
-        )
-    ]
+    stem = Work(
+        convolutions=FLOPS_PER_MAC * net.stem_macs,
+        moved_bytes=6 * IMAGE_CHANNELS * net.image_px**2 * FP32_BYTES,
+        kernels=10,
+    )
+    taught = _taught(recipe)
+    asked = net.stages if taught else net.stages[: max(recipe.perceptual.blocks)]
+    forward, backward = stem, stem
+    for stage in asked:
+        ahead, back = _frozen_work(stage.layers)
+        forward, backward = forward + ahead, backward + back
+    if taught:
+        return [Segment("teacher", 0, 0, forward, Work(), precision="fp32", frozen=True)]
+    return [Segment("judge", 0, 0, forward.times(2), backward, precision="fp32", frozen=True)]
 
 
-def _vit_block(vit: TokenizerVitSettings, grid: int, element: int, *, decoder: bool) -> BlockShape:
-    width, heads = (vit.decoder_width, vit.decoder_heads) if decoder else (vit.width, vit.heads)
-    return BlockShape(grid**2 + 1, width, int(width * vit.mlp_ratio), heads, element, "eager")
+def _frozen_work(layers: Blocks | Cost) -> tuple[Work, Work]:
+    """Forward, and backward for the gradient of the input alone, in float32 and eager."""
+    if isinstance(layers, Blocks):
+        block = replace(_shape(layers, FP32_BYTES), trained=False)
+        forward, backward, _ = block_work(block)
+        return forward.times(layers.number), backward.times(layers.number)
+    trained = _convolutions("", layers, FP32_BYTES)
+    backward = replace(trained.backward, convolutions=trained.forward.convolutions, pass_bytes=0.0)
+    return trained.forward, backward
 
 
-def _transformer_segment(name: str, cost: Cost, depth: int, block: BlockShape) -> Segment:
-    forward, backward, again = (work.times(depth) for work in block_work(block))
+def _shape(blocks: Blocks, element: int, kernels: Kernels = "eager") -> BlockShape:
+    return BlockShape(blocks.tokens, blocks.width, blocks.hidden, blocks.heads, element, kernels)
+
+
+def _side(name: str, cost: Cost, blocks: Blocks | None, element: int, *, compiled: bool = False) -> Segment:
+    """Encoder or decoder of a tokenizer: transformer blocks with ends, or convolutions."""
+    if blocks is None:
+        return _convolutions(name, cost, element, compiled=compiled)
+    shape = _shape(blocks, element, "compiled" if compiled else "eager")
+    forward, backward, again = (work.times(blocks.number) for work in block_work(shape))
     # patches, and the layers to or from the codes
     rest = FLOPS_PER_MAC * cost.macs - forward.flops
-    row = block.tokens * block.width * block.element
+    row = blocks.tokens * blocks.width * element
     ends = Work(products=rest, moved_bytes=12 * row, kernels=20)
-    return Segment(
-        name,
-        cost.parameters,
-        13 * depth + 10,
-        forward + ends,
-        backward + ends + Work(products=rest, moved_bytes=8 * row, kernels=30),
-        again,
-    )
+    behind = ends + Work(products=rest, moved_bytes=8 * row, kernels=30)
+    return Segment(name, cost.parameters, cost.tensors, forward + ends, backward + behind, again)
 
 
-def _autoencoder_segment(
-    name: str,
-    tokenizer: TokenizerSettings,
-    cost: Cost,
-    positions: int,
-    blocks: int,
-    element: int,
-    *,
-    compiled: bool = False,
-) -> Segment:
-    """One side of VQGAN's autoencoder.
-
-    Args:
-        positions: codes of an image.  blocks: residual blocks a level.
-    """
-    widths = [tokenizer.channels * multiplier for multiplier in tokenizer.channel_mults]
-    # two residual blocks in the middle, and attention between them
-    residual, attending = blocks * len(widths) + 2, blocks + 1 if tokenizer.attention else 0
-    changes = sum(before != after for before, after in zip(widths, widths[1:])) + (
-        name == "encoder" and widths[0] != tokenizer.channels
-    )
-    # changes of size, first and last, to or from the code
-    convolutions = 2 * residual + changes + 2 * attending + len(widths) - 1 + 3
-    norms = 2 * residual + attending + 1
-    quadratic = attending * 2 * FLOPS_PER_MAC * positions**2 * widths[-1]
-    return _convolution_segment(
-        name, cost, quadratic, element, convolutions=convolutions, tensors=2 * (convolutions + norms), compiled=compiled
-    )
-
-
-def _convolution_segment(
-    name: str, cost: Cost, attention: float, element: int, *, convolutions: int, tensors: int, compiled: bool = False
-) -> Segment:
-    """
-    Args:
-        attention: FLOP of query x key and weights x value, an image.
-        convolutions: layers, each with a norm and an activation.
-    """
-    flops, saved = FLOPS_PER_MAC * cost.macs, cost.saved * element
+def _convolutions(name: str, cost: Cost, element: int, *, compiled: bool = False) -> Segment:
+    """Convolutions, each with a norm and an activation, and attention among them."""
+    saved, attention = cost.saved * element, FLOPS_PER_MAC * cost.attention_macs
+    flops = FLOPS_PER_MAC * cost.macs - attention
     forward = Work(
         products=attention,
-        convolutions=flops - attention,
+        convolutions=flops,
         attention=attention,
         moved_bytes=sum((COMPILED_FORWARD if compiled else EAGER_FORWARD).values()) / SAVED_A_LAYER * saved,
-        kernels=(2 if compiled else 5) * convolutions,
+        kernels=(2 if compiled else 5) * cost.convolutions,
     )
     again = Work(products=attention / 2, attention=attention / 2)
     backward = Work(
         products=2.5 * attention,
-        convolutions=2 * (flops - attention),
+        convolutions=2 * flops,
         attention=2.5 * attention,
         moved_bytes=sum(EAGER_BACKWARD.values()) / SAVED_A_LAYER * saved,
-        kernels=10 * convolutions + 2 * tensors,
+        kernels=10 * cost.convolutions + 2 * cost.tensors,
         pass_bytes=gradient_sum_bytes(cost.parameters, element),
     )
-    return Segment(name, cost.parameters, tensors, forward, backward, again)
+    return Segment(name, cost.parameters, cost.tensors, forward, backward, again)
 
 
 def _search_segment(tokenizer: TokenizerSettings, macs: int, codes: int) -> Segment:
@@ -881,15 +728,11 @@ def _critic_segment(adversarial: AdversarialSettings, size: int, element: int) -
     for index, width in enumerate([*widths, 1]):
         stride = 2 if index < adversarial.layers else 1
         smaller = (side + 2 - 4) // stride + 1
-        first_or_last = index in (0, len(widths))
-        parameters = 16 * before * width + (width if first_or_last else 2 * width)
-        cost += Cost(
-            parameters,
-            16 * before * width * smaller**2,
-            before * side**2 + (0 if first_or_last else 2 * width * smaller**2),
-        )
+        layer = conv(before, width, 4, smaller, in_size=side)
+        if index not in (0, len(widths)):
+            # a norm takes the place of the bias
+            layer += Cost(width, 0, 2 * width * smaller**2, tensors=1)
+        cost += layer
         before, side = width, smaller
-    passed = _convolution_segment(
-        "critic", cost, 0.0, element, convolutions=len(widths) + 1, tensors=2 + 3 * adversarial.layers + 2
-    )
+    passed = _convolutions("critic", cost, element)
     return replace(passed, forward=passed.forward.times(3), backward=passed.backward.times(3))

@@ -17,6 +17,7 @@ import torch
 
 from peco_ds.config import RunSettings
 from peco_ds.durations import Durations
+from peco_ds.registry import stat_tags
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.engine import grad_norm, memory_gib
 from peco_ds.runtime.timeline import (
@@ -45,7 +46,6 @@ _TAGS = {
     "loss": "loss/total",
     "accuracy": "tokens/masked_accuracy",
     "aggregated_accuracy": "tokens/aggregated_accuracy",
-    "kept_mass": "tokens/kept_mass",
     "train_top1": "train/top1",
     "lr": "optim/lr",
     "grad_norm": "optim/grad_norm",
@@ -307,10 +307,11 @@ class Meter:
 
     def scalars(self, values: dict[str, float | None], step: int) -> None:
         """Scalars to TensorBoard (rank 0 only; elsewhere nothing)."""
+        tags = stat_tags() | _TAGS
         with self._curves():
             for name, value in values.items():
                 if self._tensorboard is not None and name not in _NO_SCALARS and value is not None:
-                    self._tensorboard.add_scalar(_TAGS.get(name, name if "/" in name else f"loss/{name}"), value, step)
+                    self._tensorboard.add_scalar(tags.get(name, name if "/" in name else f"loss/{name}"), value, step)
 
     @contextmanager
     def _curves(self):

@@ -38,7 +38,7 @@ from peco_ds.data.image_set import BadImages
 from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
 from peco_ds.durations import Durations, micro_steps, resolve_durations
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
-from peco_ds.planner.hardware import hardware_of_device
+from peco_ds.planner import mfu
 from peco_ds.recipe_files import Resolved
 from peco_ds.runtime.checkpoint.files import list_checkpoints
 from peco_ds.runtime.checkpoint.save_restore import Saver, continues, restore
@@ -336,5 +336,4 @@ def peak_flops(world: World, precision: str) -> float:
     """FLOP a second of all ranks' devices by their data sheets; 0 where there is none."""
     if world.device.type != "cuda":
         return 0.0
-    hardware = hardware_of_device(torch.cuda.get_device_name(world.device))
-    return world.size * hardware.peak_flops[precision] if hardware else 0.0
+    return world.size * mfu.peak_flops(torch.cuda.get_device_name(world.device), precision)

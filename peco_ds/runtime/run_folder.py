@@ -24,8 +24,9 @@ from peco_ds.errors import UserError
 from peco_ds.field_marks import AbsentMeans, FreeOnResume, keys_with
 from peco_ds.old_spellings import current_settings
 from peco_ds.recipe_files import Resolved
+from peco_ds.registry import load_extensions
 from peco_ds.runtime.distributed import World
-from peco_ds.schema import read_json, write_json
+from peco_ds.schema import read_json, sha256_of_file, write_json
 from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
 logger = logging.getLogger("peco_ds")
@@ -249,5 +250,10 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
+        **{
+            f"extension {entry}": f"sha256 {sha256_of_file(path)}"
+            for entry, path in load_extensions().items()
+            if path.is_file()
+        },
         "device": device,
     }

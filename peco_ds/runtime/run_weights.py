@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from peco_ds.config import FinetuneRecipe, PretrainRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
+from peco_ds.registry import OBJECTIVES
 from peco_ds.runtime.checkpoint.consolidate import fp32_weights, has_ema
 from peco_ds.runtime.checkpoint.files import (
     FOLDER,
@@ -137,19 +138,16 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
 def _objective(recipe: PretrainRecipe) -> str:
     """The objective of the run, in words."""
-    objective, views, mask, encoding, aggregation = (
+    objective, mask, encoding, aggregation = (
         recipe.objective,
-        recipe.views,
         recipe.mask,
         recipe.encoding,
         recipe.aggregation,
     )
     parts = [objective.name, f"{objective.num_codes} codes"]
-    if objective.name == "multi_choice":
-        parts.append(
-            f"{views.topk} soft ones a patch at temperature {views.topk_temperature:g}, the rest "
-            f"{objective.rest}, omega {objective.omega:g}"
-        )
+    # weights are converted without the file of an objective from outside, too
+    kind = OBJECTIVES.get(objective.name)
+    parts += [words] if kind and (words := kind.words(recipe)) else []
     parts.append(
         f"{'' if mask.exact else 'at most '}{mask.count} of {recipe.model.grid**2} patches masked ({mask.kind})"
     )

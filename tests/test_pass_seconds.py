@@ -8,8 +8,8 @@ import pytest
 
 from peco_ds.config import PretrainRecipe
 from peco_ds.errors import UserError
-from peco_ds.planner.compute import LAUNCH_S, MEMORY_PACE, PACES, optimizer_seconds, segment_seconds, work_seconds
 from peco_ds.planner.hardware import HARDWARE, Hardware
+from peco_ds.planner.step_cost import LAUNCH_S, MEMORY_PACE, PACES, optimizer_seconds, segment_seconds, work_seconds
 from peco_ds.planner.work import Segment, Work, model_flops, pretrain_segments
 from peco_ds.recipe_files import load_recipe
 

@@ -1,10 +1,9 @@
 """A discrete simulation of optimiser steps on up to thousands of ranks, and of a run of days with its saves and
 failures.
 
-Where step_cost.py adds up the longest path, this plays every rank: a list of instructions (compute a segment, post a
-collective, wait for one) made from the same collectives, run by all ranks with passes of their own length. A collective
-starts when every rank has posted it and the one before it is over. What the closed
-form cannot say comes from here: the spread of step times, slow nodes, one node behind a slow link.
+Where the planner's closed forms add up the longest path, this plays every rank: a list of instructions (compute a
+segment, post a collective, wait for one) made from the same collectives, run by all ranks with passes of their own
+length. A collective starts when every rank has posted it and the one before it is over.
 """
 
 from __future__ import annotations

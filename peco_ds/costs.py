@@ -1,0 +1,202 @@
+"""What layers cost, counted from their sizes: the words in which a descriptor tells a planner of its network.
+
+One multiply-accumulate (MAC) is two FLOP. Norms, activations, softmax and biases are left out of the MACs, as is usual;
+all matrix products and convolutions are in, the quadratic part of attention too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+IMAGE_CHANNELS = 3
+FLOPS_PER_MAC = 2
+FP32_BYTES = 4
+# The backward pass computes a gradient for the input and one for the weight of every product. Recomputed activations
+# are not counted: FLOPs are the model's, the convention of MFU.
+TRAINING_OVER_FORWARD = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of some layers, an image."""
+
+    parameters: int = 0
+    macs: int = 0  # of the forward pass
+    saved: int = 0  # elements kept for the backward pass
+    tensors: int = 0  # of parameters
+    convolutions: int = 0
+    attention_macs: int = 0  # of `macs`: query x key and weights x value beside convolutions
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def times(self, count: int) -> Cost:
+        return Cost(*(count * getattr(self, name) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Equal transformer blocks."""
+
+    number: int
+    tokens: int
+    width: int
+    hidden: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class TokenizerCost:
+    """Of a tokenizer, an image.
+
+    `blocks` tell that a side is a transformer, and which of its layers that are; without them it is convolutional.
+    """
+
+    encoder: Cost  # with the layers to the code's dimension
+    # with the layers from it, and those to a teacher's
+    decoder: Cost
+    # codes, and the moving averages of their counts and sums: buffers, not parameters
+    codebook_elements: int
+    search_macs: int  # nearest-code search, or the layer of logits
+    encoder_blocks: Blocks | None = None
+    decoder_blocks: Blocks | None = None
+    known: bool = True  # False: of a kind that does not tell its network's
+
+    @property
+    def parameters(self) -> int:
+        return self.encoder.parameters + self.decoder.parameters
+
+    @property
+    def forward_macs(self) -> int:
+        return self.encoder.macs + self.decoder.macs + self.search_macs
+
+    @property
+    def training_flops(self) -> int:
+        """FLOPs of an image's forward and backward pass, without frozen networks and the critic.
+
+        The search has no backward.
+        """
+        return FLOPS_PER_MAC * (TRAINING_OVER_FORWARD * (self.encoder.macs + self.decoder.macs) + self.search_macs)
+
+
+@dataclass(frozen=True)
+class FrozenStage:
+    """What a frozen network computes up to the next place where its features can be taken, an image.
+
+    Args:
+        layers: transformer blocks, or convolutions.
+        saved: elements kept where a gradient goes back to the image; no operand of a frozen layer is.
+        working: elements alive at once where none does.
+        features: elements of the features taken there.
+    """
+
+    layers: Blocks | Cost
+    saved: int
+    working: int
+    features: int
+
+
+@dataclass(frozen=True)
+class FrozenCost:
+    """A frozen network that judges or teaches, as far as its recipe names it.
+
+    `stem_macs` come before the first stage.
+    """
+
+    parameters: int
+    image_px: int
+    stem_macs: int
+    stages: tuple[FrozenStage, ...]
+
+
+@dataclass(frozen=True)
+class ObjectiveCost:
+    """What an objective costs beside a cross-entropy with hard codes, an image.
+
+    Args:
+        recomputed_macs: of forward_macs, those that the backward pass computes again; what the loss moves is then moved
+            again too.
+        moved_bytes: read and written by the forward pass.
+        kernels: more than a cross-entropy's, of the forward pass.
+    """
+
+    forward_macs: int = 0
+    backward_macs: int = 0
+    recomputed_macs: int = 0
+    moved_bytes: int = 0
+    kernels: int = 0
+
+    @property
+    def model_flops(self) -> int:
+        """FLOP of forward and backward pass, recomputation not counted."""
+        return FLOPS_PER_MAC * (self.forward_macs + self.backward_macs)
+
+
+# ---------------------------------------------------------------------------------------------- layers
+
+
+def conv(width: int, out: int, kernel: int, size: int, *, in_size: int | None = None) -> Cost:
+    """`size` is the output's side in pixels, and the input's too unless `in_size` is given."""
+    weights = kernel**2 * width * out
+    return Cost(weights + out, weights * size**2, width * (in_size or size) ** 2, tensors=2, convolutions=1)
+
+
+def shortcut(width: int, out: int, size: int) -> Cost:
+    """A 1x1 convolution where the width changes; its input is the first norm's, kept already."""
+    return Cost(width * out + out, width * out * size**2, tensors=2, convolutions=1) if width != out else Cost()
+
+
+def norm_swish(width: int, size: int) -> Cost:
+    return Cost(2 * width, 0, 2 * width * size**2, tensors=2)
+
+
+def residual(width: int, out: int, size: int) -> Cost:
+    """Norm, swish, 3x3, twice."""
+    layers = norm_swish(width, size) + conv(width, out, 3, size) + norm_swish(out, size) + conv(out, out, 3, size)
+    return layers + shortcut(width, out, size)
+
+
+def attention(width: int, size: int) -> Cost:
+    """Single head over all positions, four 1x1 convolutions in two layers.
+
+    Keeps the norm's input, its output, query, key, value and the mixture.
+    """
+    positions = size**2
+    quadratic = 2 * positions**2 * width
+    return Cost(
+        2 * width + 4 * (width**2 + width),
+        4 * width**2 * positions + quadratic,
+        6 * width * positions,
+        tensors=6,
+        convolutions=2,
+        attention_macs=quadratic,
+    )
+
+
+def patch_transformer(channels: int, patch_px: int, blocks: Blocks) -> Cost:
+    """A ViT with absolute positions and a class token, without layer scale, down to its normed patch tokens.
+
+    What a block keeps: `planner.shapes.mim_activation_bytes`.
+    """
+    tokens, width, hidden = blocks.tokens, blocks.width, blocks.hidden
+    patches, patch = tokens - 1, channels * patch_px**2
+    embedding = Cost(patch * width + width, patches * patch * width, patches * patch)
+    positions_and_norm = Cost((tokens + 1) * width + 2 * width, 0, tokens * width + patches * width)
+    block = Cost(
+        4 * width**2 + 3 * width + 2 * width * hidden + hidden + width + 4 * width,
+        tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width,
+        tokens * (8 * width + 2 * hidden),
+        tensors=13,
+    )
+    ends = Cost(tensors=6)  # patches, class token, positions, norm
+    return embedding + block.times(blocks.number) + positions_and_norm + ends
+
+
+def tanh_head(width: int, out: int, positions: int) -> Cost:
+    """Linear, tanh, linear at every position; keeps the input, tanh's output, and the output."""
+    return Cost(
+        width**2 + width + width * out + out,
+        positions * (width**2 + width * out),
+        positions * (2 * width + out),
+        tensors=4,
+    )
