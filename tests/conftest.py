@@ -288,10 +288,10 @@ LONGEST_FIRST = (
     *("test_convert_checkpoint", "test_many_ranks", "test_elastic", "test_evaluate", "test_stopping"),
     *("test_linear_probe", "test_benchmarks_many_ranks", "test_benchmarks_launch", "test_benchmarks_collectives"),
     *("test_benchmarks_data_scale", "test_benchmarks_step", "test_benchmarks_peers", "test_benchmarks_data"),
-    *("test_benchmarks_tokenizing", "test_benchmarks_plan_engine", "test_benchmarks_plan_simulate"),
+    *("test_benchmarks_tokenizing", "test_benchmarks_plan_engine"),
     *("test_benchmarks_plan_step", "test_benchmarks_plan_world", "test_command_line", "test_bad_input"),
     *("test_tokenize_shards", "test_step_guard", "test_fast_step", "test_run", "test_token_parts", "test_watchdog"),
-    *("test_around_steps", "test_loaders", "test_import_tokenizer", "test_distributed", "test_rank_log"),
+    *("test_registry", "test_loaders", "test_import_tokenizer", "test_distributed", "test_rank_log"),
 )
 # What is made for them takes many seconds, and what needs them starts processes or trains.
 COSTLY_FIXTURES = {"small_sets", "labelled_sets", "cluster"}
