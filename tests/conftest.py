@@ -281,22 +281,29 @@ def make_labelled_sets(real_data: RealData, root: Path) -> LabelledSets:
     return LabelledSets(root, 4, 25, [f"data.root={root}", *SMALL_CLASSIFIER])
 
 
-# Minutes are won where the longest files begin first and the short ones fill up the end. Those that are not named take
-# less than ten seconds.
-LONGEST_FIRST = ()
+# Files that start processes, train, or draw many examples. Minutes are won where the longest begin first and the short
+# ones fill up the end.
+LONGEST_FIRST = (
+    *("test_slurm", "test_faults", "test_pretrain", "test_finetune", "test_parsers", "test_train_tokenizer"),
+    *("test_convert_checkpoint", "test_many_ranks", "test_elastic", "test_evaluate", "test_stopping"),
+    *("test_linear_probe", "test_benchmarks_many_ranks", "test_benchmarks_launch", "test_benchmarks_collectives"),
+    *("test_benchmarks_data_scale", "test_benchmarks_step", "test_benchmarks_peers", "test_benchmarks_data"),
+    *("test_benchmarks_tokenizing", "test_benchmarks_plan_engine"),
+    *("test_benchmarks_plan_step", "test_benchmarks_plan_world", "test_command_line", "test_bad_input"),
+    *("test_tokenize_shards", "test_step_guard", "test_fast_step", "test_run", "test_token_parts", "test_watchdog"),
+    *("test_registry", "test_loaders", "test_import_tokenizer", "test_distributed", "test_rank_log"),
+)
 # What is made for them takes many seconds, and what needs them starts processes or trains.
 COSTLY_FIXTURES = {"small_sets", "labelled_sets", "cluster"}
 
 
-# A wrapper comes before all others: pytest-xdist's worker reads the groups, `-m` reads the marks.
+# A wrapper comes before all others, so that `-m` finds the mark.
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """A file runs whole on one of the workers, the longest first; what needs a costly fixture is slow."""
+    """The longest files come first; what needs a costly fixture is slow."""
     rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-        if COSTLY_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if item.path.stem in rank or COSTLY_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     return (yield)

@@ -20,5 +20,5 @@ if grep -q '^\[tool.mypy\]' pyproject.toml; then
     mypy peco_ds
 fi
 # Files stay whole, the longest come first (tests/conftest.py).
-exec python -m pytest -rs --durations=10 -n "${PECO_TEST_WORKERS:-2}" --dist loadgroup --no-loadscope-reorder \
+exec python -m pytest -rs --durations=10 -n "${PECO_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
     "${chosen[@]}" "$@"

@@ -8,7 +8,7 @@ from peco_ds.evaluation.forward import forward_images_per_s
 
 def test_throughput_is_images_over_time_and_the_slow_first_pass_is_not_in_it(monkeypatch):
     sizes, now = [], [0.0]
-    monkeypatch.setattr("peco_ds.evaluation.throughput.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("peco_ds.evaluation.forward.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def forward(images):
         now[0] += 0.02 if sizes else 0.5
