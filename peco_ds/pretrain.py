@@ -64,15 +64,16 @@ def train(args, resolved) -> int:
     from peco_ds.objectives import build_objective
     from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.run import START_UP, Run
-    from peco_ds.runtime.token_source import open_tokens, token_provenance
+    from peco_ds.runtime.token_source import find_tokens, open_tokens, token_provenance
 
     START_UP.ends("imports")
     cfg = resolved.recipe
     objective = build_objective(cfg.objective)
     images = ImageSet(data_path(cfg.data, cfg.data.images))
+    found = find_tokens(cfg, images, tokenizer_named="data.tokenizer" in resolved.sources)
     with Run.start(args, resolved, "pretrain", images) as run:
-        tokens = open_tokens(cfg, images, run.world, tokenizer_named="data.tokenizer" in resolved.sources)
-        run.record(token_provenance(cfg, tokens))
+        run.record(token_provenance(cfg, found))
+        tokens = open_tokens(found, cfg, images, run.world)
         run.seed_weights()
         model = build_mim(
             cfg.model,

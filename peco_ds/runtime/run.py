@@ -5,11 +5,11 @@ the engine and takes up the newest checkpoint. In between the stage opens what n
 data come from. The loop stays in the stage's file:
 
     with Run.start(args, resolved, "pretrain", images) as run:
-        tokens = open_tokens(cfg, images, run.world)
-        run.record(token_provenance(cfg, tokens))
+        run.record(token_provenance(cfg, found))
+        tokens = open_tokens(found, cfg, images, run.world)
         run.seed_weights()
-        run.attach(build_mim(cfg), leaf_modules=(TransformerBlock,))
-        batches = masked_batches(images, tokens, run.positions(), ...)
+        run.attach(build_mim(...), training_flops=training_flops(cfg), leaf_modules=(TransformerBlock,))
+        batches = masked_batches(images, tokens, run.positions(), cfg, run.world.device, run.bad_images)
         for step in run.steps():
             for batch in run.micro_batches(batches):
                 outputs = run.engine(batch.images_norm, batch.masked)

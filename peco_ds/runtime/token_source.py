@@ -24,35 +24,47 @@ from peco_ds.runtime.engine import compiles
 logger = logging.getLogger("peco_ds")
 
 
-def open_tokens(
-    recipe: PretrainRecipe, images: ImageSet, world: World, *, tokenizer_named: bool
-) -> TokenSet | Callable[[torch.Tensor], Codes]:
-    """The token set that the recipe names, or a function images_11 [B, 3, T, T] -> Codes for data.tokens = online.
-
-    Files are compared with their manifests before the first step; the ranks share the hashing.
+def find_tokens(recipe: PretrainRecipe, images: ImageSet, *, tokenizer_named: bool) -> TokenSet | TokenizerCard:
+    """The token set that the recipe names or, for data.tokens = online, the card of its tokenizer. Needs no ranks.
 
     Args:
         tokenizer_named: data.tokenizer was set by the user, so that it has to be there.
-    Raises: UserError naming what is missing, damaged, or belongs to other images or another tokenizer.
+    Raises: UserError naming what is missing, or belongs to other images or another tokenizer.
     """
     data = recipe.data
     tokenizer = data_path(data, data.tokenizer)
-    if not tokenizer.exists() and data.tokens != ONLINE and not tokenizer_named:
-        logger.warning("data.tokenizer %s is not there: which tokenizer made the tokens is not checked", tokenizer)
-    check_shared(images.shards, "all" if data.verify == "all" else "size", world)
     if data.tokens == ONLINE:
-        return online_tokenizer(tokenizer, recipe, world.device)
-    tokens = TokenSet(
+        card = read_card(tokenizer)
+        check_pair(card, recipe, str(tokenizer))
+        return card
+    if not tokenizer.exists() and not tokenizer_named:
+        logger.warning("data.tokenizer %s is not there: which tokenizer made the tokens is not checked", tokenizer)
+    return TokenSet(
         data_path(data, data.tokens),
         images.manifest,
         num_codes=recipe.objective.num_codes,
         grid=recipe.model.grid,
         views=recipe.views,
-        # Where the tokenizer does not exist, any fingerprint that the tokens record is accepted.
+        # Without the tokenizer at hand the tokens' own record of it is all there is to go by.
         tokenizer_fingerprint=read_card(tokenizer).fingerprint if tokenizer_named or tokenizer.exists() else None,
     )
-    check_shared(tokens.shards, "size" if data.verify == "size" else "all", world)
-    return tokens
+
+
+def open_tokens(
+    found: TokenSet | TokenizerCard, recipe: PretrainRecipe, images: ImageSet, world: World
+) -> TokenSet | Callable[[torch.Tensor], Codes]:
+    """What `find_tokens` found, ready to be read: the token set, or a function images_11 [B, 3, T, T] -> Codes.
+
+    The shards on disk are compared with their manifests; the ranks share the hashing. Collective.
+
+    Raises: UserError naming a shard that is missing or damaged.
+    """
+    data = recipe.data
+    check_shared(images.shards, "all" if data.verify == "all" else "size", world)
+    if not isinstance(found, TokenSet):
+        return online_tokenizer(data_path(data, data.tokenizer), recipe, world.device)
+    check_shared(found.shards, "size" if data.verify == "size" else "all", world)
+    return found
 
 
 def token_provenance(recipe: PretrainRecipe, tokens) -> dict:
