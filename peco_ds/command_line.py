@@ -28,7 +28,7 @@ from peco_ds.errors import (
     env_rank,
     notice,
 )
-from peco_ds.recipe_files import Resolved, load_recipe
+from peco_ds.recipe_files import R, Resolved, load_recipe
 
 logger = logging.getLogger("peco_ds")
 
@@ -120,8 +120,8 @@ def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None)
 
 
 def parse_stage(
-    parser: argparse.ArgumentParser, recipe_type: type, argv: list[str] | None
-) -> tuple[argparse.Namespace, Resolved]:
+    parser: argparse.ArgumentParser, recipe_type: type[R], argv: list[str] | None
+) -> tuple[argparse.Namespace, Resolved[R]]:
     """Arguments and the resolved recipe; runs before torch is imported, so a misspelt key answers at once."""
     args = parser.parse_intermixed_args(argv)
     resolved = load_recipe(recipe_type, args.recipe, args.overrides)

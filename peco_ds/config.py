@@ -31,6 +31,8 @@ NotNegative = Annotated[float, Bounds(at_least=0)]
 Share = Annotated[float, Bounds(at_least=0, at_most=1)]
 ShareAboveZero = Annotated[float, Bounds(above=0, at_most=1)]
 ShareBelowOne = Annotated[float, Bounds(at_least=0, below=1)]
+# Which weights of a run that kept a moving average. auto: the average where there is one.
+Average = Literal["auto", "ema", "raw"]
 # V, codes of a codebook.
 NumCodes = Annotated[int, Bounds(at_least=1, at_most=65536, because="codes are stored as uint16")]
 
@@ -447,7 +449,7 @@ class InitSettings:
     # scratch.
     weights: str = ""
     # Which weights of a fine-tuning run. auto: the moving average where the run kept one.
-    average: Literal["auto", "ema", "raw"] = "auto"
+    average: Average = "auto"
     # Mean and deviation of the images that the weights expect. half: 0.5 and 0.5. auto: as their config says, else
     # ImageNet's.
     statistics: Literal["auto", "imagenet", "half"] = "auto"
@@ -577,4 +579,6 @@ class ProbeRecipe:
     probe: ProbeSettings = field(default_factory=ProbeSettings)
 
 
-Recipe = PretrainRecipe | TokenizerRecipe | FinetuneRecipe | ProbeRecipe
+# What a run of the training engine reads; a stage outside the package brings a class with the same sections.
+TrainingRecipe = PretrainRecipe | TokenizerRecipe | FinetuneRecipe
+Recipe = TrainingRecipe | ProbeRecipe

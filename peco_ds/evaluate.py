@@ -188,7 +188,7 @@ def load_classifier(args, classes: tuple[str, ...]):
                 f"--image_px {image_px}: not a multiple of the patch size {weights.model.patch_px} of {weights.source}"
             )
         model = classifier_of(weights, image_px)
-        source = {"source": weights.source, "facts": weights.facts}
+        source, facts = weights.source, weights.facts
     else:
         from peco_ds.models.timm_classifier import load_timm_classifier
 
@@ -203,15 +203,13 @@ def load_classifier(args, classes: tuple[str, ...]):
             loaded.std,
         )
         trained_px = loaded.own_px
-        source = {"source": loaded.source, "facts": {}}
-    check_classes(
-        source["source"], num_classes, names, classes, what=str(args.images), remedy="or fine-tune it on these"
-    )
+        source, facts = loaded.source, {}
+    check_classes(source, num_classes, names, classes, what=str(args.images), remedy="or fine-tune it on these")
     if args.crop is not None:
         crop = args.crop
     elif image_px != trained_px:
         crop = default_crop(image_px)
-    return model, CropSettings(image_px, crop, tuple(mean), tuple(std)), source
+    return model, CropSettings(image_px, crop, tuple(mean), tuple(std)), {"source": source, "facts": facts}
 
 
 # ------------------------------------------------------------------------------------------ tokenizers

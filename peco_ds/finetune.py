@@ -35,7 +35,7 @@ def dry_run(args, resolved) -> int:
     def look(manifest) -> tuple[dict, list[str]]:
         TrainCrop(cfg.augment, cfg.model.image_px)
         sets = {name: data_path(cfg.data, getattr(cfg.data, name)) for name in ("images", "val_images")}
-        classes = labelled_sets(*sets.values())[2] if manifest else ()
+        classes = labelled_sets(sets["images"], sets["val_images"])[2] if manifest else ()
         start = "scratch: init.weights is empty"
         if cfg.init.weights:
             weights = read_start(cfg)

@@ -48,6 +48,7 @@ _FOLDER_ONLY = ("labels", "synsets", "short_side", "quality", "samples_per_shard
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
+    jobs: list[PackJob] | list[IndexJob]
     if args.images is not None:
         images, classes = list_images(args.images, args.labels, args.synsets, args.classes)
         jobs = plan_shards(images, args)
@@ -295,6 +296,7 @@ def _end_with(parent) -> None:
 
 
 def _count_one() -> None:
+    assert _counter is not None
     with _counter.get_lock():
         _counter.value += 1
 

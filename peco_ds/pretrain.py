@@ -87,7 +87,8 @@ def train(args, resolved) -> int:
         for _ in run.steps():
             for batch in run.micro_batches(batches):
                 outputs = run.engine(batch.images_norm, batch.masked)
-                run.backward(*objective(outputs, batch.targets), batch.keys)
+                loss, stats = objective(outputs, batch.targets)
+                run.backward(loss, stats, batch.keys)
             run.finish_step()
     return run.exit_code
 

@@ -39,7 +39,9 @@ def check_bounds(settings, prefix: str = "") -> None:
 
     Raises: UserError naming the first value outside; keys begin with `prefix`.
     """
-    for name, _, marks in settings_fields(type(settings)):
+    # As a plain `type`, since mypy holds type[...] to be unhashable.
+    settings_type: type = type(settings)
+    for name, _, marks in settings_fields(settings_type):
         value = getattr(settings, name)
         if is_dataclass(value):
             check_bounds(value, f"{prefix}{name}.")

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -33,11 +34,15 @@ READERS = {
 }
 
 
+# The type of the recipe in hand.
+R = TypeVar("R", bound=Recipe, covariant=True)
+
+
 @dataclass(frozen=True)
-class Resolved:
+class Resolved(Generic[R]):
     """A recipe with the source of every value that is not a default."""
 
-    recipe: Recipe
+    recipe: R
     sources: dict[str, str]
 
     def as_dict(self) -> dict:
@@ -45,7 +50,7 @@ class Resolved:
         return {"recipe": asdict(self.recipe), "sources": self.sources}
 
 
-def load_recipe(recipe_type: type, path: str | Path, overrides: list[str], environ=os.environ) -> Resolved:
+def load_recipe(recipe_type: type[R], path: str | Path, overrides: list[str], environ=os.environ) -> Resolved[R]:
     """Defaults, environment, recipe file, overrides -> one frozen recipe.
 
     Args:
@@ -77,7 +82,7 @@ def load_recipe(recipe_type: type, path: str | Path, overrides: list[str], envir
         _set(merged, sources, key, parsed, COMMAND_LINE, recipe_type)
     _displace(merged, sources)
     try:
-        recipe: Recipe = TypeAdapter(recipe_type).validate_python(merged)
+        recipe = TypeAdapter(recipe_type).validate_python(merged)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))

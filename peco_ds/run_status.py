@@ -208,11 +208,10 @@ def _start_up(events: list[dict], starts: list[dict]) -> list[str]:
     startup_s = _number(starts[-1], "startup_s") if starts else None
     if startup_s is None:
         return []
-    phases = starts[-1].get("phases_s")
+    found = starts[-1].get("phases_s")
+    phases = found if isinstance(found, dict) else {}
     parts = [
-        f"{name} {spent:.1f} s"
-        for name in (phases if isinstance(phases, dict) else {})
-        if (spent := _number(phases, name)) is not None and spent >= 0.05
+        f"{name} {spent:.1f} s" for name in phases if (spent := _number(phases, name)) is not None and spent >= 0.05
     ]
     line = f"start-up {startup_s:.1f} s" + (f" ({', '.join(parts)})" if parts else "")
     first = [

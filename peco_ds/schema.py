@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -145,6 +145,9 @@ class TokenManifest:
     format_version: int = FORMAT_VERSION
 
 
+_Manifest = TypeVar("_Manifest", ImageManifest, TokenManifest)
+
+
 @contextmanager
 def garbage_collection_paused() -> Iterator[None]:
     """Pause Python's garbage collector.
@@ -162,7 +165,7 @@ def garbage_collection_paused() -> Iterator[None]:
 
 
 @garbage_collection_paused()
-def read_manifest(folder: str | Path, manifest_type: type):
+def read_manifest(folder: str | Path, manifest_type: type[_Manifest]) -> _Manifest:
     """Read and check `folder/manifest.json`.
 
     Raises: UserError if the folder or the manifest is missing, is not JSON, is of another kind or version, misses a
@@ -170,7 +173,7 @@ def read_manifest(folder: str | Path, manifest_type: type):
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
-    kind = manifest_type.__dataclass_fields__["kind"].default
+    kind = manifest_type.kind
     maker = "pack_images.py" if kind == "images" else "tokenize_shards.py"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of {kind} shards; make it with {maker} or correct the path")

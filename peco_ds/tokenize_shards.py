@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             watchdog,
         )
     # No collective from here on: ranks end hours apart, and a process group gives up after minutes.
-    waited_for = range(num_shards)
+    waited_for = list(range(num_shards))
     while args.parts == 1 and world.is_main and not world.stop_seen:
         waited_for = [number for number in waited_for if not parts.is_done(number)]
         if not waited_for:
@@ -173,7 +173,7 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
     )
 
     # Share of each image's softmax mass that the stored soft codes hold.
-    kept = []
+    kept: list[float] = []
     try:
         with ShardWriter(parts) as writer:
             for number in shard_numbers:

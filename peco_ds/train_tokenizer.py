@@ -9,6 +9,7 @@ The last act writes OUT/tokenizer, the release folder that tokenize_shards.py an
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -79,10 +80,11 @@ def train(args, resolved) -> int:
         for step in run.steps():
             for batch in run.micro_batches(batches):
                 outputs = run.engine(batch.images_11)
-                run.backward(*objective(outputs, batch.images_11, step), batch.keys)
+                loss, stats = objective(outputs, batch.images_11, step)
+                run.backward(loss, stats, batch.keys)
             applied = run.step_applied()
             counts = tokenizer.codebook.update(world.all_reduce, applied=applied)
-            run.finish_step(lambda counts=counts, applied=applied: usage(counts) if applied else {})
+            run.finish_step(partial(usage, counts) if applied else dict)
             # A stop has seconds: the next start measures in its place.
             if evaluation.is_due(step + 1) and not run.stopping:
                 evaluation.measure(step + 1)
@@ -100,6 +102,7 @@ def release(out: Path, cfg: TokenizerRecipe, quality: dict[str, float], judged: 
     from peco_ds.runtime.checkpoint.files import newest_whole, read_progress
 
     checkpoint = newest_whole(out)
+    assert checkpoint is not None, f"{out}: the last step was saved"
     progress = read_progress(checkpoint)
     weights = {
         name.removeprefix("tokenizer."): tensor

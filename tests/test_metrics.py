@@ -50,11 +50,25 @@ class Ranks:
         return [value, *self.others]
 
 
+_meters: list[Meter] = []
+
+
+@pytest.fixture(autouse=True)
+def closed_meters():
+    """Files of meters that a test leaves open, as a killed run does, are closed after it."""
+    yield
+    while _meters:
+        made = _meters.pop()
+        if made._file is not None:
+            made._file.close()
+
+
 def meter(folder, world=None, *, first_step=0, every=10, **options) -> Meter:
     run = RunSettings(global_batch=8, log_every_steps=every)
-    return Meter(
-        folder, world or Ranks(), first_step=first_step, durations=DURATIONS, run=run, num_samples=80, **options
+    _meters.append(
+        Meter(folder, world or Ranks(), first_step=first_step, durations=DURATIONS, run=run, num_samples=80, **options)
     )
+    return _meters[-1]
 
 
 def train(meter: Meter, steps, *, skip=(), passes: int = 2) -> None:

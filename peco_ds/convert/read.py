@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from timm.models.beit import Beit
 
-from peco_ds.config import ModelSettings
+from peco_ds.config import Average, ModelSettings
 from peco_ds.convert import to_hf, to_unilm
 from peco_ds.convert.release import CONFIG, WEIGHTS
 from peco_ds.convert.resample import grid_of
@@ -50,9 +50,9 @@ def read_weights(
     path: str | Path,
     *,
     layout: Layout = "auto",
-    average: Literal["auto", "ema", "raw"] = "auto",
+    average: Average = "auto",
     statistics: Literal["auto", "imagenet", "half"] = "auto",
-    read_run: Callable[[Path, str], BeitWeights] | None = None,
+    read_run: Callable[[Path, Average], BeitWeights] | None = None,
 ) -> BeitWeights:
     """Weights in the canonical form, in the dtype they are stored in.
 
@@ -76,7 +76,9 @@ def read_weights(
     return replace(weights, mean=mean, std=std)
 
 
-def _read(path: Path, layout: Layout, average: str, read_run: Callable[[Path, str], BeitWeights] | None) -> BeitWeights:
+def _read(
+    path: Path, layout: Layout, average: Average, read_run: Callable[[Path, Average], BeitWeights] | None
+) -> BeitWeights:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; correct the path")
     found = _layout_of(path, layout)
@@ -101,6 +103,7 @@ def _layout_of(path: Path, wanted: Layout) -> Layout:
             raise UserError(f"{path}: a file, not a run folder; give the --out folder of a training run")
         return wanted
     config = _json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    found: Layout
     if any((path / name).is_file() for name in _RUN_FILES):
         found = "run"
     elif config.get("layout") == to_unilm.LAYOUT:
@@ -221,15 +224,15 @@ def _weights_file(folder: Path) -> Path:
     raise UserError(f"{folder}: a {CONFIG}, but neither {WEIGHTS} nor {_PICKLED}; fetch the weights too, in one file")
 
 
-def _tensors_of_file(path: Path, average: str) -> tuple[dict[str, torch.Tensor], bool]:
+def _tensors_of_file(path: Path, average: Average) -> tuple[dict[str, torch.Tensor], bool]:
     """Tensors of a checkpoint file, and whether they are a moving average."""
     content = read_tensor_file(path)
     average_of = next((content[name] for name in _AVERAGES if isinstance(content.get(name), dict)), None)
-    kept = average_of is not None
-    if average == "ema" and not kept:
+    if average == "ema" and average_of is None:
         raise UserError(f"{path}: holds no moving average ({', '.join(_AVERAGES)}); take the raw weights")
-    averaged = kept and average != "raw"
-    return from_unilm(_unwrapped(average_of if averaged else content)), averaged
+    if average_of is None or average == "raw":
+        return from_unilm(_unwrapped(content)), False
+    return from_unilm(_unwrapped(average_of)), True
 
 
 def _unwrapped(content: dict) -> dict[str, torch.Tensor]:
@@ -292,7 +295,7 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **stated) -> BeitWeig
     # transformers keeps the mask token of a pre-trained model that it fine-tuned.
     if "head.weight" in tensors and "lm_head.weight" not in tensors:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "mask_token"}
-    kind = (
+    kind: Literal["mim", "features", "classifier"] = (
         "mim"
         if tensors.keys() & {"mask_token", "lm_head.weight"}
         else "classifier"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from typing import Any
 
 import torch
 
@@ -250,7 +251,8 @@ def preprocessing_of(preprocessor: dict, classifier_config: dict) -> dict:
     return found
 
 
-def _side(size: int | dict) -> int:
+def _side(size: int | dict) -> Any:
+    """The side as the JSON states it: it may be no number, which shows when it is divided."""
     return size if isinstance(size, int) else size.get("shortest_edge", size.get("height"))
 
 

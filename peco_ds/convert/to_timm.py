@@ -56,12 +56,12 @@ def with_shared_table(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     Unchanged where they differ.
     """
     tables = [name for name in tensors if name.startswith("blocks.") and name.endswith("relative_position_bias_table")]
-    first = tensors[tables[0]] if tables else None
-    if not tables or not all(
-        tensors[name].dtype == first.dtype and torch.equal(tensors[name], first) for name in tables
-    ):
+    if not tables:
         return tensors
-    return {name: tensor for name, tensor in tensors.items() if name not in tables} | {SHARED_TABLE: tensors[tables[0]]}
+    first = tensors[tables[0]]
+    if not all(tensors[name].dtype == first.dtype and torch.equal(tensors[name], first) for name in tables):
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if name not in tables} | {SHARED_TABLE: first}
 
 
 def timm_config(weights: BeitWeights) -> dict:

@@ -8,7 +8,7 @@ uninterrupted one. On a CPU there is nothing to overlap, and nothing is read ahe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Any, TypeVar
 
@@ -47,7 +47,7 @@ def device_batches(
 
 
 def prepared_batches(
-    raws: Iterator[RawBatch],
+    raws: Generator[RawBatch, None, None],
     prepare: Callable[[RawBatch], Ready],
     finish: Callable[[Ready, RawBatch], Batch],
     *,
@@ -79,6 +79,7 @@ def prepared_batches(
                 return
             if error is not None:
                 raise error
+            assert raw is not None
             if in_turn is not None:
                 in_turn(raw)
             yield finish(lane.hand_over(ready) if lane else ready, raw)

@@ -44,6 +44,7 @@ def list_images(
     if not found:
         raise UserError(f"--images {folder}: holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}); correct the path")
     paths = [path for path, _ in found]
+    classes: list[str] | None
     if synsets is not None:
         if labels != "auto":
             raise UserError(f"--labels {labels} and --synsets both say where labels come from; drop one")

@@ -64,18 +64,19 @@ class ImageSet:
             key, members = read_with_retries(self.shards, sample, ("cls",))
         except UnreadableRecord as error:
             raise UserError(f"{error}; its label is needed: repair the set or the file system") from None
+        classes = self.manifest.classes
+        assert classes is not None
         shard, _ = self.shards.locate(sample)
         place = f"{self.folder / self.manifest.shards[shard].name}: {key}"
         if "cls" not in members:
             raise UserError(
-                f"{place}: has no .cls, but the set has {len(self.manifest.classes)} classes; make the set "
+                f"{place}: has no .cls, but the set has {len(classes)} classes; make the set "
                 "again with a label for every image"
             )
         text = members["cls"].strip()
-        if not text.isdigit() or len(text) > 9 or int(text) >= len(self.manifest.classes):
+        if not text.isdigit() or len(text) > 9 or int(text) >= len(classes):
             raise UserError(
-                f"{place}: .cls holds {text[:20]!r}, the set has classes 0 to "
-                f"{len(self.manifest.classes) - 1}; make the set again"
+                f"{place}: .cls holds {text[:20]!r}, the set has classes 0 to {len(classes) - 1}; make the set again"
             )
         return int(text)
 

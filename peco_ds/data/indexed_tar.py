@@ -56,6 +56,11 @@ def index_name(tar_name: str) -> str:
 # ------------------------------------------------------------------------------------- making an index
 
 
+class _TarFile(tarfile.TarFile):
+    # Known to Python's tarfile, not to its type stubs.
+    members: list[tarfile.TarInfo]
+
+
 def build_index(tar_path: str | Path) -> dict:
     """Read a tar from end to end and list its samples.
 
@@ -78,7 +83,7 @@ def build_index(tar_path: str | Path) -> dict:
         raise UserError(f"{tar_path}: a folder, pipe or device, no tar; correct the path")
     try:
         tar_bytes = tar_path.stat().st_size
-        with tarfile.open(tar_path, "r:", encoding="utf-8") as tar, open(tar_path, "rb") as file:
+        with _TarFile.open(tar_path, "r:", encoding="utf-8") as tar, open(tar_path, "rb") as file:
             for member in tar:
                 # tarfile would keep every member in memory.
                 tar.members.clear()

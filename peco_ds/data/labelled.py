@@ -145,12 +145,14 @@ def training_batches(
     data, augment, image_px, seed = recipe.data, recipe.augment, recipe.model.image_px, recipe.run.seed
     order = SampleOrder(images.shards.shard_sizes, seed, data.shuffle_window_shards, augment.repeats)
     make = _TrainMaker(images, order, TrainCrop(augment, image_px), image_px, seed)
+    assert images.manifest.classes is not None
     num_classes = len(images.manifest.classes)
     mix = BatchMix(
         augment, smoothing=recipe.classifier.smoothing, num_classes=num_classes, seed=seed, mean=mean, std=std
     )
 
     def prepare(raw: RawBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        assert raw.labels is not None
         images_u8, labels = raw.cuts[image_px].to(device, non_blocking=True), raw.labels.to(device, non_blocking=True)
         return mix(images_u8, labels, slice_number=raw.slice_number)
 
@@ -212,6 +214,7 @@ def evaluation_batches(
     places = rank_samples(images.num_samples, world.rank, world.size, batch)
 
     def prepare(raw: RawBatch) -> EvalBatch:
+        assert raw.labels is not None and raw.samples is not None
         images_norm = normalize(raw.cuts[image_px].to(device, non_blocking=True), crops.mean, crops.std)
         return EvalBatch(
             images_norm, raw.labels.to(device, non_blocking=True), raw.samples.to(device, non_blocking=True)

@@ -112,8 +112,10 @@ class MaskedMaker:
             sample, key, image, unreadable = self.images.decode_or_next(sample)
             bad += unreadable
             own_view = view if sample == first else self._view(epoch, sample)
-            record = self.tokens.read(sample, key, own_view) if self.tokens is not None else None
-            if record is None or record.is_usable:
+            if self.tokens is None:
+                return sample, key, image, own_view, None, bad
+            record = self.tokens.read(sample, key, own_view)
+            if record.is_usable:
                 return sample, key, image, own_view, record, bad
             bad.append(f"{key}: the tokenizer could not read it")
             if len(bad) > self.images.num_samples:
@@ -162,10 +164,14 @@ class MaskedMaker:
         """Hard codes of a record's one view and, where the recipe asks for them, its likeliest soft ones."""
         hard = record.codes[0].astype(np.int64)
         kept = self.recipe.views.topk
+        if not kept:
+            return (hard,)
+        # `TokenSet` refuses a set without them.
+        assert record.topk_codes is not None and record.topk_probs is not None
         return (
-            (hard, record.topk_codes[0, :, :kept].astype(np.int64), record.topk_probs[0, :, :kept].astype(np.float32))
-            if kept
-            else (hard,)
+            hard,
+            record.topk_codes[0, :, :kept].astype(np.int64),
+            record.topk_probs[0, :, :kept].astype(np.float32),
         )
 
     def _filled(self, masked: np.ndarray) -> np.ndarray:
@@ -207,6 +213,7 @@ def masked_batches(
     make = MaskedMaker(images, stored, order, recipe)
 
     def prepare(raw: RawBatch) -> tuple:
+        assert raw.masked is not None
         crops = {kind: jitter(crops.to(device, non_blocking=True), raw.rows) for kind, crops in raw.cuts.items()}
         known = tuple(values.to(device, non_blocking=True) for values in raw.stored)
         return (
@@ -219,7 +226,7 @@ def masked_batches(
         images_norm, masked, known = ready
         # An online tokenizer runs here and not ahead: beside the step on another stream it would take the same GPU's
         # time, and memory of its own for its activations.
-        codes = Codes(*known) if stored is not None else tokens(*known)
+        codes = Codes(*known) if isinstance(tokens, TokenSet) else tokens(*known)
         return MaskedBatch(images_norm, masked, masked_targets(codes, masked), raw.keys)
 
     bad = bad or BadImages(recipe.data.max_bad_share)
@@ -297,7 +304,8 @@ class _ViewsMaker:
     views: ViewSettings
 
     def __call__(self, samples: np.ndarray) -> RawBatch:
-        raw, rows, kind = RawBatch(), [], tokenizer_crop(self.views)
+        raw, kind = RawBatch(), tokenizer_crop(self.views)
+        rows: list[np.ndarray] = []
         cuts = room_for_cuts(len(samples) * self.views.count, kind[0])
         for sample in samples:
             key = self.images.key(int(sample))
@@ -347,6 +355,7 @@ def view_batches(
         return to_tokenizer(jitter(raw.cuts[tokenizer_crop(recipe.views)].to(device, non_blocking=True), raw.rows))
 
     def finish(images_11: torch.Tensor, raw: RawBatch) -> ViewsBatch:
+        assert raw.rows is not None
         return ViewsBatch(raw.keys, raw.rows.numpy().reshape(len(raw.keys), recipe.views.count, -1), images_11)
 
     bad = bad or BadImages(recipe.data.max_bad_share)

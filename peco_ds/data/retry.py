@@ -27,13 +27,15 @@ def read_with_retries(
 
     Raises: UnreadableRecord when no try has helped; DamagedRecord and UserError at once, as `ShardSet.read`.
     """
-    for wait_s in (*WAITS_S, None):
+    waits_s = iter(WAITS_S)
+    while True:
         try:
             return shards.read(sample, extensions)
         except OSError as error:
             number, _ = shards.locate(sample)
             shard = shards.manifest.shards[number].name
             reason = error.strerror or os.strerror(error.errno or 0)
+            wait_s = next(waits_s, None)
             if wait_s is None:
                 raise UnreadableRecord(
                     f"{shards.folder / shard}: {reason}, {len(WAITS_S) + 1} times in {sum(WAITS_S):g} s"

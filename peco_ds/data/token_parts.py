@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypedDict
 
 from peco_ds.data.atomic_files import find_temporary_files, lock_file, remove_abandoned
 from peco_ds.data.indexed_tar import index_name
@@ -29,6 +30,19 @@ from peco_ds.schema import (
 
 # One small file for each finished shard: its entry in the manifest, and what it was made from.
 _PARTS = ".parts"
+
+
+class _MadeOf(TypedDict):
+    """Fields of a `TokenManifest`: what the codes are, and of which images."""
+
+    images_fingerprint: str
+    tokenizer_fingerprint: str
+    num_codes: int
+    grid: tuple[int, int]
+    num_views: int
+    topk: int
+    topk_temperature: float
+    views: ViewRecipe
 
 
 class TokenParts:
@@ -62,11 +76,9 @@ class TokenParts:
         self.folder = folder
         self._images = images
         self._facts = {
-            name: tokenizer_facts[name]
-            for name in TOKENIZER_FACTS
-            if isinstance(tokenizer_facts.get(name), str) and tokenizer_facts[name]
+            name: fact for name in TOKENIZER_FACTS if isinstance(fact := tokenizer_facts.get(name), str) and fact
         }
-        self._common = dict(
+        self._common = _MadeOf(
             images_fingerprint=images.fingerprint(),
             tokenizer_fingerprint=tokenizer_fingerprint,
             num_codes=num_codes,
@@ -182,11 +194,12 @@ class TokenParts:
 
         Raises: UserError naming the first shard that is missing.
         """
-        shards = [self._part(number) for number in range(len(self._images.shards))]
-        missing = [self._images.shards[number].name for number, shard in enumerate(shards) if shard is None]
+        parts = [self._part(number) for number in range(len(self._images.shards))]
+        shards = [part for part in parts if part is not None]
+        missing = [image_shard.name for image_shard, part in zip(self._images.shards, parts) if part is None]
         if missing:
             raise UserError(
-                f"{self.folder}: {len(missing)} of {len(shards)} shards are not tokenized yet, first "
+                f"{self.folder}: {len(missing)} of {len(parts)} shards are not tokenized yet, first "
                 f"{missing[0]}; run their parts, then --finish again"
             )
         manifest = TokenManifest(

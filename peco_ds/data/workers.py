@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +75,7 @@ class _Dataset(Dataset):
 MAX_WORKER_DEATHS = 3
 WORKER_STRETCH = 100
 # Signal -> likely reason, remedy.
-_DEATHS = {
+_DEATHS: dict[int, tuple[str, str]] = {
     signal.SIGKILL: (
         "most often the system had run out of memory",
         "lower data.num_workers or give the job more memory",
@@ -90,7 +90,7 @@ _DEATHS = {
 
 def load_raw(
     make: Callable[[np.ndarray], RawBatch], places: Iterable[np.ndarray], num_workers: int, *, pin: bool = False
-) -> Iterator[RawBatch]:
+) -> Generator[RawBatch, None, None]:
     """Batches made in `num_workers` processes (0: in this one), in the order of `places` (arrays, one a batch).
 
     A worker that dies (out of memory, a crash) costs time and nothing else: all are started again from the first batch
@@ -234,6 +234,7 @@ class _Workers:
             if process.is_alive():
                 process.kill()
                 process.join()
+            assert process.exitcode is not None and process.pid is not None
             if process.exitcode < 0:
                 _unlink_shared_memory_of(process.pid, self._since)
 

@@ -24,6 +24,7 @@ def evaluate_classifier(
     Returns: settings, quality and throughput as they are recorded, and one line about them.
     Raises: Stopped if the ranks were asked to stop; UserError for an unreadable image or a wrong label.
     """
+    assert images.manifest.classes is not None, "the images are labelled"
     forward = in_precision(model.to(world.device), how.precision, world.device)
     forward_images_per_s = world_images_per_s(forward, how.batch, settings.image_px, world)
     batches = evaluation_batches(images, settings, world, batch=how.batch, num_workers=how.num_workers)

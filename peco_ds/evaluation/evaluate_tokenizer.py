@@ -67,7 +67,7 @@ class TokenizerEvaluation:
         tokenize = in_precision(tokenizer.tokenize, how.precision, world.device)
         tokenize_images_per_s = world_images_per_s(tokenize, how.batch, self._image_px, world)
         if tokenizer.makes_images:
-            sums = RoundTripSums(num_codes, world.device, distance)
+            sums: CodeSums = RoundTripSums(num_codes, world.device, distance)
         else:
             sums = CodeSums(num_codes, world.device)
         codes = []
@@ -93,6 +93,7 @@ class TokenizerEvaluation:
         }
         line = f"{quality_line(quality, num_codes)} on {images.num_samples} images at {self._image_px} px"
         if train is not None:
+            assert train.manifest.classes is not None, "the images to train on are labelled"
             train_codes = (
                 (tokenize(batch.images_01 * 2 - 1), batch.labels, batch.samples)
                 for batch in self._squares(train, how, world)
@@ -135,10 +136,13 @@ def _probe_codes(tokenizer, train, val, num_classes: int, world) -> dict:
         "bag of codes": lambda codes: bag_of_codes(codes, len(vectors), device),
         "mean code vector": lambda codes: mean_code_vector(codes, vectors, device),
     }
+    (train_codes, train_labels), (val_codes, val_labels) = train, val
     found = {}
     for name in list(forms)[world.rank :: world.size]:
+        rows_of = forms[name]
         accuracies = probe(
-            *((forms[name](codes), labels) for codes, labels in (train, val)),
+            (rows_of(train_codes), train_labels),
+            (rows_of(val_codes), val_labels),
             settings,
             num_classes=num_classes,
             device=device,

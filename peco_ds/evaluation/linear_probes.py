@@ -40,7 +40,7 @@ def standardisation(rows: Callable, num_rows: int) -> tuple[torch.Tensor, torch.
 
     A feature that never changes gets 0 for the latter.
     """
-    total = squares = 0.0
+    total = squares = torch.zeros((), dtype=torch.float64)
     for index in torch.arange(num_rows).split(ROWS_AT_ONCE):
         values = rows(index).double()
         total, squares = total + values.sum(dim=0), squares + values.square().sum(dim=0)

@@ -33,7 +33,9 @@ class LayerResults:
         write_json(self._path(block), {"key": self._key, **result})
 
     def read(self) -> list[dict]:
-        return [self._read(block) for block in self._blocks]
+        layers = [layer for block in self._blocks if (layer := self._read(block)) is not None]
+        assert len(layers) == len(self._blocks), "a layer is missing"
+        return layers
 
     def _read(self, block: int) -> dict | None:
         path = self._path(block)

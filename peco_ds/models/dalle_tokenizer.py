@@ -205,7 +205,7 @@ def both_sides(files: list[tuple[Path, dict]]) -> dict:
     begins with a wide convolution.
     """
     sides: dict[str, Path] = {}
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path, held in files:
         try:
             side = "encoder" if size_of(held, "blocks.input.w", 3) > 1 else "decoder"

@@ -29,7 +29,11 @@ def frozen_net_at_hand(recipe: TokenizerRecipe) -> str:
     named = recipe.teacher.weights if _taught(recipe) else judge
     if not named:
         return "none"
-    return load_frozen_net(recipe).description if Path(named).expanduser().exists() else f"not there yet ({named})"
+    if not Path(named).expanduser().exists():
+        return f"not there yet ({named})"
+    network = load_frozen_net(recipe)
+    assert network is not None
+    return network.description
 
 
 def _taught(recipe: TokenizerRecipe) -> bool:

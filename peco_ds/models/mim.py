@@ -126,14 +126,16 @@ class AggregatingImageModel(MaskedImageModel):
         super().__init__(settings, num_codes, activation_checkpointing=activation_checkpointing)
         first, self.early_block = aggregation.early_block, aggregation.early_block
         last_place = max(settings.depth, first + aggregation.blocks) - 1
-        sizes = dict(
-            mlp_ratio=settings.mlp_ratio,
-            layer_scale=settings.layer_scale,
-            drop_path_by=settings.drop_path_by,
-            activation_checkpointing=activation_checkpointing,
-        )
         self.aggregation_blocks = nn.ModuleList(
-            TransformerBlock(settings.width, settings.heads, drop_path=settings.drop_path * place / last_place, **sizes)
+            TransformerBlock(
+                settings.width,
+                settings.heads,
+                mlp_ratio=settings.mlp_ratio,
+                layer_scale=settings.layer_scale,
+                drop_path=settings.drop_path * place / last_place,
+                drop_path_by=settings.drop_path_by,
+                activation_checkpointing=activation_checkpointing,
+            )
             for place in range(first, first + aggregation.blocks)
         )
         scale_by_depth(self.aggregation_blocks, first + 1)

@@ -79,7 +79,7 @@ def _settings(tensors: dict, kind: str, codes: str) -> TokenizerSettings:
 def _names(ours: list[str], settings: TokenizerSettings) -> dict[str, tuple[str, ...]]:
     """Our names -> theirs."""
     layers = {"encoder": _encoder_layers(settings), "decoder": _decoder_layers(settings)}
-    names = {}
+    names: dict[str, tuple[str, ...]] = {}
     for name in ours:
         side, *inside, kind = name.split(".")
         if side in _AROUND:

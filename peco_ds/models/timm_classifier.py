@@ -45,16 +45,17 @@ def load_timm_classifier(name: str, checkpoint: Path | None = None, *, image_px:
         raise UserError(
             f"{name}: neither a run folder, a release, a weights file, nor the name of a timm model; correct it"
         )
-    arguments = {}
+    arguments: dict[str, object] = {}
     if checkpoint is not None:
         tensors = read_tensor_file(checkpoint)
         tensors = next(
             (tensors[container] for container in _CONTAINERS if isinstance(tensors.get(container), dict)), tensors
         )
         head = f"{timm.get_pretrained_cfg(name).classifier}.weight"
-        arguments["pretrained_cfg_overlay"] = {"state_dict": tensors}
+        overlay: dict[str, object] = {"state_dict": tensors}
+        arguments["pretrained_cfg_overlay"] = overlay
         if head in tensors:
-            arguments["num_classes"] = arguments["pretrained_cfg_overlay"]["num_classes"] = len(tensors[head])
+            arguments["num_classes"] = overlay["num_classes"] = len(tensors[head])
     try:
         model = timm.create_model(name, pretrained=True, **arguments).eval()
     except Exception as error:

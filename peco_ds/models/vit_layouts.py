@@ -413,10 +413,11 @@ def _joined(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     state = dict(state)
     for name in [name for name in state if re.fullmatch(r"blocks\.\d+\.attn\.q\.(weight|bias)", name)]:
         start, kind = name.removesuffix(name[name.rindex("q.") :]), name.rpartition(".")[2]
-        parts = [state.get(f"{start}{letter}.{kind}") for letter in "qkv"]
-        if all(part is not None and part.shape == parts[0].shape and part.ndim for part in parts):
-            for letter in "qkv":
-                del state[f"{start}{letter}.{kind}"]
+        theirs = [f"{start}{letter}.{kind}" for letter in "qkv"]
+        parts = [state[part] for part in theirs if part in state]
+        if len(parts) == 3 and all(part.shape == parts[0].shape and part.ndim for part in parts):
+            for part in theirs:
+                del state[part]
             state[f"{start}qkv.{kind}"] = torch.cat(parts)
     return state
 
@@ -491,11 +492,12 @@ def object_in(config: dict, name: str) -> dict:
 
 
 def _three(value: object, default: tuple[float, ...]) -> tuple[float, ...]:
-    numbers = (
+    if (
         isinstance(value, list)
         and len(value) == 3
         and all(
             isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number <= 1 for number in value
         )
-    )
-    return tuple(float(number) for number in value) if numbers else default
+    ):
+        return tuple(float(number) for number in value)
+    return default

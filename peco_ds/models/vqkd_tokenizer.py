@@ -129,7 +129,8 @@ class VqkdTokenizer(CodebookTokenizer):
 
     def to_features(self, outputs: torch.Tensor) -> torch.Tensor:
         """Patch tokens [B, N, D] -> float32 [B, C, grid, grid]."""
-        grid = self.settings.only_px // self.settings.stride_px
+        vit = self.settings.vit
+        grid = vit.image_px // vit.patch_px
         return self.to_code(outputs).transpose(1, 2).unflatten(2, (grid, grid))
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
@@ -180,7 +181,7 @@ def read_vqkd(tensors: dict) -> tuple[TokenizerSettings, dict[str, torch.Tensor]
     check_tokenizer_settings(settings, "the file's")
     with torch.device("meta"):
         expected = VqkdTokenizer(settings).state_dict()
-    names = {
+    names: dict[str, tuple[str, ...]] = {
         name: (_their_name(name),) for name in expected if name == "codebook.codes" or not name.startswith("codebook.")
     }
     state = rename_tensors({name: tensor for name, tensor in released.items() if name not in UNUSED}, names, expected)

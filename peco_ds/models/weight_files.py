@@ -106,7 +106,8 @@ def _refuse_odd_tensors(content: dict, path: Path) -> None:
 
 
 def _tensors_of(module: StoredObject) -> dict[str, torch.Tensor]:
-    tensors, waiting, seen = {}, [("", module)], set()
+    tensors: dict[str, torch.Tensor] = {}
+    waiting, seen = [("", module)], set()
     while waiting:
         prefix, stored = waiting.pop()
         if id(stored) in seen or len(prefix) > 500:

@@ -114,7 +114,11 @@ def dense_choices(
 
 
 def _block_loss(
-    logits: torch.Tensor, mixture: torch.Tensor, topk_codes: torch.Tensor, topk_probs: torch.Tensor, rest: str
+    logits: torch.Tensor,
+    mixture: torch.Tensor,
+    topk_codes: torch.Tensor,
+    topk_probs: torch.Tensor,
+    rest: Literal["renormalize", "uniform"],
 ) -> torch.Tensor:
     log_probs = logits.float().log_softmax(dim=-1)
     with torch.no_grad():

@@ -122,7 +122,7 @@ def read_chain(
 
 def _published(name: str | None) -> TokenizerSettings | None:
     """The released tokenizer of a kind that plans know, which nothing here trains."""
-    kind = TOKENIZERS.get(name)
+    kind = TOKENIZERS.get(name or "")
     return kind.release.planned if kind and kind.release else None
 
 

@@ -189,6 +189,7 @@ class Meter:
         means, counts = self._means()
         elapsed = time.perf_counter() - self._since
         images = done * self._run.global_batch
+        images_per_s = self._steps * self._run.global_batch / elapsed
         row = {"step": done, "images": images, "epoch": round(images / self._num_samples, 4), **means}
         row |= {
             "lr": lr,
@@ -200,11 +201,11 @@ class Meter:
         }
         row |= {
             "step_s": elapsed / self._steps,
-            "images_per_s": self._steps * self._run.global_batch / elapsed,
+            "images_per_s": images_per_s,
             "data_wait_s": self._data_wait_s / self._steps,
         }
         if self._training_flops and self._peak_flops:
-            row["mfu"] = row["images_per_s"] * self._training_flops / self._peak_flops
+            row["mfu"] = images_per_s * self._training_flops / self._peak_flops
         row |= self._pauses()
         self._reset()
         if self._file is not None:

@@ -55,14 +55,15 @@ def log_to(run_folder: Path, rank: int) -> Path:
         other.setLevel(max(other.level, shown))
     logger.setLevel(logging.DEBUG)
     logger.addHandler(handler)
-    _undo.append(
-        lambda: [
-            logger.removeHandler(handler),
-            handler.close(),
-            logger.setLevel(level),
-            *(other.setLevel(was) for other, was in levels),
-        ]
-    )
+
+    def undo() -> None:
+        logger.removeHandler(handler)
+        handler.close()
+        logger.setLevel(level)
+        for other, was in levels:
+            other.setLevel(was)
+
+    _undo.append(undo)
     _copy_hooks(handler)
     logger.debug(
         "==== start %s on %s pid %d: %s; %s",
@@ -120,6 +121,7 @@ class _RankFile(logging.FileHandler):
     def __init__(self, path: Path, cut_short: bool) -> None:
         super().__init__(path, mode="a", encoding="utf-8", errors="backslashreplace")
         if cut_short:
+            assert self.stream is not None, "opened by logging.FileHandler, whose delay is off"
             self.stream.write("\n")
 
     def handleError(self, record: logging.LogRecord) -> None:

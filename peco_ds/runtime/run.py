@@ -13,7 +13,8 @@ data come from. The loop stays in the stage's file:
         for step in run.steps():
             for batch in run.micro_batches(batches):
                 outputs = run.engine(batch.images_norm, batch.masked)
-                run.backward(*objective(outputs, batch.targets), batch.keys)
+                loss, stats = objective(outputs, batch.targets)
+                run.backward(loss, stats, batch.keys)
             run.finish_step()
     return run.exit_code
 
@@ -33,6 +34,7 @@ import torch
 from torch import nn
 
 from peco_ds.command_line import ending
+from peco_ds.config import TrainingRecipe
 from peco_ds.data import order
 from peco_ds.data.image_set import BadImages
 from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
@@ -67,7 +69,7 @@ class Run:
     def __init__(
         self,
         out: Path,
-        resolved: Resolved,
+        resolved: Resolved[TrainingRecipe],
         ds_config: dict,
         world: World,
         durations: Durations,
@@ -96,7 +98,9 @@ class Run:
     # ------------------------------------------------------------------------------------------ first phase
 
     @classmethod
-    def start(cls, args, resolved: Resolved, stage: str, images, *, num_samples: int | None = None) -> Run:
+    def start(
+        cls, args, resolved: Resolved[TrainingRecipe], stage: str, images, *, num_samples: int | None = None
+    ) -> Run:
         """Join the ranks, open the run folder, its log and its watchdog. Collective.
 
         Args:

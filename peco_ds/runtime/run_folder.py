@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import get_args
 
 import torch
 import yaml
 
-from peco_ds.config import Recipe
+from peco_ds.config import Recipe, TrainingRecipe
 from peco_ds.data.atomic_files import lock_file
 from peco_ds.errors import UserError
 from peco_ds.field_marks import AbsentMeans, FreeOnResume, keys_with
@@ -40,7 +41,9 @@ DEEPSPEED = "deepspeed.json"
 PROVENANCE = "provenance.json"
 
 
-def open_run_folder(folder: Path, stage: str, resolved: Resolved, ds_config: dict, world: World) -> None:
+def open_run_folder(
+    folder: Path, stage: str, resolved: Resolved[TrainingRecipe], ds_config: dict, world: World
+) -> None:
     """Create the folder and record what the run is. Collective; rank 0 writes, a refusal is raised by all.
 
     Args:
@@ -85,7 +88,7 @@ def _on_main(world: World, folder: Path, write: Callable[[], None]) -> None:
     world.agree(fault)
 
 
-def _write(folder: Path, stage: str, resolved: Resolved, ds_config: dict) -> None:
+def _write(folder: Path, stage: str, resolved: Resolved[TrainingRecipe], ds_config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _hold(folder)
     # Tuples become lists, as YAML reads them back.
@@ -187,7 +190,10 @@ def read_settings(folder: Path) -> dict:
         or not isinstance(recorded.get("recipe"), dict)
     ):
         raise UserError(f"{path}: is not what a run wrote there; restore it, or start a new --out")
-    return recorded | {"recipe": current_settings(Recipe, recorded["recipe"])}
+    recipe = recorded["recipe"]
+    for recipe_type in get_args(Recipe):
+        recipe = current_settings(recipe_type, recipe)
+    return recorded | {"recipe": recipe}
 
 
 def read_provenance(folder: Path) -> dict:

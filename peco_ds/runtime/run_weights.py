@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from peco_ds.config import FinetuneRecipe, PretrainRecipe
+from peco_ds.config import Average, FinetuneRecipe, PretrainRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
 from peco_ds.registry import OBJECTIVES
@@ -31,7 +31,7 @@ _HEAD_NAMES = ("mask_token", "lm_head.weight", "lm_head.bias")
 _RECIPES = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
 
 
-def read_run(path: Path, average: Literal["auto", "ema", "raw"] = "auto") -> BeitWeights:
+def read_run(path: Path, average: Average = "auto") -> BeitWeights:
     """float32 weights of a run of pretrain.py or finetune.py.
 
     Args:
@@ -72,7 +72,7 @@ def read_run(path: Path, average: Literal["auto", "ema", "raw"] = "auto") -> Bei
         for name, tensor in tensors.items()
         if name.startswith(_PREFIX) or name in _HEAD_NAMES
     }
-    kind = "mim" if "mask_token" in kept else "features"
+    kind: Literal["mim", "features"] = "mim" if "mask_token" in kept else "features"
     facts |= _left_out(tensors.keys() - {_PREFIX + name for name in kept} - set(_HEAD_NAMES))
     return BeitWeights(kind, recipe.model, kept, source, facts=facts)
 

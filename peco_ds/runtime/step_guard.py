@@ -128,14 +128,15 @@ class StepGuard:
             for rank, bad in enumerate(ranks)
             if bad
         )
-        spike = not reason and norm is not None and math.isfinite(norm)
-        if not reason:
+        spike = False
+        if not reason and norm is not None and math.isfinite(norm):
+            spike = True
             reason = (
                 f"gradient norm {norm:.4g}, {norm / statistics.median(self._norms):.0f} times the median of "
                 f"the last {len(self._norms)}"
-                if spike
-                else "gradient not finite, losses finite"
             )
+        elif not reason:
+            reason = "gradient not finite, losses finite"
         if len(self._skipped) > self._run.max_skipped_steps:
             remedy = (
                 "raise run.spike_factor (0: take them)" if spike else "run.precision=fp32, or look at these samples"

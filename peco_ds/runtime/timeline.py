@@ -137,10 +137,10 @@ def drop_rows_after(path: Path, step: int) -> list[dict]:
     kept, dropped, last = [], [], -1
     for line in path.read_bytes().split(b"\n"):
         row = _row(line)
-        number = row.get("step") if row is not None else None
-        if not isinstance(number, int):
+        if row is None or not isinstance(row.get("step"), int):
             # A line that was cut short. Its step is done again, since it was not in the checkpoint.
             continue
+        number = row["step"]
         if last < number <= step:
             kept.append(line)
             last = number
@@ -361,7 +361,14 @@ class Account:
         )
         lost = max(0.0, sum(self._up.values()) - sum(spent.values()) - first - later)
         return Goodput(
-            *spent.values(), startup_s=first, lost_s=lost, restart_s=later + down, restarts=max(0, len(numbers) - 1)
+            useful_s=spent["useful"],
+            data_wait_s=spent["data_wait"],
+            save_s=spent["save"],
+            evaluation_s=spent["evaluation"],
+            startup_s=first,
+            lost_s=lost,
+            restart_s=later + down,
+            restarts=max(0, len(numbers) - 1),
         )
 
 

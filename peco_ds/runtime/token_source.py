@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -73,15 +74,15 @@ def token_provenance(recipe: PretrainRecipe, tokens) -> dict:
     """
     folder = data_path(recipe.data, recipe.data.tokenizer)
     card = read_card(folder) if folder.exists() else None
-    fingerprint, facts = (
-        (tokens.manifest.tokenizer_fingerprint, tokens.manifest.tokenizer_facts)
-        if isinstance(tokens, TokenSet)
-        else (card.fingerprint, {})
-    )
+    if isinstance(tokens, TokenSet):
+        fingerprint, facts = tokens.manifest.tokenizer_fingerprint, tokens.manifest.tokenizer_facts
+    else:
+        assert card is not None, f"{folder}: the tokenizer that computes the codes"
+        fingerprint, facts = card.fingerprint, {}
     return {"tokenizer_fingerprint": fingerprint, "tokenizer": facts | (card.extra if card else {})}
 
 
-def check_shared(shards: ShardSet, verify: str, world: World) -> None:
+def check_shared(shards: ShardSet, verify: Literal["size", "all"], world: World) -> None:
     """Each rank checks its share of the shards; a fault found by one rank is raised by all."""
     fault = ""
     try:

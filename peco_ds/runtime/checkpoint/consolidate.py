@@ -65,7 +65,7 @@ def fp32_weights(checkpoint: Path, *, average: bool = False) -> dict[str, torch.
 
 def _unflatten(state: dict) -> dict[str, torch.Tensor]:
     """An average that was kept without ZeRO, by name."""
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for shard, parameters in zip(state["shards"], state["names"], strict=True):
         parts = shard.flatten().split([math.prod(shape) for _, shape in parameters])
         weights |= {name: part.view(shape) for (name, shape), part in zip(parameters, parts)}

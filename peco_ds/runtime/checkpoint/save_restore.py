@@ -194,6 +194,7 @@ class Saver:
         """Once all ranks have written, or failed to: make it a checkpoint, or leave no trace of it. Collective."""
         with self._meter.paused("save"):
             writer, progress = self._writer, self._writing
+            assert writer is not None and progress is not None, "no checkpoint is in hand"
             self._writer = self._writing = None
             writer.wait()
             temporary, final = self._root / f".tmp-{tag_of(progress.step)}", self._root / tag_of(progress.step)
@@ -315,7 +316,9 @@ def continues(settings: CheckpointSettings) -> bool:
 
 def _random_states(device: torch.device) -> dict:
     python = random.getstate()
-    kind, keys, *rest = np.random.get_state()
+    numpy = np.random.get_state()
+    assert isinstance(numpy, tuple), "only a generator other than MT19937 has a dict"
+    kind, keys, *rest = numpy
     states = {
         "python": [python[0], list(python[1]), python[2]],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
