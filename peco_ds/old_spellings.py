@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from peco_ds.field_marks import FormerKey, Renamed, keys_with
 
@@ -24,7 +25,7 @@ def current_setting(recipe_type: type, key: str, value) -> tuple[str, object, st
     return new_key, new_value, f"{key}={value} is now written {new_key}={new_value}; the old spelling still works"
 
 
-def current_settings(recipe_type: type, recorded: dict) -> dict:
+def current_settings(recipe_type: Any, recorded: dict) -> dict:
     """Recorded settings, in sections, in today's spelling. What is no known setting stays as it is."""
     found = copy.deepcopy(recorded)
     for key, mark in keys_with(recipe_type, FormerKey).items():

@@ -282,6 +282,7 @@ def test_how_a_start_ended_is_recorded_with_the_reason(tmp_path, capsys):
 def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(tmp_path):
     running = meter(tmp_path)
     train(running, range(1, 10))
+    running._file.close()
     running._file = open("/dev/full", "ab", buffering=0)
     with pytest.raises(UserError, match="/dev/full: cannot be written .No space left"):
         train(running, [10])

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import get_args
 
 import torch
 import yaml
@@ -190,10 +189,7 @@ def read_settings(folder: Path) -> dict:
         or not isinstance(recorded.get("recipe"), dict)
     ):
         raise UserError(f"{path}: is not what a run wrote there; restore it, or start a new --out")
-    recipe = recorded["recipe"]
-    for recipe_type in get_args(Recipe):
-        recipe = current_settings(recipe_type, recipe)
-    return recorded | {"recipe": recipe}
+    return recorded | {"recipe": current_settings(Recipe, recorded["recipe"])}
 
 
 def read_provenance(folder: Path) -> dict:
