@@ -18,14 +18,18 @@ TRAINING_OVER_FORWARD = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """Of some layers, an image."""
+    """Cost of some layers for one image."""
 
     parameters: int = 0
-    macs: int = 0  # of the forward pass
-    saved: int = 0  # elements kept for the backward pass
-    tensors: int = 0  # of parameters
+    # Multiply-accumulates of the forward pass.
+    macs: int = 0
+    # Elements kept for the backward pass.
+    saved: int = 0
+    # Parameter tensors.
+    tensors: int = 0
     convolutions: int = 0
-    attention_macs: int = 0  # of `macs`: query x key and weights x value beside convolutions
+    # The part of `macs` that is query x key and weights x value beside convolutions.
+    attention_macs: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))

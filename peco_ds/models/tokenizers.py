@@ -23,7 +23,7 @@ from peco_ds.schema import read_json, short, write_json
 RELEASE_VERSION = 1
 TENSORS_NAME = "tokenizer.safetensors"
 CARD_NAME = "tokenizer.json"
-# of the file format, whatever settings.kind says of the network
+# Names the file format, whatever settings.kind says of the network.
 KIND = "peco_tokenizer"
 REMEDY = "make it again with train_tokenizer.py or copy it again"
 

@@ -12,7 +12,7 @@ from peco_ds.config import ObjectiveSettings
 from peco_ds.objectives.hard_tokens import code_accuracy
 from peco_ds.schema import IGNORED
 
-# of dense choices at a time: 256 MiB in float32
+# Elements of dense choices at a time: 256 MiB in float32.
 BLOCK_ELEMENTS = 2**26
 
 

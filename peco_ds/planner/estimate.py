@@ -75,7 +75,8 @@ class Estimate:
     gpus: int
     choice: DeepSpeedChoice
     micro_batch: int
-    room: Room  # of the stage on these GPUs with this JSON
+    # Memory of the stage on these GPUs with this JSON.
+    room: Room
 
     @property
     def micro_steps(self) -> int:

@@ -12,11 +12,11 @@ from peco_ds.planner.hardware import GIB, Hardware
 from peco_ds.planner.memory import GpuMemory, gpu_memory, offload_device, zero_stage
 from peco_ds.planner.stages import Stage
 
-# CUDA context, communicators, cuBLAS workspaces; assumed
+# CUDA context, communicators, cuBLAS workspaces (assumed).
 RESERVED_BYTES = 1.5 * GIB
-# of a GPU's memory, that no micro-batch is to fill; assumed
+# Share of a GPU's memory that no micro-batch is to fill (assumed).
 KEPT_FREE = 0.05
-# of activations in the caching allocator; assumed
+# Bytes that the caching allocator takes for a byte of activations (assumed).
 FRAGMENTATION = 1.08
 MOST_GPUS = 1024
 
@@ -65,11 +65,13 @@ def shipped() -> tuple[DeepSpeedChoice, ...]:
 class Room:
     """How the memory of a GPU is divided."""
 
-    state: GpuMemory  # without activations
-    # beside ZeRO's state: frozen networks, codebooks, moving average
+    # Everything but activations.
+    state: GpuMemory
+    # Frozen networks, codebooks and moving average, which ZeRO does not divide.
     fixed_bytes: float
-    bytes_per_image: float  # activations, with the allocator's loss
-    # of the GPU, without what is reserved or kept free
+    # Activations, with the allocator's loss.
+    bytes_per_image: float
+    # Memory of the GPU without what is reserved or kept free.
     available_bytes: float
 
     @property

@@ -39,15 +39,18 @@ SAVE_CALL_S, WRITE_CALL_S = 0.5, 5.0
 
 @dataclass(frozen=True)
 class Goodput:
-    """Of a whole run, expected values."""
+    """Expected values for a whole run."""
 
-    share: float  # of the wall clock that becomes kept work
+    # Share of the wall clock that becomes kept work.
+    share: float
     wall_s: float
     expected_failures: float
-    lost_s: float  # work done again
-    saving_s: float  # the loop standing still for saves
+    # Work done again.
+    lost_s: float
+    # The loop stands still for saves.
+    saving_s: float
     restarting_s: float
-    # of saves, for this stall and these failures; inf where nothing fails
+    # Best time between saves for this stall and these failures; inf where nothing fails.
     best_interval_s: float
 
 

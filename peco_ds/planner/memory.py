@@ -57,12 +57,12 @@ class GpuMemory:
     weights: float
     gradients: float
     optimizer: float  # master weights and moments
-    # communication buckets and, at stage 3, gathered weights
+    # Communication buckets and, at stage 3, gathered weights.
     buffers: float
     activations: float
-    # what this rank keeps in host memory or on NVMe instead
+    # Bytes that this rank keeps in host memory or on NVMe instead.
     host: float = 0.0
-    # of it, in page-locked memory, as far as the JSON leaves `pin_memory` at its default
+    # The part of `host` in page-locked memory, where the JSON leaves `pin_memory` at its default.
     pinned: float = 0.0
 
     @property

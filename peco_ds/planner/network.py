@@ -83,7 +83,7 @@ _PROTOCOLS = (_SIMPLE, _LL128, _LL)
 # Where a ring crosses nodes, every hop waits for the network's bookkeeping: a microsecond on Intel hosts, three under
 # the plain protocol.
 _OVERHEAD_S = {_SIMPLE: 3 * _MICRO, _LL128: 1 * _MICRO, _LL: 1 * _MICRO}
-# of a long ring's latency in an all-reduce over nodes
+# Factor on a long ring's latency in an all-reduce over nodes.
 _PLATEAU = 1.4
 
 

@@ -148,25 +148,28 @@ def offloaded_optimizer_seconds(num_parameters: float, ranks_per_node: int) -> f
 class StepInputs:
     """What the closed form starts from."""
 
-    segments: tuple[SegmentSeconds, ...]  # of one micro-batch, in running order
-    collectives: tuple[Collective, ...]  # of the whole optimiser step
+    # One micro-batch, in running order.
+    segments: tuple[SegmentSeconds, ...]
+    # The whole optimiser step.
+    collectives: tuple[Collective, ...]
     micro_steps: int
-    # the optimiser's own work on this rank's partition
+    # The optimiser's own work on this rank's partition.
     optimizer_s: float
     ranks: int
     hardware: Hardware
-    noise: float = NOISE  # 0: all ranks alike
-    # 0: collectives take nothing from what is computed beside them
+    # Spread between ranks. 0: all ranks are alike.
+    noise: float = NOISE
+    # 0: collectives take nothing from what is computed beside them.
     contention: float = CONTENTION
-    # of the bandwidths that collectives usually reach
+    # Factor on the bandwidths that collectives usually reach.
     link_share: float = 1.0
-    # how many times as long one node computes as the others
+    # One node computes so many times as long as the others.
     slow_node: float = 1.0
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one optimiser step, on the slowest rank.
+    """Seconds of one optimiser step on the slowest rank.
 
     `seconds` is the sum of compute_s, optimizer_s, exposed_s, contention_s and straggler_s.
     """
@@ -174,8 +177,10 @@ class StepCost:
     seconds: float
     compute_s: float  # forward and backward passes
     optimizer_s: float
-    communication_s: float  # sum over all collectives, hidden or not
-    exposed_s: float  # of them what no computation hides
+    # Sum over all collectives, overlapped or not.
+    communication_s: float
+    # The part of `communication_s` that no computation overlaps.
+    exposed_s: float
     straggler_s: float  # waiting for the slowest rank
     contention_s: float  # computing slower beside collectives
 

@@ -58,17 +58,18 @@ class Collective:
     """One call of every rank."""
 
     operation: Operation
-    # of a gather the whole result, of a reduction the whole input
+    # The whole result of a gather, the whole input of a reduction.
     num_bytes: float
-    # after: beside the optimiser's own work, when no pass runs
+    # after: beside the optimiser's own work, when no pass runs.
     when: Literal["forward", "backward", "after"]
-    # a gather is over before the pass of this segment begins; a reduction begins when this segment's backward pass is
-    # over
+    # A gather is over before the pass of this segment begins. A reduction begins when this segment's backward pass is
+    # over.
     segment: int
-    micro_step: int  # from 0
-    # on a stream of its own, beside what is computed
+    # Counted from 0.
+    micro_step: int
+    # It runs on a stream of its own, beside the computation.
     overlaps: bool
-    # of a gather: the host asks for it when the pass of this segment begins; a reduction's is its segment
+    # The segment at whose start the host asks for a gather. For a reduction it is its own segment.
     asked: int = 0
 
 

@@ -83,14 +83,15 @@ class Segment:
     parameters: int  # trained; 0: frozen
     tensors: int  # trained
     forward: Work
-    # with what activation checkpointing and the attention kernel compute again
+    # Includes what activation checkpointing and the attention kernel compute again.
     backward: Work
-    # of `backward`, what is computed again: no FLOP of the model
+    # The part of `backward` that is computed again. It is no FLOP of the model.
     recomputed: Work = Work()
-    # of each trained tensor; () where they are not listed
+    # Elements of each trained tensor; () where they are not listed.
     tensor_elements: tuple[int, ...] = ()
-    precision: str = ""  # in which it computes; "": the run's
-    # a network beside the model, whose FLOP are not the model's
+    # Precision that it computes in; "": the run's.
+    precision: str = ""
+    # A network beside the model, whose FLOP are not the model's.
     frozen: bool = False
 
     def plus(self, forward: Work, backward: Work) -> Segment:
@@ -162,8 +163,9 @@ class Kernel:
     """Some kernels of one kind in a block's pass that only move data."""
 
     launches: float
-    moved_bytes: float  # of one image
-    # False: on the residual stream, for every image
+    # For one image.
+    moved_bytes: float
+    # False: on the residual stream, for every image.
     in_branch: bool = True
 
 
@@ -299,7 +301,7 @@ def block_work(block: BlockShape, *, share: float = 1.0) -> tuple[Work, Work, Wo
         moves[0] += Work(moved_bytes=both * (2 * share + 2 * share + 2 * share), kernels=10)
         moves[1] += Work(moved_bytes=both * (2 * share + 2 * share + 1 + 3 * share), kernels=10)
     table, parameters = _table_bytes(block), sum(block.tensor_elements)
-    # of the weights, and of their gradients back
+    # Weights are cast, and their gradients back.
     casts = parameters * (FP32_BYTES + block.element) if block.kernels == "autocast" else 0
     launched = 2 if block.kernels == "compiled" else 3  # bias cast and padded, the kernel
     forward = moves[0] + Work(
