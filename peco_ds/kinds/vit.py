@@ -17,7 +17,7 @@ _SIZES = {  # width, depth, heads
 
 
 def _cost(architecture: str, image_px: int) -> FrozenCost:
-    """By timm's name.
+    """The cost of the ViT that timm's name says.
 
     A file's own sizes are not read, so without a name it is ViT-B/16, that of MoCo v3, DINO and CLIP which the recipes
     name.

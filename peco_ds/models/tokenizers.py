@@ -47,7 +47,7 @@ class TokenizerCard:
     settings: TokenizerSettings
     num_codes: int
     stride_px: int
-    # facts of the training, as `save_tokenizer` was given them
+    # Facts of the training, as `save_tokenizer` was given them.
     extra: dict
 
 
@@ -125,7 +125,7 @@ def load_tokenizer(folder: str | Path) -> tuple[ImageTokenizer, TokenizerCard]:
     if asked > len(tensors):
         raise UserError(f"{path}: {len(tensors)} tensors, the settings ask for {asked} blocks; {REMEDY}")
     try:
-        # damaged settings may ask for more memory than there is
+        # Damaged settings may ask for more memory than there is.
         with torch.device("meta"):
             expected = build_tokenizer(card.settings).state_dict()
     except (RuntimeError, ValueError, TypeError) as error:  # TypeError: a size of more than 64 bits

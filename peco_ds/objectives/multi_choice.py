@@ -108,7 +108,7 @@ def dense_choices(
     others = num_codes - probs.shape[-1]
     if rest == "renormalize" or others == 0:
         return probs.new_zeros(*probs.shape[:-1], num_codes).scatter_(-1, topk_codes, probs / mass)
-    # stored in 16 bits, the mass may come out a little above 1
+    # Probabilities are stored in 16 bits, so the mass may come out a little above 1.
     left = (1 - mass).clamp(min=0)
     return (left / others).repeat(1, 1, num_codes).scatter_(-1, topk_codes, probs / mass.clamp(min=1))
 

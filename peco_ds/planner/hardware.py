@@ -69,9 +69,9 @@ _UNITS = {
     "host_memory_bytes": ("bytes", 1e9),
     "storage_bytes_s": ("bytes a second", 1e6),
 }
-# what a number of bytes may be written with
+# Binary units that a number of bytes may be written with.
 _BINARY = {"GiB": 2**30, "TiB": 2**40}
-# a slice of a card, or another chip under its name: the peak is not known
+# Names of a slice of a card, or of another chip under the card's name, whose peak is not known.
 _PART_OF_A_CARD = r"MIG|Laptop"
 
 

@@ -65,7 +65,7 @@ _MICRO = 1e-6
 _SIMPLE = _Protocol(
     (8.4 * _MICRO, 3.4 * _MICRO, 5.7 * _MICRO, 14.0 * _MICRO), (0.0, 28 * _MICRO, 28 * _MICRO, 28 * _MICRO), 1.0, 0.92
 )
-# over NVLink alone
+# This protocol runs over NVLink alone.
 _LL128 = _Protocol(
     (14.0 * _MICRO, 1.9 * _MICRO, math.inf, 4.0 * _MICRO),
     (14.0 * _MICRO, 1.25 * _MICRO, math.inf, 8.5 * _MICRO),
@@ -135,7 +135,7 @@ def _ring_seconds(
     if operation == "all_reduce":
         hops, crossings, carried = 2 * hops, min(2 * hops, 2 * nodes) if nodes > 1 else 0, 2 * carried
     elif operation == "reduce":
-        # a pipeline to its owner: every byte passes every hop
+        # A reduce is a pipeline to the owner: every byte passes every hop.
         carried = num_bytes
     hop = nvlink_hop if nvlink else pcie_hop
     if nodes > 1:
