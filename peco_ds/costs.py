@@ -18,14 +18,18 @@ TRAINING_OVER_FORWARD = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """Of some layers, an image."""
+    """Cost of some layers for one image."""
 
     parameters: int = 0
-    macs: int = 0  # of the forward pass
-    saved: int = 0  # elements kept for the backward pass
-    tensors: int = 0  # of parameters
+    # Multiply-accumulates of the forward pass.
+    macs: int = 0
+    # Elements kept for the backward pass.
+    saved: int = 0
+    # Parameter tensors.
+    tensors: int = 0
     convolutions: int = 0
-    attention_macs: int = 0  # of `macs`: query x key and weights x value beside convolutions
+    # The part of `macs` that is query x key and weights x value beside convolutions.
+    attention_macs: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -47,20 +51,23 @@ class Blocks:
 
 @dataclass(frozen=True)
 class TokenizerCost:
-    """Of a tokenizer, an image.
+    """Cost of a tokenizer for one image.
 
-    `blocks` tell that a side is a transformer, and which of its layers that are; without them it is convolutional.
+    `encoder_blocks` and `decoder_blocks` are the transformer blocks of a side; a side without them is convolutional.
     """
 
-    encoder: Cost  # with the layers to the code's dimension
-    # with the layers from it, and those to a teacher's
+    # Includes the layers to the code's dimension.
+    encoder: Cost
+    # Includes the layers from the code's dimension, and those to a teacher's features.
     decoder: Cost
-    # codes, and the moving averages of their counts and sums: buffers, not parameters
+    # Codes, and the moving averages of their counts and sums. They are buffers, not parameters.
     codebook_elements: int
-    search_macs: int  # nearest-code search, or the layer of logits
+    # Nearest-code search, or the layer of logits.
+    search_macs: int
     encoder_blocks: Blocks | None = None
     decoder_blocks: Blocks | None = None
-    known: bool = True  # False: of a kind that does not tell its network's
+    # False for a kind of tokenizer that does not tell the cost of its network.
+    known: bool = True
 
     @property
     def parameters(self) -> int:
@@ -81,7 +88,7 @@ class TokenizerCost:
 
 @dataclass(frozen=True)
 class FrozenStage:
-    """What a frozen network computes up to the next place where its features can be taken, an image.
+    """What a frozen network computes for one image up to the next place where its features can be taken.
 
     Args:
         layers: transformer blocks, or convolutions.
@@ -111,7 +118,7 @@ class FrozenCost:
 
 @dataclass(frozen=True)
 class ObjectiveCost:
-    """What an objective costs beside a cross-entropy with hard codes, an image.
+    """What an objective costs for one image beside a cross-entropy with hard codes.
 
     Args:
         recomputed_macs: of forward_macs, those that the backward pass computes again; what the loss moves is then moved
@@ -136,7 +143,7 @@ class ObjectiveCost:
 
 
 def conv(width: int, out: int, kernel: int, size: int, *, in_size: int | None = None) -> Cost:
-    """`size` is the output's side in pixels, and the input's too unless `in_size` is given."""
+    """Cost of a convolution: `size` is the output's side in pixels, and the input's too unless `in_size` is given."""
     weights = kernel**2 * width * out
     return Cost(weights + out, weights * size**2, width * (in_size or size) ** 2, tensors=2, convolutions=1)
 
@@ -151,15 +158,15 @@ def norm_swish(width: int, size: int) -> Cost:
 
 
 def residual(width: int, out: int, size: int) -> Cost:
-    """Norm, swish, 3x3, twice."""
+    """Cost of a residual block: norm, swish and 3x3 convolution, twice, and the shortcut."""
     layers = norm_swish(width, size) + conv(width, out, 3, size) + norm_swish(out, size) + conv(out, out, 3, size)
     return layers + shortcut(width, out, size)
 
 
 def attention(width: int, size: int) -> Cost:
-    """Single head over all positions, four 1x1 convolutions in two layers.
+    """Cost of single-head attention over all positions: four 1x1 convolutions in two layers.
 
-    Keeps the norm's input, its output, query, key, value and the mixture.
+    It keeps the norm's input, its output, query, key, value and the mixture.
     """
     positions = size**2
     quadratic = 2 * positions**2 * width
@@ -176,7 +183,7 @@ def attention(width: int, size: int) -> Cost:
 def patch_transformer(channels: int, patch_px: int, blocks: Blocks) -> Cost:
     """A ViT with absolute positions and a class token, without layer scale, down to its normed patch tokens.
 
-    What a block keeps: `planner.shapes.mim_activation_bytes`.
+    `planner.shapes.mim_activation_bytes` describes what a block keeps.
     """
     tokens, width, hidden = blocks.tokens, blocks.width, blocks.hidden
     patches, patch = tokens - 1, channels * patch_px**2
@@ -188,12 +195,13 @@ def patch_transformer(channels: int, patch_px: int, blocks: Blocks) -> Cost:
         tokens * (8 * width + 2 * hidden),
         tensors=13,
     )
-    ends = Cost(tensors=6)  # patches, class token, positions, norm
+    # Tensors of patch embedding, class token, positions and norm.
+    ends = Cost(tensors=6)
     return embedding + block.times(blocks.number) + positions_and_norm + ends
 
 
 def tanh_head(width: int, out: int, positions: int) -> Cost:
-    """Linear, tanh, linear at every position; keeps the input, tanh's output, and the output."""
+    """Linear, tanh and linear layers at every position; they keep the input, tanh's output, and the output."""
     return Cost(
         width**2 + width + width * out + out,
         positions * (width**2 + width * out),

@@ -50,10 +50,10 @@ def describe_os_error(error: OSError, place: object = "") -> str:
 
 
 def nearest(key: str, known: list[str]) -> str:
-    # nothing longer is near; comparing takes the square of its length
+    # Nothing longer is near a known key, and comparing takes time by the square of the length.
     key = key[:100]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    # right name in the wrong section, or no section at all
+    # The name may be right and its section wrong or missing.
     if not close:
         close = [other for other in known if other.split(".")[-1] == key.split(".")[-1]][:1]
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # started by path: the package's parent, not its inside
+    # Python puts this file's folder first when it is started by path; imports need the package's parent there.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--list_hardware", action="store_true", help="print the catalogue with its sources, and nothing else")
     add("overrides", nargs="*", metavar="[RECIPE:]key.sub=value", help=OVERRIDES)
     given = sys.argv[1:] if argv is None else argv
-    # else --gpus 8 64 model.depth=2 would take the setting for a number
+    # Settings are taken out first: --gpus 8 64 model.depth=2 would take the setting for a number.
     settings = [text for text in given if _SETTING.match(text)]
     args = parser.parse_intermixed_args([text for text in given if text not in settings])
     args.overrides = settings + args.overrides
@@ -152,7 +152,7 @@ def _asked_json(path: str, main):
     from peco_ds.planner.fitting import DeepSpeedChoice, shipped
 
     asked = DeepSpeedChoice(path, read_deepspeed_json(path))
-    # follows from the GPUs
+    # The number of accumulation steps follows from the GPUs.
     held = {key: value for key, value in asked.raw.items() if key != "gradient_accumulation_steps"}
     merge_deepspeed(held, path, main.run, main.recipe.optim, world_size=1)
     return next((choice for choice in shipped() if choice.raw == asked.raw), asked)

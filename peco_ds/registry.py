@@ -187,7 +187,7 @@ class Registry(Mapping[str, _Kind], Generic[_Kind]):
     """Name -> descriptor, in the order of the table and then of the calls of `add`.
 
     Args:
-        setting: that names one.
+        setting: the one that names a descriptor.
         table: descriptors, or where they are: "module:name".
     """
 
@@ -195,13 +195,13 @@ class Registry(Mapping[str, _Kind], Generic[_Kind]):
         self._setting, self._entries = setting, dict(table)
 
     def add(self, name: str, kind: _Kind) -> None:
-        """Raises: UserError if the name is taken."""
+        """Add a descriptor. Raises: UserError if the name is taken."""
         if name in self._entries:
             raise UserError(f"{self._setting} {name}: is there already; give yours another name")
         self._entries[name] = kind
 
     def named(self, name: str, setting: str = "") -> _Kind:
-        """As `[name]`. Raises: UserError naming the setting and the nearest name, if there is none."""
+        """The descriptor of that name. Raises: UserError naming the setting and the nearest name, if there is none."""
         if name in self:
             return self[name]
         known = list(self)
@@ -235,13 +235,15 @@ _extensions: dict[str, Path] = {}
 
 
 def load_extensions() -> dict[str, Path]:
-    """Run what PECO_EXTENSIONS names, each once; what was run, with its files.
+    """Run each entry of PECO_EXTENSIONS once.
 
+    Returns: what was run, with its files.
     Raises: UserError if a file is not there or a module is not installed. What a file raises of its own passes through.
     """
     for entry in filter(None, os.environ.get(EXTENSIONS, "").split(os.pathsep)):
         if entry not in _extensions:
-            _extensions[entry] = Path()  # a file may look names up while it runs
+            # The entry is marked first, because a file may look names up while it runs.
+            _extensions[entry] = Path()
             try:
                 _extensions[entry] = _run(entry)
             except BaseException:
@@ -299,7 +301,7 @@ def kinds_learning_from(what: Literal["judge", "teacher"]) -> list[str]:
 
 
 def check_options(given: Mapping[str, Option], declared: Mapping[str, Option], setting: str) -> None:
-    """Raises: UserError if an option is not declared, or of another type than its default."""
+    """Check options. Raises: UserError if one is not declared, or of another type than its default."""
     for name, value in given.items():
         if name not in declared:
             raise UserError(f"{setting}.{name[:100]}: is not declared; there are {', '.join(declared) or 'none'}")

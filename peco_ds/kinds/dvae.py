@@ -14,7 +14,7 @@ from peco_ds.registry import Release, TokenizerKind, later
 
 
 def _cost(settings: TokenizerSettings, image_px: int) -> TokenizerCost:
-    """Encoder: blocks of four convolutions at a quarter of the width, and pooling between two groups.
+    """Cost of the encoder: blocks of four convolutions at a quarter of the width, and pooling between two groups.
 
     The layer of logits is the search. The decoder, which nothing here trains or runs at scale, is left out.
     """
@@ -25,7 +25,7 @@ def _cost(settings: TokenizerSettings, image_px: int) -> TokenizerCost:
         for _ in range(settings.blocks_per_level):
             hidden = out // 4
             cost += conv(width, hidden, 3, size) + conv(hidden, hidden, 3, size).times(2) + conv(hidden, out, 1, size)
-            # the shortcut runs beside them, so it is no further layer
+            # The shortcut runs beside these convolutions, so it does not count as a further layer.
             cost += replace(conv(width, out, 1, size), convolutions=0) if width != out else Cost()
             width = out
         size //= 1 if level == len(settings.channel_mults) - 1 else 2
@@ -48,7 +48,7 @@ KIND = TokenizerKind(
         origin="github.com/openai/DALL-E",
         licence="MIT, modified",
         judge=lambda settings: {"judge": "none"},
-        # its files hold whole modules
+        # The released files hold whole modules.
         objects=(
             "dall_e.encoder.Encoder",
             "dall_e.encoder.EncoderBlock",

@@ -14,7 +14,7 @@ from peco_ds.registry import TokenizerKind, later
 
 
 def _cost(settings: TokenizerSettings, image_px: int) -> TokenizerCost:
-    """The layer of logits is the search."""
+    """Cost of the network; the layer of logits counts as the search."""
     codes = (image_px // settings.stride_px) ** 2
     logits = Cost((settings.code_dim + 1) * settings.num_codes, 0, settings.code_dim * codes, tensors=2)
     return TokenizerCost(

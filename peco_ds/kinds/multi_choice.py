@@ -16,11 +16,12 @@ def _words(recipe: PretrainRecipe) -> str:
 
 
 def _cost(recipe: PretrainRecipe) -> ObjectiveCost:
-    """N patches, M masked ones, V codes, D width of the features, P rows of logits: M of each branch.
+    """Cost for N patches, M of them masked, V codes, features of width D, and P rows of logits: M of each branch.
 
-    Log-probabilities [P, V] times choices [V, N], again in the backward pass, and there the gradient of the former
-    alone. Once for both branches the refinement: rows [M, N] pick features [N, D], which are compared with all of them;
-    its gradient goes to the rows picked, to the other side, and back through the picking.
+    Log-probabilities [P, V] are multiplied by choices [V, N]. The backward pass computes this product again, and the
+    gradient of the log-probabilities alone. The refinement is computed once for both branches: rows [M, N] pick
+    features [N, D], which are compared with all of them. Its gradient goes to the rows picked, to the other side, and
+    back through the picking.
     """
     objective, patches, masked = recipe.objective, recipe.model.grid**2, recipe.mask.count
     predicted = masked * (2 if recipe.aggregation.early_block else 1)
@@ -30,7 +31,7 @@ def _cost(recipe: PretrainRecipe) -> ObjectiveCost:
         forward_macs=mixing + 2 * comparing,
         backward_macs=mixing + (3 * comparing if objective.similarity_gradient else 0),
         recomputed_macs=mixing,
-        # the dense choices [N, V]: filled, scattered into, read by a product with every masked patch
+        # The dense choices [N, V] are filled, scattered into, and read by a product with every masked patch.
         moved_bytes=patches * objective.num_codes * 4 * FP32_BYTES,
         kernels=46,
     )

@@ -17,7 +17,7 @@ _SIZES = {  # width, depth, heads
 
 
 def _cost(architecture: str, image_px: int) -> FrozenCost:
-    """By timm's name.
+    """The cost of the ViT that timm's name says.
 
     A file's own sizes are not read, so without a name it is ViT-B/16, that of MoCo v3, DINO and CLIP which the recipes
     name.
@@ -28,9 +28,10 @@ def _cost(architecture: str, image_px: int) -> FrozenCost:
     tokens = (image_px // patch_px) ** 2 + 1
     block = FrozenStage(
         Blocks(1, tokens, width, 4 * width, heads),
-        # inputs of both norms, query, key, value and attention's output; input of GELU
+        # Inputs of both norms; query, key, value and attention's output; the input of GELU.
         saved=tokens * (6 * width + 4 * width),
-        working=tokens * 2 * 4 * width,  # of the one layer that runs
+        # Only one layer runs at a time.
+        working=tokens * 2 * 4 * width,
         features=(tokens - 1) * width,
     )
     return FrozenCost(

@@ -10,7 +10,7 @@ from peco_ds.costs import IMAGE_CHANNELS, Blocks, TokenizerCost, patch_transform
 from peco_ds.errors import UserError
 from peco_ds.registry import Release, TokenizerKind, later
 
-# a training checkpoint's frozen teacher and what belongs to it
+# Tensors of a training checkpoint's frozen teacher and what belongs to it.
 LEFT_BEHIND = ("teacher", "scaling", "loss")
 
 
@@ -27,7 +27,7 @@ def _check(settings: TokenizerSettings, section: str) -> None:
 
 
 def _cost(settings: TokenizerSettings, image_px: int) -> TokenizerCost:
-    """The grid of codes is the decoder's image, one code a patch."""
+    """Cost of encoder and decoder; the grid of codes is the decoder's image, one code a patch."""
     vit, patches = settings.vit, (image_px // settings.vit.patch_px) ** 2
     encoder, decoder = (
         Blocks(depth, patches + 1, width, int(width * vit.mlp_ratio), heads)

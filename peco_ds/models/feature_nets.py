@@ -14,7 +14,7 @@ from peco_ds.errors import UserError
 from peco_ds.registry import family_of
 
 MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
-# what a section of a recipe is told to fetch
+# Advice on what to fetch, by section of the recipe.
 FETCH = {
     "perceptual": f"fetch {MOCO_V3_URL} (MoCo v3, ViT-B/16, 300 epochs) and give its path in perceptual.weights",
     "teacher": "fetch ViT-B-16.pt of github.com/openai/CLIP, or dino_vitbase16_pretrain.pth of "

@@ -19,10 +19,12 @@ from peco_ds.schema import sha256_of_file
 @dataclass(frozen=True)
 class PublishedTokenizer:
     settings: TokenizerSettings
-    # of the tokenizer that these settings build, float32
+    # State of the tokenizer that these settings build, float32.
     state_dict: dict[str, torch.Tensor]
-    left_out: int  # tensors that only training needs
-    facts: dict  # for the release's card
+    # Number of tensors that only training needs.
+    left_out: int
+    # Facts for the release's card.
+    facts: dict
 
 
 def releases() -> dict[str, Release]:

@@ -23,7 +23,7 @@ from peco_ds.schema import read_json, short, write_json
 RELEASE_VERSION = 1
 TENSORS_NAME = "tokenizer.safetensors"
 CARD_NAME = "tokenizer.json"
-# of the file format, whatever settings.kind says of the network
+# Names the file format, whatever settings.kind says of the network.
 KIND = "peco_tokenizer"
 REMEDY = "make it again with train_tokenizer.py or copy it again"
 
@@ -47,7 +47,7 @@ class TokenizerCard:
     settings: TokenizerSettings
     num_codes: int
     stride_px: int
-    # facts of the training, as `save_tokenizer` was given them
+    # Facts of the training, as `save_tokenizer` was given them.
     extra: dict
 
 
@@ -125,7 +125,7 @@ def load_tokenizer(folder: str | Path) -> tuple[ImageTokenizer, TokenizerCard]:
     if asked > len(tensors):
         raise UserError(f"{path}: {len(tensors)} tensors, the settings ask for {asked} blocks; {REMEDY}")
     try:
-        # damaged settings may ask for more memory than there is
+        # Damaged settings may ask for more memory than there is.
         with torch.device("meta"):
             expected = build_tokenizer(card.settings).state_dict()
     except (RuntimeError, ValueError, TypeError) as error:  # TypeError: a size of more than 64 bits

@@ -73,7 +73,7 @@ class VitFeatureNet(FeatureNet):
             projection on every patch.
         """
         tokens = self.net.forward_features(images_norm)[:, self.net.num_prefix_tokens :]
-        # with mean pooling timm keeps the final norm behind the pooling
+        # With mean pooling, timm keeps the final norm behind the pooling.
         if isinstance(self.net.norm, nn.Identity):
             tokens = self.net.fc_norm(tokens)
         return tokens if self.projection is None else F.linear(tokens, self.projection.to(tokens.dtype))
@@ -237,8 +237,8 @@ def _create(source: str, refusal: str, name: str) -> nn.Module:
     try:
         return timm.create_model(source, pretrained=True, **activation)
     except Exception as error:
-        # hub clients raise what their transport raises, and a damaged config ends anywhere in timm; none of it is a
-        # fault of ours
+        # Hub clients raise what their transport raises, and a damaged config may fail anywhere in timm. Neither is a
+        # fault of this package.
         raise UserError(refusal.format(_one_line(error))) from None
 
 
@@ -318,7 +318,7 @@ def _build_from_shapes(path: Path, vit: VitFile, section: str) -> VisionTransfor
         )
     blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
     depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))
-    # no model of so many blocks is built to find the first missing tensor
+    # This check spares building a model of so many blocks only to find the first missing tensor.
     if depth > len(state):
         raise UserError(f"{path}: holds block {depth - 1}, but {len(state)} tensors in all; fetch the file again")
     class_tokens = 1 if "cls_token" in state else 0

@@ -12,7 +12,7 @@ from peco_ds.config import ObjectiveSettings
 from peco_ds.objectives.hard_tokens import code_accuracy
 from peco_ds.schema import IGNORED
 
-# of dense choices at a time: 256 MiB in float32
+# Elements of dense choices at a time: 256 MiB in float32.
 BLOCK_ELEMENTS = 2**26
 
 
@@ -108,7 +108,7 @@ def dense_choices(
     others = num_codes - probs.shape[-1]
     if rest == "renormalize" or others == 0:
         return probs.new_zeros(*probs.shape[:-1], num_codes).scatter_(-1, topk_codes, probs / mass)
-    # stored in 16 bits, the mass may come out a little above 1
+    # Probabilities are stored in 16 bits, so the mass may come out a little above 1.
     left = (1 - mass).clamp(min=0)
     return (left / others).repeat(1, 1, num_codes).scatter_(-1, topk_codes, probs / mass.clamp(min=1))
 

@@ -15,7 +15,7 @@ from peco_ds.planner.stages import Kind, Stage
 from peco_ds.planner.step_cost import PACES, closed_form
 from peco_ds.planner.traffic import traffic_by_operation
 
-# so many times the hours at most, for half of the GPUs
+# Half of the GPUs are worth it below this many times the hours.
 WORTH_HALF = 1.25
 
 
@@ -26,10 +26,10 @@ class Bill:
     chain: Chain
     hardware: Hardware
     gpus: int
-    # settings as the recipes have them; () where a recommendation alone was asked for
+    # Estimates with the recipes' own settings; () where only a recommendation was asked for.
     written: tuple[Estimate, ...]
     recommended: tuple[Recommendation, ...]
-    # stages that do not fit as written, in whose place the recommended settings stand
+    # Stages that do not fit as written; the recommended settings stand in their place.
     unfit: tuple[Stage, ...] = ()
 
     def hours(self, pace: str = "typical") -> float:
@@ -46,7 +46,7 @@ class Bill:
 
     @property
     def shown(self) -> tuple[Estimate, ...]:
-        """As written where that was asked for, else as recommended."""
+        """Estimates as written where those were asked for, else as recommended."""
         return self.written or tuple(found.best for found in self.recommended)
 
     @property
@@ -105,7 +105,8 @@ def _on_fewer(found: Recommendation, stage: Stage, choice: DeepSpeedChoice) -> R
         return found
     try:
         fewer = recommend(stage, made.hardware, half, choice)
-    except UserError:  # they have not the memory
+    except UserError:
+        # Fewer GPUs may lack the memory.
         return found
     return _on_fewer(fewer, stage, choice) if fewer.best.hours() < WORTH_HALF * made.hours() else found
 

@@ -1,4 +1,4 @@
-"""From the recipe of a pre-training to all stages around it: tokenizer, tokens, pre-training, fine-tuning."""
+"""All stages around the recipe of a pre-training: tokenizer, tokens, pre-training, fine-tuning."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DEFAULT_JSON: dict[Kind, str] = {
     "pre-training": "zero3.json",
     "fine-tuning": "zero1.json",
 }
-# stands for weights that a plan does not read
+# Placeholder for weights that a plan does not read.
 _PLANNED = "to-be-given"
 
 
@@ -76,7 +76,7 @@ def read_chain(
             f"recipe {recipe!r}: of linear_probe.py, which trains no network; give a recipe of a "
             "pre-training, a tokenizer or a fine-tuning"
         )
-    # a copy under another file name keeps its neighbours
+    # A copy under another file name keeps its neighbours.
     usual = NEIGHBOURS.get(str(_settings(find_recipe(recipe)).get("name", name)), (None, ()))
     tokenizer_named = tokenizer or usual[0]
     others = [] if kind is not PretrainRecipe else list(usual[1] if finetune is None else finetune)
@@ -151,7 +151,7 @@ def _require_grid(network: TokenizerSettings, recipe: PretrainRecipe) -> None:
 
 
 def recipe_type(recipe: str) -> type:
-    """Which stage a recipe is of, by the sections it has.
+    """Type of a recipe, told by the sections it has.
 
     Raises: UserError if there is no such recipe.
     """
@@ -170,10 +170,11 @@ _OWN_KEYS = {
 
 
 def _settings(path: Path) -> dict[str, object]:
-    """Dotted, two deep, as they stand in the file."""
+    """Settings as they stand in the file: dotted names, two levels deep."""
     try:
         raw = read_yaml(path)
-    except NOT_YAML:  # load_recipe says what is wrong with it
+    except NOT_YAML:
+        # `load_recipe` says what is wrong with the file.
         return {}
     found: dict[str, object] = {}
     for section, value in raw.items() if isinstance(raw, dict) else ():

@@ -9,8 +9,9 @@ from peco_ds.schema import VIEW_COLUMNS
 # Seconds of one core (AMD EPYC, torchvision's decoder), measured on ImageNet images of 87 thousand pixels:
 # benchmarks/data.py for pre-training's parts; RandAugment through Pillow at 224 and 448 px gave 2.1 and 5.9 ms.
 DECODE_S_A_PIXEL = 5.2e-9
-RECORD_S = 424e-6  # read, order, mask, token record, batch
-# box, resize and flip, by the pixels of the crop
+# Seconds an image for reading, order, mask, token record and batch.
+RECORD_S = 424e-6
+# Box, resize and flip: seconds a pixel of the crop.
 CROP_S_A_PIXEL = 4.3e-9
 AUGMENT_S, AUGMENT_S_A_PIXEL = 850e-6, 25e-9
 # ImageNet's mean image, as the literature has it
@@ -47,7 +48,7 @@ def token_bytes(num_views: int, patches: int, topk: int = 0) -> tuple[int, int]:
 
 
 def token_set_bytes(stage: Stage) -> int:
-    """Of the token shards that a pre-training reads, its tokenizing writes."""
+    """Bytes of the token shards that a tokenizing writes and its pre-training reads."""
     views = stage.recipe.views
     return stage.num_samples * token_bytes(views.count, stage.recipe.model.grid**2, views.topk)[1]
 

@@ -48,14 +48,16 @@ from peco_ds.planner.traffic import Collective, step_collectives
 
 # Share of the typical bandwidth between GPUs, by pace; assumed. Neighbours on the same switches are what takes it away.
 LINK_SHARE = {"slow": 0.7, "typical": 1.0, "fast": 1.1}
-# between saves of a recipe without checkpoint.every_minutes, whose epochs or steps decide; assumed
+# Minutes between saves of a recipe without checkpoint.every_minutes, whose epochs or steps decide; assumed.
 NO_INTERVAL_MINUTES = 60.0
-# a shard of tokens, which is what an interrupted tokenizing does again; assumed
+# Seconds for a shard of tokens, which an interrupted tokenizing computes again; assumed.
 SHARD_S = 120.0
-CHECKPOINTING = ("none", "selective", "full")  # from the simplest
-# settings within five per cent of the quickest are taken for as quick: the model is no better than that
+# Kinds of activation checkpointing, the simplest first.
+CHECKPOINTING = ("none", "selective", "full")
+# Settings within five per cent of the quickest count as equally quick, because the model is no more exact than that.
 SAME_SPEED = 1.05
-SMALLER_MICRO_BATCHES = 3  # the largest that fit are compared
+# Number of micro-batches that are compared, the largest that fit.
+SMALLER_MICRO_BATCHES = 3
 
 
 def checkpointing_of(stage: Stage) -> tuple[str, ...]:
@@ -75,7 +77,8 @@ class Estimate:
     gpus: int
     choice: DeepSpeedChoice
     micro_batch: int
-    room: Room  # of the stage on these GPUs with this JSON
+    # Memory of the stage on these GPUs with this JSON.
+    room: Room
 
     @property
     def micro_steps(self) -> int:
@@ -96,7 +99,7 @@ class Estimate:
 
     @property
     def settings(self) -> str:
-        """In words: JSON, activation checkpointing, micro-batch x passes."""
+        """The settings in words: JSON, activation checkpointing, micro-batch x passes."""
         kind = self.stage.run.activation_checkpointing
         return (
             f"{self.choice.name}, activation checkpointing {kind}, micro-batch {self.micro_batch} x {self.micro_steps}"
@@ -106,7 +109,7 @@ class Estimate:
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
-        """Of one optimiser step."""
+        """Collectives of one optimiser step."""
         if not self.stage.trains or self.gpus == 1:
             return ()
         return step_collectives(
@@ -115,7 +118,7 @@ class Estimate:
             precision=self.precision,
             micro_steps=self.micro_steps,
             ranks=self.gpus,
-            # rates fall from block to block
+            # In fine-tuning the learning rate differs from block to block, so each has its own parameter groups.
             groups="segment" if self.stage.kind == "fine-tuning" else "whole",
         )
 
@@ -136,9 +139,9 @@ class Estimate:
 
     @property
     def _optimizer_s(self) -> float:
-        """Of a step, on this rank's part of the parameters.
+        """Seconds of the optimiser in one step, on this rank's part of the parameters.
 
-        With what offloaded weights take on their way up, which a pass waits for.
+        They include the way of offloaded weights to the GPU, which a pass waits for.
         """
         part = self.stage.parameters / (self.gpus if self.choice.stage else 1)
         on_gpu = self.choice.offload_device("optimizer") == "none"
@@ -152,7 +155,7 @@ class Estimate:
         return {}
 
     def cost(self, pace: str = "typical") -> StepCost:
-        """Of an optimiser step without its loader.
+        """Cost of an optimiser step without its loader.
 
         Computed when a pace is first asked for: a recommendation compares many settings by their typical pace alone.
         """
@@ -198,17 +201,17 @@ class Estimate:
 
     @property
     def loader_cores(self) -> float:
-        """Of one node, that the GPUs' typical pace keeps busy."""
+        """Loader cores of one node that the GPUs' typical pace keeps busy."""
         return self.computed_images_s() * loader_core_s(self.stage) / self.nodes
 
     # ------------------------------------------------------------------------------------------- hours
 
     def training_hours(self, pace: str = "typical") -> float:
-        """Without evaluations, saves, failures."""
+        """Hours of training, without evaluations, saves and failures."""
         return self.stage.images / self.images_s(pace) / 3600
 
     def evaluation_hours(self, pace: str = "typical") -> float:
-        """Of a classifier's evaluations: forward passes alone."""
+        """Hours of a classifier's evaluations: forward passes alone."""
         if not self.stage.evaluated:
             return 0.0
         forward = sum(segment.forward for segment in self.inputs(pace).segments) / self.micro_batch
@@ -224,7 +227,7 @@ class Estimate:
         saves = dict(interval_s=SHARD_S, stall_s=0.0, write_s=0.0)
         if stage.trains:
             sizes: dict[str, Any] = dict(stage=self.choice.stage, precision=self.precision, average=stage.averages)
-            # the largest part, and its node's
+            # Rank 0 writes the largest part; `a_node` is the part of its node.
             first = saved_bytes(stage.parameters, world_size=self.gpus, first_rank=True, **sizes)
             a_node = max(first, checkpoint_bytes(stage.parameters, **sizes) / self.nodes)
             saves = dict(
@@ -237,11 +240,11 @@ class Estimate:
 
     @property
     def minutes_between_saves(self) -> float:
-        """As the recipe says, or as is assumed where its epochs or steps decide."""
+        """Minutes between saves, as the recipe says or as is assumed where its epochs or steps decide."""
         return self.stage.recipe.checkpoint.every_minutes or NO_INTERVAL_MINUTES
 
     def running_hours(self, pace: str = "typical") -> float:
-        """Of training and evaluations, without saves and failures."""
+        """Hours of training and evaluations, without saves and failures."""
         return self.training_hours(pace) + self.evaluation_hours(pace)
 
     def goodput(self, pace: str = "typical") -> Goodput:
@@ -256,7 +259,7 @@ class Estimate:
 
     @property
     def host_bytes(self) -> float:
-        """Of one node: what ZeRO has offloaded, and a save in flight."""
+        """Host memory of one node: what ZeRO has offloaded, and a save in flight."""
         if not self.stage.trains:
             return 0.0
         return host_bytes_per_node(
@@ -300,9 +303,9 @@ def estimate(
 def _as_asked(
     stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice, micro_batch: int | None = None
 ) -> Estimate | None:
-    """With the micro-batch that was asked for, or the largest up to the recipe's that divides and fits.
+    """Estimate with the micro-batch that was asked for, or the largest up to the recipe's that divides and fits.
 
-    None: there is none.
+    None if there is no such micro-batch.
     """
     found = room(stage, hardware, gpus, choice)
     sizes = shares(stage, gpus) if stage.trains else range(1, stage.run.micro_batch + 1)
@@ -370,7 +373,7 @@ class Recommendation:
 def recommend(stage: Stage, hardware: Hardware, gpus: int, asked: DeepSpeedChoice) -> Recommendation:
     """The settings of the shortest typical step.
 
-    Of those that are as quick within five per cent the recipe's own, else the simplest.
+    Among settings that are as quick within five per cent, the recipe's own are taken, else the simplest.
 
     Compared: the JSON that was asked for and those of ds_configs (without ZeRO-0, which only costs memory, and with
     offload only where nothing fits without it), every kind of activation checkpointing, the largest micro-batches that
@@ -396,7 +399,7 @@ def recommend(stage: Stage, hardware: Hardware, gpus: int, asked: DeepSpeedChoic
 
 
 def _typical_s(made: Estimate) -> float:
-    """Of an optimiser step; of tokenizing, of one view."""
+    """Typical seconds of an optimiser step; for tokenizing, of one view."""
     return (made.stage.run.global_batch if made.stage.trains else 1) / made.computed_images_s()
 
 

@@ -12,11 +12,11 @@ from peco_ds.planner.hardware import GIB, Hardware
 from peco_ds.planner.memory import GpuMemory, gpu_memory, offload_device, zero_stage
 from peco_ds.planner.stages import Stage
 
-# CUDA context, communicators, cuBLAS workspaces; assumed
+# CUDA context, communicators, cuBLAS workspaces (assumed).
 RESERVED_BYTES = 1.5 * GIB
-# of a GPU's memory, that no micro-batch is to fill; assumed
+# Share of a GPU's memory that no micro-batch is to fill (assumed).
 KEPT_FREE = 0.05
-# of activations in the caching allocator; assumed
+# Bytes that the caching allocator takes for a byte of activations (assumed).
 FRAGMENTATION = 1.08
 MOST_GPUS = 1024
 
@@ -34,7 +34,7 @@ class DeepSpeedChoice:
 
     @property
     def path(self) -> str:
-        """As a command line takes it."""
+        """The JSON as a command line names it."""
         return f"ds_configs/{self.name}" if self in shipped() else self.name
 
     @property
@@ -65,11 +65,13 @@ def shipped() -> tuple[DeepSpeedChoice, ...]:
 class Room:
     """How the memory of a GPU is divided."""
 
-    state: GpuMemory  # without activations
-    # beside ZeRO's state: frozen networks, codebooks, moving average
+    # Everything but activations.
+    state: GpuMemory
+    # Frozen networks, codebooks and moving average, which ZeRO does not divide.
     fixed_bytes: float
-    bytes_per_image: float  # activations, with the allocator's loss
-    # of the GPU, without what is reserved or kept free
+    # Activations, with the allocator's loss.
+    bytes_per_image: float
+    # Memory of the GPU without what is reserved or kept free.
     available_bytes: float
 
     @property
@@ -78,13 +80,15 @@ class Room:
         return int((self.available_bytes - self.state.state - self.fixed_bytes) // self.bytes_per_image)
 
     def used_bytes(self, micro_batch: int) -> float:
-        """Of one GPU, with what is reserved."""
+        """Bytes used on one GPU, with what is reserved."""
         return RESERVED_BYTES + self.state.state + self.fixed_bytes + micro_batch * self.bytes_per_image
 
 
 def check_gpus(gpus: int, hardware: Hardware, stage: Stage) -> None:
-    """Raises: UserError if there are none, too many, no whole nodes of them, or they do not divide the stage's global
-    batch; it names the nearest counts that would do.
+    """Check a number of GPUs.
+
+    Raises: UserError if there are none, too many, no whole nodes of them, or they do not divide the stage's global
+        batch; it names the nearest counts that would do.
     """
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: at least 1")
@@ -132,7 +136,7 @@ def gpus_that_divide(stage: Stage, gpus: int, hardware: Hardware) -> int:
     if not stage.trains:
         return gpus
     usable = [count for count in _usable_counts(stage, hardware) if count <= gpus]
-    # one GPU divides every batch, unless its images are mixed in pairs
+    # One GPU divides every batch, unless its images are mixed in pairs.
     if not usable:
         raise UserError(
             f"{stage.name}: run.global_batch {stage.run.global_batch} is odd, and mixup pairs the images of a pass; "
@@ -142,10 +146,11 @@ def gpus_that_divide(stage: Stage, gpus: int, hardware: Hardware) -> int:
 
 
 def require_divides(stage: Stage, gpus: int, hardware: Hardware) -> None:
-    """Raises: UserError naming what would divide."""
+    """Check that the GPUs divide the global batch. Raises: UserError naming what would divide."""
     if stage.trains and not shares(stage, gpus):
         batch = stage.run.global_batch
-        gpus_that_divide(stage, gpus, hardware)  # refuses a batch that no count divides
+        # This call refuses a batch that no count of GPUs divides.
+        gpus_that_divide(stage, gpus, hardware)
         reason = (
             f"run.global_batch {batch} is not a multiple of it"
             if batch % gpus
@@ -158,7 +163,7 @@ def require_divides(stage: Stage, gpus: int, hardware: Hardware) -> None:
 
 
 def require_known(choice: DeepSpeedChoice) -> None:
-    """Raises: UserError for what a plan has no rates of."""
+    """Check that a plan has rates for the JSON. Raises: UserError for what it has none of."""
     for what in ("optimizer", "param"):
         if choice.offload_device(what) not in ("none", "cpu"):
             raise UserError(
@@ -181,7 +186,7 @@ def room(stage: Stage, hardware: Hardware, gpus: int, choice: DeepSpeedChoice) -
         ds_config=merged(stage, choice),
     )
     fixed = stage.fixed_bytes
-    # the moving average lies where the optimiser's state does
+    # The moving average lies where the optimiser's state does.
     if choice.offload_device("optimizer") == "none":
         fixed += stage.average_bytes(stage=choice.stage, world_size=gpus)
     return Room(state, fixed, a_image, available)

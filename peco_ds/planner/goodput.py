@@ -39,15 +39,18 @@ SAVE_CALL_S, WRITE_CALL_S = 0.5, 5.0
 
 @dataclass(frozen=True)
 class Goodput:
-    """Of a whole run, expected values."""
+    """Expected values for a whole run."""
 
-    share: float  # of the wall clock that becomes kept work
+    # Share of the wall clock that becomes kept work.
+    share: float
     wall_s: float
     expected_failures: float
-    lost_s: float  # work done again
-    saving_s: float  # the loop standing still for saves
+    # Work done again.
+    lost_s: float
+    # The loop stands still for saves.
+    saving_s: float
     restarting_s: float
-    # of saves, for this stall and these failures; inf where nothing fails
+    # Best time between saves for this stall and these failures; inf where nothing fails.
     best_interval_s: float
 
 
@@ -107,7 +110,7 @@ def failure_rate(nodes: int, failures_per_1000_node_days: float) -> float:
 
 
 def best_interval_s(stall_s: float, rate: float) -> float:
-    """From one save to the next, as Daly gives it, the stall counted in; inf where nothing fails."""
+    """Interval from one save to the next by Daly's formula, the stall counted in; inf where nothing fails."""
     if rate == 0:
         return math.inf
     if stall_s >= 2 / rate:
@@ -117,10 +120,10 @@ def best_interval_s(stall_s: float, rate: float) -> float:
 
 
 def stall_seconds(bytes_a_gpu: float) -> float:
-    """The loop stands still while each rank copies its part of the state to host memory, all at once."""
+    """Seconds that the loop stands still while all ranks copy their parts of the state to host memory at once."""
     return SAVE_CALL_S + bytes_a_gpu / HOST_COPY_BYTES_S
 
 
 def write_seconds(checkpoint_bytes: float, nodes: int, storage_bytes_s: float) -> float:
-    """Every node writes its share at `storage_bytes_s`; hashing and renaming hide behind it."""
+    """Seconds of a write: every node writes its share at `storage_bytes_s`, which hides hashing and renaming."""
     return WRITE_CALL_S + checkpoint_bytes / nodes / storage_bytes_s

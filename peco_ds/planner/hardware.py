@@ -23,27 +23,36 @@ CATALOGUE = Path(__file__).with_name("hardware.yaml")
 class Hardware:
     """One kind of GPU in one kind of node."""
 
-    name: str  # as --hardware takes it
+    # Name that --hardware takes.
+    name: str
     title: str
-    # of a GPU, as torch reports it: without what the driver keeps for itself
+    # Memory of a GPU as torch reports it, without what the driver keeps for itself.
     memory_bytes: float
-    peak_flops: dict[str, float]  # dense, by precision: bf16, fp16, fp32
-    memory_bytes_s: float  # device memory of a GPU, read and written
+    # Dense, by precision: bf16, fp16, fp32.
+    peak_flops: dict[str, float]
+    # Device memory of a GPU, read and written.
+    memory_bytes_s: float
     gpus_per_node: int
-    link_bytes_s: float  # NVLink or PCIe of a GPU, inside a node
-    network_bytes_s: float  # of a whole node, between nodes
-    host_memory_bytes: float  # of a node
-    cores_per_node: int  # real ones
-    storage_bytes_s: float  # shared file system, a node
-    # of the peak that the matrix products of a training step reach: slow, typical, fast
+    # NVLink or PCIe of a GPU, inside a node.
+    link_bytes_s: float
+    # A whole node's links to other nodes.
+    network_bytes_s: float
+    # A node's.
+    host_memory_bytes: float
+    # Physical cores.
+    cores_per_node: int
+    # The shared file system, as one node sees it.
+    storage_bytes_s: float
+    # Share of the peak that the matrix products of a training step reach: slow, typical, fast.
     product_share: tuple[float, float, float] = (0.5, 0.6, 0.7)
-    # of the 16-bit peak that the attention kernel reaches, forward and backward
+    # Share of the 16-bit peak that the attention kernel reaches, forward and backward.
     attention_share: tuple[float, float, float] = (0.1, 0.15, 0.25)
-    # of memory_bytes_s that kernels reach that only read and write
+    # Share of memory_bytes_s that kernels reach which only read and write.
     memory_share: float = 0.85
-    # pattern of the name that the driver gives the GPU; "": none
+    # Pattern of the name that the driver gives the GPU; "": none.
     device_name: str = ""
-    sources: dict[str, str] = field(default_factory=dict)  # field -> where its value comes from
+    # Field -> where its value comes from.
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 _TEXTS = ("name", "title", "device_name")
@@ -60,9 +69,9 @@ _UNITS = {
     "host_memory_bytes": ("bytes", 1e9),
     "storage_bytes_s": ("bytes a second", 1e6),
 }
-# what a number of bytes may be written with
+# Binary units that a number of bytes may be written with.
 _BINARY = {"GiB": 2**30, "TiB": 2**40}
-# a slice of a card, or another chip under its name: the peak is not known
+# Names of a slice of a card, or of another chip under the card's name, whose peak is not known.
 _PART_OF_A_CARD = r"MIG|Laptop"
 
 

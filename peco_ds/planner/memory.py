@@ -43,7 +43,8 @@ PREFETCH_BUCKET = 5e7
 MAX_LIVE = 1e9
 MAX_REUSE_DISTANCE = 1e9
 
-# bytes of the next power of two over bytes asked for: 1.39 on average, if sizes lie evenly between two powers (2 log 2)
+# Bytes of the next power of two over the bytes asked for: 1.39 on average (2 log 2), if sizes lie evenly between two
+# powers.
 ROUNDED_UP = 1.4
 MASTER_BYTES = 4
 MOMENTS_BYTES = 8
@@ -56,13 +57,14 @@ class GpuMemory:
 
     weights: float
     gradients: float
-    optimizer: float  # master weights and moments
-    # communication buckets and, at stage 3, gathered weights
+    # Master weights and moments.
+    optimizer: float
+    # Communication buckets and, at stage 3, gathered weights.
     buffers: float
     activations: float
-    # what this rank keeps in host memory or on NVMe instead
+    # Bytes that this rank keeps in host memory or on NVMe instead.
     host: float = 0.0
-    # of it, in page-locked memory, as far as the JSON leaves `pin_memory` at its default
+    # The part of `host` in page-locked memory, where the JSON leaves `pin_memory` at its default.
     pinned: float = 0.0
 
     @property
@@ -111,7 +113,7 @@ def gpu_memory(
     if offloaded_state:
         sums_on_host = stage == 3 or (stage == 2 and summed == element)
         keeps_sums = sums_on_host and (stage == 3 or ds_config.get("gradient_accumulation_steps") != 1)
-        # the gradient to step with, the sums, the weights on their way back
+        # Offloading moves the gradient to step with, the sums of gradients, and the weights on their way back.
         moved = part * (MASTER_BYTES + summed * keeps_sums + (0 if stage == 3 else element))
         host, pinned, optimizer = optimizer + moved, moved + (0 if stage == 3 else part * MASTER_BYTES), 0.0
         gradients = 0.0 if sums_on_host else gradients
@@ -158,7 +160,7 @@ def offloads(zero: dict, key: str) -> bool:
 
 
 def _bucket_element_bytes(ds_config: dict, stage: int, element: int, summed: int) -> int:
-    """Of the bucket that gradients are copied into, or of both where it is doubled."""
+    """Bytes an element of the bucket that gradients are copied into, or of both where it is doubled."""
     if stage == 3:
         return DTYPE_BYTES.get(str(ds_config.get("communication_data_type")), element)
     doubled = ds_config.get("zero_optimization", {}).get("overlap_comm")
@@ -229,5 +231,6 @@ def host_bytes_per_node(
     moved_average = ema_bytes(num_parameters, stage=stage, world_size=world_size) if average and state.host else 0.0
     sizes: dict[str, Any] = dict(stage=stage, world_size=world_size, precision=precision, average=average)
     first, other = (saved_bytes(num_parameters, first_rank=first_rank, **sizes) for first_rank in (True, False))
-    single = first - other  # weights, tensor by tensor
+    # Rank 0 alone writes the weights, tensor by tensor.
+    single = first - other
     return ranks_per_node * (offloaded + moved_average + rounded * other) + ROUNDED_UP * single

@@ -65,7 +65,7 @@ _MICRO = 1e-6
 _SIMPLE = _Protocol(
     (8.4 * _MICRO, 3.4 * _MICRO, 5.7 * _MICRO, 14.0 * _MICRO), (0.0, 28 * _MICRO, 28 * _MICRO, 28 * _MICRO), 1.0, 0.92
 )
-# over NVLink alone
+# This protocol runs over NVLink alone.
 _LL128 = _Protocol(
     (14.0 * _MICRO, 1.9 * _MICRO, math.inf, 4.0 * _MICRO),
     (14.0 * _MICRO, 1.25 * _MICRO, math.inf, 8.5 * _MICRO),
@@ -83,7 +83,7 @@ _PROTOCOLS = (_SIMPLE, _LL128, _LL)
 # Where a ring crosses nodes, every hop waits for the network's bookkeeping: a microsecond on Intel hosts, three under
 # the plain protocol.
 _OVERHEAD_S = {_SIMPLE: 3 * _MICRO, _LL128: 1 * _MICRO, _LL: 1 * _MICRO}
-# of a long ring's latency in an all-reduce over nodes
+# Factor on a long ring's latency in an all-reduce over nodes.
 _PLATEAU = 1.4
 
 
@@ -135,7 +135,7 @@ def _ring_seconds(
     if operation == "all_reduce":
         hops, crossings, carried = 2 * hops, min(2 * hops, 2 * nodes) if nodes > 1 else 0, 2 * carried
     elif operation == "reduce":
-        # a pipeline to its owner: every byte passes every hop
+        # A reduce is a pipeline to the owner: every byte passes every hop.
         carried = num_bytes
     hop = nvlink_hop if nvlink else pcie_hop
     if nodes > 1:

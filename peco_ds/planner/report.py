@@ -32,7 +32,7 @@ from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, Stage
 from peco_ds.registry import OBJECTIVES
 
 WORLD_SIZES = (1, 8, 64, 256)
-# that a dry run's times are predicted for; plan.py takes any
+# The machine that a dry run predicts times for; plan.py takes any.
 HARDWARE = "h100"
 
 _LABEL_WIDTH = 20
@@ -141,7 +141,7 @@ def _finetuning(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
 
 
 def _tokenizer(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
-    """Its judge or teacher is taken for a ViT-B/16."""
+    """Report of a tokenizer; its judge or teacher is taken for a ViT-B/16."""
     tokenizer, size = planned.recipe.tokenizer, planned.recipe.views.tokenizer_px
     cost, grid = tokenizer_cost(tokenizer, size), size // tokenizer.stride_px
     of_model = {

@@ -34,12 +34,14 @@ FULL_ENCODING, NO_AGGREGATION = EncodingSettings(), AggregationSettings()
 class MimParameters:
     """Parameters of the pre-training model by part; all of them are trained."""
 
-    # with its final norm and relative position table, without any head
+    # Includes the final norm and the relative position table, but no head.
     backbone: int
     token_head: int
     mask_token: int
-    aggregation: int = 0  # the second branch's extra blocks
-    decoder: int = 0  # without its mask token and token head
+    # Extra blocks of the second branch.
+    aggregation: int = 0
+    # The decoder without its mask token and token head.
+    decoder: int = 0
 
     @property
     def total(self) -> int:
@@ -89,7 +91,8 @@ def backbone_parameters(model: ModelSettings, *, shared_bias: bool = True, num_c
 
 
 def _block_parameters(width: int, hidden: int, *, scaled: bool) -> int:
-    attention = 4 * width**2 + 3 * width  # biases of query, value and output
+    # Query, value and output have biases; the key has none.
+    attention = 4 * width**2 + 3 * width
     mlp = 2 * width * hidden + hidden + width
     norms = 2 * 2 * width
     return attention + mlp + norms + (2 * width if scaled else 0)
@@ -113,7 +116,7 @@ class MimMacs:
     """Multiply-accumulates of one image's forward pass."""
 
     backbone: int
-    # at masked patches only, of both branches where there are two
+    # The head runs at masked patches only, for both branches where there are two.
     token_head: int
     aggregation: int = 0
     decoder: int = 0
@@ -150,7 +153,7 @@ def mim_macs(
         head = (2 if extra else 1) * masked * width * num_codes
         return MimMacs(backbone=patch_embed + model.depth * block, token_head=head, aggregation=extra * block)
     seen, narrow = patches - masked + 1, encoding.decoder_width
-    # rows, then columns, of the table's T x T values
+    # Two products pick rows, then columns, of the table's T x T values.
     bias = model.heads * seen * (patches + 1) * (patches + 1 + seen)
     decoder = seen * width * narrow + encoding.decoder_depth * _block_macs(patches + 1, narrow, _hidden(model, narrow))
     backbone = patch_embed + bias + model.depth * _block_macs(seen, width, _hidden(model))
@@ -158,7 +161,7 @@ def mim_macs(
 
 
 def _block_macs(tokens: int, width: int, hidden: int) -> int:
-    """Projections, and the quadratic products query x key and weights x value."""
+    """MACs of the projections, and of the quadratic products query x key and weights x value."""
     return tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width
 
 
@@ -166,8 +169,9 @@ def _block_macs(tokens: int, width: int, hidden: int) -> int:
 class ActivationBytes:
     """Device memory of one image between its forward and its backward pass."""
 
-    saved: int  # kept by autograd, and the model's outputs
-    # gradients and recomputed tensors alive beside them at the worst moment
+    # Tensors kept by autograd, and the model's outputs.
+    saved: int
+    # Gradients and recomputed tensors alive beside the saved ones at the worst moment.
     working: int
 
     @property
@@ -215,9 +219,9 @@ def mim_activation_bytes(
         encoder = _BlockActivations(seen, model.width, _hidden(model), model.heads, scaled, element, own_bias=True)
         decoder = _BlockActivations(tokens, narrow, _hidden(model, narrow), encoding.decoder_heads, False, element)
         stacks = [(model.depth, encoder), (encoding.decoder_depth, decoder)]
-        # one-hot rows, and the bias they pick
+        # One-hot rows, and the bias that they pick.
         places = seen * tokens * element + model.heads * seen**2 * element
-        # patches before those that are shown are picked, and before each is put at its place
+        # All patches before the visible ones are picked, and again before each is put at its place.
         places += (tokens - 1) * (model.width + narrow) * element
         head, head_backward = _head_activations(masked, narrow, num_codes, element)
         ends = image + places + encoder.norm + decoder.norm + head
@@ -228,7 +232,7 @@ def mim_activation_bytes(
         )
         stacks = [(model.depth + extra, block)]
         head, head_backward = _head_activations((2 if extra else 1) * masked, model.width, num_codes, element)
-        # its last tokens; its norm, whose output goes into the head's input
+        # The second branch keeps its last tokens and what its norm needs; the norm's output goes into the head's input.
         second_branch = block.input + masked * (model.width * element + 2 * 4) if extra else 0
         ends = image + block.norm + second_branch + head
     if checkpointing == "none":
@@ -246,7 +250,7 @@ def mim_activation_bytes(
 def own_bias_bytes(model: ModelSettings, checkpointing: str) -> int:
     """What blocks with a bias table each keep of it, [H, T, T] in float32, whatever the number of images.
 
-    Recomputed, nothing.
+    Blocks that are recomputed keep nothing.
     """
     return model.depth * model.heads * (model.grid**2 + 1) ** 2 * 4 if checkpointing == "none" else 0
 
@@ -269,7 +273,8 @@ class _BlockActivations:
     heads: int
     scaled: bool
     element: int
-    own_bias: bool = False  # one an image
+    # Whether each image has an attention bias of its own.
+    own_bias: bool = False
 
     @property
     def input(self) -> int:
@@ -277,14 +282,14 @@ class _BlockActivations:
 
     @property
     def products(self) -> int:
-        """Input; query, key and value; attention's output and log-sums; its projection; both layers of the MLP."""
+        """Bytes of input, query, key, value, attention's output, log-sums and projection, both layers of the MLP."""
         return (
             self.tokens * ((1 + 3 + 1 + 1 + 1) * self.width + self.hidden) * self.element + self.tokens * 4 * self.heads
         )
 
     @property
     def norm(self) -> int:
-        """Input, output and two statistics a row."""
+        """Bytes of input, output and two statistics a row."""
         return self.tokens * (2 * self.width * self.element + 2 * 4)
 
     @property
@@ -310,7 +315,7 @@ def _head_activations(masked: int, width: int, num_codes: int, element: int) -> 
 def tokenizer_cost(tokenizer: TokenizerSettings, image_px: int) -> TokenizerCost:
     """Cost of a tokenizer on an image of image_px x image_px, as its kind tells it.
 
-    Of a kind that tells none, the images at either end and the search for the nearest code alone.
+    For a kind that tells none, the images at either end and the search for the nearest code alone are counted.
     """
     cost = TOKENIZERS[tokenizer.kind].cost
     if cost is not None:

@@ -29,7 +29,7 @@ from peco_ds.planner.work import (
     tokenizing_segments,
 )
 
-# training images: what is assumed where no set is packed yet
+# Sizes of ImageNet-1K, which are assumed where no set is packed yet.
 IMAGENET_1K_TRAIN = 1_281_167
 IMAGENET_1K_VAL = 50_000
 IMAGENET_1K_CLASSES = 1000
@@ -49,7 +49,8 @@ class Stage:
     """
 
     kind: Kind
-    recipe: Any  # which of the recipes, `kind` says
+    # `kind` says which type of recipe this is.
+    recipe: Any
     num_samples: int = IMAGENET_1K_TRAIN
     num_classes: int = IMAGENET_1K_CLASSES
     val_samples: int = IMAGENET_1K_VAL
@@ -73,7 +74,7 @@ class Stage:
 
     @cached_property
     def durations(self) -> Durations:
-        """In optimiser steps.
+        """Durations of the training in optimiser steps.
 
         Raises: UserError as `resolve_durations`.
         """
@@ -123,7 +124,8 @@ class Stage:
             ).total
         if self.kind == "fine-tuning":
             return backbone_parameters(self.recipe.model, shared_bias=False, num_classes=self.num_classes)
-        if self.kind == "tokenizer":  # with a critic where there is one
+        # A tokenizer's segments include the critic, where there is one.
+        if self.kind == "tokenizer":
             return sum(segment.parameters for segment in self.segments)
         return tokenizer_cost(self._tokenizer, self.recipe.views.tokenizer_px).encoder.parameters
 
@@ -137,7 +139,7 @@ class Stage:
     def _sizes(self) -> dict:
         """What the formulas of a transformer take beside its model: head, masked patches, variant."""
         if self.kind == "fine-tuning":
-            # a classifier's head sees one token an image
+            # A classifier's head sees one token an image.
             return dict(num_codes=self.num_classes, masked=1)
         recipe = self.recipe
         variant = dict(encoding=recipe.encoding, aggregation=recipe.aggregation)
@@ -148,7 +150,7 @@ class Stage:
         """FLOP of one image, forward and backward: the numerator of MFU.
 
         Recomputation is not counted, nor what subsets of stochastic depth leave out; a judge or teacher and the
-        objective are. Of tokenizing, forward alone. 0 for a tokenizer of a kind that does not tell its cost.
+        objective are. For tokenizing, the forward pass alone. 0 for a tokenizer of a kind that does not tell its cost.
         """
         recipe = self.recipe
         if self.kind == "tokenizer" and not tokenizer_cost(recipe.tokenizer, recipe.views.tokenizer_px).known:
@@ -180,7 +182,7 @@ class Stage:
             return 0.0
         if self.kind == "fine-tuning":
             model = self.recipe.model
-            # which row of its table each block reads for each pair of tokens: int64
+            # Each block holds, as int64, which row of its table it reads for each pair of tokens.
             places = model.depth * (model.grid**2 + 1) ** 2 * 8
             return places + own_bias_bytes(model, self.run.activation_checkpointing)
         codebook = 4 * tokenizer_cost(self._tokenizer, self.recipe.views.tokenizer_px).codebook_elements
@@ -217,5 +219,5 @@ def stage_of(recipe: Recipe, num_samples: int = IMAGENET_1K_TRAIN, **more) -> St
 
 
 def training_flops(recipe: Recipe, num_classes: int = IMAGENET_1K_CLASSES) -> float:
-    """As `mfu.training_flops`, by its old name; to be removed with its last caller."""
+    """The old name of `mfu.training_flops`; to be removed with its last caller."""
     return stage_of(recipe, num_classes=num_classes).model_flops

@@ -79,13 +79,13 @@ NOISE = 0.015
 # 337991). A product that fills all of them exactly took nearly twice as long beside it there; blocks' products fill
 # them many times over.
 CONTENTION = 24 / 132
-# each leaves CONTENTION of the error of the one before
+# Rounds of taking the longest path again; each leaves CONTENTION times the error of the one before.
 _ROUNDS = 4
 
 
 @dataclass(frozen=True)
 class SegmentSeconds:
-    """Of one micro-batch in one segment."""
+    """Seconds of one micro-batch in one segment, by pass."""
 
     forward: float
     backward: float
@@ -110,7 +110,7 @@ def segment_seconds(
 
 
 def work_seconds(work: Work, images: int, hardware: Hardware, precision: str, pace: str = "typical") -> float:
-    """Of one pass of `images`."""
+    """Seconds of one pass of `images`."""
     if precision not in hardware.peak_flops:
         raise UserError(f"{hardware.name} has no peak_flops in {precision}; known: {', '.join(hardware.peak_flops)}")
     place = PACES.index(pace)
@@ -148,36 +148,44 @@ def offloaded_optimizer_seconds(num_parameters: float, ranks_per_node: int) -> f
 class StepInputs:
     """What the closed form starts from."""
 
-    segments: tuple[SegmentSeconds, ...]  # of one micro-batch, in running order
-    collectives: tuple[Collective, ...]  # of the whole optimiser step
+    # One micro-batch, in running order.
+    segments: tuple[SegmentSeconds, ...]
+    # The whole optimiser step.
+    collectives: tuple[Collective, ...]
     micro_steps: int
-    # the optimiser's own work on this rank's partition
+    # The optimiser's own work on this rank's partition.
     optimizer_s: float
     ranks: int
     hardware: Hardware
-    noise: float = NOISE  # 0: all ranks alike
-    # 0: collectives take nothing from what is computed beside them
+    # Spread between ranks. 0: all ranks are alike.
+    noise: float = NOISE
+    # 0: collectives take nothing from what is computed beside them.
     contention: float = CONTENTION
-    # of the bandwidths that collectives usually reach
+    # Factor on the bandwidths that collectives usually reach.
     link_share: float = 1.0
-    # how many times as long one node computes as the others
+    # One node computes so many times as long as the others.
     slow_node: float = 1.0
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one optimiser step, on the slowest rank.
+    """Seconds of one optimiser step on the slowest rank.
 
     `seconds` is the sum of compute_s, optimizer_s, exposed_s, contention_s and straggler_s.
     """
 
     seconds: float
-    compute_s: float  # forward and backward passes
+    # Forward and backward passes.
+    compute_s: float
     optimizer_s: float
-    communication_s: float  # sum over all collectives, hidden or not
-    exposed_s: float  # of them what no computation hides
-    straggler_s: float  # waiting for the slowest rank
-    contention_s: float  # computing slower beside collectives
+    # Sum over all collectives, overlapped or not.
+    communication_s: float
+    # The part of `communication_s` that no computation overlaps.
+    exposed_s: float
+    # Waiting for the slowest rank.
+    straggler_s: float
+    # Slower computing beside collectives.
+    contention_s: float
 
 
 def closed_form(inputs: StepInputs) -> StepCost:
@@ -193,7 +201,8 @@ def closed_form(inputs: StepInputs) -> StepCost:
     for collective, duration in zip(inputs.collectives, seconds):
         if collective.when != "after":
             queues[collective.micro_step].append((replace(collective, micro_step=0), duration))
-    known: dict[tuple, tuple[float, float]] = {}  # most micro-batches of a step are alike
+    # Results by queue are kept, because most micro-batches of a step are alike.
+    known: dict[tuple, tuple[float, float]] = {}
     exposed, contended, slowest, waiting = after, 0.0, 0.0, 0
 
     def added(queue: list[tuple[Collective, float]], stretch: float) -> tuple[float, float]:
@@ -203,7 +212,7 @@ def closed_form(inputs: StepInputs) -> StepCost:
         return known[key]
 
     for micro_step, queue in enumerate(queues):
-        # micro-batches since all ranks last waited for one another
+        # `waiting` counts the micro-batches since all ranks last waited for one another.
         waiting += 1
         late, lost = added(queue, 1.0)
         exposed, contended = exposed + late, contended + lost
@@ -211,7 +220,7 @@ def closed_form(inputs: StepInputs) -> StepCost:
             together = _of_several(forward, backward, waiting)
             stretch = 1 + inputs.noise * expected_maximum(inputs.ranks) * together
             if inputs.slow_node > 1:
-                # the slowest rank is one of the slow node's, if that is slower still
+                # The slowest rank is one of the slow node's, if that is slower still.
                 its_ranks = min(inputs.ranks, inputs.hardware.gpus_per_node)
                 slowest_there = 1 + inputs.noise * expected_maximum(its_ranks) * together
                 stretch = max(stretch, inputs.slow_node * slowest_there)
@@ -276,16 +285,17 @@ def exposed_seconds(
     computed = [0.0]
     for piece in pieces:
         computed.append(computed[-1] + piece)
-    # added before each point by chains that have ended
+    # Delay that chains which have ended add before each point.
     delays = [0.0] * len(computed)
     sent, opened = 0.0, -math.inf
     for post, need, duration in posted_in_order(queue, len(segments)):
-        # the best chain that runs on, or a new one from here
+        # Either the best chain runs on, or a new one starts here.
         opened = max(opened, delays[post] + computed[post] - sent)
         sent += duration
         late = opened + sent - computed[need]
         for point in range(need, len(delays)):
-            if delays[point] >= late:  # so is every later one
+            # Delays never fall from one point to the next, so every later one is large enough too.
+            if delays[point] >= late:
                 break
             delays[point] = late
     last_forward = delays[len(segments) - 1]
@@ -308,13 +318,16 @@ def posted_in_order(queue: Sequence[tuple[Collective, float]], num_segments: int
         else:
             post, need = begin + 1, end if collective.overlaps else begin + 1
         rows.append((post, gathers, need, duration))
-    # where both begin, what is done with the segment before comes first
+    # Where two begin at the same point, the one for the previous segment comes first.
     rows.sort(key=lambda row: row[:2])
     return [(post, need, duration) for post, _, need, duration in rows]
 
 
 def expected_maximum(count: int) -> float:
-    """Of `count` independent standard normal numbers; Blom's approximation, within 5% (0.6% from 8 on)."""
+    """Expected maximum of `count` independent standard normal numbers.
+
+    Blom's approximation is within 5% (0.6% from 8 on).
+    """
     return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 

@@ -46,7 +46,7 @@ from peco_ds.planner.work import Segment
 # DeepSpeed's default, in elements; others: memory.py
 PERSISTENCE = 1e5
 GROUP_ALIGNMENT = 2  # elements
-# elements: `MEMORY_OPT_ALLREDUCE_SIZE` of its engine, which no key changes
+# `MEMORY_OPT_ALLREDUCE_SIZE` of DeepSpeed's engine, in elements, which no key changes.
 WHOLE_REDUCTION = 5e8
 FLAG_BYTES, NORM_BYTES, DOUBLE_NORM_BYTES = 1, 4, 8
 
@@ -58,23 +58,24 @@ class Collective:
     """One call of every rank."""
 
     operation: Operation
-    # of a gather the whole result, of a reduction the whole input
+    # The whole result of a gather, the whole input of a reduction.
     num_bytes: float
-    # after: beside the optimiser's own work, when no pass runs
+    # `after` means beside the optimiser's own work, when no pass runs.
     when: Literal["forward", "backward", "after"]
-    # a gather is over before the pass of this segment begins; a reduction begins when this segment's backward pass is
-    # over
+    # A gather is over before the pass of this segment begins. A reduction begins when this segment's backward pass is
+    # over.
     segment: int
-    micro_step: int  # from 0
-    # on a stream of its own, beside what is computed
+    # Counted from 0.
+    micro_step: int
+    # It runs on a stream of its own, beside the computation.
     overlaps: bool
-    # of a gather: the host asks for it when the pass of this segment begins; a reduction's is its segment
+    # The segment at whose start the host asks for a gather. For a reduction it is its own segment.
     asked: int = 0
 
 
 class TrainedTensor(NamedTuple):
     elements: int
-    # stands in the parameter group with weight decay, and not in the other
+    # Whether the tensor is in the parameter group with weight decay, and not in the other.
     decays: bool = True
 
 
@@ -139,11 +140,12 @@ def sent_bytes(collective: Collective, ranks: int) -> float:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one operation in one step."""
+    """Traffic of one operation in one step."""
 
     calls: int
     num_bytes: float
-    sent: float  # by a rank
+    # Bytes that a rank sends.
+    sent: float
 
 
 def traffic_by_operation(collectives: Sequence[Collective], ranks: int) -> dict[Operation, Traffic]:
@@ -159,9 +161,9 @@ def traffic_by_operation(collectives: Sequence[Collective], ranks: int) -> dict[
 
 # ------------------------------------------------------------------- the network, as DeepSpeed sees it
 
-# a segment with as many is taken for a transformer block, which has 13 to 16
+# A segment with at least so many tensors is taken for a transformer block, which has 13 to 16.
 BLOCK_TENSORS = 10
-# in squares of the width: query, key and value; projection; both layers of the MLP at its usual ratio
+# Sizes in squares of the width: query, key and value; projection; both layers of the MLP at its usual ratio.
 BLOCK_MATRICES = (3, 1, 4, 4)
 
 
@@ -187,7 +189,7 @@ def _estimated_modules(segment: Segment, place: int, segments: int) -> list[list
 
 def _estimated_elements(segment: Segment) -> list[int]:
     if segment.tensors < BLOCK_TENSORS:
-        # a bias, however short, makes a parameter group
+        # A bias, however short, makes a parameter group, so one element stands for it.
         return [segment.parameters - 1, 1]
     square = isqrt(segment.parameters // sum(BLOCK_MATRICES)) ** 2
     vectors = segment.tensors - len(BLOCK_MATRICES)
@@ -205,7 +207,7 @@ class _Tensor(NamedTuple):
 class _Module(NamedTuple):
     tensors: tuple[_Tensor, ...]
     segment: int
-    # gathered as one, and its gradients reduced together: a transformer block
+    # A unit is a transformer block: it is gathered as one, and its gradients are reduced together.
     unit: bool
 
 
@@ -400,7 +402,7 @@ class _Gathers:
         self._max_live = zero_number(zero, "stage3_max_live_parameters", MAX_LIVE)
         self._reuse = zero_number(zero, "stage3_max_reuse_distance", MAX_REUSE_DISTANCE)
         self._available: dict[int, int] = {}
-        # tensor -> the latest place in the order that a prefetch took it for, present or not
+        # Maps each tensor to the latest place in the order that a prefetch took it for, present or not.
         self._fetched_for: dict[int, int] = {}
         self._queue = deque((tensor, place) for place, module in enumerate(self._order) for tensor in module.tensors)
         self._found: list[Collective] = []
@@ -412,7 +414,7 @@ class _Gathers:
             self._look_ahead(place)
             if place and place != self._forward:
                 self._release(module, place + 1)
-            # its forward pass is over, so is the model's
+            # The forward pass of the last module ends that of the model.
             if place == self._forward - 1:
                 self._release(self._order[0], place + 1)
         return self._found
@@ -427,7 +429,7 @@ class _Gathers:
         when: Literal["forward", "backward"] = "forward" if needed < self._forward else "backward"
         segment = self._order[needed].segment
         asked_segment = self._order[asked].segment
-        # the backward pass begins at the other end
+        # The backward pass begins at the segment where the forward pass ended.
         if needed == self._forward or (when == "backward" and asked <= self._forward):
             asked_segment = self._order[self._forward - 1].segment
             segment = asked_segment if needed == self._forward else segment
@@ -462,7 +464,7 @@ class _Gathers:
             if passed >= self._reuse or not going:
                 break
             later = self._order[later_place]
-            # for a block the model itself holds all that is in it
+            # As seen from a block, the model itself holds all tensors that are in the block.
             if later_place == self._forward and module.unit:
                 going, passed = set(), passed + self._elements
             going -= {tensor.number for tensor in later.tensors}

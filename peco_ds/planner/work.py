@@ -31,10 +31,10 @@ from peco_ds.planner.shapes import ELEMENT_BYTES, objective_cost, relative_posit
 from peco_ds.registry import TOKENIZERS, family_of
 from peco_ds.schedules import images_taken
 
-# autocast: eager, weights and residual stream in float32, products in 16 bits
+# `autocast` is eager with weights and residual stream in float32 and products in 16 bits.
 Kernels = Literal["compiled", "eager", "autocast"]
 
-# models/attention.py: rows of the bias start at multiples of ALIGNMENT elements; its gradient is summed some images
+# In models/attention.py, rows of the bias start at multiples of ALIGNMENT elements. Its gradient is summed some images
 # at a time, of at most SUM_BYTES.
 ALIGNMENT, SUM_BYTES = 16, 2**27
 # PyTorch sorts the T x T places of a bias table to add its gradient up: assumed 8 passes of a radix sort over keys and
@@ -44,17 +44,18 @@ SORT_BYTES = 8 * 2 * (8 + 8)
 
 @dataclass(frozen=True)
 class Work:
-    """Of one image, in one direction."""
+    """Work of one image in one direction."""
 
     # FLOP in matrix products, those of attention too
     products: float = 0.0
     convolutions: float = 0.0  # FLOP
-    # read and written in device memory by the kernels that are neither
+    # Bytes read and written in device memory by the kernels that are neither products nor convolutions.
     moved_bytes: float = 0.0
-    kernels: float = 0.0  # launched a pass, whatever its images
+    # Kernels launched in a pass, whatever its number of images.
+    kernels: float = 0.0
     # FLOP of `products` that run inside the attention kernel
     attention: float = 0.0
-    # moved once a pass, whatever its images: bias tables, gradients of weights
+    # Bytes moved once a pass, whatever its number of images: bias tables, gradients of weights.
     pass_bytes: float = 0.0
 
     def __add__(self, other: Work) -> Work:
@@ -76,21 +77,22 @@ def _values(work: Work) -> tuple[float, ...]:
 class Segment:
     """A piece of a network that ZeRO-3 gathers as a whole, in running order: embedding, one block, head.
 
-    Or a frozen network.
+    A frozen network is described in the same way.
     """
 
     name: str
     parameters: int  # trained; 0: frozen
     tensors: int  # trained
     forward: Work
-    # with what activation checkpointing and the attention kernel compute again
+    # Includes what activation checkpointing and the attention kernel compute again.
     backward: Work
-    # of `backward`, what is computed again: no FLOP of the model
+    # The part of `backward` that is computed again. It is no FLOP of the model.
     recomputed: Work = Work()
-    # of each trained tensor; () where they are not listed
+    # Elements of each trained tensor; () where they are not listed.
     tensor_elements: tuple[int, ...] = ()
-    precision: str = ""  # in which it computes; "": the run's
-    # a network beside the model, whose FLOP are not the model's
+    # Precision that it computes in; "": the run's.
+    precision: str = ""
+    # A network beside the model, whose FLOP are not the model's.
     frozen: bool = False
 
     def plus(self, forward: Work, backward: Work) -> Segment:
@@ -113,7 +115,7 @@ def _trained(
 def model_flops(segments: Iterable[Segment]) -> float:
     """FLOP of one image's forward and backward pass.
 
-    Frozen networks beside the model and recomputation not counted.
+    Frozen networks beside the model and recomputation are not counted.
     """
     return sum(segment.model_flops for segment in segments if not segment.frozen)
 
@@ -132,8 +134,9 @@ class BlockShape:
     element: int  # E
     kernels: Kernels
     scaled: bool = False  # layer scale
-    dropped: bool = False  # stochastic depth, by image
-    # a table for all blocks; one of this block; values of each image, made outside
+    # Stochastic depth that drops images one by one.
+    dropped: bool = False
+    # `shared` is a table for all blocks, `own` one of this block, `image` values of each image that are made outside.
     bias: Literal["none", "shared", "own", "image"] = "none"
     trained: bool = True
 
@@ -148,8 +151,9 @@ class BlockShape:
 
     @property
     def tensor_elements(self) -> tuple[int, ...]:
-        """Of the block's parameters, without a bias table: both norms, query and value bias, projections, MLP, layer
-        scale.
+        """Elements of each of the block's tensors, without a bias table.
+
+        The tensors are those of both norms, query and value bias, projections, MLP and layer scale.
         """
         width, hidden = self.width, self.hidden
         norms, biases, scales = [width] * 4, [width] * 2, [width] * 2 if self.scaled else []
@@ -162,8 +166,9 @@ class Kernel:
     """Some kernels of one kind in a block's pass that only move data."""
 
     launches: float
-    moved_bytes: float  # of one image
-    # False: on the residual stream, for every image
+    # For one image.
+    moved_bytes: float
+    # False: on the residual stream, for every image.
     in_branch: bool = True
 
 
@@ -177,46 +182,49 @@ def block_kernels(block: BlockShape) -> tuple[list[Kernel], list[Kernel]]:
 
 
 def _eager(block: BlockShape) -> tuple[list[Kernel], list[Kernel]]:
-    """R: bytes of an element of the residual stream.  S: of what a branch adds to it."""
+    """Kernels in eager mode.
+
+    R: bytes of an element of the residual stream.  S: bytes of an element of what a branch adds to it.
+    """
     E, R = block.element, block.stream
     row, hidden_row = block.tokens * block.width, block.tokens * block.hidden
     autocast, scaled, dropped = block.kernels == "autocast", block.scaled, block.dropped
-    # under autocast layer scale is a product with float32 weights
+    # Under autocast, layer scale is a product with float32 weights.
     S = R if scaled else E
     forward = [
-        # norms: read, write
+        # Norms: read the input, write the output.
         Kernel(2, 2 * row * 2 * R),
-        # query, key and value bias put together
+        # Biases of query, key and value put together.
         Kernel(3, 0),
-        # GELU: read, write
+        # GELU: read the input, write the output.
         Kernel(1, hidden_row * 2 * E),
-        # sums with the residual stream: read both, write
+        # Sums with the residual stream: read both operands, write the sum.
         Kernel(2, 2 * row * (2 * R + S), in_branch=False),
     ]
     backward = [
-        # gradients of both paths into a sum: read both, write
+        # Sums of the gradients of both paths: read both, write the sum.
         Kernel(2, 2 * row * 3 * R, in_branch=False),
-        # GELU: read gradient and input, write
+        # GELU: read gradient and input, write the input's gradient.
         Kernel(1, hidden_row * 3 * E),
-        # norms: read gradient and input, write; read both again for weight and bias
+        # Norms: read gradient and input, write the input's gradient; read both again for weight and bias.
         Kernel(4, 2 * row * 5 * R),
     ]
     if block.trained:
-        # gradients of the biases: read gradients of query, key, value, projection, MLP
+        # Gradients of the biases: read the gradients of query, key, value, projection and MLP.
         backward.append(Kernel(4, (5 * row + hidden_row) * E))
     if autocast:
-        # norms' outputs cast to 16 bits; their gradients cast to float32
+        # Casts of the norms' outputs to 16 bits, and of their gradients to float32.
         forward.append(Kernel(2, 2 * row * (R + E)))
         backward.append(Kernel(2, 2 * row * (R + E)))
         if not scaled:
-            # gradients of branches cast to 16 bits
+            # Casts of the branches' gradients to 16 bits.
             backward.append(Kernel(2, 2 * row * (R + E)))
     if scaled:
-        # layer scale: read, write; gradient times scale, gradient times branch, and its sum
+        # Layer scale. Forward: read, write. Backward: gradient times scale, gradient times branch, and the sum of that.
         forward.append(Kernel(2, 2 * row * (E + S)))
         backward.append(Kernel(6, 2 * row * ((R + E) + (R + E + R) + R)))
     if dropped:
-        # stochastic depth: draws; read, write
+        # Stochastic depth: random draws, then read and write.
         forward.append(Kernel(7, 2 * row * 2 * S))
         backward.append(Kernel(2, 2 * row * 2 * S))
     return forward, backward + _attention_moves(block)
@@ -230,42 +238,45 @@ def _compiled(block: BlockShape) -> tuple[list[Kernel], list[Kernel]]:
     E, row, hidden_row = block.element, block.tokens * block.width, block.tokens * block.hidden
     scale = 1 if block.scaled else 0
     forward = [
-        # first norm: read, write
+        # First norm: read the input, write the output.
         Kernel(1, row * 2 * E),
-        # first branch scaled and added, second norm: read branch and stream, write
+        # First branch scaled and added, and second norm: read branch and stream, write the result.
         Kernel(1, row * 3 * E),
-        # GELU: read, write
+        # GELU: read the input, write the output.
         Kernel(1, hidden_row * 2 * E),
-        # both branches scaled and added: read them and the stream, write
+        # Both branches scaled and added: read them and the stream, write the sum.
         Kernel(1, row * 4 * E, in_branch=False),
     ]
     backward = [
-        # second branch: gradient read for the bias; scaled, and with the branch for the scale
+        # Second branch: gradient read for the bias, then scaled, and read with the branch for the scale's gradient.
         Kernel(1 + 2 * scale, row * (1 + 4 * scale) * E),
-        # GELU: read gradient and input, write; bias
+        # GELU: read gradient and input, write the input's gradient; then the bias.
         Kernel(2, hidden_row * 4 * E),
-        # second norm, sum with the residual stream, first branch scaled; sums for weights, biases, scale read again
+        # Second norm, sum with the residual stream, first branch scaled. Sums for weights, biases and scale read again.
         Kernel(3 + 2 * scale, row * (8 + 4 * scale) * E),
-        # query, key and value bias
+        # Gradients of the biases of query, key and value.
         Kernel(1, row * 3 * E),
-        # first norm, sum with the residual stream; sums for weight and bias read again
+        # First norm, sum with the residual stream. Sums for weight and bias read again.
         Kernel(2, row * 6 * E),
     ]
     return forward, backward + _attention_moves(block)
 
 
 def _attention_moves(block: BlockShape) -> list[Kernel]:
-    """Of the backward pass: the attention operator is opaque to the compiler, so it costs the same either way."""
+    """Kernels that move data for attention in the backward pass.
+
+    The attention operator is opaque to the compiler, so it costs the same either way.
+    """
     E, row = block.element, block.tokens * block.width
-    # gradients of query, key and value copied together
+    # Gradients of query, key and value copied together.
     found = [Kernel(3, row * 6 * E)]
     if block.bias == "image":
-        # gradient of the bias: written, read, and added to that of the other blocks
+        # Gradient of the bias: written, read, and added to that of the other blocks.
         found.append(Kernel(2, block.scores * (2 + 3) * E))
     elif block.bias != "none":
         padded = block.heads * block.tokens * _aligned(block.tokens)
         together = max(1, SUM_BYTES // (padded * E))
-        # gradient of the bias: written once an image, read, summed some images at a time
+        # Gradient of the bias: written once an image, read, summed some images at a time.
         found.append(Kernel(3, 2 * padded * E + 4 * FP32_BYTES * block.scores / together))
     return found
 
@@ -275,7 +286,7 @@ def _aligned(tokens: int) -> int:
 
 
 def block_work(block: BlockShape, *, share: float = 1.0) -> tuple[Work, Work, Work]:
-    """Forward, backward, and what the backward pass computes again by itself, of one image.
+    """Work of one image: forward, backward, and what the backward pass computes again by itself.
 
     Args:
         share: of a pass's images that take a branch (model.drop_path_by = subset). They are gathered before it and
@@ -299,13 +310,15 @@ def block_work(block: BlockShape, *, share: float = 1.0) -> tuple[Work, Work, Wo
         moves[0] += Work(moved_bytes=both * (2 * share + 2 * share + 2 * share), kernels=10)
         moves[1] += Work(moved_bytes=both * (2 * share + 2 * share + 1 + 3 * share), kernels=10)
     table, parameters = _table_bytes(block), sum(block.tensor_elements)
-    # of the weights, and of their gradients back
+    # Weights are cast, and their gradients back.
     casts = parameters * (FP32_BYTES + block.element) if block.kernels == "autocast" else 0
-    launched = 2 if block.kernels == "compiled" else 3  # bias cast and padded, the kernel
+    # The bias is cast and padded, in one kernel if compiled; then the attention kernel runs.
+    launched = 2 if block.kernels == "compiled" else 3
     forward = moves[0] + Work(
         products=linear + quadratic, attention=quadratic, kernels=4 + launched, pass_bytes=table[0] + casts
     )
-    if not block.trained:  # gradients of inputs alone
+    # A frozen block computes the gradients of its inputs alone.
+    if not block.trained:
         return (
             forward,
             moves[1] + Work(products=linear + 2 * quadratic + again, attention=2 * quadratic + again, kernels=4 + 2),
@@ -321,7 +334,7 @@ def block_work(block: BlockShape, *, share: float = 1.0) -> tuple[Work, Work, Wo
 
 
 def _table_bytes(block: BlockShape) -> tuple[float, float]:
-    """Of the bias, once a pass.
+    """Bytes moved for the bias once a pass: forward, backward.
 
     Forward: cast, padded, and for a table of the block's own spread out. Backward: the same casts, zeros for its
     gradient, and that added to the other blocks' or summed into the table.
@@ -336,7 +349,7 @@ def _table_bytes(block: BlockShape) -> tuple[float, float]:
 
 
 def gradient_sum_bytes(parameters: int, element: int) -> float:
-    """Moved once a pass for gradients of weights: each read in its own type and added to a float32 sum, as
+    """Bytes moved once a pass for gradients of weights: each is read in its own type and added to a float32 sum, as
     data_types.grad_accum_dtype fp32 asks.
     """
     return parameters * (element + 2 * FP32_BYTES)
@@ -346,14 +359,15 @@ def gradient_sum_bytes(parameters: int, element: int) -> float:
 
 
 def kernels_of(run: RunSettings) -> Kernels:
-    """What run.compile comes to on a GPU (`runtime.engine.compiles`)."""
+    """The kernels that run.compile leads to on a GPU (`runtime.engine.compiles`)."""
     return "compiled" if run.compile == "blocks" or (run.compile == "auto" and run.layer_norm == "torch") else "eager"
 
 
 def pretrain_segments(recipe: PretrainRecipe) -> tuple[Segment, ...]:
-    """Embedding with mask token, class token and bias table.
+    """Segments of a pre-training, from embedding to head.
 
-    Blocks; where there are, those of the second branch, or the decoder's; head with final norm, token head and loss.
+    The embedding has mask token, class token and bias table. Its blocks follow; where there are, those of the second
+    branch, or the decoder's; then the head with final norm, token head and loss.
     """
     model, run, encoding = recipe.model, recipe.run, recipe.encoding
     element, patches, masked = ELEMENT_BYTES[run.precision], model.grid**2, recipe.mask.count
@@ -576,10 +590,10 @@ class FrozenBytes:
 
 
 def tokenizer_segments(recipe: TokenizerRecipe) -> tuple[Segment, ...]:
-    """Encoder, nearest code, decoder.
+    """Segments of a tokenizer's training: encoder, nearest code, decoder and frozen networks.
 
-    A critic where there is one; the frozen judge, which sees both images and hands a gradient to one, or the frozen
-    teacher.
+    A critic follows the decoder where there is one; then comes the frozen judge, which sees both images and hands a
+    gradient to one, or the frozen teacher.
 
     Both frozen networks compute in float32 whatever the run's precision, on the tokenizer's own images.
     """
@@ -593,10 +607,13 @@ def tokenizer_segments(recipe: TokenizerRecipe) -> tuple[Segment, ...]:
 
 
 def tokenizing_segments(tokenizer: TokenizerSettings, views: ViewSettings) -> tuple[Segment, ...]:
-    """Of one view of one image: the encoder and the code of each patch, forward alone; compiled, as on a GPU."""
+    """Segments of tokenizing one view of one image, compiled as on a GPU.
+
+    They are the encoder and the code of each patch, forward alone.
+    """
     size, element = views.tokenizer_px, ELEMENT_BYTES[views.tokenizer_precision]
     codes, cost = (size // tokenizer.stride_px) ** 2, tokenizer_cost(tokenizer, size)
-    # softmax over all codes, and the likeliest of them picked
+    # Softmax over all codes, and the choice of the likeliest.
     soft = codes * tokenizer.num_codes * FP32_BYTES * (6 if views.topk else 0)
     trunk = _side("encoder", cost.encoder, cost.encoder_blocks, element, compiled=True)
     choose = _search_segment(tokenizer, cost.search_macs, codes).plus(Work(moved_bytes=soft), Work())
@@ -620,7 +637,7 @@ def frozen_net_bytes(recipe: TokenizerRecipe) -> FrozenBytes:
         return FrozenBytes(weights, (max(stage.working for stage in net.stages) + target) * FP32_BYTES)
     blocks = recipe.perceptual.blocks
     saved = sum(stage.saved for stage in net.stages[: max(blocks, default=0)])
-    # features of both images and their difference
+    # Features of both images and their difference.
     features = 3 * sum(net.stages[min(number, len(net.stages)) - 1].features for number in blocks)
     return FrozenBytes(weights, (saved + features + 2 * IMAGE_CHANNELS * net.image_px**2) * FP32_BYTES)
 
@@ -630,7 +647,7 @@ def _taught(recipe: TokenizerRecipe) -> bool:
 
 
 def _frozen_net(recipe: TokenizerRecipe) -> FrozenCost | None:
-    """None: there is none, or its family does not tell what it costs."""
+    """Cost of the judge or teacher. None: there is none, or its family does not tell what it costs."""
     asked = recipe.teacher if _taught(recipe) else recipe.perceptual
     if not _taught(recipe) and not recipe.perceptual.weight:
         return None
@@ -678,7 +695,7 @@ def _side(name: str, cost: Cost, blocks: Blocks | None, element: int, *, compile
         return _convolutions(name, cost, element, compiled=compiled)
     shape = _shape(blocks, element, "compiled" if compiled else "eager")
     forward, backward, again = (work.times(blocks.number) for work in block_work(shape))
-    # patches, and the layers to or from the codes
+    # Patch embedding, and the layers to or from the codes.
     rest = FLOPS_PER_MAC * cost.macs - forward.flops
     row = blocks.tokens * blocks.width * element
     ends = Work(products=rest, moved_bytes=12 * row, kernels=20)
@@ -730,7 +747,7 @@ def _critic_segment(adversarial: AdversarialSettings, size: int, element: int) -
         smaller = (side + 2 - 4) // stride + 1
         layer = conv(before, width, 4, smaller, in_size=side)
         if index not in (0, len(widths)):
-            # a norm takes the place of the bias
+            # A norm takes the place of the bias.
             layer += Cost(width, 0, 2 * width * smaller**2, tensors=1)
         cost += layer
         before, side = width, smaller

@@ -145,7 +145,7 @@ def _objective(recipe: PretrainRecipe) -> str:
         recipe.aggregation,
     )
     parts = [objective.name, f"{objective.num_codes} codes"]
-    # weights are converted without the file of an objective from outside, too
+    # Weights are converted even where the file of an objective from outside is missing.
     kind = OBJECTIVES.get(objective.name)
     parts += [words] if kind and (words := kind.words(recipe)) else []
     parts.append(
