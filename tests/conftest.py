@@ -286,6 +286,7 @@ def make_labelled_sets(real_data: RealData, root: Path) -> LabelledSets:
 LONGEST_FIRST = (
     *("test_slurm", "test_faults", "test_pretrain", "test_finetune", "test_parsers", "test_train_tokenizer"),
     *("test_convert_checkpoint", "test_many_ranks", "test_elastic", "test_evaluate", "test_stopping"),
+    *("test_engine_state", "test_traffic"),
     *("test_linear_probe", "test_benchmarks_many_ranks", "test_benchmarks_launch", "test_benchmarks_collectives"),
     *("test_benchmarks_data_scale", "test_benchmarks_step", "test_benchmarks_peers", "test_benchmarks_data"),
     *("test_benchmarks_tokenizing", "test_benchmarks_plan_engine"),

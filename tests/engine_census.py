@@ -5,11 +5,14 @@ each number of ranks.
 from __future__ import annotations
 
 import functools
+import json
+import os
 import tempfile
 from pathlib import Path
 
 from benchmarks import plan_engine
 from benchmarks.plan_engine import Case
+from peco_ds.data.atomic_files import lock_file
 from peco_ds.errors import UserError
 
 # benchmarks/plan_engine.py counts these too; here they would say nothing that their neighbours do not.
@@ -54,14 +57,21 @@ def census(ranks: int) -> dict[str, tuple[Case, dict]]:
 
 @functools.cache
 def _launch(ranks: int) -> tuple[dict[str, tuple[Case, dict]], str]:
-    """A launch that fails is not tried again by every test that needs it."""
+    """A launch that fails is not tried again by every test that needs it; both test files share one that succeeds."""
     names = [*TRAFFIC.get(ranks, []), *STATE[ranks], *(OFFLOADED if ranks == 2 else [])]
     cases = [_CASES[name] for name in names]
-    with tempfile.TemporaryDirectory(prefix="peco_census_") as folder:
-        try:
-            return dict(zip(names, zip(cases, plan_engine.measure(cases, ranks, Path(folder))))), ""
-        except UserError as error:
-            return {}, str(error)
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
+    shared = Path(tempfile.gettempdir()) / f"peco_census_{run}_{ranks}.json"
+    with (
+        lock_file(shared.with_suffix(".lock"), wait=True),
+        tempfile.TemporaryDirectory(prefix="peco_census_") as folder,
+    ):
+        if not shared.exists():
+            try:
+                shared.write_text(json.dumps(plan_engine.measure(cases, ranks, Path(folder))))
+            except UserError as error:
+                return {}, str(error)
+    return dict(zip(names, zip(cases, json.loads(shared.read_text())))), ""
 
 
 def each(names: dict[int, list[str]]) -> list[tuple[int, str]]:

@@ -358,3 +358,20 @@ def test_no_utilisation_is_given_without_a_gpu_whose_peak_is_known(tmp_path, mon
     for name, known in (("NVIDIA H100 80GB HBM3", True), ("Tesla P4", False)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
         assert peak_flops(gpus, "bf16") == (4 * 989.4e12 if known else 0.0)
+
+
+# ---------------------------------------------------------------------------- statistics of an objective
+
+
+@pytest.mark.parametrize(
+    ("stats", "words"),
+    (
+        ({"loss": torch.tensor(1.0)}, "'loss': rows of metrics.jsonl have one"),
+        ({"lr": torch.tensor(1.0)}, "'lr': rows of metrics.jsonl have one"),
+        ({"accuracy": 0.5}, "'accuracy': is float; give a scalar tensor"),
+        ({"accuracy": torch.ones(3)}, r"'accuracy': is shape \(3,\); give a scalar tensor"),
+    ),
+)
+def test_a_statistic_that_would_hide_another_or_is_no_scalar_is_refused(tmp_path, stats, words):
+    with pytest.raises(UserError, match=words):
+        meter(tmp_path).add(torch.tensor(1.0), stats)

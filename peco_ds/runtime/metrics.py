@@ -17,6 +17,7 @@ import torch
 
 from peco_ds.config import RunSettings
 from peco_ds.durations import Durations
+from peco_ds.errors import UserError
 from peco_ds.registry import stat_tags
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.engine import grad_norm, memory_gib
@@ -63,9 +64,23 @@ _TAGS = {
     "codes_used": "tokens/codes_used",
     "perplexity": "tokens/perplexity",
 }
+# Names of the meter's own in a row. A statistic of an objective may have none of them.
+_OWN_NAMES = frozenset(
+    "loss step images epoch lr grad_norm skipped_steps memory_gib step_s images_per_s data_wait_s mfu save_s "
+    "evaluation_s time start up_s".split()
+)
 _NO_SCALARS = ("step", "time", "start", "up_s")
 # A shorter pause was none: the loop only asked whether something was due.
 _SHORTEST_S = 1e-3
+
+
+def _check_stats(stats: dict[str, torch.Tensor]) -> None:
+    for name, value in stats.items():
+        if name in _OWN_NAMES:
+            raise UserError(f"the objective's statistic {name!r}: rows of {METRICS_FILE} have one; rename it")
+        if not isinstance(value, torch.Tensor) or value.dim():
+            found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UserError(f"the objective's statistic {name!r}: is {found}; give a scalar tensor")
 
 
 class Meter:
@@ -105,7 +120,7 @@ class Meter:
         # Time at which this start asked for its first batch.
         self._first_step_from: float | None = None
         self._first_waited_s = 0.0
-        self._first_is_done = False
+        self._first_is_done = self._stats_are_checked = False
         self._discard_step()
         self._reset()
         self._file = self._tensorboard = None
@@ -152,7 +167,13 @@ class Meter:
         return batch
 
     def add(self, loss: torch.Tensor, stats: dict[str, torch.Tensor]) -> None:
-        """One forward pass's loss and statistics (scalars on the device)."""
+        """One forward pass's loss and statistics: scalar tensors on the device, averaged over passes, steps and ranks.
+
+        Raises: UserError for a statistic that is no scalar tensor, or has a name of the meter's own.
+        """
+        if not self._stats_are_checked:
+            _check_stats(stats)
+            self._stats_are_checked = True
         for name, value in {"loss": loss, **stats}.items():
             value = value.detach().float()
             self._step_sums[name] = self._step_sums[name] + value if name in self._step_sums else value
