@@ -265,9 +265,9 @@ def test_opening_a_shard_parses_no_sample_that_is_not_read(tmp_path):
 def test_a_token_set_in_the_making_is_looked_through_at_its_start_and_its_end_however_many_its_shards(
     tmp_path, monkeypatch
 ):
-    looked, real = [], token_parts.find_drafts
+    looked, real = [], token_parts.find_temporary_files
     monkeypatch.setattr(
-        token_parts, "find_drafts", lambda folder, *names: looked.append(folder) or real(folder, *names)
+        token_parts, "find_temporary_files", lambda folder, *names: looked.append(folder) or real(folder, *names)
     )
     tmp_path.joinpath(".shard-000001.tar.99999-abc.tmp").touch()  # of a writer that is dead
     parts = parts_of(tmp_path)

@@ -29,7 +29,7 @@ class OneRank:
 def start(folder, stage, *overrides):
     recipe_type, recipe, needed = RECIPES[stage]
     resolved = load_recipe(recipe_type, recipe, [*needed, *overrides], environ={})
-    open_run_folder(folder, stage, resolved, {}, {}, OneRank())
+    open_run_folder(folder, stage, resolved, {}, OneRank())
 
 
 @pytest.fixture(params=RECIPES)

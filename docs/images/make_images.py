@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 RECORDS = HERE.parents[1] / "benchmarks"
 sys.path.insert(0, str(HERE.parents[1]))
 
+from peco_ds.config import MaskSettings
 from peco_ds.data.masking import block_mask  # noqa: E402
 
 SANS = "-apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
@@ -117,7 +118,7 @@ def pipeline(theme: Theme) -> str:
     light = mean @ [0.299, 0.587, 0.114]
     edges = np.quantile(light, np.linspace(0, 1, len(CODES) + 1)[1:-1])
     codes = [[CODES[code] for code in row] for row in np.digitize(light, edges)]
-    masked = block_mask(np.random.default_rng(3), GRID, MASKED, min_block=16, min_aspect=0.3)
+    masked = block_mask(np.random.default_rng(3), MaskSettings(count=MASKED, min_block=16, min_aspect=0.3), GRID)
     hidden = [[theme.mask if hide else "" for hide in row] for row in masked]
     drawing.parts.append('<defs><g id="cat">')
     mosaic(drawing, 0, 0, SIDE // len(photo), hex_colours(photo))
