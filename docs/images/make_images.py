@@ -21,7 +21,7 @@ RECORDS = HERE.parents[1] / "benchmarks"
 sys.path.insert(0, str(HERE.parents[1]))
 
 from peco_ds.config import MaskSettings
-from peco_ds.data.masking import block_mask  # noqa: E402
+from peco_ds.data.masking import block_mask
 
 SANS = "-apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"
