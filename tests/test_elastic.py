@@ -77,8 +77,8 @@ def runs(small_sets, labelled_sets, tmp_path_factory):
         case("pretrain", "pretrain_2z3_1z0", 0),
         case("pretrain", "pretrain_1z3_2z1", 3, *HALF),
         *(case("pretrain", f"{name}_2z3_1z1", 1, *extra) for name, extra in VARIANTS.items()),
-        case("finetune", "finetune_2z3_1z3", 3, rates=str(folder / "rates.json")),
-        case("finetune", "finetune_2z3_1z3_unmended", 3, unmended=True, rates=str(folder / "rates_unmended.json")),
+        case("finetune", "finetune_2z3_1z3", 3, lrs=str(folder / "lrs.json")),
+        case("finetune", "finetune_2z3_1z3_unmended", 3, unmended=True, lrs=str(folder / "lrs_unmended.json")),
         case("train_tokenizer", "train_tokenizer_2z3_1z1", 1),
     )
     launch(2, case("pretrain", "pretrain_1z3_2z1", 1))
@@ -121,7 +121,7 @@ def test_in_bf16_the_continued_run_follows_the_curve(runs):
 def test_a_classifier_with_layer_decay_keeps_every_groups_rate_and_decay_and_its_average(runs):
     folder = runs[0]
     assert largest_difference(losses(folder / "finetune_2z3_1z3"), losses(folder / "finetune_whole")) < 2e-6
-    groups = json.loads((folder / "rates.json").read_text())["groups"]
+    groups = json.loads((folder / "lrs.json").read_text())["groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.5} and len(
         {group["lr_scale"] for group in groups}
     ) == 4
@@ -135,7 +135,7 @@ def test_a_classifier_with_layer_decay_keeps_every_groups_rate_and_decay_and_its
 def test_without_its_mending_the_universal_path_gives_every_group_the_first_ones_settings(runs):
     """If this fails, DeepSpeed has learned it: take `_own_settings_and_steps` out."""
     folder = runs[0]
-    groups = json.loads((folder / "rates_unmended.json").read_text())["groups"]
+    groups = json.loads((folder / "lrs_unmended.json").read_text())["groups"]
     assert len({group["weight_decay"] for group in groups}) == 1 and len({group["lr_scale"] for group in groups}) == 1
     ours, whole = losses(folder / "finetune_2z3_1z3_unmended"), losses(folder / "finetune_whole")
     assert ours[:6] == pytest.approx(whole[:6], rel=2e-6) and largest_difference(ours, whole) > 1e-4

@@ -775,6 +775,7 @@ READING = {
     "unpack_from",
 }
 NOT_FROM_OUTSIDE = {
+    "planner.hardware": "the catalogue that comes with the package",
     "convert.verify.compare": "answers of a process that the program itself started a moment ago",
     "evaluation.features.FeatureFiles.create": "files that it makes",
     "evaluation.features.FeatureFiles.write": "files that `create` made for it",
