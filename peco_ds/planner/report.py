@@ -55,8 +55,9 @@ def dry_run_report(
     """
     planned = stage_of(recipe, num_samples or IMAGENET_1K_TRAIN, num_classes=num_classes or IMAGENET_1K_CLASSES)
     if isinstance(recipe, TokenizerRecipe) and not tokenizer_cost(recipe.tokenizer, recipe.views.tokenizer_px).known:
-        unknown = "its kind does not tell the cost of its network, so neither memory nor time is predicted"
-        lines = {"kind": recipe.tokenizer.kind, "cost": unknown} | _schedule_lines(planned, num_samples is None)
+        kind = recipe.tokenizer.kind
+        unknown = f"kind {kind} does not tell its network's cost, so neither memory nor time is predicted"
+        lines = {"cost": unknown} | _schedule_lines(planned, num_samples is None)
         return "\n".join([f"{recipe.name}: tokenizer training", *labelled(lines, _LABEL_WIDTH)])
     parts = {"pre-training": _pretraining, "fine-tuning": _finetuning, "tokenizer": _tokenizer}
     title, of_model, compute, storage = parts[planned.kind](planned)
