@@ -57,7 +57,7 @@ def dry_run_report(
     if isinstance(recipe, TokenizerRecipe) and not tokenizer_cost(recipe.tokenizer, recipe.views.tokenizer_px).known:
         kind = recipe.tokenizer.kind
         unknown = f"kind {kind} does not tell its network's cost, so neither memory nor time is predicted"
-        lines = {"cost": unknown} | _schedule_lines(planned, num_samples is None)
+        lines = _codes_line(recipe) | {"cost": unknown} | _schedule_lines(planned, num_samples is None)
         return "\n".join([f"{recipe.name}: tokenizer training", *labelled(lines, _LABEL_WIDTH)])
     parts = {"pre-training": _pretraining, "fine-tuning": _finetuning, "tokenizer": _tokenizer}
     title, of_model, compute, storage = parts[planned.kind](planned)
@@ -144,15 +144,20 @@ def _finetuning(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
 def _tokenizer(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
     """Report of a tokenizer; its judge or teacher is taken for a ViT-B/16."""
     tokenizer, size = planned.recipe.tokenizer, planned.recipe.views.tokenizer_px
-    cost, grid = tokenizer_cost(tokenizer, size), size // tokenizer.stride_px
-    of_model = {
-        "image": f"{size} px, stride {tokenizer.stride_px} px: {grid} x {grid} = {grid**2} codes of "
-        f"{tokenizer.num_codes}, {tokenizer.code_dim} wide",
+    cost = tokenizer_cost(tokenizer, size)
+    of_model = _codes_line(planned.recipe) | {
         "parameters": f"encoder {_millions(cost.encoder.parameters)}, decoder {_millions(cost.decoder.parameters)}, "
         f"total {_millions(cost.parameters)}; codebook buffers {_millions(cost.codebook_elements)} in fp32",
     }
     frozen = " with its judge or teacher" if planned.fixed_bytes > 4 * cost.codebook_elements else ""
     return "tokenizer training", of_model, _compute_lines(planned, cost.forward_macs, planned.model_flops, frozen), {}
+
+
+def _codes_line(recipe: TokenizerRecipe) -> _Lines:
+    tokenizer, size = recipe.tokenizer, recipe.views.tokenizer_px
+    grid = size // tokenizer.stride_px
+    text = f"{size} px, stride {tokenizer.stride_px} px: {grid} x {grid} = {grid**2} codes of {tokenizer.num_codes}"
+    return {"image": f"{text}, {tokenizer.code_dim} wide"}
 
 
 def _model_line(model: ModelSettings) -> _Lines:
