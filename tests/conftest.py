@@ -77,6 +77,17 @@ def wheel_photographs(folder: Path) -> RealData:
     return RealData(imagenet=jpegs, kodak=pngs, imagenette_tar=None)
 
 
+@pytest.fixture(autouse=True)
+def _no_launcher_is_left_behind():
+    """Rank and port, once left in the environment, would make later plain starts wait for ranks that nobody started."""
+    before = {name: os.environ.get(name) for name in OF_LAUNCHERS}
+    yield
+    after = {name: os.environ.get(name) for name in OF_LAUNCHERS}
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    assert after == before
+
+
 _server: ForkServer | None = None
 
 

@@ -1,6 +1,6 @@
-"""Tokenizing started again and again until it is done; of the first starts six are ended after a moment.
+"""Tokenizing started again and again until it is done; of the starts six are ended soon after their first write.
 
-    python killed_starts.py JSON    arguments of tokenize_shards; prints the exit codes as JSON
+    python killed_starts.py FOLDER JSON    where tokens go and arguments of tokenize_shards; prints exit codes as JSON
 
 One process imports, then forks the starts, since a start is short and the imports are long.
 """
@@ -11,9 +11,29 @@ import random
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """The size of each file but the lock, by name."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        # A temporary file may be renamed before it is looked at.
+        with suppress(FileNotFoundError):
+            if path.is_file() and path.name != "lock":
+                sizes[str(path)] = path.stat().st_size
+    return sizes
+
+
+def wait_until_it_writes_or_ends(child: int, folder: Path, before: dict[str, int]) -> None:
+    while files_of(folder) == before:
+        # WNOWAIT: the exit code is still to be read.
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.005)
 
 
 def main() -> None:
@@ -23,21 +43,22 @@ def main() -> None:
     from peco_ds import tokenize_shards
     from peco_ds.command_line import run
 
-    arguments, drawn = json.loads(sys.argv[1]), random.Random(0)
-    codes, kills = [], 0
+    folder, arguments, drawn = Path(sys.argv[1]), json.loads(sys.argv[2]), random.Random(0)
+    codes, ended = [], 0
     while True:
+        before = files_of(folder)
         child = os.fork()
         if not child:
             os.setpgid(0, 0)
             run(tokenize_shards.main, arguments)
         os.setpgid(child, child)  # here as well: whichever of the two comes first
-        ending = signal.SIGTERM if kills == 2 else signal.SIGKILL
-        if kills < 6:
-            time.sleep(drawn.uniform(0.1, 1.5))
-            os.killpg(child, ending)
-            kills += 1
+        if ended < 6:
+            wait_until_it_writes_or_ends(child, folder, before)
+            time.sleep(drawn.uniform(0, 0.05))
+            os.killpg(child, signal.SIGTERM if ended == 2 else signal.SIGKILL)
+            ended += 1
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        if kills == 6 and codes[-1] != -signal.SIGKILL:
+        if ended == 6 and codes[-1] != -signal.SIGKILL:
             break
     print(json.dumps(codes))
 

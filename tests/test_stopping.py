@@ -27,12 +27,16 @@ def events(out: Path, kind: str) -> list[dict]:
     )
 
 
-def wait_until(condition, what: str) -> None:
+def wait_until(condition, process: subprocess.Popen, log: Path) -> None:
+    """Until it holds. Fails with the log once the process has ended without it, or after ten minutes."""
     for _ in range(6000):
+        ended = process.poll() is not None
         if condition():
             return
+        if ended:
+            break
         time.sleep(0.1)
-    raise AssertionError(what)
+    raise AssertionError(f"exit code {process.poll()}:\n{log.read_text()[-4000:]}")
 
 
 def heed_signals() -> None:
@@ -79,9 +83,9 @@ def test_a_run_saves_and_ends_in_good_order(small_sets, tmp_path, launcher, numb
             preexec_fn=heed_signals,
         )
         try:
-            wait_until(lambda: len(read_metrics(out)) > 3, "no step was trained")
+            wait_until(lambda: len(read_metrics(out)) > 3, process, tmp_path / "log")
             process.send_signal(number)
-            wait_until(lambda: events(out, "end"), "the ranks trained on")
+            wait_until(lambda: events(out, "end"), process, tmp_path / "log")
             ended = process.wait(timeout=600)
         finally:
             os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None

@@ -34,7 +34,7 @@ def test_a_tokenizing_that_is_killed_again_and_again_gives_the_set_of_an_undistu
         "data.num_workers=1",
         "run.micro_batch=3",
     ]
-    done = run_stage("tests/killed_starts.py", json.dumps(arguments))
+    done = run_stage("tests/killed_starts.py", tmp_path / "tokens", json.dumps(arguments))
     codes = json.loads(done.stdout.splitlines()[-1])
     assert codes[-1] == EXIT_DONE and codes[2] in (EXIT_REQUEUE, EXIT_DONE, -15), codes
     assert contents(tmp_path / "tokens") == contents(small_sets.root / "tokens" / "train")

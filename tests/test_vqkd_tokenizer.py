@@ -214,7 +214,7 @@ BAD_FILES = [
     (changed("quantize.embedding.weight", lambda tensor: tensor[0]), "a VQ-KD tokenizer's has 2 dimensions"),
     (
         changed("quantize.embedding.weight", lambda tensor: tensor.repeat(2000, 1)),
-        "num_codes 128000: codes are stored as uint16",
+        r"num_codes 128000: must be in \[1, 65536\] \(codes are stored as uint16\)",
     ),
     (
         changed("encoder.blocks.0.norm1.weight", lambda tensor: tensor.index_fill(0, torch.tensor([3]), float("nan"))),
