@@ -33,6 +33,8 @@ ShareAboveZero = Annotated[float, Bounds(above=0, at_most=1)]
 ShareBelowOne = Annotated[float, Bounds(at_least=0, below=1)]
 # Which weights of a run that kept a moving average. auto: the average where there is one.
 Average = Literal["auto", "ema", "raw"]
+# Precision of a frozen network that judges or teaches.
+FrozenPrecision = Literal["auto", "bf16", "fp32"]
 # V, codes of a codebook.
 NumCodes = Annotated[int, Bounds(at_least=1, at_most=65536, because="codes are stored as uint16")]
 
@@ -191,8 +193,10 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True, config=_strict)
 class OptimSettings:
-    """AdamW."""
+    """Adam or AdamW."""
 
+    # adamw: weight decay beside the gradient's step. adam: added to the gradient, as an L2 penalty.
+    kind: Literal["adamw", "adam"] = "adamw"
     # Whose implementation.
     impl: Literal["torch", "deepspeed", "apex"] = "torch"
     # Highest learning rate.
@@ -321,8 +325,12 @@ class TokenizerSettings:
     channels: AtLeastOne = 128
     # Channels of each level over `channels`. The stride is 2 ** (levels - 1).
     channel_mults: tuple[AtLeastOne, ...] = (1, 1, 2, 2, 4)
-    # Residual blocks of a level in the encoder. The decoder has one more.
+    # Residual blocks of a level in the encoder.
     blocks_per_level: AtLeastOne = 2
+    # The decoder's `channels`. null: the encoder's.
+    decoder_channels: AtLeastOne | None = None
+    # The decoder's residual blocks of a level. null: one more than the encoder's (VQGAN).
+    decoder_blocks_per_level: AtLeastOne | None = None
     # Single-head attention at the coarsest level and in the middle.
     attention: bool = True
     z_channels: AtLeastOne = 256
@@ -365,12 +373,19 @@ class TokenizerSettings:
 class PerceptualSettings:
     """The judge: a frozen network in whose features reconstructions are compared with their originals."""
 
-    # MoCo v3 .pth.tar, any timm ViT file, or a release folder. Empty, with weight 0: no judge.
+    # MoCo v3 .pth.tar, any timm ViT file, a file of a convolutional network, or a release folder. Empty, with weight 0:
+    # no judge.
     weights: str = ""
     # timm's name of the network. auto: read from the shapes in the file.
     architecture: str = "auto"
-    # Features after these blocks are compared, counted from 1. PeCo's own choice is not public.
+    # Features after these blocks are compared, counted from 1: a ViT's blocks, a convolutional network's stages. Empty:
+    # all stages of a convolutional network.
     blocks: tuple[int, ...] = (3, 6, 9, 12)
+    # How features are normalised over the channels of a place before they are compared. channel: to unit length
+    # (LPIPS). layer: to mean 0 and variance 1, as a layer norm without weights. none: not at all.
+    normalize: Annotated[Literal["channel", "layer", "none"], AbsentMeans("none", stage="train_tokenizer")] = "channel"
+    # Precision of the judge. auto: bf16 on a GPU, fp32 elsewhere.
+    precision: Annotated[FrozenPrecision, AbsentMeans("fp32", stage="train_tokenizer")] = "auto"
     # Crops are resized to this size for the judge. 0: the size it was trained at.
     image_px: int = 0
     # Weight of the perceptual loss.
@@ -387,6 +402,8 @@ class TeacherSettings:
     architecture: str = "auto"
     # Image size for the teacher. Its grid must be the encoder's. 0: the size it was trained at.
     image_px: int = 0
+    # Precision of the teacher. auto: bf16 on a GPU, fp32 elsewhere.
+    precision: Annotated[FrozenPrecision, AbsentMeans("fp32", stage="train_tokenizer")] = "auto"
 
 
 @dataclass(frozen=True, config=_strict)

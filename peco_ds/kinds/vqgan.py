@@ -30,13 +30,20 @@ def encoder_cost(settings: TokenizerSettings, image_px: int) -> Cost:
     return cost + conv(settings.z_channels, settings.code_dim, 1, size)
 
 
+def decoder_sizes(settings: TokenizerSettings) -> tuple[list[int], int]:
+    """The decoder's width at every level, that of the image first, and its residual blocks of a level."""
+    channels = settings.decoder_channels or settings.channels
+    blocks = settings.decoder_blocks_per_level or settings.blocks_per_level + 1
+    return [channels * multiplier for multiplier in settings.channel_mults], blocks
+
+
 def decoder_cost(settings: TokenizerSettings, image_px: int) -> Cost:
-    widths = [settings.channels * multiplier for multiplier in settings.channel_mults]
+    widths, blocks = decoder_sizes(settings)
     width, size = widths[-1], image_px // settings.stride_px
     cost = conv(settings.code_dim, settings.z_channels, 1, size) + conv(settings.z_channels, width, 3, size)
     cost += _middle(settings, width, size)
     for level, out in reversed(list(enumerate(widths))):
-        for _ in range(settings.blocks_per_level + 1):
+        for _ in range(blocks):
             cost += residual(width, out, size)
             width = out
             if level == len(widths) - 1 and settings.attention:

@@ -6,6 +6,8 @@ features after stages. The blocks of perceptual.blocks are stages: of a ViT its 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,7 +38,11 @@ class FeatureNet(nn.Module):
         mean, std: of its input, for images in [0, 1].
         description: one line for the log, the run's record and the model card.
         licence: what the weights are published under, "" unknown.
+        precision: of the network's own work; its weights, its input and its answers are float32 in any case. auto: bf16
+            on a GPU, fp32 elsewhere. `load_feature_net` sets it.
     """
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
 
     def __init__(
         self,
@@ -90,12 +96,14 @@ class FeatureNet(nn.Module):
             images_01: [B, 3, H, W] in [0, 1], resized (bilinear, antialiased) where its size is not image_px; gradient
                 flows back to it.
             blocks: numbers from 1, in the order of the answer.
-        Returns: one float32 [B, N, D] a block. Under autocast the blocks compute in its dtype.
+        Returns: one float32 [B, N, D] a block.
         Raises: UserError if a block does not exist.
         """
         self.check_blocks(blocks)
         ascending = sorted(set(blocks))
-        after = dict(zip(ascending, self.after_blocks(self._normalized(images_01), ascending)))
+        images_norm = self._normalized(images_01)
+        with self._autocast(images_norm.device):
+            after = dict(zip(ascending, self.after_blocks(images_norm, ascending)))
         return [after[number].float() for number in blocks]
 
     def targets(self, images_01: torch.Tensor) -> torch.Tensor:
@@ -103,9 +111,15 @@ class FeatureNet(nn.Module):
 
         Args:
             images_01: as in `features`.
-        Returns: float32 [B, grid * grid, target_width]. Under autocast the network computes in its dtype.
+        Returns: float32 [B, grid * grid, target_width].
         """
-        return self.final(self._normalized(images_01)).float()
+        images_norm = self._normalized(images_01)
+        with self._autocast(images_norm.device):
+            return self.final(images_norm).float()
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
+        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     def _normalized(self, images_01: torch.Tensor) -> torch.Tensor:
         size = (self.image_px, self.image_px)
@@ -116,12 +130,17 @@ class FeatureNet(nn.Module):
 
 
 def load_feature_net(
-    weights: str, architecture: str = "auto", *, image_px: int = 0, section: str = "perceptual"
+    weights: str,
+    architecture: str = "auto",
+    *,
+    image_px: int = 0,
+    section: str = "perceptual",
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
 ) -> FeatureNet:
     """Read a frozen network, in the way of the family that recognises it.
 
     Args:
-        weights, architecture: as the recipe has them.
+        weights, architecture, precision: as the recipe has them.
         image_px: side of the image it shall look at; 0: the one it was trained on.
         section: of the recipe, for messages: "perceptual" or "teacher".
     Raises: UserError if nothing is named, or what is named cannot be read as a whole.
@@ -131,4 +150,6 @@ def load_feature_net(
             f"{section}.weights is empty; {FETCH[section]}"
             + (", or set perceptual.weight=0" if section == "perceptual" else "")
         )
-    return family_of(weights, architecture).load(weights, architecture, image_px=image_px, section=section)
+    network = family_of(weights, architecture).load(weights, architecture, image_px=image_px, section=section)
+    network.precision = precision
+    return network

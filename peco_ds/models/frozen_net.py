@@ -44,14 +44,22 @@ def _judge(recipe: TokenizerRecipe) -> FeatureNet | None:
     perceptual = recipe.perceptual
     if not perceptual.weight:
         return None
-    judge = load_feature_net(perceptual.weights, perceptual.architecture, image_px=perceptual.image_px)
+    judge = load_feature_net(
+        perceptual.weights, perceptual.architecture, image_px=perceptual.image_px, precision=perceptual.precision
+    )
     judge.check_blocks(perceptual.blocks)
     return judge
 
 
 def _teacher(recipe: TokenizerRecipe) -> FeatureNet:
     settings, vit = recipe.teacher, recipe.tokenizer.vit
-    teacher = load_feature_net(settings.weights, settings.architecture, image_px=settings.image_px, section="teacher")
+    teacher = load_feature_net(
+        settings.weights,
+        settings.architecture,
+        image_px=settings.image_px,
+        section="teacher",
+        precision=settings.precision,
+    )
     width, grid = teacher.target_width, teacher.grid
     wanted = recipe.views.tokenizer_px // recipe.tokenizer.stride_px
     if not width:

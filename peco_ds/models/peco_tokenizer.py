@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peco_ds.config import TokenizerSettings
+from peco_ds.kinds.vqgan import decoder_sizes
 from peco_ds.models.image_tokenizer import CodebookTokenizer
 from peco_ds.models.vq import Codebook
 
@@ -125,21 +126,16 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """[B, z_channels, h, w] -> images [B, 3, h * stride, w * stride].
-
-    One residual block more a level than the encoder.
-    """
+    """[B, z_channels, h, w] -> images [B, 3, h * stride, w * stride]."""
 
     def __init__(self, settings: TokenizerSettings) -> None:
-        widths = [settings.channels * mult for mult in settings.channel_mults]
+        widths, blocks = decoder_sizes(settings)
         previous, last = widths[-1], len(widths) - 1
         layers: list[nn.Module] = [nn.Conv2d(settings.z_channels, previous, 3, padding=1)]
         layers += middle(previous, attention=settings.attention)
         for level in range(last, -1, -1):
             width = widths[level]
-            layers += residual_stack(
-                previous, width, settings.blocks_per_level + 1, attention=settings.attention and level == last
-            )
+            layers += residual_stack(previous, width, blocks, attention=settings.attention and level == last)
             if level != 0:
                 layers.append(Upsample(width))
             previous = width

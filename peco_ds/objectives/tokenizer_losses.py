@@ -18,19 +18,41 @@ def pixel_loss(reconstruction: torch.Tensor, target: torch.Tensor, kind: Literal
     return distance(reconstruction.float(), target.float())
 
 
+Normalization = Literal["channel", "layer", "none"]
+
+
 def perceptual_loss(
-    features_reconstruction: Sequence[torch.Tensor], features_target: Sequence[torch.Tensor]
+    features_reconstruction: Sequence[torch.Tensor],
+    features_target: Sequence[torch.Tensor],
+    normalize: Normalization = "channel",
 ) -> torch.Tensor:
-    """Sum over blocks of the squared difference of features, each averaged over its values (C, H, W) and the batch.
+    """Sum over blocks of the squared difference of normalised features, each averaged over its values (C, H, W) and the
+    batch.
 
     Args:
         features_reconstruction: one tensor [B, N, D] a block; the gradient goes here.
         features_target: same shapes; taken as constants.
-    Source: perceptual loss of arXiv 1603.08155 with PeCo's choice of a self-supervised transformer (arXiv 2111.12710).
+        normalize: as `normalized`.
+    Source: PeCo (arXiv 2111.12710), equation 5.
     """
     assert len(features_reconstruction) == len(features_target) > 0
     pairs = zip(features_reconstruction, features_target)
-    return torch.stack([F.mse_loss(mine.float(), target.detach().float()) for mine, target in pairs]).sum()
+    return torch.stack(
+        [F.mse_loss(normalized(mine, normalize), normalized(target.detach(), normalize)) for mine, target in pairs]
+    ).sum()
+
+
+def normalized(features: torch.Tensor, normalize: Normalization) -> torch.Tensor:
+    """Features [..., D], normalised over their channels; float32.
+
+    Args:
+        normalize: channel: to length 1, as LPIPS does (arXiv 1801.03924). layer: to mean 0 and variance 1, as a layer
+            norm without weights. none: as they are.
+    """
+    features = features.float()
+    if normalize == "channel":
+        return F.normalize(features, dim=-1, eps=1e-10)
+    return F.layer_norm(features, features.shape[-1:]) if normalize == "layer" else features
 
 
 def cosine_loss(features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -71,6 +93,7 @@ def tokenizer_loss(
     features_reconstruction: Sequence[torch.Tensor] = (),
     features_target: Sequence[torch.Tensor] = (),
     perceptual_weight: float = 0.0,
+    normalize: Normalization = "channel",
     critic_logits=None,
     adversarial_weight: float = 0.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -79,6 +102,7 @@ def tokenizer_loss(
     Args:
         output: has `.reconstruction` [B, 3, H, W] and `.commitment`, a scalar.  images_11: [B, 3, H, W] in [-1, 1].
         features_reconstruction, features_target: of the frozen judge, one [B, N, D] a block; empty without a judge.
+        normalize: as `perceptual_loss`.
         critic_logits: has `.real`, `.fake_detached`, `.fake`; None without a critic. The critic learns from the first
             step, whatever adversarial_weight is; the tokenizer feels it with that weight, 0 before the step from which
             it is wanted.
@@ -90,7 +114,7 @@ def tokenizer_loss(
     loss = settings.pixel_weight * pixel + settings.commitment_weight * commitment
     stats = {"pixel": pixel.detach(), "commitment": commitment.detach()}
     if len(features_reconstruction) > 0:
-        perceptual = perceptual_loss(features_reconstruction, features_target)
+        perceptual = perceptual_loss(features_reconstruction, features_target, normalize)
         loss = loss + perceptual_weight * perceptual
         stats["perceptual"] = perceptual.detach()
     if critic_logits is not None:
@@ -133,6 +157,7 @@ class TokenizerObjective:
             features_reconstruction=mine,
             features_target=target,
             perceptual_weight=self._perceptual.weight,
+            normalize=self._perceptual.normalize,
             critic_logits=getattr(outputs, "logits", None),
             adversarial_weight=self._adversarial.weight if step >= self._adversarial.start_step else 0.0,
         )

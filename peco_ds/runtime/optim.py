@@ -1,4 +1,4 @@
-"""Build the parameter groups and the AdamW that a recipe asks for."""
+"""Build the parameter groups and the Adam or AdamW that a recipe asks for."""
 
 from __future__ import annotations
 
@@ -59,29 +59,30 @@ def layer_scales(depth: int, decay: float) -> dict[str, float]:
 
 
 def build_optimizer(groups: list[dict], settings: OptimSettings, *, offloaded: bool) -> torch.optim.Optimizer:
-    """AdamW over the groups.
+    """Adam or AdamW over the groups.
 
     Args:
         offloaded: the DeepSpeed JSON keeps optimiser states on the host: DeepSpeed's CPU Adam is then the one that can
             step there.
     Raises: UserError if apex is asked for and is missing, or is the other project of that name on PyPI.
     """
+    decoupled = settings.kind == "adamw"
     arguments = dict(lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
     if offloaded or (settings.impl == "deepspeed" and not torch.cuda.is_available()):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         logger.info("DeepSpeed's Adam for the host is compiled at its first use on a machine, which takes minutes")
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+        return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **arguments)
     if settings.impl == "deepspeed":
         from deepspeed.ops.adam import FusedAdam
 
-        return FusedAdam(groups, adam_w_mode=True, **arguments)
+        return FusedAdam(groups, adam_w_mode=decoupled, **arguments)
     if settings.impl == "apex":
         require_nvidia_apex("optim.impl", module="apex.optimizers", extension="amp_C")
         from apex.optimizers import FusedAdam
 
-        return FusedAdam(groups, adam_w_mode=True, **arguments)
-    return torch.optim.AdamW(groups, fused=True, **arguments)
+        return FusedAdam(groups, adam_w_mode=decoupled, **arguments)
+    return (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **arguments)
 
 
 def use_layer_norm(run: RunSettings) -> None:
