@@ -290,8 +290,8 @@ class PretrainRecipe:
 
 @dataclass(frozen=True, config=_strict)
 class TokenizerVitSettings:
-    """VQ-KD's transformers (BEiT v2, arXiv 2208.06366): a ViT encodes images, a small one decodes codes to a
-    teacher's features.
+    """Transformers of a tokenizer: a ViT encodes images, another one decodes codes: to a teacher's features (kind vqkd,
+    BEiT v2, arXiv 2208.06366), or to images (kind vqvit).
     """
 
     # The encoder's positions are absolute, so it looks at images of this size alone.
@@ -302,10 +302,10 @@ class TokenizerVitSettings:
     heads: AtLeastOne = 12
     mlp_ratio: float = 4.0
     decoder_width: AtLeastOne = 768
-    # A deeper decoder follows the teacher better and gives worse tokens.
+    # vqkd: a deeper decoder follows the teacher better and gives worse tokens.
     decoder_depth: AtLeastOne = 3
     decoder_heads: AtLeastOne = 12
-    # Width of the teacher's features. Must be the teacher's.
+    # vqkd: width of the teacher's features. Must be the teacher's.
     target_width: AtLeastOne = 512
 
 
@@ -313,7 +313,8 @@ class TokenizerVitSettings:
 class TokenizerSettings:
     """A tokenizer's network and its codebook.
 
-    PeCo does not describe its network; kind vqgan is VQGAN's f16 (arXiv 2012.09841).
+    Kind vqgan is VQGAN's autoencoder (arXiv 2012.09841), by default its f16; PeCo's is narrower (recipe
+    peco_tokenizer).
     """
 
     # One of registry.TOKENIZERS. Some are trained here, others are read from released files.

@@ -282,6 +282,7 @@ TOKENIZERS: Registry[TokenizerKind] = Registry(
     {
         "vqgan": "peco_ds.kinds.vqgan:KIND",
         "vqkd": "peco_ds.kinds.vqkd:KIND",
+        "vqvit": "peco_ds.kinds.vqvit:KIND",
         "gumbel": "peco_ds.kinds.gumbel:KIND",
         "dvae": "peco_ds.kinds.dvae:KIND",
     },

@@ -1,7 +1,7 @@
 """VQGAN's autoencoder around a codebook, as settings and plans see it; the network is models/peco_tokenizer.py.
 
-Source of the sizes: VQGAN (arXiv 2012.09841), the f16 configuration of its released code, a stand-in for PeCo's
-    network, which is not published.
+Source of the sizes: VQGAN (arXiv 2012.09841), the f16 configuration of its released code. PeCo (arXiv 2111.12710)
+    describes the same network at other widths; recipes/peco_tokenizer.yaml holds them.
 """
 
 from __future__ import annotations

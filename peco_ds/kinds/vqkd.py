@@ -14,7 +14,8 @@ from peco_ds.registry import Release, TokenizerKind, later
 LEFT_BEHIND = ("teacher", "scaling", "loss")
 
 
-def _check(settings: TokenizerSettings, section: str) -> None:
+def check(settings: TokenizerSettings, section: str) -> None:
+    """Raises: UserError for sizes that do not divide each other."""
     vit = settings.vit
     for whole, part in (("image_px", "patch_px"), ("width", "heads"), ("decoder_width", "decoder_heads")):
         if getattr(vit, whole) % getattr(vit, part):
@@ -26,8 +27,12 @@ def _check(settings: TokenizerSettings, section: str) -> None:
         raise UserError(f"{section}.vit.mlp_ratio {vit.mlp_ratio}: gives a hidden layer without units")
 
 
-def _cost(settings: TokenizerSettings, image_px: int) -> TokenizerCost:
-    """Cost of encoder and decoder; the grid of codes is the decoder's image, one code a patch."""
+def transformers_cost(settings: TokenizerSettings, image_px: int, *, out_width: int) -> TokenizerCost:
+    """Cost of encoder and decoder; the grid of codes is the decoder's image, one code a patch.
+
+    Args:
+        out_width: numbers that the decoder gives for a place.
+    """
     vit, patches = settings.vit, (image_px // settings.vit.patch_px) ** 2
     encoder, decoder = (
         Blocks(depth, patches + 1, width, int(width * vit.mlp_ratio), heads)
@@ -38,12 +43,16 @@ def _cost(settings: TokenizerSettings, image_px: int) -> TokenizerCost:
     )
     return TokenizerCost(
         patch_transformer(IMAGE_CHANNELS, vit.patch_px, encoder) + tanh_head(vit.width, settings.code_dim, patches),
-        patch_transformer(settings.code_dim, 1, decoder) + tanh_head(vit.decoder_width, vit.target_width, patches),
+        patch_transformer(settings.code_dim, 1, decoder) + tanh_head(vit.decoder_width, out_width, patches),
         codebook_elements=settings.num_codes * (2 * settings.code_dim + 1),
         search_macs=patches * settings.code_dim * settings.num_codes,
         encoder_blocks=encoder,
         decoder_blocks=decoder,
     )
+
+
+def _cost(settings: TokenizerSettings, image_px: int) -> TokenizerCost:
+    return transformers_cost(settings, image_px, out_width=settings.vit.target_width)
 
 
 def _teacher(settings: TokenizerSettings) -> dict[str, str]:
@@ -67,7 +76,7 @@ KIND = TokenizerKind(
     learns_from="teacher",
     stride_px=lambda settings: settings.vit.patch_px,
     only_px=lambda settings: settings.vit.image_px,
-    check=_check,
+    check=check,
     tensors=lambda settings: settings.vit.depth + settings.vit.decoder_depth,
     cost=_cost,
     release=Release(

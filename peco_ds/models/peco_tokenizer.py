@@ -1,7 +1,8 @@
 """image -> codes -> image: a convolutional autoencoder around a codebook.
 
-PeCo's paper does not publish its network; two papers that use it call it a VQGAN, so this is VQGAN's f16 autoencoder.
-Source: VQGAN (arXiv 2012.09841) and the layout of its released `imagenet_vqgan.yaml`.
+Source: PeCo (arXiv 2111.12710), supplement: residual blocks, attention at the smallest resolution, GroupNorm, the
+    decoder as the inverse of the encoder; for the layers of each, VQGAN (arXiv 2012.09841), which PeCo names, and its
+    released `imagenet_vqgan.yaml`.
 """
 
 from __future__ import annotations

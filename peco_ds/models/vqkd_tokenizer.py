@@ -71,16 +71,15 @@ class Fp32Linear(nn.Linear):
             return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
-class VqkdTokenizer(CodebookTokenizer):
-    """Encoder, codebook, decoder of features. Training calls only `forward`, and every parameter takes part in it.
+class TransformerTokenizer(CodebookTokenizer):
+    """A ViT, a codebook, a ViT. Training calls only `forward`, and every parameter takes part in it.
 
     Args:
+        out_width: numbers that the decoder gives for a place.
         seed: decides at which encoder outputs dead codes restart.
     """
 
-    makes_images = False
-
-    def __init__(self, settings: TokenizerSettings, *, seed: int = 0) -> None:
+    def __init__(self, settings: TokenizerSettings, out_width: int, *, seed: int = 0) -> None:
         super().__init__(settings)
         vit, grid = settings.vit, settings.vit.image_px // settings.vit.patch_px
         self.encoder = PatchTransformer(
@@ -107,17 +106,12 @@ class VqkdTokenizer(CodebookTokenizer):
             mlp_ratio=vit.mlp_ratio,
         )
         self.to_target = nn.Sequential(
-            nn.Linear(vit.decoder_width, vit.decoder_width), nn.Tanh(), nn.Linear(vit.decoder_width, vit.target_width)
+            nn.Linear(vit.decoder_width, vit.decoder_width), nn.Tanh(), nn.Linear(vit.decoder_width, out_width)
         )
         for layer in (*self.to_code, *self.to_target):
             if isinstance(layer, nn.Linear):
                 trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-
-    def forward(self, images_11: torch.Tensor) -> VqkdOutput:
-        """Images [B, 3, S, S] in [-1, 1] -> features, codes, commitment; in training mode the codebook counts."""
-        quantized = self.codebook(self.encode(images_11))
-        return VqkdOutput(self.decode(quantized.quantized), quantized.codes, quantized.commitment)
 
     def trunk(self, images_11: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, S, S] in [-1, 1] of the encoder's own size -> patch tokens [B, N, D]."""
@@ -134,8 +128,26 @@ class VqkdTokenizer(CodebookTokenizer):
         return self.to_code(outputs).transpose(1, 2).unflatten(2, (grid, grid))
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
-        """Code vectors [B, C, grid, grid] -> float32 [B, N, target_width]."""
+        """Code vectors [B, C, grid, grid] -> float32 [B, N, out_width]."""
         return self.to_target(self.decoder(quantized.to(self.decoder.cls_token.dtype))).float()
+
+
+class VqkdTokenizer(TransformerTokenizer):
+    """Codes of images, decoded to features.
+
+    Args:
+        seed: decides at which encoder outputs dead codes restart.
+    """
+
+    makes_images = False
+
+    def __init__(self, settings: TokenizerSettings, *, seed: int = 0) -> None:
+        super().__init__(settings, settings.vit.target_width, seed=seed)
+
+    def forward(self, images_11: torch.Tensor) -> VqkdOutput:
+        """Images [B, 3, S, S] in [-1, 1] -> features, codes, commitment; in training mode the codebook counts."""
+        quantized = self.codebook(self.encode(images_11))
+        return VqkdOutput(self.decode(quantized.quantized), quantized.codes, quantized.commitment)
 
 
 # -------------------------------------------------------------------------------------- released files
