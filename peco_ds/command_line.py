@@ -98,7 +98,9 @@ def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None)
         "fault of this program",
     )
     parser.add_argument(
-        "--recipe", default=recipe, help="YAML file, or the name of one in peco_ds/recipes (default: %(default)s)"
+        "--recipe",
+        default=recipe,
+        help="YAML file, the name of one in peco_ds/recipes, or a run folder for its settings (default: %(default)s)",
     )
     if deepspeed_config is not None:
         parser.add_argument(

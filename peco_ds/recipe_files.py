@@ -16,13 +16,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, Recipe, TokenizerRecipe
 from peco_ds.errors import UserError, nearest, notice
-from peco_ds.field_marks import known_keys
+from peco_ds.field_marks import AbsentMeans, keys_with, known_keys
 from peco_ds.old_spellings import current_setting
 from peco_ds.recipe_checks import check_recipe
 from peco_ds.schema import short
 from peco_ds.strict_yaml import NOT_YAML, parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
+# The file of a run folder that holds its settings.
+SETTINGS = "settings.yaml"
 COMMAND_LINE = "command line"  # source of an override
 
 # Which stages read which settings, for messages.
@@ -55,7 +57,7 @@ def load_recipe(recipe_type: type[R], path: str | Path, overrides: list[str], en
 
     Args:
         recipe_type: one of `READERS`.
-        path: YAML file; a bare name is looked up among the package's recipes.
+        path: YAML file; a bare name is looked up among the package's recipes; of a run folder, the run's own settings.
         overrides: "a.b=c" texts; the value is read as YAML.
     Raises: UserError naming the key, with the nearest known one, for an unknown or mistyped key, a missing file, a
         value out of range, or two spellings of one duration.
@@ -65,7 +67,7 @@ def load_recipe(recipe_type: type[R], path: str | Path, overrides: list[str], en
     sources: dict[str, str] = {}
     if environ.get("PECO_DATA_ROOT"):
         _set(merged, sources, "data.root", environ["PECO_DATA_ROOT"], "environment PECO_DATA_ROOT", recipe_type)
-    for key, value in _read_yaml(path):
+    for key, value in _read_yaml(path, recipe_type):
         _set(merged, sources, key, value, str(path), recipe_type)
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -113,19 +115,21 @@ def _displace(merged: dict, sources: dict) -> None:
 def find_recipe(path: str | Path) -> Path:
     path = Path(path)
     named = [RECIPES / path.name, RECIPES / f"{path.name}.yaml"] if len(path.parts) == 1 else []
-    for candidate in (path, *named):
+    for candidate in (path, *named, path / SETTINGS):
         if candidate.is_file():
             return candidate
     known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
     raise UserError(f"recipe {str(path)!r}: no such file; known recipes: {', '.join(known)}{nearest(path.stem, known)}")
 
 
-def _read_yaml(path: Path) -> list[tuple[str, object]]:
-    """Dotted settings of a recipe file, in its order."""
+def _read_yaml(path: Path, recipe_type: type) -> list[tuple[str, object]]:
+    """Dotted settings of a recipe file, or of a run's record, in its order."""
     try:
         raw = read_yaml(path)
         raw = {} if raw is None else raw
-        settings = list(_flatten(raw)) if isinstance(raw, dict) else []
+        recorded = isinstance(raw, dict) and isinstance(raw.get("stage"), str) and isinstance(raw.get("recipe"), dict)
+        tree = raw["recipe"] if recorded else raw
+        settings = list(_flatten(tree)) if isinstance(tree, dict) else []
     except NOT_YAML as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
@@ -133,6 +137,11 @@ def _read_yaml(path: Path) -> list[tuple[str, object]]:
     twice = next((key for key, count in Counter(key for key, _ in settings).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"{path}: {short(twice)} is set twice, once with its section written before a dot; drop one")
+    if recorded:
+        # A run from before a setting existed goes on as it began.
+        absent = keys_with(recipe_type, AbsentMeans).items()
+        before = {key: mark.value for key, mark in absent if mark.stage == raw["stage"]}
+        settings = list((before | dict(settings)).items())
     return settings
 
 

@@ -2,6 +2,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +68,31 @@ def test_the_optimiser_carries_the_recipes_numbers():
     assert all(
         (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.9, 0.98), 1e-6) for group in optimizer.param_groups
     )
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_adam_and_adamw_step_as_their_papers_write_them(kind):
+    """Five steps by NumPy in float64. Adam (arXiv 1412.6980) adds decay to the gradient, AdamW (1711.05101) to the
+    step.
+    """
+    lr, betas, eps, decay = 1e-2, (0.5, 0.95), 1e-8, 0.1
+    layer = torch.nn.Linear(3, 4, bias=False)
+    weight = layer.weight.detach().double().numpy().copy()
+    settings = OptimSettings(kind=kind, lr=lr, betas=betas, eps=eps, weight_decay=decay)
+    optimizer = build_optimizer(decay_groups(layer, decay), settings, offloaded=False)
+    mean, square = np.zeros_like(weight), np.zeros_like(weight)
+    for step in range(1, 6):
+        gradient = np.random.default_rng(step).normal(size=weight.shape)
+        layer.weight.grad = torch.from_numpy(gradient).float()
+        optimizer.step()
+        if kind == "adam":
+            gradient = gradient + decay * weight
+        else:
+            weight = weight * (1 - lr * decay)
+        mean, square = betas[0] * mean + (1 - betas[0]) * gradient, betas[1] * square + (1 - betas[1]) * gradient**2
+        corrected = mean / (1 - betas[0] ** step), square / (1 - betas[1] ** step)
+        weight = weight - lr * corrected[0] / (np.sqrt(corrected[1]) + eps)
+        np.testing.assert_allclose(layer.weight.detach().numpy(), weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

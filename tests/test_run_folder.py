@@ -26,9 +26,9 @@ class OneRank:
             raise UserError(fault)
 
 
-def start(folder, stage, *overrides):
-    recipe_type, recipe, needed = RECIPES[stage]
-    resolved = load_recipe(recipe_type, recipe, [*needed, *overrides], environ={})
+def start(folder, stage, *overrides, recipe=None):
+    recipe_type, shipped, needed = RECIPES[stage]
+    resolved = load_recipe(recipe_type, recipe or shipped, [*(() if recipe else needed), *overrides], environ={})
     open_run_folder(folder, stage, resolved, {}, OneRank())
 
 
@@ -71,6 +71,24 @@ def test_settings_that_are_free_on_resume_may_change_and_others_may_not(begun):
         with pytest.raises(UserError, match=override.partition("=")[0]):
             start(folder, stage, override)
     start(folder, stage, "run.seed=9", "checkpoint.resume=never")
+
+
+def test_a_run_is_continued_with_its_own_settings_whatever_the_recipe_has_become(begun):
+    """As a run that began before its recipe changed, and before some settings existed."""
+    folder, stage = begun
+
+    def differ(recipe) -> None:
+        recipe["optim"] |= {"lr": 1.25e-3, "betas": [0.9, 0.98]}
+        recipe["optim"].pop("kind")
+        recipe.get("perceptual", {}).pop("normalize", None)
+
+    change(folder, differ)
+    with pytest.raises(UserError, match=f"continue it with its own settings .--recipe {folder}"):
+        start(folder, stage)
+    start(folder, stage, recipe=folder)
+    recipe = load_recipe(RECIPES[stage][0], folder, [], environ={}).recipe
+    assert recipe.optim.lr == 1.25e-3 and recipe.optim.kind == "adamw"
+    assert stage != "train_tokenizer" or recipe.perceptual.normalize == "none", "features were compared raw then"
 
 
 def test_a_setting_that_an_old_record_lacks_has_todays_default_unless_its_field_says_otherwise(begun):

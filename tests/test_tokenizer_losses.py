@@ -37,10 +37,56 @@ def test_pixel_loss_and_gradient_follow_the_formula(kind):
     np.testing.assert_allclose(reconstruction.grad.numpy(), slope / difference.size, rtol=1e-5, atol=1e-8)
 
 
+def by_formula(features: np.ndarray, normalize: str) -> np.ndarray:
+    if normalize == "channel":
+        return features / np.sqrt((features**2).sum(axis=-1, keepdims=True))
+    if normalize == "layer":
+        centred = features - features.mean(axis=-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
+    return features
+
+
+@pytest.mark.parametrize("normalize", ["channel", "layer", "none"])
+def test_perceptual_loss_and_gradient_are_those_of_pecos_equation_5(normalize):
+    """Value by NumPy in float64, the gradient by differences of that value."""
+    mine = [normal(0, 2, 9, 6).requires_grad_(), normal(1, 2, 4, 8).requires_grad_()]
+    target = [normal(2, 2, 9, 6).requires_grad_(), normal(3, 2, 4, 8).requires_grad_()]
+
+    def equation_5(features: list[np.ndarray]) -> float:
+        pairs = zip(features, (tensor.detach().double().numpy() for tensor in target))
+        return sum(((by_formula(a, normalize) - by_formula(b, normalize)) ** 2).mean() for a, b in pairs)
+
+    loss = perceptual_loss(mine, target, normalize)
+    loss.backward()
+    values = [tensor.detach().double().numpy() for tensor in mine]
+    assert loss.item() == pytest.approx(equation_5(values), rel=1e-5)
+    for tensor, value in zip(mine, values):
+        for place in ((0, 0, 0), (1, 3, 5), (1, 2, 1)):
+            up, down = (
+                equation_5(
+                    [
+                        v + step * (np.arange(v.size) == np.ravel_multi_index(place, v.shape)).reshape(v.shape)
+                        if v is value
+                        else v
+                        for v in values
+                    ]
+                )
+                for step in (1e-6, -1e-6)
+            )
+            assert tensor.grad[place].item() == pytest.approx((up - down) / 2e-6, rel=2e-3, abs=1e-6)
+    assert all(tensor.grad is None for tensor in target)
+
+
+def test_features_of_length_zero_give_a_finite_gradient():
+    mine = torch.zeros(1, 2, 4, requires_grad=True)
+    perceptual_loss([mine], [normal(0, 1, 2, 4)], "channel").backward()
+    assert mine.grad.isfinite().all()
+
+
 def test_perceptual_loss_sums_over_blocks_and_averages_within_them():
     mine = [normal(0, 2, 9, 4).requires_grad_(), normal(1, 2, 4, 8).requires_grad_()]
     target = [normal(2, 2, 9, 4).requires_grad_(), normal(3, 2, 4, 8).requires_grad_()]
-    loss = perceptual_loss(mine, target)
+    loss = perceptual_loss(mine, target, "none")
     loss.backward()
     differences = [(a - b).detach().double().numpy() for a, b in zip(mine, target)]
     assert loss.item() == pytest.approx(sum((d**2).mean() for d in differences), rel=1e-5)

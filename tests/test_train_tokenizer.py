@@ -94,6 +94,8 @@ def runs(small_sets, judge_file, tmp_path_factory):
                 case(small_sets, folder, "one_pass_1", extra=["run.micro_batch=8"]),
             ]
             cases += [vqkd("vqkd_1")]
+            vits = [setting for setting in SMALL_VQKD if "target_width" not in setting]
+            cases += [case(small_sets, folder, "vqvit_1", small=vits, extra=["tokenizer.kind=vqvit", *judged])]
         else:
             critic = [
                 "adversarial.weight=3",
@@ -105,8 +107,8 @@ def runs(small_sets, judge_file, tmp_path_factory):
             cases = [case(small_sets, folder, f"plain_zero{zero}_2", zero=zero) for zero in (0, 1, 2, 3)]
             cases += [
                 case(small_sets, folder, "critic_2", zero=3, extra=[*critic, *judged]),
-                case(small_sets, folder, "half_2", zero=3, extra=["schedule.stop_at_step=5"]),
-                case(small_sets, folder, "half_2", zero=3),
+                case(small_sets, folder, "half_2", extra=["schedule.stop_at_step=5"]),
+                case(small_sets, folder, "half_2"),
                 case(small_sets, folder, "bf16_2", extra=["run.precision=bf16"]),
                 *(vqkd(f"vqkd_zero{zero}_2", zero=zero) for zero in (1, 3)),
                 vqkd("vqkd_half_2", "schedule.stop_at_step=5", zero=3),
@@ -165,14 +167,24 @@ def test_a_critic_trains_beside_the_tokenizer_and_stays_out_of_its_release(runs)
 
 
 def test_a_tokenizer_run_that_was_stopped_continues_bit_for_bit(runs):
-    whole, resumed = read_metrics(runs / "plain_zero3_2"), read_metrics(runs / "half_2")
+    whole, resumed = read_metrics(runs / "plain_zero1_2"), read_metrics(runs / "half_2")
     assert [row["step"] for row in resumed] == list(range(1, 13))
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
     assert [row["codes_used"] for row in resumed] == [row["codes_used"] for row in whole]
     assert (
         load_tokenizer(runs / "half_2" / "tokenizer")[1].fingerprint
-        == load_tokenizer(runs / "plain_zero3_2" / "tokenizer")[1].fingerprint
+        == load_tokenizer(runs / "plain_zero1_2" / "tokenizer")[1].fingerprint
     )
+
+
+def test_vits_on_both_sides_of_a_codebook_learn_images_and_their_release_makes_them(runs):
+    rows = read_metrics(runs / "vqvit_1")
+    assert rows[-1]["pixel"] < 0.7 * rows[0]["pixel"] and all(row["perceptual"] > 0 for row in rows)
+    tokenizer, card = load_tokenizer(runs / "vqvit_1" / "tokenizer")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    codes = tokenizer.tokenize(images)
+    assert card.stride_px == 8 and codes.shape == (2, 16)
+    torch.testing.assert_close(tokenizer.decode_codes(codes, (4, 4)), tokenizer(images).reconstruction)
 
 
 def test_bf16_training_keeps_the_codebook_in_float32_and_follows_the_curve(runs):

@@ -23,7 +23,7 @@ from peco_ds.data.atomic_files import lock_file
 from peco_ds.errors import UserError
 from peco_ds.field_marks import AbsentMeans, FreeOnResume, keys_with
 from peco_ds.old_spellings import current_settings
-from peco_ds.recipe_files import Resolved
+from peco_ds.recipe_files import SETTINGS, Resolved
 from peco_ds.registry import load_extensions
 from peco_ds.runtime.distributed import World
 from peco_ds.schema import read_json, sha256_of_file, write_json
@@ -35,7 +35,6 @@ LOCK_PATIENCE_S = 180
 # Run folders that this process has locked.
 _held: dict[Path, ExitStack] = {}
 
-SETTINGS = "settings.yaml"
 DEEPSPEED = "deepspeed.json"
 PROVENANCE = "provenance.json"
 
@@ -156,8 +155,8 @@ def _refuse_other_settings(folder: Path, stage: str, settings: dict) -> None:
     for key, value in flat(settings):
         if before.get(key, value) != value and key not in free:
             raise UserError(
-                f"{folder}: holds a run with {key} = {before[key]!r}, this one has {value!r}; choose another "
-                "--out, or set checkpoint.resume=never to start over"
+                f"{folder}: holds a run with {key} = {before[key]!r}, this one has {value!r}; continue it with its own "
+                f"settings (--recipe {folder}), choose another --out, or set checkpoint.resume=never to start over"
             )
 
 
