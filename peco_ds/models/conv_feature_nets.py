@@ -275,7 +275,8 @@ def _filled(found: _Found, section: str) -> nn.Module:
     # timm's last stage of a VGG is its last pooling.
     stages = {"out_indices": (0, 1, 2, 3, 4)} if found.name.startswith("vgg") or found.source.startswith("vgg") else {}
     refusal = f"{found.where}: timm gives no features of {found.name} ({{}}); give a convolutional network"
-    net = created(found.source, refusal, features_only=True, **found.options, **stages)
+    with torch.device("meta"):
+        net = created(found.source, refusal, features_only=True, **found.options, **stages)
     if getattr(net, "output_fmt", Format.NCHW) != Format.NCHW or len(set(net.feature_info.reduction())) < 2:
         raise UserError(f"{found.where}: {found.name} gives no maps of a convolutional network; give another network")
     wanted = net.state_dict()
@@ -289,7 +290,13 @@ def _filled(found: _Found, section: str) -> nn.Module:
     }
     check_tensors(expected, state, found.where, found.name, section, may_lack=_COUNTER)
     check_finite(state, found.description)
-    net.load_state_dict({names[name]: tensor for name, tensor in state.items()}, strict=False)
+    if {name for name, _ in net.named_buffers()} <= wanted.keys():
+        # Without random weights, which a VGG's classifier needs seconds for.
+        net.to_empty(device="cpu")
+    else:
+        net = created(found.source, refusal, features_only=True, **found.options, **stages)
+    counters = {name: torch.tensor(0) for name in wanted if name.endswith(_COUNTER)}
+    net.load_state_dict(counters | {names[name]: tensor for name, tensor in state.items()})
     return net
 
 
