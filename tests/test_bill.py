@@ -49,7 +49,7 @@ def test_short_stages_take_fewer_gpus_than_a_long_one_where_they_do_not_scale():
 def test_a_stage_whose_batch_the_gpus_do_not_divide_takes_as_many_as_do():
     counts = {made.stage.name: made.gpus for made in make_bill(CHAIN, H100, 1024).written}
     assert counts == {
-        "peco_tokenizer": 512,
+        "peco_tokenizer": 128,
         "peco_vith14, views": 1024,
         "peco_vith14": 1024,
         "finetune_vith14": 512,
@@ -66,7 +66,7 @@ def test_the_text_has_every_stage_in_both_tables_and_the_parts_of_the_main_one(b
         "gradients",
         "optimiser",
         "buffers",
-        "activations of 64",
+        "activations of 32",
         "all_gather",
         "reduce_scatter",
         "not hidden",
@@ -76,7 +76,7 @@ def test_the_text_has_every_stage_in_both_tables_and_the_parts_of_the_main_one(b
         "assumed: ImageNet-1K",
     ):
         assert word in text, word
-    assert "run.micro_batch=64 run.activation_checkpointing=none" in text, "what to type"
+    assert "run.micro_batch=32 run.activation_checkpointing=none" in text, "what to type"
 
 
 def test_the_plain_values_are_json_and_those_of_the_text(bill):

@@ -23,9 +23,10 @@ TOKENIZING, FINETUNING = CHAIN.stages[1], CHAIN.stages[3]
 def test_images_a_second_hours_and_mfu_follow_from_the_step():
     made = estimate(PRETRAINING, H100, 64, JSON["zero3.json"])
     step = made.costs["typical"].seconds
-    assert made.images_s() == pytest.approx(4096 / step)
+    batch = PRETRAINING.run.global_batch
+    assert made.images_s() == pytest.approx(batch / step)
     assert made.training_hours() == pytest.approx(PRETRAINING.durations.total_steps * step / 3600)
-    assert made.mfu() == pytest.approx(PRETRAINING.model_flops * 4096 / step / 64 / H100.peak_flops["bf16"])
+    assert made.mfu() == pytest.approx(PRETRAINING.model_flops * batch / step / 64 / H100.peak_flops["bf16"])
     assert made.hours() == pytest.approx(made.training_hours() / made.goodput().share)
     assert made.gpu_hours() == pytest.approx(64 * made.hours())
 
@@ -72,10 +73,10 @@ def test_tokenizing_scales_with_the_gpus_and_sends_nothing():
 
 
 def test_the_recipes_micro_batch_is_made_smaller_where_it_does_not_divide_or_fit():
-    assert estimate(PRETRAINING, H100, 512, JSON["zero1.json"]).micro_batch == 8
-    assert estimate(PRETRAINING, H100, 8, JSON["zero1.json"]).micro_batch == 64
-    small = estimate(PRETRAINING, replace(H100, memory_bytes=20e9), 8, JSON["zero3.json"])
-    assert small.micro_batch < 64 and small.room.used_bytes(small.micro_batch) <= 20e9
+    assert estimate(PRETRAINING, H100, 512, JSON["zero1.json"]).micro_batch == 4
+    assert estimate(PRETRAINING, H100, 8, JSON["zero1.json"]).micro_batch == 32
+    small = estimate(PRETRAINING, replace(H100, memory_bytes=12e9), 8, JSON["zero3.json"])
+    assert small.micro_batch < 32 and small.room.used_bytes(small.micro_batch) <= 12e9
 
 
 def test_what_does_not_fit_is_refused_with_what_would():

@@ -54,7 +54,9 @@ def refused_values():
         for key, bounds in keys_with(recipe_type, Bounds).items():
             default = default_of(recipe_type, key)
             numbers = default if isinstance(default, tuple) else (default,)
-            whole = all(isinstance(number, int) for number in numbers) or key.endswith(("steps", "at_step"))
+            whole = all(isinstance(number, int) for number in numbers) or key.endswith(
+                ("steps", "at_step", "decoder_channels", "per_level")
+            )
             for value in outside(bounds, whole):
                 text = json.dumps([value, *default[1:]] if isinstance(default, tuple) else value)
                 yield pytest.param(recipe_type, key, text, id=f"{recipe_type.__name__}-{key}={text}")

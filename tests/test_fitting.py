@@ -57,7 +57,7 @@ def test_offload_to_a_disk_is_refused_for_want_of_rates():
 
 
 def test_micro_batches_divide_each_gpus_part_of_the_batch():
-    assert shares(PRETRAINING, 512) == [1, 2, 4, 8]
+    assert shares(PRETRAINING, 512) == [1, 2, 4]
     assert shares(PRETRAINING, 24) == []
     assert shares(FINETUNING, 64) == [2, 4, 8, 16], "mixup pairs the images of a pass"
 

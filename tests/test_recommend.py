@@ -37,7 +37,7 @@ def test_recomputation_goes_where_there_is_memory_and_stays_where_there_is_none(
 
 def test_settings_that_are_as_quick_are_left_as_the_recipe_has_them():
     best = recommend(PRETRAINING, H100, 64, JSON["zero3.json"]).best
-    assert (best.choice.name, best.micro_batch, best.stage.run.activation_checkpointing) == ("zero3.json", 64, "none")
+    assert (best.choice.name, best.micro_batch, best.stage.run.activation_checkpointing) == ("zero3.json", 32, "none")
 
 
 def test_the_reason_gives_the_step_of_the_other_settings():

@@ -16,6 +16,8 @@ from peco_ds.strict_yaml import NOT_YAML, read_yaml
 # order.
 NEIGHBOURS = {
     "peco_vitb16": ("peco_tokenizer", ("finetune_vitb16",)),
+    "peco_vitb16_300": ("peco_tokenizer", ("finetune_vitb16",)),
+    "peco_vitb16_mae": ("peco_tokenizer", ("finetune_vitb16",)),
     "peco_vitl16": ("peco_tokenizer", ("finetune_vitl16",)),
     "peco_vith14": ("peco_tokenizer", ("finetune_vith14", "finetune_vith14_448")),
     "peco_vith14_visible": ("peco_tokenizer", ("finetune_vith14", "finetune_vith14_448")),
