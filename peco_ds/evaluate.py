@@ -196,10 +196,17 @@ def check_kind(args, *, is_tokenizer: bool) -> None:
             raise UserError(f"--{name}: goes with --attack; give that too, or leave it out")
     classifier = args.classifier if is_tokenizer else args.target
     for name, default in (("checkpoint", None), ("weights", "auto"), ("statistics", "auto")):
-        if classifier is None and getattr(args, name) != default:
+        if getattr(args, name) == default:
+            continue
+        if classifier is None:
             raise UserError(
                 f"--{name}: is about a classifier's weights, and {args.target} is a tokenizer; leave it "
                 "out, or name a classifier with --classifier"
+            )
+        if name != "checkpoint" and not Path(classifier).exists():
+            raise UserError(
+                f"--{name} {getattr(args, name)}: goes with a run, a release or a weights file, and there is no "
+                f"{classifier}; correct the path, or leave the option out for a timm model"
             )
     if args.checkpoint is not None and Path(classifier).exists():
         raise UserError(

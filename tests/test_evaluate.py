@@ -357,6 +357,7 @@ BAD = [
     (["run", "--attack", "bim"], "--attack: measures a classifier, and run is a tokenizer; leave it out"),
     (["run", "--epsilon", "2/255"], "--epsilon: measures a classifier"),
     (["run", "--weights", "raw"], "--weights: is about a classifier's weights, and run is a tokenizer"),
+    (["test_vit", "--statistics", "half"], "--statistics half: goes with a run, a release or a weights file"),
     (["run", "--checkpoint", "five.pth"], "--checkpoint: is about a classifier's weights"),
     (["run", "--classifier", "five.pth"], "its head has 5 classes, .* has 3"),
     (["run", "--classifier", "mim.pth"], "has no classifier .kind mim."),

@@ -45,7 +45,7 @@ def default_step_size(attack: Attack, epsilon: float, steps: int) -> float:
 
     mim: epsilon / steps, its paper's. bim: 2.5 epsilon / steps (Madry et al., arXiv 1706.06083), so that a pixel can
     cross the whole ball and still be corrected: at epsilon / steps only a pixel whose sign never changes reaches the
-    border, and bim's own 1/255 is half of a ball of 2/255, too coarse to settle.
+    border, and bim's own 1/255 knows neither epsilon nor steps.
     """
     return (2.5 if attack == "bim" else 1.0) * epsilon / steps
 
