@@ -33,7 +33,7 @@ from pydantic.dataclasses import dataclass as checked
 from benchmarks.plots import drawing
 from benchmarks.probed import best_knn, best_linear, linear_top1
 from benchmarks.record import at_least, benchmark_parser, markdown_table, parse, publish, read_checked
-from benchmarks.stages import OF_TOKENS, Stages
+from benchmarks.stages import Stages
 from benchmarks.step_time import step_costs, training_flops
 from peco_ds.command_line import run
 from peco_ds.config import PretrainRecipe
@@ -46,6 +46,8 @@ from peco_ds.schema import sha256_of_json, write_json
 _strict = ConfigDict(extra="forbid")
 # in a setting: the timm release of an arm that stands earlier, pre-trained with the first seed
 RELEASE = re.compile(r"\{release:(\w+)\}")
+# settings that codes depend on, or that making them needs
+OF_TOKENS = ("views.", "data.", "model.image_px=", "model.patch_px=", "objective.num_codes=", "run.")
 HEADS = (
     "arm | fine-tuned top-1, each seed | mean | linear probe, best block | k-NN, best block | steps | GFLOP an image | "
     "TFLOP in all | images/s | activations an image | codes used"

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 import shlex
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
 from benchmarks.paper_tables import Arm, Paper, Row, Table, published, read_paper, views
 from benchmarks.record import markdown_table
-from peco_ds.planner.bill import Bill, make_bill
+from peco_ds.errors import UserError
+from peco_ds.planner.bill import make_bill
 from peco_ds.planner.bill_text import figure, ranged
-from peco_ds.planner.chain import Chain, read_chain
-from peco_ds.planner.estimate import Estimate
+from peco_ds.planner.chain import DEFAULT_JSON, Chain, read_chain
+from peco_ds.planner.estimate import Estimate, estimate, recommend
+from peco_ds.planner.fitting import gpus_that_divide, shipped
 from peco_ds.planner.hardware import find_hardware
 from peco_ds.planner.stages import Stage
 
@@ -165,35 +167,36 @@ def chain_of(arm: str) -> Chain:
     )
 
 
-# A stage that chains share is estimated once.
-_written: dict[Stage, Estimate] = {}
-_recommended: dict[tuple[Stage, int], Estimate] = {}
-
-
 def costs(arm: str) -> list[Estimate]:
     """Of every stage of an arm, with the recipes' own settings, on `GPUS` GPUs."""
-    chain = chain_of(arm)
-    if bill := _bill(chain, GPUS, lambda stage: stage in _written):
-        _written.update(zip(bill.chain.stages, bill.written))
-    return [_written[stage] for stage in chain.stages]
+    return [_as_written(stage) for stage in chain_of(arm).stages]
+
+
+@cache
+def _as_written(stage: Stage) -> Estimate:
+    hardware = find_hardware(HARDWARE)
+    choice = next(choice for choice in shipped() if choice.name == DEFAULT_JSON[stage.kind])
+    count = gpus_that_divide(stage, GPUS, hardware)
+    try:
+        return estimate(stage, hardware, count, choice)
+    except UserError:
+        # it does not fit as its recipe is written
+        return recommend(stage, hardware, count, choice).best
+
+
+# A stage that chains share is estimated once.
+_recommended: dict[tuple[Stage, int], Estimate] = {}
 
 
 def recommended(arm: str, gpus: int) -> list[Estimate]:
     """Of every stage of an arm, with the settings that are recommended for so many GPUs."""
     chain = chain_of(arm)
-    if bill := _bill(chain, gpus, lambda stage: (stage, gpus) in _recommended):
-        found = {(stage, gpus): made.best for stage, made in zip(bill.chain.stages, bill.recommended)}
-        _recommended.update(found)
+    new = tuple(stage for stage in chain.stages if stage is chain.main or (stage, gpus) not in _recommended)
+    if len(new) > 1 or (chain.main, gpus) not in _recommended:
+        # The GPUs are those of the main stage; the others take as many as they can use.
+        bill = make_bill(Chain(new, chain.main), find_hardware(HARDWARE), gpus, as_written=False)
+        _recommended.update({(stage, gpus): made.best for stage, made in zip(new, bill.recommended)})
     return [_recommended[stage, gpus] for stage in chain.stages]
-
-
-def _bill(chain: Chain, gpus: int, known: Callable[[Stage], bool]) -> Bill | None:
-    """Of the stages that are not known; None where all are."""
-    if all(map(known, chain.stages)):
-        return None
-    # The GPUs are those of the main stage; the others take as many as they can use.
-    stages = tuple(stage for stage in chain.stages if stage is chain.main or not known(stage))
-    return make_bill(Chain(stages, chain.main), find_hardware(HARDWARE), gpus, as_written=gpus == GPUS)
 
 
 # ------------------------------------------------------------------------------------------------ texts

@@ -21,7 +21,7 @@ from benchmarks.paper_tables import Paper, Row, Table, published
 from benchmarks.plots import drawing
 from benchmarks.probed import best_linear
 from benchmarks.record import markdown_table, publish
-from benchmarks.stages import OF_TOKENS, Stages
+from benchmarks.stages import Stages
 from peco_ds.config import FinetuneRecipe, PretrainRecipe, TokenizerRecipe
 from peco_ds.errors import UserError
 from peco_ds.planner.stages import Stage, stage_of
@@ -33,6 +33,8 @@ JUDGE_TOKENIZER, JUDGE_ARM = "plain", "plain_300"
 BOOTSTRAPPED = "bootstrapped"
 # sweeps change this tokenizer
 SWEPT = "peco"
+# how settings of a pre-training begin that its codes do not depend on
+NOT_OF_TOKENS = ("optim.", "schedule.", "checkpoint.")
 SPLITS = ("train", "val")
 BAG, MEAN = "bag of codes", "mean code vector"
 CAUTION = (
@@ -427,8 +429,9 @@ class SmallTable:
 
     def _add_pretraining(self, add, arm: SmallArm, seed: int, made: tuple[str, ...]) -> str:
         release = f"data.tokenizer={self.release(arm.tokenizer, seed)}"
-        of_tokens = [setting for setting in arm.settings if setting.startswith(OF_TOKENS)]
-        views = sha256_of_json([arm.recipe, of_tokens, asdict(self._pretrain_recipe(arm).views)])[:8]
+        of_tokens = [setting for setting in arm.settings if not setting.startswith(NOT_OF_TOKENS)]
+        # arms with the same codes share them
+        views = sha256_of_json([of_tokens, asdict(self._pretrain_recipe(arm).views)])[:8]
         tokens = self.out / f"tokens_{arm.tokenizer.name}_{seed}_{views}"
         words = ["--recipe", arm.recipe, f"data.root={self.out}", *of_tokens, release, f"data.tokens={tokens}"]
         add(SmallStep(tokens.name, "ranks", ("tokenize_shards.py", *words), made))

@@ -16,8 +16,6 @@ from pathlib import Path
 from peco_ds.errors import UserError
 
 STAGES = Path(__file__).resolve().parent.parent / "peco_ds"
-# how settings begin that codes depend on, or that making them needs
-OF_TOKENS = ("views.", "data.", "model.image_px=", "model.patch_px=", "objective.num_codes=", "run.")
 
 
 def launcher(name: str, ranks: int) -> list[str]:
