@@ -91,25 +91,31 @@ class FrozenStage:
     """What a frozen network computes for one image up to the next place where its features can be taken.
 
     Args:
-        layers: transformer blocks, or convolutions.
-        saved: elements kept where a gradient goes back to the image; no operand of a frozen layer is.
+        layers: transformer blocks, or convolutions. Of the latter, `saved` are the maps that norms and activations
+            read, and no tensor is trained.
+        saved: elements kept where a gradient goes back to the image, in the network's precision.
         working: elements alive at once where none does.
         features: elements of the features taken there.
+        saved_bytes: kept beside `saved` whatever the precision: what layer norms read, indices of max pooling.
     """
 
     layers: Blocks | Cost
     saved: int
     working: int
     features: int
+    saved_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class FrozenCost:
     """A frozen network that judges or teaches, as far as its recipe names it.
 
-    `stem_macs` come before the first stage.
+    Args:
+        name: what it is taken for.
+        stem_macs: of what comes before the first stage.
     """
 
+    name: str
     parameters: int
     image_px: int
     stem_macs: int

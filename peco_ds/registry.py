@@ -172,12 +172,13 @@ class FeatureNetFamily:
     Args:
         recognises: (weights, architecture) -> whether they name one of this family; asked without a network too.
         load: (weights, architecture, image_px=, section=) -> `models.feature_nets.FeatureNet`.
-        cost: (architecture, image_px) -> costs.FrozenCost; None: not told, and counted as free.
+        cost: (weights, architecture, image_px) -> costs.FrozenCost; None: not told, and counted as free, which plans
+            say.
     """
 
     recognises: Callable[[str, str], bool]
     load: Callable[..., Any]
-    cost: Callable[[str, int], Any] = _nothing
+    cost: Callable[[str, str, int], Any] = _nothing
 
 
 # ------------------------------------------------------------------------------------------ registries
@@ -288,7 +289,9 @@ TOKENIZERS: Registry[TokenizerKind] = Registry(
     },
 )
 # The last that recognises its own is taken; ViTs take what is left.
-FEATURE_NETS: Registry[FeatureNetFamily] = Registry("family", {"vit": "peco_ds.kinds.vit:FAMILY"})
+FEATURE_NETS: Registry[FeatureNetFamily] = Registry(
+    "family", {"vit": "peco_ds.kinds.vit:FAMILY", "conv": "peco_ds.kinds.conv:FAMILY"}
+)
 
 
 def family_of(weights: str, architecture: str) -> FeatureNetFamily:

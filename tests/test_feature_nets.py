@@ -210,7 +210,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
 
 def test_a_file_without_a_vit_is_refused(tmp_path):
     torch.save({"conv1.weight": torch.zeros(8, 3, 7, 7)}, tmp_path / "resnet.pth")
-    with pytest.raises(UserError, match="holds no ViT"):
+    with pytest.raises(UserError, match="holds no ViT .*, nor a ResNet or VGG under torchvision's names"):
         load_feature_net(str(tmp_path / "resnet.pth"))
 
 

@@ -18,7 +18,7 @@ FLOOR_1 = ("data", "models", "objectives", "planner")
 FLOOR_2 = ("runtime", "convert", "evaluation")
 FLOOR_0 = (
     *("__init__", "errors", "config", "deepspeed_json", "schema", "schedules", "command_line", "stop_signals"),
-    *("registry", "costs", "kinds"),
+    *("registry", "costs", "kinds", "tensor_names"),
     *("field_marks", "old_spellings", "strict_yaml", "recipe_files", "recipe_checks", "durations", "data_paths"),
 )
 ONLY_IN_RUNTIME = ("deepspeed", "apex", "torch.distributed")

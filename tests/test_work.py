@@ -221,10 +221,11 @@ def test_attentions_backward_pass_computes_the_scores_again():
     assert backward.products - again.products == 2 * forward.products
 
 
-def test_a_judge_sees_both_images_in_float32_and_is_no_part_of_the_model():
-    recipe = recipe_of("peco_tokenizer")
+@pytest.mark.parametrize("asked, used", [("auto", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")])
+def test_a_judge_sees_both_images_in_its_own_precision_and_is_no_part_of_the_model(asked, used):
+    recipe = recipe_of("peco_tokenizer", f"perceptual.precision={asked}", "run.precision=fp32")
     *_, judge = tokenizer_segments(recipe)
-    assert (judge.name, judge.parameters, judge.frozen, judge.precision) == ("judge", 0, True, "fp32")
+    assert (judge.name, judge.parameters, judge.frozen, judge.precision) == ("judge", 0, True, used)
     # ViT-B/16: 17.6 GMAC, of both images; backward the gradient of inputs alone, which for attention's two products
     # is four, and the scores once more.
     assert judge.forward.flops == pytest.approx(2 * FLOPS_PER_MAC * 17.6e9, rel=0.01)
@@ -259,9 +260,15 @@ def test_a_teacher_runs_forward_alone():
     [("auto", 85.8e6), ("vit_large_patch16_224", 303.3e6), ("vit_small_patch16_224", 21.7e6)],
 )
 def test_a_frozen_network_weighs_what_its_architecture_weighs(architecture, parameters):
-    recipe = recipe_of("peco_tokenizer", f"perceptual.architecture={architecture}")
-    assert frozen_net_bytes(recipe).weights == pytest.approx(4 * parameters, rel=0.01)
-    assert frozen_net_bytes(recipe).a_image > 0
+    whole, half = (
+        frozen_net_bytes(
+            recipe_of("peco_tokenizer", f"perceptual.architecture={architecture}", f"perceptual.precision={precision}")
+        )
+        for precision in ("fp32", "bf16")
+    )
+    assert whole.weights == pytest.approx(4 * parameters, rel=0.01)
+    assert half.weights == pytest.approx((4 + 2) * parameters, rel=0.01), "the copies of the backward pass"
+    assert 0 < half.a_image < whole.a_image
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from peco_ds.costs import IMAGE_CHANNELS, Blocks, FrozenCost, FrozenStage
+from peco_ds.costs import FP32_BYTES, IMAGE_CHANNELS, Blocks, FrozenCost, FrozenStage
 from peco_ds.registry import FeatureNetFamily, later
 
 _SIZES = {  # width, depth, heads
@@ -16,25 +16,28 @@ _SIZES = {  # width, depth, heads
 }
 
 
-def _cost(architecture: str, image_px: int) -> FrozenCost:
+def _cost(weights: str, architecture: str, image_px: int) -> FrozenCost:
     """The cost of the ViT that timm's name says.
 
     A file's own sizes are not read, so without a name it is ViT-B/16, that of MoCo v3, DINO and CLIP which the recipes
     name.
     """
     found = re.search(r"(tiny|small|base|large|huge)_patch(\d+)", architecture)
-    width, depth, heads = _SIZES[found[1] if found else "base"]
-    patch_px, image_px = int(found[2]) if found else 16, image_px or 224
+    size, patch_px, image_px = found[1] if found else "base", int(found[2]) if found else 16, image_px or 224
+    width, depth, heads = _SIZES[size]
     tokens = (image_px // patch_px) ** 2 + 1
     block = FrozenStage(
         Blocks(1, tokens, width, 4 * width, heads),
-        # Inputs of both norms; query, key, value and attention's output; the input of GELU.
-        saved=tokens * (6 * width + 4 * width),
+        # Query, key, value and attention's output; the input of GELU.
+        saved=tokens * (4 * width + 4 * width),
         # Only one layer runs at a time.
         working=tokens * 2 * 4 * width,
         features=(tokens - 1) * width,
+        # Inputs of both norms.
+        saved_bytes=tokens * 2 * width * FP32_BYTES,
     )
     return FrozenCost(
+        f"ViT-{size[0].upper()}/{patch_px}" + ("" if found else " (assumed: no architecture is named)"),
         depth * (12 * width**2 + 13 * width) + (IMAGE_CHANNELS * patch_px**2 + 1 + 1 + tokens + 2) * width,
         image_px,
         IMAGE_CHANNELS * image_px**2 * width,

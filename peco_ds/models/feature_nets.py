@@ -1,7 +1,8 @@
 """Frozen networks that judge (perceptual loss) or teach (VQ-KD), whatever their family.
 
 A family is a line of `registry.FEATURE_NETS`: it recognises its weights, and its subclass of `FeatureNet` gives
-features after stages. The blocks of perceptual.blocks are stages: of a ViT its transformer blocks (`vit_feature_nets`).
+features after stages. The blocks of perceptual.blocks are stages: of a ViT its transformer blocks (`vit_feature_nets`),
+of a convolutional network timm's stages (`conv_feature_nets`).
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class FeatureNet(nn.Module):
     """
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # What messages call its stages, and whether no number stands for all of them.
+    stage_name, judged_whole = "blocks", False
 
     def __init__(
         self,
@@ -81,13 +84,20 @@ class FeatureNet(nn.Module):
     def train(self, mode: bool = True) -> FeatureNet:
         return super().train(False)
 
-    def check_blocks(self, blocks: tuple[int, ...]) -> None:
-        """Raises: UserError if one of the block numbers does not exist, or none is given."""
+    def checked_blocks(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        """The stages that these numbers name; no number: all, of a network that is judged as a whole.
+
+        Raises: UserError if one of the numbers does not exist, or none is given to another network.
+        """
+        if not blocks and self.judged_whole:
+            return tuple(range(1, self.depth + 1))
         if not blocks or not all(1 <= number <= self.depth for number in blocks):
+            advice = ", or [] for all of them" if self.judged_whole else ""
             raise UserError(
-                f"perceptual.blocks {list(blocks)}: {self.description} has blocks 1 to {self.depth}; name at "
-                "least one of these and no other"
+                f"perceptual.blocks {list(blocks)}: {self.description} has {self.stage_name} 1 to {self.depth}; name "
+                f"at least one of these and no other{advice}"
             )
+        return blocks
 
     def features(self, images_01: torch.Tensor, blocks: tuple[int, ...]) -> list[torch.Tensor]:
         """Features after the given blocks.
@@ -95,11 +105,11 @@ class FeatureNet(nn.Module):
         Args:
             images_01: [B, 3, H, W] in [0, 1], resized (bilinear, antialiased) where its size is not image_px; gradient
                 flows back to it.
-            blocks: numbers from 1, in the order of the answer.
+            blocks: numbers from 1, in the order of the answer; none: as `checked_blocks`.
         Returns: one float32 [B, N, D] a block.
         Raises: UserError if a block does not exist.
         """
-        self.check_blocks(blocks)
+        blocks = self.checked_blocks(blocks)
         ascending = sorted(set(blocks))
         images_norm = self._normalized(images_01)
         with self._autocast(images_norm.device):

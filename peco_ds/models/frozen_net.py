@@ -47,7 +47,7 @@ def _judge(recipe: TokenizerRecipe) -> FeatureNet | None:
     judge = load_feature_net(
         perceptual.weights, perceptual.architecture, image_px=perceptual.image_px, precision=perceptual.precision
     )
-    judge.check_blocks(perceptual.blocks)
+    judge.checked_blocks(perceptual.blocks)
     return judge
 
 

@@ -21,6 +21,20 @@ from torch import nn
 
 from peco_ds.errors import UserError
 from peco_ds.models.feature_nets import FETCH, FeatureNet
+from peco_ds.models.timm_weights import (
+    MAKE_AGAIN,
+    WEIGHTS,
+    check_architecture,
+    check_finite,
+    check_name,
+    check_tensors,
+    created,
+    downloaded,
+    licence_of_name,
+    read_timm_config,
+    refuse_folder,
+    statistics,
+)
 from peco_ds.models.vit_layouts import (
     HF_CONFIG,
     OPEN_CLIP_CONFIG,
@@ -31,7 +45,7 @@ from peco_ds.models.vit_layouts import (
     object_in,
     read_vit_file,
 )
-from peco_ds.schema import read_json, sha256_of_file
+from peco_ds.schema import sha256_of_file
 
 
 class VitFeatureNet(FeatureNet):
@@ -109,13 +123,7 @@ def load_vit(weights: str, architecture: str = "auto", *, image_px: int = 0, sec
         loaded = _from_file(path, architecture, section)
     else:
         loaded = _from_name(weights, architecture, section)
-    held = {**loaded.net.state_dict(), "projection": loaded.projection}
-    broken = next((name for name, tensor in held.items() if tensor is not None and not tensor.isfinite().all()), None)
-    if broken is not None:
-        raise UserError(
-            f"{loaded.description}: tensor {broken} (timm's name) holds values that are not finite; fetch "
-            "the weights again"
-        )
+    check_finite({**loaded.net.state_dict(), "projection": loaded.projection}, loaded.description)
     if image_px:
         patch = loaded.net.patch_embed.patch_size[0]
         if image_px < 0 or image_px % patch:
@@ -142,7 +150,7 @@ _WEIGHTS_OF = {
 
 
 def _from_folder(folder: Path, architecture: str, section: str) -> _Loaded:
-    config = _timm_config(folder)
+    config = read_timm_config(folder)
     if config is None:
         found = next(
             (
@@ -155,91 +163,39 @@ def _from_folder(folder: Path, architecture: str, section: str) -> _Loaded:
             None,
         )
         if found is None:
-            lacking = next(
-                (name for name in (HF_CONFIG, "model.safetensors") if not (folder / name).is_file()), HF_CONFIG
-            )
-            raise UserError(
-                f"{folder}: holds no {lacking}; give a weights file, or a release folder made with "
-                "convert_checkpoint.py --to timm"
-            )
+            raise refuse_folder(folder)
         return _from_file(found, architecture, section)
     name, tag = config.get("architecture"), object_in(config, "pretrained_cfg").get("tag")
-    net = _create(
+    net = created(
         f"local-dir:{folder}",
-        f"{folder}: timm cannot load it ({{}}); make it again with convert_checkpoint.py --to timm",
-        f"{name}.{tag}",
+        f"{folder}: timm cannot load it ({{}}); {MAKE_AGAIN}",
+        pretrained=True,
+        **_activation(f"{name}.{tag}"),
     )
     name = _checked_name(net, str(folder))
     if architecture not in ("auto", name):
         raise UserError(f"{folder}: holds {name}, but {section}.architecture is {architecture}; use auto")
-    sha = sha256_of_file(folder / "model.safetensors")[:12]
+    sha = sha256_of_file(folder / WEIGHTS)[:12]
     licence = licence_beside(folder) or str(object_in(config, "pretrained_cfg").get("license") or "")[:80]
     return _Loaded(
-        net, *_statistics(net), f"{name} ({folder.name}/model.safetensors, sha256 {sha})", _projection_of(net), licence
+        net, *statistics(net), f"{name} ({folder.name}/{WEIGHTS}, sha256 {sha})", _projection_of(net), licence
     )
-
-
-def _timm_config(folder: Path) -> dict | None:
-    """timm's config.json of a release folder; None where the folder is of another library."""
-    if not (folder / HF_CONFIG).is_file() or not (folder / "model.safetensors").is_file():
-        return None
-    try:
-        config = read_json(folder / HF_CONFIG)
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"{folder / HF_CONFIG}: not readable as JSON ({error}); make it again with convert_checkpoint.py --to timm"
-        ) from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / HF_CONFIG}: no JSON object; make it again with convert_checkpoint.py --to timm")
-    return None if "model_type" in config and "architecture" not in config else config
 
 
 def _from_name(name: str, architecture: str, section: str) -> _Loaded:
-    if "/" in name or name.endswith((".pth", ".pt", ".tar", ".safetensors", ".bin")):
-        raise UserError(f"{name}: no such file; correct the path, or {FETCH[section]}")
-    if not timm.is_model(name.partition(".")[0]):
-        raise UserError(
-            f"{name}: neither a file or folder nor the name of a timm model; correct it, or {FETCH[section]}"
-        )
-    if architecture not in ("auto", name):
-        raise UserError(f"{section}.architecture {architecture} contradicts {section}.weights {name}; use auto")
-    advice = (
-        f"elsewhere, put it on this machine and set {section}.weights to its path and "
-        f"{section}.architecture={name.partition('.')[0]}"
-    )
-    net = _create(
-        name,
-        f"{name}: its weights could not be downloaded ({{}}); fetch model.safetensors of "
-        f"huggingface.co/timm/{name} {advice}",
-        name,
-    )
+    check_name(name, architecture, section)
+    net = downloaded(name, section, **_activation(name))
     _checked_name(net, name)
-    licence = net.pretrained_cfg.get("license")
-    return _Loaded(
-        net,
-        *_statistics(net),
-        f"timm {name}",
-        _projection_of(net),
-        f"{licence} (as timm records it)" if licence else "",
-    )
+    return _Loaded(net, *statistics(net), f"timm {name}", _projection_of(net), licence_of_name(net))
 
 
-def _create(source: str, refusal: str, name: str) -> nn.Module:
-    """timm's model with its weights.
-
-    With QuickGELU where timm notes that the weights of this name were trained with it, whatever the model's own.
-    """
+def _activation(name: str) -> dict[str, str]:
+    """QuickGELU where timm notes that the weights of this name were trained with it, whatever the model's own."""
     try:
         notes = getattr(timm.get_pretrained_cfg(name), "notes", None) or ()
     except RuntimeError:  # a tag of somebody's own
         notes = ()
-    activation = {"act_layer": "quick_gelu"} if any("natively QuickGELU" in note for note in notes) else {}
-    try:
-        return timm.create_model(source, pretrained=True, **activation)
-    except Exception as error:
-        # Hub clients raise what their transport raises, and a damaged config may fail anywhere in timm. Neither is a
-        # fault of this package.
-        raise UserError(refusal.format(_one_line(error))) from None
+    return {"act_layer": "quick_gelu"} if any("natively QuickGELU" in note for note in notes) else {}
 
 
 def _from_file(path: Path, architecture: str, section: str) -> _Loaded:
@@ -257,8 +213,7 @@ def _from_file(path: Path, architecture: str, section: str) -> _Loaded:
         )
         name += ", QuickGELU" if vit.activation == "quick_gelu" else ""
     else:
-        if not timm.is_model(architecture):
-            raise UserError(f"{section}.architecture {architecture!r}: no timm model of this name; use auto")
+        check_architecture(architecture, section)
         net = timm.create_model(architecture, pretrained=False, num_classes=0)
         name = _checked_name(net, architecture)
         if net.embed_dim != width:
@@ -275,7 +230,8 @@ def _from_file(path: Path, architecture: str, section: str) -> _Loaded:
         if vit.fixed_heads:
             # timm's names for this width may mean another number of heads, which no shape would betray.
             net = timm.create_model(architecture, pretrained=False, num_classes=0, num_heads=heads)
-    _load_strictly(net, state, path, name, section)
+    check_tensors(net.state_dict(), state, str(path), name, section)
+    net.load_state_dict(state)
     projection = vit.projection
     if projection is not None and (
         projection.ndim != 2
@@ -355,34 +311,6 @@ def _build_from_shapes(path: Path, vit: VitFile, section: str) -> VisionTransfor
     )
 
 
-def _load_strictly(net: nn.Module, state: dict[str, torch.Tensor], path: Path, name: str, section: str) -> None:
-    expected = net.state_dict()
-    for key in expected:
-        if key not in state:
-            raise UserError(
-                f"{path}: tensor {key} (timm's name) of {name} is missing; fetch the file again or correct "
-                f"{section}.architecture"
-            )
-    for key, tensor in state.items():
-        if key not in expected:
-            raise UserError(
-                f"{path}: tensor {key} has no place in {name}; correct {section}.architecture, or give a file "
-                "without it"
-            )
-        if tensor.shape != expected[key].shape:
-            found, wanted = tuple(tensor.shape), tuple(expected[key].shape)
-            raise UserError(
-                f"{path}: tensor {key} (timm's name) has shape {found}, {name} has {wanted}; correct "
-                f"{section}.architecture"
-            )
-        if tensor.is_floating_point() != expected[key].is_floating_point():
-            raise UserError(
-                f"{path}: tensor {key} (timm's name) is {tensor.dtype}, {name} has {expected[key].dtype}; "
-                "fetch the file again"
-            )
-    net.load_state_dict(state)
-
-
 def _projection_of(net: VisionTransformer | Beit) -> torch.Tensor | None:
     """CLIP's projection, which timm's releases keep as the head."""
     if isinstance(net, Beit) or isinstance(net.norm_pre, nn.Identity) or not isinstance(net.head, nn.Linear):
@@ -392,14 +320,7 @@ def _projection_of(net: VisionTransformer | Beit) -> torch.Tensor | None:
 
 def _checked_name(net: nn.Module, source: str) -> str:
     if not isinstance(net, (VisionTransformer, Beit)):
-        raise UserError(f"{source}: a {type(net).__name__}; give a plain ViT or a BEiT of timm")
+        raise UserError(
+            f"{source}: a {type(net).__name__}; give a plain ViT, a BEiT or a convolutional network of timm"
+        )
     return net.pretrained_cfg["architecture"]
-
-
-def _statistics(net: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return tuple(net.pretrained_cfg["mean"]), tuple(net.pretrained_cfg["std"])
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -19,7 +19,7 @@ import torch
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE
 from peco_ds.models.torchscript_files import is_torchscript, read_torchscript
-from peco_ds.models.weight_files import read_tensor_file
+from peco_ds.models.weight_files import read_tensor_file, tensors_of_checkpoint
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -35,9 +35,7 @@ _MOCO_HEADS_OF_WIDTH = {384: 12, 768: 12}
 # Widths of open_clip's H, g and bigG; in all others a head is 64 wide.
 _CLIP_HEADS_OF_WIDTH = {1280: 16, 1408: 16, 1664: 16}
 
-# Keys under which training scripts put the weights into their checkpoint, and prefixes of each name. The first that
-# fits is taken, so an average ("teacher", "base_encoder") wins over what it averages.
-_CONTAINERS = ("state_dict", "teacher", "model", "module")
+# Prefixes of each name in training scripts' checkpoints. The first that fits is taken.
 _MOCO_PREFIXES = ("module.base_encoder.", "base_encoder.")
 _PREFIXES = (*_MOCO_PREFIXES, "module.backbone.", "backbone.", "module.encoder.", "encoder.", "module.", "")
 # Layers after the features.
@@ -79,19 +77,16 @@ def read_vit_file(path: Path) -> VitFile:
     """
     raw = read_torchscript(path) if is_torchscript(path) else read_tensor_file(path)
     trained_by_dino = "dino_loss" in raw
-    for container in _CONTAINERS:
-        if isinstance(raw.get(container), dict):
-            raw = raw[container]
-            break
-    tensors = {
-        name: tensor for name, tensor in raw.items() if isinstance(tensor, torch.Tensor) and isinstance(name, str)
-    }
+    tensors = tensors_of_checkpoint(raw)
     for layout in _LAYOUTS:
         prefix = next((prefix for prefix in layout.prefixes if prefix + layout.mark in tensors), None)
         if prefix is not None:
             break
     else:
-        raise UserError(f"{path}: holds no ViT (no tensor named ...{PATCH_WEIGHT} among {len(tensors)})")
+        raise UserError(
+            f"{path}: holds no ViT (no tensor named ...{PATCH_WEIGHT} among {len(tensors)}), nor a ResNet or VGG under "
+            "torchvision's names; of another convolutional network of timm's, name the architecture"
+        )
     inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if layout.patches not in inner:
         raise UserError(f"{path}: tensor {prefix}{layout.patches} is missing; fetch the file again")

@@ -178,6 +178,18 @@ def _reason(error: Exception, path: Path) -> str:
 
 # --------------------------------------------------------------------------- tensors under other names
 
+# Keys under which training scripts put the weights into their checkpoint. The first that is there is taken, so an
+# average ("teacher") wins over what it averages.
+_CONTAINERS = ("state_dict", "teacher", "model", "module")
+
+
+def tensors_of_checkpoint(content: dict) -> dict[str, torch.Tensor]:
+    """The tensors of a file, or of the network that a training checkpoint holds among other things."""
+    found = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), dict)), content)
+    return {
+        name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor) and isinstance(name, str)
+    }
+
 
 def size_of(tensors: dict, name: str, dimension: int) -> int:
     """One size of a tensor's shape.

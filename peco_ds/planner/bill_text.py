@@ -12,6 +12,7 @@ from peco_ds.planner.estimate import Estimate
 from peco_ds.planner.fitting import GIB
 from peco_ds.planner.hardware import Hardware
 from peco_ds.planner.traffic import traffic_by_operation
+from peco_ds.planner.work import frozen_of_unknown_cost
 
 # -------------------------------------------------------------------------------------------- figures
 
@@ -146,6 +147,9 @@ def _notes(bill: Bill, made: Sequence[Estimate]) -> list[str]:
         if stage.trains and each.micro_batch < asked:
             why = "which does not fit" if each.room.largest_micro_batch < asked else "which does not divide"
             notes.append(f"  {name}: run.micro_batch={each.micro_batch} in place of {asked}, {why}")
+        unknown = frozen_of_unknown_cost(each.stage.recipe) if each.stage.kind == "tokenizer" else ""
+        if unknown:
+            notes.append(f"  {name}: what its {unknown} costs is not known; neither its memory nor its time is counted")
         peak = machine.peak_flops
         if each.precision == "bf16" and peak["bf16"] <= peak.get("fp32", 0.0):
             notes.append(

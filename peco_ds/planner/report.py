@@ -29,6 +29,7 @@ from peco_ds.planner.shapes import (
     tokenizer_cost,
 )
 from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, Stage, stage_of
+from peco_ds.planner.work import frozen_cost, frozen_of_unknown_cost, frozen_precision, frozen_role
 from peco_ds.registry import OBJECTIVES
 
 WORLD_SIZES = (1, 8, 64, 256)
@@ -142,15 +143,26 @@ def _finetuning(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
 
 
 def _tokenizer(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
-    """Report of a tokenizer; its judge or teacher is taken for a ViT-B/16."""
     tokenizer, size = planned.recipe.tokenizer, planned.recipe.views.tokenizer_px
     cost = tokenizer_cost(tokenizer, size)
     of_model = _codes_line(planned.recipe) | {
         "parameters": f"encoder {_millions(cost.encoder.parameters)}, decoder {_millions(cost.decoder.parameters)}, "
         f"total {_millions(cost.parameters)}; codebook buffers {_millions(cost.codebook_elements)} in fp32",
     }
+    of_model |= _frozen_line(planned.recipe)
     frozen = " with its judge or teacher" if planned.fixed_bytes > 4 * cost.codebook_elements else ""
     return "tokenizer training", of_model, _compute_lines(planned, cost.forward_macs, planned.model_flops, frozen), {}
+
+
+def _frozen_line(recipe: TokenizerRecipe) -> _Lines:
+    """What the plan takes the judge or teacher for."""
+    role, net, unknown = frozen_role(recipe), frozen_cost(recipe), frozen_of_unknown_cost(recipe)
+    if role is None:
+        return {}
+    if net is None:
+        return {role: f"{unknown.removeprefix(f'{role} ')}, of unknown cost: neither its memory nor its time is below"}
+    precision = frozen_precision(recipe)
+    return {role: f"{net.name}, {net.image_px} px, {_millions(net.parameters)} parameters, in {precision} on a GPU"}
 
 
 def _codes_line(recipe: TokenizerRecipe) -> _Lines:

@@ -593,9 +593,7 @@ def tokenizer_segments(recipe: TokenizerRecipe) -> tuple[Segment, ...]:
     """Segments of a tokenizer's training: encoder, nearest code, decoder and frozen networks.
 
     A critic follows the decoder where there is one; then comes the frozen judge, which sees both images and hands a
-    gradient to one, or the frozen teacher.
-
-    Both frozen networks compute in float32 whatever the run's precision, on the tokenizer's own images.
+    gradient to one, or the frozen teacher. These compute in their own precision, on the tokenizer's own images.
     """
     tokenizer, size, element = recipe.tokenizer, recipe.views.tokenizer_px, ELEMENT_BYTES[recipe.run.precision]
     cost = tokenizer_cost(tokenizer, size)
@@ -625,64 +623,94 @@ def tokenizing_segments(tokenizer: TokenizerSettings, views: ViewSettings) -> tu
 def frozen_net_bytes(recipe: TokenizerRecipe) -> FrozenBytes:
     """Device memory of the judge or teacher: float32 weights.
 
-    Of an image, what the judge keeps of the reconstruction for its gradient, or the teacher's features.
+    A judge in bf16 keeps its weights in bf16 too, for its backward pass. Of an image, what the judge keeps of the
+    reconstruction for its gradient, or the teacher's features.
     """
-    net = _frozen_net(recipe)
+    net, element = frozen_cost(recipe), ELEMENT_BYTES[frozen_precision(recipe)]
     if net is None:
         return FrozenBytes(0.0, 0.0)
     weights = FP32_BYTES * net.parameters
-    if _taught(recipe):
+    if frozen_role(recipe) == "teacher":
         codes = (recipe.views.tokenizer_px // recipe.tokenizer.stride_px) ** 2
         target = codes * recipe.tokenizer.vit.target_width
-        return FrozenBytes(weights, (max(stage.working for stage in net.stages) + target) * FP32_BYTES)
-    blocks = recipe.perceptual.blocks
-    saved = sum(stage.saved for stage in net.stages[: max(blocks, default=0)])
+        working = max(stage.working for stage in net.stages)
+        return FrozenBytes(weights, working * element + target * FP32_BYTES)
+    asked = _judged_stages(recipe, net)
+    saved = sum(stage.saved * element + stage.saved_bytes for stage in net.stages[: max(asked)])
     # Features of both images and their difference.
-    features = 3 * sum(net.stages[min(number, len(net.stages)) - 1].features for number in blocks)
-    return FrozenBytes(weights, (saved + features + 2 * IMAGE_CHANNELS * net.image_px**2) * FP32_BYTES)
+    features = 3 * sum(net.stages[number - 1].features for number in asked)
+    casts = 0 if element == FP32_BYTES else element * net.parameters
+    return FrozenBytes(weights + casts, saved + (features + 2 * IMAGE_CHANNELS * net.image_px**2) * FP32_BYTES)
 
 
-def _taught(recipe: TokenizerRecipe) -> bool:
-    return TOKENIZERS[recipe.tokenizer.kind].learns_from == "teacher"
+def frozen_role(recipe: TokenizerRecipe) -> Literal["judge", "teacher"] | None:
+    """What the frozen network is to the tokenizer; None: there is none."""
+    if TOKENIZERS[recipe.tokenizer.kind].learns_from == "teacher":
+        return "teacher"
+    return "judge" if recipe.perceptual.weight else None
 
 
-def _frozen_net(recipe: TokenizerRecipe) -> FrozenCost | None:
+def frozen_cost(recipe: TokenizerRecipe) -> FrozenCost | None:
     """Cost of the judge or teacher. None: there is none, or its family does not tell what it costs."""
-    asked = recipe.teacher if _taught(recipe) else recipe.perceptual
-    if not _taught(recipe) and not recipe.perceptual.weight:
+    role = frozen_role(recipe)
+    if role is None:
         return None
-    return family_of(asked.weights, asked.architecture).cost(asked.architecture, asked.image_px)
+    asked = recipe.teacher if role == "teacher" else recipe.perceptual
+    return family_of(asked.weights, asked.architecture).cost(asked.weights, asked.architecture, asked.image_px)
+
+
+def frozen_precision(recipe: TokenizerRecipe) -> Literal["bf16", "fp32"]:
+    """What the judge or teacher computes in on a GPU."""
+    asked = recipe.teacher if frozen_role(recipe) == "teacher" else recipe.perceptual
+    return "fp32" if asked.precision == "fp32" else "bf16"
+
+
+def frozen_of_unknown_cost(recipe: TokenizerRecipe) -> str:
+    """The judge or teacher that no plan counts, and how the recipe names it; "" where none is left out."""
+    role = frozen_role(recipe)
+    if role is None or frozen_cost(recipe) is not None:
+        return ""
+    asked = recipe.teacher if role == "teacher" else recipe.perceptual
+    return f"{role} {asked.weights if asked.architecture == 'auto' else asked.architecture}"
+
+
+def _judged_stages(recipe: TokenizerRecipe, net: FrozenCost) -> list[int]:
+    """Numbers from 1, ascending. One that the network has not, refused when it is loaded, is taken for its last."""
+    last = len(net.stages)
+    return sorted({min(max(number, 1), last) for number in recipe.perceptual.blocks}) or list(range(1, last + 1))
 
 
 def _frozen_segments(recipe: TokenizerRecipe) -> list[Segment]:
-    net = _frozen_net(recipe)
-    if net is None:
+    role, net, precision = frozen_role(recipe), frozen_cost(recipe), frozen_precision(recipe)
+    if role is None or net is None:
         return []
     stem = Work(
         convolutions=FLOPS_PER_MAC * net.stem_macs,
         moved_bytes=6 * IMAGE_CHANNELS * net.image_px**2 * FP32_BYTES,
         kernels=10,
     )
-    taught = _taught(recipe)
-    asked = net.stages if taught else net.stages[: max(recipe.perceptual.blocks)]
+    asked = net.stages if role == "teacher" else net.stages[: max(_judged_stages(recipe, net))]
     forward, backward = stem, stem
     for stage in asked:
-        ahead, back = _frozen_work(stage.layers)
+        ahead, back = _frozen_work(stage.layers, precision)
         forward, backward = forward + ahead, backward + back
-    if taught:
-        return [Segment("teacher", 0, 0, forward, Work(), precision="fp32", frozen=True)]
-    return [Segment("judge", 0, 0, forward.times(2), backward, precision="fp32", frozen=True)]
+    if role == "teacher":
+        return [Segment(role, 0, 0, forward, Work(), precision=precision, frozen=True)]
+    return [Segment(role, 0, 0, forward.times(2), backward, precision=precision, frozen=True)]
 
 
-def _frozen_work(layers: Blocks | Cost) -> tuple[Work, Work]:
-    """Forward, and backward for the gradient of the input alone, in float32 and eager."""
+def _frozen_work(layers: Blocks | Cost, precision: Literal["bf16", "fp32"]) -> tuple[Work, Work]:
+    """Forward, and backward for the gradient of the input alone, eager; in bf16 under autocast."""
+    element, autocast = ELEMENT_BYTES[precision], precision != "fp32"
     if isinstance(layers, Blocks):
-        block = replace(_shape(layers, FP32_BYTES), trained=False)
-        forward, backward, _ = block_work(block)
+        shape = _shape(layers, element, "autocast" if autocast else "eager")
+        forward, backward, _ = block_work(replace(shape, trained=False))
         return forward.times(layers.number), backward.times(layers.number)
-    trained = _convolutions("", layers, FP32_BYTES)
+    trained = _convolutions("", layers, element)
+    # Frozen weights are cast anew in every pass.
+    casts = Work(kernels=layers.convolutions, pass_bytes=layers.parameters * (FP32_BYTES + element))
     backward = replace(trained.backward, convolutions=trained.forward.convolutions, pass_bytes=0.0)
-    return trained.forward, backward
+    return trained.forward + casts if autocast else trained.forward, backward
 
 
 def _shape(blocks: Blocks, element: int, kernels: Kernels = "eager") -> BlockShape:
