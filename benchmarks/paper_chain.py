@@ -249,7 +249,8 @@ def table_page(number: int, paper: Paper) -> str:
         rows = [[row.row, *published(row), row.why] for row in table.rows]
         body = markdown_table(["row", *table.columns, "here"], rows)
         return "\n\n".join([f"## Table {number}: {table.title}", body, *([table.note] if table.note else [])])
-    shared = [fact for fact in next(iter(made.values())) if all(fact in other for other in made.values())]
+    first, *others = made.values()
+    shared = [fact for fact in first if others and all(fact in other for other in others)]
     distinct: dict[str, Step] = {}
     rows = []
     for row in table.rows:
@@ -257,7 +258,7 @@ def table_page(number: int, paper: Paper) -> str:
         if row.arm:
             steps = steps_of(row.arm, table.measures, paper)
             distinct |= {step.name: step for step in steps}
-            own = ", ".join(fact for fact in made[row.row] if fact not in shared) or "nothing else"
+            own = ", ".join(fact for fact in made[row.row] if fact not in shared) or "these alone"
             hours = _hours(steps)
         rows.append([row.row, *published(row), own, hours])
     after = [f"All rows: {', '.join(shared)}." if shared else ""]
@@ -271,13 +272,21 @@ def table_page(number: int, paper: Paper) -> str:
     return "\n\n".join([*text, _wrapped(" ".join(filter(None, after)))])
 
 
+def judges_page(paper: Paper) -> str:
+    """The judges by name."""
+    lines = []
+    for name, judge in paper.judges.items():
+        settings = " ".join([f"perceptual.weights={judge.weights}", *judge.settings])
+        lines.append(f"- `{name}`: {judge.what}\n  `{settings}`")
+    return "\n".join(["Judges:", "", *lines])
+
+
 def facts(arm: str, measures: str, paper: Paper) -> list[str]:
     """Recipes of a row, and what is set over them."""
     wanted = paper.arms[arm]
     tokenizer = paper.tokenizers[wanted.tokenizer]
-    judge = paper.judges.get(tokenizer.judge)
     found = [f"`{tokenizer.recipe}`"] if tokenizer.recipe else ["a published tokenizer"]
-    found += [f"judge `{judge.weights.rpartition('/')[2]}`", *_quoted(judge.settings)] if judge else []
+    found += [f"judge `{tokenizer.judge}`"] if tokenizer.judge else []
     found += _quoted(tokenizer.settings)
     if measures != "tokens":
         found += _quoted([wanted.pretrain, *paper.pretrain_settings(arm), *wanted.finetune])

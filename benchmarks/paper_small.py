@@ -36,6 +36,8 @@ SWEPT = "peco"
 # how settings of a pre-training begin that its codes do not depend on
 NOT_OF_TOKENS = ("optim.", "schedule.", "checkpoint.")
 SPLITS = ("train", "val")
+NOT_DRAWN = ("codes used", "on the images themselves")
+PANELS_A_ROW = 4
 BAG, MEAN = "bag of codes", "mean code vector"
 CAUTION = (
     "Small scale: it says whether the arms differ here, on these images and this budget, and nothing of ImageNet. "
@@ -648,7 +650,9 @@ def clock(seconds: float) -> str:
 
 
 def measures_of(arms: dict[str, dict]) -> list[str]:
-    return list(dict.fromkeys(measure for arm in arms.values() for measure in arm["measures"]))
+    """In the order of the arm that has most; one without pre-training has few."""
+    most = max(arms.values(), key=lambda arm: len(arm["measures"]))
+    return list(dict.fromkeys([*most["measures"], *(name for arm in arms.values() for name in arm["measures"])]))
 
 
 def result_table(table: Table, arms: dict[str, dict]) -> str:
@@ -671,12 +675,13 @@ def shown(measure: str, measured: dict[str, list[float]]) -> str:
 
 def plot(path: Path, table: Table, arms: dict[str, dict]) -> None:
     """A panel a measure, an arm a line of it: a dot a seed, a bar at the mean; first the published figures."""
-    skipped = ("codes used", "on the images themselves")
-    measures = [measure for measure in measures_of(arms) if measure not in skipped]
+    measures = [measure for measure in measures_of(arms) if measure not in NOT_DRAWN]
     labels = [arm["label"] for arm in arms.values()]
-    size = (2.6 * (len(measures) + 1) + 2, 1.3 + 0.4 * len(labels))
-    with drawing(path, 1, len(measures) + 1, size=size, sharey=True) as drawn:
-        first, *others = drawn[0]
+    columns = min(PANELS_A_ROW, len(measures) + 1)
+    rows = -(-(len(measures) + 1) // columns)
+    size = (2.6 * columns + 2, rows * (0.9 + 0.35 * len(labels)))
+    with drawing(path, rows, columns, size=size, sharey=True) as drawn:
+        first, *others = drawn.flat
         for column, name in enumerate(table.columns):
             known = [
                 (place, float(arm["published"][column]))
@@ -694,7 +699,11 @@ def plot(path: Path, table: Table, arms: dict[str, dict]) -> None:
                 if values:
                     axes.plot(statistics.mean(values), place, "|", color="0.2", markersize=14)
             axes.set_title(measure, fontsize="small")
-        first.set_yticks(range(len(labels)), labels, fontsize="small")
+        for axes in drawn[:, 0]:
+            axes.set_yticks(range(len(labels)), labels, fontsize="small")
         first.set_ylim(len(labels) - 0.5, -0.5)
-        for axes in drawn[0]:
+        for axes in drawn.flat:
+            axes.ticklabel_format(axis="x", useOffset=False)
             axes.grid(axis="x", alpha=0.3)
+        for axes in others[len(measures) :]:
+            axes.set_visible(False)

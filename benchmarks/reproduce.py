@@ -167,14 +167,14 @@ def listed(paper: Paper) -> str:
 
 def page(text: str, paper: Paper) -> str:
     """docs/reproduce.md with the part anew that is made."""
-    from benchmarks.paper_chain import bill_page, table_page
+    from benchmarks.paper_chain import bill_page, judges_page, table_page
 
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
         raise UserError(f"{PAGE}: has not both lines {BEGIN!r} and {END!r}; put them back")
     parts = [table_page(number, paper) for number in paper.tables]
-    made = "\n\n".join([*parts, "## The bill", BILL, bill_page(paper)])
+    made = "\n\n".join([judges_page(paper), *parts, "## The bill", BILL, bill_page(paper)])
     return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
 
 
