@@ -161,7 +161,7 @@ def given_judge(text: str) -> GivenJudge:
     from peco_ds.registry import FEATURE_NETS, family_of
 
     path, _, named = (text, "", "") if Path(text).exists() else text.rpartition(":")
-    if not Path(path).exists():
+    if not path or not Path(path).exists():
         raise UserError(f"--judge {text}: no such file or folder; give weights, or weights:NAME with timm's name")
     weights, architecture = str(Path(path).resolve()), named or "auto"
     network = load_feature_net(weights, architecture)

@@ -107,6 +107,21 @@ def arguments():
 
 
 def small(args: argparse.Namespace, paper: Paper) -> None:
+    table = prepared(args, paper)
+    sys.stdout.write(table.plan())
+    sys.stdout.flush()
+    if args.dry_run:
+        for number, step in enumerate(table.steps(), start=1):
+            sys.stdout.write(f"step {number}: {step.name}\n")
+        return
+    sys.stdout.write(table.run())
+
+
+def prepared(args: argparse.Namespace, paper: Paper):
+    """The table of a command line, nothing of it run.
+
+    Raises: UserError for what makes no table.
+    """
     from benchmarks.paper_small import SmallTable
 
     if args.images is None:
@@ -120,14 +135,7 @@ def small(args: argparse.Namespace, paper: Paper) -> None:
     # starts of stages find local files whatever folder they run in
     if args.classifier and os.path.exists(args.classifier):
         args.classifier = str(Path(args.classifier).resolve())
-    table = SmallTable(args, paper, args.table)
-    sys.stdout.write(table.plan())
-    sys.stdout.flush()
-    if args.dry_run:
-        for number, step in enumerate(table.steps(), start=1):
-            sys.stdout.write(f"step {number}: {step.name}\n")
-        return
-    sys.stdout.write(table.run())
+    return SmallTable(args, paper, args.table)
 
 
 def weights(text: str) -> list[float]:
