@@ -1,9 +1,10 @@
-r"""Measure a finished model: top-1 and throughput of a classifier, or reconstructions and codes of a tokenizer.
+r"""Measure a finished model: top-1 and robustness of a classifier, or reconstructions and codes of a tokenizer.
 
     python peco_ds/evaluate.py runs/finetune_vith14 --images data/images/val
     python peco_ds/evaluate.py vit_base_patch16_224.augreg_in1k --images data/images/val
+    python peco_ds/evaluate.py runs/finetune_vitb16 --images data/images/val --attack bim --epsilon 2/255 --steps 20
     torchrun --nproc_per_node 8 peco_ds/evaluate.py runs/peco_tokenizer --images data/images/val \
-        --train_images data/images/train --lpips vgg16-397923af.pth
+        --train_images data/images/train --lpips vgg16-397923af.pth --classifier deit_tiny_patch16_224.fb_in1k
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import os
 import shlex
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -21,8 +23,39 @@ if __package__ in (None, ""):
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
+# Options that only a classifier has a use for, and those that only a tokenizer has; both are None unless given.
+OF_CLASSIFIERS = ("crop", "attack", "epsilon", "steps", "step_size")
+OF_TOKENIZERS = ("train_images", "lpips", "classifier")
+# PeCo's budget of an attack (arXiv 2111.12710, table 11).
+EPSILON, STEPS = Fraction(2, 255), 20
+
 
 def main(argv: list[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
+    check(args)
+    tokenizer = find_tokenizer(Path(args.target))
+    check_kind(args, is_tokenizer=tokenizer is not None)
+
+    from peco_ds.evaluation.stopping import Stopped
+    from peco_ds.runtime.distributed import start_world
+
+    # Bad input is refused before any rank joins another.
+    measure = open_classifier(args) if tokenizer is None else open_tokenizer(args, *tokenizer)
+    world = start_world()
+    try:
+        result, line = measure(world)
+    except Stopped:
+        return EXIT_REQUEUE
+    if world.is_main:
+        write(args, result)
+        sys.stdout.write(f"{line}; {args.out}\n")
+    return EXIT_DONE
+
+
+# ---------------------------------------------------------------------------------------- command line
+
+
+def arguments() -> Parser:
     parser = Parser(
         description=__doc__.splitlines()[0],
         epilog="exit codes: 0 done, 2 bad input (one line says what), 75 stopped, start again",
@@ -41,12 +74,6 @@ def main(argv: list[str] | None = None) -> int:
         help="image set (pack_images.py) to measure on; labelled for a classifier",
     )
     parser.add_argument(
-        "--train_images",
-        type=Path,
-        metavar="FOLDER",
-        help="labelled image set: probe a tokenizer's codes, trained on this set and measured on --images",
-    )
-    parser.add_argument(
         "--out",
         type=Path,
         default=Path("evaluation.json"),
@@ -54,31 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         help="all numbers and where they come from (default: %(default)s)",
     )
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="local weights for TARGET, the name of a timm model"
-    )
-    parser.add_argument(
-        "--weights",
-        choices=["auto", "ema", "raw"],
-        default="auto",
-        help="moving average or last weights of a fine-tuning run (default: the average where the run kept one)",
-    )
-    parser.add_argument(
-        "--statistics",
-        choices=["auto", "imagenet", "half"],
-        default="auto",
-        help="mean and deviation of the images the weights know; half is 0.5 (default: as their config "
-        "says, else imagenet)",
-    )
-    parser.add_argument(
         "--image_px",
         type=int,
         help="side of the image (default: the model's own; of a tokenizer's release what gives 14 x 14 codes)",
-    )
-    parser.add_argument(
-        "--crop",
-        type=float,
-        help="share of the resized short side that is seen (default: the model's own; at another "
-        "--image_px 0.875 below 384 px, 1 from there on)",
     )
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=64, help="images a forward pass, a rank (default: %(default)s)")
@@ -88,53 +93,119 @@ def main(argv: list[str] | None = None) -> int:
         default=min(8, os.cpu_count() or 1),
         help="loader processes a rank (default: 8, or the number of cores)",
     )
-    parser.add_argument(
+    # The deepspeed launcher appends it.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+    weights = parser.add_argument_group("weights of a classifier (TARGET, or --classifier of a tokenizer)")
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="local weights for the name of a timm model")
+    weights.add_argument(
+        "--weights",
+        choices=["auto", "ema", "raw"],
+        default="auto",
+        help="moving average or last weights of a fine-tuning run (default: the average where the run kept one)",
+    )
+    weights.add_argument(
+        "--statistics",
+        choices=["auto", "imagenet", "half"],
+        default="auto",
+        help="mean and deviation of the images the weights know; half is 0.5 (default: as their config "
+        "says, else imagenet)",
+    )
+
+    classifier = parser.add_argument_group("measures of a classifier")
+    classifier.add_argument(
+        "--crop",
+        type=float,
+        help="share of the resized short side that is seen (default: the model's own; at another "
+        "--image_px 0.875 below 384 px, 1 from there on)",
+    )
+    classifier.add_argument(
+        "--attack",
+        choices=["bim", "mim"],
+        help="measure top-1 under an attack too: basic or momentum iterative method, L-infinity, untargeted, white box",
+    )
+    classifier.add_argument(
+        "--epsilon", type=fraction, help=f"the most that a pixel value in [0, 1] is changed by (default: {EPSILON})"
+    )
+    classifier.add_argument("--steps", type=int, help=f"iterations of the attack (default: {STEPS})")
+    classifier.add_argument(
+        "--step_size",
+        type=fraction,
+        help="change of a pixel value in one iteration (default: mim epsilon / steps, bim 2.5 epsilon / steps)",
+    )
+
+    tokenizer = parser.add_argument_group("measures of a tokenizer")
+    tokenizer.add_argument(
+        "--train_images",
+        type=Path,
+        metavar="FOLDER",
+        help="labelled image set: probe a tokenizer's codes, trained on this set and measured on --images",
+    )
+    tokenizer.add_argument(
         "--lpips",
         type=Path,
         metavar="FILE",
         help="torchvision's AlexNet or VGG16 weights: measure LPIPS of a tokenizer as well",
     )
-    # The deepspeed launcher appends it.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    check(args)
+    tokenizer.add_argument(
+        "--classifier",
+        metavar="NAME_OR_PATH",
+        help="timm model, weights file, release or run of finetune.py: its top-1 on the reconstructions of --images, "
+        "which are labelled, beside that on the originals",
+    )
+    return parser
 
-    tokenizer = find_tokenizer(Path(args.target))
-    if tokenizer is None and (args.lpips or args.train_images):
-        raise UserError(
-            f"{args.target}: no tokenizer; --lpips and --train_images are for tokenizers (linear_probe.py "
-            "probes a backbone)"
-        )
-    from peco_ds.evaluation.stopping import Stopped
-    from peco_ds.runtime.distributed import start_world
 
-    # Bad input is refused before any rank joins another.
-    measure = open_classifier(args) if tokenizer is None else open_tokenizer(args, *tokenizer)
-    world = start_world()
+def fraction(text: str) -> Fraction:
+    """2/255 or a decimal number."""
     try:
-        result, line = measure(world)
-    except Stopped:
-        return EXIT_REQUEUE
-    if world.is_main:
-        write(args, result)
-        sys.stdout.write(f"{line}; {args.out}\n")
-    return EXIT_DONE
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; write it as 2/255 or 0.0078") from None
 
 
 def check(args) -> None:
+    """What can be said of the options alone."""
     if args.image_px is not None and args.image_px < 1:
         raise UserError(f"--image_px {args.image_px}: must be at least 1")
     if args.crop is not None and not 0 < args.crop <= 1:
         raise UserError(f"--crop {args.crop}: in (0, 1]")
     if args.batch < 1 or args.num_workers < 0:
         raise UserError(f"--batch {args.batch} --num_workers {args.num_workers}: at least 1 and 0")
-    if args.checkpoint is not None and Path(args.target).exists():
-        raise UserError(
-            f"--checkpoint {args.checkpoint}: goes with the name of a timm model, and {args.target} is a "
-            "path; give one of the two"
-        )
+    if args.epsilon is not None and not 0 <= args.epsilon <= 1:
+        raise UserError(f"--epsilon {args.epsilon}: in [0, 1], as pixel values are; write it as 2/255")
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps {args.steps}: must be at least 1")
+    if args.step_size is not None and args.step_size <= 0:
+        raise UserError(f"--step_size {args.step_size}: must be above 0")
     if not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: no folder {args.out.parent}; make it, or give another file")
+
+
+def check_kind(args, *, is_tokenizer: bool) -> None:
+    """Raises: UserError for an option that would be of no effect: of the other kind of model, of an attack that is not
+    asked for, or of weights that nothing reads.
+    """
+    kind, other = ("tokenizer", "classifier") if is_tokenizer else ("classifier", "tokenizer")
+    for name in OF_CLASSIFIERS if is_tokenizer else OF_TOKENIZERS:
+        if getattr(args, name) is not None:
+            remedy = " (linear_probe.py probes a backbone)" if name == "train_images" else ""
+            raise UserError(f"--{name}: measures a {other}, and {args.target} is a {kind}; leave it out{remedy}")
+    for name in ("epsilon", "steps", "step_size"):
+        if args.attack is None and getattr(args, name) is not None:
+            raise UserError(f"--{name}: goes with --attack; give that too, or leave it out")
+    classifier = args.classifier if is_tokenizer else args.target
+    for name, default in (("checkpoint", None), ("weights", "auto"), ("statistics", "auto")):
+        if classifier is None and getattr(args, name) != default:
+            raise UserError(
+                f"--{name}: is about a classifier's weights, and {args.target} is a tokenizer; leave it "
+                "out, or name a classifier with --classifier"
+            )
+    if args.checkpoint is not None and Path(classifier).exists():
+        raise UserError(
+            f"--checkpoint {args.checkpoint}: goes with the name of a timm model, and {classifier} is a "
+            "path; give one of the two"
+        )
 
 
 def write(args, result: dict) -> None:
@@ -159,41 +230,53 @@ def open_classifier(args):
     from peco_ds.evaluation.evaluate_classifier import evaluate_classifier
 
     images = ImageSet(args.images)
-    model, settings, source = load_classifier(args, check_labels(images, "--images"))
-    how = forward_settings(args)
+    model, settings, source = load_classifier(
+        args.target, args, check_labels(images, "--images"), image_px=args.image_px, crop=args.crop
+    )
+    how, attack = forward_settings(args), attack_settings(args)
 
     def measure(world):
-        result, line = evaluate_classifier(model, images, settings, how, world)
+        result, line = evaluate_classifier(model, images, settings, how, world, attack=attack)
         return {"kind": "classifier", **source, "images": images.facts(), **result}, f"{source['source']}: {line}"
 
     return measure
 
 
-def load_classifier(args, classes: tuple[str, ...]):
-    """The model on the CPU, the images that it takes, and where it comes from."""
+def load_classifier(
+    target: str, args, classes: tuple[str, ...], *, image_px: int | None = None, crop: float | None = None
+):
+    """The model on the CPU, the images that it takes, and where it comes from.
+
+    Args:
+        target: path, or name of a timm model.
+        args: its checkpoint, weights and statistics are of this classifier.
+        classes: of the images.
+        image_px, crop: of the images; None: the model's own.
+    """
     from peco_ds.convert.initialize import check_classes
     from peco_ds.data.labelled import CropSettings
     from peco_ds.models.beit_weights import default_crop
 
-    if Path(args.target).exists():
+    if Path(target).exists():
         from peco_ds.convert.initialize import classifier_of
         from peco_ds.convert.read import read_weights
         from peco_ds.runtime.run_weights import read_run
 
-        weights = read_weights(args.target, average=args.weights, statistics=args.statistics, read_run=read_run)
+        weights = read_weights(target, average=args.weights, statistics=args.statistics, read_run=read_run)
         trained_px, num_classes, names = weights.model.image_px, weights.num_classes, weights.classes
-        image_px, crop, mean, std = args.image_px or trained_px, weights.crop, weights.mean, weights.std
-        if image_px % weights.model.patch_px:
+        own_crop, mean, std = weights.crop, weights.mean, weights.std
+        side_px = image_px or trained_px
+        if side_px % weights.model.patch_px:
             raise UserError(
-                f"--image_px {image_px}: not a multiple of the patch size {weights.model.patch_px} of {weights.source}"
+                f"--image_px {side_px}: not a multiple of the patch size {weights.model.patch_px} of {weights.source}"
             )
-        model = classifier_of(weights, image_px)
+        model = classifier_of(weights, side_px)
         source, facts = weights.source, weights.facts
     else:
         from peco_ds.models.timm_classifier import load_timm_classifier
 
-        loaded = load_timm_classifier(args.target, args.checkpoint, image_px=args.image_px)
-        model, num_classes, names, image_px, crop, mean, std = (
+        loaded = load_timm_classifier(target, args.checkpoint, image_px=image_px)
+        model, num_classes, names, side_px, own_crop, mean, std = (
             loaded.model,
             loaded.num_classes,
             None,
@@ -205,11 +288,21 @@ def load_classifier(args, classes: tuple[str, ...]):
         trained_px = loaded.own_px
         source, facts = loaded.source, {}
     check_classes(source, num_classes, names, classes, what=str(args.images), remedy="or fine-tune it on these")
-    if args.crop is not None:
-        crop = args.crop
-    elif image_px != trained_px:
-        crop = default_crop(image_px)
-    return model, CropSettings(image_px, crop, tuple(mean), tuple(std)), {"source": source, "facts": facts}
+    if crop is None:
+        crop = own_crop if side_px == trained_px else default_crop(side_px)
+    return model, CropSettings(side_px, crop, tuple(mean), tuple(std)), {"source": source, "facts": facts}
+
+
+def attack_settings(args):
+    """The attack of the command line; None where none is asked for."""
+    if args.attack is None:
+        return None
+    from peco_ds.evaluation.attacks import AttackSettings, default_step_size
+
+    epsilon = float(EPSILON if args.epsilon is None else args.epsilon)
+    steps = STEPS if args.steps is None else args.steps
+    step_size = default_step_size(args.attack, epsilon, steps) if args.step_size is None else float(args.step_size)
+    return AttackSettings(args.attack, epsilon, steps, step_size)
 
 
 # ------------------------------------------------------------------------------------------ tokenizers
@@ -245,11 +338,13 @@ def find_tokenizer(target: Path) -> tuple[Path, int | None] | None:
 def open_tokenizer(args, release: Path, own_px: int | None):
     """The function world -> (result, line) that measures the tokenizer.
 
-    Raises: UserError for image sets that do not go together, or what `TokenizerEvaluation` refuses.
+    Raises: UserError for image sets that do not go together, images without labels or of other classes than the
+        --classifier, or what `TokenizerEvaluation` refuses.
     """
     from peco_ds.data.image_set import ImageSet
-    from peco_ds.data.labelled import labelled_sets
+    from peco_ds.data.labelled import check_labels, labelled_sets
     from peco_ds.evaluation.evaluate_tokenizer import TokenizerEvaluation
+    from peco_ds.evaluation.pixel_classifier import PixelClassifier
 
     train = None
     if args.train_images:
@@ -257,10 +352,17 @@ def open_tokenizer(args, release: Path, own_px: int | None):
     else:
         images = ImageSet(args.images)
     evaluation = TokenizerEvaluation(release, image_px=args.image_px, own_px=own_px, lpips=args.lpips)
+    classifier = None
+    if args.classifier is not None:
+        evaluation.check_makes_images("--classifier", args.classifier)
+        model, crops, source = load_classifier(args.classifier, args, check_labels(images, "--images"))
+        classifier = PixelClassifier(
+            model, image_px=crops.image_px, mean=crops.mean, std=crops.std, source=source["source"]
+        )
     card, how = evaluation.card, forward_settings(args)
 
     def measure(world):
-        result, line = evaluation.measure(images, train, how, world)
+        result, line = evaluation.measure(images, how, world, train=train, classifier=classifier)
         source = {"kind": "tokenizer", "fingerprint": card.fingerprint, "facts": card.extra, "images": images.facts()}
         return {**source, **result}, f"tokenizer {card.fingerprint[:12]}: {line}"
 

@@ -15,11 +15,20 @@ from timm.data import create_transform
 
 from peco_ds.config import ClassifierSettings, ModelSettings
 from peco_ds.convert.initialize import check_classes
+from peco_ds.data.image_set import ImageSet
+from peco_ds.data.labelled import CropSettings
+from peco_ds.data.views import center_view, cut
 from peco_ds.errors import UserError
 from peco_ds.evaluate import main
+from peco_ds.evaluation.attacks import AttackSettings
+from peco_ds.evaluation.evaluate_classifier import evaluate_classifier
+from peco_ds.evaluation.forward import ForwardSettings
+from peco_ds.evaluation.stopping import Stopped
 from peco_ds.models.classifier import build_classifier
 from peco_ds.models.mim import MaskedImageModel
+from peco_ds.models.tokenizers import load_tokenizer
 from peco_ds.pack_images import main as pack
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
 CLASSES, IMAGES = 3, 27
 MODEL = ModelSettings(image_px=32, patch_px=8, width=24, depth=2, heads=2, layer_scale=1.0, drop_path=0)
@@ -81,8 +90,32 @@ def results(root):
             str(root / "images" / "train"),
             "--lpips",
             str(root / "alexnet.pth"),
+            "--classifier",
+            str(root / "classifier.pth"),
         ],
-        "release": [str(root / "run" / "tokenizer"), *common, "--image_px", "32"],
+        "release": [
+            str(root / "run" / "tokenizer"),
+            *common,
+            "--image_px",
+            "32",
+            "--classifier",
+            "test_vit",
+            "--checkpoint",
+            str(root / "test_vit.pth"),
+        ],
+        "attacked": [
+            str(root / "classifier.pth"),
+            *common,
+            "--batch",
+            "5",
+            *("--attack", "bim", "--epsilon", "2/255", "--steps", "5"),
+        ],
+        "attacked_named": [
+            "test_vit",
+            *common,
+            *("--checkpoint", str(root / "test_vit.pth"), "--image_px", "32", "--precision", "bf16"),
+            *("--attack", "mim", "--epsilon", "0.01", "--steps", "2", "--step_size", "1/255"),
+        ],
         "vqkd": [
             str(root / "vqkd" / "tokenizer"),
             *common,
@@ -107,7 +140,7 @@ def results(root):
     ]
     found = {}
     for ranks in (1, 2):
-        chosen = cases if ranks == 1 else {name: cases[name] for name in ("classifier", "run")}
+        chosen = cases if ranks == 1 else {name: cases[name] for name in ("classifier", "run", "attacked")}
         starts = [
             {"stage": "evaluate", "arguments": [*arguments, "--out", str(root / f"{name}_{ranks}.json")]}
             for name, arguments in chosen.items()
@@ -172,8 +205,8 @@ def test_throughput_and_provenance_stand_beside_the_accuracy(results):
         assert found["throughput"]["forward_images_per_s"] > 0 and found["throughput"]["end_to_end_images_per_s"] > 0
         assert len(found["images"]["fingerprint"]) == 64 and {"command", "commit", "versions"} <= found.keys()
     lines = [line for line in results["lines", 1].splitlines() if line.endswith(".json")]
-    assert len(lines) == 6 and "on 27 images at 32 px" in lines[0]
-    assert sum("PSNR" in line or "top-1" in line for line in results["lines", 2].splitlines()) == 2, (
+    assert len(lines) == 8 and "on 27 images at 32 px" in lines[0]
+    assert sum("PSNR" in line or "top-1" in line for line in results["lines", 2].splitlines()) == 3, (
         "one line a start, not one a rank"
     )
 
@@ -193,11 +226,101 @@ def test_lpips_is_measured_where_its_network_is_given(results):
     assert "lpips" not in results["release", 1]["quality"] and results["run", 1]["settings"]["lpips_network"] == "alex"
 
 
+@torch.no_grad()
+def answers_of(root, read, *, to_px, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Right answers on the originals' central squares of 32 px and on their reconstructions, one image at a time."""
+    tokenizer, _ = load_tokenizer(root / "run" / "tokenizer")
+    images, right = ImageSet(root / "images" / "val"), [0, 0]
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+    for sample in range(IMAGES):
+        _, image = images.decode(sample)
+        square = cut(image, center_view(*image.shape[1:]), 32)[None].float() / 255
+        codes = tokenizer.tokenize(square * 2 - 1)
+        restored = (tokenizer.decode_codes(codes, (4, 4)) + 1) / 2
+        for place, seen in enumerate((square, restored.clamp(0, 1))):
+            if to_px != 32:
+                seen = torch.nn.functional.interpolate(seen, size=to_px, mode="bicubic", antialias=True).clamp(0, 1)
+            right[place] += int(read((seen - mean) / std).argmax() == images.label(sample))
+    return right
+
+
+def test_a_classifier_reads_reconstructions_as_it_reads_originals(root, results):
+    own = build_classifier(MODEL, ClassifierSettings(), CLASSES).eval()
+    own.load_state_dict(torch.load(root / "classifier.pth", weights_only=True)["model"])
+    named = timm.create_model("test_vit", pretrained=False, num_classes=CLASSES).eval()
+    named.load_state_dict(torch.load(root / "test_vit.pth", weights_only=True))
+    cfg = timm.get_pretrained_cfg("test_vit")
+    cases = (
+        ("run", own, dict(to_px=32)),
+        ("release", named, dict(to_px=cfg.input_size[-1], mean=cfg.mean, std=cfg.std)),
+    )
+    for name, read, seen in cases:
+        found = results[name, 1]["reconstructions_read_by"]
+        counts = [found[what]["top1"] * IMAGES / 100 for what in ("originals", "reconstructions")]
+        assert counts == pytest.approx(answers_of(root, read, **seen), abs=1e-4)
+        assert found["images"] == IMAGES and found["image_px"] == seen["to_px"] and found["originals"]["top5"] == 100
+    assert results["run", 1]["reconstructions_read_by"] == results["run", 2]["reconstructions_read_by"]
+    line = next(line for line in results["lines", 1].splitlines() if line.endswith("run_1.json"))
+    assert "read by classifier.pth" in line and "on the originals" in line
+
+
+def test_an_attack_is_measured_on_the_same_images_alike_on_one_rank_and_on_two(results):
+    one, two = (results["attacked", ranks] for ranks in (1, 2))
+    found = {name: value for name, value in one["robustness"].items() if name != "images_per_s"}
+    assert found == {name: value for name, value in two["robustness"].items() if name != "images_per_s"}
+    assert found["clean"]["top1"] == one["quality"]["top1"] == results["classifier", 1]["quality"]["top1"]
+    assert found["robust"]["top1"] < found["clean"]["top1"] and found["images"] == IMAGES
+    assert (found["attack"], found["steps"], found["judged"]) == ("bim", 5, "the last iterate")
+    assert found["epsilon"] == pytest.approx(2 / 255) and found["step_size"] == pytest.approx(1 / 255)
+    assert "robustness" not in results["classifier", 1]
+    line = next(line for line in results["lines", 1].splitlines() if line.endswith("attacked_1.json"))
+    assert "bim (epsilon 2/255, 5 steps): top-1" in line
+
+
+def test_a_model_of_timm_is_attacked_too(results):
+    found = results["attacked_named", 1]
+    assert found["robustness"]["robust"]["top1"] <= found["robustness"]["clean"]["top1"] == found["quality"]["top1"]
+    assert (found["robustness"]["epsilon"], found["robustness"]["images"]) == (0.01, IMAGES)
+    assert found["robustness"]["step_size"] == pytest.approx(1 / 255) and found["settings"]["precision"] == "bf16"
+
+
+class AskedToStop:
+    """One rank, asked to stop before its last batch."""
+
+    rank, size, device, is_main = 0, 1, torch.device("cpu"), True
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def stop_requested(self):
+        self.batches -= 1
+        return self.batches < 0
+
+    def barrier(self):
+        pass
+
+    def all_reduce(self, tensor):
+        return tensor
+
+
+def test_an_attack_stops_between_two_batches(root):
+    model = build_classifier(MODEL, ClassifierSettings(), CLASSES).eval()
+    images, crops, how = ImageSet(root / "images" / "val"), CropSettings(32, 1.0), ForwardSettings("fp32", 9, 0)
+    attack = AttackSettings("bim", 0.01, 2, 0.01)
+    world = AskedToStop(2 * 3 - 1)
+    with pytest.raises(Stopped):
+        evaluate_classifier(model, images, crops, how, world, attack=attack)
+    assert world.batches == -1, "in the second pass"
+
+
 def test_codes_alone_are_probed_in_two_forms_alike_on_one_rank_and_on_two(results):
     one, two = (results["run", ranks]["code_probes"]["images_as"] for ranks in (1, 2))
     assert list(one) == ["bag of codes", "mean code vector"] and one == two
     for found in one.values():
         assert found["best_linear"] == max(row["top1"] for row in found["linear"]) and 0 <= found["best_knn"] <= 100
+    for ranks in (1, 2):
+        probes = results["run", ranks]["code_probes"]
+        assert probes["mean code vector, linear"]["top1"] == probes["images_as"]["mean code vector"]["best_linear"]
     assert "code_probes" not in results["release", 1]
 
 
@@ -227,7 +350,30 @@ BAD = [
     (["classifier.pth", "--image_px", "36"], "not a multiple of the patch size 8"),
     (["classifier.pth", "--crop", "1.5"], "--crop 1.5"),
     (["classifier.pth", "--checkpoint", "five.pth"], "goes with the name of a timm model"),
-    (["classifier.pth", "--lpips", "alexnet.pth"], "are for tokenizers"),
+    (["classifier.pth", "--lpips", "alexnet.pth"], "--lpips: measures a tokenizer, and classifier.pth is a classifier"),
+    (["classifier.pth", "--train_images", "images/train"], "leave it out .linear_probe.py probes a backbone"),
+    (["classifier.pth", "--classifier", "classifier.pth"], "--classifier: measures a tokenizer"),
+    (["run", "--crop", "0.9"], "--crop: measures a classifier, and run is a tokenizer; leave it out"),
+    (["run", "--attack", "bim"], "--attack: measures a classifier, and run is a tokenizer; leave it out"),
+    (["run", "--epsilon", "2/255"], "--epsilon: measures a classifier"),
+    (["run", "--weights", "raw"], "--weights: is about a classifier's weights, and run is a tokenizer"),
+    (["run", "--checkpoint", "five.pth"], "--checkpoint: is about a classifier's weights"),
+    (["run", "--classifier", "five.pth"], "its head has 5 classes, .* has 3"),
+    (["run", "--classifier", "mim.pth"], "has no classifier .kind mim."),
+    (["run", "--classifier", "nowhere.pth"], "nor the name of a timm model"),
+    (["run", "--classifier", "vqkd"], "vqkd: a run of train_tokenizer; give a run of pretrain.py or finetune.py"),
+    (["run", "--classifier", "classifier.pth", "--checkpoint", "five.pth"], "classifier.pth is a path"),
+    (["run", "--classifier", "classifier.pth", "--images", "images/unlabelled"], "holds images without labels"),
+    (["vqkd", "--classifier", "classifier.pth"], "makes no images, so there is nothing to compare"),
+    (["classifier.pth", "--epsilon", "2/255"], "--epsilon: goes with --attack"),
+    (["classifier.pth", "--steps", "3"], "--steps: goes with --attack"),
+    (["classifier.pth", "--attack", "bim", "--epsilon", "2/0"], "'2/0' is not a number; write it as 2/255"),
+    (["classifier.pth", "--attack", "bim", "--epsilon", "small"], "'small' is not a number"),
+    (["classifier.pth", "--attack", "bim", "--epsilon", "2"], "--epsilon 2: in .0, 1., as pixel values are"),
+    (["classifier.pth", "--attack", "bim", "--epsilon=-1/255"], "--epsilon -1/255: in"),
+    (["classifier.pth", "--attack", "bim", "--steps", "0"], "--steps 0: must be at least 1"),
+    (["classifier.pth", "--attack", "mim", "--step_size", "0"], "--step_size 0: must be above 0"),
+    (["classifier.pth", "--attack", "pgd"], "invalid choice: 'pgd'"),
     (["classifier.pth", "--out", "nowhere/result.json"], "no folder"),
     (["run", "--image_px", "36"], "not a multiple of the tokenizer's stride 8"),
     (["run", "--lpips", "classifier.pth"], "neither torchvision's AlexNet"),

@@ -10,37 +10,62 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 
+class ClassificationSums:
+    """Right answers and losses, summed over a rank's images."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        accuracies = {
+            f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)
+        }
+        self._metrics = MetricCollection(
+            {**accuracies, "loss": MeanMetric(nan_strategy="disable"), "images": SumMetric()}, compute_groups=False
+        ).to(device)
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """
+        Args:
+            logits: [B, C].  labels: int64 [B]; -1: the row only fills the batch up and is not counted.
+        """
+        real = labels >= 0
+        logits, labels = logits[real].float(), labels[real]
+        if len(labels):
+            self._metrics["top1"].update(logits, labels)
+            self._metrics["top5"].update(logits, labels)
+            self._metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
+            self._metrics["images"].update(len(labels))
+
+    def result(self) -> dict[str, float]:
+        """top1, top5 (percent; of fewer than five classes: top-C), loss (cross-entropy), images (how many were
+        counted).
+
+        Collective: torchmetrics sums the counts over the ranks of the process group, if any.
+        """
+        values = {name: float(value) for name, value in self._metrics.compute().items()}
+        return {
+            "top1": round(100 * values["top1"], 4),
+            "top5": round(100 * values["top5"], 4),
+            "loss": values["loss"],
+            "images": int(values["images"]),
+        }
+
+
 @torch.no_grad()
 def classification_quality(
     forward: Callable[[torch.Tensor], torch.Tensor], batches: Iterable, *, num_classes: int, device: torch.device
 ) -> dict[str, float]:
-    """Top-1, top-5 and loss. Collective: torchmetrics sums the counts over the ranks of the process group, if any.
+    """Top-1, top-5 and loss. Collective.
 
     Args:
         forward: images_norm [B, 3, S, S] -> logits [B, C].
         batches: have `.images_norm` and `.labels` (int64 [B], -1 where a row only fills the batch up).
-    Returns: top1, top5 (percent; of fewer than five classes: top-C), loss (cross-entropy), images (how many were
-        counted).
+    Returns: as `ClassificationSums.result`.
     """
-    accuracies = {
-        f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)
-    }
-    metrics = MetricCollection(
-        {**accuracies, "loss": MeanMetric(nan_strategy="disable"), "images": SumMetric()}, compute_groups=False
-    ).to(device)
+    sums = ClassificationSums(num_classes, device)
     for batch in batches:
-        logits = forward(batch.images_norm).float()
-        real = batch.labels >= 0
-        logits, labels = logits[real], batch.labels[real]
-        if len(labels):
-            metrics["top1"].update(logits, labels)
-            metrics["top5"].update(logits, labels)
-            metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
-            metrics["images"].update(len(labels))
-    values = {name: float(value) for name, value in metrics.compute().items()}
-    return {
-        "top1": round(100 * values["top1"], 4),
-        "top5": round(100 * values["top5"], 4),
-        "loss": values["loss"],
-        "images": int(values["images"]),
-    }
+        sums.add(forward(batch.images_norm), batch.labels)
+    return sums.result()
+
+
+def accuracy_of(quality: dict[str, float]) -> dict[str, float]:
+    """top1 and top5 alone of a `ClassificationSums.result`."""
+    return {name: quality[name] for name in ("top1", "top5")}

@@ -1,22 +1,23 @@
-"""Evaluate a tokenizer: reconstructions, use of the codebook, images per second, and probes of the codes alone."""
+"""Evaluate a tokenizer: reconstructions, use of the codebook, images per second, what a classifier reads in the
+reconstructions, and probes of the codes alone.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from peco_ds.config import ProbeSettings
 from peco_ds.data.central_squares import square_batches
 from peco_ds.data.image_set import ImageSet
 from peco_ds.errors import UserError
-from peco_ds.evaluation.code_probes import bag_of_codes, mean_code_vector
+from peco_ds.evaluation.code_probes import probe_codes
 from peco_ds.evaluation.forward import ForwardSettings, in_precision, world_images_per_s
-from peco_ds.evaluation.linear_probes import probe
 from peco_ds.evaluation.perceptual_distance import load_lpips
+from peco_ds.evaluation.pixel_classifier import PixelClassifier
 from peco_ds.evaluation.reconstruction import CodeSums, RoundTripSums, quality_line, round_trip_of
+from peco_ds.evaluation.reconstruction_accuracy import ReconstructionAccuracy, reading_line
 from peco_ds.evaluation.stopping import until_stopped
 from peco_ds.models.tokenizers import load_tokenizer
 
@@ -44,20 +45,37 @@ class TokenizerEvaluation:
             )
         if self._image_px % stride_px:
             raise UserError(f"--image_px {self._image_px}: not a multiple of the tokenizer's stride {stride_px}")
-        if lpips and not self._tokenizer.makes_images:
-            raise UserError(
-                f"--lpips {lpips}: the tokenizer {release} makes no images, so there is nothing to "
-                "compare; leave --lpips out"
-            )
+        self._release = release
+        if lpips:
+            self.check_makes_images("--lpips", lpips)
         self._distance = load_lpips(lpips) if lpips else None
 
-    def measure(self, images: ImageSet, train: ImageSet | None, how: ForwardSettings, world) -> tuple[dict, str]:
+    def check_makes_images(self, option: str, value: object) -> None:
+        """Raises: UserError if an option asks for reconstructions and the tokenizer makes none."""
+        if not self._tokenizer.makes_images:
+            raise UserError(
+                f"{option} {value}: the tokenizer {self._release} makes no images, so there is nothing to "
+                f"compare; leave {option} out"
+            )
+
+    def measure(
+        self,
+        images: ImageSet,
+        how: ForwardSettings,
+        world,
+        *,
+        train: ImageSet | None = None,
+        classifier: PixelClassifier | None = None,
+    ) -> tuple[dict, str]:
         """Collective.
 
         Args:
-            images: to measure on.  train: labelled as `images` are; None: the codes are not probed.
+            images: to measure on.
+            train: labelled as `images` are; None: the codes are not probed.
+            classifier: of the classes of `images`; reads the reconstructions. None: nobody does.
             world: the ranks (`runtime.distributed.World`).
-        Returns: settings, quality, throughput and code probes as they are recorded, and one line about them.
+        Returns: settings, quality, throughput, what the classifier reads and code probes as they are recorded, and one
+            line about them.
         Raises: Stopped if the ranks were asked to stop; UserError for an unreadable image.
         """
         tokenizer, distance, num_codes = self._tokenizer.to(world.device), self._distance, self.card.num_codes
@@ -70,11 +88,18 @@ class TokenizerEvaluation:
             sums: CodeSums = RoundTripSums(num_codes, world.device, distance)
         else:
             sums = CodeSums(num_codes, world.device)
+        reading = None
+        if classifier is not None:
+            num_classes = len(images.manifest.classes or ())
+            reading = ReconstructionAccuracy(classifier.to(world.device), how, num_classes, world.device)
         codes = []
         begun = time.perf_counter()
         for batch in self._squares(images, how, world):
             output = round_trip(batch.images_01 * 2 - 1)
             sums.add(batch.images_01, output, (batch.samples >= 0).to(world.device))
+            if reading is not None:
+                assert output.reconstruction is not None, "checked by check_makes_images"
+                reading.add(batch.images_01, output.reconstruction, batch.labels)
             codes.append((output.codes, batch.labels, batch.samples))
         quality = sums.result(world.all_reduce)
         end_to_end_images_per_s = images.num_samples / (time.perf_counter() - begun)
@@ -92,14 +117,21 @@ class TokenizerEvaluation:
             },
         }
         line = f"{quality_line(quality, num_codes)} on {images.num_samples} images at {self._image_px} px"
+        if reading is not None:
+            result["reconstructions_read_by"] = reading.result()
+            line += f"; {reading_line(result['reconstructions_read_by'])}"
         if train is not None:
             assert train.manifest.classes is not None, "the images to train on are labelled"
             train_codes = (
                 (tokenize(batch.images_01 * 2 - 1), batch.labels, batch.samples)
                 for batch in self._squares(train, how, world)
             )
-            result["code_probes"] = _probe_codes(
-                tokenizer, _gathered(train_codes, world), _gathered(codes, world), len(train.manifest.classes), world
+            result["code_probes"] = probe_codes(
+                tokenizer.code_vectors,
+                _gathered(train_codes, world),
+                _gathered(codes, world),
+                len(train.manifest.classes),
+                world,
             )
             result["train_images"] = train.facts()
             line += "".join(
@@ -124,38 +156,3 @@ def _gathered(batches, world):
     codes, labels, samples = (world.gather(part.to(world.device)).cpu() for part in (codes, labels, samples))
     order = samples.argsort()[int((samples < 0).sum()) :]
     return codes[order], labels[order]
-
-
-def _probe_codes(tokenizer, train, val, num_classes: int, world) -> dict:
-    """What a linear classifier and nearest neighbours make of the codes alone, in percent.
-
-    Collective; the two forms of an image are shared out.
-    """
-    settings, vectors, device = ProbeSettings(), tokenizer.code_vectors, world.device
-    forms = {
-        "bag of codes": lambda codes: bag_of_codes(codes, len(vectors), device),
-        "mean code vector": lambda codes: mean_code_vector(codes, vectors, device),
-    }
-    (train_codes, train_labels), (val_codes, val_labels) = train, val
-    found = {}
-    for name in list(forms)[world.rank :: world.size]:
-        rows_of = forms[name]
-        accuracies = probe(
-            (rows_of(train_codes), train_labels),
-            (rows_of(val_codes), val_labels),
-            settings,
-            num_classes=num_classes,
-            device=device,
-        )
-        best = {
-            "best_linear": max(row["top1"] for row in accuracies["linear"]),
-            "best_knn": max(accuracies["knn"].values()),
-        }
-        found[name] = {**best, **accuracies}
-    everything = {name: value for part in world.gather_objects(found) for name, value in part.items()}
-    used = {
-        key: value
-        for key, value in asdict(settings).items()
-        if key in ("lrs", "epochs", "global_batch", "weight_decay", "knn_k", "knn_temperature", "seed")
-    }
-    return {"images_as": {name: everything[name] for name in forms}, "settings": used}

@@ -25,15 +25,20 @@ class ForwardSettings:
         return {"precision": self.precision, "batch": self.batch, "ranks": world.size}
 
 
-def in_precision(forward: Callable, precision: Literal["fp32", "bf16"], device: torch.device) -> Callable:
-    """`forward` without gradients, under autocast where bf16 is asked for."""
+def in_precision(
+    forward: Callable, precision: Literal["fp32", "bf16"], device: torch.device, *, gradients: bool = False
+) -> Callable:
+    """`forward` under autocast where bf16 is asked for.
 
-    @torch.no_grad()
+    Args:
+        gradients: False: none are kept, whatever the caller's mode.
+    """
+
     def run_forward(images: torch.Tensor):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             return forward(images)
 
-    return run_forward
+    return run_forward if gradients else torch.no_grad()(run_forward)
 
 
 @torch.no_grad()
