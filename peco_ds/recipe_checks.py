@@ -224,8 +224,8 @@ def _check_tokenizer(recipe: TokenizerRecipe) -> None:
         )
         _require(
             recipe.perceptual.weight == 0 or recipe.perceptual.weights != "",
-            "perceptual.weights is empty; give a MoCo v3 file (vit-b-300ep.pth.tar) or any timm ViT "
-            "file, or set perceptual.weight=0 for a tokenizer without a judge",
+            "perceptual.weights is empty; give a MoCo v3 file (vit-b-300ep.pth.tar), any timm ViT file or a "
+            "convolutional network's, or set perceptual.weight=0 for a tokenizer without a judge",
         )
     _require(
         recipe.data.val_images != "" or recipe.data.holdout > 0,

@@ -280,8 +280,8 @@ def test_in_bf16_a_judge_answers_in_float32_close_to_float32(resnet_file, images
     image = images_01.clone().requires_grad_()
     for exact, near in zip(whole.features(images_01, ()), half.features(image, ()), strict=True):
         assert near.dtype == torch.float32 and near.requires_grad
-        # bf16 has 8 bits of mantissa; the worst case measured was 0.015.
-        assert 1e-5 < (exact - near).norm() / exact.norm() < 0.03
+        # bf16 has 8 bits of mantissa; the worst case measured was 0.009.
+        assert 1e-5 < (exact - near).norm() / exact.norm() < 0.02
     sum(near.square().mean() for near in half.features(image, ())).backward()
     assert image.grad.dtype == torch.float32 and image.grad.abs().sum() > 0
     assert all(parameter.dtype == torch.float32 for parameter in half.parameters())

@@ -150,7 +150,8 @@ class Stage:
         """FLOP of one image, forward and backward: the numerator of MFU.
 
         Recomputation is not counted, nor what subsets of stochastic depth leave out; a judge or teacher and the
-        objective are. For tokenizing, the forward pass alone. 0 for a tokenizer of a kind that does not tell its cost.
+        objective are, where they tell their cost. For tokenizing, the forward pass alone. 0 for a tokenizer of a kind
+        that does not tell its cost.
         """
         recipe = self.recipe
         if self.kind == "tokenizer" and not tokenizer_cost(recipe.tokenizer, recipe.views.tokenizer_px).known:
