@@ -12,7 +12,7 @@ import statistics
 import tarfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -451,7 +451,8 @@ class SmallTable:
 
     def plan(self) -> str:
         """Arms and budget, before anything is run."""
-        lines = [f"Table {self.number}: {self.table.title}; {self.args.seeds} seeds, {len(self.steps())} steps"]
+        seeds = f"{self.args.seeds} seed{'s' if self.args.seeds > 1 else ''}"
+        lines = [f"Table {self.number}: {self.table.title}; {seeds}, {len(self.steps())} steps"]
         lines.append(f"Images: {self.images['train']:,} to train on, {self.images['val']:,} to measure on")
         for judge in self.judges:
             lines.append(f"Judge {judge.name}: {judge.label}")
@@ -585,12 +586,8 @@ def run_in_order(steps: Sequence[SmallStep], do: Callable[[SmallStep], None], jo
                 running[threads.submit(do, step)] = step
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
-                _raise_of(future)
+                future.result()
                 done.add(running.pop(future).name)
-
-
-def _raise_of(future: Future) -> None:
-    future.result()
 
 
 class Progress:

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ import torch
 from conftest import REPOSITORY, run_stage
 
 from benchmarks import paper_chain, reproduce, stages
-from benchmarks.paper_small import Progress, SmallStep, SmallTable
+from benchmarks.paper_small import Progress, SmallStep, SmallTable, run_in_order
 from benchmarks.paper_tables import read_paper
 from peco_ds.command_line import run
-from peco_ds.config import FinetuneRecipe, PretrainRecipe, TokenizerRecipe
+from peco_ds.config import ClassifierSettings, FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerRecipe
 from peco_ds.errors import UserError
+from peco_ds.models.classifier import build_classifier
 from peco_ds.recipe_files import load_recipe
 
 PAPER = read_paper()
@@ -166,6 +168,16 @@ def judge_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def classifier_file(tmp_path_factory) -> Path:
+    """Of the two classes; it has not learned anything."""
+    torch.manual_seed(2)
+    model = ModelSettings(image_px=32, patch_px=8, width=24, depth=2, heads=2, layer_scale=1.0, drop_path=0)
+    path = tmp_path_factory.mktemp("classifier") / "classifier.pth"
+    torch.save({"model": build_classifier(model, ClassifierSettings(head_scale=1.0), 2).state_dict()}, path)
+    return path
+
+
 class Started(list):
     """Names of stages that were started, each as a fork; the one called `refused` ends with 1."""
 
@@ -193,9 +205,11 @@ def table_of(number: int, images: Path, *words: str) -> SmallTable:
     return reproduce.prepared(args, PAPER)
 
 
-def test_a_table_runs_to_its_record_and_goes_on_where_it_was_stopped(images, judge_file, started, tmp_path, capsys):
+def test_a_table_runs_to_its_record_and_goes_on_where_it_was_stopped(
+    images, judge_file, classifier_file, started, tmp_path, capsys
+):
     words = ["--table", "7", "--images", str(images), "--out", str(tmp_path), "--judge", str(judge_file)]
-    words += ["--arms", "plain_300", "peco_300", "--set", *TINY]
+    words += ["--classifier", str(classifier_file), "--arms", "plain_300", "peco_300", "--set", *TINY]
     started.refused = "codes_plain_0"
     with pytest.raises(SystemExit):
         reproduce.main(words)
@@ -215,6 +229,8 @@ def test_a_table_runs_to_its_record_and_goes_on_where_it_was_stopped(images, jud
     for name, row in zip(("plain", "peco"), rows):
         codes = json.loads((tmp_path / f"codes_{name}_0.json").read_text())
         cells, probes = dict(zip(heads, row)), codes["code_probes"]["images_as"]
+        read = codes["reconstructions_read_by"]
+        assert cells["top-1 on reconstructions"] == f"{read['reconstructions']['top1']:.2f}"
         assert cells["PSNR"] == f"{codes['quality']['psnr']:.2f}"
         assert cells["codes used"] == f"{codes['quality']['codes_used']}"
         assert cells["mean code vector: linear"] == f"{probes['mean code vector']['best_linear']:.2f}"
@@ -285,6 +301,20 @@ def test_the_time_to_go_is_that_of_steps_of_its_kind_by_their_flop(tmp_path):
     (tmp_path / "tokenizer_b_0.json").write_text(json.dumps({"seconds": 1800.0}))
     progress.ends(steps[1])
     assert progress.line("codes_a_0") == "step 3 of 3: codes_a_0 (time to go not yet known)"
+
+
+def test_two_steps_run_at_a_time_each_after_those_it_needs():
+    both = threading.Barrier(2, timeout=60)
+    ended: list[str] = []
+
+    def do(step: SmallStep) -> None:
+        if step.name in ("a", "b"):
+            both.wait()
+        ended.append(step.name)
+
+    needs = {"a": (), "c": ("a", "b"), "b": (), "d": ("c",)}
+    run_in_order([SmallStep(name, "python", needs=needed) for name, needed in needs.items()], do, jobs=2)
+    assert set(ended[:2]) == {"a", "b"} and ended[2:] == ["c", "d"]
 
 
 @pytest.mark.parametrize(
