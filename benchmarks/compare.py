@@ -27,11 +27,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
 
 from benchmarks.plots import drawing
-from benchmarks.record import at_least, benchmark_parser, markdown_table, parse, publish
+from benchmarks.probed import best_knn, best_linear, linear_top1
+from benchmarks.record import at_least, benchmark_parser, markdown_table, parse, publish, read_checked
 from benchmarks.stages import Stages
 from benchmarks.step_time import step_costs, training_flops
 from peco_ds.command_line import run
@@ -41,7 +42,6 @@ from peco_ds.durations import micro_steps
 from peco_ds.errors import EXIT_DONE, UserError
 from peco_ds.recipe_files import load_recipe
 from peco_ds.schema import sha256_of_json, write_json
-from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
 _strict = ConfigDict(extra="forbid")
 # in a setting: the timm release of an arm that stands earlier, pre-trained with the first seed
@@ -51,10 +51,6 @@ OF_TOKENS = ("views.", "data.", "model.image_px=", "model.patch_px=", "objective
 HEADS = (
     "arm | fine-tuned top-1, each seed | mean | linear probe, best block | k-NN, best block | steps | GFLOP an image | "
     "TFLOP in all | images/s | activations an image | codes used"
-).split(" | ")
-CODE_HEADS = (
-    "tokens of | PSNR | SSIM | codes used | perplexity | bag of codes: linear / k-NN | "
-    "mean code vector: linear / k-NN | MIM loss | masked accuracy"
 ).split(" | ")
 
 
@@ -85,8 +81,6 @@ class Comparison:
     arms: dict[str, Arm]
     # the arm whose schedule says how many FLOPs every arm gets
     budget_of: str
-    # also what a classifier makes of the codes alone, in a table of its own
-    probe_codes: bool = False
     probe_settings: list[str] = field(default_factory=list)
 
 
@@ -117,15 +111,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def read_comparison(path: Path) -> Comparison:
     """Raises: UserError if the file is none, or an arm asks for what is not there."""
-    try:
-        found = TypeAdapter(Comparison).validate_python(read_yaml(path))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a file such as benchmarks/compare/imagenette.yaml") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; correct the file") from None
-    except NOT_YAML as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    found = read_checked(Comparison, path, "benchmarks/compare/imagenette.yaml")
     trained: set[str] = set()
     for name, arm in found.arms.items():
         if arm.tokenizer and arm.tokenizer not in found.tokenizers:
@@ -169,8 +155,7 @@ class Comparisons:
 
     def run(self) -> None:
         for split in ("train", "val"):
-            folders = ["--images", self.args.images / split, "--out", self.out / "images" / split]
-            self.stages.python(f"pack_{split}", "pack_images.py", *folders, "--samples_per_shard", 500)
+            self.stages.pack(split, self.args.images / split)
         with ThreadPoolExecutor(len(self.comparison.arms)) as threads:
             for done in [threads.submit(self.arm, name) for name in self.comparison.arms]:
                 done.result()
@@ -193,8 +178,6 @@ class Comparisons:
             out.name, "linear_probe.py", "--recipe", self.recipe(self.comparison.probe), *settings, "--out", out
         )
         measured = [self.tokenizer(self.comparison.arms[name].tokenizer), "--images", self.out / "images/val"]
-        if self.comparison.probe_codes:
-            measured += ["--train_images", self.out / "images/train"]
         measured += ["--out", self.out / f"{codes}.json", "--image_px", self.resolved(name).views.tokenizer_px]
         self.stages.python(codes, "evaluate.py", *measured)
 
@@ -287,7 +270,6 @@ class Comparisons:
                     ],
                     "probe": self.read(f"probe_{name}/probe.json")["layers"],
                     "codes": codes["quality"],
-                    "code_probes": codes.get("code_probes"),
                     "num_codes": codes["settings"]["num_codes"],
                 }
         first = self.read(f"classifier_{next(iter(arms))}_0/provenance.json")
@@ -309,11 +291,8 @@ class Comparisons:
 def table(results: dict) -> str:
     arms = results["arms"].values()
     minutes = sum(stage["seconds"] for stage in results["runs"].values()) / 60
-    parts = [markdown_table(HEADS, map(cells, arms))]
-    if any(arm.get("code_probes") for arm in arms):
-        parts.append(markdown_table(CODE_HEADS, [code_cells(arm) for arm in arms if arm.get("code_probes")]))
-    parts.append(f"{minutes:.0f} minutes of stages; {results['versions']['device']}, commit {results['commit'][:12]}")
-    return "\n\n".join(parts)
+    about = f"{minutes:.0f} minutes of stages; {results['versions']['device']}, commit {results['commit'][:12]}"
+    return f"{markdown_table(HEADS, map(cells, arms))}\n\n{about}"
 
 
 def cells(arm: dict) -> list[str]:
@@ -324,8 +303,8 @@ def cells(arm: dict) -> list[str]:
     budget, step = arm["budget"], arm["step"]
     return [
         *found,
-        f"{max(map(linear_top1, arm['probe'])):.1f}",
-        f"{max(value for layer in arm['probe'] for value in layer['knn'].values()):.1f}",
+        f"{best_linear(arm['probe']):.1f}",
+        f"{best_knn(arm['probe']):.1f}",
         f"{budget['steps']}",
         f"{budget['flops_per_image'] / 1e9:.2f}",
         f"{budget['flops_per_image'] * budget['images'] / 1e12:.1f}",
@@ -333,26 +312,6 @@ def cells(arm: dict) -> list[str]:
         f"{step['saved_bytes_per_image'] / 1e6:.2f} MB",
         f"{arm['codes']['codes_used']} of {arm['num_codes']}",
     ]
-
-
-def code_cells(arm: dict) -> list[str]:
-    codes, probes, last = arm["codes"], arm["code_probes"]["images_as"], arm["pretraining"][0]
-    return [
-        arm["label"],
-        *(f"{codes[name]:{form}}" if name in codes else "-" for name, form in (("psnr", ".2f"), ("ssim", ".3f"))),
-        f"{codes['codes_used']}",
-        f"{codes['perplexity']:.0f}",
-        *(
-            f"{probes[how]['best_linear']:.1f} / {probes[how]['best_knn']:.1f}"
-            for how in ("bag of codes", "mean code vector")
-        ),
-        f"{last['loss']:.3f}",
-        f"{100 * last['accuracy']:.2f}%",
-    ]
-
-
-def linear_top1(layer: dict) -> float:
-    return max(row["top1"] for row in layer["linear"])
 
 
 def plot(path: Path, arms: dict[str, dict]) -> None:

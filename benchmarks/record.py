@@ -13,9 +13,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from peco_ds.command_line import Parser
 from peco_ds.errors import UserError
+from peco_ds.strict_yaml import NOT_YAML, read_yaml
+
+T = TypeVar("T")
 
 
 def benchmark_parser(name: str, description: str, *, gpu: str = "", plot: str = "", overrides: str = "") -> Parser:
@@ -83,6 +89,22 @@ def chosen(option: str, text: str, known: Iterable[str]) -> list[str]:
         if value not in known:
             raise UserError(f"--{option} {value}: not one of {', '.join(known)}; values are separated by commas")
     return values
+
+
+def read_checked(kind: type[T], path: Path, example: str) -> T:
+    """A YAML file as one of pydantic's dataclasses.
+
+    Raises: UserError if there is no such file, or it holds something else; names the `example` to take.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(read_yaml(path))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a file such as {example}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; correct the file") from None
+    except NOT_YAML as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
 
 
 def require_gpu() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from peco_ds.errors import UserError
@@ -61,10 +62,20 @@ class Stages:
         ranks: of the stages that train or tokenize; 1: plain python, more: the deepspeed launcher.
         threads: of each process; 0: torch's own choice.
         jobs: commands at a time; the caller's threads wait for each other.
+        announce: what to say of a command that begins, by its name.
     """
 
-    def __init__(self, out: Path, *, ranks: int, deepspeed_config: str, threads: int = 0, jobs: int = 1) -> None:
-        self.out = out
+    def __init__(
+        self,
+        out: Path,
+        *,
+        ranks: int,
+        deepspeed_config: str,
+        threads: int = 0,
+        jobs: int = 1,
+        announce: Callable[[str], str] = str,
+    ) -> None:
+        self.out, self._announce = out, announce
         self._launcher = [sys.executable] if ranks == 1 else ["deepspeed", "--num_gpus", str(ranks)]
         self._engine = ["--deepspeed_config", deepspeed_config]
         self._environ = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
@@ -79,6 +90,11 @@ class Stages:
 
     def ranks(self, name: str, stage: str, *arguments) -> None:
         self._command(name, [*self._launcher, STAGES / stage, *arguments])
+
+    def pack(self, split: str, images: Path) -> None:
+        """Image shards of a folder of class folders, in OUT/images."""
+        folders = ["--images", images, "--out", self.out / "images" / split]
+        self.python(f"pack_{split}", "pack_images.py", *folders, "--samples_per_shard", 500)
 
     def python(self, name: str, stage: str, *arguments) -> None:
         self._command(name, [sys.executable, STAGES / stage, *arguments])
@@ -103,7 +119,7 @@ class Stages:
             return
         if self._failed.is_set():
             sys.exit(1)
-        sys.stdout.write(f"{time.strftime('%H:%M:%S')} {name}\n")
+        sys.stdout.write(f"{time.strftime('%H:%M:%S')} {self._announce(name)}\n")
         sys.stdout.flush()
         begun = time.perf_counter()
         path = self.out / "log" / f"{name}.log"

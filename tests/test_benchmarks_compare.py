@@ -3,9 +3,12 @@
 import json
 
 import pytest
+from conftest import REPOSITORY
 
-from benchmarks import compare, small_scale_proof, stages
+from benchmarks import compare, stages
 from peco_ds.errors import UserError
+
+FILE = REPOSITORY / "benchmarks" / "compare" / "imagenette.yaml"
 
 
 @pytest.fixture
@@ -24,22 +27,22 @@ def commands(monkeypatch) -> dict[str, str]:
     return asked
 
 
-def test_the_small_scale_proof_trains_both_tokens_and_judges_by_the_plain_ones_first_network(commands, tmp_path):
+def test_tokenizers_are_trained_and_judged_by_the_network_of_an_earlier_arm(commands, tmp_path):
     out = tmp_path / "out"
-    small_scale_proof.main(["--images", "somewhere", "--out", str(out), "--seeds", "1", "--mim", "schedule.epochs=2"])
-    of_tokens = {f"{run}_{arm}" for run in ("tokenizer", "codes", "probe") for arm in ("plain", "perceptual")}
-    tuned = {f"classifier_{arm}_0" for arm in ("scratch", "plain", "perceptual")}
-    assert of_tokens | tuned | {"pretrain_plain_0", "pretrain_perceptual_0"} <= set(commands)
-    assert f"perceptual.weights={out / 'release_plain'}" in commands["tokenizer_perceptual"]
-    assert str(out / "pretrain_plain_0") in commands["release_plain"]
+    words = ["--images", "somewhere", "--out", str(out), "--seeds", "1", "--mim", "schedule.epochs=2"]
+    compare.main([str(FILE), *words])
+    of_tokens = {f"{run}_{tokens}" for run in ("tokenizer", "codes") for tokens in ("plain", "perceptual", "vqkd")}
+    tuned = {f"classifier_{arm}_0" for arm in ("scratch", "beit", "peco", "mcbeit", "beitv2", "visible")}
+    assert of_tokens | tuned | {"pretrain_beit_0", "pretrain_peco_0", "probe_peco"} <= set(commands)
+    assert f"perceptual.weights={out / 'release_beit'}" in commands["tokenizer_perceptual"]
+    assert str(out / "pretrain_beit_0") in commands["release_beit"]
     assert "init.weights" not in commands["classifier_scratch_0"]
-    assert all("schedule.steps=20 " in commands[f"pretrain_{arm}_0"] for arm in ("plain", "perceptual"))
-    assert "--train_images" in commands["codes_plain"], "a classifier of the codes alone"
+    assert all("schedule.steps=20 " in commands[f"pretrain_{arm}_0"] for arm in ("beit", "peco"))
+    assert f"--images {out / 'images/val'}" in commands["codes_plain"]
 
 
 def test_an_arm_that_sees_half_the_patches_makes_the_more_steps(commands, tmp_path):
-    file = small_scale_proof.COMPARISON.with_name("imagenette.yaml")
-    compare.main([str(file), "--images", "somewhere", "--out", str(tmp_path), "--seeds", "1"])
+    compare.main([str(FILE), "--images", "somewhere", "--out", str(tmp_path), "--seeds", "1"])
     steps = {
         arm: int(commands[f"pretrain_{arm}_0"].split("schedule.steps=")[1].split()[0])
         for arm in ("beit", "peco", "beitv2", "visible")
@@ -50,14 +53,14 @@ def test_an_arm_that_sees_half_the_patches_makes_the_more_steps(commands, tmp_pa
 @pytest.mark.parametrize(
     "spoilt, told",
     [
-        (("budget_of: plain", "budget_of: scratch"), "budget_of scratch: no pre-trained arm"),
-        (("{release:plain}", "{release:perceptual}"), "arm perceptual needs a release of perceptual"),
-        (("tokenizer: perceptual", "tokenizer: other"), "arm perceptual has the tokenizer other"),
-        (("probe_codes", "prove_codes"), "prove_codes"),
+        (("budget_of: beit", "budget_of: scratch"), "budget_of scratch: no pre-trained arm"),
+        (("{release:beit}", "{release:peco}"), "arm peco needs a release of peco"),
+        (("tokenizer: perceptual", "tokenizer: other"), "arm peco has the tokenizer other"),
+        (("probe_settings", "prove_settings"), "prove_settings"),
     ],
 )
 def test_a_file_that_asks_for_what_is_not_there_is_refused(tmp_path, spoilt, told):
-    text = small_scale_proof.COMPARISON.read_text()
+    text = FILE.read_text()
     assert spoilt[0] in text
     (tmp_path / "file.yaml").write_text(text.replace(*spoilt))
     with pytest.raises(UserError, match=told):

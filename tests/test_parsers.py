@@ -77,6 +77,7 @@ from peco_ds.schema import (
     write_json,
     write_manifest,
 )
+from peco_ds.tensor_names import tensor_names
 
 PACKAGE = Path(__file__).resolve().parents[1] / "peco_ds"
 SMALL = ModelSettings(image_px=32, patch_px=8, width=24, depth=1, heads=3, drop_path=0.0)
@@ -230,6 +231,10 @@ def plain_vit(folder: Path) -> None:
         img_size=32, patch_size=16, embed_dim=192, depth=1, num_heads=3, num_classes=0
     )
     torch.save({"state_dict": net.state_dict()}, folder / "judge.pth")
+
+
+def convolutional(folder: Path) -> None:
+    torch.save({"state_dict": timm.create_model("test_resnet", pretrained=False).state_dict()}, folder / "judge.pth")
 
 
 def clip_tensors() -> dict[str, torch.Tensor]:
@@ -601,6 +606,16 @@ PARSERS = {
     "a tokenizer's tensors": Parser(tokenizer, "tokenizer.safetensors", load_tokenizer),
     "unilm's VQ-KD": Parser(vqkd, "vqkd.pth", lambda f: read_published([f / "vqkd.pth"]), examples=60),
     "a judge": Parser(plain_vit, "judge.pth", lambda f: load_feature_net(str(f / "judge.pth")), examples=20),
+    "a convolutional judge": Parser(
+        convolutional,
+        "judge.pth",
+        lambda f: load_feature_net(str(f / "judge.pth"), "test_resnet"),
+        examples=20,
+    ),
+    "the names in a file of tensors": Parser(tokenizer, "tokenizer.safetensors", lambda f: tensor_names(f / "tokenizer.safetensors"), errors=()),
+    "the names in a pickle of tensors": Parser(
+        convolutional, "judge.pth", lambda f: tensor_names(f / "judge.pth"), errors=()
+    ),
     "a judge's config": Parser(release_of(to_timm), "config.json", lambda f: load_feature_net(str(f)), examples=25),
     "a teacher in a TorchScript archive": Parser(
         torchscript, "clip.pt", lambda f: load_feature_net(str(f / "clip.pt"), section="teacher"), examples=40
