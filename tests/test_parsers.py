@@ -612,7 +612,9 @@ PARSERS = {
         lambda f: load_feature_net(str(f / "judge.pth"), "test_resnet"),
         examples=20,
     ),
-    "the names in a file of tensors": Parser(tokenizer, "tokenizer.safetensors", lambda f: tensor_names(f / "tokenizer.safetensors"), errors=()),
+    "the names in a file of tensors": Parser(
+        tokenizer, "tokenizer.safetensors", lambda f: tensor_names(f / "tokenizer.safetensors"), errors=()
+    ),
     "the names in a pickle of tensors": Parser(
         convolutional, "judge.pth", lambda f: tensor_names(f / "judge.pth"), errors=()
     ),
