@@ -78,14 +78,15 @@ def wheel_photographs(folder: Path) -> RealData:
 
 
 @pytest.fixture(autouse=True)
-def _no_launcher_is_left_behind():
-    """Rank and port, once left in the environment, would make later plain starts wait for ranks that nobody started."""
-    before = {name: os.environ.get(name) for name in OF_LAUNCHERS}
+def _rank_and_port_go_with_the_test():
+    """A stage started in this process makes itself the one rank of a group. What it wrote of that into the environment
+    would make later plain starts ask at a port where that group still listens.
+    """
+    before = {name: os.environ.pop(name) for name in OF_LAUNCHERS if name in os.environ}
     yield
-    after = {name: os.environ.get(name) for name in OF_LAUNCHERS}
-    for name, value in before.items():
-        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-    assert after == before
+    for name in OF_LAUNCHERS:
+        os.environ.pop(name, None)
+    os.environ.update(before)
 
 
 _server: ForkServer | None = None
