@@ -36,6 +36,7 @@ SETTINGS = {
         kind="dvae", num_codes=64, code_dim=8, channels=16, channel_mults=(1, 1, 2, 2), blocks_per_level=1
     ),
     "vqkd": TokenizerSettings(kind="vqkd", num_codes=64, code_dim=8, l2_normalized=True, vit=VIT),
+    "vqvit": TokenizerSettings(kind="vqvit", num_codes=64, code_dim=8, vit=VIT),
 }
 VIEW_PX = {kind: 4 * settings.stride_px for kind, settings in SETTINGS.items()}
 VARIANTS = {
