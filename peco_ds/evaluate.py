@@ -25,7 +25,7 @@ from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
 # Options that only a classifier has a use for, and those that only a tokenizer has; both are None unless given.
 OF_CLASSIFIERS = ("crop", "attack", "epsilon", "steps", "step_size")
-OF_TOKENIZERS = ("train_images", "lpips", "classifier")
+OF_TOKENIZERS = ("train_images", "lpips", "classifier", "atlas")
 # PeCo's budget of an attack (arXiv 2111.12710, table 11).
 EPSILON, STEPS = Fraction(2, 255), 20
 
@@ -153,6 +153,13 @@ def arguments() -> Parser:
         help="timm model, weights file, release or run of finetune.py: its top-1 on the reconstructions of --images, "
         "which are labelled, beside that on the originals",
     )
+    tokenizer.add_argument(
+        "--atlas",
+        type=Path,
+        metavar="FILE.png",
+        help="draw a tokenizer's commonest, rarest and, where --images are labelled, purest codes with patches that "
+        "carry them, and measure what a code tells of the class",
+    )
     return parser
 
 
@@ -180,6 +187,11 @@ def check(args) -> None:
         raise UserError(f"--step_size {args.step_size}: must be above 0")
     if not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: no folder {args.out.parent}; make it, or give another file")
+    if args.atlas is not None:
+        if args.atlas.suffix.lower() != ".png":
+            raise UserError(f"--atlas {args.atlas}: the picture is written as PNG; give a name that ends in .png")
+        if not args.atlas.parent.is_dir():
+            raise UserError(f"--atlas {args.atlas}: no folder {args.atlas.parent}; make it, or give another file")
 
 
 def check_kind(args, *, is_tokenizer: bool) -> None:
@@ -369,7 +381,7 @@ def open_tokenizer(args, release: Path, own_px: int | None):
     card, how = evaluation.card, forward_settings(args)
 
     def measure(world):
-        result, line = evaluation.measure(images, how, world, train=train, classifier=classifier)
+        result, line = evaluation.measure(images, how, world, train=train, classifier=classifier, atlas=args.atlas)
         source = {"kind": "tokenizer", "fingerprint": card.fingerprint, "facts": card.extra, "images": images.facts()}
         return {**source, **result}, f"tokenizer {card.fingerprint[:12]}: {line}"
 

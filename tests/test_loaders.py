@@ -215,7 +215,10 @@ def test_held_out_images_are_kept_from_training(small_sets):
     assert order.num_samples == 86
     trained = {order.sample_at(position) for position in range(86)}
     assert trained == set(range(86))
-    crops = held_out_images(images, recipe.data, 100, 32)
+    held_out = held_out_images(images, recipe.data, 100, 32)
+    crops = held_out.images_u8
+    assert held_out.labels.tolist() == [images.label(sample) for sample in range(86, 96)]
+    assert held_out.classes == tuple(images.manifest.classes)
     assert crops.shape == (10, 3, 32, 32) and crops.dtype == torch.uint8
     batch = next(crop_batches(images, order, [np.arange(4)], recipe, CPU)).images_11
     assert batch.shape == (4, 3, 32, 32) and batch.min() >= -1 and batch.max() <= 1

@@ -10,6 +10,7 @@ import timm
 import torch
 from conftest import REPOSITORY, run_stage
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peco_ds.models.tokenizers import load_tokenizer
 from peco_ds.runtime.metrics import read_metrics
@@ -203,6 +204,14 @@ def test_the_image_grid_shows_original_and_round_trip(runs):
     grid = Image.open(runs / "plain_1" / "reconstructions.png")
     # two columns, seven held-out images, a gap of 4 px around each
     assert grid.size == (2 * (32 + 8), 7 * (32 + 8))
+
+
+@pytest.mark.parametrize("name", ["plain_1", "critic_2", "vqkd_1", "vqkd_half_2"])
+def test_training_ends_in_an_atlas_of_the_codes_with_and_without_images(runs, name):
+    events = EventAccumulator(str(runs / name / "tensorboard"))
+    events.Reload()
+    (shown,) = [image for image in events.Images("code atlas") if image.step == 12]
+    assert Image.open(runs / name / "code_atlas.png").size == (shown.width, shown.height)
 
 
 def test_a_tokenizer_run_is_no_input_for_convert(runs, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from peco_ds.data.device_feed import device_batches
@@ -28,6 +29,15 @@ class SquareBatch(NamedTuple):
 
 def _central_square(size_px: int, image_u8: torch.Tensor) -> torch.Tensor:
     return cut(image_u8, center_view(*image_u8.shape[1:]), size_px)
+
+
+def read_square(images: ImageSet, sample: int, size_px: int) -> torch.Tensor:
+    """One of the squares that `square_batches` cuts, as uint8 [3, S, S].
+
+    Raises: UserError as `square_batches`.
+    """
+    make = CropMaker(images, partial(_central_square, size_px), size_px)
+    return make(np.array([sample])).cuts[size_px][0]
 
 
 def square_batches(images: ImageSet, size_px: int, world, *, batch: int, num_workers: int) -> Iterator[SquareBatch]:

@@ -383,19 +383,28 @@ def training_order(images: ImageSet, data: DataSettings, seed: int) -> SampleOrd
     return SampleOrder(np.diff(kept, prepend=0), seed, data.shuffle_window_shards)
 
 
-def held_out_images(images: ImageSet, data: DataSettings, max_images: int, size_px: int) -> torch.Tensor:
+class HeldOutImages(NamedTuple):
+    """What a tokenizer is judged on while it trains, on the CPU."""
+
+    images_u8: torch.Tensor  # uint8 [n, 3, S, S]
+    labels: torch.Tensor  # int64 [n]; -1 in a set without labels
+    # Names in label order; empty for a set without labels.
+    classes: tuple[str, ...]
+
+
+def held_out_images(images: ImageSet, data: DataSettings, max_images: int, size_px: int) -> HeldOutImages:
     """Central squares of the held-out images: of data.val_images (spread over the set), or the last data.holdout of
     the training set.
 
-    Returns: uint8 [n, 3, size_px, size_px]; unreadable ones are named and left out.
-    Raises: UserError if there is none.
+    Returns: squares of size_px; unreadable ones are named and left out.
+    Raises: UserError if there is none, or for a label that is not one of the set's.
     """
     if data.val_images:
         images = ImageSet(data_path(data, data.val_images))
         samples = np.unique(np.linspace(0, images.num_samples - 1, max_images).astype(int))
     else:
         samples = np.arange(images.num_samples - min(data.holdout, max_images), images.num_samples)
-    crops = []
+    crops, labels, classes = [], [], tuple(images.manifest.classes or ())
     for sample in samples:
         try:
             _, image = images.decode(int(sample))
@@ -403,9 +412,10 @@ def held_out_images(images: ImageSet, data: DataSettings, max_images: int, size_
             logger.warning("unreadable held-out image, left out: %s", error)
             continue
         crops.append(cut(image, center_view(*image.shape[1:]), size_px))
+        labels.append(images.label(int(sample)) if classes else -1)
     if not crops:
         raise UserError(
             "no held-out image to judge the tokenizer on; set data.val_images to an image set or "
             "data.holdout to a number of images"
         )
-    return torch.stack(crops)
+    return HeldOutImages(torch.stack(crops), torch.tensor(labels), classes)

@@ -1,5 +1,5 @@
 """Evaluate a tokenizer: reconstructions, use of the codebook, images per second, what a classifier reads in the
-reconstructions, and probes of the codes alone.
+reconstructions, probes of the codes alone, and an atlas of the codes.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 
-from peco_ds.data.central_squares import square_batches
+from peco_ds.data.central_squares import read_square, square_batches
 from peco_ds.data.image_set import ImageSet
 from peco_ds.errors import UserError
+from peco_ds.evaluation.atlas_picture import atlas_picture
+from peco_ds.evaluation.code_atlas import AtlasSums, CodeAtlas, atlas_line
 from peco_ds.evaluation.code_probes import probe_codes
 from peco_ds.evaluation.forward import ForwardSettings, in_precision, world_images_per_s
 from peco_ds.evaluation.perceptual_distance import load_lpips
 from peco_ds.evaluation.pixel_classifier import PixelClassifier
-from peco_ds.evaluation.reconstruction import CodeSums, RoundTripSums, quality_line, round_trip_of
+from peco_ds.evaluation.reconstruction import CodeSums, RoundTripSums, quality_line, round_trip_of, save_png
 from peco_ds.evaluation.reconstruction_accuracy import ReconstructionAccuracy, reading_line
 from peco_ds.evaluation.stopping import until_stopped
 from peco_ds.models.tokenizers import load_tokenizer
@@ -66,6 +68,7 @@ class TokenizerEvaluation:
         *,
         train: ImageSet | None = None,
         classifier: PixelClassifier | None = None,
+        atlas: Path | None = None,
     ) -> tuple[dict, str]:
         """Collective.
 
@@ -73,9 +76,10 @@ class TokenizerEvaluation:
             images: to measure on.
             train: labelled as `images` are; None: the codes are not probed.
             classifier: of the classes of `images`; reads the reconstructions. None: nobody does.
+            atlas: picture of the codes to draw, which rank 0 does; None: none, and nothing of it in the result.
             world: the ranks (`runtime.distributed.World`).
-        Returns: settings, quality, throughput, what the classifier reads and code probes as they are recorded, and one
-            line about them.
+        Returns: settings, quality, throughput, what the classifier reads, the atlas and code probes as they are
+            recorded, and one line about them.
         Raises: Stopped if the ranks were asked to stop; UserError for an unreadable image.
         """
         tokenizer, distance, num_codes = self._tokenizer.to(world.device), self._distance, self.card.num_codes
@@ -92,6 +96,10 @@ class TokenizerEvaluation:
         if classifier is not None:
             num_classes = len(images.manifest.classes or ())
             reading = ReconstructionAccuracy(classifier.to(world.device), how, num_classes, world.device)
+        counted = None
+        if atlas is not None:
+            classes = tuple(images.manifest.classes or ())
+            counted = AtlasSums(num_codes, self._grid, classes, world.device)
         codes = []
         begun = time.perf_counter()
         for batch in self._squares(images, how, world):
@@ -100,6 +108,8 @@ class TokenizerEvaluation:
             if reading is not None:
                 assert output.reconstruction is not None, "checked by check_makes_images"
                 reading.add(batch.images_01, output.reconstruction, batch.labels)
+            if counted is not None:
+                counted.add(output.codes, batch.labels, batch.samples)
             codes.append((output.codes, batch.labels, batch.samples))
         quality = sums.result(world.all_reduce)
         end_to_end_images_per_s = images.num_samples / (time.perf_counter() - begun)
@@ -120,6 +130,12 @@ class TokenizerEvaluation:
         if reading is not None:
             result["reconstructions_read_by"] = reading.result()
             line += f"; {reading_line(result['reconstructions_read_by'])}"
+        if atlas is not None and counted is not None:
+            found_codes = counted.result(world)
+            result["atlas"] = found_codes.facts(images.key)
+            line += f"; {atlas_line(found_codes)}, {atlas}"
+            if world.is_main:
+                self._draw(atlas, found_codes, images)
         if train is not None:
             assert train.manifest.classes is not None, "the images to train on are labelled"
             train_codes = (
@@ -139,6 +155,21 @@ class TokenizerEvaluation:
                 for name, found in result["code_probes"]["images_as"].items()
             )
         return result, line
+
+    @property
+    def _grid(self) -> int:
+        return self._image_px // self.card.stride_px
+
+    def _draw(self, path: Path, atlas: CodeAtlas, images: ImageSet) -> None:
+        picture = atlas_picture(
+            atlas,
+            lambda sample: read_square(images, sample, self._image_px),
+            title=f"Code atlas of tokenizer {self.card.fingerprint[:12]}",
+            images=f"{'/'.join(images.folder.parts[-2:])}: {images.num_samples:,} images",
+            num_codes=self.card.num_codes,
+            grid=self._grid,
+        )
+        save_png(path, picture)
 
     def _squares(self, images: ImageSet, how: ForwardSettings, world):
         batches = square_batches(images, self._image_px, world, batch=how.batch, num_workers=how.num_workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from peco_ds.config import EvaluationSettings
+from peco_ds.data.loaders import HeldOutImages
+from peco_ds.evaluation.atlas_picture import atlas_picture
+from peco_ds.evaluation.code_atlas import AtlasSums
 from peco_ds.models.vq import usage
 
 
@@ -147,7 +151,13 @@ def quality_line(quality: dict[str, float], num_codes: int) -> str:
 
 @torch.no_grad()
 def held_out_quality(
-    round_trip: Callable, images_u8: torch.Tensor, sums: CodeSums, world, *, batch: int
+    round_trip: Callable,
+    images_u8: torch.Tensor,
+    sums: CodeSums,
+    world,
+    *,
+    batch: int,
+    watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> dict[str, float]:
     """The measures of `sums` over a held-out set that the ranks share. Collective.
 
@@ -157,6 +167,8 @@ def held_out_quality(
         sums: empty.
         world: has rank, size, device, all_reduce.
         batch: images a forward pass.
+        watch: is given the codes [b, N] of every pass, and the places in the set, int64 [b] on the CPU; -1: the row is
+            not counted.
     Returns: as `CodeSums.result`.
     """
     total = len(images_u8)
@@ -165,30 +177,36 @@ def held_out_quality(
         places = torch.arange(world.rank * each + start, world.rank * each + min(start + batch, each))
         # Every rank makes the same number of calls. Past the end the last image is repeated and not counted.
         originals = images_u8[places.clamp(max=total - 1)].to(world.device).float() / 255
-        sums.add(originals, round_trip(originals * 2 - 1), (places < total).to(world.device))
+        output = round_trip(originals * 2 - 1)
+        sums.add(originals, output, (places < total).to(world.device))
+        if watch is not None:
+            watch(output.codes, places.masked_fill(places >= total, -1))
     return sums.result(world.all_reduce)
 
 
 class HeldOut:
     """Quality on held-out images while a tokenizer trains: evaluation.jsonl, TensorBoard and, of one that makes
-    images, reconstructions.png.
+    images, reconstructions.png; at the end the atlas of its codes, code_atlas.png.
 
     Args:
-        images_u8: uint8 [n, 3, S, S], the same on every rank.
+        held_out: the same on every rank.
         run: the training run, attached to its engine; `engine(images_11)` gives the tokenizer's output, or one that
             holds it as `.tokenizer`.
         tokenizer, frozen: as `training_sums`.
     """
 
-    def __init__(self, images_u8: torch.Tensor, run, *, tokenizer, frozen) -> None:
-        self._images_u8, self._run, self._tokenizer, self._frozen = images_u8, run, tokenizer, frozen
+    def __init__(self, held_out: HeldOutImages, run, *, tokenizer, frozen) -> None:
+        self._held_out, self._run, self._tokenizer, self._frozen = held_out, run, tokenizer, frozen
         self._settings: EvaluationSettings = run.cfg.evaluation
         self.last: dict[str, float] = {}
 
     def is_due(self, step: int) -> bool:
         """Whether to measure when `step` steps are done: at the end, and every evaluation.every_steps."""
         every = self._settings.every_steps
-        return step == self._run.durations.stop_step or (every > 0 and step % every == 0)
+        return self._is_last(step) or (every > 0 and step % every == 0)
+
+    def _is_last(self, step: int) -> bool:
+        return step == self._run.durations.stop_step
 
     @torch.no_grad()
     def measure(self, step: int) -> None:
@@ -202,20 +220,50 @@ class HeldOut:
         with run.evaluating():
             run.engine.eval()
             sums = training_sums(self._tokenizer, world.device, self._frozen)
-            self.last = held_out_quality(round_trip, self._images_u8, sums, world, batch=run.cfg.run.micro_batch)
+            codes = self._code_sums() if self._is_last(step) else None
+            watch = None if codes is None else partial(self._count_codes, codes)
+            batch = run.cfg.run.micro_batch
+            self.last = held_out_quality(round_trip, self._held_out.images_u8, sums, world, batch=batch, watch=watch)
             run.meter.evaluation(step, self.last)
             if self._tokenizer.makes_images:
                 self._show(round_trip, step)
+            if codes is not None:
+                self._draw_atlas(codes, step)
             run.engine.train()
 
     def _show(self, round_trip: Callable, step: int) -> None:
         """Every rank makes the images, which may be a collective; the first one keeps them."""
-        shown = self._images_u8[: self._settings.grid_images]
+        shown = self._held_out.images_u8[: self._settings.grid_images]
         restored = round_trip(shown.to(self._run.world.device).float() / 127.5 - 1).reconstruction
         if self._run.world.is_main:
             grid = comparison_grid([shown, to_u8(restored).cpu()])
             self._run.meter.image("original | round trip", grid, step)
             save_png(self._run.out / "reconstructions.png", grid)
+
+    @property
+    def _grid(self) -> int:
+        return self._held_out.images_u8.shape[-1] // self._tokenizer.settings.stride_px
+
+    def _code_sums(self) -> AtlasSums:
+        return AtlasSums(self._tokenizer.settings.num_codes, self._grid, self._held_out.classes, self._run.world.device)
+
+    def _count_codes(self, sums: AtlasSums, codes: torch.Tensor, places: torch.Tensor) -> None:
+        sums.add(codes, self._held_out.labels[places], places)
+
+    def _draw_atlas(self, sums: AtlasSums, step: int) -> None:
+        """Collective; the first rank draws."""
+        atlas = sums.result(self._run.world)
+        if self._run.world.is_main:
+            image = atlas_picture(
+                atlas,
+                self._held_out.images_u8.__getitem__,
+                title=f"Code atlas of {self._run.cfg.name} at step {step:,}",
+                images=f"{len(self._held_out.images_u8):,} held-out images",
+                num_codes=self._tokenizer.settings.num_codes,
+                grid=self._grid,
+            )
+            self._run.meter.image("code atlas", image, step)
+            save_png(self._run.out / "code_atlas.png", image)
 
 
 @torch.no_grad()
