@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# Sourced, not run:   source launchers/setup_venv.sh requirements.txt [more requirement files]
+# Sourced, not run:   source launchers/setup_venv.sh requirements.txt [more files] [--no-deps files]
 # Makes the virtual environment (PECO_VENV, default .venv at the root) if it is missing, installs the named files and this
-# package into it, and activates it. A second call with unchanged files installs nothing. Needs Python >= 3.11; no root.
+# package into it, and activates it. What stands in the files behind --no-deps is installed without its dependencies.
+# A second call with unchanged files installs nothing. Needs Python >= 3.11; no root.
 
 peco_python() {  # name of the first Python that is new enough
     local candidate
@@ -26,27 +27,39 @@ peco_make_venv() {  # ROOT VENV
     fi
 }
 
-peco_install() {  # ROOT VENV FILE...; what was installed is remembered by content, so an interrupted install is taken up again
-    local root="$1" venv="$2" file stamp missing=()
+# peco_install ROOT VENV FILE... [--no-deps FILE...]
+# What was installed is remembered by content, so an interrupted install is taken up again.
+peco_install() {
+    local root="$1" venv="$2" file stamp missing=() alone=() stamps=() with=missing
     shift 2
     mkdir -p "$venv/.installed"
     for file in "$@"; do
+        if [ "$file" = --no-deps ]; then
+            with=alone
+            continue
+        fi
         stamp="$venv/.installed/$(sha256sum < "$root/$file" | cut -c1-32)"
-        [ -e "$stamp" ] || missing+=(-r "$root/$file")
+        stamps+=("$stamp")
+        if [ ! -e "$stamp" ] && [ "$with" = alone ]; then
+            alone+=(-r "$root/$file")
+        elif [ ! -e "$stamp" ]; then
+            missing+=(-r "$root/$file")
+        fi
     done
     if [ ${#missing[@]} -gt 0 ]; then
         echo "installing ${missing[*]} (several GB and some minutes the first time)" >&2
         # Together, so that one file's choice of versions cannot break the other's. DeepSpeed compiles its operators when first used.
         DS_BUILD_OPS=0 "$venv/bin/python" -m pip install --quiet "${missing[@]}" >&2 || return
     fi
+    if [ ${#alone[@]} -gt 0 ]; then
+        "$venv/bin/python" -m pip install --quiet --no-deps "${alone[@]}" >&2 || return
+    fi
     stamp="$venv/.installed/$(cat "$root/pyproject.toml" "$root/requirements.txt" | sha256sum | cut -c1-32)"
     if [ ! -e "$stamp" ]; then
         "$venv/bin/python" -m pip install --quiet --no-deps -e "$root" >&2 || return
         touch "$stamp"
     fi
-    for file in "$@"; do
-        touch "$venv/.installed/$(sha256sum < "$root/$file" | cut -c1-32)"
-    done
+    touch "${stamps[@]}"
 }
 
 peco_setup() {

@@ -21,6 +21,7 @@ def _command(entry: str) -> Callable[[], None]:
 pack_images = _command("pack_images")
 train_tokenizer = _command("train_tokenizer")
 import_tokenizer = _command("import_tokenizer")
+import_judge = _command("import_judge")
 tokenize_shards = _command("tokenize_shards")
 pretrain = _command("pretrain")
 finetune = _command("finetune")

@@ -145,7 +145,8 @@ def arguments() -> Parser:
         "--lpips",
         type=Path,
         metavar="FILE",
-        help="torchvision's AlexNet or VGG16 weights: measure LPIPS of a tokenizer as well",
+        help="torchvision's AlexNet or VGG16 weights, or import_judge.py's folder of one: measure LPIPS of a tokenizer "
+        "as well",
     )
     tokenizer.add_argument(
         "--classifier",
@@ -275,8 +276,9 @@ def load_classifier(
     from peco_ds.convert.initialize import check_classes
     from peco_ds.data.labelled import CropSettings
     from peco_ds.models.beit_weights import default_crop
+    from peco_ds.models.timm_classifier import is_foreign_release, load_timm_classifier, load_timm_release
 
-    if Path(target).exists():
+    if Path(target).exists() and not is_foreign_release(target):
         from peco_ds.convert.initialize import classifier_of
         from peco_ds.convert.read import read_weights
         from peco_ds.runtime.run_weights import read_run
@@ -292,9 +294,16 @@ def load_classifier(
         model = classifier_of(weights, side_px)
         source, facts = weights.source, weights.facts
     else:
-        from peco_ds.models.timm_classifier import load_timm_classifier
-
-        loaded = load_timm_classifier(target, args.checkpoint, image_px=image_px)
+        if Path(target).exists():
+            for option in ("weights", "statistics"):
+                if getattr(args, option) != "auto":
+                    raise UserError(
+                        f"--{option} {getattr(args, option)}: {target} is a release of timm's, whose config states "
+                        "what it takes; leave it out"
+                    )
+            loaded = load_timm_release(Path(target), image_px=image_px)
+        else:
+            loaded = load_timm_classifier(target, args.checkpoint, image_px=image_px)
         model, num_classes, names, side_px, own_crop, mean, std = (
             loaded.model,
             loaded.num_classes,

@@ -6,7 +6,7 @@
 # PECO_TEST_WORKERS: so many tests run at a time (default 2; each takes a core and about 3 GB).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launchers/setup_venv.sh requirements.txt tests/requirements.txt
+source launchers/setup_venv.sh requirements.txt tests/requirements.txt --no-deps requirements-judges.txt
 
 chosen=()
 if [ "${1:-}" = --quick ]; then

@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from peco_ds.errors import UserError
-from peco_ds.models.timm_classifier import load_timm_classifier
+from peco_ds.models.timm_classifier import is_foreign_release, load_timm_classifier, load_timm_release
 
 NAME = "test_vit.r160_in1k"  # timm's smallest ViT
 
@@ -52,3 +55,30 @@ def test_a_file_that_misses_a_tensor_or_is_of_another_model_is_refused(trained, 
 def test_a_name_that_timm_does_not_know_is_refused():
     with pytest.raises(UserError, match="nor the name of a timm model"):
         load_timm_classifier("runs/finetune")
+
+
+def test_a_release_folder_of_another_family_than_beit_is_a_classifier(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", pretrained=False, num_classes=3).eval()
+    config = {"architecture": "test_resnet", "num_classes": 3}
+    cfg = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 0.9, "crop_mode": "center"}
+    cfg |= {"num_classes": 3, "interpolation": "bicubic", "first_conv": "conv1", "classifier": "fc"}
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": cfg}))
+    assert is_foreign_release(tmp_path) and not is_foreign_release("test_resnet")
+    loaded = load_timm_release(tmp_path)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(images), model(images))
+    assert (loaded.num_classes, loaded.own_px, loaded.crop) == (3, 64, 0.9)
+    assert tuple(loaded.mean) == (0.5,) * 3 and tuple(loaded.std) == (0.25,) * 3
+    assert load_timm_release(tmp_path, image_px=96).image_px == 96
+
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match=r"timm cannot load it .*; fetch it again"):
+        load_timm_release(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_classes": 0}))
+    with pytest.raises(UserError, match="a release of test_resnet without a classifier"):
+        load_timm_release(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "beit_base_patch16_224"}))
+    assert not is_foreign_release(tmp_path)

@@ -15,6 +15,7 @@ from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+CARD = "README.md"
 # Keys of config.json that distinguish the releases of timm, transformers and unilm.
 _TELLING = {"architecture", "model_type", "layout"}
 _WEIGHTS_OF_ANY = (WEIGHTS, "mim_head.safetensors", "model.pth", "pytorch_model.bin", "preprocessor_config.json")
@@ -35,6 +36,11 @@ class Release:
 
 
 def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
+    """Write the release of a network of ours, as `write_files`."""
+    write_files(out, release, model_card(release, weights))
+
+
+def write_files(out: Path, release: Release, card: str) -> None:
     """Write weights, card and configs; config.json last, so a folder with one is whole.
 
     Raises: UserError if the folder holds a file of a release of another kind, which a reader would take along.
@@ -65,7 +71,7 @@ def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
         else:
             torch.save({"model": {key: _alone(tensor) for key, tensor in tensors.items()}}, temporary)
         os.replace(temporary, out / name)
-    (out / "README.md").write_text(model_card(release, weights))
+    (out / CARD).write_text(card)
     for name in sorted(release.configs, key=lambda name: name == CONFIG):
         write_json(out / name, release.configs[name])
 

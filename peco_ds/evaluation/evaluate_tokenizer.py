@@ -33,7 +33,7 @@ class TokenizerEvaluation:
     Args:
         image_px: side of the images; None: that of the tokenizer's training run (`own_px`), where it is known, else
             what gives 14 x 14 codes.
-        lpips: torchvision's weights of AlexNet or VGG16, to measure LPIPS too.
+        lpips: file or folder with AlexNet or VGG16, to measure LPIPS too.
     Raises: UserError for a damaged release, a size that the tokenizer does not take, or LPIPS of one without images.
     """
 

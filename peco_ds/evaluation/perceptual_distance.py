@@ -12,6 +12,7 @@ from torch import nn
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from peco_ds.errors import UserError
+from peco_ds.models.timm_weights import WEIGHTS
 from peco_ds.models.weight_files import read_tensor_file
 
 # The convolutions of torchvision's AlexNet and VGG; the classifier behind them is not part of LPIPS.
@@ -39,10 +40,13 @@ def load_lpips(path: Path) -> Lpips:
     """LPIPS version 0.1, on the CPU in eval mode.
 
     Args:
-        path: torchvision's AlexNet or VGG16, ImageNet-1K (`alexnet-owt-7be5be79.pth`, `vgg16-397923af.pth`).
-    Raises: UserError if the file is not one of these networks.
+        path: torchvision's AlexNet or VGG16, ImageNet-1K (`alexnet-owt-7be5be79.pth`, `vgg16-397923af.pth`), or a
+            folder of import_judge.py with one of them. Its convolutions are enough.
+    Raises: UserError if it is not one of these networks.
     Source: Zhang et al. (arXiv 1801.03924).
     """
+    if (path / WEIGHTS).is_file():
+        path = path / WEIGHTS
     tensors = {
         name.removeprefix(_FEATURES): tensor
         for name, tensor in read_tensor_file(path).items()
@@ -51,8 +55,8 @@ def load_lpips(path: Path) -> Lpips:
     name = _FIRST_SHAPES.get(tuple(tensors[_FIRST].shape)) if _FIRST in tensors else None
     if name is None:
         raise UserError(
-            f"{path}: is neither torchvision's AlexNet nor its VGG16; fetch alexnet-owt-7be5be79.pth or "
-            "vgg16-397923af.pth from download.pytorch.org/models"
+            f"{path}: is neither torchvision's AlexNet nor its VGG16; make one with import_judge.py alexnet, or fetch "
+            "alexnet-owt-7be5be79.pth from download.pytorch.org/models"
         )
     # With pnet_rand torchvision is not asked for its weights.
     net = _NoTrainLpips(net=name, pnet_rand=True)

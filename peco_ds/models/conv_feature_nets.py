@@ -8,8 +8,8 @@ Stages are timm's, numbered from 1:
   relu3_3, relu4_3 and relu5_3. timm's sixth, the last pooling, adds no layer and is left out.
 - EfficientNet, MobileNet: 1 to 5 behind the last block of each size of the map. ConvNeXt: 1 to 4 behind its stages.
 
-A file is read as strictly as a ViT's. Layers behind the last stage (the classifier, a projection head) are not read.
-Batch norm always works with its running statistics.
+A file is read as strictly as a ViT's. Layers behind the last stage (the classifier, a projection head) are not read and
+may be absent, also from a release folder. Batch norm always works with its running statistics.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import timm
 import torch
 from timm.layers import Format
 from timm.models import FeatureListNet
@@ -156,6 +157,9 @@ def _from_folder(folder: Path, architecture: str, section: str) -> _Found:
     name = str(config.get("architecture"))
     if architecture not in ("auto", name):
         raise UserError(f"{folder}: holds {name}, but {section}.architecture is {architecture}; use auto")
+    if not timm.is_model(name.partition(".")[0]):
+        use = "it is for evaluate.py --lpips, give" if name == "alexnet" else "correct its config.json, or give"
+        raise UserError(f"{folder}: holds a network {name[:80]}, which timm has not; {use} another network")
     path = folder / WEIGHTS
     licence = licence_beside(folder) or str(object_in(config, "pretrained_cfg").get("license") or "")[:80]
     description = f"{name} ({folder.name}/{WEIGHTS}, sha256 {sha256_of_file(path)[:12]})"

@@ -1,4 +1,6 @@
-"""Load any classifier of timm by its name, for comparison: with the hub's weights or with a local file."""
+"""Load any classifier of timm, for comparison: by its name, with the hub's weights or a local file, or from a release
+folder.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from peco_ds.errors import UserError
+from peco_ds.models.timm_weights import MAKE_AGAIN, WEIGHTS, read_timm_config
 from peco_ds.models.weight_files import read_tensor_file
+from peco_ds.schema import sha256_of_file
 
 logger = logging.getLogger("peco_ds")
 
@@ -69,6 +73,43 @@ def load_timm_classifier(name: str, checkpoint: Path | None = None, *, image_px:
         raise UserError(
             f"{name}: its weights could not be downloaded ({reason}); fetch them elsewhere and give --checkpoint FILE"
         ) from None
+    source = f"timm {name}" + (f" ({checkpoint.name})" if checkpoint is not None else "")
+    return _described(model, name, source, image_px)
+
+
+def is_foreign_release(target: str | Path) -> bool:
+    """Whether a folder is a release of timm's of another family than BEiT, which `convert.read` reads."""
+    config = read_timm_config(Path(target)) if Path(target).is_dir() else None
+    name = str(config.get("architecture", "")) if config is not None else ""
+    return name != "" and not name.startswith("beit")
+
+
+def load_timm_release(folder: Path, *, image_px: int | None = None) -> TimmClassifier:
+    """
+    Args:
+        folder: as `is_foreign_release`.
+        image_px: as in `load_timm_classifier`.
+    Raises: UserError as that one.
+    """
+    config = read_timm_config(folder)
+    assert config is not None
+    name = str(config["architecture"])
+    if not timm.is_model(name.partition(".")[0]):
+        raise UserError(f"{folder}: holds a network {name[:80]}, which timm has not; give a classifier of timm's")
+    if not config.get("num_classes"):
+        raise UserError(f"{folder}: a release of {name} without a classifier; give one that has classes")
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except Exception as error:
+        # A damaged config or file may fail anywhere in timm.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{folder}: timm cannot load it ({reason}); {MAKE_AGAIN}") from None
+    sha256 = sha256_of_file(folder / WEIGHTS)[:12]
+    return _described(model, str(folder), f"{name} ({folder.name}/{WEIGHTS}, sha256 {sha256})", image_px)
+
+
+def _described(model: nn.Module, name: str, source: str, image_px: int | None) -> TimmClassifier:
+    """The model with what it is evaluated at, resized to `image_px`."""
     if not model.num_classes:
         raise UserError(f"{name}: has no classifier; give a fine-tuned model, or probe its features")
     own_px = resolve_model_data_config(model, use_test_size=True)["input_size"][-1]
@@ -82,7 +123,6 @@ def load_timm_classifier(name: str, checkpoint: Path | None = None, *, image_px:
             config["interpolation"],
             config["crop_mode"],
         )
-    source = f"timm {name}" + (f" ({checkpoint.name})" if checkpoint is not None else "")
     return TimmClassifier(
         model, model.num_classes, source, image_px or own_px, own_px, config["crop_pct"], config["mean"], config["std"]
     )
