@@ -275,6 +275,7 @@ def load_classifier(
     """
     from peco_ds.convert.initialize import check_classes
     from peco_ds.data.labelled import CropSettings
+    from peco_ds.evaluation.imagenet_subset import NUM_CLASSES, OfSomeClasses, imagenet_columns
     from peco_ds.models.beit_weights import default_crop
     from peco_ds.models.timm_classifier import is_foreign_release, load_timm_classifier, load_timm_release
 
@@ -315,6 +316,9 @@ def load_classifier(
         )
         trained_px = loaded.own_px
         source, facts = loaded.source, {}
+    if names is None and num_classes == NUM_CLASSES != len(classes) and (columns := imagenet_columns(classes)):
+        model, num_classes = OfSomeClasses(model, columns), len(classes)
+        source = f"{source}, choosing among {num_classes} of ImageNet-1K's classes"
     check_classes(source, num_classes, names, classes, what=str(args.images), remedy="or fine-tune it on these")
     if crop is None:
         crop = own_crop if side_px == trained_px else default_crop(side_px)
