@@ -1,4 +1,4 @@
-"""The closing table and images of quickstart.sh.   python launchers/quickstart_table.py OUT [PERCEPTUAL]"""
+"""The closing table of quickstart.sh, and its second picture.   python launchers/quickstart_table.py OUT"""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from peco_ds.data.order import SampleOrder, view_at
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.data_paths import data_path
 from peco_ds.evaluation.masked_prediction import masked_prediction_columns
-from peco_ds.evaluation.reconstruction import comparison_grid, save_png
+from peco_ds.evaluation.reconstruction import SHOWN_PX, comparison_grid, save_png
 from peco_ds.models.mim import MaskedImageModel
 from peco_ds.models.tokenizers import load_tokenizer
 from peco_ds.runtime.checkpoint.consolidate import fp32_weights
@@ -23,7 +23,8 @@ from peco_ds.runtime.checkpoint.files import newest_whole
 from peco_ds.runtime.metrics import read_metrics
 from peco_ds.runtime.run_folder import read_settings
 
-out, perceptual = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
+COLUMNS = ("image", "masked", "prediction", "true tokens")
+out = Path(sys.argv[1])
 recipe = TypeAdapter(PretrainRecipe).validate_python(read_settings(out / "pretrain")["recipe"])
 tokenizer, card = load_tokenizer(data_path(recipe.data, recipe.data.tokenizer))
 model = MaskedImageModel(recipe.model, recipe.objective.num_codes)
@@ -47,10 +48,8 @@ codes = torch.tensor(
         np.int64
     )
 )
-save_png(
-    out / "masked_prediction.png", comparison_grid(masked_prediction_columns(model.eval(), tokenizer, batch, codes))
-)
-(out / "reconstructions.png").write_bytes((out / "tokenizer_run" / "reconstructions.png").read_bytes())
+columns = masked_prediction_columns(model.eval(), tokenizer, batch, codes)
+save_png(out / "masked_prediction.png", comparison_grid(columns, names=COLUMNS, at_least_px=SHOWN_PX))
 
 counts = np.zeros(card.num_codes)
 for sample in range(tokens.num_samples):
@@ -60,10 +59,9 @@ first, last = evaluations[0], evaluations[-1]
 # none where every step since the last row was skipped
 rows = [row for row in read_metrics(out / "pretrain") if row["loss"] is not None]
 accuracy = np.mean([row["accuracy"] for row in rows[-3:]])
-judge = card.extra["judge"] if perceptual else f"bootstrapped: {card.extra['judge']}"
 table = [
     ("images", f"{images.num_samples}, {recipe.views.count} views each"),
-    ("judge of the tokenizer", judge),
+    ("judge of the tokenizer", card.extra["judge"]),
     ("tokens used", f"{int((counts > 0).sum())} of {card.num_codes}"),
     ("PSNR, held-out images", f"{first['psnr']:.2f} -> {last['psnr']:.2f} dB"),
     ("SSIM, held-out images", f"{first['ssim']:.3f} -> {last['ssim']:.3f}"),
@@ -74,7 +72,7 @@ table = [
         f"{1 / card.num_codes:.1%}",
     ),
     ("original | round trip", out / "reconstructions.png"),
-    ("image | masked | prediction | true tokens", out / "masked_prediction.png"),
+    (" | ".join(COLUMNS), out / "masked_prediction.png"),
     ("release for timm", out / "release"),
     ("curves", f"tensorboard --logdir {out}"),
     ("runs", f"{out / 'tokenizer_run'}, {out / 'pretrain'}"),

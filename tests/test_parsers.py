@@ -29,6 +29,7 @@ from beit_samples import sample
 from bounds import bounded
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from packaged_samples import dinov2_sample, flax_sample, pickled
 from PIL import Image
 from published_samples import dalle_tensors, save_dalle, save_lightning, taming_tensors
 from safetensors.torch import save_file
@@ -54,8 +55,11 @@ from peco_ds.errors import LONGEST_LINE, UserError
 from peco_ds.evaluate import find_tokenizer
 from peco_ds.evaluation.features import FeatureFiles
 from peco_ds.evaluation.probe_results import LayerResults
+from peco_ds.import_judge import refuse_occupied
 from peco_ds.models.feature_nets import load_feature_net
+from peco_ds.models.packaged_networks import NETWORKS
 from peco_ds.models.published_tokenizers import read_published
+from peco_ds.models.timm_classifier import is_foreign_release, load_timm_release
 from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, save_tokenizer
 from peco_ds.models.torchscript_files import read_torchscript
 from peco_ds.models.weight_files import foreign_classes, read_tensor_file
@@ -235,6 +239,24 @@ def plain_vit(folder: Path) -> None:
 
 def convolutional(folder: Path) -> None:
     torch.save({"state_dict": timm.create_model("test_resnet", pretrained=False).state_dict()}, folder / "judge.pth")
+
+
+def packaged_pickle(folder: Path) -> None:
+    (folder / "alexnet.ckpt").write_bytes(pickled(flax_sample("alexnet")[1]))
+
+
+def packaged_graph(folder: Path) -> None:
+    (folder / "vit.onnx").write_bytes(dinov2_sample()[1].SerializeToString())
+
+
+def imported_network(folder: Path) -> None:
+    write_json(folder / "config.json", {"architecture": "vgg16", "origin": {"package": "a"}})
+
+
+def foreign_classifier(folder: Path) -> None:
+    """timm's own release of a small network."""
+    net = timm.create_model("test_resnet", pretrained=False, num_classes=3)
+    timm.models.save_for_hf(net, folder, safe_serialization=True)
 
 
 def clip_tensors() -> dict[str, torch.Tensor]:
@@ -616,7 +638,25 @@ PARSERS = {
         tokenizer, "tokenizer.safetensors", lambda f: tensor_names(f / "tokenizer.safetensors"), errors=()
     ),
     "the names in a pickle of tensors": Parser(
-        convolutional, "judge.pth", lambda f: tensor_names(f / "judge.pth"), errors=()
+        convolutional, "judge.pth", lambda f: tensor_names(f / "judge.pth"), errors=(), examples=10
+    ),
+    "a network in a package": Parser(
+        packaged_pickle,
+        "alexnet.ckpt",
+        lambda f: NETWORKS["alexnet"].read(f / "alexnet.ckpt", NETWORKS["alexnet"]),
+        examples=15,
+    ),
+    "a network in a package, as a graph": Parser(
+        packaged_graph,
+        "vit.onnx",
+        lambda f: NETWORKS["dinov2_s"].read(f / "vit.onnx", NETWORKS["dinov2_s"]),
+        examples=2,
+    ),
+    "a folder that a network is imported into": Parser(
+        imported_network, "config.json", lambda f: refuse_occupied(f, {"origin": {"package": "a"}}), examples=25
+    ),
+    "a classifier's config": Parser(
+        foreign_classifier, "config.json", lambda f: is_foreign_release(f) and load_timm_release(f), examples=25
     ),
     "a judge's config": Parser(release_of(to_timm), "config.json", lambda f: load_feature_net(str(f)), examples=25),
     "a teacher in a TorchScript archive": Parser(

@@ -112,5 +112,17 @@ def test_a_grid_holds_every_image_in_its_place(images):
     )
 
 
+def test_small_images_of_a_grid_are_enlarged_and_its_columns_named(images):
+    plain, named = (
+        comparison_grid([images[:2]] * 2, names=names, at_least_px=100) for names in ((), ("left", "right"))
+    )
+    assert plain.shape == (3, 2 * 136, 2 * 136) and torch.equal(named[:, 24:], plain)
+    shrunk = torch.nn.functional.avg_pool2d(plain[:, 4:132, 4:132].float(), 2)
+    assert (shrunk - images[0].float()).abs().mean() < 8
+    left, right = named[:, :24, :136].float(), named[:, :24, 136:].float()
+    assert all(0 < (name < 128).float().mean() < 0.2 for name in (left, right)) and not torch.equal(left, right)
+    assert torch.equal(comparison_grid([images[:2]], at_least_px=64), comparison_grid([images[:2]]))
+
+
 def test_images_survive_the_way_to_the_tokenizers_range_and_back(images):
     assert torch.equal(to_u8(images.float() / 127.5 - 1), images)

@@ -202,8 +202,8 @@ def test_bf16_training_keeps_the_codebook_in_float32_and_follows_the_curve(runs)
 
 def test_the_image_grid_shows_original_and_round_trip(runs):
     grid = Image.open(runs / "plain_1" / "reconstructions.png")
-    # two columns, seven held-out images, a gap of 4 px around each
-    assert grid.size == (2 * (32 + 8), 7 * (32 + 8))
+    # two columns, seven held-out images of 32 px enlarged to 128, a gap of 4 px around each, their names above
+    assert grid.size == (2 * (128 + 8), 24 + 7 * (128 + 8))
 
 
 @pytest.mark.parametrize("name", ["plain_1", "critic_2", "vqkd_1", "vqkd_half_2"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from peco_ds.config import EvaluationSettings
@@ -16,6 +17,11 @@ from peco_ds.data.loaders import HeldOutImages
 from peco_ds.evaluation.atlas_picture import atlas_picture
 from peco_ds.evaluation.code_atlas import AtlasSums
 from peco_ds.models.vq import usage
+
+# Of comparison grids: white around an image, the line of names on top, and the least side of an image that is to be
+# looked at.
+_GAP_PX, _NAMES_PX = 4, 24
+SHOWN_PX = 128
 
 
 class RoundTrip(NamedTuple):
@@ -236,7 +242,8 @@ class HeldOut:
         shown = self._held_out.images_u8[: self._settings.grid_images]
         restored = round_trip(shown.to(self._run.world.device).float() / 127.5 - 1).reconstruction
         if self._run.world.is_main:
-            grid = comparison_grid([shown, to_u8(restored).cpu()])
+            columns = {"original": shown, "round trip": to_u8(restored).cpu()}
+            grid = comparison_grid(list(columns.values()), names=list(columns), at_least_px=SHOWN_PX)
             self._run.meter.image("original | round trip", grid, step)
             save_png(self._run.out / "reconstructions.png", grid)
 
@@ -267,19 +274,40 @@ class HeldOut:
 
 
 @torch.no_grad()
-def comparison_grid(columns: list[torch.Tensor]) -> torch.Tensor:
+def comparison_grid(columns: list[torch.Tensor], *, names: Sequence[str] = (), at_least_px: int = 0) -> torch.Tensor:
     """Images side by side: one row an image, one column a tensor.
 
     Args:
         columns: each uint8 [n, 3, S, S].
+        names: of the columns, written above them; none: no line above.
+        at_least_px: smaller images are enlarged by the least whole number that makes them so large (bicubic).
     Returns: uint8 [3, H, W] with white gaps.
     """
-    gap = 4
+    factor = -(-at_least_px // columns[0].shape[-1]) if at_least_px else 1
+    if factor > 1:
+        columns = [_enlarged(images, factor) for images in columns]
+    gaps = (_GAP_PX,) * 4
     rows = [
-        torch.cat([torch.nn.functional.pad(image, (gap, gap, gap, gap), value=255) for image in images], dim=2)
+        torch.cat([torch.nn.functional.pad(image, gaps, value=255) for image in images], dim=2)
         for images in zip(*columns)
     ]
+    if names:
+        rows.insert(0, _names_row(names, columns[0].shape[-1] + 2 * _GAP_PX))
     return torch.cat(rows, dim=1)
+
+
+def _enlarged(images_u8: torch.Tensor, factor: int) -> torch.Tensor:
+    enlarged = torch.nn.functional.interpolate(images_u8.float(), scale_factor=float(factor), mode="bicubic")
+    return enlarged.round().clamp(0, 255).to(torch.uint8)
+
+
+def _names_row(names: Sequence[str], column_px: int) -> torch.Tensor:
+    """uint8 [3, _NAMES_PX, len(names) * column_px]: black on white, each in the middle of its column."""
+    row = Image.new("RGB", (len(names) * column_px, _NAMES_PX), "white")
+    draw, font = ImageDraw.Draw(row), ImageFont.load_default(size=14)
+    for number, name in enumerate(names):
+        draw.text(((number + 0.5) * column_px, _NAMES_PX / 2), name, fill="black", font=font, anchor="mm")
+    return torch.from_numpy(np.array(row)).permute(2, 0, 1)
 
 
 def save_png(path: Path, image_u8: torch.Tensor) -> None:
