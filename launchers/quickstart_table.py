@@ -71,7 +71,7 @@ table = [
         f"{accuracy:.1%}; always the commonest code: {counts.max() / counts.sum():.1%}; blind guess: "
         f"{1 / card.num_codes:.1%}",
     ),
-    ("original | round trip", out / "reconstructions.png"),
+    ("photographs | round trip", out / "reconstructions.png"),
     (" | ".join(COLUMNS), out / "masked_prediction.png"),
     ("release for timm", out / "release"),
     ("curves", f"tensorboard --logdir {out}"),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that CI checks, on a fresh clone: the environment (.venv), lint and types, then the tests.
-#   bash tests/run.sh            all tests; on two cores a quarter of an hour
-#   bash tests/run.sh --quick    what starts no process and trains nothing; on two cores three minutes
+#   bash tests/run.sh            all tests
+#   bash tests/run.sh --quick    what starts no process and trains nothing
 #   bash tests/run.sh -k slurm   other arguments go to pytest
 # PECO_TEST_WORKERS: so many tests run at a time (default 2; each takes a core and about 3 GB).
 set -euo pipefail
