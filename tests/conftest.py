@@ -301,6 +301,7 @@ LONGEST_FIRST = (
     *("test_engine_state", "test_traffic"),
     *("test_linear_probe", "test_benchmarks_many_ranks", "test_benchmarks_launch", "test_benchmarks_collectives"),
     *("test_benchmarks_reproduce", "test_conv_feature_nets", "test_attacks", "test_code_atlas"),
+    *("test_import_judge", "test_packaged_networks"),
     *("test_benchmarks_data_scale", "test_benchmarks_step", "test_benchmarks_peers", "test_benchmarks_data"),
     *("test_benchmarks_tokenizing", "test_benchmarks_plan_engine"),
     *("test_benchmarks_plan_step", "test_benchmarks_plan_world", "test_command_line", "test_bad_input"),
