@@ -50,8 +50,8 @@ def dalle(tmp_path):
     return tmp_path
 
 
-def test_every_kind_of_tokenizer_has_a_layout():
-    assert releases().keys() == TOKENIZERS.keys()
+def test_every_kind_of_tokenizer_that_others_released_has_a_layout():
+    assert releases().keys() == {name for name, kind in TOKENIZERS.items() if kind.release is not None}
 
 
 @pytest.mark.parametrize("order", [["encoder.pkl", "decoder.pkl"], ["decoder.pkl", "encoder.pkl"]])
