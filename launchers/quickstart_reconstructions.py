@@ -27,7 +27,7 @@ recipe = TypeAdapter(TokenizerRecipe).validate_python(read_settings(out / "token
 tokenizer, _ = load_tokenizer(out / "tokenizer_run" / "tokenizer")
 side = recipe.views.tokenizer_px
 images = ImageSet(data_path(recipe.data, recipe.data.images))
-photographs = held_out_images(images, recipe.data, recipe.evaluation.grid_images, SQUARES * side)
+photographs = held_out_images(images, recipe.data, recipe.evaluation.grid_images, SQUARES * side).images_u8
 
 # [n, 3, rows, side, columns, side] -> one square a row of the batch, and back.
 squares = photographs.unflatten(2, (SQUARES, side)).unflatten(4, (SQUARES, side)).permute(0, 2, 4, 1, 3, 5)
