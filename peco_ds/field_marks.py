@@ -130,3 +130,8 @@ def keys_with(recipe_type: Any, mark_type: type) -> dict[str, Any]:
         for key, marks in recipe_fields(one_type).items()
         if any(isinstance(mark, mark_type) for mark in marks)
     }
+
+
+def values_before(recipe_type: Any, stage: str) -> dict[str, Any]:
+    """Dotted setting -> what runs of a stage did before it existed, for those whose default says otherwise today."""
+    return {key: mark.value for key, mark in keys_with(recipe_type, AbsentMeans).items() if mark.stage == stage}

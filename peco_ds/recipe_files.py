@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, Recipe, TokenizerRecipe
 from peco_ds.errors import UserError, nearest, notice
-from peco_ds.field_marks import AbsentMeans, keys_with, known_keys
+from peco_ds.field_marks import known_keys, values_before
 from peco_ds.old_spellings import current_setting
 from peco_ds.recipe_checks import check_recipe
 from peco_ds.schema import short
@@ -129,7 +129,7 @@ def _read_yaml(path: Path, recipe_type: type) -> list[tuple[str, object]]:
         raw = {} if raw is None else raw
         recorded = isinstance(raw, dict) and isinstance(raw.get("stage"), str) and isinstance(raw.get("recipe"), dict)
         tree = raw["recipe"] if recorded else raw
-        settings = list(_flatten(tree)) if isinstance(tree, dict) else []
+        settings = list(flatten(tree)) if isinstance(tree, dict) else []
     except NOT_YAML as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
@@ -139,16 +139,15 @@ def _read_yaml(path: Path, recipe_type: type) -> list[tuple[str, object]]:
         raise UserError(f"{path}: {short(twice)} is set twice, once with its section written before a dot; drop one")
     if recorded:
         # A run from before a setting existed goes on as it began.
-        absent = keys_with(recipe_type, AbsentMeans).items()
-        before = {key: mark.value for key, mark in absent if mark.stage == raw["stage"]}
-        settings = list((before | dict(settings)).items())
+        settings = list((values_before(recipe_type, raw["stage"]) | dict(settings)).items())
     return settings
 
 
-def _flatten(tree: dict, prefix: str = ""):
+def flatten(tree: dict, prefix: str = ""):
+    """(dotted setting, value) of every leaf, in order."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -21,9 +21,9 @@ import yaml
 from peco_ds.config import Recipe, TrainingRecipe
 from peco_ds.data.atomic_files import lock_file
 from peco_ds.errors import UserError
-from peco_ds.field_marks import AbsentMeans, FreeOnResume, keys_with
+from peco_ds.field_marks import FreeOnResume, keys_with, values_before
 from peco_ds.old_spellings import current_settings
-from peco_ds.recipe_files import SETTINGS, Resolved
+from peco_ds.recipe_files import SETTINGS, Resolved, flatten
 from peco_ds.registry import load_extensions
 from peco_ds.runtime.distributed import World
 from peco_ds.schema import read_json, sha256_of_file, write_json
@@ -145,14 +145,9 @@ def _refuse_other_settings(folder: Path, stage: str, settings: dict) -> None:
     if recorded["stage"] != stage:
         raise UserError(f"{folder}: holds a run of {recorded['stage']}; choose another --out")
 
-    def flat(tree, prefix=""):
-        for key, value in tree.items():
-            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-
-    absent = keys_with(Recipe, AbsentMeans).items()
-    before = {key: mark.value for key, mark in absent if mark.stage == stage} | dict(flat(recorded["recipe"]))
+    before = values_before(Recipe, stage) | dict(flatten(recorded["recipe"]))
     free = keys_with(Recipe, FreeOnResume)
-    for key, value in flat(settings):
+    for key, value in flatten(settings):
         if before.get(key, value) != value and key not in free:
             raise UserError(
                 f"{folder}: holds a run with {key} = {before[key]!r}, this one has {value!r}; continue it with its own "
