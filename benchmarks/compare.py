@@ -155,7 +155,7 @@ class Comparisons:
 
     def run(self) -> None:
         for split in ("train", "val"):
-            self.stages.pack(split, self.args.images / split)
+            self.stages.pack(f"pack_{split}", self.args.images / split, self.out / "images" / split)
         with ThreadPoolExecutor(len(self.comparison.arms)) as threads:
             for done in [threads.submit(self.arm, name) for name in self.comparison.arms]:
                 done.result()

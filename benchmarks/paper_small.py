@@ -36,6 +36,8 @@ SWEPT = "peco"
 # how settings of a pre-training begin that its codes do not depend on
 NOT_OF_TOKENS = ("optim.", "schedule.", "checkpoint.")
 SPLITS = ("train", "val")
+# how --judge begins for a control
+UNTRAINED = "random:"
 NOT_DRAWN = ("codes used", "on the images themselves")
 PANELS_A_ROW = 4
 BAG, MEAN = "bag of codes", "mean code vector"
@@ -57,6 +59,23 @@ class GivenJudge:
     name: str
     label: str
     settings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Images of this run.
+
+    Args:
+        images: folder with train/ and val/, or a tar of one.
+        ending: of the names of its folders in OUT and of its steps; "": the set that is trained on.
+    """
+
+    images: Path
+    ending: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.ending.lstrip("_")
 
 
 @dataclass(frozen=True)
@@ -105,7 +124,7 @@ class SmallStep:
 # ------------------------------------------------------------------------------------------------- images
 
 
-def count_images(images: Path) -> dict[str, int]:
+def count_images(images: Path, option: str = "--images") -> dict[str, int]:
     """Images of each split, before anything is unpacked.
 
     Args:
@@ -119,7 +138,7 @@ def count_images(images: Path) -> dict[str, int]:
             with tarfile.open(images) as tar:
                 names = [member.name for member in tar if member.isfile()]
         except (OSError, tarfile.TarError) as error:
-            raise UserError(f"--images {images}: neither a folder nor a tar ({error}); correct the path") from None
+            raise UserError(f"{option} {images}: neither a folder nor a tar ({error}); correct the path") from None
     found = dict.fromkeys(SPLITS, 0)
     for name in names:
         path = Path(name)
@@ -128,10 +147,15 @@ def count_images(images: Path) -> dict[str, int]:
             found[split] += 1
     if not all(found.values()):
         raise UserError(
-            f"--images {images}: {found['train']} images in train/ and {found['val']} in val/; give a folder, or a tar "
+            f"{option} {images}: {found['train']} images in train/ and {found['val']} in val/; give a folder, or a tar "
             "of one, that holds both, each with a folder a class"
         )
     return found
+
+
+def packing(split: str, images: LabelledSet | None = None) -> str:
+    """Name of the step that packs a split."""
+    return f"pack_{split}{images.ending if images else ''}"
 
 
 def unpack(tar_file: Path, out: Path) -> Path:
@@ -152,14 +176,22 @@ def folder_of(out: Path) -> Path:
 # -------------------------------------------------------------------------------------------------- judges
 
 
-def given_judge(text: str) -> GivenJudge:
-    """--judge FILE_OR_FOLDER[:NAME], NAME being timm's.
+def given_judge(text: str, *own: str, out: Path) -> GivenJudge:
+    """--judge FILE_OR_FOLDER[:NAME] [key=value ...], NAME being timm's; random:NAME: a control that was never trained.
 
+    Args:
+        own: settings of its arms alone, perceptual.blocks=[4,6,8,10] for one.
+        out: for the file of a control.
     Raises: UserError if there is no such file, or no network can be read from it.
     """
     from peco_ds.models.feature_nets import load_feature_net
     from peco_ds.registry import FEATURE_NETS, family_of
 
+    for setting in own:
+        if not setting.startswith("perceptual."):
+            raise UserError(f"--judge {text} {setting}: a judge's own settings are perceptual.key=value; others: --set")
+    if text.startswith(UNTRAINED):
+        text = untrained(text.removeprefix(UNTRAINED), out)
     path, _, named = (text, "", "") if Path(text).exists() else text.rpartition(":")
     if not path or not Path(path).exists():
         raise UserError(f"--judge {text}: no such file or folder; give weights, or weights:NAME with timm's name")
@@ -170,8 +202,36 @@ def given_judge(text: str) -> GivenJudge:
     blocks = quarters(network.depth) if is_vit else []
     settings = [f"perceptual.weights={weights}", f"perceptual.blocks={_list(blocks)}"]
     settings += [f"perceptual.architecture={named}"] if named else []
-    name = "".join(letter if letter.isalnum() else "_" for letter in named or Path(path).name)
-    return GivenJudge(name, network.description, tuple(settings))
+    return GivenJudge(as_name(named or Path(path).name), network.description, (*settings, *own))
+
+
+def untrained(name: str, out: Path) -> str:
+    """File with the random weights of a network of timm's, always the same ones.
+
+    Raises: UserError for a name that timm has not.
+    """
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    folder = out / f"untrained_{as_name(name)}"
+    if not (folder / "config.json").exists():
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                network = timm.create_model(name, num_classes=0)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"--judge {UNTRAINED}{name}: timm makes no network of it ({error})") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(network.state_dict(), folder / "model.safetensors")
+        config = {"architecture": name, "num_classes": 0, "pretrained_cfg": {**network.pretrained_cfg, "tag": "random"}}
+        write_json(folder / "config.json", config)
+    return str(folder)
+
+
+def as_name(text: str) -> str:
+    """For files and steps."""
+    return "".join(letter if letter.isalnum() else "_" for letter in text)
 
 
 def quarters(depth: int) -> list[int]:
@@ -206,13 +266,16 @@ class SmallTable:
         # what was left out, and why
         self.left_out: list[str] = []
         self.images = count_images(args.images)
+        # their codes are probed too
+        self.further = [LabelledSet(path, f"_{as_name(path.stem)}") for path in args.also]
+        self.further_images = [count_images(other.images, "--also") for other in self.further]
         self.judges = self._judges()
         self.arms = self._arms()
 
     # ------------------------------------------------------------------------------------------- judges
 
     def _judges(self) -> list[GivenJudge]:
-        judges = [given_judge(text) for text in self.args.judge]
+        judges = [given_judge(*words, out=self.out) for words in self.args.judge]
         if self.args.bootstrap_judge:
             depth = self._pretrain_recipe(self._arm(JUDGE_ARM, None)).model.depth
             settings = f"perceptual.weights={self.out / 'release_judge'}", f"perceptual.blocks={_list(quarters(depth))}"
@@ -292,7 +355,7 @@ class SmallTable:
         return SmallTokenizer(f"{name}_{judge.name}" if several else name, wanted.recipe, tuple(settings), judge)
 
     def _swept(self, arms: dict[str, SmallArm]) -> dict[str, SmallArm]:
-        """Further arms: the perceptual tokenizer with every pair of --normalize and --weight."""
+        """Further arms: the perceptual tokenizer, of the first judge, with every pair of --normalize and --weight."""
         found = {}
         if not self.args.normalize and not self.args.weight:
             return found
@@ -301,21 +364,19 @@ class SmallTable:
             raise UserError(
                 f"--normalize, --weight: change the arm {SWEPT}_300, which is not among the arms of this call"
             )
-        for base in bases:
-            own = self._tokenizer_recipe(base.tokenizer).perceptual
-            for normalize in self.args.normalize or [own.normalize]:
-                for weight in self.args.weight or [own.weight]:
-                    if (normalize, weight) == (own.normalize, own.weight):
-                        continue
-                    ends = f"{normalize}_{weight:g}".replace(".", "_")
-                    changed = f"perceptual.normalize={normalize}", f"perceptual.weight={weight:g}"
-                    tokenizer = replace(
-                        base.tokenizer,
-                        name=f"{base.tokenizer.name}_{ends}",
-                        settings=(*base.tokenizer.settings, *changed),
-                    )
-                    name, label = f"{base.name}_{ends}", f"{base.label}, normalize {normalize}, weight {weight:g}"
-                    found[name] = replace(base, name=name, label=label, published=(), tokenizer=tokenizer)
+        base = bases[0]
+        own = self._tokenizer_recipe(base.tokenizer).perceptual
+        for normalize in self.args.normalize or [own.normalize]:
+            for weight in self.args.weight or [own.weight]:
+                if (normalize, weight) == (own.normalize, own.weight):
+                    continue
+                ends = f"{normalize}_{weight:g}".replace(".", "_")
+                changed = f"perceptual.normalize={normalize}", f"perceptual.weight={weight:g}"
+                tokenizer = replace(
+                    base.tokenizer, name=f"{base.tokenizer.name}_{ends}", settings=(*base.tokenizer.settings, *changed)
+                )
+                name, label = f"{base.name}_{ends}", f"{base.label}, normalize {normalize}, weight {weight:g}"
+                found[name] = replace(base, name=name, label=label, published=(), tokenizer=tokenizer)
         return found
 
     def _one_a_tokenizer(self, arms: dict[str, SmallArm]) -> dict[str, SmallArm]:
@@ -379,8 +440,13 @@ class SmallTable:
             found.setdefault(step.name, step)
             return step.name
 
-        unpacked = (add(SmallStep("unpack", "unpack")),) if self.args.images.is_file() else ()
-        packed = tuple(add(SmallStep(f"pack_{split}", "pack", (split,), unpacked)) for split in SPLITS)
+        for images in (LabelledSet(self.args.images), *self.further):
+            unpacked = ()
+            if images.images.is_file():
+                unpacked = (add(SmallStep(f"unpack{images.ending}", "unpack", (images,))),)
+            for split in SPLITS:
+                add(SmallStep(packing(split, images), "pack", (images, split), unpacked))
+        packed = tuple(packing(split) for split in SPLITS)
         # all arms of a seed before the next seed: what is there early says something of all arms
         for seed in range(self.args.seeds):
             for arm in self.arms.values():
@@ -397,7 +463,14 @@ class SmallTable:
             if self.args.classifier:
                 words += ["--classifier", self.args.classifier]
                 words += ["--checkpoint", self.args.checkpoint.resolve()] if self.args.checkpoint else []
+            words += ["--lpips", self.args.lpips.resolve()] if self.args.lpips else []
             add(SmallStep(f"codes_{arm.tokenizer.name}_{seed}", "python", ("evaluate.py", *words), made))
+            for other in self.further:
+                name, folder = f"codes_{arm.tokenizer.name}_{seed}{other.ending}", self.out / f"images{other.ending}"
+                words = [release, "--images", folder / "val", "--train_images", folder / "train", "--image_px", px]
+                words += ["--out", self.out / f"{name}.json"]
+                needs = *made, *(packing(split, other) for split in SPLITS)
+                add(SmallStep(name, "python", ("evaluate.py", *words), needs))
             if self.args.pretrain:
                 pretrained = (self._add_pretraining(add, arm, seed, made),)
                 probe = self.out / f"probe_{arm.name}_{seed}"
@@ -454,6 +527,8 @@ class SmallTable:
         seeds = f"{self.args.seeds} seed{'s' if self.args.seeds > 1 else ''}"
         lines = [f"Table {self.number}: {self.table.title}; {seeds}, {len(self.steps())} steps"]
         lines.append(f"Images: {self.images['train']:,} to train on, {self.images['val']:,} to measure on")
+        for other, count in zip(self.further, self.further_images):
+            lines.append(f"Codes probed on {other.title} too: {count['train']:,} and {count['val']:,} images")
         for judge in self.judges:
             lines.append(f"Judge {judge.name}: {judge.label}")
         for arm in self.arms.values():
@@ -497,10 +572,12 @@ class SmallTable:
 
         def do(step: SmallStep) -> None:
             if step.how == "unpack":
-                unpack(self.args.images, self.out / "raw")
+                (images,) = step.words
+                unpack(images.images, self.out / f"raw{images.ending}")
             elif step.how == "pack":
-                folder = self.args.images if self.args.images.is_dir() else folder_of(self.out / "raw")
-                stages.pack(*step.words, folder / step.words[0])
+                images, split = step.words
+                raw = images.images if images.images.is_dir() else folder_of(self.out / f"raw{images.ending}")
+                stages.pack(step.name, raw / split, self.out / f"images{images.ending}" / split)
             elif step.how == "train":
                 stage, recipe, out, *settings = step.words
                 stages.train(step.name, stage, recipe, out, *settings)
@@ -545,12 +622,18 @@ class SmallTable:
                     probes = codes["code_probes"]["images_as"][form]
                     add(f"{form}: linear", probes["best_linear"])
                     add(f"{form}: k-NN", probes["best_knn"])
+                for other in self.further:
+                    on = json.loads((self.out / f"codes_{arm.tokenizer.name}_{seed}{other.ending}.json").read_text())
+                    for form in (MEAN, BAG):
+                        add(f"{other.title}, {form}: linear", on["code_probes"]["images_as"][form]["best_linear"])
                 if self.args.classifier:
                     read = codes["reconstructions_read_by"]
                     add("top-1 on reconstructions", read["reconstructions"]["top1"])
                     add("on the images themselves", read["originals"]["top1"])
                 if "psnr" in codes["quality"]:
                     add("PSNR", codes["quality"]["psnr"])
+                if self.args.lpips:
+                    add("LPIPS", codes["quality"]["lpips"])
                 add("codes used", codes["quality"]["codes_used"])
             if self.args.pretrain:
                 curve = (self.out / f"finetune_{arm.name}_{seed}" / "evaluation.jsonl").read_text().splitlines()

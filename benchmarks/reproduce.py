@@ -90,14 +90,22 @@ def arguments():
     add("--ranks", type=at_least(1), default=1, metavar="N", help=ranks)
     add("--deepspeed_config", default=str(DS_CONFIGS / "zero1.json"), metavar="FILE")
     add("--pretrain", action="store_true", help="also pre-train on the codes, probe and fine-tune")
-    judge = "network of the perceptual loss; again for a further one (table 5)"
-    add("--judge", action="append", default=[], metavar="FILE_OR_FOLDER[:NAME]", help=judge)
+    judge = (
+        "network of the perceptual loss, and perceptual.key=value of its arms alone; random:NAME: timm's, never "
+        "trained; again for a further one (table 5)"
+    )
+    words = "FILE_OR_FOLDER[:NAME]", "perceptual.key=value"
+    add("--judge", action="append", nargs="+", default=[], metavar=words, help=judge)
     add("--bootstrap_judge", action="store_true", help="train a small judge here")
     add("--dalle", type=Path, metavar="FOLDER", help="DALL-E's tokenizer, as import_tokenizer.py wrote it")
     classifier = "measure top-1 on reconstructions by this one, as evaluate.py takes it"
     add("--classifier", metavar="NAME_OR_PATH", help=classifier)
     add("--checkpoint", type=Path, metavar="FILE", help="local weights for --classifier, the name of a timm model")
-    sweep = "further arms: the perceptual tokenizer with these, separated by commas"
+    lpips = "measure LPIPS by this AlexNet or VGG16, as evaluate.py takes it"
+    add("--lpips", type=Path, metavar="FILE", help=lpips)
+    also = "probe the codes on these images too, given as --images; again for a further set"
+    add("--also", action="append", type=Path, default=[], metavar="FOLDER", help=also)
+    sweep = "further arms: the perceptual tokenizer of the first judge with these, separated by commas"
     add("--normalize", metavar="KIND", help=f"{sweep} ({', '.join(NORMALIZE)})")
     add("--weight", metavar="WEIGHT", help=f"{sweep} as weight of the loss")
     settings = "over all recipes of a stage: tokenizer (where none is named), pretrain, finetune or probe"
@@ -131,7 +139,7 @@ def prepared(args: argparse.Namespace, paper: Paper):
     args.set = settings_by_stage(args.set)
     if args.checkpoint and not args.classifier:
         raise UserError(f"--checkpoint {args.checkpoint}: is of --classifier NAME; name that too")
-    args.images = args.images.resolve()
+    args.images, args.also = args.images.resolve(), [path.resolve() for path in args.also]
     # starts of stages find local files whatever folder they run in
     if args.classifier and os.path.exists(args.classifier):
         args.classifier = str(Path(args.classifier).resolve())

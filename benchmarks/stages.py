@@ -91,10 +91,9 @@ class Stages:
     def ranks(self, name: str, stage: str, *arguments) -> None:
         self._command(name, [*self._launcher, STAGES / stage, *arguments])
 
-    def pack(self, split: str, images: Path) -> None:
-        """Image shards of a folder of class folders, in OUT/images."""
-        folders = ["--images", images, "--out", self.out / "images" / split]
-        self.python(f"pack_{split}", "pack_images.py", *folders, "--samples_per_shard", 500)
+    def pack(self, name: str, images: Path, out: Path) -> None:
+        """Image shards of a folder of class folders."""
+        self.python(name, "pack_images.py", "--images", images, "--out", out, "--samples_per_shard", 500)
 
     def python(self, name: str, stage: str, *arguments) -> None:
         self._command(name, [sys.executable, STAGES / stage, *arguments])
