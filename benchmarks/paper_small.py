@@ -9,14 +9,25 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import tarfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from benchmarks.paper_inputs import (
+    SPLITS,
+    GivenJudge,
+    LabelledSet,
+    as_list,
+    as_name,
+    count_images,
+    folder_of,
+    given_judge,
+    quarters,
+    unpack,
+)
 from benchmarks.paper_tables import Paper, Row, Table, published
 from benchmarks.plots import drawing
 from benchmarks.probed import best_linear
@@ -26,7 +37,7 @@ from peco_ds.config import FinetuneRecipe, PretrainRecipe, TokenizerRecipe
 from peco_ds.errors import UserError
 from peco_ds.planner.stages import Stage, stage_of
 from peco_ds.recipe_files import load_recipe
-from peco_ds.schema import IMAGE_EXTENSIONS, sha256_of_json, write_json
+from peco_ds.schema import sha256_of_json, write_json
 
 # arms of the data that the bootstrapped judge comes from
 JUDGE_TOKENIZER, JUDGE_ARM = "plain", "plain_300"
@@ -35,9 +46,6 @@ BOOTSTRAPPED = "bootstrapped"
 SWEPT = "peco"
 # how settings of a pre-training begin that its codes do not depend on
 NOT_OF_TOKENS = ("optim.", "schedule.", "checkpoint.")
-SPLITS = ("train", "val")
-# how --judge begins for a control
-UNTRAINED = "random:"
 NOT_DRAWN = ("codes used", "on the images themselves")
 PANELS_A_ROW = 4
 BAG, MEAN = "bag of codes", "mean code vector"
@@ -45,37 +53,6 @@ CAUTION = (
     "Small scale: it says whether the arms differ here, on these images and this budget, and nothing of ImageNet. "
     "Published figures are those of full size."
 )
-
-
-@dataclass(frozen=True)
-class GivenJudge:
-    """A frozen network for the perceptual loss.
-
-    Args:
-        label: for the table.
-        settings: over the tokenizer's recipe.
-    """
-
-    name: str
-    label: str
-    settings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class LabelledSet:
-    """Images of this run.
-
-    Args:
-        images: folder with train/ and val/, or a tar of one.
-        ending: of the names of its folders in OUT and of its steps; "": the set that is trained on.
-    """
-
-    images: Path
-    ending: str = ""
-
-    @property
-    def title(self) -> str:
-        return self.ending.lstrip("_")
 
 
 @dataclass(frozen=True)
@@ -121,129 +98,12 @@ class SmallStep:
         return self.name.split("_")[0]
 
 
-# ------------------------------------------------------------------------------------------------- images
-
-
-def count_images(images: Path, option: str = "--images") -> dict[str, int]:
-    """Images of each split, before anything is unpacked.
-
-    Args:
-        images: a folder with train/ and val/, or a tar of one.
-    Raises: UserError if it is neither.
-    """
-    if images.is_dir():
-        names: Iterable[str] = (str(path.relative_to(images)) for path in images.rglob("*"))
-    else:
-        try:
-            with tarfile.open(images) as tar:
-                names = [member.name for member in tar if member.isfile()]
-        except (OSError, tarfile.TarError) as error:
-            raise UserError(f"{option} {images}: neither a folder nor a tar ({error}); correct the path") from None
-    found = dict.fromkeys(SPLITS, 0)
-    for name in names:
-        path = Path(name)
-        split = next((part for part in path.parts[:2] if part in SPLITS), None)
-        if split and path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
-            found[split] += 1
-    if not all(found.values()):
-        raise UserError(
-            f"{option} {images}: {found['train']} images in train/ and {found['val']} in val/; give a folder, or a tar "
-            "of one, that holds both, each with a folder a class"
-        )
-    return found
+# ---------------------------------------------------------------------------------------------------- plan
 
 
 def packing(split: str, images: LabelledSet | None = None) -> str:
     """Name of the step that packs a split."""
     return f"pack_{split}{images.ending if images else ''}"
-
-
-def unpack(tar_file: Path, out: Path) -> Path:
-    """The folder with train/ and val/ that a tar holds, whole or absent."""
-    if not out.exists():
-        part = out.with_name(f"{out.name}.part")
-        with tarfile.open(tar_file) as tar:
-            tar.extractall(part, filter="data")
-        part.rename(out)
-    return folder_of(out)
-
-
-def folder_of(out: Path) -> Path:
-    """Where in an unpacked tar train/ and val/ lie."""
-    return next(folder for folder in (out, *sorted(out.iterdir())) if (folder / "train").is_dir())
-
-
-# -------------------------------------------------------------------------------------------------- judges
-
-
-def given_judge(text: str, *own: str, out: Path) -> GivenJudge:
-    """--judge FILE_OR_FOLDER[:NAME] [key=value ...], NAME being timm's; random:NAME: a control that was never trained.
-
-    Args:
-        own: settings of its arms alone, perceptual.blocks=[4,6,8,10] for one.
-        out: for the file of a control.
-    Raises: UserError if there is no such file, or no network can be read from it.
-    """
-    from peco_ds.models.feature_nets import load_feature_net
-    from peco_ds.registry import FEATURE_NETS, family_of
-
-    for setting in own:
-        if not setting.startswith("perceptual."):
-            raise UserError(f"--judge {text} {setting}: a judge's own settings are perceptual.key=value; others: --set")
-    if text.startswith(UNTRAINED):
-        text = untrained(text.removeprefix(UNTRAINED), out)
-    path, _, named = (text, "", "") if Path(text).exists() else text.rpartition(":")
-    if not path or not Path(path).exists():
-        raise UserError(f"--judge {text}: no such file or folder; give weights, or weights:NAME with timm's name")
-    weights, architecture = str(Path(path).resolve()), named or "auto"
-    network = load_feature_net(weights, architecture)
-    # a convolutional network is asked after all of its stages
-    is_vit = family_of(weights, architecture) is FEATURE_NETS["vit"]
-    blocks = quarters(network.depth) if is_vit else []
-    settings = [f"perceptual.weights={weights}", f"perceptual.blocks={_list(blocks)}"]
-    settings += [f"perceptual.architecture={named}"] if named else []
-    return GivenJudge(as_name(named or Path(path).name), network.description, (*settings, *own))
-
-
-def untrained(name: str, out: Path) -> str:
-    """File with the random weights of a network of timm's, always the same ones.
-
-    Raises: UserError for a name that timm has not.
-    """
-    import timm
-    import torch
-    from safetensors.torch import save_file
-
-    folder = out / f"untrained_{as_name(name)}"
-    if not (folder / "config.json").exists():
-        try:
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                network = timm.create_model(name, num_classes=0)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"--judge {UNTRAINED}{name}: timm makes no network of it ({error})") from None
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(network.state_dict(), folder / "model.safetensors")
-        config = {"architecture": name, "num_classes": 0, "pretrained_cfg": {**network.pretrained_cfg, "tag": "random"}}
-        write_json(folder / "config.json", config)
-    return str(folder)
-
-
-def as_name(text: str) -> str:
-    """For files and steps."""
-    return "".join(letter if letter.isalnum() else "_" for letter in text)
-
-
-def quarters(depth: int) -> list[int]:
-    """Blocks after every quarter of a ViT, as the paper's 3, 6, 9, 12 of 12."""
-    return sorted({max(1, round(depth * quarter / 4)) for quarter in range(1, 5)})
-
-
-def _list(values: Iterable) -> str:
-    return f"[{','.join(map(str, values))}]"
-
-
-# ---------------------------------------------------------------------------------------------------- plan
 
 
 class SmallTable:
@@ -278,7 +138,10 @@ class SmallTable:
         judges = [given_judge(*words, out=self.out) for words in self.args.judge]
         if self.args.bootstrap_judge:
             depth = self._pretrain_recipe(self._arm(JUDGE_ARM, None)).model.depth
-            settings = f"perceptual.weights={self.out / 'release_judge'}", f"perceptual.blocks={_list(quarters(depth))}"
+            settings = (
+                f"perceptual.weights={self.out / 'release_judge'}",
+                f"perceptual.blocks={as_list(quarters(depth))}",
+            )
             label = "a ViT pre-trained here on codes of the tokenizer without a judge"
             judges.append(GivenJudge(BOOTSTRAPPED, label, settings))
         if len(judges) > 1 and not self.table.given_judges:
@@ -315,7 +178,7 @@ class SmallTable:
             # every judge makes an arm of its own, whatever the rows' are
             for judge in self.judges or [self._judge_of(SWEPT)]:
                 arm = self._arm(f"{SWEPT}_300", None, judge)
-                found[f"judge_{judge.name}"] = replace(arm, name=f"judge_{judge.name}", label=judge.label)
+                found[f"judge_{judge.name}"] = replace(arm, name=f"judge_{judge.name}", label=judge.name)
         found |= self._swept(found)
         if not self.args.pretrain:
             found = self._one_a_tokenizer(found)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import tarfile
 import threading
@@ -19,6 +20,7 @@ import torch
 from conftest import REPOSITORY, run_stage
 
 from benchmarks import paper_chain, reproduce, stages
+from benchmarks.paper_inputs import untrained
 from benchmarks.paper_small import Progress, SmallStep, SmallTable, run_in_order
 from benchmarks.paper_tables import read_paper
 from peco_ds.config import ClassifierSettings, FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerRecipe
@@ -209,17 +211,19 @@ def test_a_table_runs_to_its_record_and_goes_on_where_it_was_stopped(
 ):
     words = ["--table", "7", "--images", str(images), "--out", str(tmp_path), "--judge", str(judge_file)]
     words += ["--classifier", str(classifier_file), "--arms", "plain_300", "peco_300", "--set", *TINY]
+    words += ["--also", str(shutil.copy(images, tmp_path / "again.tar"))]
     started.refused = "codes_plain_0"
     with pytest.raises(SystemExit):
         reproduce.main(words)
     capsys.readouterr()
-    assert started == ["pack_train", "pack_val", "tokenizer_plain_0"]
+    assert started == ["pack_train", "pack_val", "pack_train_again", "pack_val_again", "tokenizer_plain_0"]
     started.refused = ""
     reproduce.main(words)
     printed = capsys.readouterr().out
-    assert started[3:] == ["codes_plain_0", "tokenizer_peco_0", "codes_peco_0"]
-    assert printed.index("tokenizer 2 steps of 4 images") < printed.index("step 5 of 7: codes_plain_0")
-    assert re.search(r"step 7 of 7: codes_peco_0 \(about \d+ min to go\)", printed)
+    both = [[f"tokenizer_{name}_0", f"codes_{name}_0", f"codes_{name}_0_again"] for name in ("plain", "peco")]
+    assert started[5:] == [*both[0][1:], *both[1]]
+    assert printed.index("tokenizer 2 steps of 4 images") < printed.index("step 8 of 12: codes_plain_0")
+    assert re.search(r"step 12 of 12: codes_peco_0_again \(about \d+ min to go\)", printed)
 
     record = (tmp_path / "table_7.md").read_text()
     assert record in printed and (tmp_path / "table_7.png").stat().st_size > 5000
@@ -233,6 +237,8 @@ def test_a_table_runs_to_its_record_and_goes_on_where_it_was_stopped(
         assert cells["PSNR"] == f"{codes['quality']['psnr']:.2f}"
         assert cells["codes used"] == f"{codes['quality']['codes_used']}"
         assert cells["mean code vector: linear"] == f"{probes['mean code vector']['best_linear']:.2f}"
+        # the same images under another name
+        assert cells["again, bag of codes: linear"] == cells["bag of codes: linear"]
         assert cells["bag of codes: k-NN"] == f"{probes['bag of codes']['best_knn']:.2f}"
     judges = [
         json.loads((tmp_path / f"codes_{name}_0.json").read_text())["facts"]["judge"] for name in ("plain", "peco")
@@ -266,6 +272,33 @@ def test_judges_on_the_command_line_are_the_arms_of_table_5(images, judge_file, 
     of_file, of_none = (table.arms[name].tokenizer.settings for name in ("judge_vit_tiny_pth", "plain_300"))
     assert f"perceptual.weights={judge_file}" in of_file and "perceptual.blocks=[1,2,3]" in of_file
     assert "perceptual.weight=0" in of_none and len(table.left_out) == 3
+
+
+def test_a_judges_own_settings_go_to_its_arm_alone_and_the_sweep_to_the_first_judge(images, judge_file, tmp_path):
+    own = "perceptual.blocks=[2,4]", "perceptual.image_px=112"
+    words = ["--judge", str(judge_file), *own, "--judge", "random:resnet18", "--weight", "1,10", "--out", str(tmp_path)]
+    table = table_of(5, images, *words)
+    assert list(table.arms)[1:] == [
+        *("judge_vit_tiny_pth", "judge_untrained_resnet18", "judge_vit_tiny_pth_channel_10"),
+    ]
+    given, control, swept = (table._tokenizer_recipe(arm.tokenizer).perceptual for arm in list(table.arms.values())[1:])
+    assert (given.blocks, given.image_px, swept.blocks, swept.weight) == ((2, 4), 112, (2, 4), 10)
+    assert control.blocks == () and control.image_px != 112
+    assert [table.arms[name].label for name in list(table.arms)[1:3]] == ["vit_tiny_pth", "untrained_resnet18"]
+    # a control is the same network wherever it is made
+    (tmp_path / "other").mkdir()
+    made = [Path(untrained("resnet18", folder)) / "model.safetensors" for folder in (tmp_path, tmp_path / "other")]
+    assert made[0].read_bytes() == made[1].read_bytes()
+
+
+def test_codes_are_probed_on_further_images_too(images, tmp_path):
+    tar = shutil.copy(images, tmp_path / "dogs v2.tar")
+    table = table_of(4, images, "--bootstrap_judge", "--also", str(tar), "--out", str(tmp_path / "out"))
+    steps = {step.name: step for step in table.steps()}
+    step = steps["codes_plain_0_dogs_v2"]
+    assert step.needs == ("tokenizer_plain_0", "pack_train_dogs_v2", "pack_val_dogs_v2")
+    assert steps["pack_val_dogs_v2"].needs == ("unpack_dogs_v2",)
+    assert tmp_path / "out/images_dogs_v2/val" in step.words and "Codes probed on dogs_v2 too: 16" in table.plan()
 
 
 def test_a_sweep_adds_every_pair_but_the_one_that_is_an_arm_already(images, tmp_path):
@@ -333,6 +366,12 @@ def test_two_steps_run_at_a_time_each_after_those_it_needs():
         (["--table", "7", "--images", "{images}", "--bootstrap_judge", "--weight", "0"], "above 0"),
         (["--table", "7", "--images", "{images}", "--bootstrap_judge", "--normalize", "batch"], "not one of channel"),
         (["--table", "7", "--images", "{folder}", "--bootstrap_judge"], "0 images in train/"),
+        (["--table", "7", "--images", "{images}", "--judge", "random:vgg17"], "timm makes no network of it"),
+        (["--table", "7", "--images", "{images}", "--judge", "a", "optim.lr=1"], "perceptual.key=value; others: --set"),
+        (
+            ["--table", "7", "--images", "{images}", "--bootstrap_judge", "--also", "/no"],
+            "--also /no: neither a folder",
+        ),
         (["--table", "7", "--images", "/no/images", "--bootstrap_judge"], "neither a folder nor a tar"),
     ],
 )
