@@ -454,7 +454,7 @@ class SmallTable:
     # ------------------------------------------------------------------------------------------ results
 
     def write_results(self, names: set[str], stages: Stages) -> str:
-        """What was measured as JSON, a record with one table, and one plot. Returns: the record."""
+        """What was measured as JSON, a record with one table, a plot and a picture. Returns: the record."""
         arms = {name: self.measured(arm) for name, arm in self.arms.items()}
         runs = {name: run for name, run in stages.records().items() if name in names}
         first = json.loads((self.out / f"codes_{self._tokenizers()[0].name}_0.json").read_text())
@@ -464,12 +464,24 @@ class SmallTable:
         self.args.record = self.args.record or base.with_suffix(".md")
         picture = self.args.record.with_suffix(".png")
         plot(picture, self.table, arms)
+        shown = picture.with_name(f"{picture.stem}_images.png")
+        self.draw(shown)
         minutes = sum(run["seconds"] for run in runs.values()) / 60
         parts = [self.plan(), result_table(self.table, arms), f"![the measures by arm]({picture.name})"]
+        parts.append(f"![held-out images as each tokenizer of the first seed gives them back]({shown.name})")
         parts.append(f"{CAUTION} {_reading(self.args.seeds)}")
         parts.append(f"{minutes:.0f} minutes of stages; commit {first['commit'][:12]}.")
         title = f"Table {self.number} of PeCo's paper at small scale"
         return publish(self.args, title, "\n\n".join(part.strip() for part in parts), "deepspeed", "timm")
+
+    def draw(self, path: Path) -> None:
+        """Held-out images through every tokenizer of the first seed."""
+        from benchmarks.paper_images import draw_reconstructions
+
+        releases = {arm.tokenizer.name: self.release(arm.tokenizer, 0) for arm in self.arms.values() if arm.tokenizer}
+        releases = {name.removeprefix(f"{SWEPT}_"): folder for name, folder in releases.items()}
+        px = {self._pretrain_recipe(arm).views.tokenizer_px for arm in self.arms.values() if arm.tokenizer}
+        draw_reconstructions(path, self.out / "images" / "val", releases, max(px))
 
     def measured(self, arm: SmallArm) -> dict:
         """Label, published figures, and of every measure a value a seed."""

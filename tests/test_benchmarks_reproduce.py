@@ -18,6 +18,7 @@ import test_readme
 import timm
 import torch
 from conftest import REPOSITORY, run_stage
+from PIL import Image
 
 from benchmarks import paper_chain, reproduce, stages
 from benchmarks.paper_inputs import untrained
@@ -227,6 +228,9 @@ def test_a_table_runs_to_its_record_and_goes_on_where_it_was_stopped(
 
     record = (tmp_path / "table_7.md").read_text()
     assert record in printed and (tmp_path / "table_7.png").stat().st_size > 5000
+    # originals and two tokenizers, 32 px enlarged to 128
+    with Image.open(tmp_path / "table_7_images.png") as shown:
+        assert 3 * 128 < shown.width < 3 * 140 and shown.height > 8 * 128
     heads, _, *rows = [line.strip("| ").split(" | ") for line in record.splitlines() if line.startswith("|")]
     assert [row[:2] for row in rows] == [["pixel loss", "82.9"], ["+ perceptual loss", "84.1"]]
     for name, row in zip(("plain", "peco"), rows):
