@@ -17,7 +17,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launchers/setup_venv.sh requirements.txt tests/requirements.txt --no-deps requirements-judges.txt
 out="${OUT:-quickstart_out}"
 mkdir -p "$out/logs"
-started=$SECONDS
 judge="${PERCEPTUAL:-}"
 number=0 stages=7
 [ -z "$judge" ] || stages=6
@@ -28,10 +27,18 @@ stage() {
     echo "== stage $number of $stages: $1 (at $((SECONDS - started)) s)"
 }
 
+gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+if [ "$gpus" = 0 ]; then
+    # Of the installation rather than of a run: DeepSpeed keeps what it compiles.
+    echo "DeepSpeed's operator for CPUs (a minute or two the first time)"
+    DS_ACCELERATOR=cpu python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' \
+        > "$out/logs/operator.log" 2>&1 || { echo "error: it did not compile; see $out/logs/operator.log" >&2; exit 2; }
+fi
+started=$SECONDS
+
 # ranks NAME STAGE ARGUMENT...
 # Two ranks under the deepspeed launcher, on GPUs if there are (one rank on one). Progress lines to the terminal, all to
 # a log.
-gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
 ranks() {
     local name="$1" count=2 code
     shift
