@@ -326,6 +326,8 @@ class SmallTable:
             if self.args.classifier:
                 words += ["--classifier", self.args.classifier]
                 words += ["--checkpoint", self.args.checkpoint.resolve()] if self.args.checkpoint else []
+                some = self.args.classifier_images
+                words += ["--classifier_images", some] if some else []
             words += ["--lpips", self.args.lpips.resolve()] if self.args.lpips else []
             add(SmallStep(f"codes_{arm.tokenizer.name}_{seed}", "python", ("evaluate.py", *words), made))
             for other in self.further:
@@ -392,6 +394,8 @@ class SmallTable:
         lines.append(f"Images: {self.images['train']:,} to train on, {self.images['val']:,} to measure on")
         for other, count in zip(self.further, self.further_images):
             lines.append(f"Codes probed on {other.title} too: {count['train']:,} and {count['val']:,} images")
+        if self.args.classifier_images:
+            lines.append(f"The classifier reads {self.args.classifier_images:,} of the images to measure on")
         for judge in self.judges:
             lines.append(f"Judge {judge.name}: {judge.label}")
         for arm in self.arms.values():

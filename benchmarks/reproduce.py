@@ -100,6 +100,8 @@ def arguments():
     add("--dalle", type=Path, metavar="FOLDER", help="DALL-E's tokenizer, as import_tokenizer.py wrote it")
     classifier = "measure top-1 on reconstructions by this one, as evaluate.py takes it"
     add("--classifier", metavar="NAME_OR_PATH", help=classifier)
+    some = "as many images, spread over val/, are what --classifier sees (default: all)"
+    add("--classifier_images", type=at_least(1), metavar="N", help=some)
     add("--checkpoint", type=Path, metavar="FILE", help="local weights for --classifier, the name of a timm model")
     lpips = "measure LPIPS by this AlexNet or VGG16, as evaluate.py takes it"
     add("--lpips", type=Path, metavar="FILE", help=lpips)
@@ -137,8 +139,9 @@ def prepared(args: argparse.Namespace, paper: Paper):
     args.normalize = chosen("normalize", args.normalize, NORMALIZE) if args.normalize else []
     args.weight = weights(args.weight) if args.weight else []
     args.set = settings_by_stage(args.set)
-    if args.checkpoint and not args.classifier:
-        raise UserError(f"--checkpoint {args.checkpoint}: is of --classifier NAME; name that too")
+    for name in ("checkpoint", "classifier_images"):
+        if getattr(args, name) and not args.classifier:
+            raise UserError(f"--{name} {getattr(args, name)}: is of --classifier NAME; name that too")
     args.images, args.also = args.images.resolve(), [path.resolve() for path in args.also]
     # starts of stages find local files whatever folder they run in
     if args.classifier and os.path.exists(args.classifier):

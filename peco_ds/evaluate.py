@@ -25,7 +25,7 @@ from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
 # Options that only a classifier has a use for, and those that only a tokenizer has; both are None unless given.
 OF_CLASSIFIERS = ("crop", "attack", "epsilon", "steps", "step_size")
-OF_TOKENIZERS = ("train_images", "lpips", "classifier", "atlas")
+OF_TOKENIZERS = ("train_images", "lpips", "classifier", "classifier_images", "atlas")
 # PeCo's budget of an attack (arXiv 2111.12710, table 11).
 EPSILON, STEPS = Fraction(2, 255), 20
 
@@ -155,6 +155,12 @@ def arguments() -> Parser:
         "which are labelled, beside that on the originals",
     )
     tokenizer.add_argument(
+        "--classifier_images",
+        type=int,
+        metavar="N",
+        help="as many of --images, spread over the set, are what --classifier sees (default: all)",
+    )
+    tokenizer.add_argument(
         "--atlas",
         type=Path,
         metavar="FILE.png",
@@ -174,16 +180,15 @@ def fraction(text: str) -> Fraction:
 
 def check(args) -> None:
     """What can be said of the options alone."""
-    if args.image_px is not None and args.image_px < 1:
-        raise UserError(f"--image_px {args.image_px}: must be at least 1")
+    for name in ("image_px", "classifier_images", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.crop is not None and not 0 < args.crop <= 1:
         raise UserError(f"--crop {args.crop}: in (0, 1]")
     if args.batch < 1 or args.num_workers < 0:
         raise UserError(f"--batch {args.batch} --num_workers {args.num_workers}: at least 1 and 0")
     if args.epsilon is not None and not 0 <= args.epsilon <= 1:
         raise UserError(f"--epsilon {args.epsilon}: in [0, 1], as pixel values are; write it as 2/255")
-    if args.steps is not None and args.steps < 1:
-        raise UserError(f"--steps {args.steps}: must be at least 1")
     if args.step_size is not None and args.step_size <= 0:
         raise UserError(f"--step_size {args.step_size}: must be above 0")
     if not args.out.parent.is_dir():
@@ -207,6 +212,8 @@ def check_kind(args, *, is_tokenizer: bool) -> None:
     for name in ("epsilon", "steps", "step_size"):
         if args.attack is None and getattr(args, name) is not None:
             raise UserError(f"--{name}: goes with --attack; give that too, or leave it out")
+    if args.classifier is None and args.classifier_images is not None:
+        raise UserError("--classifier_images: goes with --classifier; give that too, or leave it out")
     classifier = args.classifier if is_tokenizer else args.target
     for name, default in (("checkpoint", None), ("weights", "auto"), ("statistics", "auto")):
         if getattr(args, name) == default:
@@ -394,7 +401,15 @@ def open_tokenizer(args, release: Path, own_px: int | None):
     card, how = evaluation.card, forward_settings(args)
 
     def measure(world):
-        result, line = evaluation.measure(images, how, world, train=train, classifier=classifier, atlas=args.atlas)
+        result, line = evaluation.measure(
+            images,
+            how,
+            world,
+            train=train,
+            classifier=classifier,
+            classifier_images=args.classifier_images,
+            atlas=args.atlas,
+        )
         source = {"kind": "tokenizer", "fingerprint": card.fingerprint, "facts": card.extra, "images": images.facts()}
         return {**source, **result}, f"tokenizer {card.fingerprint[:12]}: {line}"
 

@@ -68,6 +68,7 @@ class TokenizerEvaluation:
         *,
         train: ImageSet | None = None,
         classifier: PixelClassifier | None = None,
+        classifier_images: int | None = None,
         atlas: Path | None = None,
     ) -> tuple[dict, str]:
         """Collective.
@@ -76,6 +77,7 @@ class TokenizerEvaluation:
             images: to measure on.
             train: labelled as `images` are; None: the codes are not probed.
             classifier: of the classes of `images`; reads the reconstructions. None: nobody does.
+            classifier_images: of how many images, spread over the set; None: of all.
             atlas: picture of the codes to draw, which rank 0 does; None: none, and nothing of it in the result.
             world: the ranks (`runtime.distributed.World`).
         Returns: settings, quality, throughput, what the classifier reads, the atlas and code probes as they are
@@ -96,6 +98,7 @@ class TokenizerEvaluation:
         if classifier is not None:
             num_classes = len(images.manifest.classes or ())
             reading = ReconstructionAccuracy(classifier.to(world.device), how, num_classes, world.device)
+            read = samples_spread(images.num_samples, classifier_images or images.num_samples)
         counted = None
         if atlas is not None:
             classes = tuple(images.manifest.classes or ())
@@ -107,7 +110,9 @@ class TokenizerEvaluation:
             sums.add(batch.images_01, output, (batch.samples >= 0).to(world.device))
             if reading is not None:
                 assert output.reconstruction is not None, "checked by check_makes_images"
-                reading.add(batch.images_01, output.reconstruction, batch.labels)
+                chosen = torch.isin(batch.samples, read)
+                if chosen.any():
+                    reading.add(batch.images_01[chosen], output.reconstruction[chosen], batch.labels[chosen])
             if counted is not None:
                 counted.add(output.codes, batch.labels, batch.samples)
             codes.append((output.codes, batch.labels, batch.samples))
@@ -174,6 +179,14 @@ class TokenizerEvaluation:
     def _squares(self, images: ImageSet, how: ForwardSettings, world):
         batches = square_batches(images, self._image_px, world, batch=how.batch, num_workers=how.num_workers)
         return until_stopped(batches, world.stop_requested)
+
+
+def samples_spread(num_samples: int, count: int) -> torch.Tensor:
+    """int64 [min(count, num_samples)], ascending: the numbers of as many samples at even distances, so that a set which
+    lies class by class gives some of every class.
+    """
+    count = min(count, num_samples)
+    return torch.arange(count) * num_samples // count
 
 
 def _gathered(batches, world):
