@@ -102,6 +102,7 @@ def results(root):
             "test_vit",
             "--checkpoint",
             str(root / "test_vit.pth"),
+            *("--classifier_images", "9"),
         ],
         "attacked": [
             str(root / "classifier.pth"),
@@ -227,12 +228,15 @@ def test_lpips_is_measured_where_its_network_is_given(results):
 
 
 @torch.no_grad()
-def answers_of(root, read, *, to_px, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Right answers on the originals' central squares of 32 px and on their reconstructions, one image at a time."""
+def answers_of(root, read, *, to_px, mean=IMAGENET_MEAN, std=IMAGENET_STD, every=1):
+    """Right answers on the originals' central squares of 32 px and on their reconstructions, one image at a time.
+
+    Of every `every`-th image.
+    """
     tokenizer, _ = load_tokenizer(root / "run" / "tokenizer")
     images, right = ImageSet(root / "images" / "val"), [0, 0]
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
-    for sample in range(IMAGES):
+    for sample in range(0, IMAGES, every):
         _, image = images.decode(sample)
         square = cut(image, center_view(*image.shape[1:]), 32)[None].float() / 255
         codes = tokenizer.tokenize(square * 2 - 1)
@@ -251,14 +255,15 @@ def test_a_classifier_reads_reconstructions_as_it_reads_originals(root, results)
     named.load_state_dict(torch.load(root / "test_vit.pth", weights_only=True))
     cfg = timm.get_pretrained_cfg("test_vit")
     cases = (
-        ("run", own, dict(to_px=32)),
-        ("release", named, dict(to_px=cfg.input_size[-1], mean=cfg.mean, std=cfg.std)),
+        ("run", own, IMAGES, dict(to_px=32)),
+        # --classifier_images
+        ("release", named, 9, dict(to_px=cfg.input_size[-1], mean=cfg.mean, std=cfg.std, every=3)),
     )
-    for name, read, seen in cases:
+    for name, read, number, seen in cases:
         found = results[name, 1]["reconstructions_read_by"]
-        counts = [found[what]["top1"] * IMAGES / 100 for what in ("originals", "reconstructions")]
+        counts = [found[what]["top1"] * number / 100 for what in ("originals", "reconstructions")]
         assert counts == pytest.approx(answers_of(root, read, **seen), abs=1e-4)
-        assert found["images"] == IMAGES and found["image_px"] == seen["to_px"] and found["originals"]["top5"] == 100
+        assert found["images"] == number and found["image_px"] == seen["to_px"] and found["originals"]["top5"] == 100
     assert results["run", 1]["reconstructions_read_by"] == results["run", 2]["reconstructions_read_by"]
     line = next(line for line in results["lines", 1].splitlines() if line.endswith("run_1.json"))
     assert "read by classifier.pth" in line and "on the originals" in line
@@ -361,6 +366,8 @@ BAD = [
     (["run", "--checkpoint", "five.pth"], "--checkpoint: is about a classifier's weights"),
     (["run", "--classifier", "five.pth"], "its head has 5 classes, .* has 3"),
     (["run", "--classifier", "mim.pth"], "has no classifier .kind mim."),
+    (["run", "--classifier_images", "9"], "goes with --classifier"),
+    (["run", "--classifier", "classifier.pth", "--classifier_images", "0"], "must be at least 1"),
     (["run", "--classifier", "nowhere.pth"], "nor the name of a timm model"),
     (["run", "--classifier", "vqkd"], "vqkd: a run of train_tokenizer; give a run of pretrain.py or finetune.py"),
     (["run", "--classifier", "classifier.pth", "--checkpoint", "five.pth"], "classifier.pth is a path"),
