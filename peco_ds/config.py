@@ -468,8 +468,8 @@ class InitSettings:
     weights: str = ""
     # Which weights of a fine-tuning run. auto: the moving average where the run kept one.
     average: Average = "auto"
-    # Mean and deviation of the images that the weights expect. half: 0.5 and 0.5. auto: as their config says, else
-    # ImageNet's.
+    # Mean and deviation of the images that the weights expect. half: 0.5 and 0.5. auto: as their config, the arguments
+    # in the file or the name of a release tell, else ImageNet's, with a warning.
     statistics: Literal["auto", "imagenet", "half"] = "auto"
     # auto: the head of a classifier is kept and must have the classes of the images. new: it is initialised.
     head: Literal["auto", "new"] = "auto"

@@ -69,7 +69,7 @@ def test_a_file_in_the_layout_of_beit_base_patch16_224_pt22k_is_read_whole(tmp_p
         4.0,
     )
     assert found.layer_scale == pytest.approx(0.1, abs=0.01)
-    assert weights.mean == (0.485, 0.456, 0.406) and weights.crop == 0.875
+    assert weights.mean == weights.std == (0.5, 0.5, 0.5) and weights.crop == 0.875
     assert path.name in weights.source and "sha256" in weights.source
 
 
