@@ -19,6 +19,7 @@ from timm.models.beit import Beit
 from peco_ds.config import Average, ModelSettings
 from peco_ds.convert import to_hf, to_unilm
 from peco_ds.convert.from_mmpretrain import from_mmpretrain, has_mmpretrain_names
+from peco_ds.convert.other_families import refuse_other_families
 from peco_ds.convert.release import CONFIG, WEIGHTS
 from peco_ds.convert.resample import grid_of
 from peco_ds.convert.to_hf import from_hf, has_hf_names
@@ -27,7 +28,7 @@ from peco_ds.convert.to_unilm import from_unilm
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights, default_crop
 from peco_ds.models.image_statistics import FACT, Asked, statistics_of_weights
-from peco_ds.models.vit import timm_arguments
+from peco_ds.models.vit import mlp_ratio_of, timm_arguments
 from peco_ds.models.vit_layouts import assumed_beside, terms_beside
 from peco_ds.models.weight_files import read_tensor_file, tensors_of_checkpoint
 from peco_ds.schema import read_json, sha256_of_file, short
@@ -94,11 +95,15 @@ def _read_file(path: Path, layout: Layout, average: Average, statistics: Asked) 
     content = read_tensor_file(path)
     tensors, averaged = _tensors_of_file(content, path, average)
     where = _named(path, path.name) + (", moving average" if averaged else "")
+    beside: dict = {"arguments": content.get("args"), "path": path}
     if layout == "hf" or has_hf_names(tensors):
-        tensors = from_hf(tensors, where)
-    elif has_mmpretrain_names(tensors):
+        return _with_statistics(_checked(from_hf(tensors, where), where), statistics, None, **beside)
+    if all(name.startswith("backbone.") for name in tensors):
+        tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
+    refuse_other_families(tensors, where, path.name)
+    if has_mmpretrain_names(tensors):
         tensors = from_unilm(from_mmpretrain(tensors, where))
-    return _with_statistics(_checked(tensors, where), statistics, None, arguments=content.get("args"), path=path)
+    return _with_statistics(_checked(tensors, where), statistics, None, **beside)
 
 
 def _with_statistics(
@@ -290,7 +295,7 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **stated) -> BeitWeig
     Args:
         stated: fields of `BeitWeights` that a config states.
     """
-    _refuse_other_families(tensors, where)
+    _refuse_other_backbones(tensors, where)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
             raise UserError(
@@ -335,7 +340,7 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **stated) -> BeitWeig
     return weights
 
 
-def _refuse_other_families(tensors: dict[str, torch.Tensor], where: str) -> None:
+def _refuse_other_backbones(tensors: dict[str, torch.Tensor], where: str) -> None:
     tables = any(name.endswith("relative_position_bias_table") for name in tensors)
     if _PATCH not in tensors or tensors[_PATCH].ndim != 4 or not any(name.startswith("blocks.0.") for name in tensors):
         raise UserError(
@@ -378,7 +383,7 @@ def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
             "patches; give weights of a square image"
         )
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-    # Never empty: `_refuse_other_families` has found blocks.0.
+    # Never empty: `_refuse_other_backbones` has found blocks.0.
     depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))
     # Checked first, so that no huge model is built only to find its first missing tensor.
     if depth > len(tensors):
@@ -399,7 +404,7 @@ def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
         width=width,
         depth=depth,
         heads=table.shape[1],
-        mlp_ratio=len(tensors["blocks.0.mlp.fc1.weight"]) / width,
+        mlp_ratio=mlp_ratio_of(width, len(tensors["blocks.0.mlp.fc1.weight"])),
         # In the settings 0 would mean no layer scale.
         layer_scale=float(torch.stack(gammas).mean()) or 0.1,
         drop_path=0.0,

@@ -245,6 +245,17 @@ def timm_arguments(
     )
 
 
+def mlp_ratio_of(width: int, hidden: int) -> float:
+    """The ratio from which timm computes int(width * ratio) = hidden.
+
+    The quotient may fall short of it by rounding (3136 / 704), and one unit would be missing.
+    """
+    ratio = hidden / width
+    while int(width * ratio) < hidden:
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
+
+
 @torch.no_grad()
 def init_as_beit(backbone: Beit, std: float) -> None:
     """Truncated normal cut at one standard deviation, then attention output and second MLP weights of block i (from 1)

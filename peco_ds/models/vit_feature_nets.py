@@ -36,6 +36,7 @@ from peco_ds.models.timm_weights import (
     refuse_folder,
     statistics,
 )
+from peco_ds.models.vit import mlp_ratio_of
 from peco_ds.models.vit_layouts import (
     HF_CONFIG,
     OPEN_CLIP_CONFIG,
@@ -309,7 +310,7 @@ def _build_from_shapes(path: Path, vit: VitFile, section: str) -> VisionTransfor
         embed_dim=width,
         depth=depth,
         num_heads=heads,
-        mlp_ratio=hidden / width,
+        mlp_ratio=mlp_ratio_of(width, hidden),
         mlp_layer=SwiGLUPacked if gated else Mlp,
         act_layer="silu" if gated else vit.activation,
         norm_layer=partial(LayerNorm, eps=vit.norm_eps),
