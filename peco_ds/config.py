@@ -116,7 +116,8 @@ class ModelSettings:
     # image: every image skips a branch by its own coin. subset: a fixed share of a pass's images, drawn anew for each
     # branch, skips it, which saves their cost.
     drop_path_by: Annotated[Literal["image", "subset"], Renamed(picture="image")] = "image"
-    # Standard deviation of the initial weights, truncated at one deviation (BEiT).
+    # Standard deviation of the initial weights. BEiT cuts them at one deviation in pre-training, and nowhere that
+    # matters in fine-tuning.
     init_std: float = 0.02
 
     @property

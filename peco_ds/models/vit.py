@@ -271,6 +271,24 @@ def init_as_beit(backbone: Beit, std: float) -> None:
 
 
 @torch.no_grad()
+def init_as_beit_fine_tunes(classifier: Beit, std: float) -> None:
+    """Class token and linear layers normal(0, std) cut at +-2, so their deviation is `std` itself; then attention
+    output and second MLP weights of block i (from 1) over sqrt(2 i). The patch embedding keeps PyTorch's default.
+
+    Must run on whole parameters, as `init_as_beit`.
+    Source: released BEiT `modeling_finetune.py` (timm's `trunc_normal_`, whose bounds are values, not deviations;
+        `fix_init_weight`; convolutions are not initialised there).
+    """
+    nn.init.trunc_normal_(classifier.cls_token, std=std)
+    for part in classifier.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    scale_by_depth(classifier.blocks)
+
+
+@torch.no_grad()
 def init_projections(module: nn.Module, std: float) -> None:
     """Weights of every linear layer and convolution inside: truncated normal; biases: zero."""
     for part in module.modules():
