@@ -78,8 +78,10 @@ class ViewSettings:
     tokenizer_px: AtLeastOne = 224
     # Resizing of the tokenizer's crop. BEiT's is Lanczos.
     tokenizer_interpolation: Literal["bicubic", "lanczos"] = "bicubic"
-    # Precision of the tokenizer's network while codes are computed. The search for the nearest code is always fp32.
-    tokenizer_precision: Annotated[Literal["bf16", "fp32"], AbsentMeans("fp32", stage="pretrain")] = "bf16"
+    # Precision of the tokenizer's network while codes are computed. Its last layer and the search for the nearest code
+    # are always fp32. fp16 rounds an eighth as coarsely as bf16, as BEiT's own tokenizing; a network whose numbers
+    # outgrow it is refused.
+    tokenizer_precision: Annotated[Literal["bf16", "fp16", "fp32"], AbsentMeans("fp32", stage="pretrain")] = "bf16"
     # Share of the image's area that a crop covers: lowest and highest.
     scale: tuple[ShareAboveZero, ShareAboveZero] = (0.08, 1.0)
     # Aspect ratio of a crop, width over height: lowest and highest.
