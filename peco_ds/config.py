@@ -118,6 +118,9 @@ class ModelSettings:
     # image: every image skips a branch by its own coin. subset: a fixed share of a pass's images, drawn anew for each
     # branch, skips it, which saves their cost.
     drop_path_by: Annotated[Literal["image", "subset"], Renamed(picture="image")] = "image"
+    # Beside the relative position bias a learnt vector for each place, added to its token. For weights that were
+    # trained with such (beit_base_patch16_224_pt1k_800ep).
+    absolute_positions: bool = False
     # Standard deviation of the initial weights. BEiT cuts them at one deviation in pre-training, and nowhere that
     # matters in fine-tuning.
     init_std: float = 0.02

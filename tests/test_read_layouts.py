@@ -3,6 +3,7 @@ files of neighbouring models, each refused by its own name.
 """
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,15 +11,19 @@ import timm
 import torch
 from beit_samples import CODES, SMALL, classifier_shapes, drawn, index_buffers, mim_shapes, same
 from published_samples import taming_tensors
+from timm.layers import resample_abs_pos_embed
+from timm.models.beit import Beit
 
-from peco_ds.config import ModelSettings
+from peco_ds.config import ClassifierSettings, ModelSettings
+from peco_ds.convert.initialize import check_sizes, start_classifier
 from peco_ds.convert.read import read_weights
 from peco_ds.convert.release import write_release
 from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
-from peco_ds.convert.verify import model_outputs
+from peco_ds.convert.verify import compare, model_outputs
 from peco_ds.errors import UserError
+from peco_ds.models.classifier import build_classifier
 from peco_ds.models.feature_nets import load_feature_net
 from peco_ds.models.published_tokenizers import read_published
 
@@ -218,3 +223,69 @@ def test_a_neighbouring_model_is_refused_by_its_own_name(tmp_path, words, prefix
 def test_an_eva_is_known_by_its_file_where_its_head_was_dropped(tmp_path):
     with pytest.raises(UserError, match="an EVA-01"):
         read_weights(stored(absolute(), tmp_path / "eva_psz14.pt"))
+
+
+# ------------------------------------------------------------------------------------------ absolute positions
+
+ABSOLUTE = ModelSettings(image_px=64, patch_px=16, width=128, depth=2, heads=2, drop_path=0.0)
+
+
+def pt1k_800ep(shapes=mim_shapes):
+    """beit_base_patch16_224_pt1k_800ep.pth: absolute positions, no relative bias, no layer scale."""
+    kept = {name: shape for name, shape in shapes(ABSOLUTE).items() if "gamma" not in name and "table" not in name}
+    return drawn(kept | {"pos_embed": (1, 17, 128)})
+
+
+def timms(**options):
+    arguments = dict(img_size=64, patch_size=16, embed_dim=128, depth=2, num_heads=2, init_values=None)
+    return Beit(**arguments, use_abs_pos_emb=True, use_rel_pos_bias=False, **options).eval()
+
+
+def test_absolute_positions_without_relative_bias_and_layer_scale_compute_what_the_released_model_does(tmp_path):
+    tensors = pt1k_800ep()
+    weights = read_weights(stored({"model": tensors}, tmp_path / "beit_base_patch16_224_pt1k_800ep.pth"))
+    assert weights.kind == "mim" and weights.model.absolute_positions and "added" in weights.facts
+    reference = timms(num_classes=0, global_pool="token")
+    head = {name: tensors.pop(name) for name in ("mask_token", "lm_head.weight", "lm_head.bias")}
+    reference.load_state_dict(tensors)
+    found = model_outputs(weights)
+    with torch.no_grad():
+        expected = reference.forward_features(found.images_norm)
+        tokens = torch.where(found.is_masked[..., None], head["mask_token"], reference.patch_embed(found.images_norm))
+        tokens = torch.cat([reference.cls_token.expand(2, -1, -1), tokens], dim=1) + reference.pos_embed
+        for block in reference.blocks:
+            tokens = block(tokens)
+        logits = reference.norm(tokens)[:, 1:] @ head["lm_head.weight"].T + head["lm_head.bias"]
+    np.testing.assert_allclose(
+        found.values["tokens"], expected.numpy(), rtol=0, atol=1e-5 * float(expected.abs().max())
+    )
+    np.testing.assert_allclose(found.values["logits"], logits.numpy(), rtol=0, atol=1e-5 * float(logits.abs().max()))
+
+
+@pytest.mark.parametrize("to", [to_timm, to_hf, to_unilm])
+def test_absolute_positions_go_through_every_release(tmp_path, to):
+    for kind, shapes in (("mim", mim_shapes), ("classifier", classifier_shapes)):
+        weights = read_weights(stored({"model": pt1k_800ep(shapes)}, tmp_path / f"{kind}.pth"), statistics="imagenet")
+        write_release(tmp_path / kind, to(weights), weights)
+        assert same(read_weights(tmp_path / kind).tensors, weights.tensors)
+        library = {to_timm: "timm", to_hf: "transformers", to_unilm: "unilm"}[to]
+        assert compare(tmp_path / kind, library, model_outputs(weights)) < 1e-5
+
+
+def test_fine_tuning_takes_absolute_positions_where_the_recipe_has_them_and_resizes_them_as_timm_does(tmp_path):
+    weights = read_weights(stored({"model": pt1k_800ep()}, tmp_path / "w.pth"), statistics="imagenet")
+    larger = replace(weights.model, image_px=96)
+    with pytest.raises(UserError, match="set model.absolute_positions=true"):
+        check_sizes(weights, replace(larger, absolute_positions=False))
+    model = build_classifier(larger, ClassifierSettings(), 5)
+    fresh = start_classifier(model, weights, larger, classes=tuple("abcde"), head="auto")
+    assert "pos_embed" not in fresh
+    wanted = resample_abs_pos_embed(weights.tensors["pos_embed"], [6, 6], antialias=False)
+    torch.testing.assert_close(model.pos_embed.detach(), wanted, rtol=1e-4, atol=1e-5)
+    images = torch.randn(2, 3, 96, 96)
+    reference = timms(num_classes=5, global_pool="avg")
+    reference.set_input_size(img_size=(96, 96))
+    state = {name: tensor for name, tensor in model.state_dict().items() if "gamma" not in name and "table" not in name}
+    reference.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), reference(images), rtol=1e-4, atol=1e-6)

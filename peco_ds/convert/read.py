@@ -7,6 +7,7 @@ training needs (index buffers, the class-token branch of BEiT v2) are left out, 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,12 +22,12 @@ from peco_ds.convert import to_hf, to_unilm
 from peco_ds.convert.from_mmpretrain import from_mmpretrain, has_mmpretrain_names
 from peco_ds.convert.other_families import refuse_other_families
 from peco_ds.convert.release import CONFIG, WEIGHTS
-from peco_ds.convert.resample import grid_of
+from peco_ds.convert.resample import CLASS_ROWS, grid_of
 from peco_ds.convert.to_hf import from_hf, has_hf_names
 from peco_ds.convert.to_timm import HEAD_FILE, from_timm
 from peco_ds.convert.to_unilm import from_unilm
 from peco_ds.errors import UserError
-from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights, default_crop
+from peco_ds.models.beit_weights import PLACES, SHARED_TABLE, TABLE, BeitWeights, default_crop
 from peco_ds.models.image_statistics import FACT, Asked, statistics_of_weights
 from peco_ds.models.vit import mlp_ratio_of, timm_arguments
 from peco_ds.models.vit_layouts import assumed_beside, terms_beside
@@ -180,7 +181,10 @@ def _from_hf_folder(folder: Path) -> _Folder:
     stated = _checked_statements(lambda: to_hf.preprocessing_of(processing, config), where)
     statistics = _statistics_in(stated)
     tensors = from_hf(tensors_of_checkpoint(read_tensor_file(file), _CONTAINERS), where)
-    weights = _checked(tensors, where, **stated)
+    heads = config.get("num_attention_heads", 12)
+    if type(heads) is not int or heads < 1:
+        raise UserError(f"{where}: num_attention_heads is {short(heads)} in its {CONFIG}; fetch the folder again")
+    weights = _checked(tensors, where, heads=heads, **stated)
     for key, found in (
         ("num_attention_heads", weights.model.heads),
         ("image_size", weights.model.image_px),
@@ -289,10 +293,11 @@ def _named(file: Path, name: str) -> str:
 # -------------------------------------------------------------------- from names and shapes to a model
 
 
-def _checked(tensors: dict[str, torch.Tensor], where: str, **stated) -> BeitWeights:
+def _checked(tensors: dict[str, torch.Tensor], where: str, *, heads: int | None = None, **stated) -> BeitWeights:
     """Canonical weights, after a check that each tensor is known and has the right shape.
 
     Args:
+        heads: that a config states, where no table of a relative position bias tells them.
         stated: fields of `BeitWeights` that a config states.
     """
     _refuse_other_backbones(tensors, where)
@@ -324,6 +329,13 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **stated) -> BeitWeig
         if "head.weight" in tensors
         else "features"
     )
+    stand_ins = _stand_ins(tensors, kind, where, heads)
+    if stand_ins:
+        parts = [("bias tables of zeros", "table"), ("layer scales of ones", "gamma")]
+        words = " and ".join(what for what, part in parts if any(part in name for name in stand_ins))
+        facts["added"] = f"{words}, which the weights lack; with them the backbone here computes the same"
+        logger.info("%s: %s", where, facts["added"])
+        tensors = tensors | stand_ins
     settings = _settings_of(tensors, where)
     if kind == "classifier" and SHARED_TABLE in tensors and TABLE.format(0) not in tensors:
         shared = tensors.pop(SHARED_TABLE)
@@ -352,21 +364,55 @@ def _refuse_other_backbones(tensors: dict[str, torch.Tensor], where: str) -> Non
             f"{where}: a plain ViT (blocks.0.attn.qkv.bias), not a BEiT; it can be a judge "
             "(perceptual.weights), not a backbone here"
         )
-    if "pos_embed" in tensors:
-        kind = "absolute position embedding (pos_embed)" + ("" if tables else " and no relative position bias")
+    if not tables and PLACES not in tensors:
         raise UserError(
-            f"{where}: a BEiT with {kind}, as beit_base_patch16_224_pt1k_800ep; the backbone here has "
-            "relative position bias alone, give another checkpoint"
+            f"{where}: neither relative position bias (no relative_position_bias_table) nor absolute positions "
+            f"({PLACES}), so it does not tell one patch from another; give another checkpoint"
         )
-    if not tables:
+
+
+def _stand_ins(tensors: dict[str, torch.Tensor], kind: str, where: str, heads: int | None) -> dict[str, torch.Tensor]:
+    """What a BEiT without relative position bias or without layer scale lacks: tables of zeros, scales of ones.
+
+    Args:
+        heads: of its attention; None: one for 64 numbers of the width, as all BEiTs have.
+    """
+    width, depth, like = len(tensors[_PATCH]), _depth_of(tensors, where), tensors[_PATCH]
+    added: dict[str, torch.Tensor] = {}
+    if not any(name.endswith("relative_position_bias_table") for name in tensors):
+        grid = _grid_of_places(tensors[PLACES], where)
+        if heads is None and width % 64:
+            raise UserError(
+                f"{where}: a BEiT of width {width} without relative position bias, whose number of heads no shape "
+                "tells; give a release folder of transformers, whose config does"
+            )
+        shape = ((2 * grid - 1) ** 2 + CLASS_ROWS, heads or width // 64)
+        names = [SHARED_TABLE] if kind == "mim" else [TABLE.format(block) for block in range(depth)]
+        added |= {name: like.new_zeros(shape) for name in names}
+    if not any(name.endswith((".gamma_1", ".gamma_2")) for name in tensors):
+        names = [f"blocks.{block}.gamma_{branch}" for block in range(depth) for branch in (1, 2)]
+        added |= {name: like.new_ones(width) for name in names}
+    return added
+
+
+def _grid_of_places(places: torch.Tensor, where: str) -> int:
+    grid = math.isqrt(max(places.shape[1] - 1, 0)) if places.ndim == 3 else 0
+    if not grid or grid**2 + 1 != places.shape[1]:
         raise UserError(
-            f"{where}: no relative position bias (no relative_position_bias_table), which the backbone "
-            "here has; give another checkpoint"
+            f"{where}: {PLACES} of shape {tuple(places.shape)}, which is for no class token and square grid of "
+            "patches; give weights of a square image"
         )
-    if "blocks.0.gamma_1" not in tensors:
-        raise UserError(
-            f"{where}: no layer scale (blocks.0.gamma_1), which the backbone here has; give another checkpoint"
-        )
+    return grid
+
+
+def _depth_of(tensors: dict[str, torch.Tensor], where: str) -> int:
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    # Never empty: `_refuse_other_backbones` has found blocks.0.
+    depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))
+    # Checked first, so that no huge model is built only to find its first missing tensor.
+    if depth > len(tensors):
+        raise UserError(f"{where}: holds block {depth - 1}, but {len(tensors)} tensors in all; fetch the file again")
+    return depth
 
 
 def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
@@ -382,12 +428,6 @@ def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
             f"{where}: a bias table of shape {tuple(table.shape)}, which is for no square grid of "
             "patches; give weights of a square image"
         )
-    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-    # Never empty: `_refuse_other_backbones` has found blocks.0.
-    depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))
-    # Checked first, so that no huge model is built only to find its first missing tensor.
-    if depth > len(tensors):
-        raise UserError(f"{where}: holds block {depth - 1}, but {len(tensors)} tensors in all; fetch the file again")
     if "blocks.0.mlp.fc1.weight" not in tensors:
         raise UserError(f"{where}: tensor blocks.0.mlp.fc1.weight is missing; fetch the file again")
     gammas = [
@@ -402,12 +442,13 @@ def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
         image_px=grid * patch_px,
         patch_px=patch_px,
         width=width,
-        depth=depth,
+        depth=_depth_of(tensors, where),
         heads=table.shape[1],
         mlp_ratio=mlp_ratio_of(width, len(tensors["blocks.0.mlp.fc1.weight"])),
         # In the settings 0 would mean no layer scale.
         layer_scale=float(torch.stack(gammas).mean()) or 0.1,
         drop_path=0.0,
+        absolute_positions=PLACES in tensors,
     )
 
 
