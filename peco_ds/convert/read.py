@@ -386,6 +386,8 @@ def _stand_ins(tensors: dict[str, torch.Tensor], kind: str, where: str, heads: i
                 f"{where}: a BEiT of width {width} without relative position bias, whose number of heads no shape "
                 "tells; give a release folder of transformers, whose config does"
             )
+        if heads is not None and width % heads:
+            raise UserError(f"{where}: width {width} is not a multiple of its {heads} heads; fetch the folder again")
         shape = ((2 * grid - 1) ** 2 + CLASS_ROWS, heads or width // 64)
         names = [SHARED_TABLE] if kind == "mim" else [TABLE.format(block) for block in range(depth)]
         added |= {name: like.new_zeros(shape) for name in names}
