@@ -78,8 +78,10 @@ class ViewSettings:
     tokenizer_px: AtLeastOne = 224
     # Resizing of the tokenizer's crop. BEiT's is Lanczos.
     tokenizer_interpolation: Literal["bicubic", "lanczos"] = "bicubic"
-    # Precision of the tokenizer's network while codes are computed. The search for the nearest code is always fp32.
-    tokenizer_precision: Annotated[Literal["bf16", "fp32"], AbsentMeans("fp32", stage="pretrain")] = "bf16"
+    # Precision of the tokenizer's network while codes are computed. Its last layer and the search for the nearest code
+    # are always fp32. fp16 rounds an eighth as coarsely as bf16, as BEiT's own tokenizing; a network whose numbers
+    # outgrow it is refused.
+    tokenizer_precision: Annotated[Literal["bf16", "fp16", "fp32"], AbsentMeans("fp32", stage="pretrain")] = "bf16"
     # Share of the image's area that a crop covers: lowest and highest.
     scale: tuple[ShareAboveZero, ShareAboveZero] = (0.08, 1.0)
     # Aspect ratio of a crop, width over height: lowest and highest.
@@ -116,7 +118,11 @@ class ModelSettings:
     # image: every image skips a branch by its own coin. subset: a fixed share of a pass's images, drawn anew for each
     # branch, skips it, which saves their cost.
     drop_path_by: Annotated[Literal["image", "subset"], Renamed(picture="image")] = "image"
-    # Standard deviation of the initial weights, truncated at one deviation (BEiT).
+    # Beside the relative position bias a learnt vector for each place, added to its token. For weights that were
+    # trained with such (beit_base_patch16_224_pt1k_800ep).
+    absolute_positions: bool = False
+    # Standard deviation of the initial weights. BEiT cuts them at one deviation in pre-training, and nowhere that
+    # matters in fine-tuning.
     init_std: float = 0.02
 
     @property
@@ -468,8 +474,8 @@ class InitSettings:
     weights: str = ""
     # Which weights of a fine-tuning run. auto: the moving average where the run kept one.
     average: Average = "auto"
-    # Mean and deviation of the images that the weights expect. half: 0.5 and 0.5. auto: as their config says, else
-    # ImageNet's.
+    # Mean and deviation of the images that the weights expect. half: 0.5 and 0.5. auto: as their config, the arguments
+    # in the file or the name of a release tell, else ImageNet's, with a warning.
     statistics: Literal["auto", "imagenet", "half"] = "auto"
     # auto: the head of a classifier is kept and must have the classes of the images. new: it is initialised.
     head: Literal["auto", "new"] = "auto"

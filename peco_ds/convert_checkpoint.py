@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         "--statistics",
         choices=["auto", "imagenet", "half"],
         default="auto",
-        help="mean and standard deviation of the images, where SRC does not tell them or wrongly; half "
-        "is 0.5 (default: what SRC tells, else imagenet)",
+        help="mean and standard deviation of the images, where SRC does not tell them or wrongly; half is 0.5 "
+        "(default: what SRC, the arguments in it or its name tell, else imagenet, with a warning)",
     )
     parser.add_argument(
         "--verify",

@@ -108,8 +108,8 @@ def arguments() -> Parser:
         "--statistics",
         choices=["auto", "imagenet", "half"],
         default="auto",
-        help="mean and deviation of the images the weights know; half is 0.5 (default: as their config "
-        "says, else imagenet)",
+        help="mean and deviation of the images the weights know; half is 0.5 (default: as their config, the arguments "
+        "in the file or the name of a release tell, else imagenet, with a warning)",
     )
 
     classifier = parser.add_argument_group("measures of a classifier")
@@ -223,6 +223,8 @@ def check_kind(args, *, is_tokenizer: bool) -> None:
                 f"--{name}: is about a classifier's weights, and {args.target} is a tokenizer; leave it "
                 "out, or name a classifier with --classifier"
             )
+        if name == "statistics" and args.checkpoint is not None:
+            continue
         if name != "checkpoint" and not Path(classifier).exists():
             raise UserError(
                 f"--{name} {getattr(args, name)}: goes with a run, a release or a weights file, and there is no "
@@ -311,7 +313,7 @@ def load_classifier(
                     )
             loaded = load_timm_release(Path(target), image_px=image_px)
         else:
-            loaded = load_timm_classifier(target, args.checkpoint, image_px=image_px)
+            loaded = load_timm_classifier(target, args.checkpoint, image_px=image_px, statistics=args.statistics)
         model, num_classes, names, side_px, own_crop, mean, std = (
             loaded.model,
             loaded.num_classes,
@@ -322,7 +324,7 @@ def load_classifier(
             loaded.std,
         )
         trained_px = loaded.own_px
-        source, facts = loaded.source, {}
+        source, facts = loaded.source, loaded.facts
     if names is None and num_classes == NUM_CLASSES != len(classes) and (columns := imagenet_columns(classes)):
         model, num_classes = OfSomeClasses(model, columns), len(classes)
         source = f"{source}, choosing among {num_classes} of ImageNet-1K's classes"

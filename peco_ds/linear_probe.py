@@ -181,7 +181,7 @@ def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train
 
     settings = cfg.probe
     return {
-        "weights": weights_fingerprint(asdict(weights.model), weights.tensors),
+        "weights": weights_fingerprint(settings_of_model(weights.model), weights.tensors),
         "train_images": train.manifest.fingerprint(),
         "val_images": val.manifest.fingerprint(),
         "blocks": list(blocks),
@@ -192,6 +192,13 @@ def features_made_from(cfg: ProbeRecipe, weights, blocks: tuple[int, ...], train
         "mean": list(weights.mean),
         "std": list(weights.std),
     }
+
+
+def settings_of_model(model) -> dict:
+    """The model's settings as they stood when the first features were recorded: a default that was added since changes
+    no fingerprint.
+    """
+    return {name: value for name, value in asdict(model).items() if name != "absolute_positions" or value}
 
 
 # -------------------------------------------------------------------------------------- the two halves

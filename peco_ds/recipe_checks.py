@@ -143,6 +143,11 @@ def _check_variants(recipe: PretrainRecipe) -> None:
         f"{encoding.decoder_heads}",
     )
     _require(
+        not (visible and recipe.model.absolute_positions),
+        "encoding.kind visible and model.absolute_positions are both set: the visible patches would get the places of "
+        "others; drop one",
+    )
+    _require(
         not visible or recipe.mask.exact,
         "encoding.kind visible needs the same number of visible patches in every image; set mask.exact=true",
     )

@@ -12,7 +12,9 @@ def cosine_with_warmup(step: int, *, peak: float, floor: float, warmup_steps: in
         step: optimiser step about to be taken, from 0.
     Returns: the learning rate of that step. The warm-up starts at 0 as in the released BEiT code (its `warmup_lr` is
         parsed but never used), so step 0 of a warmed-up run changes only the optimiser's moments.
-    Source: BEiT (arXiv 2106.08254), appendix; released code `utils.cosine_scheduler`.
+    Source: BEiT (arXiv 2106.08254), appendix; released code `utils.cosine_scheduler`. One difference: with w warm-up
+        steps, step i has peak i / w here and peak i / (w - 1) there, so the peak is reached at step w, not at w - 1 and
+        again at w. It stays so that runs go on as they began.
     """
     if step < warmup_steps:
         return peak * step / max(1, warmup_steps)

@@ -121,7 +121,7 @@ class ViewRecipe:
     seed: _Count
     # Sets that were made before there was a choice do not tell:
     tokenizer_interpolation: Literal["bicubic", "lanczos"] = "bicubic"
-    tokenizer_precision: Literal["bf16", "fp32"] = "fp32"
+    tokenizer_precision: Literal["bf16", "fp16", "fp32"] = "fp32"
 
 
 @dataclass(frozen=True, config=_strict)

@@ -55,7 +55,7 @@ def train(args, resolved) -> int:
     images = ImageSet(data_path(cfg.data, cfg.data.images))
     order = training_order(images, cfg.data, cfg.run.seed)
     frozen = load_frozen_net(cfg)
-    judged = {"judge": frozen.description, "judge_licence": frozen.licence} if frozen else {"judge": "none"}
+    judged = judge_facts(frozen) if frozen else {"judge": "none"}
     held_out = held_out_images(images, cfg.data, cfg.evaluation.max_images, cfg.views.tokenizer_px)
     with Run.start(args, resolved, "train_tokenizer", images, num_samples=order.num_samples) as run:
         run.record(judged)
@@ -92,6 +92,12 @@ def train(args, resolved) -> int:
         release(args.out, cfg, evaluation.last, judged)
     world.barrier()
     return run.exit_code
+
+
+def judge_facts(frozen) -> dict[str, str]:
+    """What the run's record and the release's card say of the judge or teacher."""
+    facts = {"judge": frozen.description, "judge_licence": frozen.licence}
+    return facts | ({"judge_statistics": frozen.statistics} if frozen.statistics else {})
 
 
 def release(out: Path, cfg: TokenizerRecipe, quality: dict[str, float], judged: dict[str, str]) -> None:

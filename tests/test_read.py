@@ -69,7 +69,7 @@ def test_a_file_in_the_layout_of_beit_base_patch16_224_pt22k_is_read_whole(tmp_p
         4.0,
     )
     assert found.layer_scale == pytest.approx(0.1, abs=0.01)
-    assert weights.mean == (0.485, 0.456, 0.406) and weights.crop == 0.875
+    assert weights.mean == weights.std == (0.5, 0.5, 0.5) and weights.crop == 0.875
     assert path.name in weights.source and "sha256" in weights.source
 
 
@@ -175,13 +175,15 @@ def without(*parts):
 
 
 REFUSALS = {
-    "absolute position embedding (pos_embed) and no relative position bias": pt1k_800ep,
+    "whose number of heads no shape tells": pt1k_800ep,
+    "pos_embed of shape (1, 19, 96)": lambda: pt1k_800ep() | {"pos_embed": torch.zeros(1, 19, 96)},
+    "tensor pos_embed has shape (1, 17, 8)": lambda: drawn(mim_shapes(SMALL)) | {"pos_embed": torch.zeros(1, 17, 8)},
     "a plain ViT (blocks.0.attn.qkv.bias)": lambda: timm.create_model(
         "vit_tiny_patch16_224", img_size=64, depth=1
     ).state_dict(),
     "holds no BEiT": lambda: {"conv1.weight": torch.zeros(8, 3, 7, 7)},
-    "no layer scale (blocks.0.gamma_1)": lambda: without("gamma"),
-    "no relative position bias": lambda: without("table"),
+    "tensor blocks.1.gamma_2 is missing": lambda: without("blocks.1.gamma_2"),
+    "neither relative position bias": lambda: without("table"),
     "tensor blocks.1.norm2.bias is missing": lambda: without("blocks.1.norm2.bias"),
     "tensor blocks.1.gamma_1 is missing": lambda: without("blocks.1."),
     "tensor mask_token is missing": lambda: without("mask_token"),
@@ -338,6 +340,24 @@ def test_a_classifier_that_transformers_wrote_gives_its_logits_under_every_flag(
 
 @pytest.mark.parametrize(
     "flags",
+    [
+        dict(use_absolute_position_embeddings=True, layer_scale_init_value=0.0),
+        dict(use_absolute_position_embeddings=True, use_relative_position_bias=True),
+        dict(use_relative_position_bias=True, layer_scale_init_value=0.0),
+    ],
+)
+def test_a_classifier_with_absolute_positions_or_without_layer_scale_gives_its_logits(tmp_path, flags):
+    model = hf_folder(tmp_path, BeitForImageClassification, **flags, id2label={0: "ant", 1: "bee", 2: "cat"})
+    weights = read_weights(tmp_path)
+    assert weights.model.absolute_positions == flags.get("use_absolute_position_embeddings", False)
+    answers = model_outputs(weights)
+    with torch.no_grad():
+        expected = model(answers.images_norm).logits.numpy()
+    np.testing.assert_allclose(answers.values["logits"], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "flags",
     [dict(use_mean_pooling=False, use_relative_position_bias=True), dict(use_relative_position_bias=True), MIM_FLAGS],
 )
 def test_a_bare_backbone_that_transformers_wrote_gives_its_hidden_states(tmp_path, flags):
@@ -383,18 +403,8 @@ def test_an_eps_that_is_not_beits_is_warned_of(tmp_path, caplog):
         (BeitForMaskedImageModeling, dict(use_shared_relative_position_bias=True), "mask_token is missing"),
         (
             BeitForImageClassification,
-            dict(use_relative_position_bias=True, use_absolute_position_embeddings=True),
-            "absolute position embedding",
-        ),
-        (
-            BeitForImageClassification,
             dict(use_relative_position_bias=True, use_shared_relative_position_bias=True),
             "has no place",
-        ),
-        (
-            BeitForImageClassification,
-            dict(use_relative_position_bias=True, layer_scale_init_value=0.0),
-            "no layer scale",
         ),
         (BeitForImageClassification, dict(use_relative_position_bias=True, hidden_act="relu"), "hidden_act relu"),
     ],

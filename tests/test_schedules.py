@@ -1,3 +1,6 @@
+import math
+
+import numpy as np
 import pytest
 
 from peco_ds.schedules import cosine_with_warmup
@@ -13,6 +16,14 @@ def test_the_rate_rises_linearly_from_zero_and_falls_as_half_a_cosine():
     assert rate(60) == pytest.approx((1.5e-3 + 1e-5) / 2)
     assert rate(110) == pytest.approx(1e-5) and rate(500) == pytest.approx(1e-5)
     assert all(rate(step) > rate(step + 1) for step in range(10, 110))
+
+
+def test_the_warm_up_differs_from_the_released_one_by_its_stated_step_and_the_cosine_not_at_all():
+    released = [*np.linspace(0, 1.5e-3, 10)]
+    released += [1e-5 + (1.5e-3 - 1e-5) * (1 + math.cos(math.pi * step / 100)) / 2 for step in range(100)]
+    assert [rate(step) * 10 for step in range(10)] == pytest.approx([released[step] * 9 for step in range(10)])
+    assert [rate(step) for step in range(10, 110)] == pytest.approx(released[10:])
+    assert released[9] == pytest.approx(rate(10)) and rate(9) == pytest.approx(0.9 * rate(10))
 
 
 def test_no_warm_up_starts_at_the_peak():

@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from peco_ds.config import TokenizerSettings, TokenizerVitSettings
+from peco_ds.errors import UserError
 from peco_ds.models.token_passes import TokenPasses, even_pass_size
 from peco_ds.models.tokenizers import build_tokenizer
 
@@ -63,7 +64,7 @@ def test_images_get_the_same_codes_in_passes_as_in_one_piece(tokenizer, images_1
 
 
 def test_hard_codes_do_not_depend_on_whether_soft_ones_are_asked_for(tokenizer, images_11):
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "fp16"):
         passes = TokenPasses(tokenizer, precision=precision, images=4, compiled=False)
         assert torch.equal(passes.tokenize(images_11), passes.tokenize_soft(images_11, 2).codes)
 
@@ -77,6 +78,26 @@ def test_a_codebook_is_searched_once_for_hard_and_soft_codes(tokenizer, images_1
         monkeypatch.setattr(tokenizer.codebook, "_similarity", lambda rows: calls.append(len(rows)) or last(rows))
     TokenPasses(tokenizer, precision="fp32", images=7, compiled=False).tokenize_soft(images_11, 3)
     assert len(calls) == 1
+
+
+def test_fp16_rounds_the_network_less_than_bf16(tokenizer, images_11):
+    with torch.no_grad():
+        exact = tokenizer.trunk(images_11)
+
+    def error(precision):
+        passes = TokenPasses(tokenizer, precision=precision, images=4, compiled=False)
+        return float((torch.cat(list(passes.outputs(images_11))).float() - exact).abs().max() / exact.abs().max())
+
+    assert 1e-6 < error("fp16") < error("bf16") / 3
+
+
+def test_a_network_that_outgrows_fp16_is_refused_and_not_given_codes(tokenizer, images_11):
+    trunk = tokenizer.trunk
+    tokenizer.trunk = lambda images: trunk(images) * float("inf")
+    passes = TokenPasses(tokenizer, precision="fp16", images=4, compiled=False)
+    for tokenize in (passes.tokenize, lambda images: passes.tokenize_soft(images, 2)):
+        with pytest.raises(UserError, match="outgrow it; set views.tokenizer_precision=bf16 or fp32"):
+            tokenize(images_11)
 
 
 def test_in_bf16_the_network_is_rounded_and_the_choice_is_not(tokenizer, images_11):

@@ -120,6 +120,29 @@ def test_blocks_are_compiled_without_a_break_into_one_graph_for_all_of_them(kind
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+def test_a_fresh_classifier_starts_as_the_released_fine_tuning_does():
+    torch.manual_seed(0)
+    settings = ModelSettings(image_px=64, patch_px=16, width=384, depth=4, heads=6)
+    model = build_classifier(settings, ClassifierSettings(), 1000)
+    for number, block in enumerate(model.blocks, start=1):
+        depth = (2 * number) ** 0.5
+        for weight, std in (
+            (block.attn.qkv.weight, 0.02),
+            (block.mlp.fc1.weight, 0.02),
+            (block.attn.proj.weight, 0.02 / depth),
+            (block.mlp.fc2.weight, 0.02 / depth),
+        ):
+            assert weight.std().item() == pytest.approx(std, rel=0.02)
+        assert block.attn.qkv.weight.abs().max() > 0.06 and block.mlp.fc1.bias.abs().max() == 0
+    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.02) and model.head.bias.abs().max() == 0
+    assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.15)
+    # PyTorch's default for a convolution: uniform between +-1 / sqrt(inputs), weights and biases alike.
+    edge = (3 * 16 * 16) ** -0.5
+    convolution = model.patch_embed.proj
+    assert convolution.weight.std().item() == pytest.approx(edge / 3**0.5, rel=0.02)
+    assert 0.9 * edge < convolution.bias.abs().max() <= edge
+
+
 def test_a_compiled_classifier_trains_and_is_evaluated_in_batches_of_any_size():
     """Every block has a bias table of its own; weights are read without gradient, the last batch is short."""
     torch._dynamo.reset()

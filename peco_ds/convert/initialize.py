@@ -11,9 +11,9 @@ import torch
 from timm.models.beit import Beit
 
 from peco_ds.config import ClassifierSettings, ModelSettings
-from peco_ds.convert.resample import resize_bias_table
+from peco_ds.convert.resample import resize_bias_table, resize_places
 from peco_ds.errors import UserError
-from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights
+from peco_ds.models.beit_weights import PLACES, SHARED_TABLE, TABLE, BeitWeights
 from peco_ds.models.classifier import Classifier, build_classifier
 from peco_ds.models.vit import timm_arguments
 
@@ -141,14 +141,14 @@ def check_sizes(weights: BeitWeights, settings: ModelSettings) -> None:
     """Raises: UserError naming the sizes in which the weights and the recipe's model differ; image size may."""
     names = [
         name
-        for name in ("patch_px", "width", "depth", "heads", "mlp_ratio")
+        for name in ("patch_px", "width", "depth", "heads", "mlp_ratio", "absolute_positions")
         if getattr(weights.model, name) != getattr(settings, name)
     ]
     if names:
         found, asked = (
             ", ".join(f"{name} {getattr(model, name)}" for name in names) for model in (weights.model, settings)
         )
-        remedy = " ".join(f"model.{name}={getattr(weights.model, name)}" for name in names)
+        remedy = " ".join(f"model.{name}={str(getattr(weights.model, name)).lower()}" for name in names)
         raise UserError(
             f"{weights.source}: {found}, but the recipe's model has {asked}; take the recipe of that "
             f"size, or set {remedy}"
@@ -158,10 +158,12 @@ def check_sizes(weights: BeitWeights, settings: ModelSettings) -> None:
 def per_block(weights: BeitWeights, grid: int) -> dict[str, torch.Tensor]:
     """Tensors of a model with a bias table in every block, for a grid x grid image.
 
-    Tensors that only pre-training needs are left out.
+    Tensors that only pre-training needs are left out; vectors of places are resized with the tables.
     """
     tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in _OF_PRETRAINING}
     for block in range(weights.model.depth):
         table = weights.tensors.get(TABLE.format(block), weights.tensors.get(SHARED_TABLE))
         tensors[TABLE.format(block)] = table if grid == weights.model.grid else resize_bias_table(table, grid)
+    if PLACES in tensors:
+        tensors[PLACES] = resize_places(tensors[PLACES], grid)
     return tensors

@@ -7,6 +7,7 @@ training needs (index buffers, the class-token branch of BEiT v2) are left out, 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,17 +19,20 @@ from timm.models.beit import Beit
 
 from peco_ds.config import Average, ModelSettings
 from peco_ds.convert import to_hf, to_unilm
+from peco_ds.convert.from_mmpretrain import from_mmpretrain, has_mmpretrain_names
+from peco_ds.convert.other_families import refuse_other_families
 from peco_ds.convert.release import CONFIG, WEIGHTS
-from peco_ds.convert.resample import grid_of
+from peco_ds.convert.resample import CLASS_ROWS, grid_of
 from peco_ds.convert.to_hf import from_hf, has_hf_names
 from peco_ds.convert.to_timm import HEAD_FILE, from_timm
 from peco_ds.convert.to_unilm import from_unilm
 from peco_ds.errors import UserError
-from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights, default_crop
-from peco_ds.models.vit import timm_arguments
-from peco_ds.models.vit_layouts import terms_beside
-from peco_ds.models.weight_files import read_tensor_file
-from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json, sha256_of_file, short
+from peco_ds.models.beit_weights import PLACES, SHARED_TABLE, TABLE, BeitWeights, default_crop
+from peco_ds.models.image_statistics import FACT, Asked, statistics_of_weights
+from peco_ds.models.vit import mlp_ratio_of, timm_arguments
+from peco_ds.models.vit_layouts import assumed_beside, terms_beside
+from peco_ds.models.weight_files import read_tensor_file, tensors_of_checkpoint
+from peco_ds.schema import read_json, sha256_of_file, short
 
 logger = logging.getLogger("peco_ds")
 
@@ -36,9 +40,7 @@ Layout = Literal["auto", "run", "timm", "hf", "unilm"]
 # The first lies in a run folder, the second in a checkpoint of it.
 _RUN_FILES = ("settings.yaml", "progress.json")
 _PICKLED = "pytorch_model.bin"
-# Mean and standard deviation of the images of the first BEiT.
-HALF = (0.5, 0.5, 0.5)
-# Keys under which training scripts put the weights into their checkpoint.
+# Keys under which training scripts put the weights into their checkpoint; a moving average is asked for by name.
 _CONTAINERS = ("model", "module", "state_dict")
 # Keys of unilm and of timm's training script.
 _AVERAGES = ("model_ema", "state_dict_ema")
@@ -51,7 +53,7 @@ def read_weights(
     *,
     layout: Layout = "auto",
     average: Average = "auto",
-    statistics: Literal["auto", "imagenet", "half"] = "auto",
+    statistics: Asked = "auto",
     read_run: Callable[[Path, Average], BeitWeights] | None = None,
 ) -> BeitWeights:
     """Weights in the canonical form, in the dtype they are stored in.
@@ -61,39 +63,62 @@ def read_weights(
             unilm (the same) from Hugging Face.
         layout: the layout that is required; auto: any.
         average: the moving average of the weights or the last ones; auto: the average where there is one.
-        statistics: mean and standard deviation that the weights were trained with; auto: those of their config, else
-            ImageNet's.
+        statistics: mean and standard deviation that the weights were trained with; auto: what
+            `models.image_statistics` finds, else ImageNet's, with a warning. The facts say which and why.
         read_run: reads a run (`runtime.run_weights.read_run`); None where runs are not taken.
-    A bare file states neither statistics nor crop: the former are ImageNet's, the latter is 0.875 below 384 px and 1
-    from there on.
+    A bare file does not state its crop: it is 0.875 below 384 px and 1 from there on.
     Raises: UserError if there is nothing to read, or it is of another layout or model family, or a tensor is missing,
         left over or of another shape.
     """
-    weights = _read(Path(path).expanduser(), layout, average, read_run)
-    if statistics == "auto":
-        return weights
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if statistics == "imagenet" else (HALF, HALF)
-    return replace(weights, mean=mean, std=std)
-
-
-def _read(
-    path: Path, layout: Layout, average: Average, read_run: Callable[[Path, Average], BeitWeights] | None
-) -> BeitWeights:
+    path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; correct the path")
     found = _layout_of(path, layout)
     if found == "run":
         if read_run is None:
             raise UserError(f"{path}: a run folder; convert it first with convert_checkpoint.py, and give the release")
-        return read_run(path, average)
+        weights = read_run(path, average)
+        if statistics == "auto":
+            return weights
+        return _with_statistics(weights, statistics, (weights.mean, weights.std), "as the run records")
     if path.is_dir():
         if average == "ema":
             raise UserError(f"{path}: a release, which holds one set of weights; leave the average out")
-        weights = {"timm": _from_timm_folder, "hf": _from_hf_folder, "unilm": _from_unilm_folder}[found](path)
-        return replace(weights, facts=weights.facts | terms_beside(path))
-    tensors, averaged = _tensors_of_file(path, average)
+        weights, stated = {"timm": _from_timm_folder, "hf": _from_hf_folder, "unilm": _from_unilm_folder}[found](path)
+        weights = replace(weights, facts=weights.facts | terms_beside(path))
+        # What a release of ours states may have been assumed when it was made.
+        stated = None if stated is None or assumed_beside(path) else stated
+        return _with_statistics(weights, statistics, stated, path=path)
+    return _read_file(path, found, average, statistics)
+
+
+def _read_file(path: Path, layout: Layout, average: Average, statistics: Asked) -> BeitWeights:
+    content = read_tensor_file(path)
+    tensors, averaged = _tensors_of_file(content, path, average)
     where = _named(path, path.name) + (", moving average" if averaged else "")
-    return _checked(from_hf(tensors, where) if found == "hf" or has_hf_names(tensors) else tensors, where)
+    beside: dict = {"arguments": content.get("args"), "path": path}
+    if layout == "hf" or has_hf_names(tensors):
+        return _with_statistics(_checked(from_hf(tensors, where), where), statistics, None, **beside)
+    if all(name.startswith("backbone.") for name in tensors):
+        tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
+    refuse_other_families(tensors, where, path.name)
+    if has_mmpretrain_names(tensors):
+        tensors = from_unilm(from_mmpretrain(tensors, where))
+    return _with_statistics(_checked(tensors, where), statistics, None, **beside)
+
+
+def _with_statistics(
+    weights: BeitWeights, asked: Asked, stated, stated_by: str = "as its config states", **told
+) -> BeitWeights:
+    found = statistics_of_weights(
+        weights.source,
+        remedy="say --statistics half (init.statistics=half) for 0.5; the same with imagenet confirms them",
+        asked=asked,
+        stated=stated,
+        stated_by=stated_by,
+        **told,
+    )
+    return replace(weights, mean=found.mean, std=found.std, facts=weights.facts | {FACT: found.words})
 
 
 def _layout_of(path: Path, wanted: Layout) -> Layout:
@@ -132,17 +157,21 @@ def _layout_of(path: Path, wanted: Layout) -> Layout:
 # ----------------------------------------------------------------------------------- folders and files
 
 
-def _from_timm_folder(folder: Path) -> BeitWeights:
+_Folder = tuple[BeitWeights, tuple[tuple[float, ...], tuple[float, ...]] | None]
+
+
+def _from_timm_folder(folder: Path) -> _Folder:
     config = _json(folder / CONFIG)
     file = _weights_file(folder)
     head = read_tensor_file(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else {}
     where = _named(file, f"{folder.name}/{file.name}")
     stated = _checked_statements(lambda: _preprocessing_of_timm(config), where)
-    tensors = _unwrapped(read_tensor_file(file))
-    return _checked(from_timm(from_unilm(tensors), head, where), where, **stated)
+    tensors = tensors_of_checkpoint(read_tensor_file(file), _CONTAINERS)
+    statistics = _statistics_in(stated)
+    return _checked(from_timm(from_unilm(tensors), head, where), where, **stated), statistics
 
 
-def _from_hf_folder(folder: Path) -> BeitWeights:
+def _from_hf_folder(folder: Path) -> _Folder:
     config = _json(folder / CONFIG)
     file = _weights_file(folder)
     where = _named(file, f"{folder.name}/{file.name}")
@@ -150,7 +179,12 @@ def _from_hf_folder(folder: Path) -> BeitWeights:
     preprocessor = folder / to_hf.PREPROCESSOR
     processing = _json(preprocessor) if preprocessor.is_file() else {}
     stated = _checked_statements(lambda: to_hf.preprocessing_of(processing, config), where)
-    weights = _checked(from_hf(_unwrapped(read_tensor_file(file)), where), where, **stated)
+    statistics = _statistics_in(stated)
+    tensors = from_hf(tensors_of_checkpoint(read_tensor_file(file), _CONTAINERS), where)
+    heads = config.get("num_attention_heads", 12)
+    if type(heads) is not int or heads < 1:
+        raise UserError(f"{where}: num_attention_heads is {short(heads)} in its {CONFIG}; fetch the folder again")
+    weights = _checked(tensors, where, heads=heads, **stated)
     for key, found in (
         ("num_attention_heads", weights.model.heads),
         ("image_size", weights.model.image_px),
@@ -160,18 +194,23 @@ def _from_hf_folder(folder: Path) -> BeitWeights:
             raise UserError(
                 f"{where}: {key} is {config[key]} in its {CONFIG}, its tensors say {found}; correct the folder"
             )
-    return weights
+    return weights, statistics
 
 
-def _from_unilm_folder(folder: Path) -> BeitWeights:
+def _from_unilm_folder(folder: Path) -> _Folder:
     file = folder / to_unilm.FILE
     where = _named(file, f"{folder.name}/{file.name}")
     config = _json(folder / CONFIG)
-    return _checked(
-        from_unilm(_unwrapped(read_tensor_file(file))),
-        where,
-        **_checked_statements(lambda: to_unilm.preprocessing_of(config), where),
-    )
+    stated = _checked_statements(lambda: to_unilm.preprocessing_of(config), where)
+    statistics = _statistics_in(stated)
+    tensors = from_unilm(tensors_of_checkpoint(read_tensor_file(file), _CONTAINERS))
+    return _checked(tensors, where, **stated), statistics
+
+
+def _statistics_in(stated: dict) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Takes mean and standard deviation out of a folder's statements; None: it does not state both."""
+    mean, std = stated.pop("mean", None), stated.pop("std", None)
+    return None if mean is None or std is None else (mean, std)
 
 
 def _preprocessing_of_timm(config: dict) -> dict:
@@ -224,27 +263,14 @@ def _weights_file(folder: Path) -> Path:
     raise UserError(f"{folder}: a {CONFIG}, but neither {WEIGHTS} nor {_PICKLED}; fetch the weights too, in one file")
 
 
-def _tensors_of_file(path: Path, average: Average) -> tuple[dict[str, torch.Tensor], bool]:
-    """Tensors of a checkpoint file, and whether they are a moving average."""
-    content = read_tensor_file(path)
+def _tensors_of_file(content: dict, path: Path, average: Average) -> tuple[dict[str, torch.Tensor], bool]:
+    """Tensors of a checkpoint file's content, and whether they are a moving average."""
     average_of = next((content[name] for name in _AVERAGES if isinstance(content.get(name), dict)), None)
     if average == "ema" and average_of is None:
         raise UserError(f"{path}: holds no moving average ({', '.join(_AVERAGES)}); take the raw weights")
     if average_of is None or average == "raw":
-        return from_unilm(_unwrapped(content)), False
-    return from_unilm(_unwrapped(average_of)), True
-
-
-def _unwrapped(content: dict) -> dict[str, torch.Tensor]:
-    for container in _CONTAINERS:
-        if isinstance(content.get(container), dict):
-            content = content[container]
-            break
-    return {
-        name: tensor.detach()
-        for name, tensor in content.items()
-        if isinstance(tensor, torch.Tensor) and isinstance(name, str)
-    }
+        return from_unilm(tensors_of_checkpoint(content, _CONTAINERS)), False
+    return from_unilm(tensors_of_checkpoint(average_of, _CONTAINERS)), True
 
 
 def _json(path: Path) -> dict:
@@ -267,13 +293,14 @@ def _named(file: Path, name: str) -> str:
 # -------------------------------------------------------------------- from names and shapes to a model
 
 
-def _checked(tensors: dict[str, torch.Tensor], where: str, **stated) -> BeitWeights:
+def _checked(tensors: dict[str, torch.Tensor], where: str, *, heads: int | None = None, **stated) -> BeitWeights:
     """Canonical weights, after a check that each tensor is known and has the right shape.
 
     Args:
+        heads: that a config states, where no table of a relative position bias tells them.
         stated: fields of `BeitWeights` that a config states.
     """
-    _refuse_other_families(tensors, where)
+    _refuse_other_backbones(tensors, where)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
             raise UserError(
@@ -302,6 +329,13 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **stated) -> BeitWeig
         if "head.weight" in tensors
         else "features"
     )
+    stand_ins = _stand_ins(tensors, kind, where, heads)
+    if stand_ins:
+        parts = [("bias tables of zeros", "table"), ("layer scales of ones", "gamma")]
+        words = " and ".join(what for what, part in parts if any(part in name for name in stand_ins))
+        facts["added"] = f"{words}, which the weights lack; with them the backbone here computes the same"
+        logger.info("%s: %s", where, facts["added"])
+        tensors = tensors | stand_ins
     settings = _settings_of(tensors, where)
     if kind == "classifier" and SHARED_TABLE in tensors and TABLE.format(0) not in tensors:
         shared = tensors.pop(SHARED_TABLE)
@@ -318,7 +352,7 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, **stated) -> BeitWeig
     return weights
 
 
-def _refuse_other_families(tensors: dict[str, torch.Tensor], where: str) -> None:
+def _refuse_other_backbones(tensors: dict[str, torch.Tensor], where: str) -> None:
     tables = any(name.endswith("relative_position_bias_table") for name in tensors)
     if _PATCH not in tensors or tensors[_PATCH].ndim != 4 or not any(name.startswith("blocks.0.") for name in tensors):
         raise UserError(
@@ -330,21 +364,57 @@ def _refuse_other_families(tensors: dict[str, torch.Tensor], where: str) -> None
             f"{where}: a plain ViT (blocks.0.attn.qkv.bias), not a BEiT; it can be a judge "
             "(perceptual.weights), not a backbone here"
         )
-    if "pos_embed" in tensors:
-        kind = "absolute position embedding (pos_embed)" + ("" if tables else " and no relative position bias")
+    if not tables and PLACES not in tensors:
         raise UserError(
-            f"{where}: a BEiT with {kind}, as beit_base_patch16_224_pt1k_800ep; the backbone here has "
-            "relative position bias alone, give another checkpoint"
+            f"{where}: neither relative position bias (no relative_position_bias_table) nor absolute positions "
+            f"({PLACES}), so it does not tell one patch from another; give another checkpoint"
         )
-    if not tables:
+
+
+def _stand_ins(tensors: dict[str, torch.Tensor], kind: str, where: str, heads: int | None) -> dict[str, torch.Tensor]:
+    """What a BEiT without relative position bias or without layer scale lacks: tables of zeros, scales of ones.
+
+    Args:
+        heads: of its attention; None: one for 64 numbers of the width, as all BEiTs have.
+    """
+    width, depth, like = len(tensors[_PATCH]), _depth_of(tensors, where), tensors[_PATCH]
+    added: dict[str, torch.Tensor] = {}
+    if not any(name.endswith("relative_position_bias_table") for name in tensors):
+        grid = _grid_of_places(tensors[PLACES], where)
+        if heads is None and width % 64:
+            raise UserError(
+                f"{where}: a BEiT of width {width} without relative position bias, whose number of heads no shape "
+                "tells; give a release folder of transformers, whose config does"
+            )
+        if heads is not None and width % heads:
+            raise UserError(f"{where}: width {width} is not a multiple of its {heads} heads; fetch the folder again")
+        shape = ((2 * grid - 1) ** 2 + CLASS_ROWS, heads or width // 64)
+        names = [SHARED_TABLE] if kind == "mim" else [TABLE.format(block) for block in range(depth)]
+        added |= {name: like.new_zeros(shape) for name in names}
+    if not any(name.endswith((".gamma_1", ".gamma_2")) for name in tensors):
+        names = [f"blocks.{block}.gamma_{branch}" for block in range(depth) for branch in (1, 2)]
+        added |= {name: like.new_ones(width) for name in names}
+    return added
+
+
+def _grid_of_places(places: torch.Tensor, where: str) -> int:
+    grid = math.isqrt(max(places.shape[1] - 1, 0)) if places.ndim == 3 else 0
+    if not grid or grid**2 + 1 != places.shape[1]:
         raise UserError(
-            f"{where}: no relative position bias (no relative_position_bias_table), which the backbone "
-            "here has; give another checkpoint"
+            f"{where}: {PLACES} of shape {tuple(places.shape)}, which is for no class token and square grid of "
+            "patches; give weights of a square image"
         )
-    if "blocks.0.gamma_1" not in tensors:
-        raise UserError(
-            f"{where}: no layer scale (blocks.0.gamma_1), which the backbone here has; give another checkpoint"
-        )
+    return grid
+
+
+def _depth_of(tensors: dict[str, torch.Tensor], where: str) -> int:
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    # Never empty: `_refuse_other_backbones` has found blocks.0.
+    depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))
+    # Checked first, so that no huge model is built only to find its first missing tensor.
+    if depth > len(tensors):
+        raise UserError(f"{where}: holds block {depth - 1}, but {len(tensors)} tensors in all; fetch the file again")
+    return depth
 
 
 def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
@@ -360,12 +430,6 @@ def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
             f"{where}: a bias table of shape {tuple(table.shape)}, which is for no square grid of "
             "patches; give weights of a square image"
         )
-    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-    # Never empty: `_refuse_other_families` has found blocks.0.
-    depth = 1 + max(int(number) for number in blocks if re.fullmatch("[0-9]{1,6}", number))
-    # Checked first, so that no huge model is built only to find its first missing tensor.
-    if depth > len(tensors):
-        raise UserError(f"{where}: holds block {depth - 1}, but {len(tensors)} tensors in all; fetch the file again")
     if "blocks.0.mlp.fc1.weight" not in tensors:
         raise UserError(f"{where}: tensor blocks.0.mlp.fc1.weight is missing; fetch the file again")
     gammas = [
@@ -380,12 +444,13 @@ def _settings_of(tensors: dict[str, torch.Tensor], where: str) -> ModelSettings:
         image_px=grid * patch_px,
         patch_px=patch_px,
         width=width,
-        depth=depth,
+        depth=_depth_of(tensors, where),
         heads=table.shape[1],
-        mlp_ratio=len(tensors["blocks.0.mlp.fc1.weight"]) / width,
+        mlp_ratio=mlp_ratio_of(width, len(tensors["blocks.0.mlp.fc1.weight"])),
         # In the settings 0 would mean no layer scale.
         layer_scale=float(torch.stack(gammas).mean()) or 0.1,
         drop_path=0.0,
+        absolute_positions=PLACES in tensors,
     )
 
 

@@ -1,6 +1,6 @@
-"""Resize the relative position bias of one image size to another.
+"""Resize the relative position bias of one image size to another, and vectors of places where a backbone has them.
 
-Only the bias tables depend on the image size. Weights of another patch size are another model and are never
+Nothing else depends on the image size. Weights of another patch size are another model and are never
 resampled.
 """
 
@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.interpolate import RectBivariateSpline
 
 from peco_ds.errors import UserError
@@ -58,6 +59,23 @@ def resize_bias_table(table: torch.Tensor, grid: int) -> torch.Tensor:
         for head in range(planes.shape[2])
     ]
     return torch.cat([torch.from_numpy(np.stack(resized, axis=1)).to(table), table[-CLASS_ROWS:]])
+
+
+def resize_places(places: torch.Tensor, grid: int) -> torch.Tensor:
+    """Vectors of places for a grid x grid image, as the released BEiT code resizes them: bicubic, the class token's
+    kept.
+
+    Args:
+        places: [1, 1 + g g, D] of any floating dtype.
+    Returns: [1, 1 + grid grid, D] in the same dtype; the same tensor where grid is g.
+    Source: BEiT (arXiv 2106.08254), released `run_class_finetuning.py`.
+    """
+    old_grid = math.isqrt(places.shape[1] - 1)
+    if old_grid == grid:
+        return places
+    planes = places[:, 1:].float().transpose(1, 2).unflatten(2, (old_grid, old_grid))
+    resized = F.interpolate(planes, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([places[:, :1], resized.flatten(2).transpose(1, 2).to(places)], dim=1)
 
 
 def geometric_points(width: int, new_width: int) -> np.ndarray:

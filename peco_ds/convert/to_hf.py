@@ -34,7 +34,6 @@ _BICUBIC = 3
 _BASE = {
     "cls_token": "embeddings.cls_token",
     "mask_token": "embeddings.mask_token",
-    # Read only to be refused with the right reason.
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
     "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
@@ -173,7 +172,7 @@ def hf_config(weights: BeitWeights) -> dict:
         "patch_size": model.patch_px,
         "num_channels": 3,
         "use_mask_token": weights.kind == "mim",
-        "use_absolute_position_embeddings": False,
+        "use_absolute_position_embeddings": model.absolute_positions,
         "use_relative_position_bias": not shared,
         "use_shared_relative_position_bias": shared,
         "layer_scale_init_value": model.layer_scale,

@@ -60,7 +60,7 @@ def unilm_config(weights: BeitWeights) -> dict:
             "mlp_ratio": model.mlp_ratio,
             "qkv_bias": True,
             "init_values": model.layer_scale,
-            "use_abs_pos_emb": False,
+            "use_abs_pos_emb": model.absolute_positions,
             "use_rel_pos_bias": not mim,
             "use_shared_rel_pos_bias": mim,
             **head,

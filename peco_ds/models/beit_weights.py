@@ -7,6 +7,9 @@ mim         `mask_token`, `rel_pos_bias.relative_position_bias_table` (one for a
 features    `norm.*`, or `fc_norm.*` of a mean-pooled backbone, and a table in every block
             (`blocks.N.attn.relative_position_bias_table`) or one for all
 classifier  a table in every block, `fc_norm.*` (mean pooling) or `norm.*` (class token), `head.*`
+
+and `pos_embed` [1, 1 + N, D] of a backbone with absolute positions. One without relative bias or layer scale has tables
+of zeros and scales of ones in their place, with which it computes the same.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 TABLE = "blocks.{}.attn.relative_position_bias_table"
+PLACES = "pos_embed"
 # Names among `facts`.
 TOKENIZER_LICENCE, JUDGE_LICENCE = "tokenizer's licence", "judge's licence"
 

@@ -12,11 +12,10 @@ from peco_ds.config import ClassifierSettings, ModelSettings
 from peco_ds.models.vit import (
     ActivationCheckpointing,
     build_blocks,
-    init_as_beit,
+    init_as_beit_fine_tunes,
     patches_of,
     run_blocks,
     timm_arguments,
-    trunc_normal,
     with_class_token,
 )
 
@@ -40,16 +39,15 @@ def build_classifier(
 
     Args:
         activation_checkpointing: of each block in the backward pass.
-    Source: BEiT (arXiv 2106.08254) and its released `modeling_finetune.py`: mean over patches, LayerNorm, head weights
-        scaled down.
+    Source: BEiT (arXiv 2106.08254) and its released `modeling_finetune.py`: mean over patches, LayerNorm, initial
+        weights wider than in pre-training, head weights scaled down.
     """
     model = Classifier(
         **timm_arguments(settings, shared_bias=False, num_classes=num_classes, pooling=classifier.pooling)
         | {"depth": 0}
     )
     model.blocks = build_blocks(settings, own_bias=True, activation_checkpointing=activation_checkpointing)
-    init_as_beit(model, settings.init_std)
+    init_as_beit_fine_tunes(model, settings.init_std)
     with torch.no_grad():
-        trunc_normal(model.head.weight, settings.init_std)
         model.head.weight.mul_(classifier.head_scale)
     return model

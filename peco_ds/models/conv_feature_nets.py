@@ -27,6 +27,7 @@ from torch import nn
 from peco_ds.errors import UserError
 from peco_ds.kinds.conv import PREFIXES, ResNet, Vgg, network_of
 from peco_ds.models.feature_nets import FETCH, FeatureNet
+from peco_ds.models.image_statistics import IMAGENET, ImageStatistics, statistics_of_weights
 from peco_ds.models.timm_weights import (
     WEIGHTS,
     check_architecture,
@@ -40,9 +41,9 @@ from peco_ds.models.timm_weights import (
     refuse_folder,
     statistics,
 )
-from peco_ds.models.vit_layouts import licence_beside, object_in
+from peco_ds.models.vit_layouts import licence_beside, object_in, statistics_of_release
 from peco_ds.models.weight_files import read_tensor_file, tensors_of_checkpoint
-from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, sha256_of_file
+from peco_ds.schema import sha256_of_file
 
 # Size of ImageNet's crops, for files that no config tells it of.
 _IMAGE_PX = 224
@@ -92,7 +93,7 @@ class _Found(NamedTuple):
         state: may hold layers behind the features.
         where: of messages.
         name: of the network.
-        known_statistics: of its input; None: those of timm's config.
+        statistics: of its input; None: those of timm's config, of a network that timm downloads.
         image_px: 0: that of timm's config.
     """
 
@@ -103,7 +104,7 @@ class _Found(NamedTuple):
     name: str
     description: str
     licence: str
-    known_statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    statistics: ImageStatistics | None = None
     image_px: int = 0
 
 
@@ -136,7 +137,7 @@ def load_conv(
         raise UserError(f"{section}.image_px {image_px}: {found.description} needs {smallest} or more; 0: {default_px}")
     if image_px not in (0, default_px) and net.pretrained_cfg.get("fixed_input_size"):
         raise UserError(f"{section}.image_px {image_px}: {found.description} takes {default_px} alone; set it to 0")
-    mean, std = found.known_statistics or statistics(net)
+    mean, std = found.statistics[:2] if found.statistics else statistics(net)
     return ConvFeatureNet(
         net,
         image_px=image_px or default_px,
@@ -144,6 +145,7 @@ def load_conv(
         std=std,
         description=found.description,
         licence=found.licence,
+        statistics=found.statistics.words if found.statistics else "",
     )
 
 
@@ -163,7 +165,9 @@ def _from_folder(folder: Path, architecture: str, section: str) -> _Found:
     path = folder / WEIGHTS
     licence = licence_beside(folder) or str(object_in(config, "pretrained_cfg").get("license") or "")[:80]
     description = f"{name} ({folder.name}/{WEIGHTS}, sha256 {sha256_of_file(path)[:12]})"
-    return _Found(f"local-dir:{folder}", {}, read_tensor_file(path), str(folder), name, description, licence)
+    tensors = read_tensor_file(path)
+    told = statistics_of_release(folder, config, description)
+    return _Found(f"local-dir:{folder}", {}, tensors, str(folder), name, description, licence, told)
 
 
 def _from_name(name: str, architecture: str, section: str) -> _Found:
@@ -183,7 +187,9 @@ def _from_file(path: Path, architecture: str, section: str) -> _Found:
         check_architecture(architecture, section)
         state = _inner(tensors, _prefix_of(path, tensors, architecture))
         licence = _release_of(path, content, tensors)[1]
-        return _Found(architecture, {}, state, str(path), architecture, f"{architecture} {described}", licence)
+        title = f"{architecture} {described}"
+        trained_on = _statistics_of_file(path, content, section, architecture=architecture)
+        return _Found(architecture, {}, state, str(path), architecture, title, licence, trained_on)
     told = network_of(tensors)
     if told is None:
         raise UserError(
@@ -197,8 +203,18 @@ def _from_file(path: Path, architecture: str, section: str) -> _Found:
     else:
         source, options = f"vgg{sum(shape.convolutions) + 3}{'_bn' if shape.norm else ''}", {}
     title = f"{trained_by} {shape.title}".strip()
-    known = _CAFFE if isinstance(shape, Vgg) and "amdegroot" in path.name else (IMAGENET_MEAN, IMAGENET_STD)
-    return _Found(source, options, state, str(path), title, f"{title} {described}", licence, known, _IMAGE_PX)
+    known = None
+    if isinstance(shape, Vgg) and "amdegroot" in path.name:
+        known = ("Caffe's VGG16", _CAFFE)
+    elif trained_by:
+        known = (f"{trained_by}'s release", IMAGENET)
+    trained_on = _statistics_of_file(path, content, section, known=known)
+    return _Found(source, options, state, str(path), title, f"{title} {described}", licence, trained_on, _IMAGE_PX)
+
+
+def _statistics_of_file(path: Path, content: dict, section: str, **told) -> ImageStatistics:
+    remedy = f"name a timm model with its tag in {section}.architecture, or give a release folder"
+    return statistics_of_weights(str(path), remedy=remedy, arguments=content.get("args"), path=path, **told)
 
 
 def _prefix_of(path: Path, tensors: dict[str, torch.Tensor], architecture: str) -> str:

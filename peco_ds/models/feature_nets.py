@@ -39,6 +39,7 @@ class FeatureNet(nn.Module):
         mean, std: of its input, for images in [0, 1].
         description: one line for the log, the run's record and the model card.
         licence: what the weights are published under, "" unknown.
+        statistics: what tells mean and std, for the record; "" where its makers set them.
         precision: of the network's own work; its weights, its input and its answers are float32 in any case. auto: bf16
             on a GPU, fp32 elsewhere. `load_feature_net` sets it.
     """
@@ -59,13 +60,14 @@ class FeatureNet(nn.Module):
         std: tuple[float, ...],
         description: str,
         licence: str = "",
+        statistics: str = "",
     ) -> None:
         super().__init__()
         self.net = net.float().eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.image_px, self.grid, self.depth, self.target_width = image_px, grid, depth, target_width
-        self.description, self.licence = description, licence
+        self.description, self.licence, self.statistics = description, licence, statistics
 
     def after_blocks(self, images_norm: torch.Tensor, blocks: list[int]) -> list[torch.Tensor]:
         """Features after stages.

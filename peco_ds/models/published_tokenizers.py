@@ -11,7 +11,7 @@ import torch
 
 from peco_ds.config import TokenizerSettings
 from peco_ds.errors import UserError
-from peco_ds.models.weight_files import read_tensor_file
+from peco_ds.models.weight_files import opened, read_tensor_file, without_wrappers
 from peco_ds.registry import TOKENIZERS, Release
 from peco_ds.schema import sha256_of_file
 
@@ -66,8 +66,8 @@ def _recognised(path: Path) -> tuple[str, dict]:
     """Kind and tensors of a file."""
     known = releases()
     content = read_tensor_file(path, objects=frozenset(name for layout in known.values() for name in layout.objects))
-    held = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
-    tensors = {name: value for name, value in held.items() if isinstance(name, str)}
+    held = opened(content, ("state_dict", "model", "module"))
+    tensors = without_wrappers({name: value for name, value in held.items() if isinstance(name, str)})
     for kind, layout in known.items():
         if all(isinstance(tensors.get(sign), torch.Tensor) for sign in layout.signs):
             return kind, tensors

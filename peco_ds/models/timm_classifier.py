@@ -14,8 +14,10 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from peco_ds.errors import UserError
+from peco_ds.models.image_statistics import FACT, Asked, statistics_of_weights
 from peco_ds.models.timm_weights import MAKE_AGAIN, WEIGHTS, read_timm_config
-from peco_ds.models.weight_files import read_tensor_file
+from peco_ds.models.vit_layouts import statistics_of_release
+from peco_ds.models.weight_files import read_tensor_file, tensors_of_checkpoint
 from peco_ds.schema import sha256_of_file
 
 logger = logging.getLogger("peco_ds")
@@ -34,14 +36,20 @@ class TimmClassifier(NamedTuple):
     crop: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    # For the record: name -> text.
+    facts: dict[str, str]
 
 
-def load_timm_classifier(name: str, checkpoint: Path | None = None, *, image_px: int | None = None) -> TimmClassifier:
+def load_timm_classifier(
+    name: str, checkpoint: Path | None = None, *, image_px: int | None = None, statistics: Asked = "auto"
+) -> TimmClassifier:
     """
     Args:
         name: of a timm model, with or without a tag.
         checkpoint: local weights of it, of any number of classes; None: downloaded.
         image_px: side of the images, position embeddings resampled; None: the model's own for evaluation.
+        statistics: mean and standard deviation that the local weights were trained with; auto: what
+            `image_statistics` finds, else ImageNet's, with a warning.
     Raises: UserError if timm does not know the name, the weights cannot be had or do not fit, or the model takes no
         other size.
     """
@@ -50,11 +58,10 @@ def load_timm_classifier(name: str, checkpoint: Path | None = None, *, image_px:
             f"{name}: neither a run folder, a release, a weights file, nor the name of a timm model; correct it"
         )
     arguments: dict[str, object] = {}
+    content: dict = {}
     if checkpoint is not None:
-        tensors = read_tensor_file(checkpoint)
-        tensors = next(
-            (tensors[container] for container in _CONTAINERS if isinstance(tensors.get(container), dict)), tensors
-        )
+        content = read_tensor_file(checkpoint)
+        tensors = tensors_of_checkpoint(content, _CONTAINERS)
         head = f"{timm.get_pretrained_cfg(name).classifier}.weight"
         overlay: dict[str, object] = {"state_dict": tensors}
         arguments["pretrained_cfg_overlay"] = overlay
@@ -74,7 +81,19 @@ def load_timm_classifier(name: str, checkpoint: Path | None = None, *, image_px:
             f"{name}: its weights could not be downloaded ({reason}); fetch them elsewhere and give --checkpoint FILE"
         ) from None
     source = f"timm {name}" + (f" ({checkpoint.name})" if checkpoint is not None else "")
-    return _described(model, name, source, image_px)
+    described = _described(model, name, source, image_px)
+    if checkpoint is None:
+        return described
+    remedy = "say --statistics half for 0.5, or name the weights' own tag; --statistics imagenet confirms them"
+    found = statistics_of_weights(
+        source,
+        remedy=remedy,
+        asked=statistics,
+        arguments=content.get("args"),
+        path=checkpoint,
+        architecture=name,
+    )
+    return described._replace(mean=found.mean, std=found.std, facts={FACT: found.words})
 
 
 def is_foreign_release(target: str | Path) -> bool:
@@ -105,7 +124,9 @@ def load_timm_release(folder: Path, *, image_px: int | None = None) -> TimmClass
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{folder}: timm cannot load it ({reason}); {MAKE_AGAIN}") from None
     sha256 = sha256_of_file(folder / WEIGHTS)[:12]
-    return _described(model, str(folder), f"{name} ({folder.name}/{WEIGHTS}, sha256 {sha256})", image_px)
+    described = _described(model, str(folder), f"{name} ({folder.name}/{WEIGHTS}, sha256 {sha256})", image_px)
+    found = statistics_of_release(folder, config, described.source)
+    return described._replace(mean=found.mean, std=found.std, facts={FACT: found.words})
 
 
 def _described(model: nn.Module, name: str, source: str, image_px: int | None) -> TimmClassifier:
@@ -123,9 +144,8 @@ def _described(model: nn.Module, name: str, source: str, image_px: int | None) -
             config["interpolation"],
             config["crop_mode"],
         )
-    return TimmClassifier(
-        model, model.num_classes, source, image_px or own_px, own_px, config["crop_pct"], config["mean"], config["std"]
-    )
+    side_px, crop, mean, std = image_px or own_px, config["crop_pct"], config["mean"], config["std"]
+    return TimmClassifier(model, model.num_classes, source, side_px, own_px, crop, mean, std, {})
 
 
 def _resize(model: nn.Module, name: str, image_px: int) -> None:

@@ -10,16 +10,19 @@ from typing import Literal
 
 import torch
 
+from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import ImageTokenizer, SoftTokens
+
+_SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TokenPasses:
     """Stands for the tokenizer where only codes are wanted: the same `tokenize` and `tokenize_soft`, for any number of
     images of one size.
 
-    In bf16 the trunk runs under autocast: products in bf16, statistics of norms in float32. The last layer and the
-    search for the code run in the precision of the weights, float32. A compiled trunk has one static shape: a last pass
-    with fewer images is filled up, so that nothing is compiled again for it.
+    In bf16 or fp16 the trunk runs under autocast: products in 16 bits, statistics of norms in float32. The last layer
+    and the search for the code run in the precision of the weights, float32. A compiled trunk has one static shape: a
+    last pass with fewer images is filled up, so that nothing is compiled again for it.
 
     Args:
         tokenizer: in eval mode, on its device.
@@ -28,7 +31,7 @@ class TokenPasses:
     """
 
     def __init__(
-        self, tokenizer: ImageTokenizer, *, precision: Literal["bf16", "fp32"], images: int, compiled: bool
+        self, tokenizer: ImageTokenizer, *, precision: Literal["bf16", "fp16", "fp32"], images: int, compiled: bool
     ) -> None:
         tokenizer.check_eval()
         assert images >= 1
@@ -36,17 +39,23 @@ class TokenPasses:
         # ones keep the memory format.
         self._layout = torch.channels_last if compiled else torch.contiguous_format
         self._tokenizer = tokenizer.to(memory_format=self._layout)
-        self._bf16, self._images, self._compiled = precision == "bf16", images, compiled
+        self._dtype, self._images, self._compiled = _SIXTEEN_BITS.get(precision), images, compiled
         self._trunk = torch.compile(tokenizer.trunk, fullgraph=True, dynamic=False) if compiled else tokenizer.trunk
 
     @torch.no_grad()
     def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
-        """As `ImageTokenizer.tokenize`."""
+        """As `ImageTokenizer.tokenize`.
+
+        Raises: UserError if the network's numbers outgrow fp16.
+        """
         return torch.cat([self._tokenizer.choose(outputs) for outputs in self.outputs(images_11)])
 
     @torch.no_grad()
     def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
-        """As `ImageTokenizer.tokenize_soft`."""
+        """As `ImageTokenizer.tokenize_soft`.
+
+        Raises: UserError as `tokenize`.
+        """
         found = [
             self._tokenizer.choose_soft(outputs, k, temperature=temperature) for outputs in self.outputs(images_11)
         ]
@@ -59,8 +68,14 @@ class TokenPasses:
             number = len(piece)
             if self._compiled and number < self._images:
                 piece = torch.cat([piece, piece.new_zeros(self._images - number, *piece.shape[1:])])
-            with torch.autocast(piece.device.type, torch.bfloat16, enabled=self._bf16):
+            with torch.autocast(piece.device.type, self._dtype, enabled=self._dtype is not None):
                 outputs = self._trunk(piece.contiguous(memory_format=self._layout))
+            # float16 ends at 65504, and infinity or NaN would become a code like any other.
+            if self._dtype == torch.float16 and not bool(outputs[:number].isfinite().all()):
+                raise UserError(
+                    "views.tokenizer_precision fp16: the tokenizer's numbers outgrow it; set "
+                    "views.tokenizer_precision=bf16 or fp32"
+                )
             yield outputs[:number]
 
 

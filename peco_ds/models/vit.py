@@ -237,12 +237,23 @@ def timm_arguments(
         mlp_ratio=settings.mlp_ratio,
         init_values=settings.layer_scale,
         drop_path_rate=settings.drop_path,
-        use_abs_pos_emb=False,
+        use_abs_pos_emb=settings.absolute_positions,
         use_shared_rel_pos_bias=shared_bias,
         use_rel_pos_bias=not shared_bias,
         num_classes=num_classes,
         global_pool="avg" if pooling == "mean" else "token",
     )
+
+
+def mlp_ratio_of(width: int, hidden: int) -> float:
+    """The ratio from which timm computes int(width * ratio) = hidden.
+
+    The quotient may fall short of it by rounding (3136 / 704), and one unit would be missing.
+    """
+    ratio = hidden / width
+    while int(width * ratio) < hidden:
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
 
 
 @torch.no_grad()
@@ -256,7 +267,30 @@ def init_as_beit(backbone: Beit, std: float) -> None:
     """
     init_projections(backbone, std)
     trunc_normal(backbone.cls_token, std)
+    if backbone.pos_embed is not None:
+        trunc_normal(backbone.pos_embed, std)
     scale_by_depth(backbone.blocks)
+
+
+@torch.no_grad()
+def init_as_beit_fine_tunes(classifier: Beit, std: float) -> None:
+    """Class token, places and linear layers normal(0, std) cut at +-2, so their deviation is `std` itself; then
+    attention output and second MLP weights of block i (from 1) over sqrt(2 i). The patch embedding keeps PyTorch's
+    default.
+
+    Must run on whole parameters, as `init_as_beit`.
+    Source: released BEiT `modeling_finetune.py` (timm's `trunc_normal_`, whose bounds are values, not deviations;
+        `fix_init_weight`; convolutions are not initialised there).
+    """
+    nn.init.trunc_normal_(classifier.cls_token, std=std)
+    if classifier.pos_embed is not None:
+        nn.init.trunc_normal_(classifier.pos_embed, std=std)
+    for part in classifier.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    scale_by_depth(classifier.blocks)
 
 
 @torch.no_grad()
@@ -296,8 +330,9 @@ def run_blocks(blocks: Iterable[TransformerBlock], x: torch.Tensor, bias: torch.
 
 
 def with_class_token(backbone: Beit, patches: torch.Tensor) -> torch.Tensor:
-    """[B, N, D] -> [B, 1 + N, D]."""
-    return torch.cat([backbone.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
+    """[B, N, D] -> [B, 1 + N, D], with the places' vectors added where the backbone has them."""
+    tokens = torch.cat([backbone.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
+    return tokens if backbone.pos_embed is None else tokens + backbone.pos_embed.to(tokens.dtype)
 
 
 def patches_of(backbone: Beit, images_norm: torch.Tensor) -> torch.Tensor:

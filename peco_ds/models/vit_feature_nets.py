@@ -21,6 +21,7 @@ from torch import nn
 
 from peco_ds.errors import UserError
 from peco_ds.models.feature_nets import FETCH, FeatureNet
+from peco_ds.models.image_statistics import statistics_of_weights
 from peco_ds.models.timm_weights import (
     MAKE_AGAIN,
     WEIGHTS,
@@ -35,6 +36,7 @@ from peco_ds.models.timm_weights import (
     refuse_folder,
     statistics,
 )
+from peco_ds.models.vit import mlp_ratio_of
 from peco_ds.models.vit_layouts import (
     HF_CONFIG,
     OPEN_CLIP_CONFIG,
@@ -44,6 +46,7 @@ from peco_ds.models.vit_layouts import (
     licence_beside,
     object_in,
     read_vit_file,
+    statistics_of_release,
 )
 from peco_ds.schema import sha256_of_file
 
@@ -100,6 +103,8 @@ class _Loaded(NamedTuple):
     description: str
     projection: torch.Tensor | None
     licence: str
+    # What tells mean and std.
+    statistics: str
 
 
 def load_vit(weights: str, architecture: str = "auto", *, image_px: int = 0, section: str = "perceptual") -> FeatureNet:
@@ -138,6 +143,7 @@ def load_vit(weights: str, architecture: str = "auto", *, image_px: int = 0, sec
         description=loaded.description,
         projection=loaded.projection,
         licence=loaded.licence,
+        statistics=loaded.statistics,
     )
 
 
@@ -177,16 +183,16 @@ def _from_folder(folder: Path, architecture: str, section: str) -> _Loaded:
         raise UserError(f"{folder}: holds {name}, but {section}.architecture is {architecture}; use auto")
     sha = sha256_of_file(folder / WEIGHTS)[:12]
     licence = licence_beside(folder) or str(object_in(config, "pretrained_cfg").get("license") or "")[:80]
-    return _Loaded(
-        net, *statistics(net), f"{name} ({folder.name}/{WEIGHTS}, sha256 {sha})", _projection_of(net), licence
-    )
+    description = f"{name} ({folder.name}/{WEIGHTS}, sha256 {sha})"
+    told = statistics_of_release(folder, config, description)
+    return _Loaded(net, told.mean, told.std, description, _projection_of(net), licence, told.words)
 
 
 def _from_name(name: str, architecture: str, section: str) -> _Loaded:
     check_name(name, architecture, section)
     net = downloaded(name, section, **_activation(name))
     _checked_name(net, name)
-    return _Loaded(net, *statistics(net), f"timm {name}", _projection_of(net), licence_of_name(net))
+    return _Loaded(net, *statistics(net), f"timm {name}", _projection_of(net), licence_of_name(net), "")
 
 
 def _activation(name: str) -> dict[str, str]:
@@ -243,9 +249,17 @@ def _from_file(path: Path, architecture: str, section: str) -> _Loaded:
             f"{path}: CLIP's projection has shape {tuple(projection.shape)}, the patch tokens are {width} "
             "wide; fetch the file again"
         )
-    return _Loaded(
-        net, vit.mean, vit.std, f"{name} ({path.name}, sha256 {sha256_of_file(path)[:12]})", projection, vit.licence
+    told = statistics_of_weights(
+        str(path),
+        remedy=f"name a timm model with its tag in {section}.architecture, or give a release folder",
+        stated=(vit.mean, vit.std) if vit.statistics_by else None,
+        stated_by=vit.statistics_by,
+        arguments=vit.arguments,
+        path=path,
+        architecture="" if architecture == "auto" else architecture,
     )
+    description = f"{name} ({path.name}, sha256 {sha256_of_file(path)[:12]})"
+    return _Loaded(net, told.mean, told.std, description, projection, vit.licence, told.words)
 
 
 # -------------------------------------------------------------------------------- building and filling
@@ -296,7 +310,7 @@ def _build_from_shapes(path: Path, vit: VitFile, section: str) -> VisionTransfor
         embed_dim=width,
         depth=depth,
         num_heads=heads,
-        mlp_ratio=hidden / width,
+        mlp_ratio=mlp_ratio_of(width, hidden),
         mlp_layer=SwiGLUPacked if gated else Mlp,
         act_layer="silu" if gated else vit.activation,
         norm_layer=partial(LayerNorm, eps=vit.norm_eps),

@@ -18,6 +18,7 @@ import torch
 
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE
+from peco_ds.models.image_statistics import ASSUMED, FACT, ImageStatistics, stated_in, statistics_of_weights
 from peco_ds.models.torchscript_files import is_torchscript, read_torchscript
 from peco_ds.models.weight_files import read_tensor_file, tensors_of_checkpoint
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json
@@ -68,6 +69,9 @@ class VitFile:
     std: tuple[float, ...] = IMAGENET_STD
     licence: str = ""
     fixed_heads: bool = False
+    # What tells mean and std, where a config or the layout does; else the arguments in the file may.
+    statistics_by: str = ""
+    arguments: object = None
 
 
 def read_vit_file(path: Path) -> VitFile:
@@ -93,7 +97,11 @@ def read_vit_file(path: Path) -> VitFile:
     _check(path, inner, {layout.patches: 4}, prefix)
     vit = layout.read(_Found(path, inner, tensors, prefix))
     _check(path, vit.state, _DIMENSIONS)
-    return replace(vit, layout="DINO", licence=_APACHE.format("DINO")) if trained_by_dino else vit
+    if trained_by_dino:
+        vit = replace(vit, layout="DINO", licence=_APACHE.format("DINO"))
+    if not vit.statistics_by and vit.layout != "ViT":
+        vit = replace(vit, statistics_by=f"as {vit.layout} was trained")
+    return replace(vit, arguments=raw.get("args"))
 
 
 def _check(path: Path, tensors: dict[str, torch.Tensor], dimensions: dict[str, int], prefix: str = "") -> None:
@@ -133,6 +141,23 @@ def terms_beside(folder: Path) -> dict[str, str]:
     """
     found = _terms(_card(folder)[1])
     return {name: "; ".join(terms for other, terms in found if other == name) for name, _ in found}
+
+
+def assumed_beside(folder: Path) -> bool:
+    """Whether the card of a release of this package says that its image statistics were assumed."""
+    row = re.search(rf"^\| {re.escape(FACT)} \| ([^|\n]*) \|$", _card(folder)[1], re.MULTILINE)
+    return row is not None and ASSUMED in row[1]
+
+
+def statistics_of_release(folder: Path, config: dict, where: str) -> ImageStatistics:
+    """Those of a release folder of timm's: its config's, unless its card says that they were assumed.
+
+    Args:
+        config: its config.json.  where: the network, in the log.
+    """
+    stated = None if assumed_beside(folder) else stated_in(config)
+    remedy = f"state mean and std in {folder / HF_CONFIG}, or make the release again with --statistics"
+    return statistics_of_weights(where, remedy=remedy, stated=stated, path=folder)
 
 
 def _terms(text: str) -> list[tuple[str, str]]:
@@ -298,7 +323,10 @@ def _read_clip(found: _Found) -> VitFile:
         return vit
     model, preprocess = object_in(config, "model_cfg"), object_in(config, "preprocess_cfg")
     mean, std = _three(preprocess.get("mean"), CLIP_MEAN), _three(preprocess.get("std"), CLIP_STD)
-    return replace(vit, activation=_QUICK_GELU if model.get("quick_gelu") is True else _GELU, mean=mean, std=std)
+    by = "as its config states" if (mean, std) != (CLIP_MEAN, CLIP_STD) else ""
+    return replace(
+        vit, statistics_by=by, activation=_QUICK_GELU if model.get("quick_gelu") is True else _GELU, mean=mean, std=std
+    )
 
 
 def _clip_heads(width: int) -> int | None:
@@ -464,7 +492,9 @@ def _as_configured(
         raise UserError(f"{where}: layer_norm_eps is {str(eps)[:40]}; fetch the config again")
     preprocess = _config_beside(path, "preprocessor_config.json") or {}
     mean, std = _three(preprocess.get("image_mean"), vit.mean), _three(preprocess.get("image_std"), vit.std)
-    return replace(vit, heads=heads, activation=activation, norm_eps=float(eps), mean=mean, std=std)
+    stated = {"image_mean", "image_std"} <= preprocess.keys()
+    by = "as its preprocessor_config.json states" if stated else vit.statistics_by
+    return replace(vit, heads=heads, activation=activation, norm_eps=float(eps), mean=mean, std=std, statistics_by=by)
 
 
 def _config_beside(path: Path, name: str) -> dict | None:

@@ -20,6 +20,7 @@ from peco_ds.config import TokenizerSettings, TokenizerVitSettings
 from peco_ds.errors import UserError
 from peco_ds.kinds.vqkd import LEFT_BEHIND
 from peco_ds.models.image_tokenizer import CodebookTokenizer
+from peco_ds.models.vit import mlp_ratio_of
 from peco_ds.models.vq import Codebook
 from peco_ds.models.weight_files import rename_tensors
 from peco_ds.recipe_checks import check_tokenizer_settings
@@ -232,7 +233,7 @@ def _settings_of(released: dict[str, torch.Tensor]) -> TokenizerSettings:
         width=width,
         depth=_depth(released, "encoder"),
         heads=width // HEAD_WIDTH,
-        mlp_ratio=released["encoder.blocks.0.mlp.fc1.weight"].shape[0] / width,
+        mlp_ratio=mlp_ratio_of(width, released["encoder.blocks.0.mlp.fc1.weight"].shape[0]),
         decoder_width=decoder_width,
         decoder_depth=_depth(released, "decoder"),
         decoder_heads=decoder_width // HEAD_WIDTH,

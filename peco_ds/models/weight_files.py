@@ -180,15 +180,54 @@ def _reason(error: Exception, path: Path) -> str:
 
 # Keys under which training scripts put the weights into their checkpoint. The first that is there is taken, so an
 # average ("teacher") wins over what it averages.
-_CONTAINERS = ("state_dict", "teacher", "model", "module")
+CONTAINERS = ("state_dict", "teacher", "model", "module")
+# What wrappers of a module put into the names of its tensors: data parallelism and Lightning before all of them,
+# torch.compile, FSDP and activation checkpointing before those of any part.
+_BEFORE_ALL = ("module.", "model.")
+_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
-def tensors_of_checkpoint(content: dict) -> dict[str, torch.Tensor]:
-    """The tensors of a file, or of the network that a training checkpoint holds among other things."""
-    found = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), dict)), content)
-    return {
-        name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor) and isinstance(name, str)
-    }
+def tensors_of_checkpoint(content: dict, containers: tuple[str, ...] = CONTAINERS) -> dict[str, torch.Tensor]:
+    """The tensors of a file, or of the network that a training checkpoint holds among other things, under the names
+    that the network's own state has.
+
+    A container may hold another one, as {"model": {"module": ...}} does.
+    """
+    held = opened(content, containers)
+    return without_wrappers(
+        {name: tensor for name, tensor in held.items() if isinstance(tensor, torch.Tensor) and isinstance(name, str)}
+    )
+
+
+def opened(content: dict, containers: tuple[str, ...] = CONTAINERS) -> dict:
+    """What lies in the innermost of the containers of a checkpoint; the checkpoint itself where it has none."""
+    # A pickle may hold a dictionary that holds itself.
+    seen: set[int] = set()
+    while id(content) not in seen:
+        seen.add(id(content))
+        content = next((content[key] for key in containers if isinstance(content.get(key), dict)), content)
+    return content
+
+
+def without_wrappers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors without the parts of their names that wrappers of the module have added.
+
+    A name that another tensor has already stays as it is, to be refused where it has no place.
+    """
+    before = ""
+    while wrapper := next((word for word in (*_BEFORE_ALL, *_ANYWHERE) if _all_begin(tensors, before + word)), ""):
+        before += wrapper
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = name.removeprefix(before)
+        for part in _ANYWHERE:
+            plain = plain.replace(part, "")
+        found[name if plain in found else plain] = tensor
+    return found
+
+
+def _all_begin(tensors: dict[str, torch.Tensor], prefix: str) -> bool:
+    return bool(tensors) and all(name.startswith(prefix) and name != prefix for name in tensors)
 
 
 def size_of(tensors: dict, name: str, dimension: int) -> int:

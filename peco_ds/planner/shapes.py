@@ -87,7 +87,8 @@ def backbone_parameters(model: ModelSettings, *, shared_bias: bool = True, num_c
     class_token, final_norm = width, 2 * width
     classifier = (width + 1) * num_classes
     tables = relative_positions(model.grid) * model.heads * (1 if shared_bias else model.depth)
-    return patch_embed + class_token + model.depth * block + final_norm + tables + classifier
+    places = (model.grid**2 + 1) * model.width if model.absolute_positions else 0
+    return patch_embed + class_token + places + model.depth * block + final_norm + tables + classifier
 
 
 def _block_parameters(width: int, hidden: int, *, scaled: bool) -> int:

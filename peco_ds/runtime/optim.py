@@ -50,11 +50,11 @@ def layer_scales(depth: int, decay: float) -> dict[str, float]:
     """Factors on the learning rate of a classifier's layers, for `decay_groups`: decay ** n for a layer `n` below
     the head.
 
-    Returns: parameter-name prefix -> factor. Patch embedding and class token are layer 0, block i (from 0) is layer i +
-        1, the pooling norm and the head are layer depth + 1 and keep the full learning rate.
+    Returns: parameter-name prefix -> factor. Patch embedding, class token and places are layer 0, block i (from 0) is
+        layer i + 1, the pooling norm and the head are layer depth + 1 and keep the full learning rate.
     Source: BEiT (arXiv 2106.08254), appendix; released `optim_factory.LayerDecayValueAssigner`.
     """
-    scales = {"cls_token": decay ** (depth + 1), "patch_embed.": decay ** (depth + 1)}
+    scales = dict.fromkeys(("cls_token", "pos_embed", "patch_embed."), decay ** (depth + 1))
     return scales | {f"blocks.{block}.": decay ** (depth - block) for block in range(depth)}
 
 

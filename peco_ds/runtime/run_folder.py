@@ -157,7 +157,7 @@ def _refuse_other_settings(folder: Path, stage: str, settings: dict) -> None:
 
 def _refuse_other_origins(folder: Path, provenance: dict) -> None:
     was = read_provenance(folder)
-    for name in ("images_fingerprint", "tokenizer_fingerprint", "judge"):
+    for name in ("images_fingerprint", "tokenizer_fingerprint", "judge", "judge_statistics"):
         if name in provenance and was.get(name) not in (None, provenance[name]):
             raise UserError(
                 f"{folder}: was trained with {name} {was[name][:40]}, this start reads "
@@ -196,7 +196,7 @@ def read_provenance(folder: Path) -> dict:
         recorded = read_json(path) if path.is_file() else {}
     except (ValueError, OSError):
         recorded = None
-    texts = ("commit", "images_fingerprint", "tokenizer_fingerprint", "judge", "init")
+    texts = ("commit", "images_fingerprint", "tokenizer_fingerprint", "judge", "judge_statistics", "init")
     sections = ("tokenizer", "init_facts", "versions")
     if (
         not isinstance(recorded, dict)

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from peco_ds.config import Average, FinetuneRecipe, PretrainRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
+from peco_ds.models.image_statistics import FACT
 from peco_ds.registry import OBJECTIVES
 from peco_ds.runtime.checkpoint.consolidate import fp32_weights, has_ema
 from peco_ds.runtime.checkpoint.files import (
@@ -196,7 +197,7 @@ def _facts(
     facts |= {
         f"{name} of what it started from": text
         for name, text in provenance.get("init_facts", {}).items()
-        if name in ("recipe", "tokenizer", "tokenizer's judge", "images seen")
+        if name in ("recipe", "tokenizer", "tokenizer's judge", "images seen", FACT)
     }
     facts |= _licences_of_origin(provenance.get("init_facts", {}))
     facts["code"] = f"peco_ds, commit `{provenance.get('commit', '?')}`"
