@@ -358,7 +358,7 @@ def test_an_unfinished_set_is_made_anew_with_other_options_and_a_finished_one_is
 
 def test_tars_of_unknown_origin_are_not_overwritten(tree, tmp_path, capsys):
     (tmp_path / "shard-000000.tar").write_bytes(b"somebody's work")
-    assert "not made here" in refusal(capsys, "--images", tree, "--out", tmp_path, "--workers", 1)
+    assert "was not made by pack_images.py" in refusal(capsys, "--images", tree, "--out", tmp_path, "--workers", 1)
     assert (tmp_path / "shard-000000.tar").read_bytes() == b"somebody's work"
 
 
