@@ -71,7 +71,7 @@ def import_tokenizer(args: argparse.Namespace) -> int:
 
 def refuse_occupied(out: Path, facts: dict) -> None:
     """Raises: UserError if --out holds anything but a release of the same files: token shards may be tied to it."""
-    from peco_ds.models.tokenizers import CARD_NAME, TENSORS_NAME, read_card
+    from peco_ds.models.tokenizers import CARD_NAME, TENSORS_NAME, read_card, refuse_foreign_release
 
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a folder")
@@ -83,6 +83,7 @@ def refuse_occupied(out: Path, facts: dict) -> None:
         raise UserError(
             f"--out {out}: holds {foreign[0]}, which is no part of a tokenizer release; give an empty folder"
         )
+    refuse_foreign_release(out)
     if CARD_NAME in names and read_card(out).extra.get("files") != facts["files"]:
         raise UserError(f"--out {out}: holds the release of another tokenizer; give an empty folder")
 

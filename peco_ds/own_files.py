@@ -77,6 +77,10 @@ def png_text(own: Own) -> dict[str, str]:
     return {"Software": own.mark}
 
 
+# Drawn by evaluate.py, and by the training of a tokenizer into its run folder.
+ATLAS = own_png("evaluate")
+
+
 def own_markdown(maker: str, older: Callable[[str], bool] = lambda _text: False) -> Own:
     """Markdown that ends in the command's comment (`markdown_mark`).
 
@@ -228,4 +232,3 @@ def write_own_json(path: Path, own: Own, value: dict) -> None:
     """
     with written_whole(path, own) as temporary:
         temporary.write_text(json.dumps({MADE_BY: own.mark, **value}, indent=1) + "\n", encoding="utf-8")
-

@@ -19,7 +19,7 @@ import webdataset
 from killed import forked
 from PIL import Image
 
-from peco_ds import pack_images
+from peco_ds import pack_images, progress_bar
 from peco_ds.command_line import run
 from peco_ds.data.decode import decode_rgb
 from peco_ds.data.indexed_tar import ShardSet
@@ -171,7 +171,7 @@ def test_dry_run_counts_and_writes_nothing(tree, tmp_path, capsys):
 
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tree, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pack_images, "PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr(progress_bar, "EVERY_S", 0.0)
     pack("--images", tree, "--out", tmp_path, "--samples_per_shard", 30)
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(f" of {NUM_IMAGES} images, " in line and line.endswith("s left") for line in lines)

@@ -242,9 +242,7 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
     rejected, reencoded = [], 0
     with temporary_file(tar_path) as file:
         # Fixed owner and time: the same folder gives the same bytes. PAX, since USTAR refuses long or accented keys.
-        with TarWriter(
-            file, user=TAR_OWNER, group=TAR_OWNER, mtime=0, encoder=False, format="PAX_FORMAT"
-        ) as writer:
+        with TarWriter(file, user=TAR_OWNER, group=TAR_OWNER, mtime=0, encoder=False, format="PAX_FORMAT") as writer:
             for image in job.images:
                 try:
                     extension, data, changed = packed_bytes(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from peco_ds.config import EvaluationSettings
@@ -17,6 +18,7 @@ from peco_ds.data.loaders import HeldOutImages
 from peco_ds.evaluation.atlas_picture import atlas_picture
 from peco_ds.evaluation.code_atlas import AtlasSums
 from peco_ds.models.vq import usage
+from peco_ds.own_files import Own, png_text, written_whole
 
 # Of comparison grids: white around an image, the line of names on top, and the least side of an image that is to be
 # looked at.
@@ -310,9 +312,18 @@ def _names_row(names: Sequence[str], column_px: int) -> torch.Tensor:
     return torch.from_numpy(np.array(row)).permute(2, 0, 1)
 
 
-def save_png(path: Path, image_u8: torch.Tensor) -> None:
-    """Write uint8 [3, H, W]."""
-    Image.fromarray(image_u8.permute(1, 2, 0).cpu().numpy()).save(path)
+def save_png(path: Path, image_u8: torch.Tensor, own: Own | None = None) -> None:
+    """Write uint8 [3, H, W], whole or not at all.
+
+    Args:
+        own: the command whose picture it is; it replaces no other one. None: the folder is the caller's.
+    Raises: OSError that names the file; UserError as `own_files.refuse_foreign`.
+    """
+    text = PngInfo()
+    for key, value in png_text(own).items() if own else ():
+        text.add_text(key, value)
+    with written_whole(path, own) as temporary:
+        Image.fromarray(image_u8.permute(1, 2, 0).cpu().numpy()).save(temporary, "PNG", pnginfo=text)
 
 
 def to_u8(images_11: torch.Tensor) -> torch.Tensor:
