@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,13 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from peco_ds.config import EvaluationSettings
 from peco_ds.data.loaders import HeldOutImages
+from peco_ds.errors import describe_os_error
 from peco_ds.evaluation.atlas_picture import atlas_picture
 from peco_ds.evaluation.code_atlas import AtlasSums
 from peco_ds.models.vq import usage
 from peco_ds.own_files import Own, png_text, written_whole
+
+logger = logging.getLogger("peco_ds")
 
 # Of comparison grids: white around an image, the line of names on top, and the least side of an image that is to be
 # looked at.
@@ -247,7 +251,7 @@ class HeldOut:
             columns = {"original": shown, "round trip": to_u8(restored).cpu()}
             grid = comparison_grid(list(columns.values()), names=list(columns), at_least_px=SHOWN_PX)
             self._run.meter.image("original | round trip", grid, step)
-            save_png(self._run.out / "reconstructions.png", grid)
+            self._keep("reconstructions.png", grid)
 
     @property
     def _grid(self) -> int:
@@ -272,7 +276,14 @@ class HeldOut:
                 grid=self._grid,
             )
             self._run.meter.image("code atlas", image, step)
-            save_png(self._run.out / "code_atlas.png", image)
+            self._keep("code_atlas.png", image)
+
+    def _keep(self, name: str, image_u8: torch.Tensor) -> None:
+        """A picture is for looking at: a disk that does not take it does not end the run."""
+        try:
+            save_png(self._run.out / name, image_u8)
+        except OSError as error:
+            logger.warning("%s; the run goes on without", describe_os_error(error))
 
 
 @torch.no_grad()
