@@ -47,8 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def import_tokenizer(args: argparse.Namespace) -> int:
     from peco_ds.models.published_tokenizers import read_published
-    from peco_ds.models.tokenizers import save_tokenizer
+    from peco_ds.models.tokenizers import refuse_foreign_release, save_tokenizer
 
+    refuse_foreign_release(args.out)
     found = read_published(args.files, args.kind)
     settings = found.settings
     refuse_occupied(args.out, found.facts)
@@ -71,7 +72,7 @@ def import_tokenizer(args: argparse.Namespace) -> int:
 
 def refuse_occupied(out: Path, facts: dict) -> None:
     """Raises: UserError if --out holds anything but a release of the same files: token shards may be tied to it."""
-    from peco_ds.models.tokenizers import CARD_NAME, TENSORS_NAME, read_card, refuse_foreign_release
+    from peco_ds.models.tokenizers import CARD_NAME, TENSORS_NAME, read_card
 
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a folder")
@@ -83,7 +84,6 @@ def refuse_occupied(out: Path, facts: dict) -> None:
         raise UserError(
             f"--out {out}: holds {foreign[0]}, which is no part of a tokenizer release; give an empty folder"
         )
-    refuse_foreign_release(out)
     if CARD_NAME in names and read_card(out).extra.get("files") != facts["files"]:
         raise UserError(f"--out {out}: holds the release of another tokenizer; give an empty folder")
 

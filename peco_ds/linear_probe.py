@@ -92,10 +92,10 @@ def run_probe(args, resolved) -> int:
     cfg: ProbeRecipe = resolved.recipe
     settings = cfg.probe
     # Bad input is refused before any rank joins another.
+    check_places(args.out)
     train, val, classes = labelled_images(cfg)
     weights = read(cfg)
     blocks = blocks_of(cfg, weights)
-    check_places(args.out, blocks)
 
     world = start_world()
     made_from = features_made_from(cfg, weights, blocks, train, val)
@@ -107,7 +107,6 @@ def run_probe(args, resolved) -> int:
         sizes=sizes,
         width=feature_width(weights.model.width, settings.pooling),
     )
-    files.refuse_foreign()
     try:
         make_features(cfg, files, weights, blocks, {TRAIN: train, VAL: val}, world)
     except Stopped:

@@ -26,13 +26,17 @@ TAR_OWNER = "peco"
 _PROBE_BYTES = 1 << 16
 
 
+# Of a JSON or Markdown file of ours; what is larger, as weights given by mistake, is not read.
+_LARGEST_TEXT_BYTES = 1 << 28
+
+
 @dataclass(frozen=True)
 class Own:
     """How a command knows a file as its own.
 
     Attributes:
         maker: the command, for messages and marks.
-        knows: whether a standing file is the command's; may raise OSError or ValueError for one that it cannot read.
+        knows: whether a standing file is the command's; may raise any exception for one that it cannot read.
     """
 
     maker: str
@@ -47,7 +51,7 @@ def own_json(maker: str, *older: str) -> Own:
     """JSON objects with a `made_by`, or with all of the keys that the command's files had before there was one."""
 
     def knows(path: Path) -> bool:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(_text(path))
         return isinstance(value, dict) and (
             value.get(MADE_BY) == f"{PACKAGE} {maker}" or (bool(older) and set(older) <= value.keys())
         )
@@ -72,6 +76,12 @@ def own_png(maker: str, older: Callable[[Path], bool] = lambda _path: False) -> 
     return Own(maker, knows)
 
 
+def _text(path: Path) -> str:
+    if path.stat().st_size > _LARGEST_TEXT_BYTES:
+        raise ValueError("larger than any text of ours")
+    return path.read_text(encoding="utf-8")
+
+
 def png_text(own: Own) -> dict[str, str]:
     """The text chunks of a PNG by which it is known again, for matplotlib's `metadata`."""
     return {"Software": own.mark}
@@ -89,7 +99,7 @@ def own_markdown(maker: str, older: Callable[[str], bool] = lambda _text: False)
     """
 
     def knows(path: Path) -> bool:
-        text = path.read_text(encoding="utf-8")
+        text = _text(path)
         return text.rstrip().endswith(markdown_mark(maker).rstrip()) or older(text)
 
     return Own(maker, knows)
@@ -115,7 +125,8 @@ def is_own_tar(path: Path, sha256: str, *, first_ends: tuple[str, ...]) -> bool:
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
             first = tar.next()
-    except (tarfile.TarError, ValueError, OverflowError):
+    except Exception:
+        # Beside its own errors, tarfile lets through what a damaged header makes of its numbers.
         first = None
     if first is not None and first.uname == TAR_OWNER and first.name.endswith(first_ends):
         return True
@@ -135,7 +146,8 @@ def refuse_foreign(path: Path, own: Own, *, remedy: str = "give another name, or
     if path.is_dir():
         raise UserError(f"{path}: is a folder, where {own.maker} would write a file; {remedy}")
     if path.is_file():
-        with suppress(OSError, ValueError, SyntaxError, RecursionError):
+        # Whatever a reader of foreign bytes fails with: what it cannot read is not ours.
+        with suppress(Exception):
             if own.knows(path):
                 return
     raise UserError(f"{path}: stands there already and was not written by {own.maker}; {remedy}")

@@ -49,9 +49,11 @@ def train(args, resolved) -> int:
     from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.codebook_init import init_codebook
     from peco_ds.runtime.run import START_UP, Run
+    from peco_ds.runtime.run_folder import refuse_foreign_folder
 
     START_UP.ends("imports")
     cfg = resolved.recipe
+    refuse_foreign_folder(args.out)
     # The release is the last act; that its place is another's is said first.
     refuse_foreign_release(args.out / "tokenizer")
     images = ImageSet(data_path(cfg.data, cfg.data.images))

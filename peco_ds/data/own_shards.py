@@ -61,5 +61,5 @@ class ShardWriterOf:
 def _is_index(path: Path) -> bool:
     try:
         return _INDEX.knows(path)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, MemoryError):
         return False

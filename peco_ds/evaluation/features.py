@@ -77,6 +77,20 @@ def pooled_features(
     return pooled
 
 
+def refuse_foreign_features(folder: Path) -> None:
+    """Raises: UserError if features would replace files that no manifest of features in the folder tells of."""
+    manifest = folder / MANIFEST_NAME
+    refuse_foreign(manifest, OWN_FEATURES, remedy="give another --out, or move it away")
+    if manifest.is_file() or not folder.is_dir():
+        return
+    standing = next(iter(sorted(filter(_is_features, folder.iterdir()))), None)
+    if standing is not None:
+        raise UserError(
+            f"{standing}: stands there already, and no {MANIFEST_NAME} says that linear_probe.py wrote it; give "
+            "another --out, or move it away"
+        )
+
+
 class FeatureFiles:
     """A folder of features: `<split>_block_NN.npy` float16 [n, F] and `<split>_labels.npy` int64 [n], rows in the order
     of the samples.
@@ -128,9 +142,9 @@ class FeatureFiles:
     def create(self) -> None:
         """Create the files in full size; all ranks write rows into them. One rank calls it.
 
-        Raises: UserError if the disk is too small, or as `refuse_foreign`.
+        Raises: UserError if the disk is too small, or as `refuse_foreign_features`.
         """
-        self.refuse_foreign()
+        refuse_foreign_features(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         # From here on the folder tells whose files these are, whenever this start ends.
         self._write_manifest("")
@@ -184,17 +198,6 @@ class FeatureFiles:
     def finish(self) -> None:
         """Mark the folder as whole, once all rows are written. One rank calls it."""
         self._write_manifest(self.fingerprint)
-
-    def refuse_foreign(self) -> None:
-        """Raises: UserError if features would replace files that no manifest of features in the folder tells of."""
-        manifest = self.folder / MANIFEST_NAME
-        refuse_foreign(manifest, OWN_FEATURES)
-        if not manifest.is_file() and self.folder.is_dir():
-            for path in sorted(filter(_is_features, self.folder.iterdir())):
-                raise UserError(
-                    f"{path}: stands there already and no {MANIFEST_NAME} says that linear_probe.py wrote it; give "
-                    "another --out, or move it away"
-                )
 
     def _write_manifest(self, fingerprint: str) -> None:
         write_json(self.folder / MANIFEST_NAME, {"fingerprint": fingerprint, "made_from": self._made_from})

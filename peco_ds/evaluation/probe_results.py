@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from peco_ds.config import ProbeRecipe
-from peco_ds.evaluation.features import FEATURES, OWN_FEATURES
+from peco_ds.evaluation.features import FEATURES, OWN_FEATURES, refuse_foreign_features
 from peco_ds.own_files import (
     Own,
     markdown_mark,
@@ -54,16 +54,17 @@ def _by_its_record(path: Path) -> bool:
 OWN_PLOT = own_png("linear_probe", older=_by_its_record)
 
 
-def check_places(out: Path, blocks: tuple[int, ...]) -> None:
+def check_places(out: Path) -> None:
     """Raises: UserError, before the work, where the results would replace what no probe wrote."""
-    places = {RECORD: OWN_RECORD, TABLE: OWN_TABLE, PLOT: OWN_PLOT}
-    layers = {f"{LAYERS}/{layer_name(block)}": OWN_LAYER for block in blocks}
-    for name, own in (places | layers).items():
-        refuse_foreign(out / name, own, remedy="give another --out, or move it away")
+    places = {out / RECORD: OWN_RECORD, out / TABLE: OWN_TABLE, out / PLOT: OWN_PLOT}
+    places |= dict.fromkeys(sorted((out / LAYERS).glob(layer_name("*"))), OWN_LAYER)
+    for path, own in places.items():
+        refuse_foreign(path, own, remedy="give another --out, or move it away")
+    refuse_foreign_features(out / FEATURES)
 
 
-def layer_name(block: int) -> str:
-    return f"block_{block:02d}.json"
+def layer_name(block: int | str) -> str:
+    return f"block_{block:02d}.json" if isinstance(block, int) else f"block_{block}.json"
 
 
 class LayerResults:

@@ -95,7 +95,7 @@ def _on_main(world: World, folder: Path, write: Callable[[], None]) -> None:
 
 
 def _write(folder: Path, stage: str, resolved: Resolved[TrainingRecipe], ds_config: dict) -> None:
-    refuse_foreign_files(folder)
+    refuse_foreign_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _hold(folder)
     # Tuples become lists, as YAML reads them back.
@@ -117,7 +117,7 @@ def _write(folder: Path, stage: str, resolved: Resolved[TrainingRecipe], ds_conf
     write_json(folder / PROVENANCE, {**origins, "commit": commit(), "versions": versions()})
 
 
-def refuse_foreign_files(folder: Path) -> None:
+def refuse_foreign_folder(folder: Path) -> None:
     """Check a run folder before anything is written into it.
 
     Raises: UserError if it holds a file that a run would replace or add to, and no settings of a run.
