@@ -57,14 +57,10 @@ OWN_PLOT = own_png("linear_probe", older=_by_its_record)
 def check_places(out: Path) -> None:
     """Raises: UserError, before the work, where the results would replace what no probe wrote."""
     places = {out / RECORD: OWN_RECORD, out / TABLE: OWN_TABLE, out / PLOT: OWN_PLOT}
-    places |= dict.fromkeys(sorted((out / LAYERS).glob(layer_name("*"))), OWN_LAYER)
+    places |= dict.fromkeys(sorted((out / LAYERS).glob("block_*.json")), OWN_LAYER)
     for path, own in places.items():
         refuse_foreign(path, own, remedy="give another --out, or move it away")
     refuse_foreign_features(out / FEATURES)
-
-
-def layer_name(block: int | str) -> str:
-    return f"block_{block:02d}.json" if isinstance(block, int) else f"block_{block}.json"
 
 
 class LayerResults:
@@ -105,7 +101,7 @@ class LayerResults:
         )
 
     def _path(self, block: int) -> Path:
-        return self._folder / layer_name(block)
+        return self._folder / f"block_{block:02d}.json"
 
 
 def table(cfg: ProbeRecipe, layers: list[dict], source: str, image_px: int) -> str:
