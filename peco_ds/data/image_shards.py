@@ -18,10 +18,11 @@ from peco_ds.data.image_folders import Image, printable, read_classes
 from peco_ds.data.indexed_tar import INDEX_SUFFIX, IndexedTar, build_index, index_name, write_index
 from peco_ds.data.own_shards import ShardWriterOf
 from peco_ds.errors import UserError, describe_os_error
-from peco_ds.own_files import TAR_OWNER
+from peco_ds.own_files import TAR_OWNER, Own, refuse_foreign
 from peco_ds.schema import (
     IMAGE_EXTENSIONS,
     MANIFEST_NAME,
+    ImageManifest,
     Shard,
     json_text,
     read_json,
@@ -36,6 +37,18 @@ _LABEL_DIGITS = 6
 _RECORDS = ".pack"
 _RECORD = ".record.json"
 _WRITER = ShardWriterOf("pack_images.py", first_ends=tuple(f".{kind}" for kind in (*IMAGE_EXTENSIONS, "cls")))
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        raw = read_json(path)
+    except ValueError:
+        # A damaged one is made again, where the folder tells of packing.
+        return (path.parent / _RECORDS / "plan.json").is_file()
+    return isinstance(raw, dict) and raw.get("kind") == ImageManifest.kind
+
+
+_OWN_MANIFEST = Own("pack_images.py", _is_manifest)
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,7 @@ def prepare_folder(out: Path, jobs: list, options: dict[str, str]) -> tuple[list
     Raises: UserError if the folder holds a finished set made with other options, or tars of unknown origin.
     """
     records = out / _RECORDS
+    refuse_foreign(out / MANIFEST_NAME, _OWN_MANIFEST, remedy="give another folder, or move it away")
     plan_path = records / "plan.json"
     plan = _json_or_none(plan_path)
     if (out / MANIFEST_NAME).exists() and plan != options:
