@@ -36,6 +36,13 @@ _PARTS = ".parts"
 _WRITER = ShardWriterOf("tokenize_shards.py", first_ends=(".codes.npy",))
 
 
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
 class _MadeOf(TypedDict):
     """Fields of a `TokenManifest`: what the codes are, and of which images."""
 
@@ -113,15 +120,18 @@ class TokenParts:
                 )
 
     def _refuse_foreign_shards(self) -> None:
-        """What stands where a shard would be written and is recorded nowhere is the user's: most likely the images."""
-        try:
-            # One listing, not a look for each of a hundred thousand shards. A file system may not tell letters apart.
-            standing = {name.casefold() for name in os.listdir(self.folder)}
-        except FileNotFoundError:
-            return
-        for number, shard in enumerate(self._images.shards):
+        """What stands where a shard would be written and is recorded nowhere is the user's: most likely the images.
+
+        One listing of each folder, not a look for each of a hundred thousand shards; what is recorded is looked at when
+        it is to be replaced (`check_place`).
+        """
+        # A file system may not tell small letters from capitals.
+        standing = {name.casefold() for name in _names_in(self.folder)}
+        parts = set(_names_in(self.folder / _PARTS))
+        for number, shard in enumerate(self._images.shards if standing else ()):
             if shard.name.casefold() in standing or index_name(shard.name).casefold() in standing:
-                self.check_place(number)
+                if self._part_file(number).name not in parts and shard.name not in self._finished:
+                    self.check_place(number)
 
     def check_place(self, number: int) -> None:
         """Raises: UserError if tokenizing shard `number` would replace a file that no record here names."""
