@@ -129,9 +129,9 @@ class TokenParts:
         standing = {name.casefold() for name in _names_in(self.folder)}
         parts = set(_names_in(self.folder / _PARTS))
         for number, shard in enumerate(self._images.shards if standing else ()):
-            if shard.name.casefold() in standing or index_name(shard.name).casefold() in standing:
-                if self._part_file(number).name not in parts and shard.name not in self._finished:
-                    self.check_place(number)
+            stands = shard.name.casefold() in standing or index_name(shard.name).casefold() in standing
+            if stands and self._part_file(number).name not in parts and shard.name not in self._finished:
+                self.check_place(number)
 
     def check_place(self, number: int) -> None:
         """Raises: UserError if tokenizing shard `number` would replace a file that no record here names."""
