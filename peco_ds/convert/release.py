@@ -13,7 +13,7 @@ import torch
 
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
-from peco_ds.models.weight_files import save_tensors
+from peco_ds.models.weight_files import save_pickle, save_tensors
 from peco_ds.own_files import MADE_BY, PACKAGE, Own, refuse_foreign, written_whole
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, json_text, read_json
 
@@ -131,9 +131,8 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], *, safe: bool) 
     if safe:
         save_tensors(tensors, path)
         return
-    # A file of Python's raises the system's own errors, torch's writer does not.
     with open(path, "wb") as file:
-        torch.save({"model": {key: _alone(tensor) for key, tensor in tensors.items()}}, file)
+        save_pickle({"model": {key: _alone(tensor) for key, tensor in tensors.items()}}, file)
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import os
 import re
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -284,6 +285,19 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     # safetensors makes the file readable by its owner only; a release is for others too.
     path.chmod(0o644)
+
+
+def save_pickle(content, file: BinaryIO) -> None:
+    """torch.save into an open file.
+
+    Raises: OSError where the system takes no more; torch's own writer hides it behind a RuntimeError.
+    """
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def made_here(path: Path) -> bool:
