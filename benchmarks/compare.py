@@ -32,7 +32,16 @@ from pydantic.dataclasses import dataclass as checked
 
 from benchmarks.plots import drawing
 from benchmarks.probed import best_knn, best_linear, linear_top1
-from benchmarks.record import at_least, benchmark_parser, markdown_table, parse, publish, read_checked
+from benchmarks.record import (
+    OWN_PICTURE,
+    at_least,
+    benchmark_parser,
+    markdown_table,
+    own_record,
+    parse,
+    publish,
+    read_checked,
+)
 from benchmarks.stages import Stages
 from benchmarks.step_time import step_costs, training_flops
 from peco_ds.command_line import run
@@ -40,9 +49,11 @@ from peco_ds.config import PretrainRecipe
 from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.durations import micro_steps
 from peco_ds.errors import EXIT_DONE, UserError
+from peco_ds.own_files import own_json, refuse_foreign, write_own_json
 from peco_ds.recipe_files import load_recipe
-from peco_ds.schema import sha256_of_json, write_json
+from peco_ds.schema import sha256_of_json
 
+RESULTS = own_json("benchmarks.compare", "command", "commit", "versions", "arms", "runs")
 _strict = ConfigDict(extra="forbid")
 # in a setting: the timm release of an arm that stands earlier, pre-trained with the first seed
 RELEASE = re.compile(r"\{release:(\w+)\}")
@@ -103,10 +114,20 @@ def main(argv: list[str] | None = None) -> int:
         over = f"settings over every {name} recipe of the file"
         parser.add_argument(f"--{name}", nargs="*", default=[], metavar="key=value", help=over)
     args = parse(parser, argv, renamed={"--pictures": "--images", "--mim": "--pretrain"})
+    args.record = args.record or args.out / "results.md"
+    check_places(args)
     comparison = Comparisons(args, read_comparison(args.comparison))
     comparison.run()
     sys.stdout.write(comparison.write_results())
     return EXIT_DONE
+
+
+def check_places(args) -> None:
+    """Raises: UserError where the results would replace what no earlier call wrote."""
+    places = {"results.json": RESULTS, "compare.png": OWN_PICTURE}
+    for name, own in places.items():
+        refuse_foreign(args.out / name, own)
+    refuse_foreign(args.record, own_record(args.command))
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -275,10 +296,9 @@ class Comparisons:
         first = self.read(f"classifier_{next(iter(arms))}_0/provenance.json")
         about = {"command": self.args.command, "commit": first["commit"], "versions": first["versions"]}
         results = {**about, "arms": arms, "runs": self.stages.records()}
-        write_json(self.out / "results.json", results)
+        write_own_json(self.out / "results.json", RESULTS, results)
         plot(self.out / "compare.png", arms)
-        if not self.args.record:
-            self.args.record = self.out / "results.md"
+        self.args.record = self.args.record or self.out / "results.md"
         return publish(self.args, f"Comparison {self.args.comparison.stem}", table(results), "deepspeed", "timm")
 
     def read(self, path: str) -> dict:

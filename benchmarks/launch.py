@@ -33,7 +33,8 @@ from benchmarks.turns import ratios, spread
 from peco_ds.command_line import run
 from peco_ds.config import PretrainRecipe
 from peco_ds.deepspeed_json import DS_CONFIGS
-from peco_ds.recipe_files import load_recipe
+from peco_ds.errors import UserError
+from peco_ds.recipe_files import SETTINGS, load_recipe
 from peco_ds.runtime.timeline import METRICS_FILE, STARTS_FILE, read_rows
 
 PHASES = tuple("launcher imports data ranks records model engine checkpoint".split()) + ("first batch", "first step")
@@ -112,6 +113,8 @@ def phases_of(out: Path, command: list[str], env: dict[str, str]) -> Start:
     """
     out.mkdir(parents=True, exist_ok=True)
     log = out / "output.txt"
+    if log.exists() and not (out / SETTINGS).is_file():
+        raise UserError(f"{log}: stands there already, and no run beside it; give another --work, or move it away")
     begun, deadline = time.time(), time.monotonic() + LONGEST_START_S
     with open(log, "wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)

@@ -31,14 +31,16 @@ from benchmarks.paper_inputs import (
 from benchmarks.paper_tables import Paper, Row, Table, published
 from benchmarks.plots import drawing
 from benchmarks.probed import best_linear
-from benchmarks.record import markdown_table, publish
+from benchmarks.record import OWN_PICTURE, markdown_table, own_record, publish
 from benchmarks.stages import Stages
 from peco_ds.config import FinetuneRecipe, PretrainRecipe, TokenizerRecipe
 from peco_ds.errors import UserError
+from peco_ds.own_files import own_json, refuse_foreign, write_own_json
 from peco_ds.planner.stages import Stage, stage_of
 from peco_ds.recipe_files import load_recipe
 from peco_ds.schema import sha256_of_json, write_json
 
+RESULTS = own_json("benchmarks.reproduce", "command", "commit", "versions", "plan", "arms", "runs")
 # arms of the data that the bootstrapped judge comes from
 JUDGE_TOKENIZER, JUDGE_ARM = "plain", "plain_300"
 BOOTSTRAPPED = "bootstrapped"
@@ -424,7 +426,12 @@ class SmallTable:
     # ---------------------------------------------------------------------------------------------- run
 
     def run(self) -> str:
-        """Returns: the record."""
+        """Returns: the record.
+
+        Raises: UserError, before anything is run, where the results would replace what no earlier call wrote.
+        """
+        for place, own in zip(self._places(), (RESULTS, own_record(self.args.command), OWN_PICTURE)):
+            refuse_foreign(place, own)
         steps = self.steps()
         progress = Progress(steps, self.out / "log", self.args.jobs)
         threads = max(1, (os.cpu_count() or 1) // self.args.jobs) if self.args.jobs > 1 else 0
@@ -457,16 +464,20 @@ class SmallTable:
 
     # ------------------------------------------------------------------------------------------ results
 
+    def _places(self) -> tuple[Path, Path, Path]:
+        """JSON, record and picture."""
+        base = self.out / f"table_{self.number}"
+        record = self.args.record or base.with_suffix(".md")
+        return base.with_suffix(".json"), record, record.with_suffix(".png")
+
     def write_results(self, names: set[str], stages: Stages) -> str:
         """What was measured as JSON, a record with one table, a plot and a picture. Returns: the record."""
         arms = {name: self.measured(arm) for name, arm in self.arms.items()}
         runs = {name: run for name, run in stages.records().items() if name in names}
         first = json.loads((self.out / f"codes_{self._tokenizers()[0].name}_0.json").read_text())
         about = {"command": self.args.command, "commit": first["commit"], "versions": first["versions"]}
-        base = self.out / f"table_{self.number}"
-        write_json(base.with_suffix(".json"), {**about, "plan": self.plan(), "arms": arms, "runs": runs})
-        self.args.record = self.args.record or base.with_suffix(".md")
-        picture = self.args.record.with_suffix(".png")
+        results, self.args.record, picture = self._places()
+        write_own_json(results, RESULTS, {**about, "plan": self.plan(), "arms": arms, "runs": runs})
         plot(picture, self.table, arms)
         shown = picture.with_name(f"{picture.stem}_images.png")
         self.draw(shown)

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.record import OWN_PICTURE
+from peco_ds.own_files import png_text, written_whole
+
 Bar = tuple[str, float, float, float]  # label, ratio, smallest, largest
 
 
@@ -23,7 +26,8 @@ def drawing(path: Path, *panels: int, size: tuple[float, float], **arguments) ->
     FigureCanvasAgg(figure)
     yield figure.subplots(*panels, squeeze=False, **arguments)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with written_whole(path, OWN_PICTURE) as temporary:
+        figure.savefig(temporary, format="png", dpi=120, metadata=png_text(OWN_PICTURE))
 
 
 def log_curves(axes, x: Sequence[float], curves: dict[str, Sequence[float]], x_label: str, y_label: str) -> None:

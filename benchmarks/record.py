@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -19,9 +20,24 @@ from pydantic import TypeAdapter, ValidationError
 
 from peco_ds.command_line import Parser
 from peco_ds.errors import UserError
+from peco_ds.own_files import Own, check_folder_takes_files, own_png, refuse_foreign, written_whole
 from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
 T = TypeVar("T")
+
+
+def _command_of(record: Path) -> str:
+    """Of a record; "" of any other text."""
+    lines = record.read_text(encoding="utf-8").splitlines()[:3]
+    return lines[2].removeprefix("`") if len(lines) == 3 and lines[0].startswith("# ") else ""
+
+
+def _lies_by_its_record(path: Path) -> bool:
+    return _command_of(path.with_suffix(".md")).startswith(("python -m benchmarks.", "python benchmarks/"))
+
+
+# Pictures of before they named their maker are known by the record of the same name beside them.
+OWN_PICTURE = own_png("benchmarks", older=_lies_by_its_record)
 
 
 def benchmark_parser(name: str, description: str, *, gpu: str = "", plot: str = "", overrides: str = "") -> Parser:
@@ -62,7 +78,40 @@ def parse(parser: Parser, argv: list[str] | None, renamed: dict[str, str] | None
     args.command = f"{parser.prog} {shlex.join(words)}".strip()
     if getattr(args, "gpu", False):
         require_gpu()
+    check_outputs(args)
     return args
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Before anything is measured.
+
+    Raises: UserError where --record or --plot name a file that this benchmark did not write, or that cannot be written.
+    """
+    kinds = {"record": own_record(args.command), "plot": OWN_PICTURE}
+    for option, own in kinds.items():
+        path = getattr(args, option, None)
+        if path is not None:
+            refuse_foreign(path, own)
+            there = next(parent for parent in path.absolute().parents if parent.exists())
+            check_folder_takes_files(there, f"--{option} {path}")
+
+
+def own_record(command: str) -> Own:
+    """Records of one benchmark, which name their command in the third line; as a file or as a module, as earlier ones.
+
+    Args:
+        command: of the benchmark that asks.
+    """
+    found = re.match(r"python (?:-m benchmarks\.|benchmarks/)(\w+)", command)
+    name = found[1] if found else command
+
+    def knows(path: Path) -> bool:
+        lines = path.read_text(encoding="utf-8").splitlines()[:3]
+        return len(lines) == 3 and lines[2].startswith(
+            (f"`python -m benchmarks.{name}", f"`python benchmarks/{name}.py")
+        )
+
+    return Own(f"benchmarks.{name}", knows)
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -122,9 +171,15 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> st
 
 def publish(args: argparse.Namespace, title: str, body: str, *packages: str) -> str:
     """The text for standard output: the record, where --record asks for one, else its body alone."""
-    if args.record:
+    if not args.record:
+        return f"{body.strip()}\n"
+    try:
         return write_record(args.record, title, args.command, body, *packages)
-    return f"{body.strip()}\n"
+    except (OSError, UserError):
+        # What was measured is not lost to a disk that has filled meanwhile.
+        sys.stdout.write(f"{body.strip()}\n")
+        sys.stdout.flush()
+        raise
 
 
 def write_record(path: Path, title: str, command: str, body: str, *packages: str) -> str:
@@ -133,13 +188,13 @@ def write_record(path: Path, title: str, command: str, body: str, *packages: str
     Args:
         body: markdown: what was done, tables.  packages: whose versions matter beside torch's.
     Returns: the text.
+    Raises: UserError for a file there that is no record of this benchmark; OSError that names the file.
     """
     about = f"{hardware()}; {versions(*packages)}; {time.strftime('%d %B %Y')}."
     text = f"# {title}\n\n`{command}`\n\n{body.strip()}\n\n{about}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
+    with written_whole(path, own_record(command)) as temporary:
+        temporary.write_text(text)
     return text
 
 

@@ -14,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peco_ds.errors import UserError
+from peco_ds.own_files import own_json, refuse_foreign, written_whole
 
+# Of a stage that is done.
+OWN_RECORD = own_json("benchmarks", "command", "seconds")
 STAGES = Path(__file__).resolve().parent.parent / "peco_ds"
 
 
@@ -107,6 +110,7 @@ class Stages:
 
     def _run_once(self, name: str, command: list[str]) -> None:
         record, text = self.out / "log" / f"{name}.json", shlex.join(command)
+        refuse_foreign(record, OWN_RECORD)
         if record.exists():
             before = json.loads(record.read_text())["command"]
             if before != text:
@@ -129,7 +133,9 @@ class Stages:
             last = path.read_text(errors="replace").splitlines()[-1:]
             sys.stderr.write(f"{name} ended with {code}; {path} ends in: {''.join(last)}\n")
             sys.exit(code)
-        record.write_text(json.dumps({"command": text, "seconds": round(time.perf_counter() - begun, 1)}) + "\n")
+        done = {"command": text, "seconds": round(time.perf_counter() - begun, 1)}
+        with written_whole(record, OWN_RECORD) as temporary:
+            temporary.write_text(json.dumps(done) + "\n")
 
     def records(self) -> dict[str, dict]:
         """Command and seconds of everything that was run, by name."""

@@ -23,6 +23,8 @@ from peco_ds.errors import (
     EXIT_INTERRUPTED,
     EXIT_KEYBOARD,
     EXIT_REQUEUE,
+    FULL,
+    OF_STORAGE,
     UserError,
     describe_os_error,
     env_rank,
@@ -155,6 +157,7 @@ def run(main, argv: list[str] | None = None) -> None:
         else:
             line = _interruption(error)
             code = EXIT_INTERRUPTED if line else EXIT_FAULT
+        end_progress_bars()
         if line and not os.environ.get("PECO_TRACEBACK"):
             sys.stderr.write(f"error: {line}\n")
         else:
@@ -162,12 +165,27 @@ def run(main, argv: list[str] | None = None) -> None:
     leave(EXIT_DONE if code is None else code)
 
 
+def end_progress_bars() -> None:
+    """Close every bar that is still shown, whoever opened it: what is written next begins a line."""
+    # Looked up, not imported: where nobody has, there is no bar.
+    bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
+    for bar in list(bars):
+        if getattr(bar, "disable", True):
+            continue
+        stays = bar.leave
+        bar.close()
+        # One that does not stay leaves the cursor in the line that it has wiped.
+        if not stays:
+            bar.fp.write("\n")
+
+
 def _bad_input(error: Exception) -> str:
     """The line for an error that a user can mend; "" for any other exception."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None:
-        return describe_os_error(error)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in OF_STORAGE):
+        remedy = "; make room and start the same command again" if error.errno in FULL else ""
+        return describe_os_error(error) + remedy
     # Looked up, not imported, so that a stage that compiles nothing stays quick.
     compiler = sys.modules.get("torch._dynamo.exc")
     if compiler is not None and isinstance(error, compiler.TorchDynamoException):
@@ -226,7 +244,7 @@ def ending(error: BaseException) -> tuple[int, str]:
     """For records: the exit code that an error which leaves a training loop ends in, and why, in one line."""
     if lost := lost_ranks(error):
         return EXIT_INTERRUPTED, f"lost the other ranks: {lost}"[:500]
-    code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAULT
+    code = EXIT_BAD_INPUT if isinstance(error, Exception) and _bad_input(error) else EXIT_FAULT
     return code, " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 

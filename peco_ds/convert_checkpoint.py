@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -59,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         help="load the release by its library in a fresh process and compare outputs (default: on)",
     )
     args = parser.parse_args(argv)
-    if args.out.resolve() == args.source.resolve():
-        raise UserError(f"--out {args.out}: is SRC itself; give another folder")
+    check_out(args)
     if args.verify and args.to == "hf" and importlib.util.find_spec("transformers") is None:
         raise UserError(
             "transformers is not installed, so the release cannot be verified in it; pip install "
@@ -69,15 +69,29 @@ def main(argv: list[str] | None = None) -> int:
     return convert(args)
 
 
+def check_out(args: argparse.Namespace) -> None:
+    """Raises: UserError for an --out that is SRC, holds it, holds what no conversion wrote, or cannot be written."""
+    from peco_ds.own_files import check_folder_takes_files, is_same_file
+
+    out, source = args.out, args.source
+    if is_same_file(out, source) or (source.is_file() and is_same_file(out, source.resolve().parent)):
+        raise UserError(f"--out {out}: is SRC itself, or the folder that it lies in; give another folder")
+    if os.path.lexists(out) and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; give a folder")
+    there = next(parent for parent in (out, *out.absolute().parents) if parent.is_dir())
+    check_folder_takes_files(there, f"--out {out}")
+
+
 def convert(args: argparse.Namespace) -> int:
     from peco_ds.convert.read import read_weights
-    from peco_ds.convert.release import write_release
+    from peco_ds.convert.release import CARD, CONFIG, WEIGHTS, refuse_foreign_files, write_release
     from peco_ds.convert.to_hf import to_hf
     from peco_ds.convert.to_timm import to_timm
-    from peco_ds.convert.to_unilm import to_unilm
+    from peco_ds.convert.to_unilm import FILE, to_unilm
     from peco_ds.convert.verify import COMPARED, LOADERS, compare, model_outputs
     from peco_ds.runtime.run_weights import read_run
 
+    refuse_foreign_files(args.out, (CARD, CONFIG, FILE if args.to == "unilm" else WEIGHTS))
     weights = read_weights(
         args.source, layout=args.layout, average=args.weights, statistics=args.statistics, read_run=read_run
     )

@@ -8,6 +8,7 @@ its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 
@@ -21,6 +22,10 @@ EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 76
 # A second Ctrl-C, or one before the first step. The number is what shells report for SIGINT.
 EXIT_KEYBOARD = 130
+
+# Errors of a disk, quota or share, which no program mends; one from a file descriptor names no file.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+OF_STORAGE = FULL | {errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG, errno.ENODEV}
 
 # In characters.
 LONGEST_LINE = 1500

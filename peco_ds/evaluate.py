@@ -10,6 +10,7 @@ r"""Measure a finished model: top-1 and robustness of a classifier, or reconstru
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -22,12 +23,14 @@ if __package__ in (None, ""):
 
 from peco_ds.command_line import Parser, run
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
+from peco_ds.own_files import ATLAS, check_output, own_json, write_own_json
 
 # Options that only a classifier has a use for, and those that only a tokenizer has; both are None unless given.
 OF_CLASSIFIERS = ("crop", "attack", "epsilon", "steps", "step_size")
 OF_TOKENIZERS = ("train_images", "lpips", "classifier", "classifier_images", "atlas")
 # PeCo's budget of an attack (arXiv 2111.12710, table 11).
 EPSILON, STEPS = Fraction(2, 255), 20
+RESULT = own_json("evaluate", "target", "kind", "settings", "command", "commit", "versions")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,15 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     from peco_ds.runtime.distributed import start_world
 
     # Bad input is refused before any rank joins another.
-    measure = open_classifier(args) if tokenizer is None else open_tokenizer(args, *tokenizer)
+    measure, draw = open_classifier(args) if tokenizer is None else open_tokenizer(args, *tokenizer)
     world = start_world()
     try:
         result, line = measure(world)
     except Stopped:
         return EXIT_REQUEUE
     if world.is_main:
-        write(args, result)
-        sys.stdout.write(f"{line}; {args.out}\n")
+        tell(args, result, line)
+        draw()
     return EXIT_DONE
 
 
@@ -191,13 +194,11 @@ def check(args) -> None:
         raise UserError(f"--epsilon {args.epsilon}: in [0, 1], as pixel values are; write it as 2/255")
     if args.step_size is not None and args.step_size <= 0:
         raise UserError(f"--step_size {args.step_size}: must be above 0")
-    if not args.out.parent.is_dir():
-        raise UserError(f"--out {args.out}: no folder {args.out.parent}; make it, or give another file")
+    check_output(args.out, RESULT, "--out")
     if args.atlas is not None:
         if args.atlas.suffix.lower() != ".png":
             raise UserError(f"--atlas {args.atlas}: the picture is written as PNG; give a name that ends in .png")
-        if not args.atlas.parent.is_dir():
-            raise UserError(f"--atlas {args.atlas}: no folder {args.atlas.parent}; make it, or give another file")
+        check_output(args.atlas, ATLAS, "--atlas")
 
 
 def check_kind(args, *, is_tokenizer: bool) -> None:
@@ -237,20 +238,31 @@ def check_kind(args, *, is_tokenizer: bool) -> None:
         )
 
 
-def write(args, result: dict) -> None:
+def tell(args, result: dict, line: str) -> None:
+    """The figures, said before they are written, and all of them where they cannot be: an hour's work is not lost to a
+    disk that has filled meanwhile.
+    """
     from peco_ds.runtime.run_folder import commit, versions
-    from peco_ds.schema import write_json
 
+    sys.stdout.write(line)
+    sys.stdout.flush()
     result["settings"]["weights"] = args.weights
     provenance = {"command": shlex.join(sys.argv), "commit": commit(), "versions": versions()}
-    write_json(args.out, {"target": args.target, **result, **provenance})
+    record = {"target": args.target, **result, **provenance}
+    try:
+        write_own_json(args.out, RESULT, record)
+    except (OSError, UserError):
+        sys.stdout.write(f"\nnot written to {args.out}: {json.dumps(record)}\n")
+        sys.stdout.flush()
+        raise
+    sys.stdout.write(f"; {args.out}\n")
 
 
 # ----------------------------------------------------------------------------------------- classifiers
 
 
 def open_classifier(args):
-    """The function world -> (result, line) that measures the classifier.
+    """The function world -> (result, line) that measures the classifier, and one that draws: nothing.
 
     Raises: UserError for images without labels, weights that cannot be read or have no classifier, or other classes.
     """
@@ -268,7 +280,7 @@ def open_classifier(args):
         result, line = evaluate_classifier(model, images, settings, how, world, attack=attack)
         return {"kind": "classifier", **source, "images": images.facts(), **result}, f"{source['source']}: {line}"
 
-    return measure
+    return measure, lambda: None
 
 
 def load_classifier(
@@ -377,7 +389,7 @@ def find_tokenizer(target: Path) -> tuple[Path, int | None] | None:
 
 
 def open_tokenizer(args, release: Path, own_px: int | None):
-    """The function world -> (result, line) that measures the tokenizer.
+    """The function world -> (result, line) that measures the tokenizer, and one that draws its atlas, if asked for.
 
     Raises: UserError for image sets that do not go together, images without labels or of other classes than the
         --classifier, or what `TokenizerEvaluation` refuses.
@@ -415,7 +427,7 @@ def open_tokenizer(args, release: Path, own_px: int | None):
         source = {"kind": "tokenizer", "fingerprint": card.fingerprint, "facts": card.extra, "images": images.facts()}
         return {**source, **result}, f"tokenizer {card.fingerprint[:12]}: {line}"
 
-    return measure
+    return measure, lambda: evaluation.draw_atlas(args.atlas, images) if args.atlas is not None else None
 
 
 # ---------------------------------------------------------------------------------------------- common

@@ -59,9 +59,11 @@ def train(args, resolved) -> int:
     from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.optim import layer_scales
     from peco_ds.runtime.run import START_UP, Run
+    from peco_ds.runtime.run_folder import refuse_foreign_folder
 
     START_UP.ends("imports")
     cfg = resolved.recipe
+    refuse_foreign_folder(args.out)
     images, held_out, classes = labelled_sets(
         data_path(cfg.data, cfg.data.images), data_path(cfg.data, cfg.data.val_images)
     )

@@ -39,10 +39,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def import_judge(args: argparse.Namespace) -> int:
-    from peco_ds.convert.release import CONFIG, WEIGHTS, Release, write_files
+    from peco_ds.convert.release import CARD, CONFIG, WEIGHTS, Release, refuse_foreign_files, write_files
     from peco_ds.models.packaged_networks import NETWORKS, read_packaged
 
     network = NETWORKS[args.network]
+    refuse_foreign_files(args.out, (CARD, CONFIG, WEIGHTS))
     found = read_packaged(network)
     config = config_of(network, found.installed)
     refuse_occupied(args.out, config)

@@ -47,8 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def import_tokenizer(args: argparse.Namespace) -> int:
     from peco_ds.models.published_tokenizers import read_published
-    from peco_ds.models.tokenizers import save_tokenizer
+    from peco_ds.models.tokenizers import refuse_foreign_release, save_tokenizer
 
+    refuse_foreign_release(args.out)
     found = read_published(args.files, args.kind)
     settings = found.settings
     refuse_occupied(args.out, found.facts)

@@ -83,8 +83,8 @@ def dry_run(args, cfg: ProbeRecipe) -> int:
 
 
 def run_probe(args, resolved) -> int:
-    from peco_ds.evaluation.features import TRAIN, VAL, FeatureFiles, feature_width
-    from peco_ds.evaluation.probe_results import LayerResults
+    from peco_ds.evaluation.features import FEATURES, TRAIN, VAL, FeatureFiles, feature_width
+    from peco_ds.evaluation.probe_results import LAYERS, LayerResults, check_places
     from peco_ds.evaluation.stopping import Stopped
     from peco_ds.runtime.distributed import start_world
     from peco_ds.schema import sha256_of_json
@@ -92,6 +92,7 @@ def run_probe(args, resolved) -> int:
     cfg: ProbeRecipe = resolved.recipe
     settings = cfg.probe
     # Bad input is refused before any rank joins another.
+    check_places(args.out)
     train, val, classes = labelled_images(cfg)
     weights = read(cfg)
     blocks = blocks_of(cfg, weights)
@@ -100,7 +101,7 @@ def run_probe(args, resolved) -> int:
     made_from = features_made_from(cfg, weights, blocks, train, val)
     sizes = {TRAIN: train.num_samples, VAL: val.num_samples}
     files = FeatureFiles(
-        args.out / "features",
+        args.out / FEATURES,
         made_from,
         blocks=blocks,
         sizes=sizes,
@@ -111,7 +112,7 @@ def run_probe(args, resolved) -> int:
     except Stopped:
         return EXIT_REQUEUE
     results = LayerResults(
-        args.out / "layers", sha256_of_json([files.fingerprint, len(classes), asdict(settings)]), blocks
+        args.out / LAYERS, sha256_of_json([files.fingerprint, len(classes), asdict(settings)]), blocks
     )
     # All ranks use rank 0's list: a late rank would find other layers missing than an early one.
     missing = world.gather_objects(results.missing())[0]
@@ -267,10 +268,10 @@ def probe_layer(files, block: int, settings, num_classes: int, world) -> dict:
 
 
 def report(out: Path, resolved, layers: list[dict], made_from: dict, weights, num_classes: int) -> None:
-    """probe.json, probe.md, layers.png and one line."""
-    from peco_ds.evaluation.probe_results import plot, table
+    """One line, probe.json, probe.md and layers.png."""
+    from peco_ds.evaluation.probe_results import OWN_RECORD, OWN_TABLE, PLOT, RECORD, TABLE, plot, table
+    from peco_ds.own_files import write_own_json, written_whole
     from peco_ds.runtime.run_folder import commit, versions
-    from peco_ds.schema import write_json
 
     def best_linear(layer: dict) -> dict:
         return max(layer["linear"], key=lambda row: row["top1"])
@@ -295,15 +296,18 @@ def report(out: Path, resolved, layers: list[dict], made_from: dict, weights, nu
         "commit": commit(),
         "versions": versions(),
     }
-    write_json(out / "probe.json", record)
-    (out / "probe.md").write_text(table(resolved.recipe, layers, weights.source, made_from["image_px"]))
-    plot(out / "layers.png", layers, weights.source)
     neighbours = "".join(f", {k}-NN {top1:.2f}" for k, top1 in best["knn"].items())
+    # Said first: a disk that has filled meanwhile takes no figure back.
     sys.stdout.write(
         f"best block {summary['block']} of {weights.model.depth}: linear top-1 {summary['top1']:.2f} "
         f"(lr {summary['lr']:g}), top-5 {summary['top5']:.2f}{neighbours}; all blocks in "
-        f"{out / 'probe.md'}\n"
+        f"{out / TABLE}\n"
     )
+    sys.stdout.flush()
+    write_own_json(out / RECORD, OWN_RECORD, record)
+    with written_whole(out / TABLE, OWN_TABLE) as temporary:
+        temporary.write_text(table(resolved.recipe, layers, weights.source, made_from["image_px"]))
+    plot(out / PLOT, layers, weights.source)
 
 
 if __name__ == "__main__":

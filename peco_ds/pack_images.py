@@ -22,7 +22,6 @@ import hashlib
 import multiprocessing
 import os
 import threading
-import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -40,9 +39,9 @@ from peco_ds.data.image_shards import (
 )
 from peco_ds.data.indexed_tar import index_name
 from peco_ds.errors import EXIT_INTERRUPTED, UserError
+from peco_ds.progress_bar import Progress
 from peco_ds.schema import ImageManifest, write_manifest
 
-PROGRESS_EVERY_S = 5.0
 _FOLDER_ONLY = ("labels", "synsets", "short_side", "quality", "samples_per_shard", "shuffle_seed", "max_bad_share")
 
 
@@ -244,35 +243,6 @@ def plan_indexes(source: str) -> list[IndexJob]:
 
 
 # --------------------------------------------------------------------------------------- making shards
-
-
-class Progress:
-    """Shows a bar on a terminal, else a line every few seconds."""
-
-    def __init__(self, total: int, done_before: int, units: str) -> None:
-        self._total, self._before, self._units = total, done_before, units
-        self._start = self._last_line = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=done_before, unit=f" {units}", dynamic_ncols=True)
-
-    def show(self, done_now: int) -> None:
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._before + done_now - self._bar.n)
-        elif now - self._last_line >= PROGRESS_EVERY_S and done_now:
-            self._last_line = now
-            rate = done_now / (now - self._start)
-            left_s = (self._total - self._before - done_now) / rate
-            sys.stderr.write(
-                f"{self._before + done_now} of {self._total} {self._units}, {rate:.1f}/s, {left_s:.0f} s left\n"
-            )
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 # The counter of units done by all workers, set in each of them before its first job.

@@ -8,7 +8,6 @@ python peco_ds/plan.py --hardware h100 h200 --gpus 8 64 256 512 --plot scaling.p
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -20,7 +19,10 @@ if __package__ in (None, ""):
 from peco_ds.command_line import Parser, run
 from peco_ds.data_paths import data_path
 from peco_ds.errors import EXIT_DONE, UserError
+from peco_ds.own_files import check_output, own_json, own_png, png_text, write_own_json, written_whole
 
+BILLS = own_json("plan", "recipe", "samples", "bills", "assumptions")
+SCALING = own_png("plan")
 _SETTING = re.compile(r"([\w-]+:)?\w+(\.\w+)+=")
 
 RECIPE = (
@@ -91,11 +93,12 @@ def plan(args) -> int:
     from peco_ds.planner.hardware import find_hardware
 
     machines = list({machine.name: machine for machine in map(find_hardware, args.hardware)}.values())
-    for path, suffix in ((args.json, ".json"), (args.plot, ".png")):
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}; make it or correct the path")
-        if path is not None and (path.suffix != suffix or path.is_dir()):
+    for option, path, own in (("json", args.json, BILLS), ("plot", args.plot, SCALING)):
+        suffix = ".json" if own is BILLS else ".png"
+        if path is not None and path.suffix != suffix:
             raise UserError(f"{path}: give the name of a {suffix} file")
+        if path is not None:
+            check_output(path, own, f"--{option}")
     chain, assumed = _chain(args)
     asked = _asked_json(args.deepspeed_config, chain.main) if args.deepspeed_config else None
     for machine in machines:
@@ -119,7 +122,7 @@ def plan(args) -> int:
             "bills": [bill_facts(bill) for bill in bills],
             "assumptions": [line.strip() for line in assumptions],
         }
-        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+        write_own_json(args.json, BILLS, facts)
     if args.plot:
         scaling_plot(args.plot, bills)
     return EXIT_DONE
@@ -189,7 +192,8 @@ def scaling_plot(path: Path, bills) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-    figure.savefig(path, dpi=120)
+    with written_whole(path, SCALING) as temporary:
+        figure.savefig(temporary, format="png", dpi=120, metadata=png_text(SCALING))
 
 
 def _images_s(bill, pace: str) -> float:

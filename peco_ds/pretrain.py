@@ -64,10 +64,12 @@ def train(args, resolved) -> int:
     from peco_ds.objectives import build_objective
     from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.run import START_UP, Run
+    from peco_ds.runtime.run_folder import refuse_foreign_folder
     from peco_ds.runtime.token_source import find_tokens, open_tokens, token_provenance
 
     START_UP.ends("imports")
     cfg = resolved.recipe
+    refuse_foreign_folder(args.out)
     objective = build_objective(cfg.objective)
     images = ImageSet(data_path(cfg.data, cfg.data.images))
     found = find_tokens(cfg, images, tokenizer_named="data.tokenizer" in resolved.sources)

@@ -16,7 +16,6 @@ import gc
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, field
@@ -28,6 +27,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic.dataclasses import dataclass
 
 from peco_ds.errors import UserError
+from peco_ds.own_files import written_whole
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -291,15 +291,18 @@ def write_manifest(folder: str | Path, manifest) -> Path:
 
 
 def write_json(path: Path, value) -> Path:
-    """Write JSON to a temporary name, fsync, rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write JSON to a temporary name, fsync, rename: a reader never sees half a file.
+
+    Raises: OSError that names the file.
+    """
+    with written_whole(path) as temporary:
+        temporary.write_text(json_text(value), encoding="utf-8")
     return path
+
+
+def json_text(value) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=1) + "\n"
 
 
 def sha256_of_json(value) -> str:

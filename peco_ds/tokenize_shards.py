@@ -19,6 +19,7 @@ from peco_ds.command_line import parse_stage, run, stage_parser
 from peco_ds.config import PretrainRecipe
 from peco_ds.data_paths import data_path
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
+from peco_ds.progress_bar import Progress
 
 logger = logging.getLogger("peco_ds")
 
@@ -104,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
             )
             for number in found
         )
+        for number in missing[world.rank :: world.size]:
+            parts.check_place(number)
         done = sorted(set(own) - set(missing))
         tokenize_missing(
             cfg,
@@ -138,7 +141,6 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
         done: shards of earlier starts, whose unreadable images count on.
     """
     import numpy as np
-    from tqdm import tqdm
 
     from peco_ds.data.image_set import BadImages
     from peco_ds.data.loaders import view_batches
@@ -164,13 +166,9 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
     )
     # Images may hold more views than a forward pass should: K = 100 at 256 px is 25 GB of activations in one piece.
     batches = record_batches(loaded, codes_function(tokenizer, cfg, images_per_batch * cfg.views.count))
-    bar = tqdm(
-        total=int(sum(images.shards.shard_sizes[n] for n in shard_numbers)),
-        unit="image",
-        desc="tokenize",
-        disable=not world.is_main,
-        mininterval=5.0,
-    )
+    total = int(sum(images.shards.shard_sizes[number] for number in shard_numbers))
+    progress = Progress(total, 0, "images") if world.is_main else None
+    done_now = 0
 
     # Share of each image's softmax mass that the stored soft codes hold.
     kept: list[float] = []
@@ -187,27 +185,40 @@ def tokenize_missing(cfg, images, tokenizer, parts, shard_numbers: list[int], do
                         for record in records
                         if record.topk_probs is not None
                     )
-                    bar.update(len(records))
+                    done_now += len(records)
+                    if progress is not None:
+                        progress.show(done_now)
                     watchdog.beat(number)
                 writer.end(number)
     except Stopped:
         # The unfinished shard is dropped whole.
         pass
-    bar.close()
-    if kept:
-        share = sum(kept) / len(kept)
-        advice = (
-            "; a lower views.topk_temperature or more views.topk keeps more "
-            "(benchmarks/soft_target_mass.py tells how much): the temperature is the tokenizer's own "
-            "matter"
-        )
-        logger.log(
-            logging.INFO if share >= 0.5 else logging.WARNING,
-            "the %d soft codes a patch hold %.2f of the softmax%s",
-            cfg.views.topk,
-            share,
-            "" if share >= 0.5 else advice,
-        )
+    finally:
+        if progress is not None:
+            progress.close()
+    tell_mass_kept(kept, cfg.views.topk)
+
+
+def tell_mass_kept(kept: list[float], topk: int) -> None:
+    """One line in the log; a warning where soft codes lose more than half of what the tokenizer said.
+
+    Args:
+        kept: share of the softmax mass that the stored soft codes of an image hold; none for hard codes alone.
+    """
+    if not kept:
+        return
+    share = sum(kept) / len(kept)
+    advice = (
+        "; a lower views.topk_temperature or more views.topk keeps more (benchmarks/soft_target_mass.py tells how "
+        "much): the temperature is the tokenizer's own matter"
+    )
+    logger.log(
+        logging.INFO if share >= 0.5 else logging.WARNING,
+        "the %d soft codes a patch hold %.2f of the softmax%s",
+        topk,
+        share,
+        "" if share >= 0.5 else advice,
+    )
 
 
 def report(manifest) -> int:

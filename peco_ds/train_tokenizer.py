@@ -43,15 +43,19 @@ def train(args, resolved) -> int:
     from peco_ds.evaluation.reconstruction import HeldOut
     from peco_ds.models.critic import with_critic
     from peco_ds.models.frozen_net import load_frozen_net
-    from peco_ds.models.tokenizers import build_tokenizer
+    from peco_ds.models.tokenizers import build_tokenizer, refuse_foreign_release
     from peco_ds.models.vq import usage
     from peco_ds.objectives.tokenizer_losses import build_tokenizer_objective
     from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.codebook_init import init_codebook
     from peco_ds.runtime.run import START_UP, Run
+    from peco_ds.runtime.run_folder import refuse_foreign_folder
 
     START_UP.ends("imports")
     cfg = resolved.recipe
+    refuse_foreign_folder(args.out)
+    # The release is the last act; that its place is another's is said first.
+    refuse_foreign_release(args.out / "tokenizer")
     images = ImageSet(data_path(cfg.data, cfg.data.images))
     order = training_order(images, cfg.data, cfg.run.seed)
     frozen = load_frozen_net(cfg)

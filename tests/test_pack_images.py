@@ -19,7 +19,7 @@ import webdataset
 from killed import forked
 from PIL import Image
 
-from peco_ds import pack_images
+from peco_ds import pack_images, progress_bar
 from peco_ds.command_line import run
 from peco_ds.data.decode import decode_rgb
 from peco_ds.data.indexed_tar import ShardSet
@@ -171,7 +171,7 @@ def test_dry_run_counts_and_writes_nothing(tree, tmp_path, capsys):
 
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tree, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pack_images, "PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr(progress_bar, "EVERY_S", 0.0)
     pack("--images", tree, "--out", tmp_path, "--samples_per_shard", 30)
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(f" of {NUM_IMAGES} images, " in line and line.endswith("s left") for line in lines)
@@ -358,7 +358,7 @@ def test_an_unfinished_set_is_made_anew_with_other_options_and_a_finished_one_is
 
 def test_tars_of_unknown_origin_are_not_overwritten(tree, tmp_path, capsys):
     (tmp_path / "shard-000000.tar").write_bytes(b"somebody's work")
-    assert "not made here" in refusal(capsys, "--images", tree, "--out", tmp_path, "--workers", 1)
+    assert "was not made by pack_images.py" in refusal(capsys, "--images", tree, "--out", tmp_path, "--workers", 1)
     assert (tmp_path / "shard-000000.tar").read_bytes() == b"somebody's work"
 
 

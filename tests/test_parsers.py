@@ -31,6 +31,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from packaged_samples import dinov2_sample, flax_sample, pickled
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from published_samples import dalle_tensors, save_dalle, save_lightning, taming_tensors
 from safetensors.torch import save_file
 from vqkd_samples import released_layout
@@ -38,7 +39,7 @@ from vqkd_samples import released_layout
 from peco_ds import run_status
 from peco_ds.config import FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerSettings, TokenizerVitSettings
 from peco_ds.convert.read import read_weights
-from peco_ds.convert.release import write_release
+from peco_ds.convert.release import refuse_foreign_files, write_release
 from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
@@ -62,7 +63,17 @@ from peco_ds.models.published_tokenizers import read_published
 from peco_ds.models.timm_classifier import is_foreign_release, load_timm_release
 from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, save_tokenizer
 from peco_ds.models.torchscript_files import read_torchscript
-from peco_ds.models.weight_files import foreign_classes, read_tensor_file
+from peco_ds.models.weight_files import foreign_classes, made_here, read_tensor_file
+from peco_ds.own_files import (
+    is_own_tar,
+    markdown_mark,
+    own_json,
+    own_markdown,
+    own_png,
+    png_text,
+    refuse_foreign,
+    write_own_json,
+)
 from peco_ds.planner.bill import make_bill
 from peco_ds.planner.chain import read_chain
 from peco_ds.planner.hardware import find_hardware
@@ -113,6 +124,15 @@ def image(folder: Path, kind: str, name: str, **options) -> None:
     Image.fromarray(np.stack([grey, grey.T[:24, :24].repeat(2, 1)[:, :32], grey[::-1]], axis=-1)).save(
         folder / name, kind, **options
     )
+
+
+def results(folder: Path) -> None:
+    write_own_json(folder / "e.json", own_json("evaluate"), {"top1": 1.5})
+    text = PngInfo()
+    for key, value in png_text(own_png("plan")).items():
+        text.add_text(key, value)
+    image(folder, "PNG", "p.png", pnginfo=text)
+    (folder / "t.md").write_text(f"# Table\n{markdown_mark('linear_probe')}")
 
 
 def tar(folder: Path) -> None:
@@ -671,6 +691,24 @@ PARSERS = {
     ),
     "open_clip's config": Parser(open_clip, "open_clip_config.json", lambda f: load_feature_net(str(f)), examples=40),
     "a teacher's model card": Parser(hf_clip, "README.md", lambda f: load_feature_net(str(f)), (), 40),
+    "a result where another shall stand": Parser(
+        results, "e.json", lambda f: refuse_foreign(f / "e.json", own_json("evaluate")), examples=60
+    ),
+    "a picture where another shall stand": Parser(
+        results, "p.png", lambda f: refuse_foreign(f / "p.png", own_png("plan")), examples=60
+    ),
+    "a table where another shall stand": Parser(
+        results, "t.md", lambda f: refuse_foreign(f / "t.md", own_markdown("linear_probe"))
+    ),
+    "a shard where another shall stand": Parser(
+        tar, "a.tar", lambda f: is_own_tar(f / "a.tar", "0" * 64, first_ends=(".jpg",)), ()
+    ),
+    "the maker of tensors": Parser(
+        tokenizer, "tokenizer.safetensors", lambda f: made_here(f / "tokenizer.safetensors"), ()
+    ),
+    "a card where another shall stand": Parser(
+        release_of(to_timm), "README.md", lambda f: refuse_foreign_files(f, ["README.md", "config.json"]), examples=20
+    ),
     "a run's settings": Parser(
         finished_run, "settings.yaml", lambda f: (read_settings(f), find_tokenizer(f)), examples=30
     ),

@@ -199,7 +199,7 @@ def test_images_of_the_set_that_is_packed_are_counted(tmp_path, capsys):
             ["--gpus", "8", "model.width=8192", "model.heads=64", "model.depth=64", "--hardware", "l40s"],
             "needs .* GiB a GPU",
         ),
-        (["--json", "no/such/folder/plan.json"], "there is no folder"),
+        (["--json", "no/such/folder/plan.json"], "no folder no.such.folder"),
         (["--deepspeed_config", "zero9.json"], "no such file"),
         (["--recipe", "probe_vith14"], "trains no network"),
         (["--gpus", "eight"], "'eight' is no number, nor a setting"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
-from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json, write_json
+from peco_ds.models.weight_files import save_pickle, save_tensors
+from peco_ds.own_files import MADE_BY, PACKAGE, Own, refuse_foreign, written_whole
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, json_text, read_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -19,6 +23,10 @@ CARD = "README.md"
 # Keys of config.json that distinguish the releases of timm, transformers and unilm.
 _TELLING = {"architecture", "model_type", "layout"}
 _WEIGHTS_OF_ANY = (WEIGHTS, "mim_head.safetensors", "model.pth", "pytorch_model.bin", "preprocessor_config.json")
+_WORDS_OF_OLD = (
+    "Licence: to be stated by whoever publishes these weights.",
+    "Made by `python -m peco_ds.import_judge ",
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,39 @@ def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
 def write_files(out: Path, release: Release, card: str) -> None:
     """Write weights, card and configs; config.json last, so a folder with one is whole.
 
-    Raises: UserError if the folder holds a file of a release of another kind, which a reader would take along.
+    Everything is on disk under temporary names before a standing file is touched. The card takes its name first: it
+    records which files are the release's, and a later one replaces no others.
+
+    Raises: UserError if the folder holds a file of a release of another kind, which a reader would take along, or one
+        that no release of ours wrote; OSError that names the file.
     """
+    names = {CARD, *release.tensors, *release.configs}
+    _refuse_other_release(out, release)
+    refuse_foreign_files(out, names)
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        # Names are taken in the reverse order of these blocks.
+        with ExitStack() as drafts:
+
+            def draft(name: str) -> Path:
+                return drafts.enter_context(written_whole(out / name))
+
+            for name in sorted(release.configs, key=lambda name: name != CONFIG):
+                draft(name).write_text(json_text(release.configs[name]), encoding="utf-8")
+            for name, tensors in release.tensors.items():
+                _write_tensors(draft(name), tensors, safe=name.endswith(".safetensors"))
+            draft(CARD).write_text(card + _record(names), encoding="utf-8")
+            refuse_foreign_files(out, names)
+            (out / CONFIG).unlink(missing_ok=True)
+    except BaseException:
+        # An empty folder of ours is left by nobody.
+        if is_new and not any(out.iterdir()):
+            out.rmdir()
+        raise
+
+
+def _refuse_other_release(out: Path, release: Release) -> None:
     foreign = [
         name
         for name in _WEIGHTS_OF_ANY
@@ -58,22 +97,42 @@ def write_files(out: Path, release: Release, card: str) -> None:
         standing = None
     if not isinstance(standing, dict) or standing.keys() & _TELLING != release.configs[CONFIG].keys() & _TELLING:
         raise UserError(f"{out}: holds a release for another library; give an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / CONFIG).unlink(missing_ok=True)
-    for name, tensors in release.tensors.items():
-        temporary = out / f".{name}.{os.getpid()}.tmp"
-        if name.endswith(".safetensors"):
-            save_file(
-                {key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata={"format": "pt"}
-            )
-            # safetensors makes the file readable by its owner only; a release is for others too.
-            temporary.chmod(0o644)
-        else:
-            torch.save({"model": {key: _alone(tensor) for key, tensor in tensors.items()}}, temporary)
-        os.replace(temporary, out / name)
-    (out / CARD).write_text(card)
-    for name in sorted(release.configs, key=lambda name: name == CONFIG):
-        write_json(out / name, release.configs[name])
+
+
+def refuse_foreign_files(out: Path, names: Iterable[str]) -> None:
+    """Raises: UserError if one of these files stands in the folder and no card of ours records it."""
+    if os.path.lexists(out) and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a folder")
+    recorded = _recorded_files(out / CARD)
+    own = Own("a conversion or import", lambda path: path.name in recorded)
+    for name in sorted(names):
+        refuse_foreign(out / name, own, remedy="give an empty folder")
+
+
+def _record(names: Iterable[str]) -> str:
+    """The last line of a card, which is not shown: the files of its release."""
+    return f"\n<!-- {MADE_BY} {PACKAGE}: {' '.join(sorted(names))} -->\n"
+
+
+def _recorded_files(card: Path) -> frozenset[str]:
+    """The files that the release of a standing card wrote; none where it is no card of ours."""
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return frozenset()
+    found = re.search(rf"<!-- {MADE_BY} {PACKAGE}: (.*) -->\s*$", text)
+    if found:
+        return frozenset(found[1].split())
+    # Cards of before there was a record are known by their sentences.
+    return frozenset({CARD, CONFIG, *_WEIGHTS_OF_ANY}) if any(words in text for words in _WORDS_OF_OLD) else frozenset()
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], *, safe: bool) -> None:
+    if safe:
+        save_tensors(tensors, path)
+        return
+    with open(path, "wb") as file:
+        save_pickle({"model": {key: _alone(tensor) for key, tensor in tensors.items()}}, file)
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

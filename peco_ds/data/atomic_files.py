@@ -65,7 +65,8 @@ def lock_file(lock_path: Path, *, wait: bool) -> Iterator[bool]:
         wait: for another holder to finish.
     Yields: whether nobody else holds it. On a file system without locks: True.
     """
-    with open(lock_path, "wb") as file:
+    # Appending, so that a file of that name which is nobody's lock keeps its content.
+    with open(lock_path, "ab") as file:
         try:
             yield _lock(file, wait=wait) is not False
         finally:

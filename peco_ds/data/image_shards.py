@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -14,14 +15,40 @@ from pathlib import Path
 
 from peco_ds.data.atomic_files import flush_folder, flush_to_disk, lock_file, remove_leftovers, temporary_file
 from peco_ds.data.image_folders import Image, printable, read_classes
-from peco_ds.data.indexed_tar import INDEX_SUFFIX, IndexedTar, index_name, write_index
+from peco_ds.data.indexed_tar import INDEX_SUFFIX, IndexedTar, build_index, index_name, write_index
+from peco_ds.data.own_shards import ShardWriterOf
 from peco_ds.errors import UserError, describe_os_error
-from peco_ds.schema import IMAGE_EXTENSIONS, MANIFEST_NAME, Shard, read_json, sha256_of_file, sha256_of_json, write_json
+from peco_ds.own_files import TAR_OWNER, Own, refuse_foreign
+from peco_ds.schema import (
+    IMAGE_EXTENSIONS,
+    MANIFEST_NAME,
+    ImageManifest,
+    Shard,
+    json_text,
+    read_json,
+    sha256_of_file,
+    sha256_of_json,
+    write_json,
+)
 
 # At most a million classes: every class below the largest label gets a name.
 _LABEL_DIGITS = 6
 # The folder in --out that records what each finished shard was made from, for a restart.
 _RECORDS = ".pack"
+_RECORD = ".record.json"
+_WRITER = ShardWriterOf("pack_images.py", first_ends=tuple(f".{kind}" for kind in (*IMAGE_EXTENSIONS, "cls")))
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        raw = read_json(path)
+    except ValueError:
+        # A damaged one is made again, where the folder tells of packing.
+        return (path.parent / _RECORDS / "plan.json").is_file()
+    return isinstance(raw, dict) and raw.get("kind") == ImageManifest.kind
+
+
+_OWN_MANIFEST = Own("pack_images.py", _is_manifest)
 
 
 @dataclass(frozen=True)
@@ -107,6 +134,7 @@ def prepare_folder(out: Path, jobs: list, options: dict[str, str]) -> tuple[list
     Raises: UserError if the folder holds a finished set made with other options, or tars of unknown origin.
     """
     records = out / _RECORDS
+    refuse_foreign(out / MANIFEST_NAME, _OWN_MANIFEST, remedy="give another folder, or move it away")
     plan_path = records / "plan.json"
     plan = _json_or_none(plan_path)
     if (out / MANIFEST_NAME).exists() and plan != options:
@@ -119,35 +147,53 @@ def prepare_folder(out: Path, jobs: list, options: dict[str, str]) -> tuple[list
             "remove this one to make it again"
         )
     _make_folder(out, records)
-    if plan is None:
-        foreign = next((job.name for job in jobs if isinstance(job, PackJob) and (out / job.name).exists()), None)
-        if foreign is not None:
-            raise UserError(f"--out {out}: holds {foreign!r}, which was not made here; give another folder")
+    recorded = {path.name.removesuffix(_RECORD): _read_record(path) for path in sorted(records.glob(f"*{_RECORD}"))}
+    for job in jobs:
+        _refuse_foreign(out, job, recorded)
     if plan != options:
         write_json(plan_path, options)
     remove_leftovers(out, ("shard-*", f"*{INDEX_SUFFIX}", MANIFEST_NAME))
     remove_leftovers(records, ("*",))
     kept: dict[str, ShardRecord] = {}
     digest_of = {job.name: job.digest() for job in jobs}
-    for path in sorted(records.glob("*.record.json")):
-        record = _read_record(path)
+    for name, record in recorded.items():
         if (
             record is not None
             and digest_of.get(record.shard.name) == record.job_digest
             and _is_whole(out, record.shard)
         ):
             kept[record.shard.name] = record
-        elif record is None or record.shard.name not in digest_of:
-            path.unlink()
-            # A tar that was indexed in place belongs to the user and is never removed.
-            if record is not None and not record.shard.path:
-                (out / record.shard.name).unlink(missing_ok=True)
-                (out / index_name(record.shard.name)).unlink(missing_ok=True)
+        elif name not in digest_of:
+            _remove_shard(out, name, record)
+            (records / f"{name}{_RECORD}").unlink()
     todo = [job for job in jobs if job.name not in kept]
     if todo:
         # A manifest never stands beside a shard that it does not describe.
         (out / MANIFEST_NAME).unlink(missing_ok=True)
     return list(kept.values()), todo
+
+
+def _refuse_foreign(out: Path, job: PackJob | IndexJob, recorded: dict[str, ShardRecord | None]) -> None:
+    """Raises: UserError if the job would replace a tar or an index that no record of this folder names."""
+    sha256 = _recorded_sha256(recorded[job.name], job.name) if job.name in recorded else None
+    _WRITER.refuse_foreign(out, job.name, sha256, index_only=isinstance(job, IndexJob))
+
+
+def _recorded_sha256(record: ShardRecord | None, name: str) -> str | None:
+    """sha256 of a shard's tar by its record, "" where that is damaged; None for one that was indexed in place: the tar
+    is the user's.
+    """
+    if record is None:
+        return ""
+    return None if record.shard.path or record.shard.name != name else record.shard.sha256
+
+
+def _remove_shard(out: Path, name: str, record: ShardRecord | None) -> None:
+    """Remove a shard of another plan, as far as it still is what its record says."""
+    sha256 = _recorded_sha256(record, name)
+    if record is not None and _WRITER.owns_tar(out / name, sha256):
+        (out / name).unlink()
+        (out / index_name(name)).unlink(missing_ok=True)
 
 
 def _read_record(path: Path) -> ShardRecord | None:
@@ -182,27 +228,35 @@ def make_shard(out: Path, job: PackJob | IndexJob, count_one: Callable[[], None]
         count_one: called after each image, or once for a tar.
     Raises: UserError if something cannot be written, or a tar cannot serve.
     """
-    record_path = out / _RECORDS / f"{job.name}.record.json"
     try:
-        # A record that outlived its shard must not vouch for half of the next one.
-        record_path.unlink(missing_ok=True)
-        record = _write_shard(out, job, count_one) if isinstance(job, PackJob) else _index_in_place(out, job, count_one)
+        if isinstance(job, PackJob):
+            record = _write_shard(out, job, count_one)
+        else:
+            record = _index_in_place(out, job, count_one)
+            _keep_record(out, record)
         flush_folder(out)
-        write_json(record_path, asdict(record))
     except OSError as error:
         reason = describe_os_error(error, out / job.name)
         raise UserError(f"{reason}; make room or correct the path, and start again to continue") from None
     return record
 
 
+def _record_path(out: Path, name: str) -> Path:
+    return out / _RECORDS / f"{name}{_RECORD}"
+
+
+def _keep_record(out: Path, record: ShardRecord) -> None:
+    write_json(_record_path(out, record.shard.name), asdict(record))
+
+
 def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> ShardRecord:
     from webdataset import TarWriter
 
-    tar_path = out / job.name
+    tar_path, index_path = out / job.name, out / index_name(job.name)
     rejected, reencoded = [], 0
     with temporary_file(tar_path) as file:
         # Fixed owner and time: the same folder gives the same bytes. PAX, since USTAR refuses long or accented keys.
-        with TarWriter(file, user="peco", group="peco", mtime=0, encoder=False, format="PAX_FORMAT") as writer:
+        with TarWriter(file, user=TAR_OWNER, group=TAR_OWNER, mtime=0, encoder=False, format="PAX_FORMAT") as writer:
             for image in job.images:
                 try:
                     extension, data, changed = packed_bytes(
@@ -217,12 +271,24 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
                     reencoded += changed
                 count_one()
         flush_to_disk(file)
-        sha256 = sha256_of_file(file.name)
-        (out / index_name(job.name)).unlink(missing_ok=True)
+        index = {**build_index(file.name), "tar": job.name}
+        shard = Shard(
+            job.name,
+            len(index["samples"]),
+            os.path.getsize(file.name),
+            sha256_of_file(file.name),
+            hashlib.sha256(json_text(index).encode()).hexdigest(),
+        )
+        record = ShardRecord(job.digest(), job.units, shard, rejected, reencoded)
+        path = _record_path(out, job.name)
+        _refuse_foreign(out, job, {job.name: _read_record(path)} if path.is_file() else {})
+        # What is replaced goes while its record still names it, and what comes is recorded before it is there.
+        index_path.unlink(missing_ok=True)
+        tar_path.unlink(missing_ok=True)
+        _keep_record(out, record)
         os.replace(file.name, tar_path)
-    samples, index_sha256 = write_index(tar_path, out / index_name(job.name))
-    shard = Shard(job.name, samples, tar_path.stat().st_size, sha256, index_sha256)
-    return ShardRecord(job.digest(), job.units, shard, rejected, reencoded)
+    write_json(index_path, index)
+    return record
 
 
 def packed_bytes(path: Path, short_side_px: int, quality: int) -> tuple[str, bytes, bool]:
@@ -263,6 +329,8 @@ def _index_in_place(out: Path, job: IndexJob, count_one: Callable[[], None]) -> 
     # Taken before reading, so that a tar that changes meanwhile is indexed again.
     digest = job.digest()
     index_path = out / index_name(job.name)
+    path = _record_path(out, job.name)
+    _refuse_foreign(out, job, {job.name: _read_record(path)} if path.is_file() else {})
     samples, index_sha256 = write_index(job.tar_path, index_path)
     tar = IndexedTar(job.tar_path, index_path, index_sha256)
     labelled, largest = 0, -1

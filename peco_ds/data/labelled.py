@@ -59,12 +59,17 @@ def check_labels(images: ImageSet, what: str) -> tuple[str, ...]:
 
     Args:
         what: the setting or option that named the set, for the message.
-    Raises: UserError if the set has no labels.
+    Raises: UserError if the set has no labels, or one class.
     """
     if not images.manifest.classes:
         raise UserError(
             f"{what} {images.folder}: holds images without labels; pack class folders with "
             "pack_images.py --labels folders, or index tars with .cls members"
+        )
+    if len(images.manifest.classes) == 1:
+        raise UserError(
+            f"{what} {images.folder}: all images are of one class, {images.manifest.classes[0]!r}, so there is nothing "
+            "to tell apart; pack a folder with two or more class folders"
         )
     return tuple(images.manifest.classes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -11,8 +12,10 @@ from typing import TypedDict
 
 from peco_ds.data.atomic_files import find_temporary_files, lock_file, remove_abandoned
 from peco_ds.data.indexed_tar import index_name
+from peco_ds.data.own_shards import ShardWriterOf
 from peco_ds.data.token_shards import TokenRecord, write_token_shard
 from peco_ds.errors import UserError
+from peco_ds.own_files import naming
 from peco_ds.schema import (
     MANIFEST_NAME,
     TOKENIZER_FACTS,
@@ -30,6 +33,14 @@ from peco_ds.schema import (
 
 # One small file for each finished shard: its entry in the manifest, and what it was made from.
 _PARTS = ".parts"
+_WRITER = ShardWriterOf("tokenize_shards.py", first_ends=(".codes.npy",))
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
 
 
 class _MadeOf(TypedDict):
@@ -90,19 +101,55 @@ class TokenParts:
         )
         self._tidy = False
         self._made_from = sha256_of_json({**self._common, "views": asdict(views)})
+        # Name -> sha256 of the shards that a manifest in the folder describes.
+        self._finished: dict[str, str] = {}
         self._refuse_another_set()
+        self._refuse_foreign_shards()
 
     def _refuse_another_set(self) -> None:
         """A finished set may be in use by a run; it is not overwritten shard by shard under its old manifest."""
-        if not (self.folder / MANIFEST_NAME).is_file():
+        if not os.path.lexists(self.folder / MANIFEST_NAME):
             return
         found = read_manifest(self.folder, TokenManifest)
+        self._finished = {shard.name: shard.sha256 for shard in found.shards}
         for name, value in self._common.items():
             if getattr(found, name) != value:
                 raise UserError(
                     f"{self.folder}: holds a finished token set with {name} = {getattr(found, name)}, this one "
                     f"has {value}; set data.tokens to another folder, or remove that one"
                 )
+
+    def _refuse_foreign_shards(self) -> None:
+        """What stands where a shard would be written and is recorded nowhere is the user's: most likely the images.
+
+        One listing of each folder, not a look for each of a hundred thousand shards; what is recorded is looked at when
+        it is to be replaced (`check_place`).
+        """
+        # A file system may not tell small letters from capitals.
+        standing = {name.casefold() for name in _names_in(self.folder)}
+        parts = set(_names_in(self.folder / _PARTS))
+        for number, shard in enumerate(self._images.shards if standing else ()):
+            stands = shard.name.casefold() in standing or index_name(shard.name).casefold() in standing
+            if stands and self._part_file(number).name not in parts and shard.name not in self._finished:
+                self.check_place(number)
+
+    def check_place(self, number: int) -> None:
+        """Raises: UserError if tokenizing shard `number` would replace a file that no record here names."""
+        name = self._images.shards[number].name
+        _WRITER.refuse_foreign(self.folder, name, self._recorded_sha256(number))
+
+    def _recorded_sha256(self, number: int) -> str | None:
+        """sha256 of a shard's tar by its part file or the manifest.
+
+        "": there is a part file that cannot be read; None: neither names the shard.
+        """
+        name, part_file = self._images.shards[number].name, self._part_file(number)
+        if not part_file.is_file():
+            return self._finished.get(name)
+        try:
+            return str(read_json(part_file)["shard"]["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return self._finished.get(name, "")
 
     def _part_file(self, number: int) -> Path:
         return self.folder / _PARTS / f"{Path(self._images.shards[number].name).stem}.json"
@@ -159,6 +206,7 @@ class TokenParts:
         """
         part_file = self._part_file(number)
         part_file.parent.mkdir(parents=True, exist_ok=True)
+        self.check_place(number)
         image_shard = self._images.shards[number]
         self._remove_leftovers()
         unreadable = 0
@@ -169,20 +217,26 @@ class TokenParts:
                 unreadable += not record.is_usable
                 yield record
 
-        shard = write_token_shard(self.folder, image_shard.name, counted(), self._naming_lock)
-        assert shard.samples == image_shard.samples, (
-            f"{shard.name}: {shard.samples} records for {image_shard.samples} images"
-        )
-        with self._naming_lock():
-            write_json(
-                part_file,
-                {
-                    "made_from": self._made_from,
-                    "shard": asdict(shard),
-                    "unreadable": unreadable,
-                    "of": len(self._images.shards),
-                },
+        def register(shard: Shard, stands: bool) -> None:
+            assert shard.samples == image_shard.samples, (
+                f"{shard.name}: {shard.samples} records for {image_shard.samples} images"
             )
+            if not stands:
+                self._clear_place(number)
+            part = {"made_from": self._made_from, "shard": asdict(shard), "unreadable": unreadable}
+            write_json(part_file, {**part, "of": len(self._images.shards)})
+
+        try:
+            write_token_shard(self.folder, image_shard.name, counted(), self._naming_lock, register)
+        except OSError as error:
+            raise naming(error, self.folder / image_shard.name) from None
+
+    def _clear_place(self, number: int) -> None:
+        """Remove what is to be replaced while its record still names it: the next record will be of another tar."""
+        self.check_place(number)
+        name = self._images.shards[number].name
+        for path in (self.folder / index_name(name), self.folder / name):
+            path.unlink(missing_ok=True)
 
     def read_counts(self, number: int) -> dict[str, int]:
         """How many images of a finished shard were read and were unreadable, as a state of `image_set.BadImages`."""

@@ -4,10 +4,11 @@ tokenizer at hand.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -23,12 +24,13 @@ from peco_ds.data.indexed_tar import ShardSet, build_index, index_name
 from peco_ds.data.retry import UnreadableRecord, read_with_retries
 from peco_ds.data.views import fault_of_views
 from peco_ds.errors import UserError
+from peco_ds.own_files import TAR_OWNER
 from peco_ds.schema import (
     VIEW_COLUMNS,
     ImageManifest,
     Shard,
     TokenManifest,
-    read_json,
+    json_text,
     read_manifest,
     sha256_of_file,
     write_json,
@@ -67,6 +69,7 @@ def write_token_shard(
     name: str,
     records: Iterable[TokenRecord],
     committing: Callable[[], AbstractContextManager] = nullcontext,
+    register: Callable[[Shard, bool], None] = lambda _shard, _stands: None,
 ) -> Shard:
     """Write `folder/name` and its index under temporary names, fsync, rename.
 
@@ -76,33 +79,55 @@ def write_token_shard(
         name: the image shard's file name.
         records: in the image shard's order.
         committing: what to hold while both take their final names.
+        register: called under it with the shard and whether its files stand there already; where they do not, before
+            they take their names.
+    Raises: UserError for a key that stands twice; OSError that names the file.
     """
     tar, index = folder / name, folder / index_name(name)
-    records = iter(records)
+    records = iter(_with_keys_of_their_own(records, name))
     # The first record starts the loader processes. Forked later, they would hold the temporary file's lock.
     first = list(islice(records, 1))
     with temporary_file(tar) as file:
         # With mtime 0 and one owner the same tokens give the same bytes, hence the same sha256.
-        with webdataset.TarWriter(file, user="peco", group="peco", mtime=0) as writer:
+        with webdataset.TarWriter(file, user=TAR_OWNER, group=TAR_OWNER, mtime=0) as writer:
             for record in chain(first, records):
                 writer.write({"__key__": record.key, **record.members})
         flush_to_disk(file)
         found = {**build_index(file.name), "tar": name}
-        tar_bytes, sha256 = os.path.getsize(file.name), sha256_of_file(file.name)
+        shard = Shard(
+            name=name,
+            samples=len(found["samples"]),
+            bytes=os.path.getsize(file.name),
+            sha256=sha256_of_file(file.name),
+            index_sha256=hashlib.sha256(json_text(found).encode()).hexdigest(),
+        )
         with committing():
             # Where another writer was quicker, its files stay, so that a finished shard is never absent.
-            if not _stand_there(tar, sha256, index, found):
+            stands = _stand_there(tar, shard.sha256, index, json_text(found))
+            register(shard, stands)
+            if not stands:
                 index.unlink(missing_ok=True)
                 os.replace(file.name, tar)
                 write_json(index, found)
                 flush_folder(folder)
-            index_sha256 = sha256_of_file(index)
-    return Shard(name=name, samples=len(found["samples"]), bytes=tar_bytes, sha256=sha256, index_sha256=index_sha256)
+    return shard
 
 
-def _stand_there(tar: Path, sha256: str, index: Path, found: dict) -> bool:
+def _with_keys_of_their_own(records: Iterable[TokenRecord], name: str) -> Iterator[TokenRecord]:
+    """The records. Raises: UserError at a key that stands twice: no reader of tars would tell the two apart."""
+    seen: set[str] = set()
+    for record in records:
+        if record.key in seen:
+            raise UserError(
+                f"image shard {name}: two images have the key {record.key!r}; make the image set again (pack_images.py)"
+            )
+        seen.add(record.key)
+        yield record
+
+
+def _stand_there(tar: Path, sha256: str, index: Path, index_text: str) -> bool:
     try:
-        return read_json(index) == found and sha256_of_file(tar) == sha256
+        return index.read_text(encoding="utf-8") == index_text and sha256_of_file(tar) == sha256
     except (OSError, ValueError):
         return False
 

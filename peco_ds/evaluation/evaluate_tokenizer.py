@@ -22,6 +22,7 @@ from peco_ds.evaluation.reconstruction import CodeSums, RoundTripSums, quality_l
 from peco_ds.evaluation.reconstruction_accuracy import ReconstructionAccuracy, reading_line
 from peco_ds.evaluation.stopping import until_stopped
 from peco_ds.models.tokenizers import load_tokenizer
+from peco_ds.own_files import ATLAS
 
 # Codes a side at which a release is measured unless told otherwise: 224 px at stride 16, 112 px at stride 8.
 GRID = 14
@@ -48,6 +49,7 @@ class TokenizerEvaluation:
         if self._image_px % stride_px:
             raise UserError(f"--image_px {self._image_px}: not a multiple of the tokenizer's stride {stride_px}")
         self._release = release
+        self._atlas: CodeAtlas | None = None
         if lpips:
             self.check_makes_images("--lpips", lpips)
         self._distance = load_lpips(lpips) if lpips else None
@@ -77,8 +79,8 @@ class TokenizerEvaluation:
             images: to measure on.
             train: labelled as `images` are; None: the codes are not probed.
             classifier: of the classes of `images`; reads the reconstructions. None: nobody does.
-            classifier_images: of how many images, spread over the set; None: of all.
-            atlas: picture of the codes to draw, which rank 0 does; None: none, and nothing of it in the result.
+classifier_images: of how many images, spread over the set; None: of all.
+            atlas: picture that `draw_atlas` makes afterwards; None: none, and nothing of it in the result.
             world: the ranks (`runtime.distributed.World`).
         Returns: settings, quality, throughput, what the classifier reads, the atlas and code probes as they are
             recorded, and one line about them.
@@ -139,8 +141,7 @@ class TokenizerEvaluation:
             found_codes = counted.result(world)
             result["atlas"] = found_codes.facts(images.key)
             line += f"; {atlas_line(found_codes)}, {atlas}"
-            if world.is_main:
-                self._draw(atlas, found_codes, images)
+            self._atlas = found_codes
         if train is not None:
             assert train.manifest.classes is not None, "the images to train on are labelled"
             train_codes = (
@@ -165,16 +166,21 @@ class TokenizerEvaluation:
     def _grid(self) -> int:
         return self._image_px // self.card.stride_px
 
-    def _draw(self, path: Path, atlas: CodeAtlas, images: ImageSet) -> None:
+    def draw_atlas(self, path: Path, images: ImageSet) -> None:
+        """Draw what `measure` found of the codes, once its figures are safe. Not collective.
+
+        Raises: OSError that names the file; UserError for a file there that evaluate.py has not written.
+        """
+        assert self._atlas is not None, "measured with an atlas"
         picture = atlas_picture(
-            atlas,
+            self._atlas,
             lambda sample: read_square(images, sample, self._image_px),
             title=f"Code atlas of tokenizer {self.card.fingerprint[:12]}",
             images=f"{'/'.join(images.folder.parts[-2:])}: {images.num_samples:,} images",
             num_codes=self.card.num_codes,
             grid=self._grid,
         )
-        save_png(path, picture)
+        save_png(path, picture, ATLAS)
 
     def _squares(self, images: ImageSet, how: ForwardSettings, world):
         batches = square_batches(images, self._image_px, world, batch=how.batch, num_workers=how.num_workers)

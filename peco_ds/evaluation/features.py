@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from timm.models.beit import Beit
 from peco_ds.config import ProbeSettings
 from peco_ds.errors import UserError
 from peco_ds.evaluation.stopping import until_stopped
+from peco_ds.own_files import naming, own_json, refuse_foreign
 from peco_ds.schema import MANIFEST_NAME, read_json, sha256_of_json, write_json
 
 logger = logging.getLogger("peco_ds")
@@ -23,6 +25,16 @@ logger = logging.getLogger("peco_ds")
 TRAIN, VAL = "train", "val"
 STORED = np.float16
 LARGEST = float(np.finfo(STORED).max)
+
+
+# The folder in --out that they lie in.
+FEATURES = "features"
+OWN_FEATURES = own_json("linear_probe", "fingerprint", "made_from")
+_FEATURES = re.compile(rf"({TRAIN}|{VAL})_(labels|block_\d{{2,}})\.npy")
+
+
+def _is_features(path: Path) -> bool:
+    return _FEATURES.fullmatch(path.name) is not None
 
 
 def feature_width(width: int, pooling: str) -> int:
@@ -65,6 +77,20 @@ def pooled_features(
     return pooled
 
 
+def refuse_foreign_features(folder: Path) -> None:
+    """Raises: UserError if features would replace files that no manifest of features in the folder tells of."""
+    manifest = folder / MANIFEST_NAME
+    refuse_foreign(manifest, OWN_FEATURES, remedy="give another --out, or move it away")
+    if manifest.is_file() or not folder.is_dir():
+        return
+    standing = next(iter(sorted(filter(_is_features, folder.iterdir()))), None)
+    if standing is not None:
+        raise UserError(
+            f"{standing}: stands there already, and no {MANIFEST_NAME} says that linear_probe.py wrote it; give "
+            "another --out, or move it away"
+        )
+
+
 class FeatureFiles:
     """A folder of features: `<split>_block_NN.npy` float16 [n, F] and `<split>_labels.npy` int64 [n], rows in the order
     of the samples.
@@ -104,6 +130,9 @@ class FeatureFiles:
         ]
         if not isinstance(manifest, dict):
             return "other"
+        # Begun and not finished: what is there says nothing of other images.
+        if manifest.get("fingerprint") == "":
+            return "absent"
         return (
             "whole"
             if manifest.get("fingerprint") == self.fingerprint and all(path.is_file() for path in files)
@@ -113,10 +142,13 @@ class FeatureFiles:
     def create(self) -> None:
         """Create the files in full size; all ranks write rows into them. One rank calls it.
 
-        Raises: UserError if the disk is too small.
+        Raises: UserError if the disk is too small, or as `refuse_foreign_features`.
         """
+        refuse_foreign_features(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.folder / MANIFEST_NAME, *self.folder.glob("*.npy")):
+        # From here on the folder tells whose files these are, whenever this start ends.
+        self._write_manifest("")
+        for path in filter(_is_features, self.folder.iterdir()):
             path.unlink(missing_ok=True)
         needed, free = (
             np.dtype(STORED).itemsize * self._width * len(self._blocks) * sum(self._sizes.values()),
@@ -157,13 +189,18 @@ class FeatureFiles:
                         )
             for file in files:
                 os.fsync(file)
+        except OSError as error:
+            raise naming(error, self.folder) from None
         finally:
             for file in files:
                 os.close(file)
 
     def finish(self) -> None:
         """Mark the folder as whole, once all rows are written. One rank calls it."""
-        write_json(self.folder / MANIFEST_NAME, {"fingerprint": self.fingerprint, "made_from": self._made_from})
+        self._write_manifest(self.fingerprint)
+
+    def _write_manifest(self, fingerprint: str) -> None:
+        write_json(self.folder / MANIFEST_NAME, {"fingerprint": fingerprint, "made_from": self._made_from})
 
     def labels(self, split: str) -> torch.Tensor:
         """int64 [n]."""

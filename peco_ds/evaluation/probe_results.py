@@ -11,7 +11,56 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from peco_ds.config import ProbeRecipe
-from peco_ds.schema import read_json, write_json
+from peco_ds.evaluation.features import FEATURES, OWN_FEATURES, refuse_foreign_features
+from peco_ds.own_files import (
+    Own,
+    markdown_mark,
+    own_json,
+    own_markdown,
+    own_png,
+    png_text,
+    refuse_foreign,
+    written_whole,
+)
+from peco_ds.schema import MANIFEST_NAME, read_json, write_json
+
+RECORD, TABLE, PLOT, LAYERS = "probe.json", "probe.md", "layers.png", "layers"
+OWN_RECORD = own_json("linear_probe", "best", "layers", "made_from", "settings", "command")
+
+
+def _is_table(text: str) -> bool:
+    return "frozen features (" in text and " epochs of AdamW at batch " in text
+
+
+OWN_TABLE = own_markdown("linear_probe", older=_is_table)
+
+
+def _is_layer(path: Path) -> bool:
+    try:
+        return own_json("linear_probe", "key", "block", "linear", "knn").knows(path)
+    except ValueError:
+        # A damaged one is measured again, where the features beside it tell whose it was.
+        return OWN_FEATURES.knows(path.parent.parent / FEATURES / MANIFEST_NAME)
+
+
+OWN_LAYER = Own("linear_probe", _is_layer)
+
+
+def _by_its_record(path: Path) -> bool:
+    return OWN_RECORD.knows(path.parent / RECORD)
+
+
+# Plots of before they named their maker are known by the record beside them.
+OWN_PLOT = own_png("linear_probe", older=_by_its_record)
+
+
+def check_places(out: Path) -> None:
+    """Raises: UserError, before the work, where the results would replace what no probe wrote."""
+    places = {out / RECORD: OWN_RECORD, out / TABLE: OWN_TABLE, out / PLOT: OWN_PLOT}
+    places |= dict.fromkeys(sorted((out / LAYERS).glob("block_*.json")), OWN_LAYER)
+    for path, own in places.items():
+        refuse_foreign(path, own, remedy="give another --out, or move it away")
+    refuse_foreign_features(out / FEATURES)
 
 
 class LayerResults:
@@ -29,6 +78,7 @@ class LayerResults:
         return [block for block in self._blocks if self._read(block) is None]
 
     def write(self, block: int, result: dict) -> None:
+        refuse_foreign(self._path(block), OWN_LAYER)
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._path(block), {"key": self._key, **result})
 
@@ -76,7 +126,7 @@ def table(cfg: ProbeRecipe, layers: list[dict], source: str, image_px: int) -> s
         "",
         *("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + markdown_mark("linear_probe")
 
 
 def plot(path: Path, layers: list[dict], title: str) -> None:
@@ -97,4 +147,6 @@ def plot(path: Path, layers: list[dict], title: str) -> None:
     axes.set(xlabel="block", ylabel="top-1 (%)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    FigureCanvasAgg(figure).print_png(str(path))
+    FigureCanvasAgg(figure)
+    with written_whole(path, OWN_PLOT) as temporary:
+        figure.savefig(temporary, format="png", metadata=png_text(OWN_PLOT))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from peco_ds.config import EvaluationSettings
 from peco_ds.data.loaders import HeldOutImages
+from peco_ds.errors import describe_os_error
 from peco_ds.evaluation.atlas_picture import atlas_picture
 from peco_ds.evaluation.code_atlas import AtlasSums
 from peco_ds.models.vq import usage
+from peco_ds.own_files import Own, png_text, written_whole
+
+logger = logging.getLogger("peco_ds")
 
 # Of comparison grids: white around an image, the line of names on top, and the least side of an image that is to be
 # looked at.
@@ -245,7 +251,7 @@ class HeldOut:
             columns = {"original": shown, "round trip": to_u8(restored).cpu()}
             grid = comparison_grid(list(columns.values()), names=list(columns), at_least_px=SHOWN_PX)
             self._run.meter.image("original | round trip", grid, step)
-            save_png(self._run.out / "reconstructions.png", grid)
+            self._keep("reconstructions.png", grid)
 
     @property
     def _grid(self) -> int:
@@ -270,7 +276,14 @@ class HeldOut:
                 grid=self._grid,
             )
             self._run.meter.image("code atlas", image, step)
-            save_png(self._run.out / "code_atlas.png", image)
+            self._keep("code_atlas.png", image)
+
+    def _keep(self, name: str, image_u8: torch.Tensor) -> None:
+        """A picture is for looking at: a disk that does not take it does not end the run."""
+        try:
+            save_png(self._run.out / name, image_u8)
+        except OSError as error:
+            logger.warning("%s; the run goes on without", describe_os_error(error))
 
 
 @torch.no_grad()
@@ -310,9 +323,18 @@ def _names_row(names: Sequence[str], column_px: int) -> torch.Tensor:
     return torch.from_numpy(np.array(row)).permute(2, 0, 1)
 
 
-def save_png(path: Path, image_u8: torch.Tensor) -> None:
-    """Write uint8 [3, H, W]."""
-    Image.fromarray(image_u8.permute(1, 2, 0).cpu().numpy()).save(path)
+def save_png(path: Path, image_u8: torch.Tensor, own: Own | None = None) -> None:
+    """Write uint8 [3, H, W], whole or not at all.
+
+    Args:
+        own: the command whose picture it is; it replaces no other one. None: the folder is the caller's.
+    Raises: OSError that names the file; UserError as `own_files.refuse_foreign`.
+    """
+    text = PngInfo()
+    for key, value in png_text(own).items() if own else ():
+        text.add_text(key, value)
+    with written_whole(path, own) as temporary:
+        Image.fromarray(image_u8.permute(1, 2, 0).cpu().numpy()).save(temporary, "PNG", pnginfo=text)
 
 
 def to_u8(images_11: torch.Tensor) -> torch.Tensor:

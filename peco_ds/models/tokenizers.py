@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from peco_ds.config import TokenizerSettings
 from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import ImageTokenizer
-from peco_ds.models.weight_files import weights_fingerprint
+from peco_ds.models.weight_files import made_here, save_tensors, weights_fingerprint
+from peco_ds.own_files import Own, refuse_foreign, written_whole
 from peco_ds.recipe_checks import check_tokenizer_settings
 from peco_ds.registry import TOKENIZERS
 from peco_ds.schema import read_json, short, write_json
@@ -25,7 +25,16 @@ TENSORS_NAME = "tokenizer.safetensors"
 CARD_NAME = "tokenizer.json"
 # Names the file format, whatever settings.kind says of the network.
 KIND = "peco_tokenizer"
+_MAKERS = "train_tokenizer.py or import_tokenizer.py"
 REMEDY = "make it again with train_tokenizer.py or copy it again"
+
+
+def _is_card(path: Path) -> bool:
+    raw = read_json(path)
+    return isinstance(raw, dict) and raw.get("kind") == KIND
+
+
+_OWN_CARD = Own(_MAKERS, _is_card)
 
 
 def build_tokenizer(settings: TokenizerSettings, *, seed: int = 0) -> ImageTokenizer:
@@ -68,6 +77,7 @@ def save_tokenizer(
         f"not a tokenizer's state: {sorted(state_dict.keys() ^ expected.keys())[:5]}"
     )
     folder = Path(folder)
+    refuse_foreign_release(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     described = json.loads(json.dumps(asdict(settings)))
@@ -75,26 +85,31 @@ def save_tokenizer(
     if not settings.options:
         del described["options"]
     fingerprint = weights_fingerprint(described, tensors)
-    temporary = folder / f".{TENSORS_NAME}.{os.getpid()}.tmp"
-    save_file(tensors, temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    (folder / CARD_NAME).unlink(missing_ok=True)
-    os.replace(temporary, folder / TENSORS_NAME)
-    write_json(
-        folder / CARD_NAME,
-        {
-            "kind": KIND,
-            "format_version": RELEASE_VERSION,
-            "fingerprint": fingerprint,
-            "num_codes": settings.num_codes,
-            "stride_px": settings.stride_px,
-            "input_range": [-1, 1],
-            "settings": described,
-            "extra": extra,
-        },
-    )
+    card = {
+        "kind": KIND,
+        "format_version": RELEASE_VERSION,
+        "fingerprint": fingerprint,
+        "num_codes": settings.num_codes,
+        "stride_px": settings.stride_px,
+        "input_range": [-1, 1],
+        "settings": described,
+        "extra": extra,
+    }
+    with written_whole(folder / TENSORS_NAME) as temporary:
+        save_tensors(tensors, temporary)
+        # Between the two no card vouches for tensors that are not its own.
+        (folder / CARD_NAME).unlink(missing_ok=True)
+    write_json(folder / CARD_NAME, card)
     return fingerprint
+
+
+def refuse_foreign_release(folder: Path) -> None:
+    """Raises: UserError if a release in this folder would replace a file that this package has not written there."""
+    tensors, card = folder / TENSORS_NAME, folder / CARD_NAME
+    remedy = "give another folder, or move it away"
+    refuse_foreign(card, _OWN_CARD, remedy=remedy)
+    # Releases of before tensors named their maker are known by the card beside them.
+    refuse_foreign(tensors, Own(_MAKERS, lambda path: card.is_file() or made_here(path)), remedy=remedy)
 
 
 def read_card(folder: str | Path) -> TokenizerCard:

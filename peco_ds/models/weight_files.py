@@ -8,15 +8,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from peco_ds.errors import UserError
+from peco_ds.own_files import MADE_BY, PACKAGE
 from peco_ds.schema import short
 
 _LFS = b"version https://git-lfs"
@@ -302,6 +306,46 @@ def _float32(name: str, tensor, shape: tuple[int, ...]) -> torch.Tensor:
     if not tensor.isfinite().all():
         raise UserError(f"tensor {name} holds values that are not finite; fetch the file again")
     return tensor.float()
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a .safetensors file that names this package as its maker (`made_here`).
+
+    Raises: OSError, also where safetensors reports one of the system's as its own.
+    """
+    try:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        # Readers of Hugging Face's ask for the format.
+        save_file(contiguous, path, metadata={"format": "pt", MADE_BY: PACKAGE})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    # safetensors makes the file readable by its owner only; a release is for others too.
+    path.chmod(0o644)
+
+
+def save_pickle(content, file: BinaryIO) -> None:
+    """torch.save into an open file.
+
+    Raises: OSError where the system takes no more; torch's own writer hides it behind a RuntimeError.
+    """
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def made_here(path: Path) -> bool:
+    """Whether a .safetensors file was written by `save_tensors`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(MADE_BY) == PACKAGE
+    except (SafetensorError, OSError):
+        return False
 
 
 def weights_fingerprint(settings: dict, tensors: dict[str, torch.Tensor]) -> str:

@@ -92,7 +92,7 @@ class Run:
         self._ds_config, self._source = ds_config, source
         self._fingerprint, self._num_samples = fingerprint, num_samples
         self._watchdog = Watchdog(self.cfg.run.hang_timeout_s, stacks_path(out, world.rank), rank=world.rank)
-        self._meter_is_open = False
+        self._meter_is_open = self._saver_is_open = False
         self._applied: bool | None = None
 
     # ------------------------------------------------------------------------------------------ first phase
@@ -213,6 +213,7 @@ class Run:
             shared={"guard": self._guard},
             ema=self.ema,
         )
+        self._saver_is_open = True
 
     # --------------------------------------------------------------------------------------------- the loop
 
@@ -281,7 +282,12 @@ class Run:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """What happens inside is no training time, and may take long."""
+        """What happens inside is no training time, and may take long.
+
+        A checkpoint in hand is finished before, so that an image that cannot be read costs no training. Collective.
+        """
+        with self._watchdog.during("saving", LONG_S):
+            self._saver.finish_save()
         with self.meter.paused("evaluation"), self._watchdog.during("evaluation", LONG_S):
             yield
 
@@ -303,12 +309,24 @@ class Run:
         self._watchdog.close()
         if error is not None:
             if self._meter_is_open:
+                self._finish_save_after(error)
                 close_after(self.meter, error)
             return
         self.meter.close(self.exit_code)
         if self.world.is_main and not self.stopping:
             done, total = self.durations.stop_step, self.durations.total_steps
             sys.stdout.write(f"{done} of {total} steps done, checkpoints in {self.out / 'checkpoints'}\n")
+
+    def _finish_save_after(self, error: BaseException) -> None:
+        """A single rank ends the checkpoint in hand; of several this one may be the only one that fails, and the
+        others wait elsewhere.
+        """
+        if self.world.size > 1 or not self._saver_is_open or not isinstance(error, Exception):
+            return
+        try:
+            self._saver.finish_save()
+        except UserError as second:
+            logger.warning("%s", second)
 
 
 def close_after(meter: Meter, error: BaseException) -> None:

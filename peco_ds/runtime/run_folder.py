@@ -23,9 +23,11 @@ from peco_ds.data.atomic_files import lock_file
 from peco_ds.errors import UserError
 from peco_ds.field_marks import FreeOnResume, keys_with, values_before
 from peco_ds.old_spellings import current_settings
+from peco_ds.own_files import written_whole
 from peco_ds.recipe_files import SETTINGS, Resolved, flatten
 from peco_ds.registry import load_extensions
 from peco_ds.runtime.distributed import World
+from peco_ds.runtime.timeline import EVALUATION_FILE, METRICS_FILE, STARTS_FILE
 from peco_ds.schema import read_json, sha256_of_file, write_json
 from peco_ds.strict_yaml import NOT_YAML, read_yaml
 
@@ -37,6 +39,12 @@ _held: dict[Path, ExitStack] = {}
 
 DEEPSPEED = "deepspeed.json"
 PROVENANCE = "provenance.json"
+COMMANDS = "commands.txt"
+# What runs write into their folders, beside the settings and a tokenizer's release.
+_WRITTEN = (
+    *(DEEPSPEED, PROVENANCE, COMMANDS, METRICS_FILE, EVALUATION_FILE, STARTS_FILE),
+    *("checkpoints", "logs", "tensorboard", "reconstructions.png", "code_atlas.png"),
+)
 
 
 def open_run_folder(
@@ -87,6 +95,7 @@ def _on_main(world: World, folder: Path, write: Callable[[], None]) -> None:
 
 
 def _write(folder: Path, stage: str, resolved: Resolved[TrainingRecipe], ds_config: dict) -> None:
+    refuse_foreign_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _hold(folder)
     # Tuples become lists, as YAML reads them back.
@@ -97,15 +106,33 @@ def _write(folder: Path, stage: str, resolved: Resolved[TrainingRecipe], ds_conf
         _refuse_other_settings(folder, stage, settings)
     origins = read_provenance(folder) if continued else {}
     text = yaml.safe_dump({"stage": stage, "recipe": settings, "sources": resolved.sources}, sort_keys=False)
-    temporary = folder / f".{SETTINGS}.tmp"
-    temporary.write_text(
-        f"# every setting of this run; `sources` names where each value that is no default came from\n{text}"
-    )
-    os.replace(temporary, folder / SETTINGS)
+    # First of all records: it says whose folder this is.
+    with written_whole(folder / SETTINGS) as temporary:
+        temporary.write_text(
+            f"# every setting of this run; `sources` names where each value that is no default came from\n{text}"
+        )
     write_json(folder / DEEPSPEED, ds_config)
-    with open(folder / "commands.txt", "a") as file:
+    with open(folder / COMMANDS, "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
     write_json(folder / PROVENANCE, {**origins, "commit": commit(), "versions": versions()})
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """Check a run folder before anything is written into it.
+
+    Raises: UserError if it holds a file that a run would replace or add to, and no settings of a run.
+    """
+    if os.path.lexists(folder / SETTINGS):
+        # Refuses what is not a run's.
+        read_settings(folder)
+        return
+    for name in _WRITTEN:
+        path = folder / name
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(
+                f"{path}: stands there already, and no {SETTINGS} says that a run wrote it; choose another --out, or "
+                "move it away"
+            )
 
 
 def _hold(folder: Path) -> None:

@@ -45,6 +45,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[depth]) for depth in (0, 1,
 from fork_server import REPOSITORY, Ended, ForkServer
 from injection import SAVE_CALLS
 
+from peco_ds.own_files import markdown_mark, own_markdown, refuse_foreign, written_whole
+
+TABLE = own_markdown("tests.faults.campaign", older=lambda text: "\nBroken promises: " in text)
+
 STEPS = 12
 KEEP_LAST = 3
 # relative, float32, no stochastic depth: sums over ranks are taken in another order
@@ -898,6 +902,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=None, help="the table as Markdown")
     args = parser.parse_args(argv)
+    if args.out is not None:
+        refuse_foreign(args.out, TABLE)
     begun = time.monotonic()
     work = (args.work or Path(tempfile.mkdtemp(prefix="peco_faults_"))).resolve()
     stages = make_stages(work)
@@ -917,7 +923,8 @@ def main(argv: list[str] | None = None) -> int:
     text = table(rows, args.seed, time.monotonic() - begun)
     sys.stdout.write(text)
     if args.out is not None:
-        args.out.write_text(text)
+        with written_whole(args.out, TABLE) as temporary:
+            temporary.write_text(text + markdown_mark(TABLE.maker))
     return int(any(row.broken for row in rows))
 
 

@@ -74,8 +74,10 @@ def commit(temporary: Path, final: Path, files: Files) -> None:
     write_json(temporary / MANIFEST, {"files": dict(sorted(files.items()))})
     flush_folder(temporary)
     # The same step is saved again after a resume from an older checkpoint.
-    if final.is_dir():
+    if _is_committed(final):
         _remove(final)
+    elif final.exists():
+        _set_aside(final)
     os.rename(temporary, final)
     flush_folder(final.parent)
     write_text(final.parent / LATEST, final.name)
@@ -160,7 +162,8 @@ def newest_whole(run_folder: Path, world: World | None = None) -> Path | None:
 def retain(root: Path, settings: CheckpointSettings) -> None:
     """Keep the newest `keep_last` and every multiple of `keep_every_steps`; remove the others and their copies."""
     kept = set()
-    for number, folder in enumerate(list_checkpoints(root.parent)):
+    # A folder without a manifest is no checkpoint of ours, and stays.
+    for number, folder in enumerate(filter(_is_committed, list_checkpoints(root.parent))):
         for_good = settings.keep_every_steps > 0 and step_of(folder) % settings.keep_every_steps == 0
         if number < settings.keep_last or for_good:
             kept.add(folder.name)
@@ -188,12 +191,20 @@ def set_aside_after(run_folder: Path, step: int, world: World) -> None:
         try:
             for folder in list_checkpoints(run_folder):
                 if step_of(folder) > step:
-                    target = folder.with_name(f"set_aside_{folder.name}_{time.strftime('%Y%m%dT%H%M%S')}_{os.getpid()}")
-                    os.rename(folder, target)
-                    logger.warning("checkpoint %s is set aside as %s", folder.name, target.name)
+                    _set_aside(folder)
         except OSError as error:
             fault = f"{run_folder / FOLDER}: {error.strerror}; its checkpoints beyond step {step} cannot be set aside"
     world.agree(fault)
+
+
+def _is_committed(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def _set_aside(folder: Path) -> None:
+    target = folder.with_name(f"set_aside_{folder.name}_{time.strftime('%Y%m%dT%H%M%S')}_{os.getpid()}")
+    os.rename(folder, target)
+    logger.warning("checkpoint %s is set aside as %s", folder.name, target.name)
 
 
 def _remove(folder: Path) -> None:

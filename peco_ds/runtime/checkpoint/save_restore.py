@@ -142,10 +142,17 @@ class Saver:
             logger.info("asked to stop: step %d is saved; start the same command again to go on", done)
         return agreed.stop
 
-    def finish(self) -> None:
-        """Wait until the checkpoint in hand is on disk. Collective."""
+    def finish_save(self) -> None:
+        """Wait until the checkpoint in hand, if there is one, is on disk. Collective.
+
+        Raises: UserError as `close_step`.
+        """
         if self._writer is not None:
             self._commit()
+
+    def finish(self) -> None:
+        """As `finish_save`, at the end of a run. Collective."""
+        self.finish_save()
         wait_for_removals()
         # All ranks go on when rank 0 has renamed the folder.
         self._world.barrier()
