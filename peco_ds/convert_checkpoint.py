@@ -19,19 +19,23 @@ if __package__ in (None, ""):
     # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from peco_ds.command_line import Parser, run
+from peco_ds.command_line import Parser, run, user_path
 from peco_ds.errors import EXIT_DONE, UserError
+from peco_ds.user_paths import check_can_make
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0], epilog="exit codes: 0 done, 2 bad input (one line says what)")
     parser.add_argument(
-        "source", type=Path, metavar="SRC", help="run folder, one checkpoint of it, release folder or weights file"
+        "source",
+        type=user_path,
+        metavar="SRC",
+        help="run folder, one checkpoint of it, release folder or weights file",
     )
     parser.add_argument(
         "--to", choices=["timm", "hf", "unilm"], required=True, help="library that shall load the release"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="RELEASE_DIR", help="folder to write")
+    parser.add_argument("--out", type=user_path, required=True, metavar="RELEASE_DIR", help="folder to write")
     parser.add_argument(
         "--from",
         dest="layout",
@@ -61,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.out.resolve() == args.source.resolve():
         raise UserError(f"--out {args.out}: is SRC itself; give another folder")
+    check_can_make("--out", args.out)
     if args.verify and args.to == "hf" and importlib.util.find_spec("transformers") is None:
         raise UserError(
             "transformers is not installed, so the release cannot be verified in it; pip install "

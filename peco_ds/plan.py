@@ -17,9 +17,10 @@ if __package__ in (None, ""):
     # Python puts this file's folder first when it is started by path; imports need the package's parent there.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from peco_ds.command_line import Parser, run
+from peco_ds.command_line import Parser, run, user_path
 from peco_ds.data_paths import data_path
 from peco_ds.errors import EXIT_DONE, UserError
+from peco_ds.user_paths import check_can_write
 
 _SETTING = re.compile(r"([\w-]+:)?\w+(\.\w+)+=")
 
@@ -56,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--val_samples", type=_count, default=None, help=VAL_SAMPLES)
     add("--bad_node", action="store_true", help=BAD_NODE)
     add("--simulate", action="store_true", help=argparse.SUPPRESS)
-    add("--json", type=Path, default=None, metavar="FILE", help="also write all numbers")
-    add("--plot", type=Path, metavar="FILE.png", help="also draw images/s and days over the GPU counts")
+    add("--json", type=user_path, default=None, metavar="FILE", help="also write all numbers")
+    add("--plot", type=user_path, metavar="FILE.png", help="also draw images/s and days over the GPU counts")
     add("--list_hardware", action="store_true", help="print the catalogue with its sources, and nothing else")
     add("overrides", nargs="*", metavar="[RECIPE:]key.sub=value", help=OVERRIDES)
     given = sys.argv[1:] if argv is None else argv
@@ -96,6 +97,8 @@ def plan(args) -> int:
             raise UserError(f"{path}: there is no folder {path.parent}; make it or correct the path")
         if path is not None and (path.suffix != suffix or path.is_dir()):
             raise UserError(f"{path}: give the name of a {suffix} file")
+        if path is not None:
+            check_can_write("--json" if suffix == ".json" else "--plot", path)
     chain, assumed = _chain(args)
     asked = _asked_json(args.deepspeed_config, chain.main) if args.deepspeed_config else None
     for machine in machines:
