@@ -291,7 +291,12 @@ def write_manifest(folder: str | Path, manifest) -> Path:
 
 
 def write_json(path: Path, value) -> Path:
-    """Write JSON to a temporary name, fsync, rename: a reader never sees half a file."""
+    """Write JSON to a temporary name, fsync, rename: a reader never sees half a file.
+
+    Raises: UserError naming a number that is not finite, which JSON has no text for and `read_json` refuses.
+    """
+    if place := _place_not_finite(value):
+        raise UserError(f"{path}: not written, {place.removeprefix('.')} is not finite")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w") as file:
         json.dump(value, file, indent=1)
@@ -300,6 +305,22 @@ def write_json(path: Path, value) -> Path:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     return path
+
+
+def _place_not_finite(value) -> str:
+    """Where a number of a JSON value is NaN or infinite, as .a.b[0] = nan; "" if none is."""
+    try:
+        json.dumps(value, allow_nan=False)
+        return ""
+    except ValueError:
+        pass
+    if isinstance(value, dict):
+        parts = [(f".{key}", part) for key, part in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [(f"[{place}]", part) for place, part in enumerate(value)]
+    else:
+        return f" = {value}"
+    return next(f"{name}{inner}" for name, part in parts if (inner := _place_not_finite(part)))
 
 
 def sha256_of_json(value) -> str:

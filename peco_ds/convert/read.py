@@ -27,8 +27,9 @@ from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights, default_crop
 from peco_ds.models.vit import timm_arguments
 from peco_ds.models.vit_layouts import terms_beside
-from peco_ds.models.weight_files import read_tensor_file
+from peco_ds.models.weight_files import check_finite, read_tensor_file
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json, sha256_of_file, short
+from peco_ds.user_paths import expand_path
 
 logger = logging.getLogger("peco_ds")
 
@@ -38,6 +39,9 @@ _RUN_FILES = ("settings.yaml", "progress.json")
 _PICKLED = "pytorch_model.bin"
 # Mean and standard deviation of the images of the first BEiT.
 HALF = (0.5, 0.5, 0.5)
+DIVERGED = (
+    "the training that wrote it had diverged, or the file is damaged: give an earlier checkpoint, or fetch it again"
+)
 # Keys under which training scripts put the weights into their checkpoint.
 _CONTAINERS = ("model", "module", "state_dict")
 # Keys of unilm and of timm's training script.
@@ -67,9 +71,10 @@ def read_weights(
     A bare file states neither statistics nor crop: the former are ImageNet's, the latter is 0.875 below 384 px and 1
     from there on.
     Raises: UserError if there is nothing to read, or it is of another layout or model family, or a tensor is missing,
-        left over or of another shape.
+        left over, of another shape or not finite.
     """
-    weights = _read(Path(path).expanduser(), layout, average, read_run)
+    weights = _read(expand_path(path), layout, average, read_run)
+    check_finite(weights.tensors, weights.source, DIVERGED)
     if statistics == "auto":
         return weights
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if statistics == "imagenet" else (HALF, HALF)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
+from peco_ds.models.weight_files import check_finite
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, read_json, write_json
 
 CONFIG = "config.json"
@@ -43,7 +44,8 @@ def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
 def write_files(out: Path, release: Release, card: str) -> None:
     """Write weights, card and configs; config.json last, so a folder with one is whole.
 
-    Raises: UserError if the folder holds a file of a release of another kind, which a reader would take along.
+    Raises: UserError if the folder holds a file of a release of another kind, which a reader would take along, or a
+        tensor is not finite.
     """
     foreign = [
         name
@@ -58,6 +60,8 @@ def write_files(out: Path, release: Release, card: str) -> None:
         standing = None
     if not isinstance(standing, dict) or standing.keys() & _TELLING != release.configs[CONFIG].keys() & _TELLING:
         raise UserError(f"{out}: holds a release for another library; give an empty folder")
+    for name, tensors in release.tensors.items():
+        check_finite(tensors, f"no release in {out}: {name}", "give the weights of an earlier checkpoint")
     out.mkdir(parents=True, exist_ok=True)
     (out / CONFIG).unlink(missing_ok=True)
     for name, tensors in release.tensors.items():
@@ -71,7 +75,7 @@ def write_files(out: Path, release: Release, card: str) -> None:
         else:
             torch.save({"model": {key: _alone(tensor) for key, tensor in tensors.items()}}, temporary)
         os.replace(temporary, out / name)
-    (out / CARD).write_text(card)
+    (out / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
     for name in sorted(release.configs, key=lambda name: name == CONFIG):
         write_json(out / name, release.configs[name])
 

@@ -30,7 +30,6 @@ from peco_ds.models.feature_nets import FETCH, FeatureNet
 from peco_ds.models.timm_weights import (
     WEIGHTS,
     check_architecture,
-    check_finite,
     check_name,
     check_tensors,
     created,
@@ -41,8 +40,9 @@ from peco_ds.models.timm_weights import (
     statistics,
 )
 from peco_ds.models.vit_layouts import licence_beside, object_in
-from peco_ds.models.weight_files import read_tensor_file, tensors_of_checkpoint
+from peco_ds.models.weight_files import check_finite, read_tensor_file, tensors_of_checkpoint
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, sha256_of_file
+from peco_ds.user_paths import expand_path
 
 # Size of ImageNet's crops, for files that no config tells it of.
 _IMAGE_PX = 224
@@ -122,7 +122,7 @@ def load_conv(
     Raises: UserError if the file is missing or unreadable, does not hold such a network, misses a tensor of the stages,
         has one left over or one that is not finite, or if a download fails.
     """
-    path = Path(weights).expanduser()
+    path = expand_path(weights)
     if path.is_dir():
         found = _from_folder(path, architecture, section)
     elif path.is_file():

@@ -103,7 +103,7 @@ def _write(folder: Path, stage: str, resolved: Resolved[TrainingRecipe], ds_conf
     )
     os.replace(temporary, folder / SETTINGS)
     write_json(folder / DEEPSPEED, ds_config)
-    with open(folder / "commands.txt", "a") as file:
+    with open(folder / "commands.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(shlex.join(sys.argv) + "\n")
     write_json(folder / PROVENANCE, {**origins, "commit": commit(), "versions": versions()})
 
