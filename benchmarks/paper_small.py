@@ -38,7 +38,7 @@ from peco_ds.errors import UserError
 from peco_ds.own_files import own_json, refuse_foreign, write_own_json
 from peco_ds.planner.stages import Stage, stage_of
 from peco_ds.recipe_files import load_recipe
-from peco_ds.schema import sha256_of_json, write_json
+from peco_ds.schema import sha256_of_json
 
 RESULTS = own_json("benchmarks.reproduce", "command", "commit", "versions", "plan", "arms", "runs")
 # arms of the data that the bootstrapped judge comes from

@@ -20,8 +20,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from peco_ds.command_line import Parser
 from peco_ds.errors import UserError
-from peco_ds.own_files import Own, check_folder_takes_files, own_png, refuse_foreign, written_whole
+from peco_ds.own_files import Own, own_png, refuse_foreign, written_whole
 from peco_ds.strict_yaml import NOT_YAML, read_yaml
+from peco_ds.user_paths import check_folder_takes_files
 
 T = TypeVar("T")
 

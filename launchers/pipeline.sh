@@ -78,9 +78,17 @@ parts="${TOKENIZE_PARTS:-8}"
 launchers="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=launchers/cluster.env
 source "$launchers/cluster.env"
-mkdir -p "$out/logs"
 images_dir="$(cd "$images_dir" && pwd)"
 [ -z "$val_dir" ] || val_dir="$(cd "$val_dir" && pwd)"
+whole="$(realpath -m -- "$out")"
+for folder in "$images_dir" ${val_dir:+"$val_dir"}; do
+    images="$(realpath -- "$folder")"
+    [[ "$whole/" != "$images/"* ]] || fail "OUT_DIR $out: lies in the images $folder, where it would become a class; give another folder"
+    [[ "$images/" != "$whole/images/"* && "$images/" != "$whole/val_images/"* ]] || fail "$folder: OUT_DIR $out gets a folder of that name" \
+        "for what it makes; give another OUT_DIR"
+done
+mkdir -p "$out/logs" 2> /dev/null || fail "OUT_DIR $out: cannot be made"
+[ -w "$out/logs" ] || fail "OUT_DIR $out: cannot be written"
 out="$(cd "$out" && pwd)"  # recipes take relative paths under data.root
 
 read -r -a prepare_args <<< "${PREPARE_ARGS:-}"
@@ -124,8 +132,8 @@ fi
 submit train_tokenizer "${train_sbatch_args[@]}" -- --out "$out/tokenizer_run" data.images="$out/images" data.val_images= data.holdout=64 \
     "${tokenizer_args[@]}"
 submit tokenize --array="0-$((parts - 1))" --output="$out/logs/tokenize-%A_%a.log" -- \
-    --recipe "$recipe" "${data[@]}" "${mim_settings[@]}" "${tokenize_args[@]}"
-submit tokenize_finish -- --recipe "$recipe" "${data[@]}" "${mim_settings[@]}" "${tokenize_args[@]}"
+    --parts "$parts" --recipe "$recipe" "${data[@]}" "${mim_settings[@]}" "${tokenize_args[@]}"
+submit tokenize_finish -- --parts "$parts" --recipe "$recipe" "${data[@]}" "${mim_settings[@]}" "${tokenize_args[@]}"
 submit "pretrain_$size" "${train_sbatch_args[@]}" -- --out "$out/pretrain" "${data[@]}" "${mim_settings[@]}" "${pretrain_args[@]}"
 submit convert -- "$out/pretrain" --out "$out/release" "${convert_args[@]}"
 [ -n "$val_dir" ] || exit 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import io
 import logging
 import os
 import re
@@ -29,8 +30,10 @@ from peco_ds.errors import (
     describe_os_error,
     env_rank,
     notice,
+    printable,
 )
 from peco_ds.recipe_files import R, Resolved, load_recipe
+from peco_ds.user_paths import expand_path
 
 logger = logging.getLogger("peco_ds")
 
@@ -51,6 +54,21 @@ _BROKEN_DEVICE = re.compile(
     r"CUDA error: (uncorrectable ECC|unspecified launch failure|uncorrectable NVLink|hardware "
     r"stack error|GPU is lost|.*device.* (is|are) busy or unavailable)"
 )
+
+
+def user_path(text: str) -> Path:
+    """`type` of an option that names a path."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a path, . for the folder you are in")
+    try:
+        return expand_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def user_text(text: str) -> str:
+    """As `user_path`, for an option that names a path or something else."""
+    return str(user_path(text)) if text[:1] == "~" or "$" in text else text
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,7 +128,7 @@ def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None)
             default=str(DS_CONFIGS / deepspeed_config),
             help=f"DeepSpeed JSON (default: ds_configs/{deepspeed_config})",
         )
-        parser.add_argument("--out", type=Path, default=None, help="run folder (default: runs/RECIPE_NAME)")
+        parser.add_argument("--out", type=user_path, default=None, help="run folder (default: runs/RECIPE_NAME)")
     parser.add_argument("--dry_run", action="store_true", help="resolve and check everything, print it, do nothing")
     # The deepspeed launcher appends it.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
@@ -139,10 +157,11 @@ def run(main, argv: list[str] | None = None) -> None:
 
     A UserError becomes one line on stderr and exit code 2, the loss of other ranks one and 76.
     """
+    _write_any_sign()
     try:
         code = main(argv)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the newest checkpoint stands, start the same command again to go on\n")
+        sys.stderr.write("interrupted; what was finished stands, start the same command again to go on\n")
         code = EXIT_KEYBOARD
     except Exception as error:
         # For the rank's log; stderr gets the line below.
@@ -159,7 +178,7 @@ def run(main, argv: list[str] | None = None) -> None:
             code = EXIT_INTERRUPTED if line else EXIT_FAULT
         end_progress_bars()
         if line and not os.environ.get("PECO_TRACEBACK"):
-            sys.stderr.write(f"error: {line}\n")
+            sys.stderr.write(f"error: {printable(line)}\n")
         else:
             traceback.print_exc()
     leave(EXIT_DONE if code is None else code)
@@ -177,6 +196,21 @@ def end_progress_bars() -> None:
         # One that does not stay leaves the cursor in the line that it has wiped.
         if not stays:
             bar.fp.write("\n")
+
+
+def _write_any_sign() -> None:
+    """A name that the terminal's encoding has no sign for is shown in escapes, and a record of the log on one line."""
+    for stream in (sys.stdout, sys.stderr):
+        # Absent in streams that others put in their place.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if _printable_record not in logger.filters:
+        logger.addFilter(_printable_record)
+
+
+def _printable_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 def _bad_input(error: Exception) -> str:

@@ -20,19 +20,22 @@ if __package__ in (None, ""):
     # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from peco_ds.command_line import Parser, run
+from peco_ds.command_line import Parser, run, user_path
 from peco_ds.errors import EXIT_DONE, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0], epilog="exit codes: 0 done, 2 bad input (one line says what)")
     parser.add_argument(
-        "source", type=Path, metavar="SRC", help="run folder, one checkpoint of it, release folder or weights file"
+        "source",
+        type=user_path,
+        metavar="SRC",
+        help="run folder, one checkpoint of it, release folder or weights file",
     )
     parser.add_argument(
         "--to", choices=["timm", "hf", "unilm"], required=True, help="library that shall load the release"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="RELEASE_DIR", help="folder to write")
+    parser.add_argument("--out", type=user_path, required=True, metavar="RELEASE_DIR", help="folder to write")
     parser.add_argument(
         "--from",
         dest="layout",
@@ -71,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_out(args: argparse.Namespace) -> None:
     """Raises: UserError for an --out that is SRC, holds it, holds what no conversion wrote, or cannot be written."""
-    from peco_ds.own_files import check_folder_takes_files, is_same_file
+    from peco_ds.own_files import is_same_file
+    from peco_ds.user_paths import check_folder_takes_files
 
     out, source = args.out, args.source
     if is_same_file(out, source) or (source.is_file() and is_same_file(out, source.resolve().parent)):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from peco_ds.config import DataSettings
+from peco_ds.user_paths import expand_path
 
 
 def data_path(data: DataSettings, value: str) -> Path:
     """A path of the recipe: absolute as it stands, else under data.root."""
-    return (
-        Path(os.path.expanduser(value))
-        if os.path.isabs(os.path.expanduser(value))
-        else Path(os.path.expanduser(data.root)) / value
-    )
+    # A path that is absolute hides what stands before it.
+    return expand_path(data.root) / expand_path(value)

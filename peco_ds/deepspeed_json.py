@@ -13,6 +13,7 @@ from peco_ds.config import OptimSettings, RunSettings
 from peco_ds.durations import micro_steps
 from peco_ds.errors import UserError, nearest
 from peco_ds.schema import read_json, short
+from peco_ds.user_paths import expand_path
 
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
@@ -59,7 +60,7 @@ def read_deepspeed_json(path: str | Path) -> dict:
     Raises: UserError if it is missing, is not JSON, or has a top-level key that DeepSpeed does not know or with a value
         of another type.
     """
-    path = Path(path)
+    path = expand_path(path)
     if not path.is_file():
         raise UserError(
             f"DeepSpeed config {str(path)!r}: no such file; ready ones lie in ds_configs/ of the repository, "

@@ -54,6 +54,17 @@ def describe_os_error(error: OSError, place: object = "") -> str:
     return f"{place}: {reason}" if place else reason
 
 
+def printable(text: str) -> str:
+    """The text on one line, without what a terminal would obey: control characters, and signs that turn the direction
+    of writing, as names of files and of samples may hold them, become escapes.
+    """
+    return "".join(sign if sign.isprintable() else _escaped(sign) for sign in text)
+
+
+def _escaped(sign: str) -> str:
+    return sign.encode("unicode_escape").decode("ascii")
+
+
 def nearest(key: str, known: list[str]) -> str:
     # Nothing longer is near a known key, and comparing takes time by the square of the length.
     key = key[:100]
@@ -73,7 +84,7 @@ def notice(line: str) -> None:
     """One line on stderr, from rank 0 alone and once a process."""
     if env_rank() == 0 and line not in _noticed:
         _noticed.add(line)
-        sys.stderr.write(f"note: {line}\n")
+        sys.stderr.write(f"note: {printable(line)}\n")
 
 
 _noticed: set[str] = set()

@@ -21,7 +21,7 @@ if __package__ in (None, ""):
     # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from peco_ds.command_line import Parser, run
+from peco_ds.command_line import Parser, run, user_path, user_text
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from peco_ds.own_files import ATLAS, check_output, own_json, write_own_json
 
@@ -65,20 +65,21 @@ def arguments() -> Parser:
     )
     parser.add_argument(
         "target",
+        type=user_text,
         metavar="TARGET",
         help="run folder of finetune.py or train_tokenizer.py, release folder (timm, Hugging Face, unilm, "
         "tokenizer), weights file, or name of a timm model",
     )
     parser.add_argument(
         "--images",
-        type=Path,
+        type=user_path,
         required=True,
         metavar="FOLDER",
         help="image set (pack_images.py) to measure on; labelled for a classifier",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         default=Path("evaluation.json"),
         metavar="FILE",
         help="all numbers and where they come from (default: %(default)s)",
@@ -100,7 +101,9 @@ def arguments() -> Parser:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
     weights = parser.add_argument_group("weights of a classifier (TARGET, or --classifier of a tokenizer)")
-    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="local weights for the name of a timm model")
+    weights.add_argument(
+        "--checkpoint", type=user_path, metavar="FILE", help="local weights for the name of a timm model"
+    )
     weights.add_argument(
         "--weights",
         choices=["auto", "ema", "raw"],
@@ -140,19 +143,20 @@ def arguments() -> Parser:
     tokenizer = parser.add_argument_group("measures of a tokenizer")
     tokenizer.add_argument(
         "--train_images",
-        type=Path,
+        type=user_path,
         metavar="FOLDER",
         help="labelled image set: probe a tokenizer's codes, trained on this set and measured on --images",
     )
     tokenizer.add_argument(
         "--lpips",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="torchvision's AlexNet or VGG16 weights, or import_judge.py's folder of one: measure LPIPS of a tokenizer "
         "as well",
     )
     tokenizer.add_argument(
         "--classifier",
+        type=user_text,
         metavar="NAME_OR_PATH",
         help="timm model, weights file, release or run of finetune.py: its top-1 on the reconstructions of --images, "
         "which are labelled, beside that on the originals",
@@ -165,7 +169,7 @@ def arguments() -> Parser:
     )
     tokenizer.add_argument(
         "--atlas",
-        type=Path,
+        type=user_path,
         metavar="FILE.png",
         help="draw a tokenizer's commonest, rarest and, where --images are labelled, purest codes with patches that "
         "carry them, and measure what a code tells of the class",

@@ -120,6 +120,18 @@ def known_keys(recipe_type: type) -> list[str]:
     return list(recipe_fields(recipe_type))
 
 
+@cache
+def text_keys(recipe_type: type) -> frozenset[str]:
+    """Every dotted setting of a recipe that is plain text, such as a path."""
+    found: set[str] = set()
+    for name, kind, _ in settings_fields(recipe_type):
+        if isinstance(kind, type) and is_dataclass(kind):
+            found |= {f"{name}.{inner}" for inner in text_keys(kind)}
+        elif kind is str:
+            found.add(name)
+    return frozenset(found)
+
+
 def keys_with(recipe_type: Any, mark_type: type) -> dict[str, Any]:
     """Dotted setting -> its first mark of a type, for the settings of a recipe, or of a union of recipes, that have
     one.

@@ -17,9 +17,10 @@ if __package__ in (None, ""):
     # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from peco_ds.command_line import Parser, run
+from peco_ds.command_line import Parser, run, user_path
 from peco_ds.errors import EXIT_DONE, UserError
 from peco_ds.schema import read_json
+from peco_ds.user_paths import check_can_make
 
 # The networks of models/packaged_networks.py, which imports torch.
 NAMES = ("lite0", "lite1", "lite2", "vgg16", "alexnet", "dinov2_s")
@@ -33,7 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("network", choices=NAMES, metavar="NETWORK", help=f"one of {', '.join(NAMES)}")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="folder to write; a recipe names it as *.weights"
+        "--out",
+        type=user_path,
+        required=True,
+        metavar="FOLDER",
+        help="folder to write; a recipe names it as *.weights",
     )
     return import_judge(parser.parse_args(argv))
 
@@ -42,6 +47,7 @@ def import_judge(args: argparse.Namespace) -> int:
     from peco_ds.convert.release import CARD, CONFIG, WEIGHTS, Release, refuse_foreign_files, write_files
     from peco_ds.models.packaged_networks import NETWORKS, read_packaged
 
+    check_can_make("--out", args.out)
     network = NETWORKS[args.network]
     refuse_foreign_files(args.out, (CARD, CONFIG, WEIGHTS))
     found = read_packaged(network)

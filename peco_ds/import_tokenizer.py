@@ -19,22 +19,27 @@ if __package__ in (None, ""):
     # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from peco_ds.command_line import Parser, run
+from peco_ds.command_line import Parser, run, user_path
 from peco_ds.errors import EXIT_DONE, UserError
 from peco_ds.registry import TOKENIZERS
+from peco_ds.user_paths import check_can_make
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0], epilog="exit codes: 0 done, 2 bad input (one line says what)")
     parser.add_argument(
         "files",
-        type=Path,
+        type=user_path,
         nargs="+",
         metavar="FILE",
         help="released file; DALL-E's tokenizer has two, of which encoder.pkl is enough for codes",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="folder to write; a recipe names it as data.tokenizer"
+        "--out",
+        type=user_path,
+        required=True,
+        metavar="FOLDER",
+        help="folder to write; a recipe names it as data.tokenizer",
     )
     parser.add_argument(
         "--kind",
@@ -49,6 +54,7 @@ def import_tokenizer(args: argparse.Namespace) -> int:
     from peco_ds.models.published_tokenizers import read_published
     from peco_ds.models.tokenizers import refuse_foreign_release, save_tokenizer
 
+    check_can_make("--out", args.out)
     refuse_foreign_release(args.out)
     found = read_published(args.files, args.kind)
     settings = found.settings

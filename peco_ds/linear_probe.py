@@ -22,7 +22,7 @@ if __package__ in (None, ""):
     # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from peco_ds.command_line import parse_stage, run, stage_parser
+from peco_ds.command_line import parse_stage, run, stage_parser, user_path
 from peco_ds.config import ProbeRecipe
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("peco_ds")
 
 def main(argv: list[str] | None = None) -> int:
     parser = stage_parser(__doc__.splitlines()[0], recipe="probe_vitb16", deepspeed_config=None)
-    parser.add_argument("--out", type=Path, default=None, help="folder of the results (default: runs/RECIPE_NAME)")
+    parser.add_argument("--out", type=user_path, default=None, help="folder of the results (default: runs/RECIPE_NAME)")
     args, resolved = parse_stage(parser, ProbeRecipe, argv)
     return dry_run(args, resolved.recipe) if args.dry_run else run_probe(args, resolved)
 
@@ -306,7 +306,8 @@ def report(out: Path, resolved, layers: list[dict], made_from: dict, weights, nu
     sys.stdout.flush()
     write_own_json(out / RECORD, OWN_RECORD, record)
     with written_whole(out / TABLE, OWN_TABLE) as temporary:
-        temporary.write_text(table(resolved.recipe, layers, weights.source, made_from["image_px"]))
+        text = table(resolved.recipe, layers, weights.source, made_from["image_px"])
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     plot(out / PLOT, layers, weights.source)
 
 

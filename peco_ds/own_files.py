@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peco_ds.errors import UserError
+from peco_ds.user_paths import check_folder_takes_files
 
 MADE_BY = "made_by"
 # As `made_by` in JSON, as the software of a PNG; the tars of this package name it as their owner.
 PACKAGE = "peco_ds"
 TAR_OWNER = "peco"
-# Enough to show that a disk is full, of the small files that a measurement ends in.
-_PROBE_BYTES = 1 << 16
 
 
 # Of a JSON or Markdown file of ours; what is larger, as weights given by mistake, is not read.
@@ -167,24 +166,6 @@ def check_output(path: Path, own: Own, option: str = "") -> None:
         raise UserError(f"{place}: is a folder; give the name of a file")
     refuse_foreign(path, own)
     check_folder_takes_files(path.parent, place)
-
-
-def check_folder_takes_files(folder: Path, place: object = "") -> None:
-    """Raises: UserError if a file of some kilobytes cannot be written into the folder: a full disk, a read-only one."""
-    probe = folder / f".{PACKAGE}.{os.getpid()}.tmp"
-    try:
-        with open(probe, "wb") as file:
-            file.write(bytes(_PROBE_BYTES))
-            file.flush()
-            # Some file systems say only here that they are full.
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(
-            f"{place or folder}: cannot be written ({error.strerror}); make room, or give another place"
-        ) from None
-    finally:
-        with suppress(OSError):
-            probe.unlink()
 
 
 def is_same_file(one: Path, other: Path) -> bool:

@@ -26,7 +26,7 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
-from peco_ds.command_line import Parser, run
+from peco_ds.command_line import Parser, run, user_path, user_text
 from peco_ds.data.image_folders import Image, list_images, printable
 from peco_ds.data.image_shards import (
     IndexJob,
@@ -101,17 +101,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--images",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="class-folder tree, or images at any depth; dot files are passed over",
     )
     source.add_argument(
         "--index_tars",
+        type=user_text,
         metavar="GLOB|DIR",
         help="WebDataset tars, indexed in place, not rewritten; their images are not decoded",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the shards and their manifest"
+        "--out", type=user_path, required=True, metavar="DIR", help="folder of the shards and their manifest"
     )
     parser.add_argument(
         "--labels",
@@ -122,7 +123,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--synsets",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="labels of a flat folder (ILSVRC val): LOC_val_solution.csv; 'name label' lines; one synset "
         "a line in image-name order; "
@@ -130,7 +131,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--classes",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="one class a line, its first word the name; with --synsets: all synsets, for numbers in the "
         "numbers' order; with tars: in label order",

@@ -16,7 +16,7 @@ if __package__ in (None, ""):
     # Python puts this file's folder first when it is started by path; imports need the package's parent there.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from peco_ds.command_line import Parser, run
+from peco_ds.command_line import Parser, run, user_path
 from peco_ds.data_paths import data_path
 from peco_ds.errors import EXIT_DONE, UserError
 from peco_ds.own_files import check_output, own_json, own_png, png_text, write_own_json, written_whole
@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--val_samples", type=_count, default=None, help=VAL_SAMPLES)
     add("--bad_node", action="store_true", help=BAD_NODE)
     add("--simulate", action="store_true", help=argparse.SUPPRESS)
-    add("--json", type=Path, default=None, metavar="FILE", help="also write all numbers")
-    add("--plot", type=Path, metavar="FILE.png", help="also draw images/s and days over the GPU counts")
+    add("--json", type=user_path, default=None, metavar="FILE", help="also write all numbers")
+    add("--plot", type=user_path, metavar="FILE.png", help="also draw images/s and days over the GPU counts")
     add("--list_hardware", action="store_true", help="print the catalogue with its sources, and nothing else")
     add("overrides", nargs="*", metavar="[RECIPE:]key.sub=value", help=OVERRIDES)
     given = sys.argv[1:] if argv is None else argv

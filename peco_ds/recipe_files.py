@@ -16,11 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, Recipe, TokenizerRecipe
 from peco_ds.errors import UserError, nearest, notice
-from peco_ds.field_marks import known_keys, values_before
+from peco_ds.field_marks import known_keys, text_keys, values_before
 from peco_ds.old_spellings import current_setting
 from peco_ds.recipe_checks import check_recipe
 from peco_ds.schema import short
-from peco_ds.strict_yaml import NOT_YAML, parse_yaml, read_yaml
+from peco_ds.strict_yaml import NOT_YAML, parse_value, read_yaml
+from peco_ds.user_paths import expand_path
 
 RECIPES = Path(__file__).parent / "recipes"
 # The file of a run folder that holds its settings.
@@ -58,7 +59,7 @@ def load_recipe(recipe_type: type[R], path: str | Path, overrides: list[str], en
     Args:
         recipe_type: one of `READERS`.
         path: YAML file; a bare name is looked up among the package's recipes; of a run folder, the run's own settings.
-        overrides: "a.b=c" texts; the value is read as YAML.
+        overrides: "a.b=c" texts; the value is read as YAML, unless the setting is text.
     Raises: UserError naming the key, with the nearest known one, for an unknown or mistyped key, a missing file, a
         value out of range, or two spellings of one duration.
     """
@@ -73,15 +74,7 @@ def load_recipe(recipe_type: type[R], path: str | Path, overrides: list[str], en
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"override {short(text)}: written as key.sub=value")
-        try:
-            parsed = parse_yaml(value) if value else ""
-        except NOT_YAML:
-            raise UserError(f"override {short(text)}: the value is not YAML; quote it") from None
-        if isinstance(parsed, dict):
-            raise UserError(
-                f"override {short(text)}: sets one value, not a section; write {key[:80]}.NAME=VALUE for each"
-            )
-        _set(merged, sources, key, parsed, COMMAND_LINE, recipe_type)
+        _set(merged, sources, key, _override_value(text, key, value, recipe_type), COMMAND_LINE, recipe_type)
     _displace(merged, sources)
     try:
         recipe = TypeAdapter(recipe_type).validate_python(merged)
@@ -93,6 +86,23 @@ def load_recipe(recipe_type: type[R], path: str | Path, overrides: list[str], en
         ) from None
     check_recipe(recipe)
     return Resolved(recipe, sources)
+
+
+def _override_value(text: str, key: str, value: str, recipe_type: type):
+    """The value of an override: of a setting that is text as it stands, with or without quotes, of any other as YAML.
+
+    A path may hold what YAML takes for a comment, a number or a mapping.
+    """
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if not quoted and (not value or key in text_keys(recipe_type)):
+        return value
+    try:
+        parsed = parse_value(value)
+    except NOT_YAML:
+        raise UserError(f"override {short(text)}: the value is not YAML; quote it") from None
+    if isinstance(parsed, dict):
+        raise UserError(f"override {short(text)}: sets one value, not a section; write {key[:80]}.NAME=VALUE for each")
+    return parsed
 
 
 # Two spellings of one duration. A spelling of the command line takes the place of the recipe's other one.
@@ -113,7 +123,7 @@ def _displace(merged: dict, sources: dict) -> None:
 
 
 def find_recipe(path: str | Path) -> Path:
-    path = Path(path)
+    path = expand_path(path)
     named = [RECIPES / path.name, RECIPES / f"{path.name}.yaml"] if len(path.parts) == 1 else []
     for candidate in (path, *named, path / SETTINGS):
         if candidate.is_file():

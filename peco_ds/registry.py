@@ -53,6 +53,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from peco_ds.errors import UserError
+from peco_ds.user_paths import expand_path
 
 EXTENSIONS = "PECO_EXTENSIONS"
 Option = bool | int | float | str
@@ -254,7 +255,7 @@ def load_extensions() -> dict[str, Path]:
 
 
 def _run(entry: str) -> Path:
-    path = Path(entry).expanduser()
+    path = expand_path(entry)
     if path.suffix == ".py" and not path.is_file():
         raise UserError(f"{EXTENSIONS} {entry}: no such file; correct the path")
     if path.suffix == ".py":

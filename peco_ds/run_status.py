@@ -18,7 +18,7 @@ if __package__ in (None, ""):
     # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from peco_ds.command_line import Parser, run
+from peco_ds.command_line import Parser, run, user_path
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from peco_ds.runtime.timeline import EVALUATION_FILE, METRICS_FILE, STARTS_FILE, Account, clock, read_rows
 from peco_ds.schema import MANIFEST_NAME, sha256_of_file
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "folders",
         nargs="+",
-        type=Path,
+        type=user_path,
         metavar="RUN",
         help="--out folder of a training, or a folder of token shards, finished or not",
     )

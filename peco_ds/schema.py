@@ -293,8 +293,11 @@ def write_manifest(folder: str | Path, manifest) -> Path:
 def write_json(path: Path, value) -> Path:
     """Write JSON to a temporary name, fsync, rename: a reader never sees half a file.
 
-    Raises: OSError that names the file.
+    Raises: UserError naming a number that is not finite, which JSON has no text for and `read_json` refuses; OSError
+        that names the file.
     """
+    if place := _place_not_finite(value):
+        raise UserError(f"{path}: not written, {place.removeprefix('.')} is not finite")
     with written_whole(path) as temporary:
         temporary.write_text(json_text(value), encoding="utf-8")
     return path
@@ -303,6 +306,22 @@ def write_json(path: Path, value) -> Path:
 def json_text(value) -> str:
     """What `write_json` writes."""
     return json.dumps(value, indent=1) + "\n"
+
+
+def _place_not_finite(value) -> str:
+    """Where a number of a JSON value is NaN or infinite, as .a.b[0] = nan; "" if none is."""
+    try:
+        json.dumps(value, allow_nan=False)
+        return ""
+    except ValueError:
+        pass
+    if isinstance(value, dict):
+        parts = [(f".{key}", part) for key, part in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [(f"[{place}]", part) for place, part in enumerate(value)]
+    else:
+        return f" = {value}"
+    return next(f"{name}{inner}" for name, part in parts if (inner := _place_not_finite(part)))
 
 
 def sha256_of_json(value) -> str:

@@ -47,6 +47,16 @@ def parse_yaml(text: str):
     return yaml.load(text, _StrictLoader)
 
 
+def parse_value(text: str):
+    """As `parse_yaml`, for a value on a command line: what follows a # is not dropped, since nobody comments there."""
+    # These two end behind a comment, whatever stands before it.
+    ends = (yaml.StreamEndToken, yaml.BlockEndToken)
+    tokens = [token for token in yaml.scan(text, _StrictLoader) if not isinstance(token, ends)]
+    if text[max(token.end_mark.index for token in tokens) :].strip():
+        raise ValueError(f"# begins a comment in {short(text)}")
+    return parse_yaml(text)
+
+
 def read_yaml(path: Path):
     """The value of a YAML file. Raises: one of `NOT_YAML`."""
     if path.stat().st_size > _MAX_BYTES:

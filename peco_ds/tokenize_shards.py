@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     args, resolved = parse_stage(parser, PretrainRecipe, argv)
     if not 0 <= args.part < args.parts:
-        raise UserError(f"--part {args.part} of --parts {args.parts}: parts count from 0")
+        raise UserError(
+            f"--part {args.part} of --parts {args.parts}: parts count from 0; give --parts, or TOKENIZE_PARTS of the "
+            "launchers, how many there are in all, whichever of them run now"
+        )
     cfg = resolved.recipe
 
     from peco_ds.data.image_set import ImageSet
@@ -86,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(tokenizing_report(cfg, card.settings, num_samples=left) + "\n" if left else "")
         return EXIT_DONE
     if args.finish:
-        return report(parts.finish())
+        return report(parts.finish(args.parts))
 
     from peco_ds.runtime.distributed import start_world
     from peco_ds.runtime.rank_log import stacks_path

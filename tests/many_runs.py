@@ -8,7 +8,9 @@ Exit codes of the runs are written to JSON + ".codes" by rank 0, a refusal as it
 batch would do it; with "unmended", elastic resume leaves DeepSpeed's parameter groups as they come. With "statistics",
 the standard deviation of every parameter as the engine holds it before the first step is saved there; with "keys", the
 images of each pass, to FILE.RANK; with "lrs", the groups of the engine's optimiser after the last step's learning
-rate was set; with "stop", rank 0 is asked to stop when so many steps are done.
+rate was set; with "stop", rank 0 is asked to stop when so many steps are done; with "poisoned", {"part": P, "step": N},
+one value of that part of the training state becomes NaN on rank 0 at the end of step N; with "unchecked", checkpoints
+are saved as they were before they were looked at for such values.
 """
 
 import importlib
@@ -113,6 +115,47 @@ def ask_to_stop(step: int):
     return lambda: setattr(module.StepGuard, "close_step", original)
 
 
+def poison(fault: dict):
+    """Wrap the guard so that a step leaves a value that is not finite, as an optimiser that overflows would."""
+    from peco_ds.runtime import run as run_module
+    from peco_ds.runtime import step_guard as module
+    from peco_ds.runtime.ema import local_masters
+
+    original, attach, runs = module.StepGuard.close_step, run_module.Run.attach, []
+
+    def attached(run, *positional, **arguments):
+        runs.append(run)
+        return attach(run, *positional, **arguments)
+
+    def tensor_of(part: str, run):
+        if part == "weights":
+            return local_masters(run.engine)[0]
+        if part == "moments":
+            return next(iter(run.engine.basic_optimizer.state.values()))["exp_avg_sq"]
+        return run.ema.shards[0] if part == "average" else dict(run.engine.module.named_buffers())[part]
+
+    def wrapped(guard, done):
+        applied = original(guard, done)
+        if done == fault["step"] and guard._world.is_main:
+            tensor_of(fault["part"], runs[-1]).data.view(-1)[0] = float("nan")
+        return applied
+
+    module.StepGuard.close_step, run_module.Run.attach = wrapped, attached
+
+    def undo():
+        module.StepGuard.close_step, run_module.Run.attach = original, attach
+
+    return undo
+
+
+def save_unchecked(_asked: bool):
+    from peco_ds.runtime.checkpoint import save_restore as module
+
+    original = module.part_not_finite
+    module.part_not_finite = lambda *arguments: ""
+    return lambda: setattr(module, "part_not_finite", original)
+
+
 def leave_unmended(_asked: bool):
     from peco_ds.runtime.checkpoint import elastic as module
 
@@ -149,6 +192,8 @@ def main():
             "keys": record_keys,
             "spoilt": spoil,
             "unmended": leave_unmended,
+            "poisoned": poison,
+            "unchecked": save_unchecked,
         }
         undo = [wrap(case[name]) for name, wrap in wrappers.items() if case.get(name)]
         codes.append(outcome(stage_module(case["stage"]).main, case["arguments"]))

@@ -84,7 +84,7 @@ class SlurmCluster:
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split(";")[0])
 
-    def jobs(self, job_id: int) -> list[dict[str, str]]:
+    def jobs(self, job_id: int | str) -> list[dict[str, str]]:
         """Fields of `scontrol show job`, one dict a job; an array has several."""
         done = self.command("scontrol", "--oneliner", "show", "job", str(job_id))
         assert done.returncode == 0, done.stderr

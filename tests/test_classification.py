@@ -3,6 +3,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from peco_ds.errors import UserError
 from peco_ds.evaluation.classification import classification_quality
 
 
@@ -31,3 +32,16 @@ def test_top1_and_top5_are_counted_over_all_batches_and_padding_is_not(num_class
     expected = (naive(logits, labels, 1), naive(logits, labels, min(5, num_classes)))
     assert (quality["top1"], quality["top5"]) == pytest.approx(expected, abs=1e-4)
     assert quality["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_no_score(value):
+    """The highest of them would be class 0, and its share of the images the top-1."""
+    logits = torch.zeros(8, 4)
+    logits[5, 2] = value
+    batches = [Batch(logits, torch.tensor([0, 0, 0, 0, 1, 2, 3, -1]))]
+    with pytest.raises(UserError, match="not finite .*no score"):
+        classification_quality(lambda images: images, batches, num_classes=4, device=torch.device("cpu"))
+    logits[5, 2], logits[7] = 0.0, value
+    found = classification_quality(lambda images: images, batches, num_classes=4, device=torch.device("cpu"))
+    assert found["images"] == 7, "a row that only fills the batch up is not looked at"

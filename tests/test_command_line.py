@@ -217,3 +217,38 @@ def test_a_compiler_that_fails_is_one_line_with_the_way_round_it(tmp_path):
         and done.stderr.startswith("error: torch.compile failed (")
         and "run.compile=none" in done.stderr
     )
+
+
+SPEAKS = """
+import logging, sys
+from pathlib import Path
+from peco_ds.command_line import run
+from peco_ds.errors import UserError, notice
+
+NAME = "\\u00e9t\\u00e9\\x1b[2J\\nerror: of\\u202egnp.x"
+
+def main(argv):
+    sys.stdout.write("packed: \\u00e9t\\u00e9\\udc80\\n")
+    logging.getLogger("peco_ds").warning("sample %s", NAME)
+    notice(f"sample {NAME}")
+    raise UserError(f"sample {NAME}: bad")
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_name_is_shown_in_any_terminal_and_gives_it_no_orders(tmp_path, encoding):
+    """What has no sign there, and what a terminal would obey, is shown in escapes: no line is forged."""
+    (tmp_path / "speaks.py").write_text(SPEAKS)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "speaks.py"],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == EXIT_BAD_INPUT, done.stderr
+    name = {"ascii": "\\xe9t\\xe9"}.get(encoding, "été")
+    assert done.stdout.decode(encoding) == f"packed: {name}\\udc80\n"
+    lines = done.stderr.decode(encoding).splitlines()
+    assert [line.split()[0] for line in lines] == ["sample", "note:", "error:"]
+    assert all("\\x1b[2J" in line and "\\u202e" in line and "\x1b" not in line for line in lines), lines

@@ -24,9 +24,10 @@ from peco_ds.data.labelled import labelled_sets
 from peco_ds.data.token_shards import TokenRecord, write_token_shard
 from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
 from peco_ds.models.weight_files import made_here, save_tensors
-from peco_ds.own_files import check_folder_takes_files, written_whole
+from peco_ds.own_files import written_whole
 from peco_ds.runtime.checkpoint.files import list_checkpoints, newest_whole
 from peco_ds.schema import VIEW_COLUMNS, write_json
+from peco_ds.user_paths import check_folder_takes_files
 
 
 @contextmanager

@@ -412,3 +412,17 @@ def test_a_tokenizer_run_without_a_release_and_a_head_in_another_order_are_refus
         check_classes("weights", 2, ("b", "a"), ("a", "b"), **said)
     with pytest.raises(UserError, match="class 1 of its head is 'n01443537'"):
         check_classes("weights", 2, ("n01440764", "n01443537"), ("n01440764", "n02102040"), **said)
+
+
+@pytest.mark.parametrize("name", ["classifier", "test_vit"])
+def test_weights_that_are_not_finite_get_no_score(root, tmp_path, name):
+    """In one tensor alone, with a value that is NaN: argmax takes it for class 0."""
+    content = torch.load(root / f"{name}.pth", weights_only=True)
+    tensors = content.get("model", content)
+    tensors["blocks.0.mlp.fc1.weight"][0, 0] = float("nan")
+    torch.save(content, tmp_path / "broken.pth")
+    file, out = str(tmp_path / "broken.pth"), tmp_path / "e.json"
+    target = [file] if name == "classifier" else ["test_vit", "--checkpoint", file]
+    with pytest.raises(UserError, match="blocks.0.mlp.fc1.weight holds values that are not finite"):
+        main([*target, "--images", str(root / "images" / "val"), "--out", str(out), "--num_workers", "0"])
+    assert not out.exists()

@@ -18,7 +18,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from peco_ds.config import AugmentSettings, DataSettings, FinetuneRecipe, ModelSettings, RunSettings
 from peco_ds.data.image_set import ImageSet
 from peco_ds.data.indexed_tar import index_name, write_index
-from peco_ds.data.labelled import CropSettings, check_labels, evaluation_batches, training_batches
+from peco_ds.data.labelled import CropSettings, _difference, check_labels, evaluation_batches, training_batches
 from peco_ds.data.order import SampleOrder, rank_positions
 from peco_ds.errors import UserError
 from peco_ds.schema import MANIFEST_NAME, ImageManifest, Shard, write_manifest
@@ -238,3 +238,12 @@ def test_an_unreadable_image_stops_evaluation_with_its_name(images, tmp_path, nu
     assert (
         key in str(caught.value) and "accuracy needs every image" in str(caught.value) and "\n" not in str(caught.value)
     )
+
+
+def test_the_class_that_two_sets_do_not_share_is_named(tmp_path):
+    one = ("ant", "bee", "caf\u00e9")
+    assert _difference(one, one) == ""
+    assert _difference(one, ("ant", "caf\u00e9")) == "1 of the classes, as 'bee', are not in it"
+    assert _difference(one, (*one, "cow", "dog")) == "2 of the classes, as 'cow', are in it alone"
+    assert "composed otherwise in Unicode" in _difference(one, ("ant", "bee", "cafe\u0301"))
+    assert _difference(one, ("bee", "ant", "caf\u00e9")) == "class 0 is 'bee' there and 'ant' here"

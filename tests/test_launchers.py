@@ -100,7 +100,8 @@ def echoing_home(tmp_path_factory) -> Path:
     shutil.copytree(LAUNCHERS, home / "launchers")
     (home / "peco_ds").mkdir()
     (home / "launchers" / "common.sh").write_text(
-        "PECO_RUNS_ROOT=/runs\nPECO_DATA_ROOT=/data\nrun_ranks() { printf '%s\\n' \"$@\"; }\n"
+        "PECO_RUNS_ROOT=/runs\nPECO_DATA_ROOT=/data\n"
+        'run_ranks() { printf \'%s\\n\' "$@"; }\nrun_one() { run_ranks "$@"; }\n'
     )
     return home
 
@@ -176,14 +177,21 @@ def recording_sbatch(tmp_path):
     return tools
 
 
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    """A folder of images, empty, beside which there is room for OUT_DIR."""
+    (tmp_path / "raw").mkdir()
+    return tmp_path / "raw"
+
+
 def pipeline(tools: Path, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess:
     return shell(
         "bash", LAUNCHERS / "pipeline.sh", *arguments, cwd=tools.parent, PATH=f"{tools}:{os.environ['PATH']}", **env
     )
 
 
-def test_pipeline_chains_every_job_to_the_one_before_and_cancels_what_cannot_run(recording_sbatch, tmp_path):
-    done = pipeline(recording_sbatch, tmp_path, tmp_path / "out", "vitl")
+def test_pipeline_chains_every_job_to_the_one_before_and_cancels_what_cannot_run(recording_sbatch, raw, tmp_path):
+    done = pipeline(recording_sbatch, raw, tmp_path / "out", "vitl")
     assert done.returncode == 0, done.stderr
     submitted = (recording_sbatch / "sbatch.log").read_text().splitlines()
     assert [int(line.split()[1]) for line in done.stdout.splitlines()] == list(range(1, len(submitted) + 1))
@@ -313,8 +321,8 @@ def test_pipeline_keeps_folder_names_with_spaces_in_one_piece(recording_sbatch, 
     assert f"|data.tokens={tmp_path}/my run/tokens|" in submitted[2]
 
 
-def test_pipeline_takes_back_what_it_submitted_when_a_later_job_is_refused(recording_sbatch, tmp_path):
-    done = pipeline(recording_sbatch, tmp_path, tmp_path / "out", FAIL_AT="3")
+def test_pipeline_takes_back_what_it_submitted_when_a_later_job_is_refused(recording_sbatch, raw, tmp_path):
+    done = pipeline(recording_sbatch, raw, tmp_path / "out", FAIL_AT="3")
     assert done.returncode != 0
     assert (recording_sbatch / "scancel.log").read_text().split() == ["1", "2"]
 
@@ -335,7 +343,9 @@ def test_pipeline_refuses_bad_arguments_in_one_line_and_submits_nothing(recordin
     assert not (recording_sbatch / "sbatch.log").read_text()
 
 
-def test_cluster_settings_reach_sbatch_and_a_variable_of_the_environment_wins_in_the_job(recording_sbatch, tmp_path):
+def test_cluster_settings_reach_sbatch_and_a_variable_of_the_environment_wins_in_the_job(
+    recording_sbatch, raw, tmp_path
+):
     home = tmp_path / "home"
     shutil.copytree(LAUNCHERS, home / "launchers")
     settings = home / "launchers" / "cluster.env"
@@ -343,7 +353,7 @@ def test_cluster_settings_reach_sbatch_and_a_variable_of_the_environment_wins_in
     done = shell(
         "bash",
         home / "launchers" / "pipeline.sh",
-        tmp_path,
+        raw,
         tmp_path / "out",
         cwd=tmp_path,
         PATH=f"{recording_sbatch}:{os.environ['PATH']}",
@@ -355,11 +365,75 @@ def test_cluster_settings_reach_sbatch_and_a_variable_of_the_environment_wins_in
     assert seen.stdout.split() == [str(home), "/elsewhere", f"{home}/runs"], seen.stderr
 
 
-def task(tmp_path: Path, command: str) -> tuple[int, str]:
-    """Exit code of task.sh around a command, and the code it left for the launcher."""
-    left = tmp_path / "exit"
-    done = shell("bash", LAUNCHERS / "task.sh", "bash", "-c", command, PECO_EXIT_FILE=str(left))
-    return done.returncode, left.read_text().strip() if left.exists() else ""
+@pytest.mark.parametrize(
+    "images, out, word",
+    [
+        ("raw", "raw", "become a class"),
+        ("raw", "raw/out", "become a class"),
+        ("raw", "raw/a/../b", "become a class"),
+        ("raw", "link/out", "become a class"),
+        ("out/images", "out", "give another OUT_DIR"),
+        ("out/images/n01440764", "out", "give another OUT_DIR"),
+        ("raw", "a file/out", "cannot be made"),
+    ],
+)
+def test_pipeline_writes_nothing_into_the_images(recording_sbatch, raw, tmp_path, images, out, word):
+    (tmp_path / "link").symlink_to(raw)
+    (tmp_path / "a file").touch()
+    (tmp_path / images).mkdir(parents=True, exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    done = pipeline(recording_sbatch, images, out)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr, done.stderr
+    assert not (recording_sbatch / "sbatch.log").read_text() and sorted(tmp_path.rglob("*")) == before
+
+
+def test_pipeline_takes_images_that_lie_beside_its_own_folders(recording_sbatch, tmp_path):
+    (tmp_path / "out" / "raw").mkdir(parents=True)
+    done = pipeline(recording_sbatch, "out/raw", "out")
+    assert done.returncode == 0, done.stderr
+
+
+def tokenization(home: Path, launcher: str, *given: str, **env: str) -> str:
+    done = shell("bash", home / "launchers" / f"{launcher}.sbatch", *given, PECO_HOME=str(home), **env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize("asked", ["3", "1", "8"])
+def test_a_part_of_the_tokenization_done_again_is_the_same_part(echoing_home, asked):
+    """However many tasks are asked for: `--array=3` redoes part 3 of 8."""
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": asked, "SLURM_ARRAY_TASK_MAX": "3"}
+    assert "--part 3 --parts 8 " in tokenization(echoing_home, "tokenize", **array) + " "
+    assert "--part 3 --parts 16 " in tokenization(echoing_home, "tokenize", TOKENIZE_PARTS="16", **array)
+    assert "--parts 16 " in tokenization(echoing_home, "tokenize_finish", TOKENIZE_PARTS="16")
+
+
+def test_pipeline_says_how_many_parts_there_are(recording_sbatch, raw, tmp_path):
+    done = pipeline(recording_sbatch, raw, tmp_path / "out", TOKENIZE_PARTS="4")
+    submitted = dict(zip([line.split()[0] for line in done.stdout.splitlines()], submissions(recording_sbatch)))
+    assert "|--array=0-3|" in submitted["tokenize"]
+    assert "|--parts|4|" in submitted["tokenize"] and "|--parts|4|" in submitted["tokenize_finish"]
+
+
+def submissions(tools: Path) -> list[str]:
+    return (tools / "sbatch.log").read_text().splitlines()
+
+
+WORD = "7-0-of this start"
+
+
+def task(tmp_path: Path, command: str, word: str = WORD, **env: str) -> tuple[int, str]:
+    """Exit code of task.sh around a command, and the code it left for the launcher.
+
+    Args:
+        word: what stands in the folder that the task leaves its code in.
+    """
+    folder = tmp_path / "exit"
+    folder.mkdir(exist_ok=True)
+    (folder / "word").write_text(f"{word}\n")
+    env = {"PECO_EXIT_DIR": str(folder), "PECO_EXIT_WORD": WORD} | env
+    done = shell("bash", LAUNCHERS / "task.sh", "bash", "-c", command, **env)
+    return done.returncode, (folder / "code").read_text().strip() if (folder / "code").exists() else ""
 
 
 def test_a_task_that_stopped_in_good_order_does_not_look_like_a_failure_to_srun(tmp_path):
@@ -383,6 +457,31 @@ def test_a_rank_that_refused_its_input_outweighs_one_that_lost_it_for_that_but_a
     assert task(tmp_path, "exit 76") == (76, "2")
 
 
+@pytest.mark.parametrize(
+    "word, env",
+    [
+        ("7-0-of another start", {}),  # a folder of this name on a node's own disk
+        ("", {}),
+        (WORD, {"PECO_EXIT_DIR": ""}),  # the launcher found no folder
+        (WORD, {"PECO_EXIT_DIR": "/nowhere"}),  # a folder that this node does not see
+        (WORD, {"PECO_EXIT_DIR": "/proc/self"}),  # one that takes no file
+    ],
+)
+def test_a_task_that_cannot_leave_its_code_tells_srun_that_it_stopped_in_good_order(tmp_path, word, env):
+    assert task(tmp_path, "exit 75", word, **env) == (75, "")
+    assert task(tmp_path, "exit 2", word, **env) == (2, "")
+    assert task(tmp_path, "exit 0", word, **env) == (0, "")
+
+
+def test_a_disk_that_is_full_when_the_code_is_written_ends_the_task_with_75(tmp_path):
+    (tmp_path / "full.sh").write_text(f"{FULL}\n")
+    assert task(tmp_path, "exit 75", BASH_ENV=str(tmp_path / "full.sh")) == (75, "")
+
+
+# In bash: every file is as on a full disk, or over a quota.
+FULL = "trap '' XFSZ; ulimit -S -f 0"
+
+
 class Job:
     """One job over its restarts: common.sh between a srun that ends as it is told and a scontrol that writes down what
     is asked of it.
@@ -391,9 +490,11 @@ class Job:
     def __init__(self, folder: Path) -> None:
         self.folder, tools = folder, folder / "tools"
         tools.mkdir()
-        (tools / "srun").write_text('#!/bin/bash\n[ -z "$FIRST" ] || echo "$FIRST" > "$PECO_EXIT_FILE"\nexit "$CODE"\n')
+        (tools / "srun").write_text(
+            '#!/bin/bash\neval "$MISHAP"\n[ -z "$FIRST" ] || echo "$FIRST" > "$PECO_EXIT_DIR/code"\nexit "$CODE"\n'
+        )
         (tools / "scontrol").write_text(
-            '#!/bin/bash\ncase "$1 $2" in "show hostnames") echo n1 ;; "show node") echo '
+            '#!/bin/bash\nulimit -S -f unlimited\ncase "$1 $2" in "show hostnames") echo n1 ;; "show node") echo '
             f'NodeAddr=127.0.0.1 ;; *) echo "$*" >> {folder}/asked; exit "${{REFUSED:-0}}" ;; esac\n'
         )
         for tool in tools.iterdir():
@@ -406,18 +507,24 @@ class Job:
             SLURM_CPUS_ON_NODE="2",
         )
         self.env |= {"SLURM_SUBMIT_DIR": str(folder), "PECO_VENV": "/nowhere"}
+        self.name = "7"
 
-    def end(self, code: int, first: str = "", **env: str) -> tuple[int, bool]:
+    def end(self, code: int, first: str = "", *, full: bool = False, **env: str) -> tuple[int, bool]:
         """Exit code of the batch script whose srun ends with `code` after a task left `first`.
 
         Whether the job goes back into the queue.
+
+        Args:
+            full: no file takes a byte, wherever it is.
         """
         asked = self.folder / "asked"
         asked.unlink(missing_ok=True)
         script = f"source {LAUNCHERS}/common.sh && run_ranks stage.py"
+        script = f"{FULL}; {script}" if full else script
         done = shell("bash", "-c", script, cwd=self.folder, **self.env, CODE=str(code), FIRST=first, **env)
         assert "line " not in done.stderr, done.stderr  # how bash begins a complaint
-        return done.returncode, asked.exists() and asked.read_text() == "requeue 7\n"
+        self.output = done.stdout + done.stderr
+        return done.returncode, asked.exists() and asked.read_text() == f"requeue {self.name}\n"
 
     def left_behind(self) -> list[Path]:
         return list(self.folder.glob(".peco_*"))
@@ -462,6 +569,70 @@ def test_a_cluster_that_refuses_to_requeue_gets_the_stages_own_code(tmp_path):
     job = Job(tmp_path)
     assert job.end(137, "76", REFUSED="1")[0] == 76 and job.end(0, "75", REFUSED="1")[0] == 75
     assert job.left_behind() == []
+
+
+def test_a_task_of_an_array_goes_back_alone_though_its_id_is_the_arrays(tmp_path):
+    job = Job(tmp_path)
+    job.env |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    job.name = "7_3"
+    assert job.end(0, "75") == (75, True) and job.end(137, "76") == (76, True)
+
+
+# /proc: root may write into a folder of any mode.
+@pytest.mark.parametrize("submitted_from", ["/proc/self", "/nowhere", "/dev/null"])
+def test_a_submit_folder_that_cannot_be_written_hides_no_stop_in_good_order(tmp_path, submitted_from):
+    """The codes go through another folder, and where there is none through srun alone; the job is never COMPLETED."""
+    job = Job(tmp_path)
+    job.env["SLURM_SUBMIT_DIR"] = submitted_from
+    (tmp_path / "runs").mkdir()
+    assert job.end(0, "75", PECO_RUNS_ROOT=str(tmp_path / "runs")) == (75, True)
+    assert job.end(75, full=True) == (75, True), "a task that cannot leave its code gives it to srun"
+    assert job.end(0, full=True) == (0, False) and job.end(2, full=True) == (2, False)
+    assert job.end(137, full=True) == (137, False) and "no file can be written to count it" in job.output
+    assert not list((tmp_path / "runs").iterdir()) and not job.left_behind()
+
+
+@pytest.mark.parametrize(
+    "mishap",
+    [
+        'rm -r "$PECO_EXIT_DIR"',  # the file system of the submit folder is gone
+        'echo another > "$PECO_EXIT_DIR/word"',
+        ': > "$PECO_EXIT_DIR/code"',  # a task left a code, and it is not there
+    ],
+)
+def test_a_job_whose_end_cannot_be_known_is_not_completed(tmp_path, mishap):
+    job = Job(tmp_path)
+    assert job.end(0, MISHAP=mishap) == (1, False)
+    assert [line for line in job.output.splitlines() if line.startswith("error:")] and not job.left_behind()
+    assert job.end(75, MISHAP=mishap) == (75, True) and job.end(2, MISHAP=mishap) == (2, False)
+
+
+@pytest.mark.parametrize(
+    "asked, ranks",
+    [
+        ({"SLURM_GPUS_PER_NODE": "8"}, 8),
+        ({"SLURM_GPUS_PER_NODE": "h100:8"}, 8),
+        ({"SLURM_GPUS_PER_NODE": "a100:4,h100:4"}, 8),
+        ({"SLURM_GPUS_PER_NODE": "a100:2,h100:2,v100:1"}, 5),
+        ({"SLURM_GPUS_PER_NODE": "volta,h100:08"}, 9),
+        ({"SLURM_GPUS_PER_NODE": "0"}, 1),
+        ({"SLURM_GPUS_PER_NODE": "2", "SLURM_GPUS_ON_NODE": "8"}, 2),
+        ({"SLURM_GPUS_ON_NODE": "4"}, 4),
+        ({}, 1),
+        ({"SLURM_GPUS_ON_NODE": "4", "TASKS_PER_NODE": "3"}, 3),
+    ],
+)
+def test_there_is_a_rank_for_each_gpu_of_a_node_of_whatever_type(tmp_path, asked, ranks):
+    script = f"source {LAUNCHERS}/common.sh && echo $TASKS_PER_NODE"
+    done = shell("bash", "-c", script, cwd=tmp_path, **Job(tmp_path).env, **asked)
+    assert done.stdout.split() == [str(ranks)] and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "2.5", "8 8", "08x"])
+def test_a_number_of_ranks_a_node_that_is_none_is_refused(tmp_path, value):
+    script = f"source {LAUNCHERS}/common.sh"
+    done = shell("bash", "-c", script, cwd=tmp_path, **Job(tmp_path).env, TASKS_PER_NODE=value)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "TASKS_PER_NODE" in done.stderr
 
 
 @pytest.mark.parametrize("value", ["many", "-1", ""])

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from peco_ds.config import ProbeSettings
-from peco_ds.evaluation.linear_probes import linear_accuracy, standardisation, train_linear_probes
+from peco_ds.errors import UserError
+from peco_ds.evaluation.linear_probes import linear_accuracy, probe, standardisation, train_linear_probes
 
 CPU = torch.device("cpu")
 EPOCHS = 15
@@ -96,3 +97,10 @@ def test_standardised_features_have_mean_0_and_deviation_1_and_a_constant_one_be
     torch.testing.assert_close(unit[:, :12].mean(dim=0), torch.zeros(12), atol=1e-3, rtol=0)
     torch.testing.assert_close(unit[:, :12].std(dim=0, correction=0), torch.ones(12), atol=1e-3, rtol=0)
     assert torch.equal(unit[:, 12:], torch.zeros(300, 2))
+
+
+def test_a_rate_at_which_a_classifier_diverges_gives_no_score(clouds):
+    train, labels, val, val_labels = clouds
+    settings = ProbeSettings(lrs=(1e-2, 1e37), epochs=2, global_batch=32, knn_k=())
+    with pytest.raises(UserError, match=r"probe.lrs 1e\+37: .*not finite"):
+        probe((rows(train), labels), (rows(val), val_labels), settings, num_classes=4, device=CPU)

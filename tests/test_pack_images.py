@@ -519,6 +519,7 @@ def test_tars_that_cannot_serve_are_refused_by_name(tars, tree, tmp_path, capsys
         ({"txt": "caption"}, "has no image"),
         ({"jpg": b"x", "cls": "cat"}, "not a class number"),
         ({"jpg": b"x"}, "labelled"),
+        ({"jpg": b"x", "cls": "999999"}, "label 999999, which makes 1000000 classes of"),
     ):
         with webdataset.TarWriter(str(last)) as writer:
             writer.write(

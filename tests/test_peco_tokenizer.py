@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from peco_ds.config import TokenizerLossSettings, TokenizerSettings
 from peco_ds.errors import UserError
+from peco_ds.models import tokenizers
 from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, read_card, save_tokenizer
 from peco_ds.objectives.tokenizer_losses import tokenizer_loss
 
@@ -212,3 +213,17 @@ def test_a_card_that_is_none_is_refused_in_one_line(release, text):
     with pytest.raises(UserError) as caught:
         load_tokenizer(release)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_not_finite_is_neither_released_nor_read(tiny, tmp_path, monkeypatch):
+    state = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    state["codebook.codes"][3, 1] = float("nan")
+    with pytest.raises(UserError, match="no release in .*tensor codebook.codes holds values that are not finite"):
+        save_tokenizer(tmp_path / "release", state, TINY, {})
+    assert not (tmp_path / "release").exists()
+    # As an earlier release of this package wrote it.
+    monkeypatch.setattr(tokenizers, "check_finite", lambda *_: None)
+    save_tokenizer(tmp_path / "release", state, TINY, {})
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="tensor codebook.codes holds values that are not finite"):
+        load_tokenizer(tmp_path / "release")

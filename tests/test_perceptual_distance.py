@@ -61,3 +61,11 @@ def test_a_file_of_another_network_is_refused(tmp_path):
     torch.save({"features.0.weight": torch.zeros(64, 3, 5, 5)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="neither torchvision's AlexNet nor its VGG16"):
         load_lpips(tmp_path / "other.pth")
+
+
+def test_a_network_that_is_not_finite_measures_no_distance(alexnet, tmp_path):
+    state = torch.load(alexnet, weights_only=True)
+    state["features.10.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "alexnet.pth")
+    with pytest.raises(UserError, match="tensor 10.bias holds values that are not finite"):
+        load_lpips(tmp_path / "alexnet.pth")

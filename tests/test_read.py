@@ -1,5 +1,6 @@
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from beit_samples import (
     mim_shapes,
     same,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
 from transformers import (
     BeitConfig,
@@ -28,9 +29,13 @@ from transformers import (
 
 from peco_ds.config import ModelSettings
 from peco_ds.convert.read import read_weights
+from peco_ds.convert.release import write_release
+from peco_ds.convert.to_hf import to_hf
+from peco_ds.convert.to_timm import to_timm
+from peco_ds.convert.to_unilm import to_unilm
 from peco_ds.convert.verify import model_outputs
 from peco_ds.errors import UserError
-from peco_ds.models.beit_weights import SHARED_TABLE
+from peco_ds.models.beit_weights import SHARED_TABLE, BeitWeights
 
 # full width, two of the twelve blocks
 BASE = ModelSettings(image_px=224, patch_px=16, width=768, depth=2, heads=12, drop_path=0.0)
@@ -229,7 +234,13 @@ def test_what_is_no_release_is_refused(tmp_path):
 def test_a_run_is_handed_to_its_reader_and_refused_where_there_is_none(tmp_path):
     (tmp_path / "settings.yaml").write_text("stage: pretrain\n")
     assert "a run folder" in refused(tmp_path)
-    assert read_weights(tmp_path, average="raw", read_run=lambda path, average: (path, average)) == (tmp_path, "raw")
+    asked = []
+
+    def read_run(path, average):
+        asked.append((path, average))
+        return BeitWeights("mim", SMALL, drawn(mim_shapes(SMALL)), "a run")
+
+    assert read_weights(tmp_path, average="raw", read_run=read_run).source == "a run" and asked == [(tmp_path, "raw")]
 
 
 # ------------------------------------------------------------------------------------------------ timm
@@ -430,3 +441,45 @@ def test_the_names_that_transformers_5_has_in_memory_are_refused_with_the_remedy
         assert "save_pretrained" in refused(path)
     else:
         assert read_weights(path).kind == "mim"
+
+
+# ---------------------------------------------------------------------------------------------- finite
+
+
+def poisoned(tensors: dict, value: float) -> dict:
+    """A copy in which one value of the last tensor is not finite."""
+    copy = {name: tensor.clone() for name, tensor in tensors.items()}
+    copy[sorted(copy)[-1]].view(-1)[-1] = value
+    return copy
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shapes", [mim_shapes, classifier_shapes, feature_shapes])
+def test_weights_that_are_not_finite_are_no_weights(tmp_path, shapes, value):
+    tensors = drawn(shapes(SMALL))
+    assert read_weights(saved(tensors, tmp_path / "good.pth")).tensors
+    assert "not finite" in refused(saved(poisoned(tensors, value), tmp_path / "bad.pth"))
+
+
+def test_an_average_that_is_not_finite_is_refused_and_the_raw_weights_beside_it_are_not(tmp_path):
+    tensors = drawn(classifier_shapes(SMALL))
+    torch.save({"model": tensors, "model_ema": poisoned(tensors, float("nan"))}, tmp_path / "run.pth")
+    assert "not finite" in refused(tmp_path / "run.pth")
+    assert same(read_weights(tmp_path / "run.pth", average="raw").tensors, tensors)
+
+
+@pytest.mark.parametrize("library", ["timm", "hf", "unilm"])
+def test_a_release_of_weights_that_are_not_finite_is_neither_read_nor_written(tmp_path, library):
+    weights = read_weights(saved(drawn(classifier_shapes(SMALL)), tmp_path / "good.pth"))
+    make = {"timm": to_timm, "hf": to_hf, "unilm": to_unilm}[library]
+    broken = replace(weights, tensors=poisoned(weights.tensors, float("nan")))
+    with pytest.raises(UserError, match="no release in .* not finite"):
+        write_release(tmp_path / "broken", make(broken), broken)
+    assert not (tmp_path / "broken").exists()
+
+    write_release(tmp_path / "good", make(weights), weights)
+    (file,) = [path for path in (tmp_path / "good").iterdir() if path.suffix in (".safetensors", ".pth")]
+    content = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)["model"]
+    content = poisoned(content, float("inf"))
+    save_file(content, file) if file.suffix == ".safetensors" else torch.save({"model": content}, file)
+    assert "not finite" in refused(tmp_path / "good")

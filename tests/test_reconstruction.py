@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from peco_ds.errors import UserError
 from peco_ds.evaluation.reconstruction import (
     CodeSums,
     CosineSums,
@@ -126,3 +127,20 @@ def test_small_images_of_a_grid_are_enlarged_and_its_columns_named(images):
 
 def test_images_survive_the_way_to_the_tokenizers_range_and_back(images):
     assert torch.equal(to_u8(images.float() / 127.5 - 1), images)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_round_trip_that_is_not_finite_has_no_score(images, value):
+    def broken(images_11):
+        output = Rounded(images_11)
+        output.features = output.features * value
+        output.reconstruction = output.reconstruction * float("nan")
+        return output
+
+    world = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"), all_reduce=lambda tensor: tensor)
+    for sums in (
+        RoundTripSums(6, world.device),
+        CosineSums(6, world.device, lambda images_01: Rounded(images_01).features),
+    ):
+        with pytest.raises(UserError, match="not finite .*no score"):
+            held_out_quality(broken, images, sums, world, batch=3)

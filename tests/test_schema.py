@@ -19,6 +19,7 @@ from peco_ds.schema import (
     Shard,
     TokenManifest,
     ViewRecipe,
+    read_json,
     read_manifest,
     sha256_of_file,
     sha256_of_json,
@@ -198,3 +199,11 @@ def test_a_manifest_of_random_bytes_is_a_user_error(tmp_path, content):
     (tmp_path / MANIFEST_NAME).write_bytes(content)
     with pytest.raises(UserError):
         read_manifest(tmp_path, ImageManifest)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_is_named_and_nothing_is_written(tmp_path, value):
+    path = write_json(tmp_path / "e.json", {"whole": True})
+    with pytest.raises(UserError, match=r"e.json: not written, quality.rows\[1\].loss = -?(nan|inf) is not finite"):
+        write_json(path, {"target": "x", "quality": {"top1": 1.0, "rows": [{"loss": 1.0}, {"loss": value}]}})
+    assert read_json(path) == {"whole": True} and list(tmp_path.iterdir()) == [path]

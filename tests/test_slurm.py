@@ -190,14 +190,55 @@ def test_submitting_from_elsewhere_works_after_sourcing_cluster_env_and_else_say
 
 @pytest.mark.slurm
 def test_array_tasks_divide_the_tokenization(cluster: SlurmCluster, stand_ins: StandIns):
+    """Two of three tasks, as one does parts again: which parts there are does not follow from what is asked for."""
+    env = stand_ins.env | {"TOKENIZE_PARTS": "3"}
     job = cluster.sbatch(
-        "--array=0-2", "launchers/tokenize.sbatch", "--recipe", "peco_vitb16", cwd=stand_ins.home, env=stand_ins.env
+        "--array=0,2", "launchers/tokenize.sbatch", "--recipe", "peco_vitb16", cwd=stand_ins.home, env=env
     )
     assert cluster.wait(job, timeout_s=90) == {job: "COMPLETED"}
     parts = sorted(record["argv"] for record in stand_ins.read("tokenize_shards"))
     assert parts == [
-        ["--recipe", "peco_vith14", "--part", str(part), "--parts", "3", "--recipe", "peco_vitb16"] for part in range(3)
+        ["--recipe", "peco_vith14", "--part", part, "--parts", "3", "--recipe", "peco_vitb16"] for part in "02"
     ]
+
+
+@pytest.mark.slurm
+def test_a_task_of_an_array_that_stops_in_good_order_leaves_the_other_tasks_alone(
+    cluster: SlurmCluster, stand_ins: StandIns
+):
+    """One of them has the array's own job id, by which `scontrol requeue` would start every task again."""
+    stand_ins.exit_with("tokenize_shards", 75, 0)
+    job = cluster.sbatch("--array=0-1", "launchers/tokenize.sbatch", cwd=stand_ins.home, env=stand_ins.env)
+    wait_until(lambda: len(list(stand_ins.records.glob("tokenize_shards-*-0-0.began"))) == 2)
+    tasks = {found["JobId"]: f"{job}_{found['ArrayTaskId']}" for found in cluster.jobs(job)}
+    for task in (tasks.pop(str(job)), *tasks.values()):
+        assert cluster.command("scancel", "--signal=USR2", task).returncode == 0
+        wait_until(lambda: cluster.jobs(task)[0]["JobState"] in FINISHED, timeout_s=90)
+    assert {(found["JobState"], found["Restarts"]) for found in cluster.jobs(job)} == {("COMPLETED", "1")}
+    assert sorted(len(record["signals"]) for record in stand_ins.read("tokenize_shards")) == [0, 0, 1, 1]
+
+
+@pytest.mark.slurm
+def test_a_stop_in_good_order_in_a_submit_folder_that_takes_no_file_is_requeued(
+    cluster: SlurmCluster, stand_ins: StandIns, tmp_path
+):
+    """Codes of two nodes through no file at all, with a rank that stops seconds after the other."""
+    stand_ins.exit_with("pretrain", 75, 0)
+    (stand_ins.records / "pretrain.twice").touch()
+    common = stand_ins.home / "launchers" / "common.sh"
+    # Root, too, can make no folder there.
+    text, places = re.subn(r"for folder in .*;", "for folder in /proc/self;", common.read_text())
+    assert places == 1
+    common.write_text(text)
+    env = stand_ins.env | {"PECO_HOME": str(stand_ins.home)}
+    launcher = stand_ins.home / "launchers" / "pretrain_vitb.sbatch"
+    job = cluster.sbatch("--nodes=2", f"--output={tmp_path}/log", launcher, cwd=stand_ins.home, env=env)
+    wait_until(lambda: len(list(stand_ins.records.glob(f"pretrain-{job}-0-*.began"))) == 2)
+    for _ in range(2):
+        assert cluster.command("scancel", "--signal=USR2", str(job)).returncode == 0
+        wait_until(lambda: len(list(stand_ins.records.glob(f"pretrain-{job}-0-*.signalled"))) == 2)
+    assert cluster.wait(job, timeout_s=120) == {job: "COMPLETED"}, (tmp_path / "log").read_text()
+    assert cluster.jobs(job)[0]["Restarts"] == "1"
 
 
 @pytest.mark.slurm

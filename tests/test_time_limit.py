@@ -106,6 +106,13 @@ def test_squeue_is_asked_for_this_job(tmp_path, monkeypatch):
     assert "--jobs=7" in (tmp_path / "asked").read_text().split()
 
 
+def test_squeue_is_asked_for_the_task_of_an_array_and_not_for_the_array(tmp_path, monkeypatch):
+    environ = squeue(tmp_path, f'echo "$@" > {tmp_path}/asked; echo 1:00:00')
+    monkeypatch.setenv("PATH", environ["PATH"])
+    seconds_left(environ | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"})
+    assert "--jobs=7_3" in (tmp_path / "asked").read_text().split()
+
+
 @pytest.mark.parametrize("script", ["exit 1", "echo error >&2; exit 1", "sleep 30", "kill -9 $$"])
 def test_a_squeue_that_fails_or_hangs_is_no_answer(tmp_path, monkeypatch, script):
     monkeypatch.setattr(time_limit, "ANSWER_S", 0.5)

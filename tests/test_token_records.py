@@ -68,6 +68,16 @@ def test_what_the_next_batch_breaks_on_does_not_cost_the_one_before_it():
     assert handed_out == ["k0", "k1"]
 
 
+def test_soft_codes_that_are_not_finite_are_not_recorded():
+    def codes(images):
+        found = codes_like(images)
+        found.topk_probs[-1, 2, 0] = float("nan")
+        return found
+
+    with pytest.raises(UserError, match="not finite, first among k0, k1"):
+        next(record_batches([batch(0, 2)], codes))
+
+
 class Disk:
     """Takes the place of TokenParts: what was written whole, by shard; `open` holds it up."""
 

@@ -193,6 +193,8 @@ def test_parts_are_finished_only_when_all_shards_are_there(images, tmp_path):
         parts.write(number, [record(f"k{i}") for i in range(images.shards[number].samples)])
     with pytest.raises(UserError, match=f"1 of 4 shards are not tokenized yet, first {images.shards[2].name}"):
         parts.finish()
+    with pytest.raises(UserError, match=r"run their parts \(2 of --parts 4\)"):
+        parts.finish(4)
     parts.write(2, [record(f"k{i}") for i in range(images.shards[2].samples)])
     assert parts.finish().samples == images.samples
     (tmp_path / "manifest.json").rename(tmp_path / "was.json")

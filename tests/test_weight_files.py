@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from peco_ds.errors import UserError
-from peco_ds.models.weight_files import read_tensor_file, weights_fingerprint
+from peco_ds.models.weight_files import check_finite, read_tensor_file, weights_fingerprint
 
 
 def refused(path, content: bytes | None = None) -> str:
@@ -98,3 +98,19 @@ def test_a_fingerprint_follows_settings_names_types_shapes_and_bytes_and_stays_w
         ({"width": 3, "kind": "x"}, {"b": tensors["b"], "c": tensors["a"]}),
     )
     assert found not in {weights_fingerprint(*other) for other in others}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_found_in_any_precision(dtype, value):
+    tensor = torch.full((5, 7), torch.finfo(dtype).max, dtype=dtype)
+    check_finite({"whole": tensor, "none": None, "numbers": torch.arange(3), "empty": torch.empty(0)}, "w.pth")
+    tensor[3, 2] = value
+    with pytest.raises(UserError, match=r"^w.pth: tensor b holds values that are not finite; fetch"):
+        check_finite({"a": torch.ones(2), "b": tensor.t()}, "w.pth")
+
+
+def test_a_torchscript_archive_is_called_by_its_name(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "net.pt"))
+    message = refused(tmp_path / "net.pt")
+    assert "TorchScript" in message and "state_dict" in message and "damaged" not in message

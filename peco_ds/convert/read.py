@@ -31,8 +31,9 @@ from peco_ds.models.beit_weights import PLACES, SHARED_TABLE, TABLE, BeitWeights
 from peco_ds.models.image_statistics import FACT, Asked, statistics_of_weights
 from peco_ds.models.vit import mlp_ratio_of, timm_arguments
 from peco_ds.models.vit_layouts import assumed_beside, terms_beside
-from peco_ds.models.weight_files import read_tensor_file, tensors_of_checkpoint
+from peco_ds.models.weight_files import check_finite, read_tensor_file, tensors_of_checkpoint
 from peco_ds.schema import read_json, sha256_of_file, short
+from peco_ds.user_paths import expand_path
 
 logger = logging.getLogger("peco_ds")
 
@@ -40,6 +41,9 @@ Layout = Literal["auto", "run", "timm", "hf", "unilm"]
 # The first lies in a run folder, the second in a checkpoint of it.
 _RUN_FILES = ("settings.yaml", "progress.json")
 _PICKLED = "pytorch_model.bin"
+DIVERGED = (
+    "the training that wrote it had diverged, or the file is damaged: give an earlier checkpoint, or fetch it again"
+)
 # Keys under which training scripts put the weights into their checkpoint; a moving average is asked for by name.
 _CONTAINERS = ("model", "module", "state_dict")
 # Keys of unilm and of timm's training script.
@@ -68,9 +72,20 @@ def read_weights(
         read_run: reads a run (`runtime.run_weights.read_run`); None where runs are not taken.
     A bare file does not state its crop: it is 0.875 below 384 px and 1 from there on.
     Raises: UserError if there is nothing to read, or it is of another layout or model family, or a tensor is missing,
-        left over or of another shape.
+        left over, of another shape or not finite.
     """
-    path = Path(path).expanduser()
+    weights = _read(expand_path(path), layout, average, statistics, read_run)
+    check_finite(weights.tensors, weights.source, DIVERGED)
+    return weights
+
+
+def _read(
+    path: Path,
+    layout: Layout,
+    average: Average,
+    statistics: Asked,
+    read_run: Callable[[Path, Average], BeitWeights] | None,
+) -> BeitWeights:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; correct the path")
     found = _layout_of(path, layout)

@@ -13,7 +13,7 @@ import torch
 
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
-from peco_ds.models.weight_files import save_pickle, save_tensors
+from peco_ds.models.weight_files import check_finite, save_pickle, save_tensors
 from peco_ds.own_files import MADE_BY, PACKAGE, Own, refuse_foreign, written_whole
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, json_text, read_json
 
@@ -55,9 +55,11 @@ def write_files(out: Path, release: Release, card: str) -> None:
     records which files are the release's, and a later one replaces no others.
 
     Raises: UserError if the folder holds a file of a release of another kind, which a reader would take along, or one
-        that no release of ours wrote; OSError that names the file.
+        that no release of ours wrote, or a tensor is not finite; OSError that names the file.
     """
     names = {CARD, *release.tensors, *release.configs}
+    for name, tensors in release.tensors.items():
+        check_finite(tensors, f"no release in {out}: {name}", "give the weights of an earlier checkpoint")
     _refuse_other_release(out, release)
     refuse_foreign_files(out, names)
     is_new = not out.exists()
@@ -73,7 +75,7 @@ def write_files(out: Path, release: Release, card: str) -> None:
                 draft(name).write_text(json_text(release.configs[name]), encoding="utf-8")
             for name, tensors in release.tensors.items():
                 _write_tensors(draft(name), tensors, safe=name.endswith(".safetensors"))
-            draft(CARD).write_text(card + _record(names), encoding="utf-8")
+            draft(CARD).write_text(card + _record(names), encoding="utf-8", errors="backslashreplace")
             refuse_foreign_files(out, names)
             (out / CONFIG).unlink(missing_ok=True)
     except BaseException:

@@ -33,6 +33,8 @@ from peco_ds.schema import (
 
 # At most a million classes: every class below the largest label gets a name.
 _LABEL_DIGITS = 6
+# A largest label above this, and above the number of samples, is taken for a slip where no file names the classes.
+_USUAL_CLASSES = 1000
 # The folder in --out that records what each finished shard was made from, for a restart.
 _RECORDS = ".pack"
 _RECORD = ".record.json"
@@ -360,7 +362,8 @@ def _index_in_place(out: Path, job: IndexJob, count_one: Callable[[], None]) -> 
 def classes_of_tars(records: list[ShardRecord], classes_file: Path | None) -> list[str] | None:
     """Classes of tars indexed in place: from a file, else their numbers; None where no sample has a .cls.
 
-    Raises: UserError if only some samples are labelled, or a label has no line in the file.
+    Raises: UserError if only some samples are labelled, a label has no line in the file, or there is no file and there
+        would be more classes than samples, and than are usual.
     """
     labelled, samples = sum(record.labelled for record in records), sum(record.shard.samples for record in records)
     if labelled == 0:
@@ -372,6 +375,12 @@ def classes_of_tars(records: list[ShardRecord], classes_file: Path | None) -> li
             "and unlabelled tars apart"
         )
     most = max(records, key=lambda record: record.largest_label)
+    # A part of a larger set may have fewer samples than classes.
+    if classes_file is None and most.largest_label >= max(samples, _USUAL_CLASSES):
+        raise UserError(
+            f"{most.shard.path}: holds label {most.largest_label}, which makes {most.largest_label + 1} classes of "
+            f"{samples} samples; correct the .cls, or name all classes with --classes FILE"
+        )
     if classes_file is None:
         return [str(label) for label in range(most.largest_label + 1)]
     classes = read_classes(classes_file)

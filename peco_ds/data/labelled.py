@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from peco_ds.data.order import AUGMENT, SampleOrder
 from peco_ds.data.views import normalize
 from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
-from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
+from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, short
 
 # The label and the sample number of a row that only fills up a batch.
 PADDING = -1
@@ -85,12 +86,28 @@ def labelled_sets(
     """
     image_set, held_out = ImageSet(images), ImageSet(val_images)
     classes = check_labels(image_set, names[0])
-    if check_labels(held_out, names[1]) != classes:
+    if difference := _difference(classes, check_labels(held_out, names[1])):
         raise UserError(
-            f"{names[1]} {held_out.folder}: its classes are not those of {image_set.folder}, or stand in "
-            "another order; pack both from the same class folders"
+            f"{names[1]} {held_out.folder}: its classes are not those of {image_set.folder}: {difference}; pack both "
+            "from the same class folders"
         )
     return image_set, held_out, classes
+
+
+def _difference(classes: tuple[str, ...], others: tuple[str, ...]) -> str:
+    """How the second list differs from the first, in a few words; "" where they are equal."""
+    for missing, names, where in (
+        (set(classes) - set(others), others, "not in it"),
+        (set(others) - set(classes), classes, "in it alone"),
+    ):
+        if missing:
+            name = min(missing)
+            composed = unicodedata.normalize("NFC", name) in {unicodedata.normalize("NFC", other) for other in names}
+            form = ", its letters are composed otherwise in Unicode" if composed else ""
+            return f"{len(missing)} of the classes, as {short(name)}, are {where}{form}"
+    places = (place for place, (one, other) in enumerate(zip(classes, others)) if one != other)
+    place = next(places, None)
+    return "" if place is None else f"class {place} is {short(others[place])} there and {short(classes[place])} here"
 
 
 @dataclass

@@ -243,18 +243,22 @@ class TokenParts:
         unreadable = read_json(self._part_file(number)).get("unreadable")
         return {"count": unreadable if type(unreadable) is int else 0, "read": self._images.shards[number].samples}
 
-    def finish(self) -> TokenManifest:
+    def finish(self, num_parts: int = 1) -> TokenManifest:
         """Write the manifest.
 
+        Args:
+            num_parts: parts that the work was shared by, of which an error names those that are to be done again.
         Raises: UserError naming the first shard that is missing.
         """
         parts = [self._part(number) for number in range(len(self._images.shards))]
         shards = [part for part in parts if part is not None]
-        missing = [image_shard.name for image_shard, part in zip(self._images.shards, parts) if part is None]
+        missing = [number for number, part in enumerate(parts) if part is None]
         if missing:
+            again = ",".join(str(part) for part in sorted({number % num_parts for number in missing}))
+            of_parts = f" ({again} of --parts {num_parts})" if num_parts > 1 else ""
             raise UserError(
                 f"{self.folder}: {len(missing)} of {len(parts)} shards are not tokenized yet, first "
-                f"{missing[0]}; run their parts, then --finish again"
+                f"{self._images.shards[missing[0]].name}; run their parts{of_parts}, then --finish again"
             )
         manifest = TokenManifest(
             shards=shards,

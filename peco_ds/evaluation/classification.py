@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
+
+from peco_ds.errors import UserError
 
 
 class ClassificationSums:
@@ -39,8 +42,16 @@ class ClassificationSums:
         counted).
 
         Collective: torchmetrics sums the counts over the ranks of the process group, if any.
+
+        Raises: UserError on every rank where a logit was not finite: the highest of such logits is class 0, which
+            would be a score.
         """
         values = {name: float(value) for name, value in self._metrics.compute().items()}
+        if values["images"] and not math.isfinite(values["loss"]):
+            raise UserError(
+                f"the classifier gives values that are not finite (loss {values['loss']}), so there is no score; take "
+                "weights of an earlier step, or more precision (fp32)"
+            )
         return {
             "top1": round(100 * values["top1"], 4),
             "top5": round(100 * values["top5"], 4),

@@ -79,7 +79,7 @@ class TokenizerEvaluation:
             images: to measure on.
             train: labelled as `images` are; None: the codes are not probed.
             classifier: of the classes of `images`; reads the reconstructions. None: nobody does.
-classifier_images: of how many images, spread over the set; None: of all.
+            classifier_images: of how many images, spread over the set; None: of all.
             atlas: picture that `draw_atlas` makes afterwards; None: none, and nothing of it in the result.
             world: the ranks (`runtime.distributed.World`).
         Returns: settings, quality, throughput, what the classifier reads, the atlas and code probes as they are

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from peco_ds.config import ProbeSettings
+from peco_ds.errors import UserError
 from peco_ds.evaluation.knn import knn_top1
 from peco_ds.schedules import cosine_with_warmup
 
@@ -147,8 +148,12 @@ def probe(
     Args:
         train, val: rows and labels, as `train_linear_probes` takes them.
     Returns: {"linear": [{"lr", "top1", "top5"}], "knn": {k: top1}} on `val`, in percent; k as text.
+    Raises: UserError for a learning rate at which training diverges.
     """
     probes = train_linear_probes(*train, settings, num_classes=num_classes, device=device, stop=stop)
+    for lr, weight, bias in zip(settings.lrs, probes.weight, probes.bias):
+        if not bool(weight.isfinite().all() and bias.isfinite().all()):
+            raise UserError(f"probe.lrs {lr:g}: its classifier is not finite, so it has no score; give lower rates")
     linear = [{"lr": lr, **accuracy} for lr, accuracy in zip(settings.lrs, linear_accuracy(probes, *val))]
     knn = (
         knn_top1(

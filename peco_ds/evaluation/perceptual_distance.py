@@ -13,7 +13,7 @@ from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from peco_ds.errors import UserError
 from peco_ds.models.timm_weights import WEIGHTS
-from peco_ds.models.weight_files import read_tensor_file
+from peco_ds.models.weight_files import check_finite, read_tensor_file
 
 # The convolutions of torchvision's AlexNet and VGG; the classifier behind them is not part of LPIPS.
 _FEATURES = "features."
@@ -72,6 +72,7 @@ def load_lpips(path: Path) -> Lpips:
             f"{path}: {_FEATURES}{wrong[0]} is missing, unexpected or of another shape than in "
             f"torchvision's {'AlexNet' if name == 'alex' else 'VGG16'}; give that network's file"
         )
+    check_finite(tensors, str(path))
     for key, tensor in expected.items():
         tensor.copy_(tensors[key])
     return Lpips(net, name).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from peco_ds.config import EvaluationSettings
 from peco_ds.data.loaders import HeldOutImages
-from peco_ds.errors import describe_os_error
+from peco_ds.errors import UserError, describe_os_error
 from peco_ds.evaluation.atlas_picture import atlas_picture
 from peco_ds.evaluation.code_atlas import AtlasSums
 from peco_ds.models.vq import usage
@@ -83,12 +84,18 @@ class CodeSums:
         """The names, averaged over images; codes_used, perplexity (exp of the entropy of the code counts).
 
         Collective.
+
+        Raises: UserError on every rank where one of them is not finite.
         """
         *totals, images = all_reduce(self._sums).tolist()
-        return {
-            **{name: total / images for name, total in zip(self.names, totals)},
-            **usage(all_reduce(self._counts)),
-        }
+        averages = {name: total / images for name, total in zip(self.names, totals)}
+        broken = next((name for name, value in averages.items() if not math.isfinite(value)), None)
+        if broken is not None:
+            raise UserError(
+                f"the tokenizer gives values that are not finite ({broken} {averages[broken]}), so there is no score; "
+                "take weights of an earlier step, or more precision (fp32)"
+            )
+        return {**averages, **usage(all_reduce(self._counts))}
 
 
 class RoundTripSums(CodeSums):

@@ -31,7 +31,6 @@ from peco_ds.models.image_statistics import IMAGENET, ImageStatistics, statistic
 from peco_ds.models.timm_weights import (
     WEIGHTS,
     check_architecture,
-    check_finite,
     check_name,
     check_tensors,
     created,
@@ -42,8 +41,9 @@ from peco_ds.models.timm_weights import (
     statistics,
 )
 from peco_ds.models.vit_layouts import licence_beside, object_in, statistics_of_release
-from peco_ds.models.weight_files import read_tensor_file, tensors_of_checkpoint
+from peco_ds.models.weight_files import check_finite, read_tensor_file, tensors_of_checkpoint
 from peco_ds.schema import sha256_of_file
+from peco_ds.user_paths import expand_path
 
 # Size of ImageNet's crops, for files that no config tells it of.
 _IMAGE_PX = 224
@@ -123,7 +123,7 @@ def load_conv(
     Raises: UserError if the file is missing or unreadable, does not hold such a network, misses a tensor of the stages,
         has one left over or one that is not finite, or if a download fails.
     """
-    path = Path(weights).expanduser()
+    path = expand_path(weights)
     if path.is_dir():
         found = _from_folder(path, architecture, section)
     elif path.is_file():

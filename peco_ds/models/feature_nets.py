@@ -15,6 +15,7 @@ from torch import nn
 
 from peco_ds.errors import UserError
 from peco_ds.registry import family_of
+from peco_ds.user_paths import expand
 
 MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
 # Advice on what to fetch, by section of the recipe.
@@ -162,6 +163,7 @@ def load_feature_net(
             f"{section}.weights is empty; {FETCH[section]}"
             + (", or set perceptual.weight=0" if section == "perceptual" else "")
         )
+    weights = expand(weights)
     network = family_of(weights, architecture).load(weights, architecture, image_px=image_px, section=section)
     network.precision = precision
     return network

@@ -17,7 +17,7 @@ from peco_ds.errors import UserError
 from peco_ds.models.image_statistics import FACT, Asked, statistics_of_weights
 from peco_ds.models.timm_weights import MAKE_AGAIN, WEIGHTS, read_timm_config
 from peco_ds.models.vit_layouts import statistics_of_release
-from peco_ds.models.weight_files import read_tensor_file, tensors_of_checkpoint
+from peco_ds.models.weight_files import check_finite, read_tensor_file, tensors_of_checkpoint
 from peco_ds.schema import sha256_of_file
 
 logger = logging.getLogger("peco_ds")
@@ -133,6 +133,7 @@ def _described(model: nn.Module, name: str, source: str, image_px: int | None) -
     """The model with what it is evaluated at, resized to `image_px`."""
     if not model.num_classes:
         raise UserError(f"{name}: has no classifier; give a fine-tuned model, or probe its features")
+    check_finite(model.state_dict(), source)
     own_px = resolve_model_data_config(model, use_test_size=True)["input_size"][-1]
     if image_px is not None:
         _resize(model, name, image_px)

@@ -150,14 +150,3 @@ def check_tensors(
                 f"{where}: tensor {key} (timm's name) is {tensor.dtype}, {name} has {expected[key].dtype}; "
                 "fetch the file again"
             )
-
-
-def check_finite(tensors: dict[str, torch.Tensor | None], description: str) -> None:
-    """Raises: UserError if a tensor holds a value that is not finite."""
-    broken = next(
-        (name for name, tensor in tensors.items() if tensor is not None and not tensor.isfinite().all()), None
-    )
-    if broken is not None:
-        raise UserError(
-            f"{description}: tensor {broken} (timm's name) holds values that are not finite; fetch the weights again"
-        )

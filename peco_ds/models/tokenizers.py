@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from peco_ds.config import TokenizerSettings
 from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import ImageTokenizer
-from peco_ds.models.weight_files import made_here, save_tensors, weights_fingerprint
+from peco_ds.models.weight_files import check_finite, made_here, save_tensors, weights_fingerprint
 from peco_ds.own_files import Own, refuse_foreign, written_whole
 from peco_ds.recipe_checks import check_tokenizer_settings
 from peco_ds.registry import TOKENIZERS
@@ -77,6 +77,7 @@ def save_tokenizer(
         f"not a tokenizer's state: {sorted(state_dict.keys() ^ expected.keys())[:5]}"
     )
     folder = Path(folder)
+    check_finite(state_dict, f"no release in {folder}", "give the weights of an earlier step")
     refuse_foreign_release(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
@@ -165,6 +166,7 @@ def load_tokenizer(folder: str | Path) -> tuple[ImageTokenizer, TokenizerCard]:
             f"{folder}: fingerprint {fingerprint[:12]} is not the card's {card.fingerprint[:12]}, so a "
             f"file was changed; {REMEDY}"
         )
+    check_finite(tensors, str(path), REMEDY)
     tokenizer = build_tokenizer(card.settings)
     tokenizer.load_state_dict(tensors)
     return tokenizer.eval(), card

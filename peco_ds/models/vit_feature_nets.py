@@ -26,7 +26,6 @@ from peco_ds.models.timm_weights import (
     MAKE_AGAIN,
     WEIGHTS,
     check_architecture,
-    check_finite,
     check_name,
     check_tensors,
     created,
@@ -48,7 +47,9 @@ from peco_ds.models.vit_layouts import (
     read_vit_file,
     statistics_of_release,
 )
+from peco_ds.models.weight_files import check_finite
 from peco_ds.schema import sha256_of_file
+from peco_ds.user_paths import expand_path
 
 
 class VitFeatureNet(FeatureNet):
@@ -121,7 +122,7 @@ def load_vit(weights: str, architecture: str = "auto", *, image_px: int = 0, sec
     Raises: UserError if the file is missing or unreadable, does not hold a ViT, does not fit the architecture, misses a
         tensor or has one left over, if one is not finite, if its activation cannot be told, or if a download fails.
     """
-    path = Path(weights).expanduser()
+    path = expand_path(weights)
     if path.is_dir():
         loaded = _from_folder(path, architecture, section)
     elif path.is_file():

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from peco_ds.errors import UserError
+from peco_ds.models.torchscript_files import is_torchscript
 from peco_ds.own_files import MADE_BY, PACKAGE
 from peco_ds.schema import short
 
@@ -136,6 +139,8 @@ def _unpickle(path: Path, objects: frozenset[str]) -> object:
         # torch maps no other format.
         is_zip = file.read(4) == b"PK\x03\x04"
     if is_zip:
+        if is_torchscript(path):
+            raise ValueError("TorchScript")
         with zipfile.ZipFile(path) as archive:
             packed = next(
                 (member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED), None
@@ -171,6 +176,11 @@ def _reason(error: Exception, path: Path) -> str:
             f"its pickle calls {code[1]}, which could run anything and was not run; ask for safetensors, "
             "or save its tensors alone on a machine where you trust it"
         )
+    if "TorchScript" in text:
+        return (
+            "a TorchScript archive (torch.jit.save), which holds a program; torch.jit.load() it where you trust "
+            "it, and torch.save() its state_dict()"
+        )
     if "persistent_load of storage" in text:
         return (
             "a module that was saved whole in torch's old format, which keeps source code beside it; "
@@ -178,6 +188,27 @@ def _reason(error: Exception, path: Path) -> str:
         )
     detail = text[:120] or type(error).__name__
     return f"damaged or cut short at {path.stat().st_size} bytes ({detail}); fetch it again"
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite. Takes no memory beside the tensor's own."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.linalg.vector_norm(tensor.detach(), math.inf).isfinite())
+
+
+def check_finite(
+    tensors: Mapping[str, torch.Tensor | None], what: str, remedy: str = "fetch the weights again"
+) -> None:
+    """Weights that are not finite give no score, make no release, and nothing starts from them.
+
+    Args:
+        what: the weights, as the error begins.
+    Raises: UserError naming the first tensor that holds NaN or infinity.
+    """
+    broken = next((name for name, tensor in tensors.items() if tensor is not None and not is_finite(tensor)), None)
+    if broken is not None:
+        raise UserError(f"{what}: tensor {str(broken)[:80]} holds values that are not finite; {remedy}")
 
 
 # --------------------------------------------------------------------------- tensors under other names
@@ -303,9 +334,11 @@ def _float32(name: str, tensor, shape: tuple[int, ...]) -> torch.Tensor:
             f"tensor {name} has shape {tuple(tensor.shape)}, the other shapes ask for {shape}; give an "
             "unchanged released file"
         )
-    if not tensor.isfinite().all():
+    # After the cast: a float64 may be too large for it.
+    values = tensor.float()
+    if not is_finite(values):
         raise UserError(f"tensor {name} holds values that are not finite; fetch the file again")
-    return tensor.float()
+    return values
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

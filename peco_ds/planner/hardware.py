@@ -13,6 +13,7 @@ from pathlib import Path
 from peco_ds.errors import UserError, nearest
 from peco_ds.schema import short
 from peco_ds.strict_yaml import NOT_YAML, read_yaml
+from peco_ds.user_paths import expand_path
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 GIB = 2**30
@@ -86,7 +87,7 @@ def find_hardware(text: str | Path) -> Hardware:
         value that is no field's.
     """
     text = str(text)
-    path = Path(text).expanduser()
+    path = expand_path(text)
     if path.suffix.lower() in (".yaml", ".yml") or path.is_file():
         return _read(path)
     name = text.strip().lower().replace("_", "-").replace(" ", "-")

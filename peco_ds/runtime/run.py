@@ -253,18 +253,35 @@ class Run:
         Args:
             loss: scalar on the device.  stats: name -> scalar on the device, averaged for the log.
             keys: of the samples in the pass, named if its loss is not finite.
+        Raises: UserError where fp16's loss scale can be lowered no more.
         """
         self.meter.add(loss, stats)
         self.engine.backward(self._guard.watch(loss, keys))
-        self.engine.step()
+        try:
+            self.engine.step()
+        except Exception as error:
+            # DeepSpeed has no type of its own for it; all ranks see the same overflow.
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise UserError(
+                f"step {self._step + 1}: gradients overflow fp16 at the lowest loss scale; the last checkpoint is "
+                "untouched: continue it with a lower optim.lr, or run.precision=bf16"
+            ) from None
 
     def step_applied(self) -> bool:
         """Whether the step in hand moved the weights, the same on every rank: the guard skips bad ones.
 
-        Raises: UserError when too many were skipped.
+        Raises: UserError when too many were skipped, or all of a run that is at its end.
         """
         if self._applied is None:
-            self._applied = self._guard.close_step(self._step + 1)
+            done = self._step + 1
+            self._applied = self._guard.close_step(done)
+            if done == self.durations.stop_step and not self._guard.any_applied:
+                raise UserError(
+                    f"none of the {done} steps was taken: each was skipped for a loss or gradient that is not finite; "
+                    "the search for fp16's loss scale takes some steps, so make the run longer, lower optim.lr, or set "
+                    "run.precision=fp32"
+                )
         return self._applied
 
     def finish_step(self, extra: Callable[[], dict[str, float]] = dict) -> None:

@@ -112,7 +112,7 @@ def _write(folder: Path, stage: str, resolved: Resolved[TrainingRecipe], ds_conf
             f"# every setting of this run; `sources` names where each value that is no default came from\n{text}"
         )
     write_json(folder / DEEPSPEED, ds_config)
-    with open(folder / COMMANDS, "a") as file:
+    with open(folder / COMMANDS, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(shlex.join(sys.argv) + "\n")
     write_json(folder / PROVENANCE, {**origins, "commit": commit(), "versions": versions()})
 

@@ -48,6 +48,8 @@ class StepGuard:
         # Numbers of skipped steps within the window.
         self._skipped: list[int] = []
         self.total_skipped = 0
+        # Whether a step of the run moved the weights.
+        self.any_applied = False
         self._passes: list[tuple[torch.Tensor, list[str]]] = []
         # Whether the current step is taken; None until the optimiser asks.
         self._norm: float | None = None
@@ -116,6 +118,7 @@ class StepGuard:
         if not by_deepspeed and (norm is None or (math.isfinite(norm) and not self._is_spike(norm))):
             if norm is not None:
                 self._norms = [*self._norms, norm][-WINDOW:]
+            self.any_applied = True
             return True
         mine = [(float(loss), keys[:NAMED]) for loss, keys in passes if not math.isfinite(float(loss))]
         ranks = self._world.gather_objects(mine)
@@ -162,9 +165,16 @@ class StepGuard:
 
     def state(self) -> dict:
         """The same on every rank; kept in a checkpoint so that a continued run judges as one that never stopped."""
-        return {"norms": self._norms, "skipped": self._skipped, "total_skipped": self.total_skipped}
+        return {
+            "norms": self._norms,
+            "skipped": self._skipped,
+            "total_skipped": self.total_skipped,
+            "any_applied": self.any_applied,
+        }
 
     def load_state(self, states: list[dict]) -> None:
         if states:
             self._norms, self._skipped = list(states[0]["norms"]), list(states[0]["skipped"])
             self.total_skipped = states[0]["total_skipped"]
+            # Older checkpoints do not tell.
+            self.any_applied = states[0].get("any_applied", True)

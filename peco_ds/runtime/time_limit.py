@@ -16,7 +16,7 @@ ANSWER_S = 20.0
 
 def seconds_left(environ: Mapping[str, str]) -> float | None:
     """Seconds left of this job, as `squeue` says; inf for no limit, None where it does not answer."""
-    command = ["squeue", "--noheader", f"--jobs={environ['SLURM_JOB_ID']}", "--states=all", "--format=%L"]
+    command = ["squeue", "--noheader", f"--jobs={_job(environ)}", "--states=all", "--format=%L"]
     try:
         done = subprocess.run(
             command, env=dict(environ), capture_output=True, text=True, timeout=ANSWER_S, stdin=subprocess.DEVNULL
@@ -25,6 +25,12 @@ def seconds_left(environ: Mapping[str, str]) -> float | None:
         logger.info("squeue does not answer (%s)", error)
         return None
     return parse_time_left(done.stdout)
+
+
+def _job(environ: Mapping[str, str]) -> str:
+    """The job as Slurm's commands name it; the id of one task of an array also names the whole array."""
+    array = environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ["SLURM_JOB_ID"]
 
 
 def parse_time_left(text: str) -> float | None:

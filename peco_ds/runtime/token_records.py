@@ -13,6 +13,7 @@ import torch
 from peco_ds.data.loaders import Codes, ViewsBatch
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord
+from peco_ds.errors import UserError
 
 
 def record_batches(
@@ -71,6 +72,11 @@ class _Fetched:
             values.numpy().astype(kind).reshape(images, views, *values.shape[1:])
             for values, kind in zip(self._host, (np.uint16, np.uint16, np.float16))
         ]
+        if len(stored) > 2 and not np.isfinite(stored[2]).all():
+            raise UserError(
+                f"the tokenizer gives soft codes that are not finite, first among {', '.join(self._keys[:4])}; set "
+                "views.tokenizer_precision=fp32, or take another tokenizer"
+            )
         return [
             TokenRecord(key, stored[0][place], self._rows[place], *(values[place] for values in stored[1:]))
             for place, key in enumerate(self._keys)

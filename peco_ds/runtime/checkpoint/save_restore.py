@@ -49,6 +49,7 @@ from peco_ds.runtime.checkpoint.pickles import load_known, refuse_foreign_classe
 from peco_ds.runtime.checkpoint.writer import BackgroundWriter, HostCopies
 from peco_ds.runtime.distributed import World, seed_all
 from peco_ds.runtime.ema import WeightEma
+from peco_ds.runtime.finite_state import part_not_finite
 from peco_ds.runtime.metrics import Meter
 from peco_ds.runtime.run_folder import check_same_run
 from peco_ds.runtime.time_limit import TimeLimit
@@ -124,7 +125,7 @@ class Saver:
         Collective.
 
         Returns: whether the run was asked to stop, by a signal or by its job's time limit; it is saved then, on disk.
-        Raises: UserError if a checkpoint could not be written; the older ones stand.
+        Raises: UserError if a checkpoint could not be written, or is not finite; the older ones stand.
         """
         world, now = self._world, time.monotonic()
         # The longest time between two steps includes evaluations.
@@ -166,7 +167,7 @@ class Saver:
             self._begun = time.monotonic()
             progress = self._progress.at(done, self._global_batch)
             temporary = self._root / f".tmp-{tag_of(done)}"
-            self._world.agree(self._make(temporary) if self._world.is_main else "")
+            self._world.agree(self._not_finite(done) or (self._make(temporary) if self._world.is_main else ""))
             self._engine.save_checkpoint(str(self._root), tag=temporary.name, save_latest=False)
             states = {"parts": _states(self._parts), "shared": _states(self._shared)}
             self._copies.save({"random": _random_states(self._world.device), **states}, rank_name(self._world.rank))
@@ -177,6 +178,14 @@ class Saver:
             self._writing, self._writer = progress, BackgroundWriter(temporary, self._copies.take(), records)
             # Answers under way know nothing of this write.
             self._world.forget_answers()
+
+    def _not_finite(self, done: int) -> str:
+        """Why what would be saved is not worth it: a later start could not leave it again."""
+        part = part_not_finite(self._engine, self._ema)
+        return part and (
+            f"step {done}: {part} of rank {self._world.rank} hold values that are not finite, so it is not saved; "
+            f"{self._what_stands()}: go on from it with a lower optim.lr, or run.precision=fp32"
+        )
 
     def _make(self, temporary: Path) -> str:
         try:
@@ -222,12 +231,14 @@ class Saver:
             self._save_s = time.monotonic() - self._begun
 
     def _cannot_save(self, fault: str) -> str:
-        whole = list_checkpoints(self._run_folder)
-        stands = f"{whole[0].name} stands" if whole else "there is none yet"
         return (
-            f"a checkpoint could not be written ({fault}); {stands}: make room, or mend the disk, and "
+            f"a checkpoint could not be written ({fault}); {self._what_stands()}: make room, or mend the disk, and "
             "start again to go on from it"
         )
+
+    def _what_stands(self) -> str:
+        whole = list_checkpoints(self._run_folder)
+        return f"{whole[0].name} stands" if whole else "there is none yet"
 
 
 def _states(parts: dict) -> dict:
@@ -253,7 +264,7 @@ def restore(
     Args:
         fingerprint: of the image set that is read.  seed: of the run.  ema: the run's moving average, loaded along.
     Raises: UserError if checkpoints exist but none is whole, or it was written on another image set or with another
-        seed, or one of the two runs is without ZeRO.
+        seed, or one of the two runs is without ZeRO, or what it holds is not finite.
     """
     zero_stage = engine.zero_optimization_stage()
     start = Progress(0, Cursor(fingerprint, seed, 0), world.size, zero_stage)
@@ -283,6 +294,12 @@ def restore(
             ema.load(load_known(folder / ema_name(world.rank if zero_stage else 0)))
     else:
         load_elastic(engine, folder, saved, world, ema)
+    if part := part_not_finite(engine, ema):
+        part = (
+            f"{folder}: {part} of rank {world.rank} hold values that are not finite, so no run goes on from it; remove "
+            "this checkpoint to go on from the one before it, with a lower optim.lr"
+        )
+    world.agree(part)
 
     def read(rank: int) -> dict:
         return load_known(folder / rank_name(rank))
