@@ -91,6 +91,10 @@ class ImageManifest:
     classes: list[str] | None = None
     # "path: reason" for each image that could not be packed
     rejected: list[str] = field(default_factory=list)
+    # Reason -> number of files, or of members of tars, that are not in the set for it.
+    left_out: dict[str, _Count] = field(default_factory=dict)
+    # Remark -> number of images that are in the set all the same.
+    remarks: dict[str, _Count] = field(default_factory=dict)
     # Source and options of the packing, for people.
     packed_as: dict[str, str] = field(default_factory=dict)
     kind: Literal["images"] = "images"
