@@ -23,10 +23,12 @@ from benchmarks.probed import best_linear
 from benchmarks.record import markdown_table, publish
 from benchmarks.stages import Stages
 from peco_ds.config import FinetuneRecipe, PretrainRecipe, TokenizerRecipe
+from peco_ds.data.image_folders import image_files
+from peco_ds.data.image_formats import IMAGE_SUFFIXES, suffix_of
 from peco_ds.errors import UserError
 from peco_ds.planner.stages import Stage, stage_of
 from peco_ds.recipe_files import load_recipe
-from peco_ds.schema import IMAGE_EXTENSIONS, sha256_of_json, write_json
+from peco_ds.schema import sha256_of_json, write_json
 
 # arms of the data that the bootstrapped judge comes from
 JUDGE_TOKENIZER, JUDGE_ARM = "plain", "plain_300"
@@ -132,18 +134,17 @@ def count_images(images: Path, option: str = "--images") -> dict[str, int]:
     Raises: UserError if it is neither.
     """
     if images.is_dir():
-        names: Iterable[str] = (str(path.relative_to(images)) for path in images.rglob("*"))
+        names: Iterable[str] = image_files(images)
     else:
         try:
             with tarfile.open(images) as tar:
-                names = [member.name for member in tar if member.isfile()]
+                names = [member.name for member in tar if member.isfile() and suffix_of(member.name) in IMAGE_SUFFIXES]
         except (OSError, tarfile.TarError) as error:
             raise UserError(f"{option} {images}: neither a folder nor a tar ({error}); correct the path") from None
     found = dict.fromkeys(SPLITS, 0)
     for name in names:
-        path = Path(name)
-        split = next((part for part in path.parts[:2] if part in SPLITS), None)
-        if split and path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
+        split = next((part for part in Path(name).parts[:2] if part in SPLITS), None)
+        if split:
             found[split] += 1
     if not all(found.values()):
         raise UserError(

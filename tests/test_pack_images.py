@@ -281,7 +281,7 @@ def test_an_image_of_another_time_is_packed_again_though_its_size_is_the_same(tr
     Image.fromarray(pixels[::-1]).save(tmp_path / "other.jpg", quality=40)
     data = (tmp_path / "other.jpg").read_bytes()
     assert len(data) <= changed.stat().st_size
-    # a comment of the missing length behind the first marker keeps the image whole
+    # zeros behind the end mark change the size alone
     data += bytes(changed.stat().st_size - len(data))
     changed.write_bytes(data)
     pack("--images", source, "--out", out)
@@ -315,7 +315,7 @@ def test_a_file_that_can_be_read_now_is_judged_again_and_one_that_cannot_is_not(
     assert len(read_manifest(out, ImageManifest).rejected) == 1
     pack(*options)
     assert stamps(out) == before
-    # what a file has below its permissions, a link has in its target
+    # the link itself, its size and its time, are as before
     shutil.copyfile(image, tmp_path / "elsewhere.jpg")
     pack(*options)
     assert read_manifest(out, ImageManifest).rejected == [] and len(samples_of(out)) == 11

@@ -97,10 +97,7 @@ def list_images(folder: Path, labels: str, synsets: Path | None, classes_file: P
     """
     if not folder.is_dir():
         raise UserError(f"--images {folder}: no such folder; correct the path")
-    try:
-        found = _walk(folder)
-    except OSError as error:
-        raise UserError(f"--images {folder}: {describe_os_error(error)}; make every folder in it readable") from None
+    found = _walk_or_refuse(folder)
     if not found.files:
         others = f"; left out: {found.account().text()}" if found.left_out else ""
         raise UserError(f"--images {folder}: holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}){others}; correct it")
@@ -126,9 +123,16 @@ def list_images(folder: Path, labels: str, synsets: Path | None, classes_file: P
 def image_files(folder: Path) -> list[str]:
     """The paths of all images below a folder, relative to it, as `list_images` takes them.
 
-    Raises: OSError if a folder in it cannot be read.
+    Raises: UserError if a folder in it cannot be read.
     """
-    return [file.path for file in _walk(folder).files]
+    return [file.path for file in _walk_or_refuse(folder).files]
+
+
+def _walk_or_refuse(folder: Path) -> _Walk:
+    try:
+        return _walk(folder)
+    except OSError as error:
+        raise UserError(f"--images {folder}: {describe_os_error(error)}; make every folder in it readable") from None
 
 
 def _walk(folder: Path) -> _Walk:

@@ -10,7 +10,7 @@ from peco_ds.data.atomic_files import temporary_file
 
 # In lower case. Folders of NAS systems (thumbnails, waste, snapshots), Windows, macOS, Linux and editors. Those that
 # begin with a dot are hidden anyway.
-_SYSTEM_FOLDERS = frozenset(
+SYSTEM_FOLDERS = frozenset(
     {
         *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "@__thumb", "@transcode", "@sharesnap", "@synoresource"),
         *("#recycle", "#snapshot", "~snapshot", "$recycle.bin", "recycler", "recycled", "$extend", "$winreagent"),
@@ -44,7 +44,7 @@ def folder_of_a_system(name: str) -> str:
     if name.startswith("."):
         return HIDDEN_FOLDER
     plain = name.lower()
-    return SYSTEM_FOLDER if plain in _SYSTEM_FOLDERS or _FOUND_BY_CHKDSK.fullmatch(plain) else ""
+    return SYSTEM_FOLDER if plain in SYSTEM_FOLDERS or _FOUND_BY_CHKDSK.fullmatch(plain) else ""
 
 
 def file_of_a_system(name: str) -> str:
