@@ -235,3 +235,9 @@ def test_a_stray_image_beside_the_class_folders_is_named_as_the_reason_for_no_la
     (tree / "cover.jpg").touch()
     listing = list_images(tree, "auto", None, None)
     assert listing.classes is None and "'cover.jpg' lies beside the folders" in listing.labels_from
+
+
+def test_class_folders_that_look_alike_are_refused(tree):
+    (tree / "caf\u00e9").mkdir()
+    (tree / "cafe\u0301").mkdir()
+    assert "look like one class" in refusal(tree, "folders", None, None)

@@ -18,7 +18,7 @@ def test_a_sample_of_two_images_is_a_bad_one_whichever_stands_first(real_data, t
     samples, index_sha256 = write_index(tmp_path / "a.tar", tmp_path / "a.index.json")
     tar = tmp_path / "a.tar"
     shard = Shard(tar.name, samples, tar.stat().st_size, sha256_of_file(tar), index_sha256)
-    write_manifest(tmp_path, ImageManifest([shard], 1, None, ["x.jpg: cut short"], {"hidden": 2}))
+    write_manifest(tmp_path, ImageManifest([shard], 1, None, ["x.jpg: cut short"], left_out={"hidden": 2}))
     images = ImageSet(tmp_path)
     with pytest.raises(DecodeError, match="k: has two images .*jpg"):
         images.decode(0)

@@ -41,6 +41,7 @@ FORMS = {
     "semicolons, as a German spreadsheet": "a.jpg;fox\nb.jpg;owl\nc.jpg;fox\n",
     "a header": "filename,label\na.jpg,fox\nb.jpg,owl\nc.jpg,fox\n",
     "a header in capitals, with tabs": "Image\tClass\na.jpg\tfox\nb.jpg\towl\nc.jpg\tfox\n",
+    "a line for Excel": "sep=;\nimage;label\na.jpg;fox\nb.jpg;owl\nc.jpg;fox\n",
     "quotes": '"a.jpg","fox"\n"b.jpg","owl"\n"c.jpg","fox"\n',
     "quotes and spaces": '"a.jpg" "fox"\n"b.jpg" owl\n"c.jpg" "fox"\n',
     "empty columns at the end": "a.jpg,fox,,\nb.jpg,owl,,\nc.jpg,fox,,\n",
@@ -251,3 +252,10 @@ def test_a_file_of_classes_of_no_stated_form_is_refused_with_its_line(tmp_path, 
     (tmp_path / "classes").write_text(text)
     line = refusal(lambda: read_classes(tmp_path / "classes"))
     assert reason in line and str(tmp_path / "classes") in line
+
+
+def test_an_image_that_is_listed_and_left_out_says_why(tmp_path):
+    (tmp_path / "list").write_text("a.jpg,fox\nb.heic,owl\n")
+    left_out = {"b.heic": "HEIF image, not decoded"}
+    line = refusal(lambda: labels_from_list(["a.jpg"], tmp_path / "list", None, left_out))
+    assert "line 2: image 'b.heic' is listed but left out: HEIF image, not decoded" in line

@@ -25,7 +25,7 @@ from peco_ds import pack_images
 from peco_ds.command_line import run
 from peco_ds.data.decode import decode_rgb
 from peco_ds.data.indexed_tar import ShardSet
-from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE
+from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
 from peco_ds.pack_images import main
 from peco_ds.schema import ImageManifest, read_manifest
 
@@ -742,6 +742,21 @@ def test_a_compressed_tar_among_others_is_refused_by_name(tars, tmp_path, capsys
     line = refusal(capsys, "--index_tars", tars, "--out", tmp_path / "out", "--workers", 1)
     assert repr(name) in line and "compressed" in line
     pack("--index_tars", tars / "*.tar", "--out", tmp_path / "out")
+
+
+def test_a_tar_that_was_made_anew_after_indexing_is_refused_though_its_size_is_the_same(tars, tmp_path):
+    pack("--index_tars", tars, "--out", tmp_path / "out")
+    shards = ShardSet(tmp_path / "out", read_manifest(tmp_path / "out", ImageManifest))
+    victim = tars / "imagenet1k-train-0001.tar"
+    os.utime(victim, ns=(1, 1))
+    shards.check("size")
+    content = bytearray(victim.read_bytes())
+    content[5000] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(UserError, match=f"{victim}: changed since the set was made"):
+        shards.check("size")
+    pack("--index_tars", tars, "--out", tmp_path / "out")
+    ShardSet(tmp_path / "out", read_manifest(tmp_path / "out", ImageManifest)).check("all")
 
 
 def test_a_tar_under_two_names_is_refused(tars, tmp_path, capsys):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +107,7 @@ def list_images(folder: Path, labels: str, synsets: Path | None, classes_file: P
     if synsets is not None:
         if labels != "auto":
             raise UserError(f"--labels {labels} and --synsets both say where labels come from; drop one")
-        label_of, classes, labels_from = labels_from_list(paths, synsets, classes_file)
+        label_of, classes, labels_from = labels_from_list(paths, synsets, classes_file, dict(found.left_out))
     else:
         label_of, classes, labels_from = _labels_from_folders(folder, found, labels)
         if classes is not None:
@@ -237,6 +238,14 @@ def _labels_from_folders(folder: Path, found: _Walk, labels: str) -> tuple[list[
     of_path = [path.partition("/")[0] for path in paths]
     _refuse_linked_classes(folder, found)
     classes = sorted(name for name in found.folders if "/" not in name)
+    alike: dict[str, str] = {}
+    for name in classes:
+        # As archives from macOS, which writes accents as two characters, and hasty hands leave them.
+        first = alike.setdefault(unicodedata.normalize("NFC", printable(name)).strip(), name)
+        if first != name:
+            raise UserError(
+                f"class folders {first!r} and {name!r} look like one class; give them one name, or use --labels none"
+            )
     empty = sorted(set(classes) - set(of_path))
     if empty:
         inside = Account()

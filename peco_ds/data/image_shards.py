@@ -349,7 +349,7 @@ def packed_bytes(path: Path, short_side_px: int, quality: int) -> PackedImage:
 
 def _index_in_place(out: Path, job: IndexJob, count_one: Callable[[], None]) -> ShardRecord:
     # Taken before reading, so that a tar that changes meanwhile is indexed again.
-    digest = job.digest()
+    digest, status = job.digest(), os.stat(job.tar_path)
     left_out: list[tuple[str, str]] = []
     index = build_index(job.tar_path, left_out)
     samples, rejected, remarks, labelled, largest = [], [], Account(), 0, -1
@@ -369,8 +369,15 @@ def _index_in_place(out: Path, job: IndexJob, count_one: Callable[[], None]) -> 
                 remarks.add(_MISNAMED, f"{key}.{extension}")
             _remark_others(remarks, key, [other for other in members if other not in (extension, "cls")])
     written = write_json(out / index_name(job.name), {**index, "samples": samples})
-    size_bytes, sha256 = os.path.getsize(job.tar_path), sha256_of_file(job.tar_path)
-    shard = Shard(job.name, len(samples), size_bytes, sha256, sha256_of_file(written), path=job.tar_path)
+    shard = Shard(
+        job.name,
+        len(samples),
+        status.st_size,
+        sha256_of_file(job.tar_path),
+        sha256_of_file(written),
+        path=job.tar_path,
+        modified_ns=status.st_mtime_ns,
+    )
     count_one()
     printed = [(f"{job.name}: {printable(name)}", reason) for name, reason in left_out]
     return ShardRecord(

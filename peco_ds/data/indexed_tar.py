@@ -117,6 +117,17 @@ def build_index(tar_path: str | Path, left_out: list[tuple[str, str]] | None = N
             f"{tar_path}: not a whole, uncompressed tar {place} ({error or type(error).__name__}); unpack "
             "it, or copy it again"
         ) from None
+    _refuse_odd_end(tar_path, samples, end, mark, more)
+    return {"format_version": FORMAT_VERSION, "tar": tar_path.name, "tar_bytes": tar_bytes, "samples": samples}
+
+
+def _refuse_odd_end(tar_path: Path, samples: list[dict], end: int, mark: bytes, more: int) -> None:
+    """Raises: UserError unless zeros follow the last member and nothing follows them.
+
+    Args:
+        end: byte behind the last member.  mark: the block that stands there.
+        more: where the next byte that is not zero stands; -1: nowhere.
+    """
     place = f"after sample {samples[-1]['key']!r}" if samples else "at its start"
     if mark != bytes(tarfile.BLOCKSIZE):
         fault = "is cut short" if len(mark) < tarfile.BLOCKSIZE else "has a damaged header"
@@ -126,7 +137,6 @@ def build_index(tar_path: str | Path, left_out: list[tuple[str, str]] | None = N
             f"{tar_path}: has its end mark {place}, at byte {end}, and goes on at byte {more}, as tars do that were "
             "put one behind the other by cat; join them by tar --concatenate, or unpack them and make one"
         )
-    return {"format_version": FORMAT_VERSION, "tar": tar_path.name, "tar_bytes": tar_bytes, "samples": samples}
 
 
 class _Samples:
@@ -478,7 +488,7 @@ class ShardSet:
     def check_shards(self, shard_numbers: Iterable[int], verify: Literal["size", "all"]) -> None:
         """Check some shards, so that ranks may share the hashing: tar and index exist and the tar has its size.
 
-        With "all" both sha256.
+        With "all" both sha256; without, those of tars that were indexed in place and have another time since.
 
         Raises: UserError naming the first shard that is missing, cut short or changed.
         """
@@ -501,15 +511,18 @@ class ShardSet:
 
     def _check_shard(self, shard: Shard, verify: Literal["size", "all"]) -> None:
         tar_path, index_path = self._paths(shard)
-        found_bytes = _existing_bytes(tar_path, "shard")
+        found = _existing_status(tar_path, "shard")
+        found_bytes = found.st_size
         if found_bytes != shard.bytes:
             fault = "cut short" if found_bytes < shard.bytes else "changed"
             raise UserError(
                 f"{tar_path}: shard is {fault}: {found_bytes} bytes, the manifest says {shard.bytes}; copy or "
                 "make it again"
             )
-        _existing_bytes(index_path, "index")
-        if verify == "all":
+        _existing_status(index_path, "index")
+        # Its owner may have made it anew, of the same size. (A set of our own may be a copy, of any time.)
+        is_suspect = shard.modified_ns not in (0, found.st_mtime_ns)
+        if verify == "all" or is_suspect:
             for path, sha256 in ((index_path, shard.index_sha256), (tar_path, shard.sha256)):
                 if sha256_of_file(path) != sha256:
                     raise UserError(
@@ -544,7 +557,11 @@ def _existing(path: Path, what: str) -> Path:
 
 
 def _existing_bytes(path: Path, what: str) -> int:
-    """Size of a file, asked for once: a shared file system takes a millisecond to answer."""
+    return _existing_status(path, what).st_size
+
+
+def _existing_status(path: Path, what: str) -> os.stat_result:
+    """Size and time of a file, asked for once: a shared file system takes a millisecond to answer."""
     try:
         found = path.stat()
     except OSError as error:
@@ -553,4 +570,4 @@ def _existing_bytes(path: Path, what: str) -> int:
         found = None
     if found is None or not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path}: no such {what}; copy the set whole or make it again")
-    return found.st_size
+    return found

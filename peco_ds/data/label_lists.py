@@ -11,8 +11,9 @@ import csv
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from peco_ds.data.image_formats import IMAGE_SUFFIXES, suffix_of, without_suffix
@@ -25,6 +26,8 @@ _NUMBER = re.compile(r"[0-9]+")
 _NO_LABEL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|#.*", re.IGNORECASE)
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x85\u2028\u2029]")
+# By such a first line Excel is told the delimiter.
+_SEPARATOR_LINE = re.compile(r"sep=[,;]?", re.IGNORECASE)
 _NUMBERED_LINE = re.compile(r"([0-9]+)\s*[:,;\s]\s*(\S.*)")
 _DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";"}
 # First and second column of a header line, in lower case.
@@ -56,7 +59,12 @@ class _Row(NamedTuple):
         return self.fields[-1]
 
 
-def labels_from_list(paths: list[str], synsets: Path, classes_file: Path | None) -> Labels:
+def labels_from_list(
+    paths: list[str],
+    synsets: Path,
+    classes_file: Path | None,
+    left_out: Mapping[str, str] = MappingProxyType({}),
+) -> Labels:
     """Labels of images from a list, in any of the forms in which ILSVRC's validation labels are published.
 
     1. Image name and label on every line, apart by a tab, a comma or a semicolon, or two words apart by spaces; a
@@ -70,13 +78,14 @@ def labels_from_list(paths: list[str], synsets: Path, classes_file: Path | None)
 
     Args:
         paths: of the images, each once.
+        left_out: path of a file that is not taken -> reason, for messages.
     Raises: UserError, naming line and reason, if the list is of no stated form, or list and images do not match one to
         one, or the order of names or the meaning of numbers is in doubt.
     """
     listed = read_classes(classes_file) if classes_file is not None else None
     rows, read_as = _rows(synsets, paths)
     by_name = len(rows[0].fields) == 2
-    of_image = _rows_by_name(rows, paths, synsets) if by_name else _rows_by_order(rows, paths, synsets)
+    of_image = _rows_by_name(rows, paths, synsets, left_out) if by_name else _rows_by_order(rows, paths, synsets)
     if all(_NUMBER.fullmatch(row.label) for row in rows):
         first = 0 if by_name else 1
         names = _names_of_numbers(of_image, first, synsets, listed)
@@ -129,6 +138,8 @@ def read_lines(path: Path, option: str) -> list[tuple[int, str]]:
 def _rows(synsets: Path, paths: list[str]) -> tuple[list[_Row], str]:
     """The rows of a list, less its header, and how they were read."""
     lines = read_lines(synsets, "--synsets")
+    if lines and _SEPARATOR_LINE.fullmatch(lines[0][1]):
+        lines = lines[1:]
     if not lines:
         raise UserError(f"--synsets {synsets}: is empty; wants one label a line, or an image name and a label")
     between = _delimiter(lines, synsets)
@@ -258,7 +269,7 @@ class _Spellings:
         return []
 
 
-def _rows_by_name(rows: list[_Row], paths: list[str], synsets: Path) -> list[_Row]:
+def _rows_by_name(rows: list[_Row], paths: list[str], synsets: Path, left_out: Mapping[str, str]) -> list[_Row]:
     """The row of each image.
 
     Raises: UserError for a name that no image has, that two have, or that stands twice, and for an image without row.
@@ -288,9 +299,12 @@ def _rows_by_name(rows: list[_Row], paths: list[str], synsets: Path) -> list[_Ro
             + (f"; line {unknown[0].line} names {short(unknown[0].fields[0])}, which is no image" if unknown else "")
         )
     if unknown:
+        others = list(left_out)
+        passed_over = _Spellings(others).find(unknown[0].fields[0])
+        reason = f"left out: {left_out[others[passed_over[0]]]}" if passed_over else "not in the folder"
         raise UserError(
-            f"--synsets {synsets}: line {unknown[0].line}: image {unknown[0].fields[0]!r} is listed but not in the "
-            f"folder ({len(unknown)} such); complete the folder or the list"
+            f"--synsets {synsets}: line {unknown[0].line}: image {unknown[0].fields[0]!r} is listed but {reason} "
+            f"({len(unknown)} such); complete the folder or the list"
         )
     _refuse_running_numbers(rows, synsets)
     return [row_of[number] for number in range(len(paths))]
