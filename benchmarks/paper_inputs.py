@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from peco_ds.data.image_folders import image_files
+from peco_ds.data.image_formats import IMAGE_SUFFIXES, suffix_of
 from peco_ds.errors import UserError
-from peco_ds.schema import IMAGE_EXTENSIONS, write_json
+from peco_ds.schema import write_json
 
 SPLITS = ("train", "val")
 # how --judge begins for a control
@@ -26,18 +28,17 @@ def count_images(images: Path, option: str = "--images") -> dict[str, int]:
     Raises: UserError if it is neither.
     """
     if images.is_dir():
-        names: Iterable[str] = (str(path.relative_to(images)) for path in images.rglob("*"))
+        names: Iterable[str] = image_files(images)
     else:
         try:
             with tarfile.open(images) as tar:
-                names = [member.name for member in tar if member.isfile()]
+                names = [member.name for member in tar if member.isfile() and suffix_of(member.name) in IMAGE_SUFFIXES]
         except (OSError, tarfile.TarError) as error:
             raise UserError(f"{option} {images}: neither a folder nor a tar ({error}); correct the path") from None
     found = dict.fromkeys(SPLITS, 0)
     for name in names:
-        path = Path(name)
-        split = next((part for part in path.parts[:2] if part in SPLITS), None)
-        if split and path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
+        split = next((part for part in Path(name).parts[:2] if part in SPLITS), None)
+        if split:
             found[split] += 1
     if not all(found.values()):
         raise UserError(

@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks.stages import STAGES, call
 from peco_ds.config import PretrainRecipe, TokenizerSettings
+from peco_ds.data.image_folders import image_files
 from peco_ds.data.image_set import ImageSet
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord, TokenSet
@@ -45,7 +46,7 @@ def chosen_files(images: Path | None, count: int, folder: Path) -> Path:
             draw_images(folder, count)
             return folder
     else:
-        paths = sorted(path for path in images.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        paths = [images / path for path in image_files(images)]
     if not paths:
         raise UserError(f"--images {images}: no image and no image shard in it; name a folder that holds some")
     for number in evenly_spread(len(paths), count):

@@ -33,8 +33,19 @@ fail() {
     exit 2
 }
 
-class_folders() {
-    (cd "$1" && shopt -s nullglob && for folder in */; do echo "${folder%/}"; done | LC_ALL=C sort)
+class_folders() {  # less those that systems make, as pack_images.py leaves them out
+    (
+        cd "$1" && shopt -s nullglob nocasematch && for folder in */; do
+            case "${folder%/}" in
+                @eaDir | @tmp | @recycle | @Recently-Snapshot | @__thumb | @Transcode | @ShareSnap | @SynoResource) ;;
+                '#recycle' | '#snapshot' | '~snapshot' | '$RECYCLE.BIN' | RECYCLER | RECYCLED | '$Extend' | '$WinREAgent') ;;
+                'System Volume Information' | Config.Msi | lost+found | __MACOSX | 'Network Trash Folder') ;;
+                'Temporary Items' | TheVolumeSettingsFolder | __pycache__ | _vti_cnf | _vti_pvt | LOST.DIR) ;;
+                found.[0-9][0-9][0-9]) ;;
+                *) echo "${folder%/}" ;;
+            esac
+        done | LC_ALL=C sort
+    )
 }
 
 [ "${1:-}" != --help ] || { usage; exit 0; }

@@ -3,8 +3,9 @@
 Images are spread over the shards by a hash of seed and path, so that a shard of class-folder data holds all classes
 and reading a few shards at a time still mixes them. Ordinary images are stored byte for byte; odd ones (CMYK, 16 bit,
 EXIF-rotated, transparent, animated, other formats) are re-encoded as upright RGB, so that any WebDataset reader sees
-the right image. An image that cannot be decoded is named in the manifest and left out. An interrupted run is
-continued by the same command.
+the right image. An image that cannot be decoded is named in the manifest and left out. Any other file is counted there
+with the reason for which it is left out, and named in `.pack/left_out.txt`. An interrupted run is continued by the same
+command; what has changed since is packed, indexed or judged again.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ import glob
 import hashlib
 import multiprocessing
 import os
+import re
 import threading
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 
 from peco_ds.command_line import Parser, run, user_path, user_text
 from peco_ds.data.image_folders import Image, list_images, printable
+from peco_ds.data.image_formats import HEAD_BYTES, kind_of, suffix_of
 from peco_ds.data.image_shards import (
+    LEFT_OUT,
     IndexJob,
     PackJob,
     ShardRecord,
@@ -38,59 +43,106 @@ from peco_ds.data.image_shards import (
     sole_writer,
 )
 from peco_ds.data.indexed_tar import index_name
-from peco_ds.errors import EXIT_INTERRUPTED, UserError
+from peco_ds.data.left_out import Account, file_of_a_system, folder_of_a_system, write_list
+from peco_ds.errors import EXIT_INTERRUPTED, UserError, describe_os_error
 from peco_ds.progress_bar import Progress
 from peco_ds.schema import ImageManifest, write_manifest
 
-_FOLDER_ONLY = ("labels", "synsets", "short_side", "quality", "samples_per_shard", "shuffle_seed", "max_bad_share")
+_FOLDER_ONLY = ("labels", "synsets", "short_side", "quality", "samples_per_shard", "shuffle_seed")
+_COMPRESSED_TAR = re.compile(r"\.(tar\.\w{1,4}|tgz|tbz2?|txz|tzst|taz)", re.IGNORECASE)
+
+
+@dataclass
+class Plan:
+    """What is to be done, and what is left out of it."""
+
+    jobs: list[PackJob] | list[IndexJob]
+    # Of the packing, kept in the manifest.
+    options: dict[str, str]
+    # What the jobs count: "images" or "tars".
+    units: str
+    classes: list[str] | None = None
+    labels_from: str = ""
+    # (name, reason)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    # What is taken and is worth a word.
+    remarks: Account = field(default_factory=Account)
+
+    @property
+    def total(self) -> int:
+        return sum(job.units for job in self.jobs)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    jobs: list[PackJob] | list[IndexJob]
-    if args.images is not None:
-        images, classes = list_images(args.images, args.labels, args.synsets, args.classes)
-        jobs = plan_shards(images, args)
-        names = ("short_side", "quality", "samples_per_shard", "shuffle_seed")
-        options = {"source": str(args.images.resolve())} | {name: str(getattr(args, name)) for name in names}
-    else:
-        jobs, classes = plan_indexes(args.index_tars), None
-        options = {"source": args.index_tars, "in_place": "True"}
-    units = "images" if args.images is not None else "tars"
-    total = sum(job.units for job in jobs)
+    plan = plan_folder(args) if args.images is not None else plan_indexes(args.index_tars)
     if args.dry_run:
-        sys.stdout.write(f"would pack {total} {units} into {len(jobs)} shards in {args.out}\n")
+        others = _account_of(plan.left_out)
+        sys.stdout.write(
+            f"would pack {plan.total} {plan.units} into {len(plan.jobs)} shards in {args.out}"
+            f"{_told('left out', others)}{_told('remarks', plan.remarks)}\n"
+        )
         return
     with sole_writer(args.out):
-        _pack(args, jobs, classes, options, total, units)
+        _pack(args, plan)
 
 
-def _pack(
-    args: argparse.Namespace, jobs: list, classes: list[str] | None, options: dict[str, str], total: int, units: str
-) -> None:
-    done, todo = prepare_folder(args.out, jobs, options)
-    done += make_shards(args.out, todo, args.workers, Progress(total, sum(record.units for record in done), units))
+def _pack(args: argparse.Namespace, plan: Plan) -> None:
+    done, todo = prepare_folder(args.out, plan.jobs, plan.options)
+    units_done = sum(record.units for record in done)
+    done += make_shards(args.out, todo, args.workers, Progress(plan.total, units_done, plan.units))
     records = sorted(done, key=lambda record: record.shard.name)
     rejected = [line for record in records for line in record.rejected]
-    if args.images is None:
-        classes = classes_of_tars(records, args.classes)
-    elif len(rejected) > args.max_bad_share * total:
+    samples = sum(record.shard.samples for record in records)
+    classes = plan.classes if args.images is not None else classes_of_tars(records, args.classes)
+    if len(rejected) > args.max_bad_share * (samples + len(rejected)):
         raise UserError(
-            f"{len(rejected)} of {total} images cannot be decoded, more than --max_bad_share "
+            f"{len(rejected)} of {samples + len(rejected)} images cannot be decoded, more than --max_bad_share "
             f"{args.max_bad_share}: {'; '.join(rejected[:3])}"
             f"{'; ...' if len(rejected) > 3 else ''}; repair or remove them, or raise --max_bad_share"
         )
-    samples = sum(record.shard.samples for record in records)
     if samples == 0:
         raise UserError(f"{args.images or args.index_tars}: holds no image that can be decoded; correct the path")
-    write_manifest(args.out, ImageManifest([record.shard for record in records], samples, classes, rejected, options))
-    labels = "no labels" if classes is None else f"{len(classes)} classes"
-    size_bytes = sum(record.shard.bytes for record in records)
-    reencoded = sum(record.reencoded for record in records)
-    sys.stdout.write(
-        f"{samples} samples, {labels}, {len(records)} shards, {size_bytes} bytes, {reencoded} "
-        f"re-encoded, {len(rejected)} rejected: {args.out}\n"
+    left_out = [*plan.left_out, *(entry for record in records for entry in record.left_out)]
+    write_list(args.out / LEFT_OUT, left_out)
+    for record in records:
+        plan.remarks.merge(record.remarks)
+    account = _account_of(left_out)
+    shards = [record.shard for record in records]
+    write_manifest(
+        args.out,
+        ImageManifest(
+            shards,
+            samples,
+            classes,
+            rejected,
+            left_out=account.numbers(),
+            remarks=plan.remarks.numbers(),
+            packed_as=plan.options,
+        ),
     )
+    labels = "no labels" if classes is None else f"{len(classes)} classes"
+    size_bytes, reencoded = sum(shard.bytes for shard in shards), sum(record.reencoded for record in records)
+    sys.stdout.write(
+        f"{samples} samples, {labels}{f' ({plan.labels_from})' if plan.labels_from else ''}, {len(records)} shards, "
+        f"{size_bytes} bytes, {reencoded} re-encoded, {len(rejected)} rejected"
+        f"{f' (e.g. {rejected[0]})' if rejected else ''}{_told('left out', account, args.out / LEFT_OUT)}"
+        f"{_told('remarks', plan.remarks)}: {args.out}\n"
+    )
+
+
+def _account_of(left_out: list[tuple[str, str]]) -> Account:
+    account = Account()
+    for name, reason in left_out:
+        account.add(reason, printable(name))
+    return account
+
+
+def _told(what: str, account: Account, file: Path | None = None) -> str:
+    """A part of the summary; "" where there is nothing to tell."""
+    if not account.total():
+        return ""
+    return f", {account.total()} {what} ({account.text()}{f'; names in {file}' if file else ''})"
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -103,7 +155,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--images",
         type=user_path,
         metavar="DIR",
-        help="class-folder tree, or images at any depth; dot files are passed over",
+        help="class-folder tree, or images at any depth; every file that is left out is counted with its reason",
     )
     source.add_argument(
         "--index_tars",
@@ -125,16 +177,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--synsets",
         type=user_path,
         metavar="FILE",
-        help="labels of a flat folder (ILSVRC val): LOC_val_solution.csv; 'name label' lines; one synset "
-        "a line in image-name order; "
-        "or ILSVRC2012_validation_ground_truth.txt with --classes",
+        help="labels of a flat folder (ILSVRC val): LOC_val_solution.csv; lines of name and label, apart by a tab, a "
+        "comma, or a space where neither has one; one synset a line in image-name order; or "
+        "ILSVRC2012_validation_ground_truth.txt with --classes",
     )
     parser.add_argument(
         "--classes",
         type=user_path,
         metavar="FILE",
-        help="one class a line, its first word the name; with --synsets: all synsets, for numbers in the "
-        "numbers' order; with tars: in label order",
+        help="one class a line (of a line that begins with a synset, that), or JSON; with --synsets: all classes, for "
+        "numbers in the numbers' order; with tars: in label order",
     )
     parser.add_argument(
         "--short_side",
@@ -219,17 +271,38 @@ def plan_shards(images: list[Image], args: argparse.Namespace) -> list[PackJob]:
     ]
 
 
-def plan_indexes(source: str) -> list[IndexJob]:
+def plan_folder(args: argparse.Namespace) -> Plan:
+    """Raises: UserError as `list_images`."""
+    found = list_images(args.images, args.labels, args.synsets, args.classes)
+    names = ("short_side", "quality", "samples_per_shard", "shuffle_seed")
+    options = {"source": str(args.images.resolve())} | {name: str(getattr(args, name)) for name in names}
+    return Plan(
+        plan_shards(found.images, args),
+        options,
+        "images",
+        found.classes,
+        found.labels_from,
+        found.left_out,
+        found.remarks,
+    )
+
+
+def plan_indexes(source: str) -> Plan:
     """One job for each tar of a folder or glob, by path.
 
-    Raises: UserError if there is none.
+    Raises: UserError if there is none, one is compressed, cannot be reached, or stands there twice.
     """
-    folder = Path(source)
-    found = folder.glob("*.tar") if folder.is_dir() else glob.glob(source, recursive=True)
+    folder, left_out = Path(source), list[tuple[str, str]]()
+    found = _tars_in(folder, left_out) if folder.is_dir() else glob.glob(source, recursive=True)
     # Links are not resolved: in a hub's cache only they carry the name.
     paths = sorted(Path(os.path.abspath(path)) for path in found)
     if not paths:
-        raise UserError(f"--index_tars {source}: no tar there; give a folder of .tar files or a quoted glob")
+        others = _told("left out", _account_of(left_out)).lstrip(", ")
+        raise UserError(
+            f"--index_tars {source}: no tar there{f', {others}' if others else ''}; give a folder of .tar files or a "
+            "quoted glob"
+        )
+    _refuse_one_tar_twice(source, paths)
     # Where two folders have tars of one name, as train/0.tar and val/0.tar, the folder becomes part of the shard's
     # name.
     count = Counter(path.name for path in paths)
@@ -240,7 +313,55 @@ def plan_indexes(source: str) -> list[IndexJob]:
     same = [name for name, number in Counter(index_name(job.name) for job in jobs).items() if number > 1]
     if same:
         raise UserError(f"--index_tars {source}: two tars would share the index {same[0]!r}; rename one")
-    return jobs
+    return Plan(jobs, {"source": source, "in_place": "True"}, "tars", left_out=left_out)
+
+
+def _tars_in(folder: Path, left_out: list[tuple[str, str]]) -> list[Path]:
+    """The tars of a folder, by suffix or content; everything else in it is added to `left_out`.
+
+    Raises: UserError for a compressed tar, which cannot be read in any order, and a folder that cannot be read.
+    """
+    found = []
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.is_dir():
+                reason = folder_of_a_system(entry.name) or "folder, not entered"
+                left_out.append((f"{entry.name}/", reason))
+            elif reason := file_of_a_system(entry.name):
+                left_out.append((entry.name, reason))
+            elif _COMPRESSED_TAR.search(entry.name):
+                raise UserError(
+                    f"--index_tars {folder}: {entry.name!r} is a compressed tar, which has no places to read from; "
+                    "unpack it to a .tar, or give a quoted glob of the tars that are meant"
+                )
+            elif suffix_of(entry.name) == ".tar" or (entry.is_file() and _holds_a_tar(entry.path)):
+                found.append(Path(entry.path))
+            else:
+                left_out.append((entry.name, "no tar"))
+    except OSError as error:
+        raise UserError(f"--index_tars {describe_os_error(error, folder)}; make it readable") from None
+    return found
+
+
+def _holds_a_tar(path: str) -> bool:
+    with open(path, "rb") as file:
+        return kind_of(file.read(HEAD_BYTES)) == "tar"
+
+
+def _refuse_one_tar_twice(source: str, paths: list[Path]) -> None:
+    """Two names of one file, as links make them, would double its samples."""
+    first: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise UserError(f"--index_tars {describe_os_error(error, path)}; correct or remove it") from None
+        before = first.setdefault((status.st_dev, status.st_ino), path)
+        if before != path:
+            raise UserError(
+                f"--index_tars {source}: {str(before)!r} and {str(path)!r} are one file; give a quoted glob of one"
+            )
 
 
 # --------------------------------------------------------------------------------------- making shards

@@ -81,6 +81,8 @@ class Shard:
     index_sha256: _Sha256
     # Set when the tar lies elsewhere and was indexed in place; its index lies beside the manifest.
     path: Annotated[str, AfterValidator(_place)] = ""
+    # Of such a tar: when it was last changed before it was indexed; 0: not known, or a tar of the set's own.
+    modified_ns: _Count = 0
 
 
 @dataclass(frozen=True, config=_strict)
@@ -93,6 +95,10 @@ class ImageManifest:
     rejected: list[str] = field(default_factory=list)
     # Source and options of the packing, for people.
     packed_as: dict[str, str] = field(default_factory=dict)
+    # Reason -> number of files, or of members of tars, that are not in the set for it.
+    left_out: dict[str, _Count] = field(default_factory=dict)
+    # Remark -> number of images that are in the set all the same.
+    remarks: dict[str, _Count] = field(default_factory=dict)
     kind: Literal["images"] = "images"
     format_version: int = FORMAT_VERSION
 

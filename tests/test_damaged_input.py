@@ -35,10 +35,10 @@ from peco_ds.convert.release import write_release
 from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
-from peco_ds.data.image_folders import labels_from_list, read_classes
 from peco_ds.data.image_set import ImageSet
 from peco_ds.data.image_shards import IndexJob, make_shard, prepare_folder
 from peco_ds.data.indexed_tar import IndexedTar, build_index, index_name, write_index
+from peco_ds.data.label_lists import labels_from_list, read_classes
 from peco_ds.data.loaders import masked_batches
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.data.views import cut
@@ -305,7 +305,7 @@ def test_a_sample_without_an_image_is_not_indexed(tmp_path):
 
 
 LISTS = {
-    "a list that is no text": (lambda f: read_classes(f), b"\xff\xfe\x00cat", "cannot be read as text"),
+    "a list that is no text": (lambda f: read_classes(f), b"\xff\xfecat", "cannot be read as text"),
     "a list with a name twice": (lambda f: read_classes(f), b"cat\ndog\ncat\n", "'cat' stands twice"),
     "a list that is empty": (lambda f: read_classes(f), b"\n\n", "is empty"),
     "labels in a CSV with a field of a megabyte": (

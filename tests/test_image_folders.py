@@ -1,7 +1,8 @@
-"""Names alone decide which images are packed, under which label and which key; no file here holds an image."""
+"""Which files are packed, under which label and which key, and why the others are not; no file here holds an image."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,14 @@ def refusal(folder: Path, labels: str, synsets: Path | None, classes_file: Path 
 def test_an_image_is_listed_with_its_size_its_key_and_the_label_of_its_class_folder(tree):
     (tree / "n00000003" / "n00000003_3.JPEG").write_bytes(b"1234")
     (tree / "n00000003" / "notes.txt").touch()
-    images, classes = list_images(tree, "auto", None, None)
+    images, classes, left_out, *_ = list_images(tree, "auto", None, None)
     assert classes == sorted(path.name for path in tree.iterdir())
     assert [image.path for image in images] == sorted(
         f"{path.parent.name}/{path.name}" for path in tree.glob("*/*.JPEG")
     )
     assert all(image.path == f"{classes[image.label]}/{image.key}.JPEG" for image in images)
     assert {image.key: image.size_bytes for image in images if image.size_bytes} == {"n00000003_3": 4}
+    assert left_out == [("n00000003/notes.txt", "empty file")]
 
 
 def test_a_full_list_of_classes_keeps_the_usual_indices_where_images_cover_few(flat, tmp_path):
@@ -60,7 +62,7 @@ def test_a_full_list_of_classes_keeps_the_usual_indices_where_images_cover_few(f
     (tmp_path / "synsets.txt").write_text("\n".join(synsets))
     everything = sorted({*synsets, "n00000000", "n99999999", "n00000003"})
     (tmp_path / "classes.txt").write_text("\n".join(everything))
-    images, classes = list_images(folder, "auto", tmp_path / "synsets.txt", tmp_path / "classes.txt")
+    images, classes, *_ = list_images(folder, "auto", tmp_path / "synsets.txt", tmp_path / "classes.txt")
     assert classes == everything
     assert [classes[image.label] for image in images] == synsets
 
@@ -106,11 +108,136 @@ def test_keys_are_unique_and_fit_a_tar_member(paths):
 
 def test_a_loop_of_links_is_walked_once(tree):
     (tree / "n00000000" / "back").symlink_to(tree, target_is_directory=True)
-    images, _ = list_images(tree, "auto", None, None)
+    images = list_images(tree, "auto", None, None).images
     assert len(images) == NUM_IMAGES
 
 
 def test_a_link_to_nowhere_is_listed_so_that_it_is_rejected_by_name(tree):
     (tree / "n00000000" / "gone.jpg").symlink_to(tree / "nowhere.jpg")
-    images, _ = list_images(tree, "auto", None, None)
+    images = list_images(tree, "auto", None, None).images
     assert [image.path for image in images if image.size_bytes < 0] == ["n00000000/gone.jpg"]
+
+
+# ------------------------------------------------------------------- every file is taken, or left out for a reason
+
+JPEG = b"\xff\xd8\xff\xe0 and so on"
+
+
+def test_every_file_is_an_image_or_left_out_with_its_reason(tmp_path):
+    root = tmp_path / "images"
+    contents = {
+        "a.jpg": b"",
+        "b.jfif": b"",
+        "c.PJPEG": b"",
+        "d.jpg_large": JPEG,
+        "e": JPEG,
+        "sub/deeper/f.txt": JPEG,
+        "g.avif": b"\0\0\0\x1cftypavif",
+        "h.heic": b"\0\0\0\x1cftypheic",
+        "i.txt": b"words",
+        "j.zip": b"PK\x03\x04",
+        "k.mp4": b"\0\0\0\x1cftypmp42",
+        "l": b"",
+        "m.NEF": b"MM\0* a thumbnail is first",
+        ".DS_Store": b"x",
+        "._a.jpg": b"x",
+        "Thumbs.db": b"x",
+        "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg": JPEG,
+        "sub/__MACOSX/._a.jpg": b"x",
+        ".ipynb_checkpoints/a-checkpoint.jpg": JPEG,
+    }
+    for name, content in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    os.mkfifo(root / "n")
+    (root / "o").symlink_to("nowhere")
+    (root / "p").symlink_to("p")
+    (root / "q").symlink_to(root, target_is_directory=True)
+    (root / "r.jpg").symlink_to("r.jpg")
+    listing = list_images(root, "auto", None, None)
+    assert [image.path for image in listing.images] == [
+        "a.jpg",
+        "b.jfif",
+        "c.PJPEG",
+        "d.jpg_large",
+        "e",
+        "r.jpg",
+        "sub/deeper/f.txt",
+    ]
+    assert dict(listing.left_out) == {
+        "g.avif": "AVIF image, not decoded",
+        "h.heic": "HEIF image, not decoded",
+        "i.txt": "no image",
+        "j.zip": "archive, not unpacked",
+        "k.mp4": "film",
+        "l": "empty file",
+        "m.NEF": "camera raw, not decoded",
+        ".DS_Store": "hidden",
+        "._a.jpg": "hidden",
+        "Thumbs.db": "file of a system",
+        "@eaDir/": "folder of a system, with all in it",
+        "sub/__MACOSX/": "folder of a system, with all in it",
+        ".ipynb_checkpoints/": "hidden folder, with all in it",
+        "n": "no regular file",
+        "o": "link to nothing",
+        "p": "link to nothing",
+        "q/": "link to a folder that is there already",
+    }
+    # keys without an image's suffix are their own names
+    assert [image.key for image in listing.images] == ["a", "b", "c", "d_jpg_large", "e", "r", "f_txt"]
+
+
+def test_folders_of_systems_are_no_classes_and_need_not_be_readable(tree):
+    before = list_images(tree, "folders", None, None)
+    for name in ("@eaDir", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"):
+        (tree / name).mkdir()
+    (tree / "@eaDir" / "x.jpg").touch()
+    (tree / "lost+found").chmod(0)
+    try:
+        after = list_images(tree, "folders", None, None)
+    finally:
+        (tree / "lost+found").chmod(0o700)
+    assert after[:2] == before[:2] and len(after.left_out) == 5
+
+
+def test_a_class_folder_of_what_is_left_out_says_what_that_is(tree):
+    (tree / "n99999999").mkdir()
+    for number in range(3):
+        (tree / "n99999999" / f"{number}.heic").write_bytes(b"\0\0\0\x1cftypheic")
+    line = refusal(tree, "auto", None, None)
+    assert "n99999999' holds no image (3 HEIF image, not decoded, e.g. 'n99999999/0.heic')" in line
+
+
+def test_a_class_folder_that_is_a_link_to_another_is_refused_with_both(tree):
+    (tree / "alias").symlink_to(tree / "n00000001", target_is_directory=True)
+    line = refusal(tree, "auto", None, None)
+    assert "alias' is a link to" in line and "n00000001" in line
+    listing = list_images(tree, "none", None, None)
+    assert len(listing.images) == NUM_IMAGES and listing.left_out[0][0] == "alias/"
+
+
+def test_a_folder_without_images_says_what_it_holds(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.heic").write_bytes(b"\0\0\0\x1cftypheic")
+    line = refusal(tmp_path / "images", "auto", None, None)
+    assert "holds no image" in line and "1 HEIF image, not decoded, e.g. 'a.heic'" in line
+
+
+def test_images_below_their_class_folder_have_its_label_and_are_remarked(tree):
+    (tree / "n00000002" / "old").mkdir()
+    (tree / "n00000002" / "old" / "x.jpg").touch()
+    listing = list_images(tree, "auto", None, None)
+    assert {image.path: image.label for image in listing.images}["n00000002/old/x.jpg"] == 2
+    assert listing.remarks.text() == "1 deeper than its class folder, e.g. 'n00000002/old/x.jpg'"
+
+
+def test_a_stray_image_beside_the_class_folders_is_named_as_the_reason_for_no_labels(tree):
+    (tree / "cover.jpg").touch()
+    listing = list_images(tree, "auto", None, None)
+    assert listing.classes is None and "'cover.jpg' lies beside the folders" in listing.labels_from
+
+
+def test_class_folders_that_look_alike_are_refused(tree):
+    (tree / "caf\u00e9").mkdir()
+    (tree / "cafe\u0301").mkdir()
+    assert "look like one class" in refusal(tree, "folders", None, None)

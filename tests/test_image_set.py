@@ -1,9 +1,29 @@
 """Unreadable images are named, counted over restarts, and stop the run when there are too many."""
 
 import pytest
+import webdataset
 
-from peco_ds.data.image_set import BadImages
+from peco_ds.data.decode import DecodeError
+from peco_ds.data.image_set import BadImages, ImageSet
+from peco_ds.data.indexed_tar import write_index
 from peco_ds.errors import UserError
+from peco_ds.schema import ImageManifest, Shard, sha256_of_file, write_manifest
+
+
+def test_a_sample_of_two_images_is_a_bad_one_whichever_stands_first(real_data, tmp_path):
+    """As a set may hold that was indexed before such samples were refused."""
+    image = real_data.imagenet[0].read_bytes()
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
+        writer.write({"__key__": "k", "png": image, "jpg": image})
+    samples, index_sha256 = write_index(tmp_path / "a.tar", tmp_path / "a.index.json")
+    tar = tmp_path / "a.tar"
+    shard = Shard(tar.name, samples, tar.stat().st_size, sha256_of_file(tar), index_sha256)
+    write_manifest(tmp_path, ImageManifest([shard], 1, None, ["x.jpg: cut short"], left_out={"hidden": 2}))
+    images = ImageSet(tmp_path)
+    with pytest.raises(DecodeError, match="k: has two images .*jpg"):
+        images.decode(0)
+    # what a measurement says of its images tells what is missing
+    assert (images.facts()["rejected"], images.facts()["left_out"]) == (1, {"hidden": 2})
 
 
 def test_unreadable_images_are_named_and_too_many_stop_the_run(caplog):

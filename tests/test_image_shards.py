@@ -20,7 +20,7 @@ OPTIONS = {"source": "here"}
 
 
 def job_of(source: Path, short_side_px: int = 0, quality: int = 92) -> PackJob:
-    images, _ = list_images(source, "auto", None, None)
+    images = list_images(source, "auto", None, None).images
     return PackJob("shard-000000.tar", str(source), images, short_side_px, quality)
 
 

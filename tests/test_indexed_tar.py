@@ -299,3 +299,46 @@ def test_a_shard_indexed_in_place_is_read_where_it_lies(tmp_path, real_data):
     shards = ShardSet(folder, ImageManifest([shard], 1))
     shards.check("all")
     assert shards.read(0) == ("a", {"jpg": data})
+
+
+# --------------------------------------------------------------------------------------- nothing lost in silence
+
+
+def test_a_tar_behind_another_is_refused_at_the_byte_where_it_begins(tmp_path):
+    first = make_tar(tmp_path / "first.tar", [("a.jpg", b"1")])
+    second = make_tar(tmp_path / "second.tar", [("b.jpg", b"2")])
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(UserError, match=f"after sample 'a', at byte 1024, and goes on at byte {first.stat().st_size}"):
+        build_index(joined)
+    # one zero block alone ends a tar for most readers
+    content = first.read_bytes()[:1024]
+    joined.write_bytes(content + bytes(tarfile.BLOCKSIZE) + second.read_bytes())
+    with pytest.raises(UserError, match="goes on at byte 1536"):
+        build_index(joined)
+    joined.write_bytes(first.read_bytes() + bytes(3_000_000))
+    assert len(build_index(joined)["samples"]) == 1
+
+
+def test_members_of_no_sample_are_given_with_their_reasons(tmp_path):
+    names = [
+        "README",
+        "a.jpg",
+        "./b.jpg",
+        "x/._a.jpg",
+        "__MACOSX/a.jpg",
+        "x/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg",
+        ".ipynb_checkpoints/a.jpg",
+        "x/Thumbs.db",
+    ]
+    path = make_tar(tmp_path / "a.tar", [(name, b"x") for name in names])
+    left_out: list[tuple[str, str]] = []
+    assert [sample["key"] for sample in build_index(path, left_out)["samples"]] == ["a", "./b"]
+    assert dict(left_out) == {
+        "README": "file without a dot in its name, so of no sample",
+        "x/._a.jpg": "hidden",
+        "__MACOSX/a.jpg": "in a folder of a system",
+        "x/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg": "in a folder of a system",
+        ".ipynb_checkpoints/a.jpg": "in a folder of a system",
+        "x/Thumbs.db": "file of a system",
+    }

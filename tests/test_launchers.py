@@ -12,6 +12,7 @@ import pytest
 
 from peco_ds.command_line import parse_stage, stage_parser
 from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe
+from peco_ds.data.left_out import SYSTEM_FOLDERS
 from peco_ds.durations import micro_steps
 from peco_ds.recipe_files import RECIPES, load_recipe
 
@@ -303,6 +304,14 @@ def test_pipeline_refuses_what_would_fail_after_days_of_pretraining(recording_sb
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and word in done.stderr
     assert not (recording_sbatch / "sbatch.log").read_text()
+
+
+def test_pipeline_takes_no_folder_of_a_system_for_a_class(recording_sbatch, tmp_path):
+    folders = labelled_folders(tmp_path)
+    for name in [*SYSTEM_FOLDERS, "FOUND.000", "@eaDir", "$Recycle.Bin"]:
+        (folders["val"] / name).mkdir(exist_ok=True)
+    done = pipeline(recording_sbatch, "my images", "out", VAL_DIR="my validation")
+    assert done.returncode == 0, done.stderr
 
 
 def test_pipeline_refuses_to_fine_tune_on_images_without_classes(recording_sbatch, tmp_path):

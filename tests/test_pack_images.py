@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from peco_ds import pack_images, progress_bar
 from peco_ds.command_line import run
 from peco_ds.data.decode import decode_rgb
 from peco_ds.data.indexed_tar import ShardSet
-from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE
+from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
 from peco_ds.pack_images import main
 from peco_ds.schema import ImageManifest, read_manifest
 
@@ -226,6 +228,129 @@ def test_too_many_unreadable_images_are_an_error_and_leave_no_manifest(tree, tmp
     pack(*options, "--max_bad_share", 0.05)
     # what was packed is not packed again
     assert (tmp_path / "out" / "shard-000000.tar").stat().st_mtime_ns == before
+
+
+# ---------------------------------------------------------------------------------- nothing lost in silence
+
+
+def test_what_is_left_out_is_told_in_the_summary_the_manifest_and_a_list(tree, tmp_path, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(tree, source)
+    image = next(tree.glob("*/*.JPEG"))
+    for name in ("n00000000/plain", "n00000000/b.jpg_large", "n00000000/c.png"):
+        shutil.copyfile(image, source / name)
+    for name in ("@eaDir/x.jpg", "n00000001/@eaDir/x.jpg"):
+        (source / name).parent.mkdir()
+        shutil.copyfile(image, source / name)
+    Image.open(image).resize((8, 8)).save(source / "n00000000" / "d.avif")
+    (source / "n00000000" / "notes.txt").write_text("words")
+    (source / ".DS_Store").write_bytes(b"x")
+    pack("--images", source, "--out", out)
+    manifest = read_manifest(out, ImageManifest)
+    assert manifest.samples == NUM_IMAGES + 3 and len(manifest.classes) == NUM_CLASSES
+    assert manifest.left_out == {
+        "AVIF image, not decoded": 1,
+        "folder of a system, with all in it": 2,
+        "hidden": 1,
+        "no image": 1,
+    }
+    assert manifest.remarks == {"of another format than the suffix says, taken by content": 3}
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    for part in ("5 left out", "'n00000000/d.avif'", "'.DS_Store'", "3 remarks", "left_out.txt"):
+        assert part in last_line
+    assert (out / ".pack" / "left_out.txt").read_text().splitlines() == [
+        "hidden\t.DS_Store",
+        "folder of a system, with all in it\t@eaDir/",
+        "AVIF image, not decoded\tn00000000/d.avif",
+        "no image\tn00000000/notes.txt",
+        "folder of a system, with all in it\tn00000001/@eaDir/",
+    ]
+    pack("--images", source, "--out", tmp_path / "dry", "--dry_run")
+    assert "5 left out" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------- judged again
+
+
+def test_an_image_of_another_time_is_packed_again_though_its_size_is_the_same(tree, tmp_path, real_data):
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(tree, source)
+    pack("--images", source, "--out", out)
+    changed = sorted(source.glob("*/*.JPEG"))[7]
+    pixels = np.asarray(Image.open(changed).convert("RGB"))
+    Image.fromarray(pixels[::-1]).save(tmp_path / "other.jpg", quality=40)
+    data = (tmp_path / "other.jpg").read_bytes()
+    assert len(data) <= changed.stat().st_size
+    # zeros behind the end mark change the size alone
+    data += bytes(changed.stat().st_size - len(data))
+    changed.write_bytes(data)
+    pack("--images", source, "--out", out)
+    assert samples_of(out)[changed.stem]["jpg"] == data
+
+
+def test_a_repaired_image_of_the_same_size_is_judged_again(tree, tmp_path, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(sorted(tree.iterdir())[0], source / "a")
+    options = ["--images", source, "--out", out, "--workers", 1]
+    victim = sorted(source.glob("*/*.JPEG"))[2]
+    whole, times = victim.read_bytes(), victim.stat()
+    victim.write_bytes(whole[:1000] + bytes(len(whole) - 1000))
+    os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "1 of 10" in refusal(capsys, *options)
+    victim.write_bytes(whole)
+    # as cp --preserve or rsync leave it
+    os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
+    pack(*options)
+    assert read_manifest(out, ImageManifest).rejected == [] and len(samples_of(out)) == 10
+
+
+def test_a_file_that_can_be_read_now_is_judged_again_and_one_that_cannot_is_not(tree, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(sorted(tree.iterdir())[0], source / "a")
+    image = next(source.glob("*/*.JPEG"))
+    (source / "a" / "x.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    options = ["--images", source, "--out", out, "--max_bad_share", 0.5]
+    pack(*options)
+    before = stamps(out)
+    assert len(read_manifest(out, ImageManifest).rejected) == 1
+    pack(*options)
+    assert stamps(out) == before
+    # the link itself, its size and its time, are as before
+    shutil.copyfile(image, tmp_path / "elsewhere.jpg")
+    pack(*options)
+    assert read_manifest(out, ImageManifest).rejected == [] and len(samples_of(out)) == 11
+
+
+def test_other_permissions_have_a_file_judged_again(tree, tmp_path):
+    from peco_ds.data.image_shards import PackJob, prepare_folder
+
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(sorted(tree.iterdir())[0], source / "a")
+    (source / "a" / "x.jpg").write_bytes(b"no image")
+    options = ["--images", source, "--out", out, "--max_bad_share", 0.5]
+    pack(*options)
+    plan = json.loads((out / ".pack" / "plan.json").read_text())
+    args = pack_images._parse([*map(str, options)])
+
+    def jobs_to_do() -> list[PackJob]:
+        return prepare_folder(out, pack_images.plan_folder(args).jobs, plan)[1]
+
+    assert jobs_to_do() == []
+    (source / "a" / "x.jpg").chmod(0o600)
+    assert [job.name for job in jobs_to_do()] == ["shard-000000.tar"]
+
+
+def test_a_shard_that_was_written_to_after_its_record_is_made_again(tree, tmp_path):
+    options = ["--images", tree, "--out", tmp_path, "--samples_per_shard", 30]
+    pack(*options)
+    expected = (tmp_path / "shard-000001.tar").read_bytes()
+    spoilt = bytearray(expected)
+    spoilt[5000] ^= 1
+    (tmp_path / "shard-000001.tar").write_bytes(spoilt)
+    later = (tmp_path / ".pack" / "shard-000001.tar.record.json").stat().st_mtime_ns + 10**9
+    os.utime(tmp_path / "shard-000001.tar", ns=(later, later))
+    pack(*options)
+    assert (tmp_path / "shard-000001.tar").read_bytes() == expected
 
 
 # --------------------------------------------------------------------------------------------- restart
@@ -493,7 +618,7 @@ def test_class_names_of_tars_come_from_a_file(tars, tmp_path, capsys):
     names = tmp_path / "classes.txt"
     names.write_text("\n".join(f"class{number} words" for number in range(10)))
     pack("--index_tars", tars, "--classes", names, "--out", tmp_path / "out")
-    assert read_manifest(tmp_path / "out", ImageManifest).classes == [f"class{number}" for number in range(10)]
+    assert read_manifest(tmp_path / "out", ImageManifest).classes == [f"class{number} words" for number in range(10)]
     names.write_text("only\n")
     assert "1 classes, but" in refusal(
         capsys, "--index_tars", tars, "--classes", names, "--out", tmp_path / "out2", "--workers", 1
@@ -515,11 +640,13 @@ def test_tars_that_cannot_serve_are_refused_by_name(tars, tree, tmp_path, capsys
     whole = last.read_bytes()
     last.write_bytes(whole[:100_000])
     assert last.name in refusal(capsys, *options)
+    image = next(tree.glob("*/*.JPEG")).read_bytes()
     for extra, reason in (
         ({"txt": "caption"}, "has no image"),
         ({"jpg": b"x", "cls": "cat"}, "not a class number"),
-        ({"jpg": b"x"}, "labelled"),
-        ({"jpg": b"x", "cls": "999999"}, "label 999999, which makes 1000000 classes of"),
+        ({"jpg": b"x", "cls": "1"}, "1 of 11 images cannot be decoded"),
+        ({"jpg": image}, "labelled"),
+        ({"jpg": image, "cls": "999999"}, "label 999999, which makes 1000000 classes of"),
     ):
         with webdataset.TarWriter(str(last)) as writer:
             writer.write(
@@ -534,6 +661,112 @@ def test_tars_that_cannot_serve_are_refused_by_name(tars, tree, tmp_path, capsys
     last.write_bytes(whole)
     pack(*options)
     assert len(samples_of(tmp_path / "out")) == 20
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("first, second", [("png", "jpg"), ("jpg", "png"), ("jpg", "jpeg"), ("jpg", "gif")])
+def test_two_images_in_a_sample_are_refused_whichever_stands_first(real_data, tmp_path, capsys, first, second):
+    image = real_data.imagenet[0].read_bytes()
+    (tmp_path / "wds").mkdir()
+    write_tar(tmp_path / "wds" / "0.tar", {f"k.{first}": image, f"k.{second}": image, "k.cls": b"0"})
+    line = refusal(capsys, "--index_tars", tmp_path / "wds", "--out", tmp_path / "out", "--workers", 1)
+    assert f"key 'k' has two images, k.{first} and k.{second}" in line
+
+
+def test_members_of_a_tar_are_taken_remarked_or_left_out(real_data, tmp_path, capsys):
+    jpeg, other = (path.read_bytes() for path in real_data.imagenet[:2])
+    (tmp_path / "wds" / "more").mkdir(parents=True)
+    members = {
+        "README": b"words",
+        "__MACOSX/._a.jpg": b"x",
+        "__MACOSX/a.jpg": b"x",
+        "a.jpg": jpeg,
+        "a.json": b"{}",
+        "a.seg.png": b"x",
+        "b.png": other,
+        "c.jpg": b"<html>not found</html>",
+        "d.jpg": b"",
+    }
+    write_tar(tmp_path / "wds" / "0.tar", members)
+    (tmp_path / "wds" / "0_stats.json").write_text("{}")
+    (tmp_path / "wds" / "._0.tar").write_bytes(b"x")
+    options = ["--index_tars", tmp_path / "wds", "--out", tmp_path / "out", "--workers", 1]
+    assert "2 of 4 images cannot be decoded" in refusal(capsys, *options)
+    pack(*options, "--max_bad_share", 0.5)
+    manifest = read_manifest(tmp_path / "out", ImageManifest)
+    assert samples_of(tmp_path / "out") == {
+        "a": {"jpg": jpeg, "json": b"{}", "seg.png": b"x"},
+        "b": {"png": other},
+    }
+    assert manifest.rejected == ["0.tar: c.jpg: no image", "0.tar: d.jpg: empty file"]
+    assert manifest.left_out == {
+        "file without a dot in its name, so of no sample": 1,
+        "folder, not entered": 1,
+        "hidden": 2,
+        "in a folder of a system": 1,
+        "no tar": 1,
+    }
+    assert manifest.remarks == {
+        "member beside an image, not read (.json)": 1,
+        "member beside an image, not read (.seg.png)": 1,
+        "of another format than the suffix says, taken by content": 1,
+    }
+    names = {line.split("\t")[1] for line in (tmp_path / "out" / ".pack" / "left_out.txt").read_text().splitlines()}
+    assert names == {
+        "more/",
+        "._0.tar",
+        "0_stats.json",
+        "0.tar: README",
+        "0.tar: __MACOSX/._a.jpg",
+        "0.tar: __MACOSX/a.jpg",
+    }
+
+
+def test_tars_are_known_by_suffix_in_any_spelling_or_by_content(real_data, tmp_path):
+    (tmp_path / "wds").mkdir()
+    for number, name in enumerate(("a.tar", "b.TAR", "c")):
+        write_tar(tmp_path / "wds" / name, {f"{number}.jpg": real_data.imagenet[number].read_bytes()})
+    pack("--index_tars", tmp_path / "wds", "--out", tmp_path / "out")
+    assert len(samples_of(tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize("name", ["1.tar.gz", "1.tgz", "1.TAR.ZST", "1.tar.bz2", "1.txz"])
+def test_a_compressed_tar_among_others_is_refused_by_name(tars, tmp_path, capsys, name):
+    (tars / name).write_bytes(b"x")
+    line = refusal(capsys, "--index_tars", tars, "--out", tmp_path / "out", "--workers", 1)
+    assert repr(name) in line and "compressed" in line
+    pack("--index_tars", tars / "*.tar", "--out", tmp_path / "out")
+
+
+def test_a_tar_that_was_made_anew_after_indexing_is_refused_though_its_size_is_the_same(tars, tmp_path):
+    pack("--index_tars", tars, "--out", tmp_path / "out")
+    shards = ShardSet(tmp_path / "out", read_manifest(tmp_path / "out", ImageManifest))
+    victim = tars / "imagenet1k-train-0001.tar"
+    os.utime(victim, ns=(1, 1))
+    shards.check("size")
+    content = bytearray(victim.read_bytes())
+    content[5000] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(UserError, match=f"{victim}: changed since the set was made"):
+        shards.check("size")
+    pack("--index_tars", tars, "--out", tmp_path / "out")
+    ShardSet(tmp_path / "out", read_manifest(tmp_path / "out", ImageManifest)).check("all")
+
+
+def test_a_tar_under_two_names_is_refused(tars, tmp_path, capsys):
+    (tars / "again.tar").symlink_to(tars / "imagenet1k-train-0000.tar")
+    line = refusal(capsys, "--index_tars", tars, "--out", tmp_path / "out", "--workers", 1)
+    assert "again.tar" in line and "imagenet1k-train-0000.tar" in line and "are one file" in line
+    (tars / "again.tar").unlink()
+    (tars / "again.tar").symlink_to("nowhere")
+    assert "again.tar" in refusal(capsys, "--index_tars", tars, "--out", tmp_path / "out", "--workers", 1)
 
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -594,6 +827,5 @@ def test_options_that_cannot_act_on_tars_are_refused(tars, tmp_path, capsys):
         ["--quality", "80"],
         ["--labels", "none"],
         ["--synsets", "x"],
-        ["--max_bad_share", "0.5"],
     ):
         assert f"{option[0]} " in refusal(capsys, "--index_tars", tars, "--out", tmp_path / "out", *option)

@@ -44,10 +44,11 @@ from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
 from peco_ds.data.decode import DecodeError, decode_rgb, image_kind
-from peco_ds.data.image_folders import labels_from_list, read_classes
+from peco_ds.data.image_folders import list_images
 from peco_ds.data.image_set import ImageSet
-from peco_ds.data.image_shards import packed_bytes, prepare_folder
+from peco_ds.data.image_shards import IndexJob, PackJob, make_shard, packed_bytes, prepare_folder
 from peco_ds.data.indexed_tar import DamagedRecord, IndexedTar, build_index, write_index
+from peco_ds.data.label_lists import labels_from_list, read_classes
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord, read_npy, write_token_shard
 from peco_ds.data.views import fault_of_views
@@ -74,6 +75,7 @@ from peco_ds.own_files import (
     refuse_foreign,
     write_own_json,
 )
+from peco_ds.pack_images import plan_indexes
 from peco_ds.planner.bill import make_bill
 from peco_ds.planner.chain import read_chain
 from peco_ds.planner.hardware import find_hardware
@@ -178,6 +180,38 @@ def pack_records(folder: Path) -> None:
     shard = {"name": "a.tar", "samples": 1, "bytes": 8, "sha256": "a" * 64, "index_sha256": "b" * 64, "path": ""}
     write_json(folder / ".pack" / "a.record.json", {"job_digest": "d", "units": 1, "shard": shard, "rejected": []})
     write_json(folder / ".pack" / "plan.json", {"quality": "92"})
+
+
+def packed_shard(folder: Path) -> None:
+    """One shard of two files, of which one is no image and one cannot be read."""
+    (folder / "raw").mkdir()
+    image(folder / "raw", "JPEG", "a.jpg")
+    (folder / "raw" / "b.jpg").write_bytes(b"broken")
+    (folder / "raw" / "c.jpg").symlink_to("nowhere")
+    (folder / ".pack").mkdir()
+    write_json(folder / ".pack" / "plan.json", {"quality": "92"})
+    make_shard(folder, job_of(folder), lambda: None)
+    (folder / "raw" / "c.jpg").unlink()
+    (folder / "raw" / "c.jpg").write_bytes(b"there now")
+
+
+def job_of(folder: Path) -> PackJob:
+    return PackJob("shard-0.tar", str(folder / "raw"), list_images(folder / "raw", "auto", None, None).images, 0, 92)
+
+
+def pack_again(folder: Path) -> None:
+    prepare_folder(folder, [job_of(folder)], {"quality": "92"})
+
+
+def tar_of_an_image(folder: Path) -> None:
+    image(folder, "PNG", "x")
+    (folder / "tars").mkdir()
+    (folder / "out" / ".pack").mkdir(parents=True)
+    with tarfile.open(folder / "tars" / "a.tar", "w") as file:
+        for name, data in (("a.png", (folder / "x").read_bytes()), ("a.cls", b"1"), ("README", b"words")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
 
 
 def text(name: str, content: str) -> Callable[[Path], None]:
@@ -562,6 +596,24 @@ PARSERS = {
     "the record of a packed shard": Parser(
         pack_records, ".pack/a.record.json", lambda f: prepare_folder(f, [], {"quality": "92"}), ()
     ),
+    "the record of a packed shard whose images are judged again": Parser(
+        packed_shard, ".pack/shard-0.tar.record.json", pack_again, ()
+    ),
+    "a file that may be an image": Parser(
+        lambda f: (image(f, "PNG", "x"), image(f, "PNG", "y.png")), "x", lambda f: list_images(f, "auto", None, None)
+    ),
+    "a tar that is indexed in place": Parser(
+        tar_of_an_image,
+        "tars/a.tar",
+        lambda f: make_shard(f / "out", IndexJob("a.tar", str(f / "tars" / "a.tar")), lambda: None),
+        examples=100,
+    ),
+    "a file that may be a tar": Parser(
+        lambda f: (tar(f), tar_of_an_image(f), shutil.copy(f / "a.tar", f / "tars" / "b")),
+        "tars/b",
+        lambda f: plan_indexes(str(f / "tars")),
+        (),
+    ),
     "the plan of a packing": Parser(
         pack_records, ".pack/plan.json", lambda f: prepare_folder(f, [], {"quality": "92"}), ()
     ),
@@ -570,6 +622,15 @@ PARSERS = {
     ),
     "the index of a token shard that is written again": Parser(written_shard, "a.index.json", written_shard, ()),
     "a list of classes": Parser(text("list", "cat one\ndog two\n"), "list", lambda f: read_classes(f / "list")),
+    "a list of classes as JSON": Parser(
+        text("list", '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}'),
+        "list",
+        lambda f: read_classes(f / "list"),
+        examples=100,
+    ),
+    "a list of classes in quotes": Parser(
+        text("list", '"cat"\n"dog, hound"\n'), "list", lambda f: read_classes(f / "list")
+    ),
     "a list of labels": Parser(text("list", "a.jpg cat\nb.jpg dog\n"), "list", listed),
     "a list of labels as CSV": Parser(
         text("list", "ImageId,PredictionString\na,cat 1 2 3 4\nb,dog 1 2 3 4\n"), "list", listed

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from peco_ds.data.image_formats import HEAD_BYTES, is_decoded, kind_of
+
 try:
     from torchvision.io import ImageReadMode
 
@@ -122,7 +124,9 @@ class _opened:
         try:
             image = Image.open(io.BytesIO(self._data), formats=_FORMATS)
         except Image.UnidentifiedImageError:
-            raise DecodeError(f"none of the formats {', '.join(_FORMATS)}") from None
+            kind = kind_of(self._data[:HEAD_BYTES])
+            found = f"{kind}, " if kind and not is_decoded(kind) else ""
+            raise DecodeError(f"{found}none of the formats {', '.join(_FORMATS)}") from None
         except Exception as error:
             raise _decode_error(error) from None
         if image.width * image.height > MAX_PIXELS:

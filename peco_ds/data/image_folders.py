@@ -1,19 +1,41 @@
-"""List the images of a folder with their labels and keys, from names only: no image is opened here."""
+"""List the images of a folder with their labels and keys, and account for every other file below it.
+
+A file that is named as an image is taken by its name, and opened when it is packed. Of any other file the first bytes
+decide.
+"""
 
 from __future__ import annotations
 
-import csv
+import errno
 import os
-import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+from peco_ds.data.image_formats import (
+    HEAD_BYTES,
+    IMAGE_SUFFIXES,
+    is_decoded,
+    is_raw,
+    kind_of,
+    suffix_of,
+    without_suffix,
+)
+from peco_ds.data.label_lists import labels_from_list
+from peco_ds.data.left_out import (
+    DANGLING,
+    EMPTY,
+    NO_IMAGE,
+    NOT_REGULAR,
+    RAW,
+    SEEN_BEFORE,
+    Account,
+    file_of_a_system,
+    folder_of_a_system,
+)
 from peco_ds.errors import UserError, describe_os_error
-
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm".split())
-_WNID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
@@ -22,210 +44,232 @@ class Image:
     path: str
     # -1: the file cannot be reached.
     size_bytes: int
+    # The time of the last change of its content; 0: the file cannot be reached.
+    modified_ns: int
     key: str
     # -1: the image has no label.
     label: int
 
 
-def list_images(
-    folder: Path, labels: str, synsets: Path | None, classes_file: Path | None
-) -> tuple[list[Image], list[str] | None]:
-    """Every image below a folder, by path, with its label; and the classes in label order.
+class Listing(NamedTuple):
+    """What a folder holds."""
 
-    Raises: UserError if the folder is missing, holds no image, has an empty class folder, or does not match its list
-        of synsets.
+    # By path.
+    images: list[Image]
+    # In label order; None: the images have no labels.
+    classes: list[str] | None
+    # (path, reason) of each file and folder that is not taken; a folder stands for all in it.
+    left_out: list[tuple[str, str]]
+    # What was taken and is worth a word.
+    remarks: Account
+    # Where the labels come from, in words; "" where class folders give them.
+    labels_from: str
+
+
+class _File(NamedTuple):
+    path: str
+    size_bytes: int
+    modified_ns: int
+
+
+@dataclass
+class _Walk:
+    """Everything below a folder."""
+
+    files: list[_File] = field(default_factory=list)
+    # Folders that were entered, less the root.
+    folders: list[str] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    # A folder that was met a second time -> where it was met first.
+    again: dict[str, str] = field(default_factory=dict)
+
+    def account(self) -> Account:
+        account = Account()
+        for name, reason in self.left_out:
+            account.add(reason, printable(name))
+        return account
+
+
+def list_images(folder: Path, labels: str, synsets: Path | None, classes_file: Path | None) -> Listing:
+    """Every image below a folder, by path, with its label; the classes; and every file that is left out, with a reason.
+
+    Raises: UserError if the folder is missing, holds no image, has a folder that cannot be read or an empty class
+        folder, or does not match its list of labels.
     """
     if not folder.is_dir():
         raise UserError(f"--images {folder}: no such folder; correct the path")
-    try:
-        found = sorted(_walk(folder))
-    except OSError as error:
-        raise UserError(f"--images {folder}: {describe_os_error(error)}; make every folder in it readable") from None
-    if not found:
-        raise UserError(f"--images {folder}: holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}); correct the path")
-    paths = [path for path, _ in found]
-    classes: list[str] | None
+    found = _walk_or_refuse(folder)
+    if not found.files:
+        others = f"; left out: {found.account().text()}" if found.left_out else ""
+        raise UserError(f"--images {folder}: holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}){others}; correct it")
+    paths = [file.path for file in found.files]
+    remarks, classes, labels_from = Account(), None, ""
     if synsets is not None:
         if labels != "auto":
             raise UserError(f"--labels {labels} and --synsets both say where labels come from; drop one")
-        label_of, classes = labels_from_list(paths, synsets, classes_file)
+        label_of, classes, labels_from = labels_from_list(paths, synsets, classes_file, dict(found.left_out))
     else:
-        label_of, classes = _labels_from_folders(folder, paths, labels)
+        label_of, classes, labels_from = _labels_from_folders(folder, found, labels)
+        if classes is not None:
+            for path in (path for path in paths if path.count("/") > 1):
+                remarks.add("deeper than its class folder", printable(path))
     keys = unique_keys(paths)
-    return [
-        Image(path, size_bytes, key, label) for (path, size_bytes), key, label in zip(found, keys, label_of)
-    ], classes
+    images = [
+        Image(file.path, file.size_bytes, file.modified_ns, key, label)
+        for file, key, label in zip(found.files, keys, label_of)
+    ]
+    return Listing(images, classes, found.left_out, remarks, labels_from)
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, int]]:
-    """(relative path, bytes) of each image.
+def image_files(folder: Path) -> list[str]:
+    """The paths of all images below a folder, relative to it, as `list_images` takes them.
 
-    Links are followed, a folder met a second time (a loop) is passed over.
+    Raises: UserError if a folder in it cannot be read.
     """
-    seen: set[tuple[int, int]] = set()
-    waiting = [""]
-    while waiting:
-        relative = waiting.pop()
+    return [file.path for file in _walk_or_refuse(folder).files]
+
+
+def _walk_or_refuse(folder: Path) -> _Walk:
+    try:
+        return _walk(folder)
+    except OSError as error:
+        raise UserError(f"--images {folder}: {describe_os_error(error)}; make every folder in it readable") from None
+
+
+def _walk(folder: Path) -> _Walk:
+    """Links are followed; a folder met a second time (a loop, or two links to one folder) is not entered again."""
+    found = _Walk()
+    seen: dict[tuple[int, int], str] = {}
+    # Links wait until all real folders were entered, so that of two names the real one counts.
+    waiting, links = [""], list[str]()
+    while waiting or links:
+        relative = waiting.pop() if waiting else links.pop(0)
         status = os.stat(folder / relative)
-        if (status.st_dev, status.st_ino) in seen:
+        first = seen.setdefault((status.st_dev, status.st_ino), relative)
+        if first != relative:
+            found.again[relative] = first
+            found.left_out.append((f"{relative}/", SEEN_BEFORE))
             continue
-        seen.add((status.st_dev, status.st_ino))
+        if relative:
+            found.folders.append(relative)
         with os.scandir(folder / relative) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):
                 path = f"{relative}/{entry.name}" if relative else entry.name
-                if entry.name.startswith("."):
+                if _is_folder(entry):
+                    reason = folder_of_a_system(entry.name)
+                    if reason:
+                        found.left_out.append((f"{path}/", reason))
+                    else:
+                        (links if entry.is_symlink() else waiting).append(path)
                     continue
-                if entry.is_dir():
-                    waiting.append(path)
-                elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
-                    try:
-                        yield path, entry.stat().st_size
-                    except OSError:
-                        # A dangling link is listed, so that the reader rejects it by name.
-                        yield path, -1
+                reason, file = _looked_at(entry, path)
+                if reason:
+                    found.left_out.append((path, reason))
+                else:
+                    found.files.append(file)
+    found.files.sort()
+    found.left_out.sort()
+    return found
 
 
-def _labels_from_folders(folder: Path, paths: list[str], labels: str) -> tuple[list[int], list[str] | None]:
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        # Links that lead round in a circle are links to nothing.
+        if error.errno != errno.ELOOP:
+            raise
+        return False
+
+
+def _looked_at(entry: os.DirEntry, path: str) -> tuple[str, _File]:
+    """The reason for which a file is left out, "" where it is taken; and the file.
+
+    What is named as an image and cannot be reached is taken, so that the reader rejects it by name.
+    """
+    unreachable = _File(path, -1, 0)
+    reason = file_of_a_system(entry.name)
+    if reason:
+        return reason, unreachable
+    named_as_image = suffix_of(entry.name) in IMAGE_SUFFIXES
+    try:
+        status = entry.stat()
+    except OSError:
+        return "" if named_as_image else DANGLING, unreachable
+    file = _File(path, status.st_size, status.st_mtime_ns)
+    if named_as_image:
+        return "", file
+    # To open a pipe would block for ever.
+    if not entry.is_file():
+        return NOT_REGULAR, file
+    try:
+        with open(entry.path, "rb") as opened:
+            head = opened.read(HEAD_BYTES)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})", file
+    return reason_of_content(entry.name, head), file
+
+
+def reason_of_content(name: str, head: bytes) -> str:
+    """The reason for which a file of these first bytes is no image to take; "" where it is one."""
+    if not head:
+        return EMPTY
+    kind = kind_of(head)
+    if is_raw(name) and kind in ("TIFF", "film", ""):
+        return RAW
+    if is_decoded(kind):
+        return ""
+    return {"": NO_IMAGE, "archive": "archive, not unpacked", "tar": "tar, not unpacked", "film": "film"}.get(
+        kind, f"{kind}, not decoded"
+    )
+
+
+def _labels_from_folders(folder: Path, found: _Walk, labels: str) -> tuple[list[int], list[str] | None, str]:
+    paths = [file.path for file in found.files]
     at_top = next((path for path in paths if "/" not in path), None)
-    if labels == "none" or (labels == "auto" and (at_top or not any(path.count("/") == 1 for path in paths))):
-        return [-1] * len(paths), None
+    in_class_folders = any(path.count("/") == 1 for path in paths)
+    if labels == "none" or (labels == "auto" and (at_top or not in_class_folders)):
+        why = f"{printable(at_top)!r} lies beside the folders" if at_top and in_class_folders else ""
+        return [-1] * len(paths), None, why if labels == "auto" else ""
     if at_top:
         raise UserError(
             f"--labels folders: image {at_top!r} lies in no class folder; move it into one, or use --labels none"
         )
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     of_path = [path.partition("/")[0] for path in paths]
+    _refuse_linked_classes(folder, found)
+    classes = sorted(name for name in found.folders if "/" not in name)
+    alike: dict[str, str] = {}
+    for name in classes:
+        # As archives from macOS, which writes accents as two characters, and hasty hands leave them.
+        first = alike.setdefault(unicodedata.normalize("NFC", printable(name)).strip(), name)
+        if first != name:
+            raise UserError(
+                f"class folders {first!r} and {name!r} look like one class; give them one name, or use --labels none"
+            )
     empty = sorted(set(classes) - set(of_path))
     if empty:
+        inside = Account()
+        for name, reason in found.left_out:
+            if name.startswith(f"{empty[0]}/"):
+                inside.add(reason, printable(name))
+        others = f" ({inside.text()})" if inside.total() else ""
         raise UserError(
-            f"class folder {str(folder / empty[0])!r} holds no image ({len(empty)} such); fill or "
+            f"class folder {str(folder / empty[0])!r} holds no image{others} ({len(empty)} such); fill or "
             "remove it, or use --labels none"
         )
     number = {name: label for label, name in enumerate(classes)}
-    return [number[name] for name in of_path], [printable(name) for name in classes]
+    return [number[name] for name in of_path], [printable(name) for name in classes], ""
 
 
-def labels_from_list(paths: list[str], synsets: Path, classes_file: Path | None) -> tuple[list[int], list[str]]:
-    """Labels of a flat folder from a list, in any of the forms in which ILSVRC's validation labels are published.
-
-    1. Kaggle's LOC_val_solution.csv: `name,synset box box...`.
-    2. `name synset` or `name number`, number counted from 0 (Caffe's val.txt).
-    3. One synset a line, in image-name order.
-    4. One number a line in image-name order, counted from 1 (the devkit's ILSVRC2012_validation_ground_truth.txt).
-
-    Numbers index the lines of `classes_file`. The label is always the place among sorted synsets, which for ILSVRC is
-    the usual class index.
-
-    Raises: UserError if list and images do not match one to one, or the order of the numbers is in doubt.
-    """
-    classes_listed = read_classes(classes_file) if classes_file is not None else None
-    rows = _rows(synsets)
-    stems = [path.rpartition("/")[2].rpartition(".")[0] for path in paths]
-    by_name = len(rows[0]) > 1
-    if by_name:
-        named = {
-            row[0].rpartition(".")[0] if Path(row[0]).suffix.lower() in IMAGE_SUFFIXES else row[0]: row[1]
-            for row in rows
-        }
-        for missing, where in (
-            (sorted(set(stems) - set(named)), f"is not in {synsets}"),
-            (sorted(set(named) - set(stems)), "is listed but not in the folder"),
-        ):
-            if missing:
-                raise UserError(
-                    f"--synsets {synsets}: image {missing[0]!r} {where} ({len(missing)} such); complete the "
-                    "folder or the list"
-                )
-        names = [named[stem] for stem in stems]
-    else:
-        if len(rows) != len(paths):
+def _refuse_linked_classes(folder: Path, found: _Walk) -> None:
+    """Two class folders that are one folder: either class would hold the other's images."""
+    for name, first in sorted(found.again.items()):
+        # A link back to the root is a loop, and no class.
+        if "/" not in name and first:
             raise UserError(
-                f"--synsets {synsets}: {len(rows)} lines for {len(paths)} images; complete the folder or the list"
+                f"class folder {str(folder / name)!r} is a link to {str(folder / first)!r}, whose images have a class "
+                "already; remove one of the two, or use --labels none"
             )
-        order = sorted(range(len(paths)), key=lambda i: stems[i])
-        names = [""] * len(paths)
-        for i, row in zip(order, rows):
-            names[i] = row[0]
-    if all(name.isdecimal() for name in names):
-        names = _names_of_numbers(names, 0 if by_name else 1, synsets, classes_listed)
-    classes = sorted(set(classes_listed or names))
-    number = {name: label for label, name in enumerate(classes)}
-    unknown = next((name for name in names if name not in number), None)
-    if unknown is not None:
-        raise UserError(f"--synsets {synsets}: {unknown!r} is not in {classes_file}; give the matching list of classes")
-    return [number[name] for name in names], classes
-
-
-def _rows(synsets: Path) -> list[list[str]]:
-    """[label] or [image name, label] for each line."""
-    text = _text(synsets, "--synsets")
-    if text.startswith("ImageId,"):
-        try:
-            rows = [[row[0], (row[1].split() or [""])[0]] for row in csv.reader(text.splitlines()[1:]) if len(row) > 1]
-        except csv.Error as error:
-            raise UserError(
-                f"--synsets {synsets}: not CSV ({error}); give LOC_val_solution.csv as it was published"
-            ) from None
-    else:
-        rows = [line.split()[:2] for line in text.splitlines() if line.strip()]
-    if not rows or len({len(row) for row in rows}) != 1 or not all(all(row) for row in rows):
-        raise UserError(f"--synsets {synsets}: wants one label a line, or an image name and a label on every line")
-    return rows
-
-
-def _names_of_numbers(numbers: list[str], first: int, synsets: Path, classes_listed: list[str] | None) -> list[str]:
-    if classes_listed is None:
-        raise UserError(
-            f"--synsets {synsets}: holds numbers; say what they mean with --classes FILE, one synset a "
-            "line in the order of the numbers"
-        )
-    if (
-        first == 1
-        and classes_listed == sorted(classes_listed)
-        and all(_WNID.fullmatch(name) for name in classes_listed)
-    ):
-        # The devkit's numbers follow its own order (1 is n02119789). A sorted list would give wrong labels silently.
-        raise UserError(
-            f"--synsets {synsets}: ILSVRC2012 numbers do not follow sorted synsets; give --classes in the "
-            "order of ILSVRC2012_ID (meta.mat of the devkit), "
-            "or use LOC_val_solution.csv, which needs no list"
-        )
-    outside = next(
-        (
-            number[:20]
-            for number in numbers
-            if len(number) > 9 or not first <= int(number) < first + len(classes_listed)
-        ),
-        None,
-    )
-    if outside is not None:
-        raise UserError(
-            f"--synsets {synsets}: number {outside} is outside "
-            f"{first}..{first + len(classes_listed) - 1}, the lines of --classes"
-        )
-    return [classes_listed[int(number) - first] for number in numbers]
-
-
-def read_classes(path: Path) -> list[str]:
-    """The first word of each line of `--classes`.
-
-    Raises: UserError if the file cannot be read, is empty or names a class twice.
-    """
-    words = [line.split()[0] for line in _text(path, "--classes").splitlines() if line.strip()]
-    twice = [word for word, count in Counter(words).items() if count > 1]
-    if not words or twice:
-        raise UserError(
-            f"--classes {path}: {f'{twice[0]!r} stands twice' if twice else 'is empty'}; wants one class "
-            "a line, its first word being the name"
-        )
-    return words
-
-
-def _text(path: Path, option: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{option} {path}: cannot be read as text ({error}); correct the path") from None
 
 
 def unique_keys(paths: list[str]) -> list[str]:
@@ -234,13 +278,13 @@ def unique_keys(paths: list[str]) -> list[str]:
 
     Dots would end a key and slashes would make folders, so both are replaced; so are control and unpaired characters.
     """
-    stems = [_key_text(path.rpartition("/")[2].rpartition(".")[0]) for path in paths]
+    stems = [_key_text(without_suffix(path.rpartition("/")[2])) for path in paths]
     count = Counter(stems)
     used = {stem for stem in stems if count[stem] == 1}
     keys = []
     for path, stem in zip(paths, stems):
         if count[stem] > 1:
-            joined = stem = _key_text(path.rpartition(".")[0])
+            joined = stem = _key_text(without_suffix(path))
             number = 1
             while stem in used:
                 number += 1

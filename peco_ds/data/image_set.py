@@ -32,7 +32,13 @@ class ImageSet:
 
     def facts(self) -> dict:
         """What a record of a measurement says about the images."""
-        return {"folder": str(self.folder), "images": self.num_samples, "fingerprint": self.manifest.fingerprint()}
+        return {
+            "folder": str(self.folder),
+            "images": self.num_samples,
+            "rejected": len(self.manifest.rejected),
+            "left_out": self.manifest.left_out,
+            "fingerprint": self.manifest.fingerprint(),
+        }
 
     def decode(self, sample: int) -> tuple[str, torch.Tensor]:
         """Key and uint8 [3, H, W].
@@ -47,6 +53,9 @@ class ImageSet:
             raise DecodeError(str(error)) from None
         if not members:
             raise DecodeError(f"{key}: has no image ({', '.join(IMAGE_EXTENSIONS)})")
+        if len(members) > 1:
+            # Which one stands first is chance.
+            raise DecodeError(f"{key}: has two images ({', '.join(members)}); pack or index the set again")
         try:
             return key, decode_rgb(next(iter(members.values())))
         except DecodeError as error:

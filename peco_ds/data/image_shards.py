@@ -10,12 +10,19 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from peco_ds.data.atomic_files import flush_folder, flush_to_disk, lock_file, remove_leftovers, temporary_file
-from peco_ds.data.image_folders import Image, printable, read_classes
-from peco_ds.data.indexed_tar import INDEX_SUFFIX, IndexedTar, build_index, index_name, write_index
+from peco_ds.data.image_folders import Image, printable, reason_of_content
+from peco_ds.data.image_formats import HEAD_BYTES, IMAGE_LIKE_SUFFIXES, contradicts, kind_of
+from peco_ds.data.indexed_tar import INDEX_SUFFIX, build_index, index_name
+from peco_ds.data.label_lists import read_classes
+from peco_ds.data.left_out import Account
 from peco_ds.data.own_shards import ShardWriterOf
 from peco_ds.errors import UserError, describe_os_error
 from peco_ds.own_files import TAR_OWNER, Own, refuse_foreign
@@ -28,6 +35,7 @@ from peco_ds.schema import (
     read_json,
     sha256_of_file,
     sha256_of_json,
+    short,
     write_json,
 )
 
@@ -51,6 +59,12 @@ def _is_manifest(path: Path) -> bool:
 
 
 _OWN_MANIFEST = Own("pack_images.py", _is_manifest)
+# In that folder: what is not in the set, one name a line.
+LEFT_OUT = f"{_RECORDS}/left_out.txt"
+# Of an image, in words that follow a number.
+_MISNAMED = "of another format than the suffix says, taken by content"
+# Extensions of members beside an image that are told apart.
+_MOST_EXTENSIONS = 12
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ class IndexJob:
         return sha256_of_json([self.name, self.tar_path, status.st_size, status.st_mtime_ns])
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ShardRecord:
     """The result of a job, kept in `--out/.pack` so that a restart recognises a finished shard."""
 
@@ -102,6 +116,12 @@ class ShardRecord:
     # Samples with a .cls.
     labelled: int = 0
     largest_label: int = -1
+    # Of each rejected file its number in the job, and how it looked (`_look_of`); without a look it could not be read.
+    rejected_looks: list[list[int]] = field(default_factory=list)
+    # (member, reason) of each file of a tar that is in no sample.
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    # As `Account.as_json`: what is in the shard and is worth a word.
+    remarks: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 # --------------------------------------------------------------------------------------------- restart
@@ -157,12 +177,14 @@ def prepare_folder(out: Path, jobs: list, options: dict[str, str]) -> tuple[list
     remove_leftovers(out, ("shard-*", f"*{INDEX_SUFFIX}", MANIFEST_NAME))
     remove_leftovers(records, ("*",))
     kept: dict[str, ShardRecord] = {}
+    job_of = {job.name: job for job in jobs}
     digest_of = {job.name: job.digest() for job in jobs}
     for name, record in recorded.items():
         if (
             record is not None
             and digest_of.get(record.shard.name) == record.job_digest
-            and _is_whole(out, record.shard)
+            and _is_whole(out, record.shard, _record_path(out, name))
+            and not _to_be_judged_again(job_of[record.shard.name], record)
         ):
             kept[record.shard.name] = record
         elif name not in digest_of:
@@ -201,7 +223,7 @@ def _remove_shard(out: Path, name: str, record: ShardRecord | None) -> None:
 def _read_record(path: Path) -> ShardRecord | None:
     raw = _json_or_none(path)
     try:
-        return ShardRecord(**{**raw, "shard": Shard(**raw["shard"])})
+        return ShardRecord(**raw)
     except (TypeError, KeyError, ValueError):
         return None
 
@@ -213,11 +235,48 @@ def _json_or_none(path: Path):
         return None
 
 
-def _is_whole(out: Path, shard: Shard) -> bool:
+def _is_whole(out: Path, shard: Shard, record_path: Path) -> bool:
+    """Whether tar and index are those of the record."""
     tar_path, index_path = out / (shard.path or shard.name), out / index_name(shard.name)
     if not tar_path.is_file() or not index_path.is_file() or tar_path.stat().st_size != shard.bytes:
         return False
-    return sha256_of_file(index_path) == shard.index_sha256
+    if sha256_of_file(index_path) != shard.index_sha256:
+        return False
+    # A tar that was written to after its record. (The time of a tar indexed in place is in its job's digest.)
+    is_younger = not shard.path and tar_path.stat().st_mtime_ns > record_path.stat().st_mtime_ns
+    return not is_younger or sha256_of_file(tar_path) == shard.sha256
+
+
+def _to_be_judged_again(job: PackJob | IndexJob, record: ShardRecord) -> bool:
+    """Whether a file that was rejected has changed since, in content, permissions or place, or can be read now."""
+    if isinstance(job, IndexJob):
+        return False
+    for number, *look in record.rejected_looks:
+        path = Path(job.folder) / job.images[number].path
+        if look != _look_of(path) if look else _opens(path):
+            return True
+    return False
+
+
+def _look_of(path: Path) -> list[int]:
+    """What changes when a file is written to, replaced, moved or given other permissions; [] where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_mode]
+
+
+def _opens(path: Path) -> bool:
+    try:
+        # To open a pipe would block for ever.
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError:
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------- one shard
@@ -255,22 +314,27 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
     from webdataset import TarWriter
 
     tar_path, index_path = out / job.name, out / index_name(job.name)
-    rejected, reencoded = [], 0
+    rejected, looks, reencoded, remarks = [], [], 0, Account()
     with temporary_file(tar_path) as file:
         # Fixed owner and time: the same folder gives the same bytes. PAX, since USTAR refuses long or accented keys.
         with TarWriter(file, user=TAR_OWNER, group=TAR_OWNER, mtime=0, encoder=False, format="PAX_FORMAT") as writer:
-            for image in job.images:
+            for number, image in enumerate(job.images):
+                path = Path(job.folder) / image.path
+                # Taken before reading, so that a file that changes meanwhile is judged again.
+                look = _look_of(path)
                 try:
-                    extension, data, changed = packed_bytes(
-                        Path(job.folder) / image.path, job.short_side_px, job.quality
-                    )
+                    packed = packed_bytes(path, job.short_side_px, job.quality)
                 except (ValueError, OSError) as error:
+                    unread = isinstance(error, OSError)
                     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
                     rejected.append(f"{printable(image.path)}: {reason}")
+                    looks.append([number] if unread else [number, *look])
                 else:
                     label = {"cls": str(image.label).encode()} if image.label >= 0 else {}
-                    writer.write({"__key__": image.key, extension: data, **label})
-                    reencoded += changed
+                    writer.write({"__key__": image.key, packed.extension: packed.data, **label})
+                    reencoded += packed.changed
+                    if packed.misnamed:
+                        remarks.add(_MISNAMED, printable(image.path))
                 count_one()
         flush_to_disk(file)
         index = {**build_index(file.name), "tar": job.name}
@@ -281,9 +345,11 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
             sha256_of_file(file.name),
             hashlib.sha256(json_text(index).encode()).hexdigest(),
         )
-        record = ShardRecord(job.digest(), job.units, shard, rejected, reencoded)
-        path = _record_path(out, job.name)
-        _refuse_foreign(out, job, {job.name: _read_record(path)} if path.is_file() else {})
+        record = ShardRecord(
+            job.digest(), job.units, shard, rejected, reencoded, rejected_looks=looks, remarks=remarks.as_json()
+        )
+        record_path = _record_path(out, job.name)
+        _refuse_foreign(out, job, {job.name: _read_record(record_path)} if record_path.is_file() else {})
         # What is replaced goes while its record still names it, and what comes is recorded before it is there.
         index_path.unlink(missing_ok=True)
         tar_path.unlink(missing_ok=True)
@@ -293,10 +359,20 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
     return record
 
 
-def packed_bytes(path: Path, short_side_px: int, quality: int) -> tuple[str, bytes, bool]:
+class PackedImage(NamedTuple):
+    """What is stored for an image file."""
+
+    extension: str
+    data: bytes
+    # Whether the bytes differ from the file's.
+    changed: bool
+    # The content is of another format than the file's suffix says.
+    misnamed: bool
+
+
+def packed_bytes(path: Path, short_side_px: int, quality: int) -> PackedImage:
     """The bytes that are stored for an image file.
 
-    Returns: extension, bytes, whether they differ from the file's.
     Raises: DecodeError (a ValueError) or OSError if the image cannot be read to its end.
     """
     from PIL import Image
@@ -309,10 +385,11 @@ def packed_bytes(path: Path, short_side_px: int, quality: int) -> tuple[str, byt
     kind = image_kind(data)
     # Decoded also where the bytes are kept: a damaged body shows only here.
     pixels = decode_rgb(data)
+    misnamed = contradicts(path.name, kind_of(data[:HEAD_BYTES]))
     height_px, width_px = pixels.shape[1:]
     shrink = short_side_px / min(height_px, width_px) if short_side_px else 1.0
     if kind.plain and shrink >= 1:
-        return kind.extension, data, False
+        return PackedImage(kind.extension, data, False, misnamed)
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     if shrink < 1:
         # Rounding must not take the long side of a very thin image below the short one.
@@ -321,42 +398,110 @@ def packed_bytes(path: Path, short_side_px: int, quality: int) -> tuple[str, byt
     buffer = io.BytesIO()
     if kind.lossless:
         image.save(buffer, "PNG")
-        return "png", buffer.getvalue(), True
+        return PackedImage("png", buffer.getvalue(), True, misnamed)
     # Chroma is kept whole: to halve it a second time blurs coloured edges.
     image.save(buffer, "JPEG", quality=quality, subsampling=0)
-    return "jpg", buffer.getvalue(), True
+    return PackedImage("jpg", buffer.getvalue(), True, misnamed)
+
+
+# ------------------------------------------------------------------------------------------ one tar in place
 
 
 def _index_in_place(out: Path, job: IndexJob, count_one: Callable[[], None]) -> ShardRecord:
     # Taken before reading, so that a tar that changes meanwhile is indexed again.
-    digest = job.digest()
-    index_path = out / index_name(job.name)
+    digest, status = job.digest(), os.stat(job.tar_path)
     path = _record_path(out, job.name)
     _refuse_foreign(out, job, {job.name: _read_record(path)} if path.is_file() else {})
-    samples, index_sha256 = write_index(job.tar_path, index_path)
-    tar = IndexedTar(job.tar_path, index_path, index_sha256)
-    labelled, largest = 0, -1
-    for i in range(len(tar)):
-        if not any(extension in IMAGE_EXTENSIONS for extension in tar.extensions(i)):
-            known = " .".join(IMAGE_EXTENSIONS)
-            raise UserError(
-                f"{job.tar_path}: key {tar.key(i)!r} has no image (.{known}); leave this tar out, or unpack "
-                "it and use --images"
-            )
-        text = tar.read(i, ("cls",)).get("cls")
-        if text is not None:
-            if not text.strip().isdigit() or len(text.strip()) > _LABEL_DIGITS:
-                raise UserError(
-                    f"{job.tar_path}: key {tar.key(i)!r}: .cls holds {text[:20]!r}, not a class number; correct "
-                    "it or leave the .cls out"
-                )
-            labelled, largest = labelled + 1, max(largest, int(text))
-    tar.close()
+    left_out: list[tuple[str, str]] = []
+    index = build_index(job.tar_path, left_out)
+    samples, rejected, remarks, labelled, largest = [], [], Account(), 0, -1
+    with open(job.tar_path, "rb") as file:
+        for sample in index["samples"]:
+            key, members = sample["key"], sample["members"]
+            extension = _image_of(job.tar_path, key, members)
+            label = _label_of(job.tar_path, key, members, file)
+            head = _head(file, members[extension])
+            reason = reason_of_content(f"k.{extension}", head)
+            if reason:
+                rejected.append(f"{job.name}: {key}.{extension}: {reason}")
+                continue
+            samples.append(sample)
+            labelled, largest = labelled + (label >= 0), max(largest, label)
+            if contradicts(f"k.{extension}", kind_of(head)):
+                remarks.add(_MISNAMED, f"{key}.{extension}")
+            _remark_others(remarks, key, [other for other in members if other not in (extension, "cls")])
+    written = write_json(out / index_name(job.name), {**index, "samples": samples})
     shard = Shard(
-        job.name, samples, os.path.getsize(job.tar_path), sha256_of_file(job.tar_path), index_sha256, path=job.tar_path
+        job.name,
+        len(samples),
+        status.st_size,
+        sha256_of_file(job.tar_path),
+        sha256_of_file(written),
+        path=job.tar_path,
+        modified_ns=status.st_mtime_ns,
     )
     count_one()
-    return ShardRecord(digest, job.units, shard, [], 0, labelled, largest)
+    printed = [(f"{job.name}: {printable(name)}", reason) for name, reason in left_out]
+    return ShardRecord(
+        digest,
+        job.units,
+        shard,
+        list(map(printable, rejected)),
+        0,
+        labelled,
+        largest,
+        left_out=printed,
+        remarks=remarks.as_json(),
+    )
+
+
+def _image_of(tar_path: str, key: str, members: dict) -> str:
+    """The extension of the one image of a sample.
+
+    Raises: UserError if it has none, or two: which one a reader took would hang on their order in the tar.
+    """
+    images = [extension for extension in members if f".{extension}" in IMAGE_LIKE_SUFFIXES]
+    if not any(extension in IMAGE_EXTENSIONS for extension in images):
+        known, has = " .".join(IMAGE_EXTENSIONS), " .".join(members)
+        raise UserError(
+            f"{tar_path}: key {key!r} has no image (.{known}), but .{short(has)[1:-1]}; leave this tar out, or unpack "
+            "it and use --images"
+        )
+    if len(images) > 1:
+        raise UserError(
+            f"{tar_path}: key {key!r} has two images, {key}.{images[0]} and {key}.{images[1]}; make the tar again with "
+            f"one, the other under an extension that tells what it is ({key}.mask.{images[1]})"
+        )
+    return images[0]
+
+
+def _label_of(tar_path: str, key: str, members: dict, file: BinaryIO) -> int:
+    """The class number of a sample; -1 where it has none.
+
+    Raises: UserError if its .cls holds anything else.
+    """
+    if "cls" not in members:
+        return -1
+    text = _head(file, members["cls"])
+    if not text.strip().isdigit() or len(text.strip()) > _LABEL_DIGITS:
+        raise UserError(
+            f"{tar_path}: key {key!r}: .cls holds {text[:20]!r}, not a class number; correct it or leave the .cls out"
+        )
+    return int(text)
+
+
+def _head(file: BinaryIO, span: list[int]) -> bytes:
+    """The first bytes of a member (offset, size, CRC-32)."""
+    file.seek(span[0])
+    return file.read(min(span[1], HEAD_BYTES))
+
+
+def _remark_others(remarks: Account, key: str, extensions: list[str]) -> None:
+    for extension in extensions:
+        remark = f"member beside an image, not read (.{extension})"
+        if remark not in remarks and len(remarks) >= _MOST_EXTENSIONS:
+            remark = "member beside an image, not read"
+        remarks.add(remark, f"{key}.{extension}")
 
 
 def classes_of_tars(records: list[ShardRecord], classes_file: Path | None) -> list[str] | None:

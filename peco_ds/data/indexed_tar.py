@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 
+from peco_ds.data.left_out import HIDDEN, file_of_a_system, folder_of_a_system
 from peco_ds.errors import UserError
 from peco_ds.schema import (
     FORMAT_VERSION,
@@ -61,22 +62,24 @@ class _TarFile(tarfile.TarFile):
     members: list[tarfile.TarInfo]
 
 
-def build_index(tar_path: str | Path) -> dict:
+def build_index(tar_path: str | Path, left_out: list[tuple[str, str]] | None = None) -> dict:
     """Read a tar from end to end and list its samples.
 
     Grouping is WebDataset's: the key is the path up to the first dot of the file name, the extension is the rest in
-    lower case, and the members of a sample stand side by side. Folders and files without a dot are not part of any
-    sample.
+    lower case, and the members of a sample stand side by side. Folders, files without a dot and hidden files are not
+    part of any sample.
 
+    Args:
+        left_out: for a tar that was not made here: (member, reason) of each file that is of no sample is added to it,
+            and what systems keep (`__MACOSX/`, `@eaDir/`, `Thumbs.db`) is of none.
     Returns: {"format_version", "tar": file name, "tar_bytes", "samples": [{"key", "members": {extension: [offset, size,
         crc32]}}]}, samples in tar order.
-    Raises: UserError naming tar and member if the tar is compressed, cut short or damaged, holds a link, device,
-        absolute path or `..`, repeats a member, or comes back to a key it had left.
+    Raises: UserError naming tar and member if the tar is compressed, cut short or damaged, goes on after its end mark,
+        holds a link, device, absolute path or `..`, repeats a member, or comes back to a key it had left.
     Source: WebDataset's format description (github.com/webdataset/webdataset, "The WebDataset Format").
     """
     tar_path = Path(tar_path)
     samples: list[dict] = []
-    keys: set[str] = set()
     end = 0
     if tar_path.exists() and not tar_path.is_file():
         # To read a pipe would block for ever.
@@ -84,6 +87,7 @@ def build_index(tar_path: str | Path) -> dict:
     try:
         tar_bytes = tar_path.stat().st_size
         with _TarFile.open(tar_path, "r:", encoding="utf-8") as tar, open(tar_path, "rb") as file:
+            add = _Samples(tar_path, samples).add
             for member in tar:
                 # tarfile would keep every member in memory.
                 tar.members.clear()
@@ -91,29 +95,17 @@ def build_index(tar_path: str | Path) -> dict:
                     -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if member.isreg() else 0
                 )
                 _refuse_unsafe(tar_path, member)
-                folder, _, file_name = member.name.rpartition("/")
-                stem, dot, extension = file_name.partition(".")
-                if member.isdir() or not stem or not dot:
+                if member.isdir():
                     continue
-                key = f"{folder}/{stem}" if folder else stem
-                if not samples or samples[-1]["key"] != key:
-                    if key in keys:
-                        raise UserError(
-                            f"{tar_path}: member {member.name!r}: key {key!r} comes back after other keys; "
-                            "make the tar again with the members of a sample side by side (tar --sort=name)"
-                        )
-                    keys.add(key)
-                    samples.append({"key": key, "members": {}})
-                members = samples[-1]["members"]
-                if extension.lower() in members:
-                    raise UserError(
-                        f"{tar_path}: member {member.name!r}: key {key!r} has two members .{extension.lower()}; "
-                        "keep one"
-                    )
-                members[extension.lower()] = [member.offset_data, member.size, _crc32(tar_path, file, member)]
+                reason = _of_no_sample(member.name) or (left_out is not None and _of_a_system(member.name)) or ""
+                if reason and left_out is not None:
+                    left_out.append((member.name, reason))
+                if not reason:
+                    add(member, [member.offset_data, member.size, _crc32(tar_path, file, member)])
             # tarfile takes a missing end mark and a damaged header alike for the end of the archive.
             file.seek(end)
             mark = file.read(tarfile.BLOCKSIZE)
+            more = _first_byte_after(file) if mark == bytes(tarfile.BLOCKSIZE) else -1
     except FileNotFoundError:
         raise UserError(f"{tar_path}: no such tar; correct the path") from None
     except UserError:
@@ -125,11 +117,82 @@ def build_index(tar_path: str | Path) -> dict:
             f"{tar_path}: not a whole, uncompressed tar {place} ({error or type(error).__name__}); unpack "
             "it, or copy it again"
         ) from None
+    _refuse_odd_end(tar_path, samples, end, mark, more)
+    return {"format_version": FORMAT_VERSION, "tar": tar_path.name, "tar_bytes": tar_bytes, "samples": samples}
+
+
+def _refuse_odd_end(tar_path: Path, samples: list[dict], end: int, mark: bytes, more: int) -> None:
+    """Raises: UserError unless zeros follow the last member and nothing follows them.
+
+    Args:
+        end: byte behind the last member.  mark: the block that stands there.
+        more: where the next byte that is not zero stands; -1: nowhere.
+    """
+    place = f"after sample {samples[-1]['key']!r}" if samples else "at its start"
     if mark != bytes(tarfile.BLOCKSIZE):
-        place = f"after sample {samples[-1]['key']!r}" if samples else "at its start"
         fault = "is cut short" if len(mark) < tarfile.BLOCKSIZE else "has a damaged header"
         raise UserError(f"{tar_path}: {fault} {place}, at byte {end}; copy or make it again")
-    return {"format_version": FORMAT_VERSION, "tar": tar_path.name, "tar_bytes": tar_bytes, "samples": samples}
+    if more >= 0:
+        raise UserError(
+            f"{tar_path}: has its end mark {place}, at byte {end}, and goes on at byte {more}, as tars do that were "
+            "put one behind the other by cat; join them by tar --concatenate, or unpack them and make one"
+        )
+
+
+class _Samples:
+    """Groups members into samples.
+
+    Args:
+        samples: where they are added.
+    """
+
+    def __init__(self, tar_path: Path, samples: list[dict]) -> None:
+        self._tar_path, self._samples = tar_path, samples
+        self._keys: set[str] = set()
+
+    def add(self, member: tarfile.TarInfo, span: list[int]) -> None:
+        """Raises: UserError for a key that comes back, or a member that stands twice."""
+        folder, _, file_name = member.name.rpartition("/")
+        stem, _, extension = file_name.partition(".")
+        key = f"{folder}/{stem}" if folder else stem
+        samples = self._samples
+        if not samples or samples[-1]["key"] != key:
+            if key in self._keys:
+                raise UserError(
+                    f"{self._tar_path}: member {member.name!r}: key {key!r} comes back after other keys; "
+                    "make the tar again with the members of a sample side by side (tar --sort=name)"
+                )
+            self._keys.add(key)
+            samples.append({"key": key, "members": {}})
+        members = samples[-1]["members"]
+        if extension.lower() in members:
+            raise UserError(
+                f"{self._tar_path}: member {member.name!r}: key {key!r} has two members .{extension.lower()}; keep one"
+            )
+        members[extension.lower()] = span
+
+
+def _of_no_sample(member_name: str) -> str:
+    """Why WebDataset makes a file part of no sample; "" where it is."""
+    stem, dot, _ = member_name.rpartition("/")[2].partition(".")
+    return "" if stem and dot else HIDDEN if dot else "file without a dot in its name, so of no sample"
+
+
+def _of_a_system(member_name: str) -> str:
+    """Why a file is none of the user's; "" where it is one."""
+    *folders, file_name = member_name.split("/")
+    # The tar of a folder begins with "."
+    in_folder = any(folder_of_a_system(folder) for folder in folders if folder != ".")
+    return "in a folder of a system" if in_folder else file_of_a_system(file_name)
+
+
+def _first_byte_after(file) -> int:
+    """Where the first byte that is not zero follows; -1 where none does."""
+    while chunk := file.read(_CHUNK_BYTES):
+        rest = chunk.lstrip(b"\0")
+        if rest:
+            return file.tell() - len(rest)
+    return -1
 
 
 def _refuse_unsafe(tar_path: Path, member: tarfile.TarInfo) -> None:
@@ -161,13 +224,17 @@ def _crc32(tar_path: Path, file, member: tarfile.TarInfo) -> int:
     return crc
 
 
-def write_index(tar_path: str | Path, index_path: str | Path) -> tuple[int, str]:
+def write_index(
+    tar_path: str | Path, index_path: str | Path, left_out: list[tuple[str, str]] | None = None
+) -> tuple[int, str]:
     """Index a tar on disk, whole or not at all.
 
+    Args:
+        left_out: as `build_index`.
     Returns: number of samples, sha256 of the index file.
     Raises: UserError as `build_index`.
     """
-    index = build_index(tar_path)
+    index = build_index(tar_path, left_out)
     written = write_json(Path(index_path), index)
     return len(index["samples"]), sha256_of_file(written)
 
@@ -421,7 +488,7 @@ class ShardSet:
     def check_shards(self, shard_numbers: Iterable[int], verify: Literal["size", "all"]) -> None:
         """Check some shards, so that ranks may share the hashing: tar and index exist and the tar has its size.
 
-        With "all" both sha256.
+        With "all" both sha256; without, those of tars that were indexed in place and have another time since.
 
         Raises: UserError naming the first shard that is missing, cut short or changed.
         """
@@ -444,15 +511,18 @@ class ShardSet:
 
     def _check_shard(self, shard: Shard, verify: Literal["size", "all"]) -> None:
         tar_path, index_path = self._paths(shard)
-        found_bytes = _existing_bytes(tar_path, "shard")
+        found = _existing_status(tar_path, "shard")
+        found_bytes = found.st_size
         if found_bytes != shard.bytes:
             fault = "cut short" if found_bytes < shard.bytes else "changed"
             raise UserError(
                 f"{tar_path}: shard is {fault}: {found_bytes} bytes, the manifest says {shard.bytes}; copy or "
                 "make it again"
             )
-        _existing_bytes(index_path, "index")
-        if verify == "all":
+        _existing_status(index_path, "index")
+        # Its owner may have made it anew, of the same size. (A set of our own may be a copy, of any time.)
+        is_suspect = shard.modified_ns not in (0, found.st_mtime_ns)
+        if verify == "all" or is_suspect:
             for path, sha256 in ((index_path, shard.index_sha256), (tar_path, shard.sha256)):
                 if sha256_of_file(path) != sha256:
                     raise UserError(
@@ -487,7 +557,11 @@ def _existing(path: Path, what: str) -> Path:
 
 
 def _existing_bytes(path: Path, what: str) -> int:
-    """Size of a file, asked for once: a shared file system takes a millisecond to answer."""
+    return _existing_status(path, what).st_size
+
+
+def _existing_status(path: Path, what: str) -> os.stat_result:
+    """Size and time of a file, asked for once: a shared file system takes a millisecond to answer."""
     try:
         found = path.stat()
     except OSError as error:
@@ -496,4 +570,4 @@ def _existing_bytes(path: Path, what: str) -> int:
         found = None
     if found is None or not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path}: no such {what}; copy the set whole or make it again")
-    return found.st_size
+    return found
