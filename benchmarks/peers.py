@@ -35,16 +35,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.engine_step import NOTHING_COMPILED, EngineTrainer, compiler_facts, fresh_compiler, join_alone
+from benchmarks.guards import OUT_OF_MEMORY, free_memory, reason
 from benchmarks.plots import ratio_bars
 from benchmarks.record import at_least, benchmark_parser, chosen, markdown_table, parse, publish
 from benchmarks.step_time import (
-    OUT_OF_MEMORY,
     DrawnBatch,
     Turns,
     build_model,
     drawn_batch,
-    free_memory,
-    reason,
     step_memory,
     this_device,
 )

@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.copies import copy_bytes_s
+from benchmarks.guards import free_memory
 from benchmarks.matmul_ceiling import matmul_ceiling
 from benchmarks.record import at_least, benchmark_parser, markdown_table, parse, publish
-from benchmarks.step_time import DTYPES, free_memory, step_costs, this_device
+from benchmarks.step_time import DTYPES, step_costs, this_device
 from peco_ds.command_line import run
 from peco_ds.config import PretrainRecipe
 from peco_ds.errors import UserError

@@ -25,16 +25,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from benchmarks.engine_step import NOTHING_COMPILED, EngineTrainer, compiler_facts, fresh_compiler, join_alone
+from benchmarks.guards import OUT_OF_MEMORY, free_memory, reason
 from benchmarks.matmul_ceiling import data_sheet_flops, matmul_ceiling
 from benchmarks.plots import Bar, ratio_bars
 from benchmarks.profile_step import profile_step
 from benchmarks.record import at_least, benchmark_parser, chosen, markdown_table, parse, publish
 from benchmarks.step_time import (
     DTYPES,
-    OUT_OF_MEMORY,
     Turns,
-    free_memory,
-    reason,
     step_memory,
     this_device,
     training_flops,

@@ -14,7 +14,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from benchmarks.engine_step import fresh_compiler, join_alone
-from benchmarks.step_time import Turns, free_memory, this_device
+from benchmarks.guards import free_memory
+from benchmarks.step_time import Turns, this_device
 from peco_ds.config import TokenizerRecipe
 from peco_ds.deepspeed_json import DS_CONFIGS, merge_deepspeed, read_deepspeed_json
 from peco_ds.models.critic import with_critic

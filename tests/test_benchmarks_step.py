@@ -136,7 +136,8 @@ FORGOTTEN = """
 import sys, weakref
 import torch
 from benchmarks.engine_step import EngineTrainer, join_alone
-from benchmarks.step_time import free_memory, this_device
+from benchmarks.guards import free_memory
+from benchmarks.step_time import this_device
 from peco_ds.config import PretrainRecipe
 from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.recipe_files import load_recipe

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.copies import copy_bytes_s, host_copies
-from benchmarks.gpu.parts import Part, one_line
+from benchmarks.gpu.parts import Part
+from benchmarks.guards import reason
 from benchmarks.record import markdown_table
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -79,7 +80,7 @@ def attention_row(shape: AttentionShape, form: str, dtype: str, device: torch.de
         row["worst_error"], row["tolerance"] = max(errors.values()), TOLERANCE[dtype]
         row |= attention_times(shape, attend, DTYPES[dtype], device, stretch_s)
     except Exception as error:
-        row["failure"] = one_line(error)
+        row["failure"] = reason(error)
     return row
 
 

@@ -5,10 +5,8 @@ Nothing here needs more than Python's own library.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -17,8 +15,7 @@ from pathlib import Path
 
 from benchmarks.gpu.limits import CutOff, Processes, budget, words_to
 from benchmarks.gpu.report import CUT_OFF, DONE, FAILED, PartFound, Report
-
-LONGEST_REASON = 300
+from benchmarks.guards import free_memory, reason
 
 
 @dataclass(frozen=True)
@@ -99,23 +96,9 @@ def run_part(plan: PartPlan, part: Part) -> None:
         # a library may end the process too
         with open(part.log, "a") as log:
             log.write("".join(traceback.format_exception(error)))
-        part.report.end(part.found, FAILED, one_line(error))
+        part.report.end(part.found, FAILED, reason(error))
     else:
         part.report.end(part.found, DONE)
     finally:
         part.processes.end_all()
         free_memory()
-
-
-def one_line(error: BaseException) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    name = "out of memory" if type(error).__name__ == "OutOfMemoryError" else type(error).__name__
-    return f"{name}: {first}"[:LONGEST_REASON]
-
-
-def free_memory() -> None:
-    """What an earlier part left on the device."""
-    if torch := sys.modules.get("torch"):
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()

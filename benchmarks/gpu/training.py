@@ -35,7 +35,7 @@ def step(part: Part, *, size: str, zero: str) -> None:
         own[1] = next(iter(step.CPU_SIZES))
         own += ["--compile", "none", "--rounds", "1", "--passes", "2", *TOY]
     else:
-        own += ["--gpu", "--compile", "blocks"]
+        own += ["--gpu", "--compile", "blocks", *fastest_attention(part, size)]
     measurement = step.Measurement(step.arguments(own))
     try:
         measurement.measure()
@@ -75,7 +75,7 @@ def peers(part: Part) -> None:
         own += TOY
     else:
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-        own += ["--gpu", "--sizes", "H/14 at 224", "--at_once", "4"]
+        own += ["--gpu", "--sizes", "H/14 at 224", "--at_once", "4", *fastest_attention(part, "H/14 at 224")]
         own.append(f"run.micro_batch={PEERS_BATCH if gib > PEERS_GIB else PEERS_BATCH // 2}")
     comparison = peers.Comparison(peers.arguments(own))
     try:
@@ -132,6 +132,26 @@ def planner(part: Part) -> None:
     own += ["--rows", "width 384"] if part.small else ["--gpu"]
     plan_step.main(own)
     part.keep("", lower_headings((part.logs / "plan_step.md").read_text()))
+
+
+def fastest_attention(part: Part, size: str) -> list[str]:
+    """The setting that a run of its own would come to: of the forms that were found right at this size, the fastest."""
+    from peco_ds.config import ModelSettings
+
+    measured = part.report.parts.get("attention")
+    rows = measured.figures.get("rows", []) if measured else []
+    times = {
+        row["form"]: row["both_ms"]
+        for row in rows
+        if row["shape"] == size
+        and row["dtype"] == "bf16"
+        and "both_ms" in row
+        and row["worst_error"] <= row["tolerance"]
+    }
+    times.pop("PyTorch's", None)
+    if not times or "attention" not in ModelSettings.__dataclass_fields__:
+        return []
+    return [f"model.attention={min(times, key=times.get)}"]
 
 
 def lower_headings(text: str) -> str:
