@@ -25,7 +25,7 @@ NOTHING_COMPILED = "torch.compile was asked for and compiled nothing"
 
 
 class EngineTrainer:
-    """An engine and its batch.
+    """An engine and its batch; a step has as many forward and backward passes as the recipe accumulates.
 
     Args:
         config: JSON of ds_configs.
@@ -55,17 +55,20 @@ class EngineTrainer:
         if weights is not None:
             model.load_state_dict(weights)
         linear = torch.nn.functional.linear
-        self.engine = start_engine(
-            model,
-            ds_config,
-            source=config,
-            run=recipe.run,
-            optim=recipe.optim,
-            leaf_modules=(TransformerBlock,) if leaves else (),
-        )
-        # ZeRO-3 puts a function of its own in the place of torch's for the rest of the process: what else is measured
-        # there must not run it.
-        self._linear, torch.nn.functional.linear = torch.nn.functional.linear, linear
+        try:
+            self.engine = start_engine(
+                model,
+                ds_config,
+                source=config,
+                run=recipe.run,
+                optim=recipe.optim,
+                leaf_modules=(TransformerBlock,) if leaves else (),
+            )
+        finally:
+            # ZeRO-3 puts a function of its own in the place of torch's for the rest of the process: what else is
+            # measured there must not run it.
+            self._linear, torch.nn.functional.linear = torch.nn.functional.linear, linear
+        self.passes = recipe.run.global_batch // (recipe.run.micro_batch * world_size)
         self.objective, self.batch = build_objective(recipe.objective), drawn_batch(recipe, device)
 
     def forward(self) -> torch.Tensor:
@@ -78,8 +81,14 @@ class EngineTrainer:
             self.engine.backward(loss)
             self.engine.step()
 
+    def earlier_passes(self) -> None:
+        """All passes of a step but the last, after which the optimiser moves."""
+        for _ in range(self.passes - 1):
+            self.learn(self.forward())
+
     def step(self) -> torch.Tensor:
         """The loss before the step, on the device."""
+        self.earlier_passes()
         loss = self.forward()
         self.learn(loss)
         return loss.detach()

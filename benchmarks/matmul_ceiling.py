@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import torch
 
-from peco_ds.planner.hardware import hardware_of_device
-
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 SIDES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}
 STRETCHES, STRETCH_S = 5, {"cuda": 0.05, "cpu": 0.1}
@@ -56,5 +54,7 @@ def data_sheet_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
     None for another dtype or a device that the planner's catalogue does not know.
     """
+    from peco_ds.planner.hardware import hardware_of_device
+
     hardware = hardware_of_device(device_name)
     return hardware.peak_flops[PRECISIONS[dtype]] if hardware and dtype in PRECISIONS else None

@@ -12,7 +12,8 @@ timm          timm's Beit with a shared bias table, with the mask token and the 
               its user would write
 
 First each library computes loss and gradient norm in float32 on weights that went through this package's converters
-(stochastic depth off, at most four blocks); where they differ no table is printed. Then they take turns, a few at a
+(stochastic depth off, at most four blocks); rows of one that fails, or differs from ours, have the reason in the place
+of figures. Then they take turns, a few at a
 time together with the reference (the first row), since not all fit into memory; a ratio is over the turns that both
 took. The loss of each trainer's first step, in the precision that is timed, must be the reference's too, or its row
 has no figures. Stochastic depth is off unless model.drop_path is set: it is random, and the losses of first steps could
@@ -34,16 +35,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.engine_step import NOTHING_COMPILED, EngineTrainer, compiler_facts, fresh_compiler, join_alone
+from benchmarks.guards import OUT_OF_MEMORY, free_memory, reason
 from benchmarks.plots import ratio_bars
 from benchmarks.record import at_least, benchmark_parser, chosen, markdown_table, parse, publish
 from benchmarks.step_time import (
-    OUT_OF_MEMORY,
     DrawnBatch,
     Turns,
     build_model,
     drawn_batch,
-    free_memory,
-    reason,
     step_memory,
     this_device,
 )
@@ -98,6 +97,13 @@ class Contender:
     compiled: bool = False
     attention: str = "SDPA"
     zero: str = ""
+    # each block by itself, which is compiled once for all: a network of 32 blocks as one takes minutes. Ours always is.
+    by_block: bool = False
+
+    @property
+    def family(self) -> tuple[str, str]:
+        """What computes the same function in every precision."""
+        return self.library, self.attention
 
     @property
     def label(self) -> str:
@@ -105,7 +111,7 @@ class Contender:
             self.library,
             f"DeepSpeed ZeRO-{self.zero}" if self.zero else "",
             "eager attention" if self.attention == "eager" else "",
-            "compiled" if self.compiled else "eager",
+            f"compiled{' by block' if self.by_block else ''}" if self.compiled else "eager",
             PRECISIONS.get(self.precision, ""),
         ]
         return ", ".join(part for part in parts if part)
@@ -120,19 +126,21 @@ CPU_CONTENDERS = [
     Contender(HF, "fp32", attention="eager"),
 ]
 GPU_CONTENDERS = [
-    Contender(OURS, "bf16"),
     Contender(OURS, "bf16", compiled=True),
-    Contender(HF, "bf16"),
-    Contender(TIMM, "bf16"),
+    Contender(TIMM, "bf16", compiled=True, by_block=True),
+    Contender(HF, "bf16", compiled=True, by_block=True),
     Contender(OURS, "master", compiled=True, zero="1"),
-    Contender(TIMM, "autocast"),
-    Contender(HF, "autocast"),
+    Contender(TIMM, "autocast", compiled=True, by_block=True),
+    Contender(HF, "autocast", compiled=True, by_block=True),
+    Contender(TIMM, "bf16"),
+    Contender(HF, "bf16"),
     Contender(TIMM, "bf16", compiled=True),
     Contender(HF, "bf16", compiled=True),
+    Contender(OURS, "bf16"),
     Contender(OURS, "master", compiled=True, zero="3"),
     Contender(OURS, "autocast", compiled=True),
-    Contender(TIMM, "autocast", compiled=True),
-    Contender(HF, "autocast", compiled=True),
+    Contender(TIMM, "autocast"),
+    Contender(HF, "autocast"),
     Contender(HF, "bf16", attention="eager"),
 ]
 
@@ -159,10 +167,26 @@ class Result:
 
 
 class LossesDiffer(Exception):
-    """The libraries do not compute the same, so their speeds must not stand side by side."""
+    """Two libraries do not compute the same, so their speeds must not stand side by side."""
+
+
+@dataclass
+class Checked:
+    """Whether the libraries compute the same function."""
+
+    agreed: str  # one line
+    # library and attention -> why it is in no turn
+    unlike: dict[tuple[str, str], str] = field(default_factory=dict)
 
 
 def main(argv: list[str] | None = None) -> int:
+    comparison = Comparison(arguments(argv))
+    comparison.measure()
+    sys.stdout.write(comparison.publish())
+    return 1 if comparison.broken() else 0
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(
         "peers",
         __doc__,
@@ -175,19 +199,14 @@ def main(argv: list[str] | None = None) -> int:
     without = "leave out rows whose name holds this, such as compiled or DeepSpeed; repeatable; the first row stays"
     parser.add_argument("--without", metavar="TEXT", action="append", default=[], help=without)
     parser.add_argument("--rounds", type=at_least(1), default=7, help="turns that are counted (default: %(default)s)")
-    parser.add_argument("--steps", type=at_least(1), help="of a turn (default: 3 with --gpu, else 1)")
+    parser.add_argument("--steps", type=at_least(1), help="of a turn (default: 1)", default=1)
+    passes = "forward and backward, of a step (default: 4 with --gpu, as a run of few GPUs has, else 1)"
+    parser.add_argument("--passes", type=at_least(1), help=passes)
     together = "trainers in memory together, the reference among them (default: %(default)s)"
     parser.add_argument("--at_once", type=at_least(2), default=3, help=together)
     budget = "no group of trainers is begun later (default: no limit)"
     parser.add_argument("--budget_s", type=float, default=float("inf"), help=budget)
-    comparison = Comparison(parse(parser, argv))
-    try:
-        comparison.measure()
-    except LossesDiffer as error:
-        sys.stderr.write(f"error: {error}; no table, because it would compare different computations\n")
-        return 1
-    sys.stdout.write(comparison.publish())
-    return 1 if comparison.broken() else 0
+    return parse(parser, argv)
 
 
 class Comparison:
@@ -197,8 +216,8 @@ class Comparison:
         self.args = args
         known = GPU_SIZES if args.gpu else CPU_SIZES
         sizes = chosen("sizes", args.sizes, known) if args.sizes else known
-        self.recipes = {size: resolved(*known[size], args.overrides) for size in sizes}
-        self.steps = args.steps or (3 if args.gpu else 1)
+        self.passes = args.passes or (4 if args.gpu else 1)
+        self.recipes = {size: resolved(*known[size], args.overrides, passes=self.passes) for size in sizes}
         self.has_hf = importlib.util.find_spec("transformers") is not None
         reference, *others = GPU_CONTENDERS if args.gpu else CPU_CONTENDERS
         labels = [contender.label for contender in (reference, *others)]
@@ -208,7 +227,7 @@ class Comparison:
         unwanted = args.without + ([] if self.has_hf else [HF])
         self.contenders = [reference, *(other for other in others if not any(text in other.label for text in unwanted))]
         self.results: dict[str, list[Result]] = {}
-        self.checked: dict[str, str] = {}
+        self.checked: dict[str, Checked] = {}
         self.left = 0
 
     def measure(self) -> None:
@@ -229,10 +248,19 @@ class Comparison:
                     self.checked[size] = check_libraries(recipe, list(libraries))
                     weights = drawn_weights(recipe)
                     self.results[size] = [first]
-                self.results[size] += Group(recipe, weights, first, group).measure(self.args.rounds, self.steps)
+                self.measure_group(size, weights, first, group)
                 self.publish()
                 labels = ", ".join(contender.label for contender in group)
                 sys.stderr.write(f"{size}: {labels} done after {time.monotonic() - begun:.0f} s\n")
+
+    def measure_group(self, size: str, weights: dict, first: Result, group: list[Contender]) -> None:
+        """Rows of the group; of a library that does not compute what ours does, the reason."""
+        unlike = self.checked[size].unlike
+        rows = [Result(one, failure=unlike.get(one.family, "")) for one in group]
+        # before they are measured: one who ends the measurement keeps the turns that were taken
+        self.results[size] += rows
+        if sound := [row for row in rows if not row.failure]:
+            Group(self.recipes[size], weights, first, sound).measure(self.args.rounds, self.args.steps)
 
     def broken(self) -> list[Result]:
         every = [result for results in self.results.values() for result in results]
@@ -250,8 +278,8 @@ class Comparison:
 
     def body(self) -> str:
         parts = [
-            f"Turns of {self.steps} steps, {self.args.rounds} of each, {self.args.at_once} trainers in "
-            "memory at a time; medians (smallest to largest). Ratios are images/s "
+            f"Turns of {self.args.steps} steps, each of {self.passes} passes; {self.args.rounds} turns of each, "
+            f"{self.args.at_once} trainers in memory at a time; medians (smallest to largest). Ratios are images/s "
             "over the reference's, the first row's, of the same turns."
         ]
         if not self.has_hf:
@@ -264,15 +292,19 @@ class Comparison:
             )
         for size, results in self.results.items():
             batch, precision = self.recipes[size].run.micro_batch, self.recipes[size].run.precision
-            parts += [f"## {size}, {batch} images a step, {precision}", self.checked[size], table(results, batch)]
+            parts += [f"## {size}, {batch} images a pass, {precision}", self.checked[size].agreed]
+            parts.append(table(results, batch, self.passes))
             parts.append("\n".join(f"- {line}" for line in verdicts(results)))
         if self.left:
             parts.append(f"{self.left} rows were not begun within {self.args.budget_s:g} s.")
         return "\n\n".join(part for part in parts if part)
 
 
-def resolved(name: str, own: str, overrides: list[str]) -> PretrainRecipe:
+def resolved(name: str, own: str, overrides: list[str], *, passes: int = 1) -> PretrainRecipe:
     """The recipe of a size.
+
+    Args:
+        passes: of a step.
 
     Raises: UserError for what the peers have no counterpart of.
     """
@@ -285,7 +317,7 @@ def resolved(name: str, own: str, overrides: list[str]) -> PretrainRecipe:
         )
     if recipe.run.precision == "fp16":
         raise UserError("run.precision fp16: a loss scale would be compared too; use bf16 or fp32")
-    return replace(recipe, run=replace(recipe.run, global_batch=recipe.run.micro_batch))
+    return replace(recipe, run=replace(recipe.run, global_batch=recipe.run.micro_batch * passes))
 
 
 # ------------------------------------------------------------------------------------------ the models
@@ -325,7 +357,7 @@ def hugging_face_loss(recipe: PretrainRecipe, weights: dict, batch: DrawnBatch, 
         None, config=config, state_dict=state, attn_implementation=attention
     )
     model = model.float().to(batch.images_norm.device).train()
-    net = torch.compile(model) if contender.compiled else model
+    net = compiled(model, contender, "BeitLayer")
     masked, codes = masked_patches(batch, recipe), batch.targets.codes.flatten()
 
     def loss() -> torch.Tensor:
@@ -361,7 +393,7 @@ def timm_loss(recipe: PretrainRecipe, weights: dict, batch: DrawnBatch, contende
         model = MaskedBeit()
     model.load_state_dict(weights)
     model.train()
-    net = torch.compile(model) if contender.compiled else model
+    net = compiled(model, contender, "Block")
     is_masked, codes = masked_patches(batch, recipe), batch.targets.codes.flatten()
 
     def loss() -> torch.Tensor:
@@ -369,6 +401,25 @@ def timm_loss(recipe: PretrainRecipe, weights: dict, batch: DrawnBatch, contende
         return F.cross_entropy(logits.flatten(0, 1).float(), codes)
 
     return model, loss
+
+
+def compiled(model: torch.nn.Module, contender: Contender, block_name: str) -> torch.nn.Module:
+    """As the contender asks for.
+
+    Args:
+        block_name: of the class of its blocks.
+    """
+    if not contender.compiled:
+        return model
+    if not contender.by_block:
+        return torch.compile(model)
+    blocks = [module for module in model.modules() if type(module).__name__ == block_name]
+    # a block with a setting of its own is a graph of its own; one beyond the limit would run uncompiled without a word
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))
+    assert blocks, f"no {block_name} in {type(model).__name__}"
+    for block in blocks:
+        block.compile()
+    return model
 
 
 LIBRARIES: dict[str, Callable] = {OURS: our_loss, HF: hugging_face_loss, TIMM: timm_loss}
@@ -384,22 +435,34 @@ def masked_patches(batch: DrawnBatch, recipe: PretrainRecipe) -> torch.Tensor:
 # ----------------------------------------------------------------------------------- the same function
 
 
-def check_libraries(recipe: PretrainRecipe, libraries: list[Contender]) -> str:
-    """One line: by how much losses and gradient norms differ, float32, on a few images through a few blocks of this
-    size.
+def check_libraries(recipe: PretrainRecipe, libraries: list[Contender]) -> Checked:
+    """By how much losses and gradient norms differ from the first one's, float32, on a few images through a few blocks
+    of this size; a library that fails, or differs, does not cost the others their comparison.
 
-    Raises: LossesDiffer.
+    Raises: whatever the first one fails with.
     """
     model = replace(recipe.model, depth=min(recipe.model.depth, CHECKED_BLOCKS), drop_path=0.0)
-    small = replace(recipe, model=model, run=replace(recipe.run, micro_batch=CHECKED_IMAGES))
+    run_of_one = replace(recipe.run, micro_batch=CHECKED_IMAGES, global_batch=CHECKED_IMAGES)
+    small = replace(recipe, model=model, run=run_of_one)
     weights, batch = drawn_weights(small), drawn_batch(small, this_device())
-    found: dict[str, dict[str, float]] = {}
+    (reference, *others), unlike = libraries, {}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for contender in libraries:
-            found[contender.label] = figures_of(*LIBRARIES[contender.library](small, weights, batch, contender))
+        found = {reference.label: figures_of(*LIBRARIES[reference.library](small, weights, batch, reference))}
+        for contender in others:
+            try:
+                figures = figures_of(*LIBRARIES[contender.library](small, weights, batch, contender))
+                compare({reference.label: found[reference.label], contender.label: figures}, LIBRARY_TOLERANCE)
+                found[contender.label] = figures
+            except LossesDiffer as error:
+                unlike[contender.family] = str(error)
+            except Exception as error:
+                unlike[contender.family] = reason(error)
+                del error
             free_memory()
-    agreed = compare(found, LIBRARY_TOLERANCE)
-    return f"The same function, float32, {agreed} ({small.model.depth} blocks, {CHECKED_IMAGES} images)."
+    same = (
+        f"The same function, float32, {compare(found, LIBRARY_TOLERANCE)}" if len(found) > 1 else "Nothing to compare"
+    )
+    return Checked(f"{same} ({small.model.depth} blocks, {CHECKED_IMAGES} images).", unlike)
 
 
 def figures_of(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> dict[str, float]:
@@ -435,7 +498,7 @@ def compare(found: dict[str, dict[str, float]], tolerance: dict[str, float]) -> 
 
 
 class BareTrainer:
-    """Forward pass, backward pass, clipping, AdamW, in the dtypes that the contender names."""
+    """Forward and backward passes, clipping, AdamW, in the dtypes that the contender names."""
 
     def __init__(self, recipe: PretrainRecipe, weights: dict, contender: Contender) -> None:
         device, optim = this_device(), recipe.optim
@@ -446,19 +509,26 @@ class BareTrainer:
         self.autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if autocast else contextlib.nullcontext
         self.optimizer = build_optimizer(decay_groups(self.model, optim.weight_decay), optim, offloaded=False)
         self.clip_norm = optim.clip_norm
+        self.passes = recipe.run.global_batch // recipe.run.micro_batch
 
     def forward(self) -> torch.Tensor:
         with self.autocast():
             return self.loss_of()
 
     def learn(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        """The last pass of a step."""
+        (loss / self.passes).backward()
         if self.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def earlier_passes(self) -> None:
+        for _ in range(self.passes - 1):
+            (self.forward() / self.passes).backward()
+
     def step(self) -> torch.Tensor:
+        self.earlier_passes()
         loss = self.forward()
         self.learn(loss)
         return loss.detach()
@@ -475,35 +545,42 @@ def trainer_of(recipe: PretrainRecipe, weights: dict, contender: Contender) -> B
 
 
 class Group:
-    """The reference and some others, in memory together; the reference's own result is added to."""
+    """The reference and some others, in memory together; their results are added to."""
 
-    def __init__(self, recipe: PretrainRecipe, weights: dict, reference: Result, others: list[Contender]) -> None:
+    def __init__(self, recipe: PretrainRecipe, weights: dict, reference: Result, others: list[Result]) -> None:
         # Rates of a warm-up's start: the weights are noise, and must not run away to where products are not numbers.
         self.recipe, self.weights = replace(recipe, optim=replace(recipe.optim, lr=1e-6)), weights
-        self.reference, self.others = reference, [Result(contender) for contender in others]
-        self.results = {result.contender.label: result for result in (reference, *self.others)}
+        self.reference = reference
+        self.results = {result.contender.label: result for result in (reference, *others)}
         self.trainers: dict[str, BareTrainer | EngineTrainer] = {}
         self.first_losses: dict[str, torch.Tensor] = {}
 
-    def measure(self, rounds: int, steps: int) -> list[Result]:
-        """Results of the others."""
+    def measure(self, rounds: int, steps: int) -> None:
         fresh_compiler()
-        self.build()
-        turns = Turns(
-            {label: lambda label=label: self.step(label) for label in self.trainers},
-            steps_a_turn=steps,
-            give_up=lambda label: self.trainers.pop(label).close(),
-        )
-        turns.run(rounds)
+        try:
+            self.build()
+            turns = Turns(
+                {label: lambda label=label: self.step(label) for label in self.trainers},
+                steps_a_turn=steps,
+                give_up=lambda label: self.trainers.pop(label).close(),
+            )
+            try:
+                turns.run(rounds)
+            finally:
+                # one who ends the measurement keeps the turns that were taken
+                self.take(turns)
+                turns.steps.clear()
+            for label, trainer in self.trainers.items():
+                if not self.results[label].failure:
+                    measure_memory(self.results[label], trainer)
+        finally:
+            self.close()
+
+    def take(self, turns: Turns) -> None:
+        """What the turns have shown so far."""
         for label, failure in (self.uncompiled(turns) | self.other_computations() | turns.failed).items():
             self.results[label].failure = failure
         self.add_times(turns)
-        for label, trainer in self.trainers.items():
-            if not self.results[label].failure:
-                measure_memory(self.results[label], trainer)
-        turns.steps.clear()
-        self.close()
-        return self.others
 
     def build(self) -> None:
         for label, result in self.results.items():
@@ -521,12 +598,13 @@ class Group:
     def uncompiled(self, turns: Turns) -> dict[str, str]:
         if compiler_facts()[0]:
             return {}
-        return {label: NOTHING_COMPILED for label in turns.seconds if self.results[label].contender.compiled}
+        timed = [label for label, seconds in turns.seconds.items() if seconds]
+        return {label: NOTHING_COMPILED for label in timed if self.results[label].contender.compiled}
 
     def other_computations(self) -> dict[str, str]:
-        if self.reference.contender.label not in self.trainers or self.recipe.model.drop_path:
+        if self.reference.contender.label not in self.first_losses or self.recipe.model.drop_path:
             return {}
-        losses = {label: self.first_losses[label].float().item() for label in self.trainers}
+        losses = {label: loss.float().item() for label, loss in self.first_losses.items() if label in self.trainers}
         return other_losses(losses, FIRST_STEP_TOLERANCE[self.recipe.run.precision])
 
     def add_times(self, turns: Turns) -> None:
@@ -536,7 +614,7 @@ class Group:
                 result.seconds += turns.seconds[label]
                 result.ratios += ratios(turns.seconds.get(base, []), turns.seconds[label])
                 result.cpu_ratios += ratios(turns.cpu_seconds.get(base, []), turns.cpu_seconds[label])
-                result.first_s = max(result.first_s, turns.first_s[label])
+                result.first_s = max(result.first_s, turns.first_s.get(label, 0.0))
 
     def close(self) -> None:
         for label, trainer in self.trainers.items():
@@ -558,6 +636,7 @@ def other_losses(first_losses: dict[str, float], tolerance: float) -> dict[str, 
 
 def measure_memory(result: Result, trainer: BareTrainer | EngineTrainer) -> None:
     try:
+        trainer.earlier_passes()
         result.kept_bytes, result.step_bytes = step_memory(trainer.forward, trainer.learn)
     except Exception as error:
         result.failure = reason(error)
@@ -576,7 +655,8 @@ def measured(results: list[Result]) -> list[Result]:
     return [result for result in results if result.ratios and not result.failure]
 
 
-def table(results: list[Result], batch: int) -> str:
+def table(results: list[Result], batch: int, passes: int = 1) -> str:
+    """Args: batch: images of a pass.  passes: of a step."""
     on_gpu = any(result.step_bytes for result in results)
     heads = ["", "ratio", *([] if on_gpu else ["ratio in CPU time"]), "images/s", "s a step"]
     heads += [
@@ -584,18 +664,18 @@ def table(results: list[Result], batch: int) -> str:
         *(["step, GiB", "weights and moments, GiB"] if on_gpu else []),
         "first step, s",
     ]
-    return markdown_table(heads, [cells(result, batch, on_gpu, len(heads)) for result in results])
+    return markdown_table(heads, [cells(result, batch, passes, on_gpu, len(heads)) for result in results])
 
 
-def cells(result: Result, batch: int, on_gpu: bool, count: int) -> list[str]:
-    if result.failure:
-        return [result.contender.label, result.failure, *[""] * (count - 2)]
+def cells(result: Result, batch: int, passes: int, on_gpu: bool, count: int) -> list[str]:
+    if result.failure or not result.seconds:
+        return [result.contender.label, result.failure or "cut off", *[""] * (count - 2)]
     compared = [result.ratios] if on_gpu else [result.ratios, result.cpu_ratios]
     memory = [f"{size / 2**30:.1f}" for size in (result.step_bytes, result.state_bytes)] if on_gpu else []
     return [
         result.contender.label,
         *(spread(values, ".3f") for values in compared),
-        f"{batch / statistics.median(result.seconds):.4g}",
+        f"{batch * passes / statistics.median(result.seconds):.4g}",
         spread(result.seconds, ".4g"),
         f"{result.kept_bytes / batch / 1e6:.1f}",
         *memory,

@@ -22,9 +22,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.copies import copy_bytes_s
+from benchmarks.guards import free_memory
 from benchmarks.matmul_ceiling import matmul_ceiling
 from benchmarks.record import at_least, benchmark_parser, markdown_table, parse, publish
-from benchmarks.step_time import DTYPES, free_memory, step_costs, this_device
+from benchmarks.step_time import DTYPES, step_costs, this_device
 from peco_ds.command_line import run
 from peco_ds.config import PretrainRecipe
 from peco_ds.errors import UserError
@@ -72,7 +74,6 @@ CPU_ROWS = {
 # its best products; one thread of a CPU fills up with smaller ones.
 PRODUCT_SHARE = {"cuda": (0.55, 0.72, 0.90), "cpu": (0.75, 0.90, 1.0)}
 COPY_SHARE = 0.92
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 # of the parameters' type: gradient read, parameter and both moments read and written
 ADAMW_VALUES = 7
 
@@ -152,27 +153,12 @@ def measured_machine(precision: str) -> Hardware:
         name="this device",
         title="this device, as measured",
         peak_flops={**start.peak_flops, precision: ceiling},
-        memory_bytes_s=copy_bytes_s(device),
+        memory_bytes_s=copy_bytes_s(device, _clock(device)),
         product_share=PRODUCT_SHARE[device.type],
         attention_share=attention,
         memory_share=COPY_SHARE,
         gpus_per_node=1,
     )
-
-
-def copy_bytes_s(device: torch.device) -> float:
-    """Bytes read and written in a second by a long copy, the best of several."""
-    clock = _clock(device)
-    source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
-    target, best = torch.empty_like(source), float("inf")
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for _ in range(10):
-        wait()
-        begun = clock()
-        target.copy_(source)
-        wait()
-        best = min(best, clock() - begun)
-    return 2 * COPY_BYTES[device.type] / best
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

@@ -1,5 +1,8 @@
 """What the benchmarks share around their measurements: the command line, tables, and a record that says command,
 versions, hardware and date.
+
+What needs more than Python's own library is imported where it is used: tables and versions are there on a machine that
+lacks packages.
 """
 
 from __future__ import annotations
@@ -14,15 +17,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
-from peco_ds.command_line import Parser
 from peco_ds.errors import UserError
 from peco_ds.own_files import Own, own_png, refuse_foreign, written_whole
-from peco_ds.strict_yaml import NOT_YAML, read_yaml
 from peco_ds.user_paths import check_folder_takes_files
+
+if TYPE_CHECKING:
+    from peco_ds.command_line import Parser
 
 T = TypeVar("T")
 
@@ -48,6 +50,8 @@ def benchmark_parser(name: str, description: str, *, gpu: str = "", plot: str = 
         name: of the module.
         gpu, plot, overrides: the help of --gpu, --plot and key.sub=value; "": the benchmark has none.
     """
+    from peco_ds.command_line import Parser
+
     parser = Parser(
         prog=f"python -m benchmarks.{name}",
         description=description,
@@ -146,6 +150,10 @@ def read_checked(kind: type[T], path: Path, example: str) -> T:
 
     Raises: UserError if there is no such file, or it holds something else; names the `example` to take.
     """
+    from pydantic import TypeAdapter, ValidationError
+
+    from peco_ds.strict_yaml import NOT_YAML, read_yaml
+
     try:
         return TypeAdapter(kind).validate_python(read_yaml(path))
     except OSError as error:

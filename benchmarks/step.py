@@ -25,16 +25,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from benchmarks.engine_step import NOTHING_COMPILED, EngineTrainer, compiler_facts, fresh_compiler, join_alone
+from benchmarks.guards import OUT_OF_MEMORY, free_memory, reason
 from benchmarks.matmul_ceiling import data_sheet_flops, matmul_ceiling
 from benchmarks.plots import Bar, ratio_bars
 from benchmarks.profile_step import profile_step
 from benchmarks.record import at_least, benchmark_parser, chosen, markdown_table, parse, publish
 from benchmarks.step_time import (
     DTYPES,
-    OUT_OF_MEMORY,
     Turns,
-    free_memory,
-    reason,
     step_memory,
     this_device,
     training_flops,
@@ -66,6 +64,7 @@ AXES = {
     "zero": ["3", "1", "2", "0"],
 }
 PACKAGES = ("deepspeed", "timm")
+CUT_OFF = "cut off"  # before it was measured
 HEADS = (
     "size | ZeRO | checkpointing | compile | stochastic depth by | batch | images/s (slowest to fastest) | ratio | "
     "MFU, measured ceiling | MFU, data sheet | activations an image, MB | peak, GiB | start, s | "
@@ -96,7 +95,8 @@ class Row:
     """What was measured of a setting; times of a step in seconds, an entry a stretch."""
 
     setting: Setting
-    batch: int = 0
+    batch: int = 0  # images of a pass
+    passes: int = 1  # of a step
     flops_per_image: int = 0
     skips: bool = False  # some of those FLOPs are never done
     seconds: list[float] = field(default_factory=list)
@@ -112,10 +112,22 @@ class Row:
 
     @property
     def images_per_s(self) -> float:
-        return self.batch / statistics.median(self.seconds)
+        return self.batch * self.passes / statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Images/s of the slowest and of the fastest stretch."""
+        return self.batch * self.passes / max(self.seconds), self.batch * self.passes / min(self.seconds)
 
 
 def main(argv: list[str] | None = None) -> int:
+    measurement = Measurement(arguments(argv))
+    measurement.measure()
+    sys.stdout.write(measurement.publish())
+    return 1 if measurement.broken() else 0
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(
         "step",
         __doc__,
@@ -129,7 +141,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{axis}", metavar="BASE,OTHER", default=",".join(values), help="(default: %(default)s)")
     parser.add_argument("--all", action="store_true", help="every combination, not one change at a time")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="stretches that are timed (default: %(default)s)")
-    parser.add_argument("--steps", type=at_least(1), help="of a stretch (default: 5 with --gpu, else 1)")
+    parser.add_argument("--steps", type=at_least(1), help="of a stretch (default: 2 with --gpu, else 1)")
+    passes = "forward and backward, of an optimiser step (default: 4 with --gpu, as a run of few GPUs has, else 1)"
+    parser.add_argument("--passes", type=at_least(1), help=passes)
     parser.add_argument(
         "--budget_s", type=float, default=float("inf"), help="no row is begun later (default: no limit)"
     )
@@ -138,10 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="also say where the time of each size's base goes, and which attention kernels ran",
     )
-    measurement = Measurement(parse(parser, argv))
-    measurement.measure()
-    sys.stdout.write(measurement.publish())
-    return 1 if measurement.broken() else 0
+    return parse(parser, argv)
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
@@ -168,7 +179,8 @@ class Measurement:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.settings = settings_of(args)
-        self.steps = args.steps or (5 if args.gpu else 1)
+        self.steps = args.steps or (2 if args.gpu else 1)
+        self.passes = args.passes or (4 if args.gpu else 1)
         self.rows: list[Row] = []
         self.profiles: dict[str, str] = {}
         self.ceilings: dict[torch.dtype, float] = {}  # FLOP a second
@@ -181,7 +193,7 @@ class Measurement:
         for number, (setting, recipe) in enumerate(zip(self.settings, recipes)):
             if time.monotonic() - begun > self.args.budget_s:
                 break
-            row = Row(setting)
+            row = Row(setting, failure=CUT_OFF)
             self.rows.append(row)
             try:
                 self.measure_row(row, recipe, profiled=self.args.profile and setting.size not in self.profiles)
@@ -196,14 +208,13 @@ class Measurement:
     def recipe(self, setting: Setting) -> PretrainRecipe:
         name, own = (GPU_SIZES if self.args.gpu else CPU_SIZES)[setting.size]
         recipe = load_recipe(PretrainRecipe, name, [*own.split(), *setting.overrides(), *self.args.overrides]).recipe
-        # one forward pass an optimiser step
-        return replace(recipe, run=replace(recipe.run, global_batch=recipe.run.micro_batch))
+        return replace(recipe, run=replace(recipe.run, global_batch=recipe.run.micro_batch * self.passes))
 
     def measure_row(self, row: Row, recipe: PretrainRecipe, *, profiled: bool) -> None:
         device, dtype = this_device(), DTYPES[recipe.run.precision]
         # anew for every row: others may have used the machine
         self.ceilings[dtype] = max(self.ceilings.get(dtype, 0.0), matmul_ceiling(dtype, device))
-        row.batch, row.flops_per_image = recipe.run.micro_batch, training_flops(recipe)
+        row.batch, row.passes, row.flops_per_image = recipe.run.micro_batch, self.passes, training_flops(recipe)
         row.skips = recipe.model.drop_path_by == "subset" and recipe.model.drop_path > 0
         fresh_compiler()
         trainer = EngineTrainer(recipe, DS_CONFIGS / f"zero{row.setting.zero}.json", device)
@@ -212,16 +223,18 @@ class Measurement:
             if turns.failed:
                 row.failure = turns.failed[""]
                 return
-            row.seconds = turns.seconds[""]
+            row.seconds, row.failure = turns.seconds[""], ""
             row.start_s = max(0.0, turns.first_s[""] - statistics.median(row.seconds))
             state = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+            # the last pass is the one at whose end the optimiser moves
+            trainer.earlier_passes()
             row.kept_bytes, beyond = step_memory(trainer.forward, trainer.learn)
             row.peak_bytes = state + beyond
             row.graphs, row.breaks, row.recompiled = compiler_facts()
             if row.setting.compile != "none" and not row.graphs:
                 row.failure = NOTHING_COMPILED
             elif profiled:
-                self.profiles[row.setting.size] = profile_step(trainer.step, steps=3)
+                self.profiles[row.setting.size] = profile_step(trainer.step, steps=max(1, 3 // self.passes))
         finally:
             trainer.close()
 
@@ -242,7 +255,7 @@ class Measurement:
             name = str(dtype).removeprefix("torch.")
             ceilings.append(f"{name} matrix products reach {flops / 1e12:.3g} TFLOP/s here{stated}")
         parts = [
-            f"Medians of {self.args.rounds} stretches of {self.steps} steps; one rank; "
+            f"Medians of {self.args.rounds} stretches of {self.steps} steps, {self.passes} passes each; one rank; "
             f"{'; '.join(ceilings)}. The base of a size is its first row; `ratio` is images/s "
             "against it, measured one after the other.",
             "Activations: what a forward pass leaves for the backward pass. `start` is what the first "
@@ -280,10 +293,10 @@ def cells(row: Row, ceilings: dict[torch.dtype, float], base: Row | None = None)
     asked = [setting.size, setting.zero, setting.checkpointing, setting.compile, setting.drop_by]
     if row.failure:
         return [*asked, str(row.batch or ""), row.failure, *[""] * (len(HEADS) - len(asked) - 2)]
-    slowest, fastest = row.batch / max(row.seconds), row.batch / min(row.seconds)
+    slowest, fastest = row.spread
     return [
         *asked,
-        str(row.batch),
+        str(row.batch) if row.passes == 1 else f"{row.passes} x {row.batch}",
         f"{row.images_per_s:.4g} ({slowest:.4g} to {fastest:.4g})",
         f"{row.images_per_s / base.images_per_s:.2f}" if base else "",
         *(f"{value:.1%}" if value else "" for value in utilisation(row, ceilings)),
@@ -313,7 +326,7 @@ def plotted(rows: list[Row]) -> dict[str, list[Bar]]:
             if row.setting.size == size and not row.failure:
                 setting = row.setting
                 label = f"ZeRO-{setting.zero}, {setting.checkpointing}, compile {setting.compile}, {setting.drop_by}"
-                rates = (row.images_per_s, row.batch / max(row.seconds), row.batch / min(row.seconds))
+                rates = (row.images_per_s, *row.spread)
                 found.setdefault(size, []).append((label, *(rate / base.images_per_s for rate in rates)))
     return found
 

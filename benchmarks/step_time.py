@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.guards import free_memory, reason
 from benchmarks.turns import by_turns
 from peco_ds.config import MaskSettings, PretrainRecipe
 from peco_ds.data.loaders import Codes, masked_targets
@@ -23,7 +23,6 @@ from peco_ds.runtime.optim import build_optimizer, decay_groups
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WARM_UP = 2
-OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass
@@ -163,20 +162,6 @@ class Turns:
             self.give_up(name)
             free_memory()
         return (time.perf_counter() - begun) / steps, (time.process_time() - begun_cpu) / steps
-
-
-def reason(error: Exception) -> str:
-    """One line that says why something failed."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return OUT_OF_MEMORY
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"[:200]
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def step_memory(forward: Callable[[], torch.Tensor], learn: Callable[[torch.Tensor], object]) -> tuple[int, int]:

@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,6 +100,21 @@ class Found:
 
 
 def main(argv: list[str] | None = None) -> int:
+    args, text = arguments(argv), ""
+    parts = [
+        f"Random weights; ways and parts by turns; medians of {args.rounds} rounds, of ratios with smallest and "
+        f"largest; {args.num_images} images through our way and {args.single_views} views through the other in a "
+        "round. Results end in host memory as token records, which are not written."
+    ]
+    for name, found in found_cases(args):
+        parts.append(f"## {name}\n\n{table(found)}")
+        text = publish(args, "Tokenizing", "\n\n".join(parts), "torchvision", "timm")
+        sys.stderr.write(f"{name}: measured\n")
+    sys.stdout.write(text)
+    return 0
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(
         "tokenizing",
         __doc__,
@@ -118,21 +133,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser, argv, renamed={"--pictures": "--num_images"})
     args.num_images = args.num_images or (64 if args.gpu else 4)
     args.single_views = args.single_views or (64 if args.gpu else 8)
-    parts = [
-        f"Random weights; ways and parts by turns; medians of {args.rounds} rounds, of ratios with smallest and "
-        f"largest; {args.num_images} images through our way and {args.single_views} views through the other in a "
-        "round. Results end in host memory as token records, which are not written."
-    ]
-    text = ""
+    return args
+
+
+def found_cases(args: argparse.Namespace) -> Iterator[tuple[str, Found]]:
+    """Each tokenizer as it is measured."""
     with tempfile.TemporaryDirectory(prefix="peco_tokenizing_") as name:
         folder = Path(name)
         images = ImageSet(pack(chosen_files(args.images, 64, folder / "files"), folder / "images"))
         for case in CASES:
-            parts.append(f"## {case.name}\n\n{table(measure(case, args, images))}")
-            text = publish(args, "Tokenizing", "\n\n".join(parts), "torchvision", "timm")
-            sys.stderr.write(f"{case.name}: measured\n")
-    sys.stdout.write(text)
-    return 0
+            yield case.name, measure(case, args, images)
 
 
 def measure(case: Case, args: argparse.Namespace, images: ImageSet) -> Found:

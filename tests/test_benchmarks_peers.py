@@ -6,6 +6,7 @@ Never how fast anything is.
 import re
 
 import pytest
+import torch
 from benchmark_runs import run_benchmark
 
 from benchmarks import peers
@@ -16,11 +17,15 @@ from benchmarks.peers import (
     LIBRARIES,
     OURS,
     TIMM,
+    BareTrainer,
+    Comparison,
     Contender,
     LossesDiffer,
     Result,
+    arguments,
     check_libraries,
     compare,
+    drawn_weights,
     other_losses,
     resolved,
     table,
@@ -74,14 +79,14 @@ def test_ours_hugging_face_timm_and_the_engine_take_turns_from_the_same_first_lo
 
 
 def test_all_libraries_compute_the_same_from_converted_weights():
-    text = check_libraries(toy(), [*THREE, Contender(HF, "fp32", attention="eager")])
-    assert "gradient norm of the bias table" in text
+    checked = check_libraries(toy(), [*THREE, Contender(HF, "fp32", attention="eager")])
+    assert "gradient norm of the bias table" in checked.agreed and not checked.unlike
 
 
 @pytest.mark.parametrize(
     "spoilt", ["rel_pos_bias.relative_position_bias_table", "backbone.cls_token", "blocks.1.gamma_2", "lm_head.bias"]
 )
-def test_no_comparison_where_one_library_computes_something_else(monkeypatch, spoilt):
+def test_a_library_that_computes_something_else_is_in_no_turn_and_the_others_are(monkeypatch, spoilt):
     def other(recipe, weights, batch, contender):
         return timm(
             recipe,
@@ -92,8 +97,36 @@ def test_no_comparison_where_one_library_computes_something_else(monkeypatch, sp
 
     timm = LIBRARIES[TIMM]
     monkeypatch.setitem(peers.LIBRARIES, TIMM, other)
-    with pytest.raises(LossesDiffer, match="of ours, eager is .*, of timm, eager"):
-        check_libraries(toy(), THREE)
+    checked = check_libraries(toy(), THREE)
+    assert list(checked.unlike) == [(TIMM, "SDPA")] and "gradient norm of the bias table" in checked.agreed
+    assert re.search("of ours, eager is .*, of timm, eager", checked.unlike[TIMM, "SDPA"])
+
+
+def test_a_library_that_fails_has_its_reason_in_the_table_and_costs_the_others_nothing(monkeypatch, tmp_path):
+    def broken(*_):
+        raise ImportError("huggingface_hub is of another age")
+
+    monkeypatch.setitem(peers.LIBRARIES, HF, broken)
+    without = [f"--without={text}" for text in ("compiled", "eager attention", "DeepSpeed")]
+    comparison = Comparison(arguments(["--rounds", "1", "--passes", "2", *without, *TOY]))
+    comparison.measure()
+    found = {result.contender.library: result for result in comparison.results["B/16 at 224"]}
+    assert [result.contender.library for result in comparison.broken()] == [HF]
+    assert "another age" in found[HF].failure and found[HF].failure in comparison.body()
+    assert len(found[TIMM].ratios) == 1 and "times the fastest of the 1 measured peers" in comparison.body()
+
+
+def test_turns_of_several_passes_have_the_loss_and_the_gradient_of_one_pass():
+    """The same batch in each pass: their mean is its gradient."""
+    ends = []
+    for passes in (1, 3):
+        recipe = resolved("peco_vitb16", "run.precision=fp32", TOY, passes=passes)
+        trainer = BareTrainer(recipe, drawn_weights(recipe), THREE[0])
+        trainer.optimizer.zero_grad = lambda **_: None
+        ends.append((trainer.step().item(), [weight.grad for weight in trainer.model.parameters()]))
+    assert ends[0][0] == ends[1][0]
+    for one, other in zip(ends[0][1], ends[1][1]):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_a_loss_that_is_no_number_is_a_difference():

@@ -40,7 +40,13 @@ def row(seconds, *, batch=10, compile="none", drop_by="image", **fields):
 
 def arguments(**chosen):
     return argparse.Namespace(
-        **{"gpu": False, "sizes": None, "all": False, **{axis: ",".join(values) for axis, values in AXES.items()}}
+        **{
+            "gpu": False,
+            "sizes": None,
+            "all": False,
+            "passes": None,
+            **{axis: ",".join(values) for axis, values in AXES.items()},
+        }
         | chosen
     )
 
@@ -66,6 +72,8 @@ def test_every_row_is_trained_and_recorded_with_ratio_ceiling_activations_and_pr
         "image",
         "--rounds",
         2,
+        "--passes",
+        2,
         "--profile",
         "--record",
         record,
@@ -76,6 +84,7 @@ def test_every_row_is_trained_and_recorded_with_ratio_ceiling_activations_and_pr
     text = record.read_text()
     found = [re.split(r" *\| *", line.strip("|").strip()) for line in text.splitlines() if line.startswith("| B/16")]
     assert [(cell[1], cell[2]) for cell in found] == [("3", "none"), ("3", "full"), ("1", "none")]
+    assert {cell[5] for cell in found} == {"2 x 2"} and "1 steps, 2 passes each" in text
     assert found[0][7] == "1.00" and all(float(cell[6].split()[0]) > 0 and cell[8].endswith("%") for cell in found)
     assert float(found[1][10]) < float(found[0][10]), "blocks that are recomputed keep less"
     assert "## Where the time goes: B/16 of 3 blocks, base" in text and "matrix products" in text and "torch 2" in text
@@ -108,14 +117,14 @@ def test_a_size_or_value_that_is_not_known_is_named(wrong):
         settings_of(arguments(**wrong))
 
 
-def test_full_sizes_are_those_of_the_recipes_with_one_forward_pass_a_step():
+def test_full_sizes_are_those_of_the_recipes_with_four_passes_a_step():
     measurement = Measurement(arguments(gpu=True, overrides=[], steps=None))
     assert len(measurement.settings) == 4 + 4 * 7
     for setting in measurement.settings:
         recipe = measurement.recipe(setting)
         assert (
             recipe.run.precision == "bf16"
-            and recipe.run.micro_batch == recipe.run.global_batch
+            and 4 * recipe.run.micro_batch == recipe.run.global_batch
             and recipe.run.compile == setting.compile
         )
         assert recipe.model.depth == {"H": 32, "L": 24, "B": 12}[setting.size[0]] and setting.size.endswith(
@@ -127,7 +136,8 @@ FORGOTTEN = """
 import sys, weakref
 import torch
 from benchmarks.engine_step import EngineTrainer, join_alone
-from benchmarks.step_time import free_memory, this_device
+from benchmarks.guards import free_memory
+from benchmarks.step_time import this_device
 from peco_ds.config import PretrainRecipe
 from peco_ds.deepspeed_json import DS_CONFIGS
 from peco_ds.recipe_files import load_recipe
@@ -155,6 +165,11 @@ def test_a_trainer_that_is_closed_leaves_neither_model_nor_moments_behind():
 def test_utilisation_is_the_models_flops_over_the_ceiling_and_missing_where_branches_are_skipped():
     assert utilisation(row([0.9, 1.0, 5.0]), CEILINGS) == (pytest.approx(10 * 10**11 / 1e13), None)
     assert utilisation(row([1.0], skips=True), CEILINGS) == (None, None)
+
+
+def test_images_a_second_count_all_passes_of_a_step():
+    fast = row([2.0, 2.0], passes=4)
+    assert fast.images_per_s == 20 and fast.spread == (20, 20)
 
 
 def test_a_row_that_failed_says_why_and_is_nobodys_base():
@@ -274,57 +289,3 @@ def test_a_plot_without_bars_is_no_file(tmp_path):
     ratio_bars(tmp_path / "none.png", "title", {"size": []})
     ratio_bars(tmp_path / "bars.png", "title", {"size": [("ours", 1.2, 1.1, 1.3)], "other": []})
     assert os.listdir(tmp_path) == ["bars.png"]
-
-
-# ------------------------------------------------------------------------------------------ run_gpu.sh
-
-
-STAND_IN = """#!/bin/sh
-echo "$@" >>"$(dirname "$0")/calls"
-case "$2" in *{failing}) echo the reason; exit 3;; esac
-"""
-
-
-def run_all(tmp_path, *, failing="nothing", **environment):
-    """run_gpu.sh with a stand-in for python: what was called, what was said, the exit code."""
-    python = tmp_path / "python"
-    python.write_text(STAND_IN.format(failing=failing))
-    python.chmod(0o755)
-    done = subprocess.run(
-        ["bash", REPOSITORY / "benchmarks/run_gpu.sh"],
-        env={**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), **environment},
-        capture_output=True,
-        text=True,
-    )
-    calls = tmp_path / "calls"
-    return calls.read_text().splitlines() if calls.exists() else [], done.stdout, done.returncode
-
-
-def test_all_parts_run_at_full_size_on_a_gpu_and_at_small_size_where_a_cpu_is_asked_for(tmp_path):
-    calls, said, code = run_all(tmp_path)
-    assert code == 0 and [call.removeprefix("-m benchmarks.").split()[0] for call in calls] == [
-        "peers",
-        "step",
-        "plan_step",
-        "peers",
-        "data",
-        "tokenizing",
-        "launch",
-    ]
-    assert (
-        all("--gpu" in call and f"--record {tmp_path / 'out'}" in call for call in calls) and said.count("done in") == 7
-    )
-    (tmp_path / "calls").unlink()
-    calls, _, code = run_all(tmp_path, PECO_BENCH_DEVICE="cpu")
-    assert code == 0 and len(calls) == 6 and not any("--gpu" in call for call in calls)
-    assert (tmp_path / "out" / "summary.txt").read_text().count("done in") == 6
-
-
-def test_a_part_that_fails_is_named_with_its_last_line_and_does_not_stop_the_others(tmp_path):
-    calls, said, code = run_all(tmp_path, failing=".step")
-    assert code == 1 and len(calls) == 7 and "step: failed with 3" in said and "the reason" in said
-
-
-def test_nothing_is_begun_when_the_time_is_up(tmp_path):
-    calls, said, code = run_all(tmp_path, PECO_BENCH_SECONDS="5")
-    assert code == 0 and calls == [] and said.count("not begun") == 7

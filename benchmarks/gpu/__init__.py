@@ -1,0 +1,1 @@
+"""The parts of benchmarks.run_gpu, and what surrounds them."""
