@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from peco_ds.models.image_tokenizer import ImageTokenizer, SoftTokens
+from peco_ds.models.vq import no_tf32
 
 
 class TokenPasses:
@@ -18,8 +19,8 @@ class TokenPasses:
     images of one size.
 
     In bf16 the trunk runs under autocast: products in bf16, statistics of norms in float32. The last layer and the
-    search for the code run in the precision of the weights, float32. A compiled trunk has one static shape: a last pass
-    with fewer images is filled up, so that nothing is compiled again for it.
+    search for the code run in the precision of the weights, float32, and never in TF32. A compiled trunk has one static
+    shape: a last pass with fewer images is filled up, so that nothing is compiled again for it.
 
     Args:
         tokenizer: in eval mode, on its device.
@@ -59,7 +60,7 @@ class TokenPasses:
             number = len(piece)
             if self._compiled and number < self._images:
                 piece = torch.cat([piece, piece.new_zeros(self._images - number, *piece.shape[1:])])
-            with torch.autocast(piece.device.type, torch.bfloat16, enabled=self._bf16):
+            with no_tf32(), torch.autocast(piece.device.type, torch.bfloat16, enabled=self._bf16):
                 outputs = self._trunk(piece.contiguous(memory_format=self._layout))
             yield outputs[:number]
 
