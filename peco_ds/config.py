@@ -35,6 +35,8 @@ ShareBelowOne = Annotated[float, Bounds(at_least=0, below=1)]
 Average = Literal["auto", "ema", "raw"]
 # Precision of a frozen network that judges or teaches.
 FrozenPrecision = Literal["auto", "bf16", "fp32"]
+# How attention with a bias that all images share is computed (models/attention.py).
+AttentionForm = Literal["auto", "triton", "unfused", "efficient"]
 # V, codes of a codebook.
 NumCodes = Annotated[int, Bounds(at_least=1, at_most=65536, because="codes are stored as uint16")]
 
@@ -121,6 +123,15 @@ class ModelSettings:
     # Beside the relative position bias a learnt vector for each place, added to its token. For weights that were
     # trained with such (beit_base_patch16_224_pt1k_800ep).
     absolute_positions: bool = False
+    # How attention is computed. triton: kernels of our own, on a GPU. unfused: products and a softmax, which keep the
+    # weights. efficient: PyTorch's memory-efficient kernels. auto: the fastest on this GPU, timed at the run's first
+    # start and kept by later ones; efficient on a CPU.
+    attention: Annotated[
+        AttentionForm,
+        AbsentMeans("efficient", stage="pretrain"),
+        AbsentMeans("efficient", stage="finetune"),
+        FreeOnResume(),
+    ] = "auto"
     # Standard deviation of the initial weights. BEiT cuts them at one deviation in pre-training, and nowhere that
     # matters in fine-tuning.
     init_std: float = 0.02
@@ -245,6 +256,8 @@ class RunSettings:
     # blocks: torch.compile for each transformer block, and for a tokenizer's network while codes are computed. auto:
     # blocks on a GPU unless layer_norm is apex, else none.
     compile: Annotated[Literal["auto", "blocks", "none"], FreeOnResume()] = "auto"
+    # On a GPU convolutions add up in one order. Costs little, because they are few. Off: cuDNN takes what it likes.
+    deterministic: Annotated[bool, FreeOnResume()] = True
     # Whose kernel.
     layer_norm: Annotated[Literal["torch", "apex"], FreeOnResume()] = "torch"
     log_every_steps: Annotated[AtLeastOne, FreeOnResume()] = 20

@@ -146,4 +146,10 @@ def keys_with(recipe_type: Any, mark_type: type) -> dict[str, Any]:
 
 def values_before(recipe_type: Any, stage: str) -> dict[str, Any]:
     """Dotted setting -> what runs of a stage did before it existed, for those whose default says otherwise today."""
-    return {key: mark.value for key, mark in keys_with(recipe_type, AbsentMeans).items() if mark.stage == stage}
+    return {
+        key: mark.value
+        for one_type in get_args(recipe_type) or (recipe_type,)
+        for key, marks in recipe_fields(one_type).items()
+        for mark in marks
+        if isinstance(mark, AbsentMeans) and mark.stage == stage
+    }

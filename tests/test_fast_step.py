@@ -17,6 +17,11 @@ CASES = {
     "selective": ["run.activation_checkpointing=selective"],
     "compiled selective": ["run.compile=blocks", "run.activation_checkpointing=selective"],
     "compiled full": ["run.compile=blocks", "run.activation_checkpointing=full"],
+    "unfused compiled selective": [
+        "model.attention=unfused",
+        "run.compile=blocks",
+        "run.activation_checkpointing=selective",
+    ],
     "subset at rate 0": ["model.drop_path=0", "model.drop_path_by=subset"],
     "subset": STOCHASTIC,
     "subset compiled": [*STOCHASTIC, "run.compile=blocks"],
@@ -63,7 +68,13 @@ def largest_difference(a, b):
 
 @pytest.mark.parametrize(
     "name, reference",
-    [("compiled", "plain"), ("compiled selective", "plain"), ("compiled full", "plain"), ("subset compiled", "subset")],
+    [
+        ("compiled", "plain"),
+        ("compiled selective", "plain"),
+        ("compiled full", "plain"),
+        ("unfused compiled selective", "plain"),
+        ("subset compiled", "subset"),
+    ],
 )
 def test_compiled_blocks_follow_the_plain_curve(curves, name, reference):
     # float32; a compiled norm and GELU round otherwise, and 50 steps carry it on: measured worst case 1.8e-7

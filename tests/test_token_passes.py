@@ -140,3 +140,36 @@ def test_passes_are_as_equal_as_can_be(images, at_most, each):
 def test_a_tokenizer_in_training_mode_is_refused():
     with pytest.raises(AssertionError, match="eval"):
         TokenPasses(build_tokenizer(KINDS["vqgan"]), precision="fp32", images=1, compiled=False)
+
+
+SWITCHES = torch.backends.cudnn, torch.backends.cuda.matmul
+
+
+def tf32_allowed():
+    return tuple(switch.allow_tf32 for switch in SWITCHES)
+
+
+def allow_tf32(*allowed):
+    for switch, is_allowed in zip(SWITCHES, allowed):
+        switch.allow_tf32 = is_allowed
+
+
+@pytest.fixture
+def outside():
+    """What the process allows outside; put back at the end."""
+    before = tf32_allowed()
+    yield True, True
+    allow_tf32(*before)
+
+
+def test_no_layer_that_leads_to_a_code_may_use_tf32(tokenizer, images_11, outside):
+    """Whatever the process allows outside, and it is left as it was."""
+    allow_tf32(*outside)
+    seen = set()
+    for module in tokenizer.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.register_forward_hook(lambda *_: seen.add(tf32_allowed()))
+    tokenizer.tokenize(images_11)
+    tokenizer.tokenize_soft(images_11, 2)
+    TokenPasses(tokenizer, precision="fp32", images=len(images_11), compiled=False).tokenize(images_11)
+    assert seen == {(False, False)} and tf32_allowed() == outside

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peco_ds.config import TokenizerSettings
-from peco_ds.models.vq import Codebook
+from peco_ds.models.vq import Codebook, full_float32, no_tf32
 
 
 class SoftTokens(NamedTuple):
@@ -54,7 +54,8 @@ class ImageTokenizer(nn.Module):
     def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
         """Codes int64 [B, N]. Needs eval mode, in which a codebook does not count."""
         self.check_eval()
-        return self.choose(self.trunk(images_11))
+        with no_tf32():
+            return self.choose(self.trunk(images_11))
 
     @torch.no_grad()
     def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
@@ -64,7 +65,8 @@ class ImageTokenizer(nn.Module):
             k: 1 to V.  temperature: > 0.
         """
         self.check_eval()
-        return self.choose_soft(self.trunk(images_11), k, temperature=temperature)
+        with no_tf32():
+            return self.choose_soft(self.trunk(images_11), k, temperature=temperature)
 
     def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Codes int64 [B, N] of a (height, width) grid -> images float32 [B, 3, H, W], about [-1, 1]."""
@@ -102,7 +104,7 @@ class LogitTokenizer(ImageTokenizer):
         return self._logits(self.trunk(images_11))
 
     def _logits(self, outputs: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(outputs.device.type, enabled=False):
+        with full_float32(outputs.device):
             return self.code_logits(outputs).float()
 
     def choose(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -126,7 +128,9 @@ class CodebookTokenizer(ImageTokenizer):
 
     def encode(self, images_11: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> features [B, C, H / stride, W / stride]; the stride divides the sides."""
-        return self.to_features(self.trunk(images_11))
+        outputs = self.trunk(images_11)
+        with no_tf32():
+            return self.to_features(outputs)
 
     def choose(self, outputs: torch.Tensor) -> torch.Tensor:
         return self.codebook.nearest(self._features(outputs))
@@ -136,7 +140,7 @@ class CodebookTokenizer(ImageTokenizer):
         return SoftTokens(*self.codebook.topk(self._features(outputs), k, temperature=temperature))
 
     def _features(self, outputs: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(outputs.device.type, enabled=False):
+        with full_float32(outputs.device):
             return self.to_features(outputs)
 
     @property

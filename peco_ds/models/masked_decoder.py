@@ -48,7 +48,11 @@ class MaskedDecoder(nn.Module):
         self.rel_pos_bias = PositionBias((settings.grid, settings.grid), heads)
         self.blocks = nn.ModuleList(
             TransformerBlock(
-                width, heads, mlp_ratio=settings.mlp_ratio, activation_checkpointing=activation_checkpointing
+                width,
+                heads,
+                mlp_ratio=settings.mlp_ratio,
+                activation_checkpointing=activation_checkpointing,
+                attention=settings.attention,
             )
             for _ in range(encoding.decoder_depth)
         )

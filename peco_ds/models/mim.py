@@ -135,6 +135,7 @@ class AggregatingImageModel(MaskedImageModel):
                 drop_path=settings.drop_path * place / last_place,
                 drop_path_by=settings.drop_path_by,
                 activation_checkpointing=activation_checkpointing,
+                attention=settings.attention,
             )
             for place in range(first, first + aggregation.blocks)
         )

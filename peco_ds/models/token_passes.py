@@ -12,6 +12,7 @@ import torch
 
 from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import ImageTokenizer, SoftTokens
+from peco_ds.models.vq import no_tf32
 
 _SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -21,8 +22,8 @@ class TokenPasses:
     images of one size.
 
     In bf16 or fp16 the trunk runs under autocast: products in 16 bits, statistics of norms in float32. The last layer
-    and the search for the code run in the precision of the weights, float32. A compiled trunk has one static shape: a
-    last pass with fewer images is filled up, so that nothing is compiled again for it.
+    and the search for the code run in the precision of the weights, float32, and never in TF32. A compiled trunk has
+    one static shape: a last pass with fewer images is filled up, so that nothing is compiled again for it.
 
     Args:
         tokenizer: in eval mode, on its device.
@@ -68,7 +69,7 @@ class TokenPasses:
             number = len(piece)
             if self._compiled and number < self._images:
                 piece = torch.cat([piece, piece.new_zeros(self._images - number, *piece.shape[1:])])
-            with torch.autocast(piece.device.type, self._dtype, enabled=self._dtype is not None):
+            with no_tf32(), torch.autocast(piece.device.type, self._dtype, enabled=self._dtype is not None):
                 outputs = self._trunk(piece.contiguous(memory_format=self._layout))
             # float16 ends at 65504, and infinity or NaN would become a code like any other.
             if self._dtype == torch.float16 and not bool(outputs[:number].isfinite().all()):

@@ -20,7 +20,7 @@ from timm.models.beit import Beit, Block, RelativePositionBias
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from peco_ds.config import ModelSettings
+from peco_ds.config import AttentionForm, ModelSettings
 from peco_ds.models.attention import attend, bias_of_positions
 from peco_ds.schedules import images_taken
 
@@ -38,6 +38,7 @@ class TransformerBlock(Block):
         drop_path, drop_path_by: stochastic depth, see `draw_paths`.
         activation_checkpointing: in the backward pass, "selective": all but the matrix products and attention, "full":
             all.
+        attention: see `attention.attend`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class TransformerBlock(Block):
         drop_path: float = 0.0,
         drop_path_by: Literal["image", "subset"] = "image",
         activation_checkpointing: ActivationCheckpointing = "none",
+        attention: AttentionForm = "auto",
     ) -> None:
         super().__init__(
             width,
@@ -65,6 +67,7 @@ class TransformerBlock(Block):
             drop_path_by,
             activation_checkpointing,
         )
+        self.attention_form: AttentionForm = attention
 
     def draw_paths(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The random choice of stochastic depth for attention and MLP in this pass; None where nothing is dropped.
@@ -126,7 +129,8 @@ class TransformerBlock(Block):
         qkv = self._linear(
             self.norm1(x), attn.qkv.weight, torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
         )
-        out = self._linear(attend(qkv.unflatten(2, (3, attn.num_heads, -1)), bias), attn.proj.weight, attn.proj.bias)
+        attended = attend(qkv.unflatten(2, (3, attn.num_heads, -1)), bias, self.attention_form)
+        out = self._linear(attended, attn.proj.weight, attn.proj.bias)
         return out if self.gamma_1 is None else self.gamma_1 * out
 
     def _mlp(self, x: torch.Tensor, _bias) -> torch.Tensor:
@@ -189,6 +193,7 @@ def build_blocks(
             drop_path=rate,
             drop_path_by=settings.drop_path_by,
             activation_checkpointing=activation_checkpointing,
+            attention=settings.attention,
         )
         for rate in calculate_drop_path_rates(settings.drop_path, settings.depth)
     )

@@ -7,7 +7,8 @@ number of ranks and micro-batches it is cut into, up to the order of float addit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,6 +19,30 @@ from peco_ds.config import TokenizerSettings
 
 # Elements of one [rows, V] block of similarities: 2 ** 25 float32 are 128 MiB, however many patches a batch has.
 BLOCK_ELEMENTS = 2**25
+
+
+@contextmanager
+def no_tf32() -> Iterator[None]:
+    """Inside, a GPU computes float32 products and convolutions in float32.
+
+    TF32, cuDNN's default, keeps 10 bits of each number: too few to choose among V codes.
+    """
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, was in zip(switches, before):
+            switch.allow_tf32 = was
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Inside, nothing is computed with fewer bits than it has: neither autocast nor TF32."""
+    with torch.autocast(device.type, enabled=False), no_tf32():
+        yield
 
 
 class Quantized(NamedTuple):
@@ -122,7 +147,7 @@ class Codebook(nn.Module):
         )
         batch, dim, height, width = features.shape
         assert dim == self.code_dim, f"features have {dim} channels, the codebook {self.code_dim}"
-        with torch.autocast(features.device.type, enabled=False):
+        with full_float32(features.device):
             rows = self._rows(features)
             codes = self._nearest(rows.detach())
             if self.training:
@@ -140,7 +165,7 @@ class Codebook(nn.Module):
         """Nearest code of every position, as `forward` finds it, and nothing else: features [B, C, H, W], any float
         dtype -> int64 [B, N].
         """
-        with torch.autocast(features.device.type, enabled=False):
+        with full_float32(features.device):
             return self._nearest(self._rows(features)).view(len(features), -1)
 
     @torch.no_grad()
@@ -159,7 +184,7 @@ class Codebook(nn.Module):
         """
         assert 1 <= k <= self.num_codes and temperature > 0
         batch = len(features)
-        with torch.autocast(features.device.type, enabled=False):
+        with full_float32(features.device):
             nearest, codes, probs = [], [], []
             for block in self._rows(features).split(self._block_rows()):
                 similarity = self._similarity(block)

@@ -42,6 +42,7 @@ from peco_ds.durations import Durations, micro_steps, resolve_durations
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from peco_ds.planner import mfu
 from peco_ds.recipe_files import Resolved
+from peco_ds.runtime.attention_choice import settle_attention
 from peco_ds.runtime.checkpoint.files import list_checkpoints
 from peco_ds.runtime.checkpoint.save_restore import Saver, continues, restore
 from peco_ds.runtime.distributed import World, seed_all, start_world
@@ -50,7 +51,7 @@ from peco_ds.runtime.engine import set_lr, start_engine
 from peco_ds.runtime.metrics import Meter
 from peco_ds.runtime.optim import use_layer_norm
 from peco_ds.runtime.rank_log import log_to, stacks_path
-from peco_ds.runtime.run_folder import open_run_folder, record_provenance
+from peco_ds.runtime.run_folder import open_run_folder, read_provenance, record_provenance
 from peco_ds.runtime.step_guard import StepGuard
 from peco_ds.runtime.timeline import START_UP
 from peco_ds.runtime.watchdog import LONG_S, Watchdog
@@ -113,6 +114,7 @@ class Run:
         cfg = resolved.recipe
         ds_config = read_deepspeed_json(args.deepspeed_config)
         use_layer_norm(cfg.run)
+        torch.backends.cudnn.deterministic = cfg.run.deterministic
         fingerprint, num_samples = images.manifest.fingerprint(), num_samples or images.num_samples
         durations = resolve_durations(cfg, num_samples)
         START_UP.ends("data")
@@ -169,6 +171,9 @@ class Run:
         """
         cfg, world = self.cfg, self.world
         START_UP.ends("model")
+        recorded = read_provenance(self.out).get("attention")
+        if form := settle_attention(model, cfg, world, resumes=self.resumes, recorded=recorded):
+            self.record(form)
         self.engine = start_engine(
             model,
             self._ds_config,

@@ -223,7 +223,7 @@ def read_provenance(folder: Path) -> dict:
         recorded = read_json(path) if path.is_file() else {}
     except (ValueError, OSError):
         recorded = None
-    texts = ("commit", "images_fingerprint", "tokenizer_fingerprint", "judge", "judge_statistics", "init")
+    texts = ("commit", "images_fingerprint", "tokenizer_fingerprint", "judge", "judge_statistics", "init", "attention")
     sections = ("tokenizer", "init_facts", "versions")
     if (
         not isinstance(recorded, dict)
