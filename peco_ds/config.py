@@ -210,7 +210,8 @@ class OptimSettings:
 
 @dataclass(frozen=True, config=_strict)
 class ScheduleSettings:
-    """How long a run is: linear warm-up, then half a cosine down to `min_lr`.
+    """How long a run is, and its learning rate: linear warm-up, then half a cosine down to `min_lr`, or a fall at
+    given steps.
 
     A duration is given in epochs or in optimiser steps, not in both.
     """
@@ -220,6 +221,12 @@ class ScheduleSettings:
     warmup_epochs: NotNegative | None = None
     warmup_steps: AtLeastZero | None = None
     min_lr: NotNegative = 1e-5
+    # cosine: down to min_lr. drops: times 0.1 at each of `drops`, without a floor.
+    kind: Literal["cosine", "drops"] = "cosine"
+    # Shares of the run after which the rate falls, rising.
+    drops: tuple[ShareBelowOne, ...] = ()
+    # The warm-up begins at this share of the rate.
+    warmup_from: ShareBelowOne = 0.0
     # Save and end at this step. The schedule stays as it is, and a later start with a higher value continues.
     stop_at_step: Annotated[AtLeastOne | None, FreeOnResume()] = None
 
@@ -597,6 +604,92 @@ class ProbeRecipe:
     probe: ProbeSettings = field(default_factory=ProbeSettings)
 
 
+@dataclass(frozen=True, config=_strict)
+class DetectorSettings:
+    """Mask R-CNN on the backbone: where its maps come from, and its heads (arXiv 1703.06870).
+
+    `model.image_px` is the side of the largest square that the position bias covers; images are of any shape within it.
+    Blocks are counted from 1.
+    """
+
+    # branches: four taps, rescaled to strides 4 to 32, then an FPN (BEiT's maps). simple: all from the last map
+    # (ViTDet, arXiv 2203.16527).
+    pyramid: Literal["branches", "simple"] = "branches"
+    # Maps are taken after these blocks. simple: the last one only.
+    taps: tuple[AtLeastOne, ...] = (4, 6, 8, 12)
+    # Attention inside windows of so many patches a side. 0: all blocks see the whole image.
+    window: AtLeastZero = 0
+    # Blocks that see the whole image all the same.
+    global_blocks: tuple[AtLeastOne, ...] = ()
+    # Norm of the branches at strides 4 and 8. batch: over all ranks.
+    branch_norm: Literal["batch", "group"] = "batch"
+    # Norm of pyramid and heads. layer: over the channels of a place. batch: over all ranks.
+    head_norm: Literal["none", "layer", "batch"] = "none"
+    # Width of the pyramid.
+    channels: AtLeastOne = 256
+    # Convolutions of the proposal head.
+    rpn_convs: AtLeastOne = 1
+    # Convolutions and hidden layers of the box head, and the width of those layers.
+    box_convs: AtLeastZero = 0
+    box_layers: AtLeastOne = 2
+    box_width: AtLeastOne = 1024
+    # Convolutions of the mask head.
+    mask_convs: AtLeastOne = 4
+    # Proposals an image that the heads learn from, a quarter of them on objects.
+    rois: AtLeastOne = 512
+    # Boxes kept an image.
+    detections: AtLeastOne = 100
+    # As classifier.layer_decay. Pyramid and heads have the full rate.
+    layer_decay: ShareAboveZero = 0.75
+    # Weights of another patch size: their patch embedding is resized. Anchors need strides of powers of two.
+    resample_patch: bool = False
+
+
+@dataclass(frozen=True, config=_strict)
+class ObjectAugmentSettings:
+    """Training images of a detector, and the size it is measured at."""
+
+    # resize: to short_px, or less where the long side would pass long_px. scale_jitter: to fit a square of long_px times
+    # a random `scale`, cut or filled to that square (arXiv 2012.07177).
+    kind: Literal["resize", "scale_jitter"] = "resize"
+    short_px: AtLeastOne = 800
+    long_px: AtLeastOne = 1333
+    # scale_jitter: lowest and highest.
+    scale: tuple[Positive, Positive] = (0.1, 2.0)
+    # Probability of a horizontal flip.
+    flip: Share = 0.5
+
+
+@dataclass(frozen=True, config=_strict)
+class DetectionSettings:
+    """Box and mask AP on data.val_images while a detector trains."""
+
+    # 0: only at the end.
+    every_epochs: NotNegative = 1.0
+    # Images a forward pass and rank. The filling of images of unequal size takes part in attention, so more than 1
+    # changes results a little.
+    batch: AtLeastOne = 1
+    # Images with their boxes and masks in detections.png and TensorBoard. 0: none.
+    grid_images: AtLeastZero = 8
+
+
+@dataclass(frozen=True, config=_strict)
+class DetectRecipe:
+    """One detection run: weights and images with COCO annotations become a detector with masks."""
+
+    name: Annotated[str, FreeOnResume()] = "detect"
+    data: DataSettings = field(default_factory=DataSettings)
+    init: InitSettings = field(default_factory=InitSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    detector: DetectorSettings = field(default_factory=DetectorSettings)
+    augment: ObjectAugmentSettings = field(default_factory=ObjectAugmentSettings)
+    evaluation: Annotated[DetectionSettings, FreeOnResume()] = field(default_factory=DetectionSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    checkpoint: Annotated[CheckpointSettings, FreeOnResume()] = field(default_factory=CheckpointSettings)
+
+
 # What a run of the training engine reads; a stage outside the package brings a class with the same sections.
-TrainingRecipe = PretrainRecipe | TokenizerRecipe | FinetuneRecipe
+TrainingRecipe = PretrainRecipe | TokenizerRecipe | FinetuneRecipe | DetectRecipe
 Recipe = TrainingRecipe | ProbeRecipe

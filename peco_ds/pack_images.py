@@ -39,21 +39,31 @@ from peco_ds.data.image_shards import (
     sole_writer,
 )
 from peco_ds.data.indexed_tar import index_name
+from peco_ds.data.instance_packing import Instances, find_instances
 from peco_ds.errors import EXIT_INTERRUPTED, UserError
 from peco_ds.schema import ImageManifest, write_manifest
 
 PROGRESS_EVERY_S = 5.0
-_FOLDER_ONLY = ("labels", "synsets", "short_side", "quality", "samples_per_shard", "shuffle_seed", "max_bad_share")
+_FOLDER_ONLY = (
+    *("labels", "annotations", "only_with_objects", "synsets", "short_side", "quality", "samples_per_shard"),
+    *("shuffle_seed", "max_bad_share"),
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     jobs: list[PackJob] | list[IndexJob]
+    instances = None
     if args.images is not None:
-        images, classes = list_images(args.images, args.labels, args.synsets, args.classes)
-        jobs = plan_shards(images, args)
+        labels = "none" if args.labels == "instances" else args.labels
+        images, classes = list_images(args.images, labels, args.synsets, args.classes)
         names = ("short_side", "quality", "samples_per_shard", "shuffle_seed")
         options = {"source": str(args.images.resolve())} | {name: str(getattr(args, name)) for name in names}
+        if args.labels == "instances":
+            instances = find_instances(images, args.images, args.annotations, only_with_objects=args.only_with_objects)
+            images, options = instances.images, options | instances.options()
+        jobs = plan_shards(images, args)
+        jobs = jobs if instances is None else instances.jobs(jobs)
     else:
         jobs, classes = plan_indexes(args.index_tars), None
         options = {"source": args.index_tars, "in_place": "True"}
@@ -63,11 +73,17 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.write(f"would pack {total} {units} into {len(jobs)} shards in {args.out}\n")
         return
     with sole_writer(args.out):
-        _pack(args, jobs, classes, options, total, units)
+        _pack(args, jobs, classes, options, total, units, instances)
 
 
 def _pack(
-    args: argparse.Namespace, jobs: list, classes: list[str] | None, options: dict[str, str], total: int, units: str
+    args: argparse.Namespace,
+    jobs: list,
+    classes: list[str] | None,
+    options: dict[str, str],
+    total: int,
+    units: str,
+    instances: Instances | None = None,
 ) -> None:
     done, todo = prepare_folder(args.out, jobs, options)
     done += make_shards(args.out, todo, args.workers, Progress(total, sum(record.units for record in done), units))
@@ -84,8 +100,11 @@ def _pack(
     samples = sum(record.shard.samples for record in records)
     if samples == 0:
         raise UserError(f"{args.images or args.index_tars}: holds no image that can be decoded; correct the path")
+    if instances is not None:
+        instances.write_beside(args.out)
     write_manifest(args.out, ImageManifest([record.shard for record in records], samples, classes, rejected, options))
     labels = "no labels" if classes is None else f"{len(classes)} classes"
+    labels = labels if instances is None else instances.told()
     size_bytes = sum(record.shard.bytes for record in records)
     reencoded = sum(record.reencoded for record in records)
     sys.stdout.write(
@@ -116,10 +135,22 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--labels",
-        choices=("auto", "folders", "none"),
+        choices=("auto", "folders", "none", "instances"),
         default="auto",
         help="folders: one class a sub-folder; auto: that, where images lie in sub-folders and none "
-        "beside them (default: %(default)s)",
+        "beside them; instances: boxes and masks of --annotations (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="with --labels instances: COCO's instances_train2017.json or a file like it; images it does not list "
+        "are left out",
+    )
+    parser.add_argument(
+        "--only_with_objects",
+        action="store_true",
+        help="with --labels instances: leave out images without an object to train on, for a set to train on",
     )
     parser.add_argument(
         "--synsets",
@@ -189,7 +220,19 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--out {args.out} lies inside --images {args.images}; give a folder outside it")
     if args.classes is not None and args.images is not None and args.synsets is None:
         raise UserError("--classes goes with --synsets or --index_tars; class folders name their classes themselves")
+    _check_instances(args)
     return args
+
+
+def _check_instances(args: argparse.Namespace) -> None:
+    if (args.labels == "instances") != (args.annotations is not None):
+        raise UserError("--labels instances and --annotations FILE go together; give both or neither")
+    if args.only_with_objects and args.annotations is None:
+        raise UserError("--only_with_objects goes with --labels instances; drop it")
+    if args.annotations is not None and args.short_side:
+        raise UserError(
+            f"--short_side {args.short_side}: annotations are of the images' own pixels; drop it, detect.py resizes"
+        )
 
 
 def _num_cores() -> int:

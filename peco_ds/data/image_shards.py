@@ -43,6 +43,15 @@ class PackJob:
             [self.name, self.short_side_px, self.quality, [list(asdict(image).values()) for image in self.images]]
         )
 
+    def members(self, place: int, data: bytes) -> dict[str, bytes]:
+        """What is stored beside an image: extension -> bytes.
+
+        Args:
+            place: of the image in the job.  data: its stored bytes.
+        """
+        label = self.images[place].label
+        return {"cls": str(label).encode()} if label >= 0 else {}
+
 
 @dataclass(frozen=True)
 class IndexJob:
@@ -203,7 +212,7 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
     with temporary_file(tar_path) as file:
         # Fixed owner and time: the same folder gives the same bytes. PAX, since USTAR refuses long or accented keys.
         with TarWriter(file, user="peco", group="peco", mtime=0, encoder=False, format="PAX_FORMAT") as writer:
-            for image in job.images:
+            for place, image in enumerate(job.images):
                 try:
                     extension, data, changed = packed_bytes(
                         Path(job.folder) / image.path, job.short_side_px, job.quality
@@ -212,8 +221,7 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
                     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
                     rejected.append(f"{printable(image.path)}: {reason}")
                 else:
-                    label = {"cls": str(image.label).encode()} if image.label >= 0 else {}
-                    writer.write({"__key__": image.key, extension: data, **label})
+                    writer.write({"__key__": image.key, extension: data, **job.members(place, data)})
                     reencoded += changed
                 count_one()
         flush_to_disk(file)
