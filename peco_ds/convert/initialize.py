@@ -15,6 +15,7 @@ from peco_ds.convert.resample import resize_bias_table
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import SHARED_TABLE, TABLE, BeitWeights
 from peco_ds.models.classifier import Classifier, build_classifier
+from peco_ds.models.dense_backbone import DenseBackbone
 from peco_ds.models.vit import timm_arguments
 
 logger = logging.getLogger("peco_ds")
@@ -57,6 +58,23 @@ def start_classifier(
     assert not strange and set(fresh) <= {*_POOLING_NORM, *_FINAL_NORM, *_HEAD}, (strange, fresh)
     model.load_state_dict(taken, strict=False)
     return fresh
+
+
+def start_backbone(backbone: DenseBackbone, weights: BeitWeights, settings: ModelSettings) -> None:
+    """Copy weights into the backbone of a dense model, whichever kind they are; norms and heads are left out.
+
+    A bias table that blocks shared is copied into every block; a table of another grid is resized.
+
+    Args:
+        settings: of `backbone`.
+    Raises: UserError if width, depth, heads or patch size differ.
+    """
+    check_sizes(weights, settings)
+    left_out = {*_FINAL_NORM, *_POOLING_NORM, *_HEAD}
+    tensors = {
+        name: tensor.float() for name, tensor in per_block(weights, backbone.table_grid).items() if name not in left_out
+    }
+    backbone.load_state_dict(tensors)
 
 
 def classifier_of(weights: BeitWeights, image_px: int | None = None) -> Classifier:
