@@ -622,7 +622,7 @@ class DetectorSettings:
     # Blocks that see the whole image all the same.
     global_blocks: tuple[AtLeastOne, ...] = ()
     # Norm of the branches at strides 4 and 8. batch: over all ranks.
-    branch_norm: Literal["batch", "group"] = "batch"
+    branch_norm: Literal["batch", "group"] = "group"
     # Norm of pyramid and heads. layer: over the channels of a place. batch: over all ranks.
     head_norm: Literal["none", "layer", "batch"] = "none"
     # Width of the pyramid.
@@ -649,8 +649,8 @@ class DetectorSettings:
 class ObjectAugmentSettings:
     """Training images of a detector, and the size it is measured at."""
 
-    # resize: to short_px, or less where the long side would pass long_px. scale_jitter: to fit a square of long_px times
-    # a random `scale`, cut or filled to that square (arXiv 2012.07177).
+    # resize: to short_px, or less where the long side would pass long_px. scale_jitter: to fit a square of long_px
+    # times a random `scale`, cut or filled to that square (arXiv 2012.07177).
     kind: Literal["resize", "scale_jitter"] = "resize"
     short_px: AtLeastOne = 800
     long_px: AtLeastOne = 1333

@@ -206,13 +206,9 @@ def _check_detect(recipe: DetectRecipe) -> None:
     taps, blocks = detector.taps, detector.global_blocks
     wanted = 4 if detector.pyramid == "branches" else 1
     _require(
-        len(taps) == wanted and all(low < high for low, high in zip(taps, taps[1:])) and taps[-1] <= model.depth,
-        f"detector.taps {_written(taps)}: pyramid {detector.pyramid} takes {wanted}, rising, of the blocks 1 to "
-        f"{model.depth}",
-    )
-    _require(
-        detector.pyramid == "branches" or taps[-1] == model.depth,
-        f"detector.taps {_written(taps)}: pyramid simple takes the last map; set detector.taps=[{model.depth}]",
+        len(taps) == wanted and all(low < high for low, high in zip(taps, taps[1:])) and taps[-1] == model.depth,
+        f"detector.taps {_written(taps)}: pyramid {detector.pyramid} takes {wanted}, rising, the last of them block "
+        f"{model.depth}, the model's last",
     )
     _require(
         bool(blocks) == bool(detector.window) and all(block <= model.depth for block in blocks),

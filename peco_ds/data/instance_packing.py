@@ -112,7 +112,9 @@ def find_instances(images: list[Image], folder: Path, path: Path, *, only_with_o
     annotations = read_coco(path)
     of_path = {image.path: image for image in images}
     of_name = {image.path.rpartition("/")[2]: image for image in images}
-    kept, ids, without = [], {}, 0
+    kept: list[Image] = []
+    ids: dict[str, int] = {}
+    without = 0
     for number, entry in annotations.images.items():
         name = entry["file_name"]
         image = of_path.get(name) or of_name.get(name.rpartition("/")[2])

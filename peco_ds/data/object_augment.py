@@ -96,5 +96,5 @@ def place_objects(
         masks = masks.flip(2)
         boxes[:, 0::2] = place.cut_width - boxes[:, [2, 0]]
     boxes = boxes.float()
-    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & masks.flatten(1).any(1)
+    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & (masks != 0).flatten(1).any(1)
     return boxes[kept], masks[kept].contiguous(), kept.nonzero()[:, 0]

@@ -188,7 +188,10 @@ def object_batches(
 
     def finish(ready: tuple, raw: RawBatch) -> ObjectBatch:
         assert raw.samples is not None
-        targets = tuple(ObjectTargets(*row[1:], seed) for row, seed in zip(ready, raw.samples.tolist()))
+        targets = tuple(
+            ObjectTargets(boxes, labels, masks, seed)
+            for (_, boxes, labels, masks), seed in zip(ready, raw.samples.tolist())
+        )
         return ObjectBatch(tuple(row[0] for row in ready), targets, raw.keys)
 
     bad = bad or BadImages(data.max_bad_share)

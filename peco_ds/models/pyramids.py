@@ -29,5 +29,44 @@ class FourBranches(nn.Module):
         return [self.fpn1(first), self.fpn2(second), third, self.fpn4(fourth)]
 
 
-def _doubled(width: int) -> nn.ConvTranspose2d:
-    return nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each place: [B, C, H, W] -> the same."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SimplePyramid(nn.Module):
+    """The last map [B, D, h, w] -> maps of 4, 2, 1 and 1/2 times its height and width, all of `channels`.
+
+    Source: ViTDet (arXiv 2203.16527): two deconvolutions, one, none, a max pool; then a 1x1 and a 3x3 convolution, each
+        with a norm.
+    """
+
+    def __init__(self, width: int, channels: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        half, quarter = width // 2, width // 4
+        self.scaled = nn.ModuleList(
+            [
+                nn.Sequential(_doubled(width, half), norm(half), nn.GELU(), _doubled(half, quarter)),
+                _doubled(width, half),
+                nn.Identity(),
+                nn.MaxPool2d(2),
+            ]
+        )
+        self.out = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(inside, channels, 1, bias=False),
+                norm(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                norm(channels),
+            )
+            for inside in (quarter, half, width, width)
+        )
+
+    def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [out(scaled(maps[-1])) for scaled, out in zip(self.scaled, self.out)]
+
+
+def _doubled(width: int, out: int | None = None) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(width, out or width, kernel_size=2, stride=2)

@@ -124,7 +124,7 @@ def set_lr(
 
 def scheduled_lr(optim: OptimSettings, schedule: ScheduleSettings, durations: Durations, step: int) -> float:
     """The learning rate of groups with scale 1 at a step."""
-    spans = dict(
+    spans: dict = dict(
         peak=optim.lr,
         warmup_steps=durations.warmup_steps,
         total_steps=durations.total_steps,
