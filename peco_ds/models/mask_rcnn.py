@@ -140,6 +140,9 @@ class Anchors(AnchorGenerator):
 class SeededSampler:
     """Picks anchors or proposals to learn from, a given share of them on objects, by each image's own seed.
 
+    A proposal's luck follows from its own coordinates, not from its place in the list: scores of untrained proposals
+    lie so close that rounding swaps them, and a swap would pick others.
+
     Source: torchvision's BalancedPositiveNegativeSampler, whose draws follow the process.
     """
 
@@ -147,6 +150,8 @@ class SeededSampler:
         self.number, self.positive_share = number, positive_share
         # One an image of the pass.
         self.seeds: list[int] = []
+        # [A, 4] an image, where the labels are those of proposals.
+        self.boxes: list[torch.Tensor] | None = None
 
     def __call__(self, labels: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """
@@ -155,20 +160,33 @@ class SeededSampler:
         Returns: bool [A] an image: picked on objects, picked of the background.
         """
         positives, negatives = [], []
-        for of_image, seed in zip(labels, self.seeds, strict=True):
-            draw = torch.Generator(of_image.device).manual_seed(seed)
-            wanted = int(self.number * self.positive_share)
-            positive = _some(of_image >= 1, wanted, draw)
+        for place, (of_image, seed) in enumerate(zip(labels, self.seeds, strict=True)):
+            number = torch.arange(len(of_image), device=of_image.device)[:, None]
+            luck = scattered(number if self.boxes is None else (8 * self.boxes[place]).round().long(), seed)
+            positive = _luckiest(of_image >= 1, luck, int(self.number * self.positive_share))
             positives.append(positive)
-            negatives.append(_some(of_image == 0, self.number - int(positive.sum()), draw))
+            negatives.append(_luckiest(of_image == 0, luck, self.number - int(positive.sum())))
         return positives, negatives
 
 
-def _some(candidates: torch.Tensor, number: int, draw: torch.Generator) -> torch.Tensor:
+def scattered(words: torch.Tensor, seed: int) -> torch.Tensor:
+    """Rows of whole numbers int64 [A, k] -> int64 [A], as good as random, the same for the same row and seed.
+
+    Source: the mixing function of splitmix64 (Steele, Lea and Flood, 2014), on numbers with a sign.
+    """
+    out = torch.full_like(words[:, 0], seed)
+    for word in words.unbind(1):
+        out = (out ^ word) * -7046029254386353131
+        out = (out ^ (out >> 30)) * -4658895280553007687
+        out = (out ^ (out >> 27)) * -7723592293110705685
+        out = out ^ (out >> 31)
+    return out
+
+
+def _luckiest(candidates: torch.Tensor, luck: torch.Tensor, number: int) -> torch.Tensor:
     places = candidates.nonzero()[:, 0]
-    order = torch.randperm(len(places), generator=draw, device=places.device)
     picked = torch.zeros_like(candidates, dtype=torch.bool)
-    picked[places[order[:number]]] = True
+    picked[places[luck[places].argsort(stable=True)[:number]]] = True
     return picked
 
 
@@ -211,6 +229,10 @@ class AlignedPooler(MultiScaleRoIAlign):
 
 class Heads(RoIHeads):
     """torchvision's box and mask heads, with L1 for boxes and mask targets of 0 and 1."""
+
+    def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
+        self.fg_bg_sampler.boxes = proposals
+        return super().assign_targets_to_proposals(proposals, gt_boxes, gt_labels)
 
     def forward(self, features, proposals, image_shapes, targets=None):
         if self.training:
