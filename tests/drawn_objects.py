@@ -99,3 +99,21 @@ def make_drawn_sets(root: Path) -> DrawnSets:
     pack(root / "train", train, root / "images" / "train")
     pack(root / "val", val, root / "images" / "val")
     return DrawnSets(root, 7, [f"data.root={root}", *SMALL_DETECTOR])
+
+
+def draw_like_coco(root: Path) -> Path:
+    """Drawn images under the names, the 80 categories and the two crowds of the COCO samples."""
+    (root / "annotations").mkdir()
+    ids = [number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+    for seed, (split, count) in enumerate((("train2017", 5), ("val2017", 9))):
+        path = draw_objects(root, split, count, seed=seed)
+        raw = json.loads(path.read_text())
+        raw["categories"] = [{"id": number, "name": f"class {number}"} for number in ids]
+        for place, annotation in enumerate(raw["annotations"]):
+            crowd = split == "val2017" and place < 2
+            size = next([i["height"], i["width"]] for i in raw["images"] if i["id"] == annotation["image_id"])
+            runs = {"size": size, "counts": [100, 300, size[0] * size[1] - 400]}
+            annotation |= {"iscrowd": 1, "segmentation": runs} if crowd else {}
+        path.unlink()
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(raw))
+    return root

@@ -164,7 +164,8 @@ def _mask_fault(segmentation, image: dict) -> str:
     if isinstance(segmentation, dict):
         size, counts = segmentation.get("size"), segmentation.get("counts")
         if size != [image["height"], image["width"]]:
-            return f"has a run-length mask of size {short(size)}, not {[image['height'], image['width']]}"
+            found = str(size)[:40] if isinstance(size, list) and len(size) == 2 else short(size)
+            return f"has a run-length mask of size {found}, not {[image['height'], image['width']]}"
         runs = counts if isinstance(counts, list) else _runs_of_text(counts) if isinstance(counts, str) else None
         if runs is None or not all(type(run) is int and run >= 0 for run in runs):
             return "has run lengths that cannot be read"
