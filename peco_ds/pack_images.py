@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
 from peco_ds.command_line import Parser, run
 from peco_ds.data.image_folders import Image, list_images, printable
@@ -39,21 +40,41 @@ from peco_ds.data.image_shards import (
     sole_writer,
 )
 from peco_ds.data.indexed_tar import index_name
+from peco_ds.data.scene_packing import (
+    SCENE_OPTIONS,
+    SceneJob,
+    Scenes,
+    add_scene_options,
+    check_scene_options,
+    list_scenes,
+)
 from peco_ds.errors import EXIT_INTERRUPTED, UserError
-from peco_ds.schema import ImageManifest, write_manifest
+from peco_ds.schema import ImageManifest, SceneMaps, write_manifest
 
 PROGRESS_EVERY_S = 5.0
-_FOLDER_ONLY = ("labels", "synsets", "short_side", "quality", "samples_per_shard", "shuffle_seed", "max_bad_share")
+_FOLDER_ONLY = (
+    *("labels", "synsets", "short_side", "quality", "samples_per_shard", "shuffle_seed", "max_bad_share"),
+    *SCENE_OPTIONS,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     jobs: list[PackJob] | list[IndexJob]
+    scenes = None
     if args.images is not None:
-        images, classes = list_images(args.images, args.labels, args.synsets, args.classes)
-        jobs = plan_shards(images, args)
+        if args.labels == "scenes":
+            images, scenes = list_scenes(
+                args.images, args.maps, args.classes, reduce_zero_label=args.reduce_zero_label, ignored=args.ignored
+            )
+            classes = scenes.classes
+        else:
+            images, classes = list_images(args.images, args.labels, args.synsets, args.classes)
+        jobs = plan_shards(images, args, scenes)
         names = ("short_side", "quality", "samples_per_shard", "shuffle_seed")
         options = {"source": str(args.images.resolve())} | {name: str(getattr(args, name)) for name in names}
+        if scenes:
+            options |= {"maps": str(scenes.folder), "numbers": str(scenes.maps)}
     else:
         jobs, classes = plan_indexes(args.index_tars), None
         options = {"source": args.index_tars, "in_place": "True"}
@@ -63,11 +84,17 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.write(f"would pack {total} {units} into {len(jobs)} shards in {args.out}\n")
         return
     with sole_writer(args.out):
-        _pack(args, jobs, classes, options, total, units)
+        _pack(args, jobs, classes, options, total, units, scenes.maps if scenes else None)
 
 
 def _pack(
-    args: argparse.Namespace, jobs: list, classes: list[str] | None, options: dict[str, str], total: int, units: str
+    args: argparse.Namespace,
+    jobs: list,
+    classes: list[str] | None,
+    options: dict[str, str],
+    total: int,
+    units: str,
+    maps: SceneMaps | None,
 ) -> None:
     done, todo = prepare_folder(args.out, jobs, options)
     done += make_shards(args.out, todo, args.workers, Progress(total, sum(record.units for record in done), units))
@@ -84,7 +111,9 @@ def _pack(
     samples = sum(record.shard.samples for record in records)
     if samples == 0:
         raise UserError(f"{args.images or args.index_tars}: holds no image that can be decoded; correct the path")
-    write_manifest(args.out, ImageManifest([record.shard for record in records], samples, classes, rejected, options))
+    write_manifest(
+        args.out, ImageManifest([record.shard for record in records], samples, classes, rejected, options, maps)
+    )
     labels = "no labels" if classes is None else f"{len(classes)} classes"
     size_bytes = sum(record.shard.bytes for record in records)
     reencoded = sum(record.reencoded for record in records)
@@ -116,11 +145,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--labels",
-        choices=("auto", "folders", "none"),
+        choices=("auto", "folders", "none", "scenes"),
         default="auto",
         help="folders: one class a sub-folder; auto: that, where images lie in sub-folders and none "
-        "beside them (default: %(default)s)",
+        "beside them; scenes: a class map beside each image (default: %(default)s)",
     )
+    add_scene_options(parser)
     parser.add_argument(
         "--synsets",
         type=Path,
@@ -134,7 +164,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="one class a line, its first word the name; with --synsets: all synsets, for numbers in the "
-        "numbers' order; with tars: in label order",
+        "numbers' order; with tars: in label order; with scenes: one class of pixels a line, the whole line its name",
     )
     parser.add_argument(
         "--short_side",
@@ -187,7 +217,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
                 )
     elif args.out.resolve().is_relative_to(args.images.resolve()):
         raise UserError(f"--out {args.out} lies inside --images {args.images}; give a folder outside it")
-    if args.classes is not None and args.images is not None and args.synsets is None:
+    check_scene_options(args)
+    if args.classes is not None and args.images is not None and args.synsets is None and args.labels != "scenes":
         raise UserError("--classes goes with --synsets or --index_tars; class folders name their classes themselves")
     return args
 
@@ -199,7 +230,7 @@ def _num_cores() -> int:
 # -------------------------------------------------------------------------------------------- the plan
 
 
-def plan_shards(images: list[Image], args: argparse.Namespace) -> list[PackJob]:
+def plan_shards(images: list[Image], args: argparse.Namespace, scenes: Scenes | None = None) -> list[PackJob]:
     """Spread the images over shards, in an order that is the same for every version of Python."""
 
     def place(image: Image) -> bytes:
@@ -207,8 +238,9 @@ def plan_shards(images: list[Image], args: argparse.Namespace) -> list[PackJob]:
 
     shuffled = sorted(images, key=place)
     size = args.samples_per_shard
+    make = partial(SceneJob, scenes=scenes) if scenes else PackJob
     return [
-        PackJob(
+        make(
             f"shard-{number:06d}.tar",
             str(args.images.resolve()),
             shuffled[start : start + size],

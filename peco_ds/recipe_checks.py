@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from dataclasses import is_dataclass
 
-from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, Recipe, TokenizerRecipe, TokenizerSettings
+from peco_ds.config import (
+    FinetuneRecipe,
+    PretrainRecipe,
+    ProbeRecipe,
+    Recipe,
+    SegmentRecipe,
+    TokenizerRecipe,
+    TokenizerSettings,
+)
 from peco_ds.errors import UserError
 from peco_ds.field_marks import Bounds, settings_fields
 from peco_ds.registry import OBJECTIVES, TOKENIZERS, check_options, kinds_learning_from
@@ -22,7 +30,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_training(recipe)
     if isinstance(recipe, (PretrainRecipe, TokenizerRecipe)):
         _check_crops("views", recipe.views)
-    if isinstance(recipe, (PretrainRecipe, FinetuneRecipe)):
+    if isinstance(recipe, (PretrainRecipe, FinetuneRecipe, SegmentRecipe)):
         _check_model(recipe)
     if isinstance(recipe, PretrainRecipe):
         _check_pretrain(recipe)
@@ -30,6 +38,8 @@ def check_recipe(recipe: Recipe) -> None:
         _check_tokenizer(recipe)
     elif isinstance(recipe, FinetuneRecipe):
         _check_finetune(recipe)
+    elif isinstance(recipe, SegmentRecipe):
+        _check_segment(recipe)
     elif isinstance(recipe, ProbeRecipe):
         _check_probe(recipe)
 
@@ -164,6 +174,37 @@ def _check_finetune(recipe: FinetuneRecipe) -> None:
     )
     _require(
         recipe.data.val_images != "", "data.val_images is empty; give the labelled images that top-1 is measured on"
+    )
+
+
+def _check_segment(recipe: SegmentRecipe) -> None:
+    model, taps, evaluation = recipe.model, recipe.segmenter.taps, recipe.evaluation
+    _require(
+        len(taps) == 4 and list(taps) == sorted(set(taps)) and taps[-1] == model.depth - 1,
+        f"segmenter.taps [{', '.join(map(str, taps))}]: wants four blocks, rising from 0, the last of them "
+        f"{model.depth - 1}, the last block of {model.depth}",
+    )
+    _require(
+        model.grid % 2 == 0,
+        f"model.image_px {model.image_px}: gives {model.grid} patches of {model.patch_px} px a side, the coarsest map "
+        f"halves them; take {(model.grid - 1) * model.patch_px} or {(model.grid + 1) * model.patch_px} px",
+    )
+    low, high = recipe.augment.ratio
+    _require(low <= high, f"augment.ratio [{low}, {high}]: the lowest first, then the highest; swap them")
+    for section in ("augment", "evaluation"):
+        bounds = getattr(recipe, section)
+        _require(
+            bounds.short_px <= bounds.long_px,
+            f"{section}.short_px {bounds.short_px} is more than {section}.long_px {bounds.long_px}; swap them",
+        )
+    _require(
+        evaluation.stride_px <= model.image_px,
+        f"evaluation.stride_px {evaluation.stride_px} is more than model.image_px {model.image_px}: windows would "
+        "leave pixels out; lower it (BEiT's: two thirds)",
+    )
+    _require(len(evaluation.scales) > 0, "evaluation.scales []: one factor at least; set it to [1.0]")
+    _require(
+        recipe.data.val_images != "", "data.val_images is empty; give the images with maps that mIoU is measured on"
     )
 
 

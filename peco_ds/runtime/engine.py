@@ -17,7 +17,7 @@ from peco_ds.config import OptimSettings, RunSettings, ScheduleSettings
 from peco_ds.durations import Durations
 from peco_ds.errors import UserError
 from peco_ds.runtime.optim import build_optimizer, decay_groups
-from peco_ds.schedules import cosine_with_warmup
+from peco_ds.schedules import cosine_with_warmup, linear_with_warmup
 
 logger = logging.getLogger("peco_ds")
 
@@ -116,7 +116,7 @@ def set_lr(
 
     Returns: the learning rate of groups with scale 1.
     """
-    lr = cosine_with_warmup(
+    lr = (cosine_with_warmup if schedule.decay == "cosine" else linear_with_warmup)(
         step,
         peak=optim.lr,
         floor=min(schedule.min_lr, optim.lr),
