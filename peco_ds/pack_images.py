@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     jobs: list[PackJob] | list[IndexJob]
     scenes = None
+    classes: list[str] | None
     if args.images is not None:
         if args.labels == "scenes":
             images, scenes = list_scenes(

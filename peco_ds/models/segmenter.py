@@ -34,8 +34,9 @@ class Segmenter(nn.Module):
 
     def forward(self, images_norm: torch.Tensor) -> SegmenterOutput:
         maps = self.pyramid(self.backbone(images_norm))
-        seen = self.auxiliary_head is not None and self.training
-        return SegmenterOutput(self.decode_head(maps), self.auxiliary_head(maps[2]) if seen else None)
+        if self.auxiliary_head is None or not self.training:
+            return SegmenterOutput(self.decode_head(maps))
+        return SegmenterOutput(self.decode_head(maps), self.auxiliary_head(maps[2]))
 
 
 def build_segmenter(
@@ -54,10 +55,10 @@ def build_segmenter(
     Source: BEiT (arXiv 2106.08254), released `semantic_segmentation` configs.
     """
     norm, width = partial(SyncBatchNorm, all_reduce=all_reduce), model.width
-    heads = dict(num_classes=num_classes, dropout=settings.dropout, norm=norm)
+    head = (num_classes, settings.dropout, norm)
     return Segmenter(
         build_dense_backbone(model, settings.taps, activation_checkpointing=activation_checkpointing),
         FourBranches(width, norm),
-        UperHead(width, settings.head_width or width, **heads),
-        FcnHead(width, settings.auxiliary_width, **heads) if settings.auxiliary_weight else None,
+        UperHead(width, settings.head_width or width, *head),
+        FcnHead(width, settings.auxiliary_width, *head) if settings.auxiliary_weight else None,
     )
