@@ -1,15 +1,12 @@
 """Segmentation through DeepSpeed on CPU: ZeRO x ranks x precision, batch norm over ranks, exact counts, resume."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from conftest import REPOSITORY, run_stage
-from scene_samples import CLASSES, make_scenes
+from scene_samples import make_scenes
 
-from peco_ds import segment
-from peco_ds.convert.initialize import start_backbone
 from peco_ds.runtime.checkpoint.consolidate import fp32_weights
 from peco_ds.runtime.checkpoint.files import newest_whole
 from peco_ds.runtime.metrics import read_evaluation, read_metrics

@@ -76,7 +76,7 @@ class ScenePredictor:
         views = [self._resized(image_u8, scale) for scale in self._settings.scales]
         if self._settings.flip:
             views = [view for one in views for view in (one, one.flip(-1))]
-        logits = self._logits(views)
+        logits = self.logits_of(views)
         if self._settings.flip:
             logits = [found.flip(-1) if place % 2 else found for place, found in enumerate(logits)]
         return predicted_classes(logits, height, width)
@@ -90,7 +90,7 @@ class ScenePredictor:
             size = bounded_size(height, width, 10**9, side)
         return normalize(resize_image(image_u8, size)[None], self._mean, self._std)[0]
 
-    def _logits(self, views: list[torch.Tensor]) -> list[torch.Tensor]:
+    def logits_of(self, views: list[torch.Tensor]) -> list[torch.Tensor]:
         """float32 [C, h, w] of each view, mean of the windows that see a place."""
         pieces = [(view, top, left) for view in range(len(views)) for top, left in self._boxes(views[view])]
         sums: list[torch.Tensor | None] = [None] * len(views)
