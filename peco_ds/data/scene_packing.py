@@ -181,7 +181,7 @@ class SceneJob(PackJob):
 
     def members(self, image: Image) -> tuple[dict[str, bytes], bool]:
         members, changed = super().members(image)
-        data = _read(self.scenes.folder / map_path(image.path))
+        data = map_bytes(self.scenes.folder / map_path(image.path))
         self._check(data, image, next(iter(members.values())))
         return {**members, MAP_EXTENSION: data}, changed
 
@@ -215,7 +215,7 @@ class SceneJob(PackJob):
         return sha256_of_json([super().digest(), sizes, self.scenes.classes, maps.reduce_zero_label, maps.ignored])
 
 
-def _read(path: Path) -> bytes:
+def map_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
