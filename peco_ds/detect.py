@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
 def dry_run(args, resolved) -> int:
     from peco_ds.convert.initialize import check_sizes
     from peco_ds.data.objects import object_sets
-    from peco_ds.finetune import read_start
     from peco_ds.planner.dry_run import dry_run
+    from peco_ds.runtime.start_weights import read_start
 
     cfg = resolved.recipe
 
@@ -37,7 +37,7 @@ def dry_run(args, resolved) -> int:
         classes = () if missing else object_sets(sets["images"], sets["val_images"])[0].classes
         start = "scratch: init.weights is empty"
         if cfg.init.weights:
-            weights = read_start(cfg)
+            weights = read_start(cfg.init)
             if not cfg.detector.resample_patch:
                 check_sizes(weights, cfg.model)
             start = f"{weights.source} ({weights.kind})"
@@ -49,11 +49,11 @@ def dry_run(args, resolved) -> int:
 def train(args, resolved) -> int:
     from peco_ds.data.objects import object_batches, object_sets
     from peco_ds.evaluation.detection import read_annotations
-    from peco_ds.finetune import origin_from, origin_of, read_start, tell_origin
     from peco_ds.models.vit import TransformerBlock
     from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.optim import layer_scales
     from peco_ds.runtime.run import START_UP, Run
+    from peco_ds.runtime.start_weights import origin_from, origin_of, read_start, tell_origin
 
     START_UP.ends("imports")
     cfg = resolved.recipe
@@ -61,7 +61,7 @@ def train(args, resolved) -> int:
     # A damaged file shows here, not after the first epoch.
     annotations = read_annotations(held_out.annotation_file)
     with Run.start(args, resolved, "detect", images) as run:
-        weights = read_start(cfg) if cfg.init.weights and not run.resumes else None
+        weights = read_start(cfg.init) if cfg.init.weights and not run.resumes else None
         run.record({"classes": list(images.classes), "category_ids": list(images.category_ids)})
         run.seed_weights()
         origin = origin_of(args.out) if run.resumes else origin_from(weights, ["pyramid", "heads"] if weights else [])
@@ -72,12 +72,11 @@ def train(args, resolved) -> int:
         del weights
         run.record(origin)
         tell_origin(origin, run)
-        scales = layer_scales(cfg.model.depth, cfg.detector.layer_decay)
         run.attach(
             model,
             training_flops=training_flops(cfg, len(images.classes)),
             leaf_modules=(TransformerBlock,),
-            lr_scales={f"backbone.{name}": scale for name, scale in scales.items()},
+            lr_scales=layer_scales(cfg.model.depth, cfg.detector.layer_decay, prefix="backbone."),
         )
         batches = object_batches(images, run.positions(), cfg, run.world.device, run.bad_images)
         # A run that was stopped between its save and its evaluation makes up for it here.

@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
 from peco_ds.command_line import Parser, run
 from peco_ds.data.image_folders import Image, list_images, printable
@@ -40,30 +41,46 @@ from peco_ds.data.image_shards import (
 )
 from peco_ds.data.indexed_tar import index_name
 from peco_ds.data.instance_packing import Instances, find_instances
+from peco_ds.data.scene_packing import (
+    SCENE_OPTIONS,
+    SceneJob,
+    Scenes,
+    add_scene_options,
+    check_scene_options,
+    list_scenes,
+)
 from peco_ds.errors import EXIT_INTERRUPTED, UserError
-from peco_ds.schema import ImageManifest, write_manifest
+from peco_ds.schema import ImageManifest, SceneMaps, write_manifest
 
 PROGRESS_EVERY_S = 5.0
 _FOLDER_ONLY = (
-    *("labels", "annotations", "only_with_objects", "synsets", "short_side", "quality", "samples_per_shard"),
-    *("shuffle_seed", "max_bad_share"),
+    *("labels", "synsets", "short_side", "quality", "samples_per_shard", "shuffle_seed", "max_bad_share"),
+    *(*SCENE_OPTIONS, "annotations", "only_with_objects"),
 )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     jobs: list[PackJob] | list[IndexJob]
-    instances = None
+    scenes = instances = None
+    classes: list[str] | None
     if args.images is not None:
-        labels = "none" if args.labels == "instances" else args.labels
-        images, classes = list_images(args.images, labels, args.synsets, args.classes)
         names = ("short_side", "quality", "samples_per_shard", "shuffle_seed")
         options = {"source": str(args.images.resolve())} | {name: str(getattr(args, name)) for name in names}
-        if args.labels == "instances":
+        if args.labels == "scenes":
+            images, scenes = list_scenes(
+                args.images, args.maps, args.classes, reduce_zero_label=args.reduce_zero_label, ignored=args.ignored
+            )
+            classes = scenes.classes
+            options |= {"maps": str(scenes.folder), "numbers": str(scenes.maps)}
+        elif args.labels == "instances":
+            images, classes = list_images(args.images, "none", None, None)
             instances = find_instances(images, args.images, args.annotations, only_with_objects=args.only_with_objects)
             images, options = instances.images, options | instances.options()
-        jobs = plan_shards(images, args)
-        jobs = jobs if instances is None else instances.jobs(jobs)
+        else:
+            images, classes = list_images(args.images, args.labels, args.synsets, args.classes)
+        jobs = plan_shards(images, args, scenes)
+        jobs = instances.jobs(jobs) if instances else jobs
     else:
         jobs, classes = plan_indexes(args.index_tars), None
         options = {"source": args.index_tars, "in_place": "True"}
@@ -73,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.write(f"would pack {total} {units} into {len(jobs)} shards in {args.out}\n")
         return
     with sole_writer(args.out):
-        _pack(args, jobs, classes, options, total, units, instances)
+        _pack(args, jobs, classes, options, total, units, maps=scenes.maps if scenes else None, instances=instances)
 
 
 def _pack(
@@ -83,7 +100,9 @@ def _pack(
     options: dict[str, str],
     total: int,
     units: str,
-    instances: Instances | None = None,
+    *,
+    maps: SceneMaps | None,
+    instances: Instances | None,
 ) -> None:
     done, todo = prepare_folder(args.out, jobs, options)
     done += make_shards(args.out, todo, args.workers, Progress(total, sum(record.units for record in done), units))
@@ -102,7 +121,9 @@ def _pack(
         raise UserError(f"{args.images or args.index_tars}: holds no image that can be decoded; correct the path")
     if instances is not None:
         instances.write_beside(args.out)
-    write_manifest(args.out, ImageManifest([record.shard for record in records], samples, classes, rejected, options))
+    write_manifest(
+        args.out, ImageManifest([record.shard for record in records], samples, classes, rejected, options, maps)
+    )
     labels = "no labels" if classes is None else f"{len(classes)} classes"
     labels = labels if instances is None else instances.told()
     size_bytes = sum(record.shard.bytes for record in records)
@@ -135,10 +156,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--labels",
-        choices=("auto", "folders", "none", "instances"),
+        choices=("auto", "folders", "none", "scenes", "instances"),
         default="auto",
         help="folders: one class a sub-folder; auto: that, where images lie in sub-folders and none "
-        "beside them; instances: boxes and masks of --annotations (default: %(default)s)",
+        "beside them; scenes: a class map beside each image; instances: boxes and masks of --annotations "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--annotations",
@@ -152,6 +174,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="with --labels instances: leave out images without an object to train on, for a set to train on",
     )
+    add_scene_options(parser)
     parser.add_argument(
         "--synsets",
         type=Path,
@@ -165,7 +188,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="one class a line, its first word the name; with --synsets: all synsets, for numbers in the "
-        "numbers' order; with tars: in label order",
+        "numbers' order; with tars: in label order; with scenes: one class of pixels a line, the whole line its name",
     )
     parser.add_argument(
         "--short_side",
@@ -218,7 +241,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
                 )
     elif args.out.resolve().is_relative_to(args.images.resolve()):
         raise UserError(f"--out {args.out} lies inside --images {args.images}; give a folder outside it")
-    if args.classes is not None and args.images is not None and args.synsets is None:
+    check_scene_options(args)
+    if args.classes is not None and args.images is not None and args.synsets is None and args.labels != "scenes":
         raise UserError("--classes goes with --synsets or --index_tars; class folders name their classes themselves")
     _check_instances(args)
     return args
@@ -242,7 +266,7 @@ def _num_cores() -> int:
 # -------------------------------------------------------------------------------------------- the plan
 
 
-def plan_shards(images: list[Image], args: argparse.Namespace) -> list[PackJob]:
+def plan_shards(images: list[Image], args: argparse.Namespace, scenes: Scenes | None = None) -> list[PackJob]:
     """Spread the images over shards, in an order that is the same for every version of Python."""
 
     def place(image: Image) -> bytes:
@@ -250,8 +274,9 @@ def plan_shards(images: list[Image], args: argparse.Namespace) -> list[PackJob]:
 
     shuffled = sorted(images, key=place)
     size = args.samples_per_shard
+    make = partial(SceneJob, scenes=scenes) if scenes else PackJob
     return [
-        PackJob(
+        make(
             f"shard-{number:06d}.tar",
             str(args.images.resolve()),
             shuffled[start : start + size],

@@ -13,6 +13,7 @@ from peco_ds.config import (
     PretrainRecipe,
     ProbeRecipe,
     Recipe,
+    SegmentRecipe,
     TokenizerRecipe,
     TokenizerSettings,
 )
@@ -30,7 +31,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_training(recipe)
     if isinstance(recipe, (PretrainRecipe, TokenizerRecipe)):
         _check_crops("views", recipe.views)
-    if isinstance(recipe, (PretrainRecipe, FinetuneRecipe, DetectRecipe)):
+    if isinstance(recipe, (PretrainRecipe, FinetuneRecipe, SegmentRecipe, DetectRecipe)):
         _check_model(recipe)
     if isinstance(recipe, PretrainRecipe):
         _check_pretrain(recipe)
@@ -40,6 +41,8 @@ def check_recipe(recipe: Recipe) -> None:
         _check_finetune(recipe)
     elif isinstance(recipe, DetectRecipe):
         _check_detect(recipe)
+    elif isinstance(recipe, SegmentRecipe):
+        _check_segment(recipe)
     elif isinstance(recipe, ProbeRecipe):
         _check_probe(recipe)
 
@@ -84,8 +87,8 @@ def _check_training(recipe) -> None:
     )
     drops = schedule.drops
     _require(
-        (schedule.kind == "drops") == bool(drops),
-        f"schedule.kind {schedule.kind} and schedule.drops {_written(drops)}: drops of the rate go with kind drops; "
+        (schedule.decay == "drops") == bool(drops),
+        f"schedule.decay {schedule.decay} and schedule.drops {_written(drops)}: drops of the rate go with decay drops; "
         "set both, or neither",
     )
     _require(
@@ -206,14 +209,14 @@ def _check_detect(recipe: DetectRecipe) -> None:
     taps, blocks = detector.taps, detector.global_blocks
     wanted = 4 if detector.pyramid == "branches" else 1
     _require(
-        len(taps) == wanted and all(low < high for low, high in zip(taps, taps[1:])) and taps[-1] == model.depth,
+        len(taps) == wanted and all(low < high for low, high in zip(taps, taps[1:])) and taps[-1] == model.depth - 1,
         f"detector.taps {_written(taps)}: pyramid {detector.pyramid} takes {wanted}, rising, the last of them block "
-        f"{model.depth}, the model's last",
+        f"{model.depth - 1}, the last one",
     )
     _require(
-        bool(blocks) == bool(detector.window) and all(block <= model.depth for block in blocks),
+        bool(blocks) == bool(detector.window) and all(block < model.depth for block in blocks),
         f"detector.window {detector.window} and detector.global_blocks {_written(blocks)}: windows need some blocks of "
-        f"1 to {model.depth} that see the whole image, and only windows do; set both, or neither",
+        f"0 to {model.depth - 1} that see the whole image, and only windows do; set both, or neither",
     )
     low, high = augment.scale
     _require(low <= high, f"augment.scale [{low}, {high}]: the lowest first, then the highest; swap them")
@@ -243,6 +246,37 @@ def _check_sizes(recipe: DetectRecipe) -> None:
     _require(
         model.drop_path_by == "image",
         "model.drop_path_by subset: a detector's passes hold too few images for subsets; set model.drop_path_by=image",
+    )
+
+
+def _check_segment(recipe: SegmentRecipe) -> None:
+    model, taps, evaluation = recipe.model, recipe.segmenter.taps, recipe.evaluation
+    _require(
+        len(taps) == 4 and list(taps) == sorted(set(taps)) and taps[-1] == model.depth - 1,
+        f"segmenter.taps [{', '.join(map(str, taps))}]: wants four blocks, rising from 0, the last of them "
+        f"{model.depth - 1}, the last block of {model.depth}",
+    )
+    _require(
+        model.grid % 2 == 0,
+        f"model.image_px {model.image_px}: gives {model.grid} patches of {model.patch_px} px a side, the coarsest map "
+        f"halves them; take {(model.grid - 1) * model.patch_px} or {(model.grid + 1) * model.patch_px} px",
+    )
+    low, high = recipe.augment.ratio
+    _require(low <= high, f"augment.ratio [{low}, {high}]: the lowest first, then the highest; swap them")
+    for section in ("augment", "evaluation"):
+        bounds = getattr(recipe, section)
+        _require(
+            bounds.short_px <= bounds.long_px,
+            f"{section}.short_px {bounds.short_px} is more than {section}.long_px {bounds.long_px}; swap them",
+        )
+    _require(
+        evaluation.stride_px <= model.image_px,
+        f"evaluation.stride_px {evaluation.stride_px} is more than model.image_px {model.image_px}: windows would "
+        "leave pixels out; lower it (BEiT's: two thirds)",
+    )
+    _require(len(evaluation.scales) > 0, "evaluation.scales []: one factor at least; set it to [1.0]")
+    _require(
+        recipe.data.val_images != "", "data.val_images is empty; give the images with maps that mIoU is measured on"
     )
 
 

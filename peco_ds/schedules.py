@@ -22,6 +22,18 @@ def cosine_with_warmup(
     return floor + 0.5 * (peak - floor) * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
+def linear_with_warmup(step: int, *, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:
+    """A straight line from `peak` at step 0 to `floor`; over `warmup_steps` times a factor that rises from 1e-6.
+
+    Args:
+        step: optimiser step about to be taken, from 0.
+    Source: the poly schedule of power 1 of mmcv before version 2, which BEiT segments with. Its warm-up is multiplied
+        onto a rate that falls already; mmsegmentation 1.x lets it fall only afterwards.
+    """
+    rate = floor + (peak - floor) * (1 - min(step, total_steps) / total_steps)
+    return rate * (1 - (1 - step / warmup_steps) * (1 - 1e-6)) if step < warmup_steps else rate
+
+
 def drops_with_warmup(
     step: int, *, peak: float, warmup_steps: int, total_steps: int, warmup_from: float, drops: tuple[float, ...]
 ) -> float:

@@ -73,7 +73,7 @@ def pack(images: Path, annotations: Path, out: Path, *extra: str) -> Path:
 SMALL_DETECTOR = (
     "data.images=images/train data.val_images=images/val data.num_workers=0 data.shuffle_window_shards=2 "
     "model.image_px=128 model.width=48 model.depth=4 model.heads=3 model.drop_path=0 model.init_std=0.1 "
-    "model.layer_scale=1 detector.taps=[1,2,3,4] detector.channels=32 detector.box_width=64 detector.rois=64 "
+    "model.layer_scale=1 detector.taps=[0,1,2,3] detector.channels=32 detector.box_width=64 detector.rois=64 "
     "detector.mask_convs=1 detector.layer_decay=0.8 augment.short_px=96 augment.long_px=128 run.precision=fp32 "
     "run.global_batch=4 run.micro_batch=2 run.log_every_steps=1 evaluation.every_epochs=0 evaluation.grid_images=2 "
     "optim.lr=1e-3 optim.clip_norm=1 schedule.epochs=null schedule.steps=4 schedule.warmup_steps=2 "

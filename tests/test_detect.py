@@ -23,9 +23,9 @@ HALF = ["model.drop_path=0.3", "checkpoint.every_steps=2", "detector.branch_norm
 # mc-BEiT's benchmark and ViTDet in small.
 SQUARE = (
     "augment.kind=scale_jitter augment.long_px=128 augment.short_px=128 augment.scale=[0.5,1.5] detector.window=3 "
-    "detector.global_blocks=[2,4]"
+    "detector.global_blocks=[1,3]"
 ).split()
-SIMPLE = [*SQUARE, *"detector.pyramid=simple detector.taps=[4] detector.head_norm=layer detector.box_convs=1".split()]
+SIMPLE = [*SQUARE, *"detector.pyramid=simple detector.taps=[3] detector.head_norm=layer detector.box_convs=1".split()]
 
 
 @pytest.fixture(scope="module")

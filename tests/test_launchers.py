@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from peco_ds.command_line import parse_stage, stage_parser
-from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe
+from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, SegmentRecipe, TokenizerRecipe
 from peco_ds.durations import micro_steps
 from peco_ds.recipe_files import RECIPES, load_recipe
 
@@ -49,6 +49,7 @@ def test_there_is_a_launcher_for_every_stage_of_the_way_from_images_to_top_1():
         *("prepare_data", "train_tokenizer", "tokenize", "tokenize_finish", "convert", "evaluate", "probe"),
         *("pretrain_vitb", "pretrain_vitl", "pretrain_vith"),
         *("finetune_vitb", "finetune_vitl", "finetune_vith", "finetune_vith_448"),
+        *("segment_vitb", "segment_vitl", "segment_vith"),
     }
 
 
@@ -89,6 +90,7 @@ RECIPE_TYPES = {
     "train_tokenizer": TokenizerRecipe,
     "pretrain": PretrainRecipe,
     "finetune": FinetuneRecipe,
+    "segment": SegmentRecipe,
     "linear_probe": ProbeRecipe,
 }
 
@@ -125,6 +127,14 @@ def test_fine_tuning_starts_where_the_pretraining_launcher_of_its_size_ends(echo
     if size == "vith":
         assert resolved(echoing_home, "finetune_vith_448")[1].init.weights == out
         assert resolved(echoing_home, "probe")[1].init.weights == ends
+
+
+@pytest.mark.parametrize("size, name", [("vitb", "vitb16"), ("vitl", "vitl16"), ("vith", "vith14")])
+def test_segmentation_starts_where_the_pretraining_launcher_of_its_size_ends(echoing_home, size, name):
+    _, _, ends = resolved(echoing_home, f"pretrain_{size}")
+    stage, recipe, out = resolved(echoing_home, f"segment_{size}")
+    assert (stage, recipe.name, out) == ("segment", f"segment_{name}", f"/runs/segment_{name}")
+    assert recipe.init.weights == ends
 
 
 @pytest.mark.parametrize("launcher", ["finetune_vitb", "finetune_vitl", "finetune_vith", "finetune_vith_448", "probe"])

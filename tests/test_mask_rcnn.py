@@ -26,9 +26,9 @@ from peco_ds.models.window_backbone import build_window_backbone, from_windows, 
 
 MODEL = replace(SMALL, image_px=128, width=48, depth=4, heads=3)
 SETTINGS = DetectorSettings(
-    taps=(1, 2, 3, 4), channels=32, box_width=32, rois=32, mask_convs=1, detections=10, branch_norm="group"
+    taps=(0, 1, 2, 3), channels=32, box_width=32, rois=32, mask_convs=1, detections=10, branch_norm="group"
 )
-WINDOWS = replace(SETTINGS, window=3, global_blocks=(2, 4), pyramid="simple", taps=(4,), head_norm="layer")
+WINDOWS = replace(SETTINGS, window=3, global_blocks=(1, 3), pyramid="simple", taps=(3,), head_norm="layer")
 
 
 def image(height, width, seed=0):

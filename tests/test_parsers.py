@@ -42,11 +42,12 @@ from peco_ds.convert.release import write_release
 from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
-from peco_ds.data.decode import DecodeError, decode_rgb, image_kind
+from peco_ds.data.decode import DecodeError, decode_map, decode_rgb, image_kind
 from peco_ds.data.image_folders import labels_from_list, read_classes
 from peco_ds.data.image_set import ImageSet
 from peco_ds.data.image_shards import packed_bytes, prepare_folder
 from peco_ds.data.indexed_tar import DamagedRecord, IndexedTar, build_index, write_index
+from peco_ds.data.scene_packing import map_bytes, read_scene_classes
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord, read_npy, write_token_shard
 from peco_ds.data.views import fault_of_views
@@ -113,6 +114,10 @@ def image(folder: Path, kind: str, name: str, **options) -> None:
     Image.fromarray(np.stack([grey, grey.T[:24, :24].repeat(2, 1)[:, :32], grey[::-1]], axis=-1)).save(
         folder / name, kind, **options
     )
+
+
+def class_map(folder: Path) -> None:
+    Image.fromarray(np.add.outer(np.arange(24), np.arange(32)).astype(np.uint8)).save(folder / "x", "PNG")
 
 
 def tar(folder: Path) -> None:
@@ -549,6 +554,12 @@ PARSERS = {
         part_files, "tokens/.parts/a.json", lambda f: token_parts(f).is_done(0) and token_parts(f).read_counts(0), ()
     ),
     "the index of a token shard that is written again": Parser(written_shard, "a.index.json", written_shard, ()),
+    "a class map": Parser(class_map, "x", lambda f: decode_map(map_bytes(f / "x")), (DecodeError,), 100),
+    "a list of classes of scenes": Parser(
+        text("list", "Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t9\t1\twall\n2\t0.1\t8\t1\tbuilding, edifice\n"),
+        "list",
+        lambda f: read_scene_classes(f / "list"),
+    ),
     "a list of classes": Parser(text("list", "cat one\ndog two\n"), "list", lambda f: read_classes(f / "list")),
     "a list of labels": Parser(text("list", "a.jpg cat\nb.jpg dog\n"), "list", listed),
     "a list of labels as CSV": Parser(

@@ -38,19 +38,19 @@ class PackJob:
     def units(self) -> int:
         return len(self.images)
 
+    def members(self, image: Image) -> tuple[dict[str, bytes], bool]:
+        """Extension -> bytes of one sample, and whether the image's differ from its file's.
+
+        Raises: DecodeError (a ValueError) or OSError if the image cannot be read; UserError for what ends the packing.
+        """
+        extension, data, changed = packed_bytes(Path(self.folder) / image.path, self.short_side_px, self.quality)
+        label = {"cls": str(image.label).encode()} if image.label >= 0 else {}
+        return {extension: data, **label}, changed
+
     def digest(self) -> str:
         return sha256_of_json(
             [self.name, self.short_side_px, self.quality, [list(asdict(image).values()) for image in self.images]]
         )
-
-    def members(self, place: int, data: bytes) -> dict[str, bytes]:
-        """What is stored beside an image: extension -> bytes.
-
-        Args:
-            place: of the image in the job.  data: its stored bytes.
-        """
-        label = self.images[place].label
-        return {"cls": str(label).encode()} if label >= 0 else {}
 
 
 @dataclass(frozen=True)
@@ -212,16 +212,16 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
     with temporary_file(tar_path) as file:
         # Fixed owner and time: the same folder gives the same bytes. PAX, since USTAR refuses long or accented keys.
         with TarWriter(file, user="peco", group="peco", mtime=0, encoder=False, format="PAX_FORMAT") as writer:
-            for place, image in enumerate(job.images):
+            for image in job.images:
                 try:
-                    extension, data, changed = packed_bytes(
-                        Path(job.folder) / image.path, job.short_side_px, job.quality
-                    )
+                    members, changed = job.members(image)
+                except UserError:
+                    raise
                 except (ValueError, OSError) as error:
                     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
                     rejected.append(f"{printable(image.path)}: {reason}")
                 else:
-                    writer.write({"__key__": image.key, extension: data, **job.members(place, data)})
+                    writer.write({"__key__": image.key, **members})
                     reencoded += changed
                 count_one()
         flush_to_disk(file)

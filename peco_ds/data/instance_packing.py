@@ -29,26 +29,27 @@ ANNOTATIONS_NAME, CATEGORIES_NAME = "annotations.json", "categories.json"
 class InstancesJob(PackJob):
     """One shard of images with objects."""
 
-    # For each image the text of its record.
-    texts: list[str]
+    # Image path -> the text of its record.
+    texts: dict[str, str]
 
     def digest(self) -> str:
         return sha256_of_json([super().digest(), self.texts])
 
-    def members(self, place: int, data: bytes) -> dict[str, bytes]:
+    def members(self, image: Image) -> tuple[dict[str, bytes], bool]:
         """Raises: UserError if the image has another size than its entry says: its objects would lie elsewhere."""
         from PIL import Image as PilImage
 
-        entry = json.loads(self.texts[place])["image"]
-        with PilImage.open(io.BytesIO(data)) as image:
-            size = image.size
+        members, changed = super().members(image)
+        entry = json.loads(self.texts[image.path])["image"]
+        with PilImage.open(io.BytesIO(next(iter(members.values())))) as opened:
+            size = opened.size
         if size != (entry["width"], entry["height"]):
             raise UserError(
                 f"--annotations: image {entry['id']} {entry['file_name']!r} is {entry['width']} x {entry['height']} "
-                f"px there, the file {self.images[place].path!r} is {size[0]} x {size[1]} px; give the images that "
+                f"px there, the file {image.path!r} is {size[0]} x {size[1]} px; give the images that "
                 "were annotated"
             )
-        return {INSTANCES: self.texts[place].encode()}
+        return {**members, INSTANCES: self.texts[image.path].encode()}, changed
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class Instances:
     def jobs(self, jobs: list[PackJob]) -> list[PackJob]:
         """The same shards with the records of their images."""
         return [
-            InstancesJob(**vars(job), texts=[self.annotations.text_of(self.ids[image.path]) for image in job.images])
+            InstancesJob(
+                **vars(job), texts={image.path: self.annotations.text_of(self.ids[image.path]) for image in job.images}
+            )
             for job in jobs
         ]
 

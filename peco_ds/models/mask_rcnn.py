@@ -369,17 +369,16 @@ def build_detector(
         activation_checkpointing: of each block in the backward pass.
     Source: Mask R-CNN (arXiv 1703.06870) with an FPN (arXiv 1612.03144), in mmdetection's settings.
     """
-    taps = tuple(block - 1 for block in settings.taps)
     if settings.window:
         backbone = build_window_backbone(
             model,
-            taps,
+            settings.taps,
             window=settings.window,
-            global_blocks=tuple(block - 1 for block in settings.global_blocks),
+            global_blocks=settings.global_blocks,
             activation_checkpointing=activation_checkpointing,
         )
     else:
-        backbone = build_dense_backbone(model, taps, activation_checkpointing=activation_checkpointing)
+        backbone = build_dense_backbone(model, settings.taps, activation_checkpointing=activation_checkpointing)
     batch_norm = partial(SyncBatchNorm, all_reduce=all_reduce)
     norm: Callable[[int], nn.Module] | None = {"none": None, "layer": ChannelNorm, "batch": batch_norm}[
         settings.head_norm
