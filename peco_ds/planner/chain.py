@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peco_ds.config import (
+    DetectRecipe,
     FinetuneRecipe,
     PretrainRecipe,
     ProbeRecipe,
@@ -44,6 +45,7 @@ DEFAULT_JSON: dict[Kind, str] = {
     "pre-training": "zero3.json",
     "fine-tuning": "zero1.json",
     "segmentation": "zero1.json",
+    "detection": "zero1.json",
 }
 # Placeholder for weights that a plan does not read.
 _PLANNED = "to-be-given"
@@ -109,7 +111,9 @@ def read_chain(
     finetune_samples = finetune_samples or num_samples
     labelled = dict(num_classes=num_classes, val_samples=val_samples)
     main = stage_of(
-        main_recipe, finetune_samples if kind in (FinetuneRecipe, SegmentRecipe) else num_samples, **labelled
+        main_recipe,
+        finetune_samples if kind in (FinetuneRecipe, SegmentRecipe, DetectRecipe) else num_samples,
+        **labelled,
     )
     if kind is not PretrainRecipe:
         return Chain((main,), main)
@@ -176,6 +180,7 @@ def recipe_type(recipe: str) -> type:
 _OWN_KEYS = {
     ProbeRecipe: ("probe.",),
     SegmentRecipe: ("segmenter.",),
+    DetectRecipe: ("detector.",),
     FinetuneRecipe: ("classifier.", "init.", "augment.", "ema."),
     PretrainRecipe: ("model.", "mask.", "objective.", "encoding.", "aggregation.", "data.tokens", "views.count"),
     TokenizerRecipe: tuple("tokenizer. perceptual. teacher. adversarial. loss. data.val_images data.holdout".split()),

@@ -5,8 +5,12 @@ Letters: N patches, T tokens, D width, F hidden width, C channels of the pyramid
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from peco_ds.config import DetectorSettings, DetectRecipe, ModelSettings
-from peco_ds.costs import FLOPS_PER_MAC, IMAGE_CHANNELS
+from peco_ds.costs import FLOPS_PER_MAC, FP32_BYTES, IMAGE_CHANNELS
+from peco_ds.planner.shapes import ELEMENT_BYTES, relative_positions
+from peco_ds.planner.work import Segment, Work, finetune_segments
 
 # Values of a box and its anchors: an anchor's score and its four deltas, of three anchors a place.
 _ANCHORS, _BOX = 3, 4
@@ -106,3 +110,76 @@ def training_flops(recipe: DetectRecipe, num_classes: int) -> float:
     # No gradient of the image itself.
     image = FLOPS_PER_MAC * height * width * IMAGE_CHANNELS * recipe.model.patch_px**2 * recipe.model.width
     return 3 * forward - image
+
+
+# ------------------------------------------------------------------------------- as the planner counts
+
+
+def usual_model(recipe: DetectRecipe) -> ModelSettings:
+    """The backbone at a square of about as many patches as the usual image has."""
+    height, width = (side // recipe.model.patch_px for side in image_shape(recipe))
+    return replace(recipe.model, image_px=round((height * width) ** 0.5) * recipe.model.patch_px)
+
+
+def detect_segments(recipe: DetectRecipe, num_classes: int) -> tuple[Segment, ...]:
+    """Embedding and blocks of the usual image; pyramid, proposal head, box head, mask head."""
+    flops = forward_flops(recipe.model, recipe.detector, num_classes, image_shape(recipe))
+    # Of embedding and blocks, in proportion to what square images without windows would cost.
+    square = finetune_segments(replace(recipe, model=usual_model(recipe)), num_classes)[:-1]
+    share = flops.pop("backbone") / sum(segment.forward.flops for segment in square)
+    table = relative_positions(recipe.model.grid) - relative_positions(usual_model(recipe).grid)
+    backbone = [
+        replace(
+            segment,
+            forward=segment.forward.times(share),
+            backward=segment.backward.times(share),
+            recomputed=segment.recomputed.times(share),
+            parameters=segment.parameters + (0 if number == 0 else table * recipe.model.heads),
+        )
+        for number, segment in enumerate(square)
+    ]
+    heads = [
+        Segment(name, parameters, _TENSORS[name], Work(convolutions=flops[name]), Work(convolutions=2 * flops[name]))
+        for name, parameters in head_parameters(recipe, num_classes).items()
+    ]
+    return (*backbone, *heads)
+
+
+# About so many trained tensors.
+_TENSORS = {"pyramid": 24, "proposals": 6, "boxes": 8, "masks": 14}
+
+
+def head_parameters(recipe: DetectRecipe, num_classes: int) -> dict[str, int]:
+    """Trained parameters beside the backbone, norms and biases left out: a thousandth of them."""
+    settings, width = recipe.detector, recipe.model.width
+    channels, outputs = settings.channels, num_classes + 1
+    if settings.pyramid == "branches":
+        pyramid = 3 * 4 * width**2 + 4 * width * channels + 4 * _KERNEL * channels**2
+    else:
+        half, quarter = width // 2, width // 4
+        pyramid = 4 * (2 * width * half + half * quarter) + (quarter + half + 2 * width) * channels
+        pyramid += 4 * _KERNEL * channels**2
+    boxes = settings.box_convs * _KERNEL * channels**2 + _BOX_PLACES * channels * settings.box_width
+    boxes += (settings.box_layers - 1) * settings.box_width**2 + settings.box_width * outputs * (1 + _BOX)
+    return {
+        "pyramid": pyramid,
+        "proposals": settings.rpn_convs * _KERNEL * channels**2 + channels * _ANCHORS * (1 + _BOX),
+        "boxes": boxes,
+        "masks": settings.mask_convs * _KERNEL * channels**2 + 4 * channels**2 + channels * outputs,
+    }
+
+
+def head_bytes(recipe: DetectRecipe) -> float:
+    """Device memory of one image's pyramid and heads between forward and backward pass.
+
+    Maps leave the pyramid and every head in 32 bits; a unit keeps the input of its convolution and of its ReLU.
+    """
+    settings, shape = recipe.detector, image_shape(recipe)
+    patches = shape[0] * shape[1] // recipe.model.patch_px**2
+    places = (16 + 4 + 1 + 0.25) * patches
+    element = ELEMENT_BYTES[recipe.run.precision]
+    maps = places * settings.channels * ((4 + 2 * settings.rpn_convs) * element + 2 * FP32_BYTES)
+    branches = 24 * patches * recipe.model.width * element
+    boxes = settings.rois * _BOX_PLACES * settings.channels * (FP32_BYTES + 2 * element * (1 + settings.box_convs))
+    masks = settings.rois * POSITIVE_SHARE * settings.channels * _MASK_PLACES
+    return maps + branches + boxes + masks * (FP32_BYTES + 2 * element * (settings.mask_convs + 4))

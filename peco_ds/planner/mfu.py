@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from peco_ds.config import DetectRecipe, Recipe
-from peco_ds.planner import detection
+from peco_ds.config import Recipe
 from peco_ds.planner.hardware import hardware_of_device
 from peco_ds.planner.stages import IMAGENET_1K_CLASSES, stage_of
 
@@ -14,8 +13,6 @@ def training_flops(recipe: Recipe, num_classes: int = IMAGENET_1K_CLASSES) -> fl
     Args:
         recipe: of a training stage.  num_classes: of a fine-tuning or a detector.
     """
-    if isinstance(recipe, DetectRecipe):
-        return detection.training_flops(recipe, num_classes)
     return stage_of(recipe, num_classes=num_classes).model_flops
 
 

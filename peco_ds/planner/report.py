@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peco_ds.config import (
+    DetectRecipe,
     FinetuneRecipe,
     ModelSettings,
     PretrainRecipe,
@@ -15,6 +16,7 @@ from peco_ds.config import (
 )
 from peco_ds.durations import micro_steps
 from peco_ds.errors import UserError
+from peco_ds.planner import detection
 from peco_ds.planner.bill_text import aligned, figure, images_of, labelled, ranged
 from peco_ds.planner.data_side import token_bytes
 from peco_ds.planner.estimate import estimate
@@ -41,7 +43,7 @@ _LABEL_WIDTH = 20
 
 
 def dry_run_report(
-    recipe: PretrainRecipe | FinetuneRecipe | SegmentRecipe | TokenizerRecipe,
+    recipe: PretrainRecipe | FinetuneRecipe | SegmentRecipe | DetectRecipe | TokenizerRecipe,
     *,
     ds_config: dict,
     num_samples: int | None = None,
@@ -65,6 +67,7 @@ def dry_run_report(
         "pre-training": _pretraining,
         "fine-tuning": _finetuning,
         "segmentation": _segmentation,
+        "detection": _detection,
         "tokenizer": _tokenizer,
     }
     title, of_model, compute, storage = parts[planned.kind](planned)
@@ -164,6 +167,24 @@ def _segmentation(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
     }
     forward = sum(segment.forward.flops for segment in planned.segments)
     return "segmentation", of_model, _compute_lines(planned, round(forward / FLOPS_PER_MAC), planned.model_flops), {}
+
+
+def _detection(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
+    recipe, model = planned.recipe, planned.recipe.model
+    settings, shape = recipe.detector, detection.image_shape(recipe)
+    lowest = recipe.optim.lr * settings.layer_decay ** (model.depth + 1)
+    where = f"windows of {settings.window} patches, {len(settings.global_blocks)} blocks global"
+    of_model = _model_line(model) | {
+        "parameters": f"{_millions(planned.parameters)} with pyramid and heads of {planned.num_classes} classes",
+        "attention": where if settings.window else "every block sees the whole image",
+        "heads": f"Mask R-CNN on a pyramid of {settings.channels} channels ({settings.pyramid}), {settings.rois} "
+        "proposals an image",
+        "learning rate": f"{recipe.optim.lr:g} at the heads, {lowest:.2g} at the patch embedding (layer decay "
+        f"{settings.layer_decay}), stochastic depth up to {model.drop_path}",
+        "usual image": f"{shape[0]} x {shape[1]} px ({recipe.augment.kind})",
+    }
+    forward = sum(segment.forward.flops for segment in planned.segments)
+    return "detection", of_model, _compute_lines(planned, round(forward / FLOPS_PER_MAC), planned.model_flops), {}
 
 
 def _tokenizer(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from peco_ds.config import (
+    DetectRecipe,
     FinetuneRecipe,
     PretrainRecipe,
     Recipe,
@@ -17,6 +18,7 @@ from peco_ds.config import (
 )
 from peco_ds.durations import Durations, resolve_durations
 from peco_ds.errors import UserError
+from peco_ds.planner import detection
 from peco_ds.planner.dense import segment_activation_bytes, segment_segments
 from peco_ds.planner.memory import ema_bytes
 from peco_ds.planner.shapes import (
@@ -43,7 +45,7 @@ IMAGENET_1K_TRAIN = 1_281_167
 IMAGENET_1K_VAL = 50_000
 IMAGENET_1K_CLASSES = 1000
 
-Kind = Literal["tokenizer", "tokenizing", "pre-training", "fine-tuning", "segmentation"]
+Kind = Literal["tokenizer", "tokenizing", "pre-training", "fine-tuning", "segmentation", "detection"]
 # Of a pass in which PyTorch lets no gradient through, what lives at once: some layers' inputs and outputs, not all.
 LAYERS_ALIVE = 0.1
 
@@ -107,7 +109,7 @@ class Stage:
         """Images that pass through the network beside training, forward alone: a classifier's evaluations, of the
         weights and of their moving average.
         """
-        if self.kind not in ("fine-tuning", "segmentation"):
+        if self.kind not in ("fine-tuning", "segmentation", "detection"):
             return 0
         every = self.durations.evaluation_steps or self.durations.total_steps
         return -(-self.durations.total_steps // every) * self.val_samples * (2 if self.averages else 1)
@@ -121,6 +123,8 @@ class Stage:
             return finetune_segments(self.recipe, self.num_classes)
         if self.kind == "segmentation":
             return segment_segments(self.recipe, self.num_classes)
+        if self.kind == "detection":
+            return detection.detect_segments(self.recipe, self.num_classes)
         if self.kind == "tokenizer":
             return tokenizer_segments(self.recipe)
         return tokenizing_segments(self._tokenizer, self.recipe.views)
@@ -136,7 +140,7 @@ class Stage:
         if self.kind == "fine-tuning":
             return backbone_parameters(self.recipe.model, shared_bias=False, num_classes=self.num_classes)
         # A tokenizer's segments include the critic, where there is one.
-        if self.kind in ("tokenizer", "segmentation"):
+        if self.kind in ("tokenizer", "segmentation", "detection"):
             return sum(segment.parameters for segment in self.segments)
         return tokenizer_cost(self._tokenizer, self.recipe.views.tokenizer_px).encoder.parameters
 
@@ -149,7 +153,7 @@ class Stage:
     @property
     def _sizes(self) -> dict:
         """What the formulas of a transformer take beside its model: head, masked patches, variant."""
-        if self.kind in ("fine-tuning", "segmentation"):
+        if self.kind in ("fine-tuning", "segmentation", "detection"):
             # A classifier's head sees one token an image.
             return dict(num_codes=self.num_classes, masked=1)
         recipe = self.recipe
@@ -165,6 +169,8 @@ class Stage:
         that does not tell its cost.
         """
         recipe = self.recipe
+        if self.kind == "detection":
+            return detection.training_flops(recipe, self.num_classes)
         if self.kind == "tokenizer" and not tokenizer_cost(recipe.tokenizer, recipe.views.tokenizer_px).known:
             return 0.0
         if self.kind in ("tokenizer", "tokenizing", "segmentation") or recipe.model.drop_path_by == "subset":
@@ -180,6 +186,10 @@ class Stage:
             how: dict[str, Any] = dict(checkpointing=run.activation_checkpointing, precision=run.precision)
             blocks = mim_activation_bytes(recipe.model, **self._sizes, **how).total
             return blocks + (segment_activation_bytes(recipe, self.num_classes) if self.kind == "segmentation" else 0)
+        if self.kind == "detection":
+            how = dict(checkpointing=run.activation_checkpointing, precision=run.precision)
+            blocks = mim_activation_bytes(detection.usual_model(recipe), **self._sizes, **how).total
+            return blocks + detection.head_bytes(recipe)
         cost = tokenizer_cost(self._tokenizer, recipe.views.tokenizer_px)
         if self.kind == "tokenizer":
             saved = (cost.encoder.saved + cost.decoder.saved) * ELEMENT_BYTES[run.precision]
@@ -198,8 +208,13 @@ class Stage:
             # Each block holds, as int64, which row of its table it reads for each pair of tokens.
             places = model.depth * (model.grid**2 + 1) ** 2 * 8
             return places + own_bias_bytes(model, self.run.activation_checkpointing)
-        if self.kind == "segmentation":
+        if self.kind in ("segmentation", "detection"):
             model = self.recipe.model
+            if self.kind == "detection":
+                model = detection.usual_model(self.recipe)
+                if self.recipe.detector.window:
+                    # Windows share small ones.
+                    model = replace(model, depth=len(self.recipe.detector.global_blocks))
             # All blocks share the index.
             return (model.grid**2 + 1) ** 2 * 8 + own_bias_bytes(model, self.run.activation_checkpointing)
         codebook = 4 * tokenizer_cost(self._tokenizer, self.recipe.views.tokenizer_px).codebook_elements
@@ -231,6 +246,7 @@ def stage_of(recipe: Recipe, num_samples: int = IMAGENET_1K_TRAIN, **more) -> St
         PretrainRecipe: "pre-training",
         FinetuneRecipe: "fine-tuning",
         SegmentRecipe: "segmentation",
+        DetectRecipe: "detection",
         TokenizerRecipe: "tokenizer",
     }
     return Stage(kinds[type(recipe)], recipe, num_samples, **more)
