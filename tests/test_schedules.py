@@ -1,6 +1,6 @@
 import pytest
 
-from peco_ds.schedules import cosine_with_warmup
+from peco_ds.schedules import cosine_with_warmup, linear_with_warmup
 
 
 def rate(step):
@@ -17,3 +17,12 @@ def test_the_rate_rises_linearly_from_zero_and_falls_as_half_a_cosine():
 
 def test_no_warm_up_starts_at_the_peak():
     assert cosine_with_warmup(0, peak=1.0, floor=0.0, warmup_steps=0, total_steps=10) == 1.0
+
+
+@pytest.mark.parametrize(
+    "step, lr",
+    [(0, 3.0e-10), (749, 1.490989e-4), (1499, 2.969912e-4), (1500, 2.971875e-4), (80000, 1.5e-4), (159999, 1.875e-9)],
+)
+def test_the_line_of_segmentation_falls_during_its_warm_up_too(step, lr):
+    found = linear_with_warmup(step, peak=3e-4, floor=0.0, warmup_steps=1500, total_steps=160_000)
+    assert found == pytest.approx(lr, rel=1e-6)

@@ -8,14 +8,16 @@ unilm   the released BEiT code's `semantic_segmentation` on mmsegmentation 0.11:
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import torch
 from timm.models.beit import gen_relative_position_index
 
+from peco_ds.convert.release import CONFIG, WEIGHTS, Release, licence_of
 from peco_ds.convert.resample import grid_of
 from peco_ds.convert.to_hf import _BASE, _BLOCK, _PARTS, _QKV, NORM_EPS
+from peco_ds.convert.to_unilm import FILE as UNILM_FILE
 from peco_ds.errors import UserError
-from peco_ds.models.beit_weights import TABLE
 from peco_ds.models.segmenter_weights import SegmenterWeights
 from peco_ds.models.uper_head import POOL_SCALES
 
@@ -156,6 +158,61 @@ def hf_segmenter_config(weights: SegmenterWeights) -> dict:
     }
 
 
-def table_grids(weights: SegmenterWeights) -> set[int | None]:
-    """Patches a side that the blocks' tables are for."""
-    return {grid_of(weights.tensors[_BACKBONE + TABLE.format(block)]) for block in range(weights.model.depth)}
+# --------------------------------------------------------------------------------------------- releases
+
+
+def segmenter_release(weights: SegmenterWeights, to: Literal["hf", "unilm"]) -> Release:
+    """The files of a release for transformers, or for mmsegmentation 0.11 with the released BEiT code."""
+    statistics = {"image_mean": list(weights.mean), "image_std": list(weights.std)}
+    if to == "hf":
+        tensors = to_hf_names(weights.tensors)
+        return Release(
+            "transformers", {WEIGHTS: tensors}, {CONFIG: hf_segmenter_config(weights) | statistics}, _HF_USAGE
+        )
+    config = {"layout": "unilm_segmentation", "classes": list(weights.classes or ()), **statistics}
+    return Release("unilm", {UNILM_FILE: to_unilm_names(weights.tensors)}, {CONFIG: config}, _UNILM_USAGE)
+
+
+_HF_USAGE = """```python
+from transformers import UperNetForSemanticSegmentation
+
+model = UperNetForSemanticSegmentation.from_pretrained("PATH_OF_THIS_FOLDER")
+# pixel_values [B, 3, S, S], normalised by image_mean and image_std of config.json, S as below
+classes = model(pixel_values).logits.argmax(1)
+```"""
+_UNILM_USAGE = f"""The tensors of `{UNILM_FILE}` lie under `model`, in the names of `semantic_segmentation` of
+github.com/microsoft/unilm (folder `beit`): load them into its segmentor by `load_state_dict`."""
+
+
+def segmenter_card(release: Release, weights: SegmenterWeights) -> str:
+    """Markdown with the front matter that model hubs read."""
+    model, settings = weights.model, weights.segmenter
+    facts = {
+        "weights": weights.source,
+        "backbone": f"ViT, width {model.width}, depth {model.depth}, {model.heads} heads, patch {model.patch_px}",
+        "head": f"UperNet of {settings.head_width or model.width} channels on blocks "
+        f"{', '.join(str(tap + 1) for tap in settings.taps)}, counted from 1",
+        "classes": f"{weights.num_classes}, named in {CONFIG}" if weights.classes else f"{weights.num_classes}",
+    }
+    table = "\n".join(f"| {name} | {text} |" for name, text in (facts | weights.facts).items())
+    return f"""---
+library_name: {release.library}
+tags:
+- image-segmentation
+- {release.library}
+license: other
+---
+# {weights.facts.get("recipe", weights.source)}
+
+Semantic segmentation: UperNet on a vision transformer of the BEiT family (arXiv 2106.08254).
+
+| | |
+|---|---|
+{table}
+
+{release.usage}
+
+Input: {model.image_px} px, RGB, mean {list(weights.mean)}, standard deviation {list(weights.std)}.
+
+{licence_of(weights.facts)}
+"""
