@@ -227,16 +227,24 @@ class OptimSettings:
 
 @dataclass(frozen=True, config=_strict)
 class ScheduleSettings:
-    """How long a run is: linear warm-up, then half a cosine down to `min_lr`.
+    """How long a run is, and how its learning rate falls to `min_lr`.
 
     A duration is given in epochs or in optimiser steps, not in both.
     """
 
+    # cosine: linear warm-up, then half a cosine. linear: a straight line from the first step on; the warm-up is a
+    # factor on it that rises from 1e-6 to 1 (mmsegmentation's poly of power 1). drops: the full rate, times 0.1 at each
+    # of `drops`, without a floor.
+    decay: Literal["cosine", "linear", "drops"] = "cosine"
     epochs: NotNegative | None = None
     steps: AtLeastZero | None = None
     warmup_epochs: NotNegative | None = None
     warmup_steps: AtLeastZero | None = None
     min_lr: NotNegative = 1e-5
+    # decay drops: shares of the run after which the rate falls, rising.
+    drops: tuple[ShareBelowOne, ...] = ()
+    # decay cosine and drops: the warm-up begins at this share of the rate.
+    warmup_from: ShareBelowOne = 0.0
     # Save and end at this step. The schedule stays as it is, and a later start with a higher value continues.
     stop_at_step: Annotated[AtLeastOne | None, FreeOnResume()] = None
 
@@ -579,6 +587,87 @@ class FinetuneRecipe:
 
 
 @dataclass(frozen=True, config=_strict)
+class SegmenterSettings:
+    """UperNet on a ViT: what is beside the backbone, and its loss."""
+
+    # Blocks whose outputs the heads see, from 0: four, the last of all among them.
+    taps: tuple[AtLeastZero, ...] = (3, 5, 7, 11)
+    # Channels of the decode head. 0: the backbone's width (BEiT).
+    head_width: AtLeastZero = 0
+    # Channels of the auxiliary head on the third map.
+    auxiliary_width: AtLeastOne = 256
+    # Weight of its loss. 0: no auxiliary head.
+    auxiliary_weight: NotNegative = 0.4
+    # Whole channels dropped before a head's classifier.
+    dropout: ShareBelowOne = 0.1
+    # The pixels that a loss is averaged over. all: ignored ones too (BEiT's code). valid: the labelled ones.
+    loss_over: Literal["all", "valid"] = "all"
+    # Learning rate of a block over that of the block above it. The patch embedding has the lowest, branches and heads
+    # the full one. 1: all alike.
+    layer_decay: ShareAboveZero = 0.65
+
+
+@dataclass(frozen=True, config=_strict)
+class SceneAugmentSettings:
+    """Random training crops of images and their maps (mmsegmentation's, as BEiT uses them). Their side is
+    model.image_px.
+    """
+
+    # An image is resized so that neither its long nor its short side exceeds these, each times a factor of `ratio`.
+    long_px: AtLeastOne = 2048
+    short_px: AtLeastOne = 512
+    ratio: tuple[Positive, Positive] = (0.5, 2.0)
+    # A crop in which one class has this share of the labelled pixels, or more, is drawn again, ten times at most. 1:
+    # never.
+    max_class_share: ShareAboveZero = 0.75
+    # Probability of a horizontal flip.
+    flip: Share = 0.5
+    # Brightness, contrast, saturation and hue, each changed with probability 0.5.
+    photometric: bool = True
+
+
+@dataclass(frozen=True, config=_strict)
+class SegmentationSettings:
+    """mIoU on data.val_images."""
+
+    # Optimiser steps between two evaluations. 0: only at the end.
+    every_steps: AtLeastZero = 16000
+    # slide: windows of model.image_px, their logits averaged. whole: the resized image in one pass.
+    windows: Literal["slide", "whole"] = "slide"
+    # Pixels from one window to the next.
+    stride_px: AtLeastOne = 341
+    # Bounds of the resized image, as in training.
+    long_px: AtLeastOne = 2048
+    short_px: AtLeastOne = 512
+    # Factors on the bounds, each a prediction of its own; their probabilities are averaged. The short side never falls
+    # below model.image_px, so a factor below 1 may repeat that of 1, as in BEiT's code.
+    scales: tuple[Positive, ...] = (1.0,)
+    # Each of them mirrored too.
+    flip: bool = False
+    # Windows a forward pass and rank. 0: run.micro_batch.
+    batch: AtLeastZero = 0
+    # Images in TensorBoard and segmentation.png.
+    shown_images: AtLeastOne = 4
+
+
+@dataclass(frozen=True, config=_strict)
+class SegmentRecipe:
+    """One segmentation run: weights, images and their class maps become an UperNet."""
+
+    name: Annotated[str, FreeOnResume()] = "segment"
+    data: DataSettings = field(default_factory=DataSettings)
+    init: InitSettings = field(default_factory=InitSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
+    augment: SceneAugmentSettings = field(default_factory=SceneAugmentSettings)
+    evaluation: Annotated[SegmentationSettings, FreeOnResume()] = field(default_factory=SegmentationSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    checkpoint: Annotated[CheckpointSettings, FreeOnResume()] = field(default_factory=CheckpointSettings)
+
+
+@dataclass(frozen=True, config=_strict)
 class ProbeSettings:
     """Linear classifiers and nearest neighbours on frozen features."""
 
@@ -616,6 +705,92 @@ class ProbeRecipe:
     probe: ProbeSettings = field(default_factory=ProbeSettings)
 
 
+@dataclass(frozen=True, config=_strict)
+class DetectorSettings:
+    """Mask R-CNN on the backbone: where its maps come from, and its heads (arXiv 1703.06870).
+
+    `model.image_px` is the side of the largest square that the position bias covers; images are of any shape within it.
+    Blocks are counted from 0.
+    """
+
+    # branches: four taps, rescaled to strides 4 to 32, then an FPN (BEiT's maps). simple: all from the last map
+    # (ViTDet, arXiv 2203.16527).
+    pyramid: Literal["branches", "simple"] = "branches"
+    # Maps are taken after these blocks. simple: the last one only.
+    taps: tuple[AtLeastZero, ...] = (3, 5, 7, 11)
+    # Attention inside windows of so many patches a side. 0: all blocks see the whole image.
+    window: AtLeastZero = 0
+    # Blocks that see the whole image all the same.
+    global_blocks: tuple[AtLeastZero, ...] = ()
+    # Norm of the branches at strides 4 and 8. batch: over all ranks.
+    branch_norm: Literal["batch", "group"] = "group"
+    # Norm of pyramid and heads. layer: over the channels of a place. batch: over all ranks.
+    head_norm: Literal["none", "layer", "batch"] = "none"
+    # Width of the pyramid.
+    channels: AtLeastOne = 256
+    # Convolutions of the proposal head.
+    rpn_convs: AtLeastOne = 1
+    # Convolutions and hidden layers of the box head, and the width of those layers.
+    box_convs: AtLeastZero = 0
+    box_layers: AtLeastOne = 2
+    box_width: AtLeastOne = 1024
+    # Convolutions of the mask head.
+    mask_convs: AtLeastOne = 4
+    # Proposals an image that the heads learn from, a quarter of them on objects.
+    rois: AtLeastOne = 512
+    # Boxes kept an image.
+    detections: AtLeastOne = 100
+    # As classifier.layer_decay. Pyramid and heads have the full rate.
+    layer_decay: ShareAboveZero = 0.75
+    # Weights of another patch size: their patch embedding is resized. Anchors need strides of powers of two.
+    resample_patch: bool = False
+
+
+@dataclass(frozen=True, config=_strict)
+class ObjectAugmentSettings:
+    """Training images of a detector, and the size it is measured at."""
+
+    # resize: to short_px, or less where the long side would pass long_px. scale_jitter: to fit a square of long_px
+    # times a random `scale`, cut or filled to that square (arXiv 2012.07177).
+    kind: Literal["resize", "scale_jitter"] = "resize"
+    short_px: AtLeastOne = 800
+    long_px: AtLeastOne = 1333
+    # scale_jitter: lowest and highest.
+    scale: tuple[Positive, Positive] = (0.1, 2.0)
+    # Probability of a horizontal flip.
+    flip: Share = 0.5
+
+
+@dataclass(frozen=True, config=_strict)
+class DetectionSettings:
+    """Box and mask AP on data.val_images while a detector trains."""
+
+    # 0: only at the end.
+    every_epochs: NotNegative = 1.0
+    # Images a forward pass and rank. The filling of images of unequal size takes part in attention, so more than 1
+    # changes results a little.
+    batch: AtLeastOne = 1
+    # Images with their boxes and masks in detections.png and TensorBoard. 0: none.
+    grid_images: AtLeastZero = 8
+
+
+@dataclass(frozen=True, config=_strict)
+class DetectRecipe:
+    """One detection run: weights and images with COCO annotations become a detector with masks."""
+
+    name: Annotated[str, FreeOnResume()] = "detect"
+    data: DataSettings = field(default_factory=DataSettings)
+    init: InitSettings = field(default_factory=InitSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    detector: DetectorSettings = field(default_factory=DetectorSettings)
+    augment: ObjectAugmentSettings = field(default_factory=ObjectAugmentSettings)
+    evaluation: Annotated[DetectionSettings, FreeOnResume()] = field(default_factory=DetectionSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    checkpoint: Annotated[CheckpointSettings, FreeOnResume()] = field(default_factory=CheckpointSettings)
+
+
 # What a run of the training engine reads; a stage outside the package brings a class with the same sections.
-TrainingRecipe = PretrainRecipe | TokenizerRecipe | FinetuneRecipe
+TrainingRecipe = PretrainRecipe | TokenizerRecipe | FinetuneRecipe | SegmentRecipe | DetectRecipe
 Recipe = TrainingRecipe | ProbeRecipe

@@ -93,8 +93,10 @@ def convert(args: argparse.Namespace) -> int:
     from peco_ds.convert.to_timm import to_timm
     from peco_ds.convert.to_unilm import FILE, to_unilm
     from peco_ds.convert.verify import COMPARED, LOADERS, compare, model_outputs
-    from peco_ds.runtime.run_weights import read_run
+    from peco_ds.runtime.run_weights import is_segmenter_run, read_run
 
+    if is_segmenter_run(args.source):
+        return convert_segmenter(args)
     refuse_foreign_files(args.out, (CARD, CONFIG, FILE if args.to == "unilm" else WEIGHTS))
     weights = read_weights(
         args.source, layout=args.layout, average=args.weights, statistics=args.statistics, read_run=read_run
@@ -113,6 +115,27 @@ def convert(args: argparse.Namespace) -> int:
             f"{compare(args.out, library, expected):.1e}"
         )
     sys.stdout.write(f"{line}; {compared}\n")
+    return EXIT_DONE
+
+
+def convert_segmenter(args: argparse.Namespace) -> int:
+    """The same of a run of segment.py; in unilm's layout nothing installed can load it, so it is not verified."""
+    from peco_ds.convert.release import write_files
+    from peco_ds.convert.segmenter_layouts import segmenter_card, segmenter_release
+    from peco_ds.convert.verify import compare, segmenter_outputs
+    from peco_ds.runtime.run_weights import read_segmenter_run
+
+    if args.to == "timm" or args.weights == "ema":
+        asked = "--to timm: timm has no segmenter" if args.to == "timm" else "--weights ema: a segmenter keeps none"
+        raise UserError(f"{args.source}: a run of segment.py and {asked}; give --to hf or --to unilm, and raw weights")
+    weights = read_segmenter_run(args.source)
+    release = segmenter_release(weights, args.to)
+    write_files(args.out, release, segmenter_card(release, weights))
+    compared = "not verified"
+    if args.verify and args.to == "hf":
+        difference = compare(args.out, release.library, segmenter_outputs(weights))
+        compared = f"logits in transformers equal our own model's to {difference:.1e}"
+    sys.stdout.write(f"{args.out}: {weights.source}; {compared}\n")
     return EXIT_DONE
 
 

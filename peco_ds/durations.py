@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from peco_ds.config import FinetuneRecipe, RunSettings
+from peco_ds.config import DetectRecipe, FinetuneRecipe, RunSettings, SegmentRecipe
 from peco_ds.errors import UserError
 
 
@@ -19,7 +19,7 @@ class Durations:
     checkpoint_steps: int
     # Where this run ends: total_steps, or schedule.stop_at_step.
     stop_step: int
-    # Between evaluations of a classifier. 0: only at the end.
+    # Between evaluations of a classifier or a dense model. 0: only at the end.
     evaluation_steps: int = 0
     # Between checkpoints that are kept for good. 0: none.
     keep_steps: int = 0
@@ -31,7 +31,7 @@ class Durations:
         )
 
     def evaluate_after(self, step: int) -> bool:
-        """Whether a classifier is measured when `step` steps are done."""
+        """Whether a classifier or a dense model is measured when `step` steps are done."""
         return step == self.stop_step or (self.evaluation_steps > 0 and step % self.evaluation_steps == 0)
 
 
@@ -64,7 +64,9 @@ def resolve_durations(recipe, num_samples: int) -> Durations:
         )
         raise UserError(f"the warm-up ({given}) is longer than the run of {total} steps; set {key} lower")
     evaluation = 0
-    if isinstance(recipe, FinetuneRecipe) and recipe.evaluation.every_epochs:
+    if isinstance(recipe, SegmentRecipe):
+        evaluation = recipe.evaluation.every_steps
+    if isinstance(recipe, (FinetuneRecipe, DetectRecipe)) and recipe.evaluation.every_epochs:
         evaluation = max(1, steps(recipe.evaluation.every_epochs, None, 0))
     return Durations(
         total, warmup, every, min(total, schedule.stop_at_step or total), evaluation, recipe.checkpoint.keep_every_steps

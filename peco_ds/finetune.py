@@ -15,7 +15,6 @@ if __package__ in (None, ""):
 from peco_ds import command_line
 from peco_ds.config import FinetuneRecipe
 from peco_ds.data_paths import data_path
-from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +28,7 @@ def dry_run(args, resolved) -> int:
     from peco_ds.data.augment import TrainCrop
     from peco_ds.data.labelled import labelled_sets
     from peco_ds.planner.dry_run import dry_run
+    from peco_ds.runtime.start_weights import read_start
 
     cfg = resolved.recipe
 
@@ -38,7 +38,7 @@ def dry_run(args, resolved) -> int:
         classes = labelled_sets(sets["images"], sets["val_images"])[2] if manifest else ()
         start = "scratch: init.weights is empty"
         if cfg.init.weights:
-            weights = read_start(cfg)
+            weights = read_start(cfg.init)
             check_sizes(weights, cfg.model)
             if classes and weights.kind == "classifier" and cfg.init.head == "auto":
                 check_head(weights, classes)
@@ -60,6 +60,7 @@ def train(args, resolved) -> int:
     from peco_ds.runtime.optim import layer_scales
     from peco_ds.runtime.run import START_UP, Run
     from peco_ds.runtime.run_folder import refuse_foreign_folder
+    from peco_ds.runtime.start_weights import origin_from, origin_of, read_start, tell_origin
 
     START_UP.ends("imports")
     cfg = resolved.recipe
@@ -70,7 +71,7 @@ def train(args, resolved) -> int:
     # A misspelt augment.auto_augment shows here.
     TrainCrop(cfg.augment, cfg.model.image_px)
     with Run.start(args, resolved, "finetune", images) as run:
-        weights = read_start(cfg) if cfg.init.weights and not run.resumes else None
+        weights = read_start(cfg.init) if cfg.init.weights and not run.resumes else None
         run.record({"classes": list(classes)})
         run.seed_weights()
         model = build_classifier(
@@ -138,52 +139,6 @@ def evaluate(run, held_out, step: int, statistics: dict) -> dict[str, float]:
                 quality |= {f"ema_{name}": value for name, value in accuracy().items() if name != "images"}
     run.meter.evaluation(step, quality)
     return quality
-
-
-# ------------------------------------------------------------------------------------------ where a run starts from
-
-
-def read_start(cfg: FinetuneRecipe):
-    """The weights that init.weights names."""
-    from peco_ds.convert.read import read_weights
-    from peco_ds.runtime.run_weights import read_run
-
-    return read_weights(cfg.init.weights, average=cfg.init.average, statistics=cfg.init.statistics, read_run=read_run)
-
-
-def origin_from(weights, fresh: list[str]) -> dict:
-    """What a run folder records of its start."""
-    if weights is None:
-        return {"init": "scratch", "init_facts": {}, "fresh": [], "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    # Images go on in the statistics that the weights know: the BEiT files that timm and Hugging Face host have seen
-    # 0.5, 0.5, not ImageNet's.
-    return {
-        "init": weights.source,
-        "init_facts": weights.facts,
-        "fresh": fresh,
-        "mean": weights.mean,
-        "std": weights.std,
-    }
-
-
-def origin_of(run_folder: Path) -> dict:
-    """The same of a run that goes on; what it started from may have been removed since."""
-    from peco_ds.runtime.run_folder import read_provenance
-
-    return origin_from(None, []) | {
-        name: value for name, value in read_provenance(run_folder).items() if name in origin_from(None, [])
-    }
-
-
-def tell_origin(origin: dict, run) -> None:
-    """One line on rank 0: what this start goes on from."""
-    if not run.world.is_main:
-        return
-    if run.resumes:
-        sys.stdout.write(f"continues a run that started from {origin['init']}\n")
-    else:
-        fresh = f"; fresh: {', '.join(origin['fresh'])}" if origin["fresh"] else ""
-        sys.stdout.write(f"starts from {origin['init']}{fresh}\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 
 from peco_ds.command_line import Parser, run, user_path, user_text
 from peco_ds.data.image_folders import Image, list_images, printable
@@ -43,12 +44,24 @@ from peco_ds.data.image_shards import (
     sole_writer,
 )
 from peco_ds.data.indexed_tar import index_name
+from peco_ds.data.instance_packing import Instances, find_instances
 from peco_ds.data.left_out import Account, file_of_a_system, folder_of_a_system, write_list
+from peco_ds.data.scene_packing import (
+    SCENE_OPTIONS,
+    SceneJob,
+    Scenes,
+    add_scene_options,
+    check_scene_options,
+    list_scenes,
+)
 from peco_ds.errors import EXIT_INTERRUPTED, UserError, describe_os_error
 from peco_ds.progress_bar import Progress
-from peco_ds.schema import ImageManifest, write_manifest
+from peco_ds.schema import ImageManifest, SceneMaps, write_manifest
 
-_FOLDER_ONLY = ("labels", "synsets", "short_side", "quality", "samples_per_shard", "shuffle_seed")
+_FOLDER_ONLY = (
+    *("labels", "synsets", "short_side", "quality", "samples_per_shard", "shuffle_seed"),
+    *(*SCENE_OPTIONS, "annotations", "only_with_objects"),
+)
 _COMPRESSED_TAR = re.compile(r"\.(tar\.\w{1,4}|tgz|tbz2?|txz|tzst|taz)", re.IGNORECASE)
 
 
@@ -67,6 +80,9 @@ class Plan:
     left_out: list[tuple[str, str]] = field(default_factory=list)
     # What is taken and is worth a word.
     remarks: Account = field(default_factory=Account)
+    # Of --labels scenes, and of instances.
+    maps: SceneMaps | None = None
+    instances: Instances | None = None
 
     @property
     def total(self) -> int:
@@ -103,6 +119,8 @@ def _pack(args: argparse.Namespace, plan: Plan) -> None:
         )
     if samples == 0:
         raise UserError(f"{args.images or args.index_tars}: holds no image that can be decoded; correct the path")
+    if plan.instances is not None:
+        plan.instances.write_beside(args.out)
     left_out = [*plan.left_out, *(entry for record in records for entry in record.left_out)]
     write_list(args.out / LEFT_OUT, left_out)
     for record in records:
@@ -119,9 +137,11 @@ def _pack(args: argparse.Namespace, plan: Plan) -> None:
             left_out=account.numbers(),
             remarks=plan.remarks.numbers(),
             packed_as=plan.options,
+            maps=plan.maps,
         ),
     )
     labels = "no labels" if classes is None else f"{len(classes)} classes"
+    labels = labels if plan.instances is None else plan.instances.told()
     size_bytes, reencoded = sum(shard.bytes for shard in shards), sum(record.reencoded for record in records)
     sys.stdout.write(
         f"{samples} samples, {labels}{f' ({plan.labels_from})' if plan.labels_from else ''}, {len(records)} shards, "
@@ -168,11 +188,25 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--labels",
-        choices=("auto", "folders", "none"),
+        choices=("auto", "folders", "none", "scenes", "instances"),
         default="auto",
         help="folders: one class a sub-folder; auto: that, where images lie in sub-folders and none "
-        "beside them (default: %(default)s)",
+        "beside them; scenes: a class map beside each image; instances: boxes and masks of --annotations "
+        "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--annotations",
+        type=user_path,
+        metavar="FILE",
+        help="with --labels instances: COCO's instances_train2017.json or a file like it; images it does not list "
+        "are left out",
+    )
+    parser.add_argument(
+        "--only_with_objects",
+        action="store_true",
+        help="with --labels instances: leave out images without an object to train on, for a set to train on",
+    )
+    add_scene_options(parser)
     parser.add_argument(
         "--synsets",
         type=user_path,
@@ -186,7 +220,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         type=user_path,
         metavar="FILE",
         help="one class a line (of a line that begins with a synset, that), or JSON; with --synsets: all classes, for "
-        "numbers in the numbers' order; with tars: in label order",
+        "numbers in the numbers' order; with tars: in label order; with scenes: one class of pixels a line, the whole "
+        "line its name",
     )
     parser.add_argument(
         "--short_side",
@@ -239,9 +274,22 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
                 )
     elif args.out.resolve().is_relative_to(args.images.resolve()):
         raise UserError(f"--out {args.out} lies inside --images {args.images}; give a folder outside it")
-    if args.classes is not None and args.images is not None and args.synsets is None:
+    check_scene_options(args)
+    if args.classes is not None and args.images is not None and args.synsets is None and args.labels != "scenes":
         raise UserError("--classes goes with --synsets or --index_tars; class folders name their classes themselves")
+    _check_instances(args)
     return args
+
+
+def _check_instances(args: argparse.Namespace) -> None:
+    if (args.labels == "instances") != (args.annotations is not None):
+        raise UserError("--labels instances and --annotations FILE go together; give both or neither")
+    if args.only_with_objects and args.annotations is None:
+        raise UserError("--only_with_objects goes with --labels instances; drop it")
+    if args.annotations is not None and args.short_side:
+        raise UserError(
+            f"--short_side {args.short_side}: annotations are of the images' own pixels; drop it, detect.py resizes"
+        )
 
 
 def _num_cores() -> int:
@@ -251,7 +299,7 @@ def _num_cores() -> int:
 # -------------------------------------------------------------------------------------------- the plan
 
 
-def plan_shards(images: list[Image], args: argparse.Namespace) -> list[PackJob]:
+def plan_shards(images: list[Image], args: argparse.Namespace, scenes: Scenes | None = None) -> list[PackJob]:
     """Spread the images over shards, in an order that is the same for every version of Python."""
 
     def place(image: Image) -> bytes:
@@ -259,8 +307,9 @@ def plan_shards(images: list[Image], args: argparse.Namespace) -> list[PackJob]:
 
     shuffled = sorted(images, key=place)
     size = args.samples_per_shard
+    make = partial(SceneJob, scenes=scenes) if scenes else PackJob
     return [
-        PackJob(
+        make(
             f"shard-{number:06d}.tar",
             str(args.images.resolve()),
             shuffled[start : start + size],
@@ -272,10 +321,14 @@ def plan_shards(images: list[Image], args: argparse.Namespace) -> list[PackJob]:
 
 
 def plan_folder(args: argparse.Namespace) -> Plan:
-    """Raises: UserError as `list_images`."""
-    found = list_images(args.images, args.labels, args.synsets, args.classes)
+    """Raises: UserError as `list_images`, `list_scenes` and `find_instances`."""
     names = ("short_side", "quality", "samples_per_shard", "shuffle_seed")
     options = {"source": str(args.images.resolve())} | {name: str(getattr(args, name)) for name in names}
+    if args.labels == "scenes":
+        return _plan_scenes(args, options)
+    if args.labels == "instances":
+        return _plan_instances(args, options)
+    found = list_images(args.images, args.labels, args.synsets, args.classes)
     return Plan(
         plan_shards(found.images, args),
         options,
@@ -284,6 +337,34 @@ def plan_folder(args: argparse.Namespace) -> Plan:
         found.labels_from,
         found.left_out,
         found.remarks,
+    )
+
+
+def _plan_scenes(args: argparse.Namespace, options: dict[str, str]) -> Plan:
+    found, scenes = list_scenes(
+        args.images, args.maps, args.classes, reduce_zero_label=args.reduce_zero_label, ignored=args.ignored
+    )
+    return Plan(
+        plan_shards(found.images, args, scenes),
+        options | {"maps": str(scenes.folder), "numbers": str(scenes.maps)},
+        "images",
+        scenes.classes,
+        left_out=found.left_out,
+        remarks=found.remarks,
+        maps=scenes.maps,
+    )
+
+
+def _plan_instances(args: argparse.Namespace, options: dict[str, str]) -> Plan:
+    found = list_images(args.images, "none", None, None)
+    instances = find_instances(found.images, args.images, args.annotations, only_with_objects=args.only_with_objects)
+    return Plan(
+        instances.jobs(plan_shards(instances.images, args)),
+        options | instances.options(),
+        "images",
+        left_out=[*found.left_out, *instances.left_out],
+        remarks=found.remarks,
+        instances=instances,
     )
 
 

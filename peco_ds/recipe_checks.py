@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from dataclasses import is_dataclass
 
-from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, Recipe, TokenizerRecipe, TokenizerSettings
+from peco_ds.config import (
+    DetectRecipe,
+    FinetuneRecipe,
+    PretrainRecipe,
+    ProbeRecipe,
+    Recipe,
+    SegmentRecipe,
+    TokenizerRecipe,
+    TokenizerSettings,
+)
 from peco_ds.errors import UserError
 from peco_ds.field_marks import Bounds, settings_fields
 from peco_ds.registry import OBJECTIVES, TOKENIZERS, check_options, kinds_learning_from
@@ -22,7 +31,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_training(recipe)
     if isinstance(recipe, (PretrainRecipe, TokenizerRecipe)):
         _check_crops("views", recipe.views)
-    if isinstance(recipe, (PretrainRecipe, FinetuneRecipe)):
+    if isinstance(recipe, (PretrainRecipe, FinetuneRecipe, SegmentRecipe, DetectRecipe)):
         _check_model(recipe)
     if isinstance(recipe, PretrainRecipe):
         _check_pretrain(recipe)
@@ -30,6 +39,10 @@ def check_recipe(recipe: Recipe) -> None:
         _check_tokenizer(recipe)
     elif isinstance(recipe, FinetuneRecipe):
         _check_finetune(recipe)
+    elif isinstance(recipe, DetectRecipe):
+        _check_detect(recipe)
+    elif isinstance(recipe, SegmentRecipe):
+        _check_segment(recipe)
     elif isinstance(recipe, ProbeRecipe):
         _check_probe(recipe)
 
@@ -71,6 +84,16 @@ def _check_training(recipe) -> None:
     _require(
         schedule.warmup_epochs is None or schedule.warmup_steps is None,
         "schedule.warmup_epochs and schedule.warmup_steps are both set; drop one",
+    )
+    drops = schedule.drops
+    _require(
+        (schedule.decay == "drops") == bool(drops),
+        f"schedule.decay {schedule.decay} and schedule.drops {_written(drops)}: drops of the rate go with decay drops; "
+        "set both, or neither",
+    )
+    _require(
+        all(low < high for low, high in zip(drops, drops[1:])),
+        f"schedule.drops {_written(drops)}: shares of the run, rising; sort them",
     )
     _require(
         recipe.checkpoint.every_epochs is None or recipe.checkpoint.every_steps is None,
@@ -169,6 +192,96 @@ def _check_finetune(recipe: FinetuneRecipe) -> None:
     )
     _require(
         recipe.data.val_images != "", "data.val_images is empty; give the labelled images that top-1 is measured on"
+    )
+
+
+# The coarsest map that proposals are pooled from. Images are filled up to multiples of it.
+DETECTION_STRIDE_PX = 32
+
+
+def _check_detect(recipe: DetectRecipe) -> None:
+    model, detector, augment = recipe.model, recipe.detector, recipe.augment
+    _require(
+        model.patch_px == 16,
+        f"model.patch_px {model.patch_px}: maps need strides of 4 to 32 px, so patches of 16; set model.patch_px=16 "
+        "(detector.resample_patch=true resizes the patch embedding of other weights)",
+    )
+    _require(
+        model.image_px % DETECTION_STRIDE_PX == 0,
+        f"model.image_px {model.image_px}: is the side of the largest image, a multiple of {DETECTION_STRIDE_PX} px",
+    )
+    _check_sizes(recipe)
+    taps, blocks = detector.taps, detector.global_blocks
+    wanted = 4 if detector.pyramid == "branches" else 1
+    _require(
+        len(taps) == wanted and all(low < high for low, high in zip(taps, taps[1:])) and taps[-1] == model.depth - 1,
+        f"detector.taps {_written(taps)}: pyramid {detector.pyramid} takes {wanted}, rising, the last of them block "
+        f"{model.depth - 1}, the last one",
+    )
+    _require(
+        bool(blocks) == bool(detector.window) and all(block < model.depth for block in blocks),
+        f"detector.window {detector.window} and detector.global_blocks {_written(blocks)}: windows need some blocks of "
+        f"0 to {model.depth - 1} that see the whole image, and only windows do; set both, or neither",
+    )
+    low, high = augment.scale
+    _require(low <= high, f"augment.scale [{low}, {high}]: the lowest first, then the highest; swap them")
+    _require(
+        recipe.data.val_images != "",
+        "data.val_images is empty; give the images with COCO annotations that AP is measured on",
+    )
+
+
+def _check_sizes(recipe: DetectRecipe) -> None:
+    model, augment = recipe.model, recipe.augment
+    _require(
+        DETECTION_STRIDE_PX <= augment.short_px <= augment.long_px,
+        f"augment.short_px {augment.short_px} and augment.long_px {augment.long_px}: the first is at most the second, "
+        f"and at least {DETECTION_STRIDE_PX}",
+    )
+    _require(
+        augment.long_px <= model.image_px,
+        f"augment.long_px {augment.long_px}: the position bias covers images up to model.image_px {model.image_px}; "
+        "lower the one or raise the other",
+    )
+    _require(
+        augment.kind == "resize" or augment.long_px % DETECTION_STRIDE_PX == 0,
+        f"augment.long_px {augment.long_px}: scale_jitter fills images up to this square, a multiple of "
+        f"{DETECTION_STRIDE_PX} px",
+    )
+    _require(
+        model.drop_path_by == "image",
+        "model.drop_path_by subset: a detector's passes hold too few images for subsets; set model.drop_path_by=image",
+    )
+
+
+def _check_segment(recipe: SegmentRecipe) -> None:
+    model, taps, evaluation = recipe.model, recipe.segmenter.taps, recipe.evaluation
+    _require(
+        len(taps) == 4 and list(taps) == sorted(set(taps)) and taps[-1] == model.depth - 1,
+        f"segmenter.taps [{', '.join(map(str, taps))}]: wants four blocks, rising from 0, the last of them "
+        f"{model.depth - 1}, the last block of {model.depth}",
+    )
+    _require(
+        model.grid % 2 == 0,
+        f"model.image_px {model.image_px}: gives {model.grid} patches of {model.patch_px} px a side, the coarsest map "
+        f"halves them; take {(model.grid - 1) * model.patch_px} or {(model.grid + 1) * model.patch_px} px",
+    )
+    low, high = recipe.augment.ratio
+    _require(low <= high, f"augment.ratio [{low}, {high}]: the lowest first, then the highest; swap them")
+    for section in ("augment", "evaluation"):
+        bounds = getattr(recipe, section)
+        _require(
+            bounds.short_px <= bounds.long_px,
+            f"{section}.short_px {bounds.short_px} is more than {section}.long_px {bounds.long_px}; swap them",
+        )
+    _require(
+        evaluation.stride_px <= model.image_px,
+        f"evaluation.stride_px {evaluation.stride_px} is more than model.image_px {model.image_px}: windows would "
+        "leave pixels out; lower it (BEiT's: two thirds)",
+    )
+    _require(len(evaluation.scales) > 0, "evaluation.scales []: one factor at least; set it to [1.0]")
+    _require(
+        recipe.data.val_images != "", "data.val_images is empty; give the images with maps that mIoU is measured on"
     )
 
 

@@ -14,7 +14,15 @@ from typing import Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, Recipe, TokenizerRecipe
+from peco_ds.config import (
+    DetectRecipe,
+    FinetuneRecipe,
+    PretrainRecipe,
+    ProbeRecipe,
+    Recipe,
+    SegmentRecipe,
+    TokenizerRecipe,
+)
 from peco_ds.errors import UserError, nearest, notice
 from peco_ds.field_marks import known_keys, text_keys, values_before
 from peco_ds.old_spellings import current_setting
@@ -33,6 +41,8 @@ READERS = {
     PretrainRecipe: "pretrain.py and tokenize_shards.py",
     TokenizerRecipe: "train_tokenizer.py",
     FinetuneRecipe: "finetune.py",
+    DetectRecipe: "detect.py",
+    SegmentRecipe: "segment.py",
     ProbeRecipe: "linear_probe.py",
 }
 

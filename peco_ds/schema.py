@@ -2,7 +2,8 @@
 
 Letters: B images, N patches an image, M masked patches an image, K views, V codes, T soft codes a patch.
 
-Image shard   `<shard>.tar`: `<key>.jpg|jpeg|png|webp` and, where labelled, `<key>.cls` (ASCII integer).
+Image shard   `<shard>.tar`: `<key>.jpg|jpeg|png|webp` and, where labelled, `<key>.cls` (ASCII integer), or of scenes
+              `<key>.seg.png`: the class of every pixel, as published, of the image's size.
 Token shard   same shard name, same keys, same order: `<key>.codes.npy` uint16 [K, N] row-major, `<key>.views.npy`
               float32 [K, len(VIEW_COLUMNS)], and optionally `<key>.topk_codes.npy` uint16 [K, N, T],
               `<key>.topk_probs.npy` float16 [K, N, T].
@@ -35,6 +36,8 @@ MANIFEST_NAME = "manifest.json"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# Of the class map beside an image.
+MAP_EXTENSION = "seg.png"
 
 # One row a view. Box in source pixels after EXIF rotation; flip is 0 or 1; the three factors multiply (1 = unchanged);
 # jitter_order is the index of the order in which the three adjustments are applied, in itertools.permutations order.
@@ -86,6 +89,16 @@ class Shard:
 
 
 @dataclass(frozen=True, config=_strict)
+class SceneMaps:
+    """How the numbers in class maps are read; 255 is never a class."""
+
+    # 0 is no class, k is class k - 1 (ADE20K).
+    reduce_zero_label: bool
+    # Further numbers that are no class.
+    ignored: list[Annotated[int, Field(ge=0, le=255)]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, config=_strict)
 class ImageManifest:
     shards: list[Shard]
     samples: _Count
@@ -99,6 +112,8 @@ class ImageManifest:
     left_out: dict[str, _Count] = field(default_factory=dict)
     # Remark -> number of images that are in the set all the same.
     remarks: dict[str, _Count] = field(default_factory=dict)
+    # Set where every image has a class map; `classes` are then those of pixels.
+    maps: SceneMaps | None = None
     kind: Literal["images"] = "images"
     format_version: int = FORMAT_VERSION
 

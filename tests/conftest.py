@@ -39,6 +39,17 @@ def real_data() -> RealData:
     return find_real_data()
 
 
+@pytest.fixture(scope="session")
+def coco_samples(tmp_path_factory) -> Path:
+    """A few COCO images, laid out as COCO is: {train,val}2017 and annotations. Drawn ones where the pack is missing."""
+    shared = Path(os.environ.get("PECO_TEST_DATA", REPOSITORY.parent / "shared" / "data")) / "coco_samples"
+    if shared.is_dir():
+        return shared
+    from drawn_objects import draw_like_coco
+
+    return draw_like_coco(tmp_path_factory.mktemp("like_coco"))
+
+
 def find_real_data() -> RealData:
     """What the fixture gives, for programs outside of pytest."""
     shared = Path(os.environ.get("PECO_TEST_DATA", REPOSITORY.parent / "shared" / "data"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from peco_ds.command_line import parse_stage, stage_parser
-from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe
+from peco_ds.config import DetectRecipe, FinetuneRecipe, PretrainRecipe, ProbeRecipe, SegmentRecipe, TokenizerRecipe
 from peco_ds.data.left_out import SYSTEM_FOLDERS
 from peco_ds.durations import micro_steps
 from peco_ds.recipe_files import RECIPES, load_recipe
@@ -50,6 +50,8 @@ def test_there_is_a_launcher_for_every_stage_of_the_way_from_images_to_top_1():
         *("prepare_data", "train_tokenizer", "tokenize", "tokenize_finish", "convert", "evaluate", "probe"),
         *("pretrain_vitb", "pretrain_vitl", "pretrain_vith"),
         *("finetune_vitb", "finetune_vitl", "finetune_vith", "finetune_vith_448"),
+        *("segment_vitb", "segment_vitl", "segment_vith"),
+        *("detect_vitb", "detect_vitl", "detect_vith"),
     }
 
 
@@ -90,6 +92,8 @@ RECIPE_TYPES = {
     "train_tokenizer": TokenizerRecipe,
     "pretrain": PretrainRecipe,
     "finetune": FinetuneRecipe,
+    "segment": SegmentRecipe,
+    "detect": DetectRecipe,
     "linear_probe": ProbeRecipe,
 }
 
@@ -127,6 +131,22 @@ def test_fine_tuning_starts_where_the_pretraining_launcher_of_its_size_ends(echo
     if size == "vith":
         assert resolved(echoing_home, "finetune_vith_448")[1].init.weights == out
         assert resolved(echoing_home, "probe")[1].init.weights == ends
+
+
+@pytest.mark.parametrize("size, name", [("vitb", "vitb16"), ("vitl", "vitl16"), ("vith", "vith16")])
+def test_detection_starts_where_the_pretraining_launcher_of_its_size_ends(echoing_home, size, name):
+    _, _, ends = resolved(echoing_home, f"pretrain_{size}")
+    stage, recipe, out = resolved(echoing_home, f"detect_{size}")
+    assert (stage, recipe.name, out) == ("detect", f"detect_{name}", f"/runs/detect_{name}")
+    assert recipe.init.weights == ends
+
+
+@pytest.mark.parametrize("size, name", [("vitb", "vitb16"), ("vitl", "vitl16"), ("vith", "vith14")])
+def test_segmentation_starts_where_the_pretraining_launcher_of_its_size_ends(echoing_home, size, name):
+    _, _, ends = resolved(echoing_home, f"pretrain_{size}")
+    stage, recipe, out = resolved(echoing_home, f"segment_{size}")
+    assert (stage, recipe.name, out) == ("segment", f"segment_{name}", f"/runs/segment_{name}")
+    assert recipe.init.weights == ends
 
 
 @pytest.mark.parametrize("launcher", ["finetune_vitb", "finetune_vitl", "finetune_vith", "finetune_vith_448", "probe"])

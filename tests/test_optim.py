@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from peco_ds.config import ClassifierSettings, ModelSettings, OptimSettings, RunSettings
+from peco_ds.config import ClassifierSettings, ModelSettings, OptimSettings, RunSettings, SegmenterSettings
 from peco_ds.errors import UserError
 from peco_ds.models.classifier import build_classifier
 from peco_ds.models.mim import MaskedImageModel
+from peco_ds.models.segmenter import build_segmenter
 from peco_ds.runtime.optim import build_optimizer, decay_groups, layer_scales, use_layer_norm
 
 
@@ -121,3 +122,17 @@ def test_a_missing_or_wrong_apex_is_explained(monkeypatch, installed, words, set
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.9.10.dev0")
     with pytest.raises(UserError, match=f"{setting} = 'apex'.*{words}.*{setting}=torch"):
         ask()
+
+
+def test_a_segmenters_heads_keep_the_full_rate_and_its_patch_embedding_has_the_lowest():
+    settings = ModelSettings(image_px=32, patch_px=8, width=24, depth=12, heads=3)
+    model = build_segmenter(settings, SegmenterSettings(head_width=8, auxiliary_width=8), 5)
+    groups = decay_groups(model, 0.05, layer_scales(12, 0.65, prefix="backbone."))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scales = {names[id(parameter)]: group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert scales.keys() == set(names.values())
+    assert scales["backbone.patch_embed.proj.weight"] == scales["backbone.cls_token"] == pytest.approx(0.65**13)
+    assert scales["backbone.blocks.0.attn.relative_position_bias_table"] == pytest.approx(0.65**12)
+    assert scales["backbone.blocks.11.mlp.fc2.weight"] == pytest.approx(0.65)
+    rest = {scale for name, scale in scales.items() if not name.startswith("backbone.")}
+    assert rest == {1.0} and "pyramid.fpn1.0.weight" in scales

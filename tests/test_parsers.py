@@ -43,12 +43,15 @@ from peco_ds.convert.release import refuse_foreign_files, write_release
 from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
-from peco_ds.data.decode import DecodeError, decode_rgb, image_kind
+from peco_ds.data.coco_annotations import read_coco
+from peco_ds.data.decode import DecodeError, decode_map, decode_rgb, image_kind
 from peco_ds.data.image_folders import list_images
 from peco_ds.data.image_set import ImageSet
 from peco_ds.data.image_shards import IndexJob, PackJob, make_shard, packed_bytes, prepare_folder
 from peco_ds.data.indexed_tar import DamagedRecord, IndexedTar, build_index, write_index
 from peco_ds.data.label_lists import labels_from_list, read_classes
+from peco_ds.data.objects import ObjectSet
+from peco_ds.data.scene_packing import map_bytes, read_scene_classes
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord, read_npy, write_token_shard
 from peco_ds.data.views import fault_of_views
@@ -135,6 +138,39 @@ def results(folder: Path) -> None:
         text.add_text(key, value)
     image(folder, "PNG", "p.png", pnginfo=text)
     (folder / "t.md").write_text(f"# Table\n{markdown_mark('linear_probe')}")
+
+
+def annotated(folder: Path) -> None:
+    entry = {"id": 1, "file_name": "x", "height": 24, "width": 32}
+    runs = {"size": [24, 32], "counts": [100, 50, 618]}
+    box = {"image_id": 1, "category_id": 3, "bbox": [2, 2, 9.5, 9], "iscrowd": 0}
+    objects = [{**box, "id": 1, "segmentation": [[2, 2, 11, 2, 11, 11]]}, {**box, "id": 2, "segmentation": runs}]
+    raw = {"images": [entry], "annotations": objects, "categories": [{"id": 3, "name": "cat"}]}
+    (folder / "a.json").write_text(json.dumps(raw))
+
+
+def object_set(folder: Path) -> None:
+    annotated(folder)
+    image(folder, "PNG", "x")
+    coco = read_coco(folder / "a.json")
+    with tarfile.open(folder / "a.tar", "w", format=tarfile.PAX_FORMAT) as file:
+        for name, data in (("x.png", (folder / "x").read_bytes()), ("x.instances.json", coco.text_of(1).encode())):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    write_index(folder / "a.tar", folder / "a.index.json")
+    hashes = sha256_of_file(folder / "a.tar"), sha256_of_file(folder / "a.index.json")
+    shard = Shard("a.tar", 1, (folder / "a.tar").stat().st_size, *hashes)
+    write_json(folder / "categories.json", {"categories": coco.categories})
+    write_manifest(folder, ImageManifest([shard], 1))
+
+
+def objects_of(folder: Path) -> None:
+    ObjectSet(folder).entry(0)
+
+
+def class_map(folder: Path) -> None:
+    Image.fromarray(np.add.outer(np.arange(24), np.arange(32)).astype(np.uint8)).save(folder / "x", "PNG")
 
 
 def tar(folder: Path) -> None:
@@ -621,6 +657,15 @@ PARSERS = {
         part_files, "tokens/.parts/a.json", lambda f: token_parts(f).is_done(0) and token_parts(f).read_counts(0), ()
     ),
     "the index of a token shard that is written again": Parser(written_shard, "a.index.json", written_shard, ()),
+    "COCO annotations": Parser(annotated, "a.json", lambda f: read_coco(f / "a.json"), examples=100),
+    "the categories of a set": Parser(object_set, "categories.json", objects_of),
+    "the objects of an image": Parser(object_set, "a.tar", objects_of, (UserError, DamagedRecord)),
+    "a class map": Parser(class_map, "x", lambda f: decode_map(map_bytes(f / "x")), (DecodeError,), 100),
+    "a list of classes of scenes": Parser(
+        text("list", "Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t9\t1\twall\n2\t0.1\t8\t1\tbuilding, edifice\n"),
+        "list",
+        lambda f: read_scene_classes(f / "list"),
+    ),
     "a list of classes": Parser(text("list", "cat one\ndog two\n"), "list", lambda f: read_classes(f / "list")),
     "a list of classes as JSON": Parser(
         text("list", '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}'),

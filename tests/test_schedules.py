@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from peco_ds.schedules import cosine_with_warmup
+from peco_ds.schedules import cosine_with_warmup, linear_with_warmup
 
 
 def rate(step):
@@ -28,3 +28,12 @@ def test_the_warm_up_differs_from_the_released_one_by_its_stated_step_and_the_co
 
 def test_no_warm_up_starts_at_the_peak():
     assert cosine_with_warmup(0, peak=1.0, floor=0.0, warmup_steps=0, total_steps=10) == 1.0
+
+
+@pytest.mark.parametrize(
+    "step, lr",
+    [(0, 3.0e-10), (749, 1.490989e-4), (1499, 2.969912e-4), (1500, 2.971875e-4), (80000, 1.5e-4), (159999, 1.875e-9)],
+)
+def test_the_line_of_segmentation_falls_during_its_warm_up_too(step, lr):
+    found = linear_with_warmup(step, peak=3e-4, floor=0.0, warmup_steps=1500, total_steps=160_000)
+    assert found == pytest.approx(lr, rel=1e-6)

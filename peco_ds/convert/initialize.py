@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from timm.layers import resample_patch_embed
 from timm.models.beit import Beit
 
 from peco_ds.config import ClassifierSettings, ModelSettings
@@ -15,13 +16,16 @@ from peco_ds.convert.resample import resize_bias_table, resize_places
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import PLACES, SHARED_TABLE, TABLE, BeitWeights
 from peco_ds.models.classifier import Classifier, build_classifier
+from peco_ds.models.dense_backbone import DenseBackbone
 from peco_ds.models.vit import timm_arguments
+from peco_ds.models.window_backbone import WindowBackbone, WindowBlock
 
 logger = logging.getLogger("peco_ds")
 
 _SYNSET = re.compile(r"n\d{8}")
 _OF_PRETRAINING = ("mask_token", "lm_head.weight", "lm_head.bias", SHARED_TABLE)
 _POOLING_NORM = ("fc_norm.weight", "fc_norm.bias")
+_KERNEL = "patch_embed.proj.weight"
 _HEAD = ("head.weight", "head.bias")
 _FINAL_NORM = ("norm.weight", "norm.bias")
 
@@ -57,6 +61,23 @@ def start_classifier(
     assert not strange and set(fresh) <= {*_POOLING_NORM, *_FINAL_NORM, *_HEAD}, (strange, fresh)
     model.load_state_dict(taken, strict=False)
     return fresh
+
+
+def start_backbone(backbone: DenseBackbone, weights: BeitWeights, settings: ModelSettings) -> None:
+    """Copy weights into the backbone of a dense model, whichever kind they are; norms and heads are left out.
+
+    A bias table that blocks shared is copied into every block; a table of another grid is resized.
+
+    Args:
+        settings: of `backbone`.
+    Raises: UserError if width, depth, heads or patch size differ.
+    """
+    check_sizes(weights, settings)
+    left_out = {*_FINAL_NORM, *_POOLING_NORM, *_HEAD}
+    tensors = {
+        name: tensor.float() for name, tensor in per_block(weights, backbone.table_grid).items() if name not in left_out
+    }
+    backbone.load_state_dict(tensors)
 
 
 def classifier_of(weights: BeitWeights, image_px: int | None = None) -> Classifier:
@@ -95,6 +116,45 @@ def feature_backbone(weights: BeitWeights, image_px: int) -> Beit:
     missing, strange = model.load_state_dict(tensors, strict=False)
     assert not strange and set(missing) <= set(_FINAL_NORM), (missing, strange)
     return model.eval().requires_grad_(False)
+
+
+def start_detector(
+    backbone: DenseBackbone, weights: BeitWeights, settings: ModelSettings, *, resample_patch: bool = False
+) -> None:
+    """Copy weights into the backbone of a detector, whichever kind they are, as `start_backbone`.
+
+    Windowed blocks get the tables of their windows, and no class token is copied where the backbone has none.
+
+    Args:
+        resample_patch: weights of another patch size are taken: their kernel is resized.
+    Raises: UserError as `check_sizes`.
+    """
+    if resample_patch and weights.model.patch_px != settings.patch_px:
+        weights = _with_patches_of(weights, settings.patch_px)
+    if not isinstance(backbone, WindowBackbone):
+        start_backbone(backbone, weights, settings)
+        return
+    check_sizes(weights, settings)
+    left_out = {*_FINAL_NORM, *_POOLING_NORM, *_HEAD, "cls_token"}
+    tensors = {
+        name: tensor.float() for name, tensor in per_block(weights, settings.grid).items() if name not in left_out
+    }
+    for number, block in enumerate(backbone.blocks):
+        if isinstance(block, WindowBlock):
+            table = weights.tensors.get(TABLE.format(number), weights.tensors.get(SHARED_TABLE))
+            tensors[TABLE.format(number)] = resize_bias_table(table, block.window).float()
+    backbone.load_state_dict(tensors)
+
+
+def _with_patches_of(weights: BeitWeights, patch_px: int) -> BeitWeights:
+    """The same weights for patches of another size and images of the same grid.
+
+    The kernel is resized so that the resized patch gives the same token as far as it can (pseudo-inverse of the
+    resizing; FlexiViT, arXiv 2212.08013).
+    """
+    kernel = resample_patch_embed(weights.tensors[_KERNEL].float(), [patch_px, patch_px])
+    model = replace(weights.model, patch_px=patch_px, image_px=weights.model.grid * patch_px)
+    return replace(weights, model=model, tensors=weights.tensors | {_KERNEL: kernel})
 
 
 def check_head(weights: BeitWeights, classes: tuple[str, ...]) -> None:

@@ -193,11 +193,11 @@ license: other
 
 Input: {model.image_px} px, RGB, {statistics}; in evaluation {weights.crop:g} of the resized image's side is seen.
 
-{_licence(weights.facts)}
+{licence_of(weights.facts)}
 """
 
 
-def _licence(facts: dict[str, str]) -> str:
+def licence_of(facts: dict[str, str]) -> str:
     """The terms that bind the weights, as far as this run, or the one that it started from, recorded them."""
     named = {"the tokenizer": TOKENIZER_LICENCE, "the tokenizer's judge": JUDGE_LICENCE}
     known = {what: facts.get(fact) or facts.get(f"{fact} of what it started from") for what, fact in named.items()}

@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from scipy.interpolate import RectBivariateSpline
 
 from peco_ds.errors import UserError
-
-# The last rows of every table: class token to patch, patch to class token, class token to itself.
-CLASS_ROWS = 3
+from peco_ds.models.dense_backbone import CLASS_ROWS
 
 
 def grid_of(table: torch.Tensor) -> int | None:

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.models.beit import Beit, gen_relative_position_index
 from torch import nn
 
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import SHARED_TABLE, BeitWeights
 from peco_ds.models.mim import MaskedImageModel
+from peco_ds.models.segmenter_weights import SegmenterWeights, segmenter_of
 from peco_ds.models.vit import timm_arguments
 
 # In float32, largest difference over largest value; the worst case measured on B/16 and H-wide models is 2e-6.
@@ -150,6 +152,20 @@ def model_outputs(weights: BeitWeights) -> ModelOutputs:
     if broken:
         raise UserError(f"{weights.source}: its {broken} are not finite; do not publish it, take an older checkpoint")
     return ModelOutputs(weights.kind, images, is_masked, {name: value.numpy() for name, value in values.items()})
+
+
+@torch.no_grad()
+def segmenter_outputs(weights: SegmenterWeights) -> ModelOutputs:
+    """Our own segmenter's logits at the image's size, in float32. A segmentation model of a library answers as a
+    classifier does, by `logits`.
+    """
+    side = weights.model.image_px
+    images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    logits = F.interpolate(segmenter_of(weights)(images).logits, size=(side, side), mode="bilinear")
+    if not logits.isfinite().all():
+        raise UserError(f"{weights.source}: its logits are not finite; do not publish it, take an older checkpoint")
+    unmasked = torch.zeros(1, weights.model.grid**2, dtype=torch.bool)
+    return ModelOutputs("classifier", images, unmasked, {"logits": logits.numpy()})
 
 
 def _assembled(build: Callable[[], nn.Module], tensors: dict[str, torch.Tensor]) -> nn.Module:

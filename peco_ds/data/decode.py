@@ -88,6 +88,23 @@ def decode_rgb(data: bytes) -> torch.Tensor:
         return torch.from_numpy(_upright_rgb(image)).permute(2, 0, 1)
 
 
+def decode_map(data: bytes) -> torch.Tensor:
+    """Decode a class map: a PNG of one channel of 8 bits, or of palette indices, whose numbers are the classes.
+
+    Returns: [H, W] uint8.
+    Raises: DecodeError if the bytes are no such PNG, a map in colours among others.
+    """
+    with _opened(data) as image:
+        if image.format != "PNG":
+            raise DecodeError(f"a {image.format}, a class map is a PNG: other formats may change its numbers")
+        if image.mode not in ("L", "P"):
+            raise DecodeError(
+                f"a map of mode {image.mode} ({'+'.join(image.getbands())}), wants one channel of class numbers; maps "
+                "in colours have to be converted first"
+            )
+        return torch.from_numpy(np.array(image))
+
+
 def image_kind(data: bytes) -> ImageKind:
     """The kind of an image file, from its header.
 

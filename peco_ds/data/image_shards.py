@@ -67,6 +67,16 @@ _MISNAMED = "of another format than the suffix says, taken by content"
 _MOST_EXTENSIONS = 12
 
 
+class Members(NamedTuple):
+    """A sample as it is stored."""
+
+    # Extension -> bytes.
+    files: dict[str, bytes]
+    # As of `PackedImage`.
+    changed: bool
+    misnamed: bool
+
+
 @dataclass(frozen=True)
 class PackJob:
     """One shard to be written."""
@@ -80,6 +90,15 @@ class PackJob:
     @property
     def units(self) -> int:
         return len(self.images)
+
+    def members(self, image: Image) -> Members:
+        """What is stored of one sample, the image first.
+
+        Raises: DecodeError (a ValueError) or OSError if the image cannot be read; UserError for what ends the packing.
+        """
+        packed = packed_bytes(Path(self.folder) / image.path, self.short_side_px, self.quality)
+        label = {"cls": str(image.label).encode()} if image.label >= 0 else {}
+        return Members({packed.extension: packed.data, **label}, packed.changed, packed.misnamed)
 
     def digest(self) -> str:
         return sha256_of_json(
@@ -323,17 +342,19 @@ def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> Shar
                 # Taken before reading, so that a file that changes meanwhile is judged again.
                 look = _look_of(path)
                 try:
-                    packed = packed_bytes(path, job.short_side_px, job.quality)
+                    stored = job.members(image)
+                except UserError:
+                    # Of a map or of annotations: it ends the packing.
+                    raise
                 except (ValueError, OSError) as error:
                     unread = isinstance(error, OSError)
                     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
                     rejected.append(f"{printable(image.path)}: {reason}")
                     looks.append([number] if unread else [number, *look])
                 else:
-                    label = {"cls": str(image.label).encode()} if image.label >= 0 else {}
-                    writer.write({"__key__": image.key, packed.extension: packed.data, **label})
-                    reencoded += packed.changed
-                    if packed.misnamed:
+                    writer.write({"__key__": image.key, **stored.files})
+                    reencoded += stored.changed
+                    if stored.misnamed:
                         remarks.add(_MISNAMED, printable(image.path))
                 count_one()
         flush_to_disk(file)

@@ -20,7 +20,7 @@ from peco_ds.config import RunSettings
 from peco_ds.errors import UserError
 
 # First word of every seed sequence, so that no two uses of one seed share a stream.
-SHARDS, WINDOW, VIEW, MASK, VIEW_CYCLE, AUGMENT, MIX = range(7)
+SHARDS, WINDOW, VIEW, MASK, VIEW_CYCLE, AUGMENT, MIX, OBJECTS = range(8)
 
 
 def generator(*words: int) -> np.random.Generator:

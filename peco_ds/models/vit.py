@@ -119,10 +119,13 @@ class TransformerBlock(Block):
         )
 
     def _run(self, x, bias, attention_path, mlp_path):
-        if self.attn.relative_position_bias_table is not None:
-            bias = bias_of_positions(self.attn.relative_position_bias_table, self.attn.relative_position_index)
-        x = _add(x, self._attention, attention_path, bias)
+        x = _add(x, self._attention, attention_path, self._bias(bias))
         return _add(x, self._mlp, mlp_path, None)
+
+    def _bias(self, given: torch.Tensor | None) -> torch.Tensor | None:
+        """The bias of this block's attention, of what `forward` was given."""
+        table = self.attn.relative_position_bias_table
+        return given if table is None else bias_of_positions(table, self.attn.relative_position_index)
 
     def _attention(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         attn = self.attn

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe, TokenizerSettings
+from peco_ds.config import (
+    DetectRecipe,
+    FinetuneRecipe,
+    PretrainRecipe,
+    ProbeRecipe,
+    SegmentRecipe,
+    TokenizerRecipe,
+    TokenizerSettings,
+)
 from peco_ds.errors import UserError
 from peco_ds.planner.stages import IMAGENET_1K_CLASSES, IMAGENET_1K_TRAIN, IMAGENET_1K_VAL, Kind, Stage, stage_of
 from peco_ds.recipe_files import READERS, find_recipe, load_recipe
@@ -36,6 +44,8 @@ DEFAULT_JSON: dict[Kind, str] = {
     "tokenizing": "zero0.json",
     "pre-training": "zero3.json",
     "fine-tuning": "zero1.json",
+    "segmentation": "zero1.json",
+    "detection": "zero1.json",
 }
 # Placeholder for weights that a plan does not read.
 _PLANNED = "to-be-given"
@@ -100,7 +110,11 @@ def read_chain(
     main_recipe = _read(recipe, kind, own[name])
     finetune_samples = finetune_samples or num_samples
     labelled = dict(num_classes=num_classes, val_samples=val_samples)
-    main = stage_of(main_recipe, finetune_samples if kind is FinetuneRecipe else num_samples, **labelled)
+    main = stage_of(
+        main_recipe,
+        finetune_samples if kind in (FinetuneRecipe, SegmentRecipe, DetectRecipe) else num_samples,
+        **labelled,
+    )
     if kind is not PretrainRecipe:
         return Chain((main,), main)
     stages: list[Stage] = []
@@ -165,6 +179,8 @@ def recipe_type(recipe: str) -> type:
 # What only recipes of that stage set, the first that is found counts.
 _OWN_KEYS = {
     ProbeRecipe: ("probe.",),
+    SegmentRecipe: ("segmenter.",),
+    DetectRecipe: ("detector.",),
     FinetuneRecipe: ("classifier.", "init.", "augment.", "ema."),
     PretrainRecipe: ("model.", "mask.", "objective.", "encoding.", "aggregation.", "data.tokens", "views.count"),
     TokenizerRecipe: tuple("tokenizer. perceptual. teacher. adversarial. loss. data.val_images data.holdout".split()),

@@ -62,7 +62,11 @@ SMALLER_MICRO_BATCHES = 3
 
 def checkpointing_of(stage: Stage) -> tuple[str, ...]:
     """The kinds of activation checkpointing that the stage's training has."""
-    return CHECKPOINTING if stage.kind in ("pre-training", "fine-tuning") else CHECKPOINTING[:1]
+    return (
+        CHECKPOINTING
+        if stage.kind in ("pre-training", "fine-tuning", "segmentation", "detection")
+        else CHECKPOINTING[:1]
+    )
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class Estimate:
             micro_steps=self.micro_steps,
             ranks=self.gpus,
             # In fine-tuning the learning rate differs from block to block, so each has its own parameter groups.
-            groups="segment" if self.stage.kind == "fine-tuning" else "whole",
+            groups="segment" if self.stage.kind in ("fine-tuning", "segmentation", "detection") else "whole",
         )
 
     def inputs(self, pace: str = "typical") -> StepInputs:

@@ -11,7 +11,7 @@ def training_flops(recipe: Recipe, num_classes: int = IMAGENET_1K_CLASSES) -> fl
     """FLOP of one image, forward and backward, as `Stage.model_flops` counts them.
 
     Args:
-        recipe: of a pre-training, a fine-tuning or a tokenizer.  num_classes: of a fine-tuning.
+        recipe: of a training stage.  num_classes: of a fine-tuning or a detector.
     """
     return stage_of(recipe, num_classes=num_classes).model_flops
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from peco_ds.config import (
+    DetectRecipe,
     FinetuneRecipe,
     ModelSettings,
     PretrainRecipe,
     RunSettings,
+    SegmentRecipe,
     TokenizerRecipe,
     TokenizerSettings,
 )
 from peco_ds.durations import micro_steps
 from peco_ds.errors import UserError
+from peco_ds.planner import detection
 from peco_ds.planner.bill_text import aligned, figure, images_of, labelled, ranged
 from peco_ds.planner.data_side import token_bytes
 from peco_ds.planner.estimate import estimate
@@ -40,7 +43,7 @@ _LABEL_WIDTH = 20
 
 
 def dry_run_report(
-    recipe: PretrainRecipe | FinetuneRecipe | TokenizerRecipe,
+    recipe: PretrainRecipe | FinetuneRecipe | SegmentRecipe | DetectRecipe | TokenizerRecipe,
     *,
     ds_config: dict,
     num_samples: int | None = None,
@@ -60,7 +63,13 @@ def dry_run_report(
         unknown = f"kind {kind} does not tell its network's cost, so neither memory nor time is predicted"
         lines = _codes_line(recipe) | {"cost": unknown} | _schedule_lines(planned, num_samples is None)
         return "\n".join([f"{recipe.name}: tokenizer training", *labelled(lines, _LABEL_WIDTH)])
-    parts = {"pre-training": _pretraining, "fine-tuning": _finetuning, "tokenizer": _tokenizer}
+    parts = {
+        "pre-training": _pretraining,
+        "fine-tuning": _finetuning,
+        "segmentation": _segmentation,
+        "detection": _detection,
+        "tokenizer": _tokenizer,
+    }
     title, of_model, compute, storage = parts[planned.kind](planned)
     lines = of_model | compute | _schedule_lines(planned, num_samples is None)
     lines |= storage | _checkpoint_line(planned, ds_config)
@@ -140,6 +149,42 @@ def _finetuning(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
     # A classifier's head sees one token an image, where pre-training's sees the masked patches.
     macs = mim_macs(model, num_codes=planned.num_classes, masked=1)
     return "fine-tuning", of_model, _compute_lines(planned, macs.total, macs.training_flops), {}
+
+
+def _segmentation(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
+    recipe, model = planned.recipe, planned.recipe.model
+    settings, augment = recipe.segmenter, recipe.augment
+    lowest = recipe.optim.lr * settings.layer_decay ** (model.depth + 1)
+    of_model = _model_line(model) | {
+        "parameters": f"{_millions(planned.parameters)} with branches and heads of {planned.num_classes} classes",
+        "heads": f"UperNet of {settings.head_width or model.width} channels on blocks "
+        f"{', '.join(map(str, settings.taps))}; auxiliary loss x {settings.auxiliary_weight}; "
+        "batch norm over micro_batch x ranks images",
+        "learning rate": f"{recipe.optim.lr:g} at the heads, {lowest:.2g} at the patch embedding (layer decay "
+        f"{settings.layer_decay}), stochastic depth up to {model.drop_path}",
+        "augmentation": f"short side up to {augment.short_px} px x {augment.ratio[0]:g} to {augment.ratio[1]:g}, crop "
+        f"{model.image_px} px" + (", photometric" if augment.photometric else ""),
+    }
+    forward = sum(segment.forward.flops for segment in planned.segments)
+    return "segmentation", of_model, _compute_lines(planned, round(forward / FLOPS_PER_MAC), planned.model_flops), {}
+
+
+def _detection(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:
+    recipe, model = planned.recipe, planned.recipe.model
+    settings, shape = recipe.detector, detection.image_shape(recipe)
+    lowest = recipe.optim.lr * settings.layer_decay ** (model.depth + 1)
+    where = f"windows of {settings.window} patches, {len(settings.global_blocks)} blocks global"
+    of_model = _model_line(model) | {
+        "parameters": f"{_millions(planned.parameters)} with pyramid and heads of {planned.num_classes} classes",
+        "attention": where if settings.window else "every block sees the whole image",
+        "heads": f"Mask R-CNN on a pyramid of {settings.channels} channels ({settings.pyramid}), {settings.rois} "
+        "proposals an image",
+        "learning rate": f"{recipe.optim.lr:g} at the heads, {lowest:.2g} at the patch embedding (layer decay "
+        f"{settings.layer_decay}), stochastic depth up to {model.drop_path}",
+        "usual image": f"{shape[0]} x {shape[1]} px ({recipe.augment.kind})",
+    }
+    forward = sum(segment.forward.flops for segment in planned.segments)
+    return "detection", of_model, _compute_lines(planned, round(forward / FLOPS_PER_MAC), planned.model_flops), {}
 
 
 def _tokenizer(planned: Stage) -> tuple[str, _Lines, _Lines, _Lines]:

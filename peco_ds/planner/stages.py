@@ -6,9 +6,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from peco_ds.config import FinetuneRecipe, PretrainRecipe, Recipe, RunSettings, TokenizerRecipe, TokenizerSettings
+from peco_ds.config import (
+    DetectRecipe,
+    FinetuneRecipe,
+    PretrainRecipe,
+    Recipe,
+    RunSettings,
+    SegmentRecipe,
+    TokenizerRecipe,
+    TokenizerSettings,
+)
 from peco_ds.durations import Durations, resolve_durations
 from peco_ds.errors import UserError
+from peco_ds.planner import detection
+from peco_ds.planner.dense import segment_activation_bytes, segment_segments
 from peco_ds.planner.memory import ema_bytes
 from peco_ds.planner.shapes import (
     ELEMENT_BYTES,
@@ -34,7 +45,7 @@ IMAGENET_1K_TRAIN = 1_281_167
 IMAGENET_1K_VAL = 50_000
 IMAGENET_1K_CLASSES = 1000
 
-Kind = Literal["tokenizer", "tokenizing", "pre-training", "fine-tuning"]
+Kind = Literal["tokenizer", "tokenizing", "pre-training", "fine-tuning", "segmentation", "detection"]
 # Of a pass in which PyTorch lets no gradient through, what lives at once: some layers' inputs and outputs, not all.
 LAYERS_ALIVE = 0.1
 
@@ -44,7 +55,7 @@ class Stage:
     """One stage: what it trains, on how many images, and what one of them costs.
 
     Args:
-        num_samples: images of the training set.  num_classes, val_samples: of a fine-tuning.
+        num_samples: images of the training set.  num_classes, val_samples: of a fine-tuning or a segmentation.
         tokenizer: of tokenizing, whose recipe is the pre-training's.
     """
 
@@ -98,7 +109,7 @@ class Stage:
         """Images that pass through the network beside training, forward alone: a classifier's evaluations, of the
         weights and of their moving average.
         """
-        if self.kind != "fine-tuning":
+        if self.kind not in ("fine-tuning", "segmentation", "detection"):
             return 0
         every = self.durations.evaluation_steps or self.durations.total_steps
         return -(-self.durations.total_steps // every) * self.val_samples * (2 if self.averages else 1)
@@ -110,6 +121,10 @@ class Stage:
             return pretrain_segments(self.recipe)
         if self.kind == "fine-tuning":
             return finetune_segments(self.recipe, self.num_classes)
+        if self.kind == "segmentation":
+            return segment_segments(self.recipe, self.num_classes)
+        if self.kind == "detection":
+            return detection.detect_segments(self.recipe, self.num_classes)
         if self.kind == "tokenizer":
             return tokenizer_segments(self.recipe)
         return tokenizing_segments(self._tokenizer, self.recipe.views)
@@ -125,7 +140,7 @@ class Stage:
         if self.kind == "fine-tuning":
             return backbone_parameters(self.recipe.model, shared_bias=False, num_classes=self.num_classes)
         # A tokenizer's segments include the critic, where there is one.
-        if self.kind == "tokenizer":
+        if self.kind in ("tokenizer", "segmentation", "detection"):
             return sum(segment.parameters for segment in self.segments)
         return tokenizer_cost(self._tokenizer, self.recipe.views.tokenizer_px).encoder.parameters
 
@@ -138,7 +153,7 @@ class Stage:
     @property
     def _sizes(self) -> dict:
         """What the formulas of a transformer take beside its model: head, masked patches, variant."""
-        if self.kind == "fine-tuning":
+        if self.kind in ("fine-tuning", "segmentation", "detection"):
             # A classifier's head sees one token an image.
             return dict(num_codes=self.num_classes, masked=1)
         recipe = self.recipe
@@ -154,9 +169,11 @@ class Stage:
         that does not tell its cost.
         """
         recipe = self.recipe
+        if self.kind == "detection":
+            return detection.training_flops(recipe, self.num_classes)
         if self.kind == "tokenizer" and not tokenizer_cost(recipe.tokenizer, recipe.views.tokenizer_px).known:
             return 0.0
-        if self.kind in ("tokenizer", "tokenizing") or recipe.model.drop_path_by == "subset":
+        if self.kind in ("tokenizer", "tokenizing", "segmentation") or recipe.model.drop_path_by == "subset":
             return sum(segment.model_flops for segment in self.segments)
         flops = mim_macs(recipe.model, **self._sizes).training_flops
         return flops + objective_cost(recipe).model_flops if self.kind == "pre-training" else flops
@@ -165,9 +182,14 @@ class Stage:
     def activation_bytes(self) -> float:
         """Device memory of one image between its forward and its backward pass."""
         run, recipe = self.run, self.recipe
-        if self.kind in ("pre-training", "fine-tuning"):
+        if self.kind in ("pre-training", "fine-tuning", "segmentation"):
             how: dict[str, Any] = dict(checkpointing=run.activation_checkpointing, precision=run.precision)
-            return mim_activation_bytes(recipe.model, **self._sizes, **how).total
+            blocks = mim_activation_bytes(recipe.model, **self._sizes, **how).total
+            return blocks + (segment_activation_bytes(recipe, self.num_classes) if self.kind == "segmentation" else 0)
+        if self.kind == "detection":
+            how = dict(checkpointing=run.activation_checkpointing, precision=run.precision)
+            blocks = mim_activation_bytes(detection.usual_model(recipe), **self._sizes, **how).total
+            return blocks + detection.head_bytes(recipe)
         cost = tokenizer_cost(self._tokenizer, recipe.views.tokenizer_px)
         if self.kind == "tokenizer":
             saved = (cost.encoder.saved + cost.decoder.saved) * ELEMENT_BYTES[run.precision]
@@ -186,6 +208,15 @@ class Stage:
             # Each block holds, as int64, which row of its table it reads for each pair of tokens.
             places = model.depth * (model.grid**2 + 1) ** 2 * 8
             return places + own_bias_bytes(model, self.run.activation_checkpointing)
+        if self.kind in ("segmentation", "detection"):
+            model = self.recipe.model
+            if self.kind == "detection":
+                model = detection.usual_model(self.recipe)
+                if self.recipe.detector.window:
+                    # Windows share small ones.
+                    model = replace(model, depth=len(self.recipe.detector.global_blocks))
+            # All blocks share the index.
+            return (model.grid**2 + 1) ** 2 * 8 + own_bias_bytes(model, self.run.activation_checkpointing)
         codebook = 4 * tokenizer_cost(self._tokenizer, self.recipe.views.tokenizer_px).codebook_elements
         if self.kind == "tokenizer":
             return codebook + frozen_net_bytes(self.recipe).weights
@@ -214,6 +245,8 @@ def stage_of(recipe: Recipe, num_samples: int = IMAGENET_1K_TRAIN, **more) -> St
     kinds: dict[type, Kind] = {
         PretrainRecipe: "pre-training",
         FinetuneRecipe: "fine-tuning",
+        SegmentRecipe: "segmentation",
+        DetectRecipe: "detection",
         TokenizerRecipe: "tokenizer",
     }
     return Stage(kinds[type(recipe)], recipe, num_samples, **more)

@@ -18,10 +18,12 @@ from typing import Literal
 
 from peco_ds.config import (
     AdversarialSettings,
+    DetectRecipe,
     FinetuneRecipe,
     ModelSettings,
     PretrainRecipe,
     RunSettings,
+    SegmentRecipe,
     TokenizerRecipe,
     TokenizerSettings,
     ViewSettings,
@@ -393,7 +395,7 @@ def pretrain_segments(recipe: PretrainRecipe) -> tuple[Segment, ...]:
     return (embedding, *blocks, *_heads(recipe, width, patches + 1, (2 if extra else 1) * masked, element))
 
 
-def finetune_segments(recipe: FinetuneRecipe, num_classes: int) -> tuple[Segment, ...]:
+def finetune_segments(recipe: FinetuneRecipe | SegmentRecipe | DetectRecipe, num_classes: int) -> tuple[Segment, ...]:
     """Embedding with class token; blocks with a bias table each; head with pooling, norm and classifier."""
     model, run = recipe.model, recipe.run
     element, width, tokens = ELEMENT_BYTES[run.precision], model.width, model.grid**2 + 1

@@ -17,7 +17,7 @@ from peco_ds.config import OptimSettings, RunSettings, ScheduleSettings
 from peco_ds.durations import Durations
 from peco_ds.errors import UserError
 from peco_ds.runtime.optim import build_optimizer, decay_groups
-from peco_ds.schedules import cosine_with_warmup
+from peco_ds.schedules import cosine_with_warmup, drops_with_warmup, linear_with_warmup
 
 logger = logging.getLogger("peco_ds")
 
@@ -116,16 +116,21 @@ def set_lr(
 
     Returns: the learning rate of groups with scale 1.
     """
-    lr = cosine_with_warmup(
-        step,
-        peak=optim.lr,
-        floor=min(schedule.min_lr, optim.lr),
-        warmup_steps=durations.warmup_steps,
-        total_steps=durations.total_steps,
-    )
+    lr = scheduled_lr(optim, schedule, durations, step)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
+
+
+def scheduled_lr(optim: OptimSettings, schedule: ScheduleSettings, durations: Durations, step: int) -> float:
+    """The learning rate of groups with scale 1 at a step."""
+    spans: dict = dict(peak=optim.lr, warmup_steps=durations.warmup_steps, total_steps=durations.total_steps)
+    floor, start = min(schedule.min_lr, optim.lr), schedule.warmup_from
+    if schedule.decay == "linear":
+        return linear_with_warmup(step, floor=floor, **spans)
+    if schedule.decay == "drops":
+        return drops_with_warmup(step, drops=schedule.drops, warmup_from=start, **spans)
+    return cosine_with_warmup(step, floor=floor, warmup_from=start, **spans)
 
 
 def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:

@@ -46,16 +46,20 @@ def decay_groups(model: nn.Module, weight_decay: float, lr_scales: dict[str, flo
     return list(groups.values())
 
 
-def layer_scales(depth: int, decay: float) -> dict[str, float]:
-    """Factors on the learning rate of a classifier's layers, for `decay_groups`: decay ** n for a layer `n` below
+def layer_scales(depth: int, decay: float, prefix: str = "") -> dict[str, float]:
+    """Factors on the learning rate of a backbone's layers, for `decay_groups`: decay ** n for a layer `n` below
     the head.
 
+    Args:
+        prefix: of the backbone's parameters, `backbone.` where it is a part of the model.
+
     Returns: parameter-name prefix -> factor. Patch embedding, class token and places are layer 0, block i (from 0) is
-        layer i + 1, the pooling norm and the head are layer depth + 1 and keep the full learning rate.
+        layer i + 1, the pooling norm and the head (of a dense model, whatever is beside the backbone) are layer depth
+        + 1 and keep the full learning rate.
     Source: BEiT (arXiv 2106.08254), appendix; released `optim_factory.LayerDecayValueAssigner`.
     """
-    scales = dict.fromkeys(("cls_token", "pos_embed", "patch_embed."), decay ** (depth + 1))
-    return scales | {f"blocks.{block}.": decay ** (depth - block) for block in range(depth)}
+    scales = {f"{prefix}{name}": decay ** (depth + 1) for name in ("cls_token", "pos_embed", "patch_embed.")}
+    return scales | {f"{prefix}blocks.{block}.": decay ** (depth - block) for block in range(depth)}
 
 
 def build_optimizer(groups: list[dict], settings: OptimSettings, *, offloaded: bool) -> torch.optim.Optimizer:

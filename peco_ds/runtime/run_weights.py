@@ -7,10 +7,11 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from peco_ds.config import Average, FinetuneRecipe, PretrainRecipe
+from peco_ds.config import Average, FinetuneRecipe, PretrainRecipe, SegmentRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
 from peco_ds.models.image_statistics import FACT
+from peco_ds.models.segmenter_weights import SegmenterWeights
 from peco_ds.registry import OBJECTIVES
 from peco_ds.runtime.checkpoint.consolidate import fp32_weights, has_ema
 from peco_ds.runtime.checkpoint.files import (
@@ -25,11 +26,15 @@ from peco_ds.runtime.checkpoint.files import (
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS, read_provenance, read_settings
 
+# Names of a card -> of a row of evaluation.jsonl.
+_SCORES = {"mIoU": "miou", "aAcc": "aacc", "mAcc": "macc"}
 # The prefix of a masked image model's backbone; a classifier has the canonical names already.
 _PREFIX = "backbone."
 # Further tensors of a masked image model whose head works on the backbone's tokens.
 _HEAD_NAMES = ("mask_token", "lm_head.weight", "lm_head.bias")
-_RECIPES = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
+_RECIPES = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "segment": SegmentRecipe}
+# Stages whose weights are a BEiT, with or without a head.
+_OF_BEIT = ("pretrain", "finetune")
 
 
 def read_run(path: Path, average: Average = "auto") -> BeitWeights:
@@ -78,6 +83,54 @@ def read_run(path: Path, average: Average = "auto") -> BeitWeights:
     return BeitWeights(kind, recipe.model, kept, source, facts=facts)
 
 
+def is_segmenter_run(path: Path) -> bool:
+    """Whether a path is the folder of a run of segment.py, or of one of its checkpoints."""
+    return (path / SETTINGS).is_file() and read_settings(path)["stage"] == "segment"
+
+
+def read_segmenter_run(path: Path) -> SegmenterWeights:
+    """float32 weights of a run of segment.py.
+
+    Args:
+        path: the run folder, or one of its checkpoints/step_N.
+    Raises: UserError if there is no whole checkpoint, or its records do not tell classes and statistics.
+    """
+    run_folder, checkpoint = find_checkpoint(Path(path).resolve(), ("segment",))
+    recipe, progress, provenance = _recipe_of(checkpoint), read_progress(checkpoint), read_provenance(checkpoint)
+    missing = sorted({"classes", "mean", "std"} - provenance.keys())
+    if missing:
+        raise UserError(
+            f"{checkpoint / PROVENANCE}: does not tell {', '.join(missing)}; restore it, or give another checkpoint"
+        )
+    facts = {
+        "recipe": recipe.name,
+        "optimiser steps": f"{progress.step}",
+        "images seen": f"{progress.cursor.samples}",
+        "images": f"{provenance.get('num_samples', '?')} images, fingerprint "
+        f"`{provenance.get('images_fingerprint', '?')}`",
+        "started from": provenance.get("init", "scratch"),
+    }
+    measured = [row for row in read_evaluation(run_folder) if row["step"] == progress.step]
+    facts |= {name: f"{measured[-1][key]:.2f}" for name, key in _SCORES.items() if measured and key in measured[-1]}
+    facts |= _licences_of_origin(provenance.get("init_facts", {}))
+    facts["code"] = f"peco_ds, commit `{provenance.get('commit', '?')}`"
+    # Consolidated buffers are float32, this one among them.
+    tensors = {
+        name: tensor.long() if name.endswith("num_batches_tracked") else tensor
+        for name, tensor in fp32_weights(checkpoint).items()
+    }
+    return SegmenterWeights(
+        recipe.model,
+        recipe.segmenter,
+        tensors,
+        f"{recipe.name}, {checkpoint.name}",
+        tuple(provenance["classes"]),
+        tuple(provenance["mean"]),
+        tuple(provenance["std"]),
+        facts,
+    )
+
+
 def _left_out(names: set[str]) -> dict[str, str]:
     """For the model card: the parts of a masked image model that only its pre-training needs."""
     parts = {
@@ -94,7 +147,7 @@ def _left_out(names: set[str]) -> dict[str, str]:
     )
 
 
-def _recipe_of(checkpoint: Path) -> PretrainRecipe | FinetuneRecipe:
+def _recipe_of(checkpoint: Path):
     recorded = read_settings(checkpoint)
     if recorded["stage"] not in _RECIPES:
         raise UserError(f"{checkpoint}: of a run of {recorded['stage']}; give a run of pretrain.py or finetune.py")
@@ -108,17 +161,19 @@ def _recipe_of(checkpoint: Path) -> PretrainRecipe | FinetuneRecipe:
         ) from None
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
+def find_checkpoint(path: Path, stages: tuple[str, ...] = _OF_BEIT) -> tuple[Path, Path]:
     """(run folder, checkpoint folder) of what the user named.
 
+    Args:
+        stages: that may have made the run.
     A checkpoint that was moved elsewhere is its own run folder: it holds the run's records.
 
-    Raises: UserError if there is no whole checkpoint of a pre-training or fine-tuning run.
+    Raises: UserError if there is no whole checkpoint of such a run.
     """
     single = (path / PROGRESS).is_file()
     run_folder = path.parent.parent if path.parent.name == FOLDER else path
     stage = read_settings(path if single else run_folder)["stage"]
-    if stage not in _RECIPES:
+    if stage not in stages:
         raise UserError(
             f"{run_folder}: a run of {stage}; give a run of pretrain.py or finetune.py (a tokenizer's "
             "release lies in its run folder already)"

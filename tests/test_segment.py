@@ -1,0 +1,157 @@
+"""Segmentation through DeepSpeed on CPU: ZeRO x ranks x precision, batch norm over ranks, exact counts, resume."""
+
+import json
+
+import beit_samples
+import pytest
+import torch
+from conftest import REPOSITORY, run_stage
+from scene_samples import make_scenes
+
+from peco_ds import segment
+from peco_ds.convert.release import write_release
+from peco_ds.convert.to_timm import to_timm
+from peco_ds.errors import UserError
+from peco_ds.runtime.checkpoint.consolidate import fp32_weights
+from peco_ds.runtime.checkpoint.files import newest_whole
+from peco_ds.runtime.metrics import read_evaluation, read_metrics
+
+STAGES = (0, 1, 2, 3)
+HALF = ["model.drop_path=0.3", "segmenter.dropout=0.1", "checkpoint.every_steps=2", "evaluation.every_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def scenes(real_data, tmp_path_factory):
+    return make_scenes(real_data, tmp_path_factory.mktemp("scenes"))
+
+
+def command(overrides, out, *extra, zero=1):
+    return [
+        *("--recipe", "segment_vitb16", "--deepspeed_config", str(REPOSITORY / "ds_configs" / f"zero{zero}.json")),
+        *("--out", str(out), *overrides, *extra),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(scenes, tmp_path_factory):
+    """Folder of run folders; one launch of one rank, one of two and one of three run all cases."""
+    folder = tmp_path_factory.mktemp("segmented")
+    cases = {ranks: [] for ranks in (1, 2, 3)}
+
+    def add(ranks, name, *extra, zero=3, folder_name=None, **more):
+        out = folder / (folder_name or name)
+        cases[ranks].append({"stage": "segment", "arguments": command(scenes, out, *extra, zero=zero), **more})
+
+    for zero in STAGES:
+        add(1, f"zero{zero}_1", "run.micro_batch=4", zero=zero)
+        add(2, f"zero{zero}_2", zero=zero, lrs=str(folder / f"zero{zero}.lrs.json"))
+    for zero in (1, 2, 3):
+        add(2, f"bf16_zero{zero}", "run.precision=bf16", "schedule.steps=3", zero=zero)
+    add(2, "whole", *HALF)
+    add(2, "half", *HALF, "schedule.stop_at_step=3")
+    add(2, "rest", *HALF, folder_name="half")
+    add(3, "three", "run.global_batch=6", "schedule.steps=2", "evaluation.batch=1")
+    for ranks, of_ranks in cases.items():
+        listing = folder / f"cases_{ranks}.json"
+        listing.write_text(json.dumps(of_ranks))
+        run_stage(str(REPOSITORY / "tests" / "many_runs.py"), listing, ranks=ranks, timeout_s=900)
+        codes = json.loads(listing.with_name(listing.name + ".codes").read_text())
+        assert set(codes) == {0}, codes
+    return folder
+
+
+def losses(folder):
+    return [row["loss"] for row in read_metrics(folder)]
+
+
+def tensors(folder):
+    return fp32_weights(newest_whole(folder))
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("zero", STAGES)
+def test_every_zero_stage_at_one_and_two_ranks_gives_the_same_losses_and_statistics(runs, zero, ranks):
+    ours, reference = losses(runs / f"zero{zero}_{ranks}"), losses(runs / "zero0_1")
+    assert len(ours) == 6 and max(abs(a - b) / b for a, b in zip(ours, reference)) < 1.5e-5
+    ours, reference = tensors(runs / f"zero{zero}_{ranks}"), tensors(runs / "zero0_1")
+    names = [name for name in reference if "running_" in name]
+    assert len(names) == 28 and ours.keys() == reference.keys()
+    for name in names:
+        # Adam makes much of gradients that are nearly zero.
+        torch.testing.assert_close(ours[name], reference[name], rtol=1e-2, atol=2e-3)
+
+
+def test_a_run_stopped_and_continued_is_the_run_that_never_stopped_bit_for_bit(runs):
+    """Weights, statistics of the batch norms, random crops, stochastic depth, dropout, evaluations."""
+
+    def rows(folder):
+        return [(row["step"], row["loss"], row["accuracy"], row["grad_norm"]) for row in read_metrics(folder)]
+
+    assert rows(runs / "half") == rows(runs / "whole")
+    assert read_evaluation(runs / "half") == read_evaluation(runs / "whole")
+    assert [row["step"] for row in read_evaluation(runs / "whole")] == [3, 6]
+    half, whole = tensors(runs / "half"), tensors(runs / "whole")
+    assert half.keys() == whole.keys() and all(torch.equal(half[name], whole[name]) for name in whole)
+    assert not torch.equal(whole["decode_head.bottleneck.bn.running_mean"], torch.zeros(16))
+
+
+@pytest.mark.parametrize("name", ("zero0_1", "zero3_2", "three"))
+def test_every_held_out_scene_is_counted_once_on_one_two_and_three_ranks(runs, name):
+    assert read_evaluation(runs / name)[-1]["images"] == 7
+
+
+def test_miou_does_not_depend_on_the_ranks(runs):
+    one, two = (read_evaluation(runs / name)[-1] for name in ("zero3_1", "zero3_2"))
+    assert one["miou"] == pytest.approx(two["miou"], abs=0.5) and one["aacc"] == pytest.approx(two["aacc"], abs=0.5)
+
+
+@pytest.mark.parametrize("zero", (1, 2, 3))
+def test_statistics_stay_in_float32_when_weights_are_bfloat16(runs, zero):
+    assert all(loss == loss and loss < 4 for loss in losses(runs / f"bf16_zero{zero}"))
+    mean = tensors(runs / f"bf16_zero{zero}")["decode_head.fpn_bottleneck.bn.running_mean"]
+    assert not torch.equal(mean, mean.bfloat16().float())
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_the_rates_in_the_optimiser_are_the_layer_decay_table(runs, zero):
+    groups = json.loads((runs / f"zero{zero}.lrs.json").read_text())["groups"]
+    assert {round(group["lr_scale"], 6) for group in groups} == {round(0.7**power, 6) for power in range(6)}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
+
+
+# ------------------------------------------------------------------------------------- bad input, in this process
+
+
+def refusal(overrides, tmp_path, *extra):
+    with pytest.raises(UserError) as refused:
+        segment.main(command(overrides, tmp_path / "run", *extra))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        (["run.micro_batch=1", "run.global_batch=1"], "run.micro_batch 1 x 1 rank: batch norm needs two images a pass"),
+        (
+            ["model.image_px=24"],
+            "model.image_px 24: gives 3 patches of 8 px a side, the coarsest map halves them; take",
+        ),
+        (["model.image_px=4"], "model.image_px 4 is not a multiple of model.patch_px 8"),
+        (["segmenter.taps=[0,1,2]"], "segmenter.taps [0, 1, 2]: wants four blocks, rising from 0, the last of them 3"),
+        (["segmenter.taps=[0,2,1,3]"], "segmenter.taps [0, 2, 1, 3]: wants four blocks"),
+        (["evaluation.stride_px=40"], "evaluation.stride_px 40 is more than model.image_px 32: windows would leave"),
+        (["evaluation.scales=[]"], "evaluation.scales []: one factor at least"),
+        (["data.val_images="], "data.val_images is empty; give the images with maps"),
+        (["augment.short_px=200"], "augment.short_px 200 is more than augment.long_px 128"),
+        (["ema.decay=0.9"], "ema"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_in_one_line(scenes, tmp_path, extra, words):
+    assert words in refusal(scenes, tmp_path, *extra)
+
+
+def test_weights_of_another_patch_size_are_refused(scenes, tmp_path):
+    weights = beit_samples.sample("classifier")
+    write_release(tmp_path / "release", to_timm(weights), weights)
+    words = refusal(scenes, tmp_path, f"init.weights={tmp_path / 'release'}", "model.width=96", "--dry_run")
+    assert "patch_px 16, " in words and "the recipe's model has patch_px 8" in words
