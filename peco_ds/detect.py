@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args, resolved) -> int:
     from peco_ds.convert.initialize import check_sizes
+    from peco_ds.convert.read import read_weights
     from peco_ds.data.objects import object_sets
     from peco_ds.planner.dry_run import dry_run
     from peco_ds.runtime.start_weights import read_start
@@ -37,7 +38,7 @@ def dry_run(args, resolved) -> int:
         classes = () if missing else object_sets(sets["images"], sets["val_images"])[0].classes
         start = "scratch: init.weights is empty"
         if cfg.init.weights:
-            weights = read_start(cfg.init)
+            weights = read_start(read_weights, cfg.init)
             if not cfg.detector.resample_patch:
                 check_sizes(weights, cfg.model)
             start = f"{weights.source} ({weights.kind})"
@@ -47,6 +48,7 @@ def dry_run(args, resolved) -> int:
 
 
 def train(args, resolved) -> int:
+    from peco_ds.convert.read import read_weights
     from peco_ds.data.objects import object_batches, object_sets
     from peco_ds.evaluation.detection import read_annotations
     from peco_ds.models.vit import TransformerBlock
@@ -63,7 +65,7 @@ def train(args, resolved) -> int:
     # A damaged file shows here, not after the first epoch.
     annotations = read_annotations(held_out.annotation_file)
     with Run.start(args, resolved, "detect", images) as run:
-        weights = read_start(cfg.init) if cfg.init.weights and not run.resumes else None
+        weights = read_start(read_weights, cfg.init) if cfg.init.weights and not run.resumes else None
         run.record({"classes": list(images.classes), "category_ids": list(images.category_ids)})
         run.seed_weights()
         origin = origin_of(args.out) if run.resumes else origin_from(weights, ["pyramid", "heads"] if weights else [])

@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args, resolved) -> int:
     from peco_ds.convert.initialize import check_head, check_sizes
+    from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
     from peco_ds.data.labelled import labelled_sets
     from peco_ds.planner.dry_run import dry_run
@@ -38,7 +39,7 @@ def dry_run(args, resolved) -> int:
         classes = labelled_sets(sets["images"], sets["val_images"])[2] if manifest else ()
         start = "scratch: init.weights is empty"
         if cfg.init.weights:
-            weights = read_start(cfg.init)
+            weights = read_start(read_weights, cfg.init)
             check_sizes(weights, cfg.model)
             if classes and weights.kind == "classifier" and cfg.init.head == "auto":
                 check_head(weights, classes)
@@ -51,6 +52,7 @@ def dry_run(args, resolved) -> int:
 
 def train(args, resolved) -> int:
     from peco_ds.convert.initialize import start_classifier
+    from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
     from peco_ds.data.labelled import labelled_sets, training_batches
     from peco_ds.models.classifier import build_classifier
@@ -71,7 +73,7 @@ def train(args, resolved) -> int:
     # A misspelt augment.auto_augment shows here.
     TrainCrop(cfg.augment, cfg.model.image_px)
     with Run.start(args, resolved, "finetune", images) as run:
-        weights = read_start(cfg.init) if cfg.init.weights and not run.resumes else None
+        weights = read_start(read_weights, cfg.init) if cfg.init.weights and not run.resumes else None
         run.record({"classes": list(classes)})
         run.seed_weights()
         model = build_classifier(

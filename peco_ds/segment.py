@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args, resolved) -> int:
     from peco_ds.convert.initialize import check_sizes
+    from peco_ds.convert.read import read_weights
     from peco_ds.data.scenes import scene_sets
     from peco_ds.planner.dry_run import dry_run
     from peco_ds.runtime.start_weights import read_start
@@ -37,7 +38,7 @@ def dry_run(args, resolved) -> int:
         classes = scene_sets(*sets.values())[2] if all(path.exists() for path in sets.values()) else ()
         start = "scratch: init.weights is empty"
         if cfg.init.weights:
-            weights = read_start(cfg.init)
+            weights = read_start(read_weights, cfg.init)
             check_sizes(weights, cfg.model)
             start = f"{weights.source} ({weights.kind})"
         missing = [f"{name} {path}: no such folder yet" for name, path in sets.items() if not path.exists()]
@@ -48,6 +49,7 @@ def dry_run(args, resolved) -> int:
 
 def train(args, resolved) -> int:
     from peco_ds.convert.initialize import start_backbone
+    from peco_ds.convert.read import read_weights
     from peco_ds.data.scenes import scene_batches, scene_sets
     from peco_ds.models.dense_backbone import DenseBlock
     from peco_ds.models.segmenter import build_segmenter
@@ -64,7 +66,7 @@ def train(args, resolved) -> int:
     )
     with Run.start(args, resolved, "segment", images) as run:
         check_statistics_batch(cfg, run.world.size)
-        weights = read_start(cfg.init) if cfg.init.weights and not run.resumes else None
+        weights = read_start(read_weights, cfg.init) if cfg.init.weights and not run.resumes else None
         run.record({"classes": list(classes)})
         run.seed_weights()
         model = build_segmenter(

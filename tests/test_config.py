@@ -16,12 +16,14 @@ from peco_ds.command_line import parse_stage, run, stage_parser
 from peco_ds.config import (
     CheckpointSettings,
     DataSettings,
+    DetectRecipe,
     FinetuneRecipe,
     OptimSettings,
     PretrainRecipe,
     ProbeRecipe,
     RunSettings,
     ScheduleSettings,
+    SegmentRecipe,
     TokenizerRecipe,
 )
 from peco_ds.data_paths import data_path
@@ -248,19 +250,22 @@ REQUIRED = {
     ProbeRecipe: ["init.weights=run"],
     PretrainRecipe: [],
     FinetuneRecipe: [],
+    SegmentRecipe: [],
+    DetectRecipe: [],
+}
+# A section that only recipes of one stage have.
+SECTIONS = {
+    "tokenizer": TokenizerRecipe,
+    "classifier": FinetuneRecipe,
+    "probe": ProbeRecipe,
+    "segmenter": SegmentRecipe,
+    "detector": DetectRecipe,
 }
 
 
 def recipe_type_of(path: Path) -> type:
     sections = yaml.safe_load(path.read_text()).keys()
-    return next(
-        (
-            kind
-            for name, kind in (("tokenizer", TokenizerRecipe), ("classifier", FinetuneRecipe), ("probe", ProbeRecipe))
-            if name in sections
-        ),
-        PretrainRecipe,
-    )
+    return next((kind for name, kind in SECTIONS.items() if name in sections), PretrainRecipe)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -10,7 +10,15 @@ from typing import Annotated, Literal, get_args
 import pytest
 from pydantic.dataclasses import dataclass
 
-from peco_ds.config import FinetuneRecipe, PretrainRecipe, ProbeRecipe, Recipe, TokenizerRecipe
+from peco_ds.config import (
+    DetectRecipe,
+    FinetuneRecipe,
+    PretrainRecipe,
+    ProbeRecipe,
+    Recipe,
+    SegmentRecipe,
+    TokenizerRecipe,
+)
 from peco_ds.errors import UserError
 from peco_ds.field_marks import Bounds, FreeOnResume, keys_with, known_keys, recipe_fields
 from peco_ds.recipe_files import load_recipe
@@ -20,6 +28,8 @@ BASES = {
     TokenizerRecipe: ("peco_tokenizer", ["perceptual.weight=0", "data.holdout=5"]),
     FinetuneRecipe: ("finetune_vitb16", []),
     ProbeRecipe: ("probe_vitb16", ["init.weights=run"]),
+    SegmentRecipe: ("segment_vitb16", []),
+    DetectRecipe: ("detect_vitb16", []),
 }
 
 
@@ -54,8 +64,8 @@ def refused_values():
         for key, bounds in keys_with(recipe_type, Bounds).items():
             default = default_of(recipe_type, key)
             numbers = default if isinstance(default, tuple) else (default,)
-            whole = all(isinstance(number, int) for number in numbers) or key.endswith(
-                ("steps", "at_step", "decoder_channels", "per_level")
+            whole = (numbers and all(isinstance(number, int) for number in numbers)) or key.endswith(
+                ("steps", "at_step", "decoder_channels", "per_level", "global_blocks")
             )
             for value in outside(bounds, whole):
                 text = json.dumps([value, *default[1:]] if isinstance(default, tuple) else value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from peco_ds.config import FinetuneRecipe, PretrainRecipe, TokenizerRecipe
+from peco_ds.config import DetectRecipe, FinetuneRecipe, PretrainRecipe, SegmentRecipe, TokenizerRecipe
 from peco_ds.errors import UserError
 from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.run_folder import SETTINGS, check_same_run, open_run_folder, read_settings
@@ -15,6 +15,8 @@ RECIPES = {
     "pretrain": (PretrainRecipe, "peco_vitb16", []),
     "train_tokenizer": (TokenizerRecipe, "peco_tokenizer", ["perceptual.weight=0", "data.holdout=5"]),
     "finetune": (FinetuneRecipe, "finetune_vitb16", []),
+    "segment": (SegmentRecipe, "segment_vitb16", []),
+    "detect": (DetectRecipe, "detect_vitb16", []),
 }
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from peco_ds.config import InitSettings
-from peco_ds.convert.read import read_weights
 from peco_ds.models.beit_weights import BeitWeights
 from peco_ds.runtime.run_folder import read_provenance
 from peco_ds.runtime.run_weights import read_run
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
 
-def read_start(init: InitSettings) -> BeitWeights:
+def read_start(read_weights: Callable[..., BeitWeights], init: InitSettings) -> BeitWeights:
     """The weights that init.weights names.
 
+    Args:
+        read_weights: of `convert.read`, which this folder does not import.
     Raises: UserError as `read_weights`.
     """
     return read_weights(init.weights, average=init.average, statistics=init.statistics, read_run=read_run)
