@@ -65,7 +65,7 @@ from peco_ds.models.feature_nets import load_feature_net
 from peco_ds.models.packaged_networks import NETWORKS
 from peco_ds.models.published_tokenizers import read_published
 from peco_ds.models.timm_classifier import is_foreign_release, load_timm_release
-from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, save_tokenizer
+from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, refuse_foreign_release, save_tokenizer
 from peco_ds.models.torchscript_files import read_torchscript
 from peco_ds.models.weight_files import foreign_classes, made_here, read_tensor_file
 from peco_ds.own_files import (
@@ -233,6 +233,12 @@ def packed_shard(folder: Path) -> None:
 
 def job_of(folder: Path) -> PackJob:
     return PackJob("shard-0.tar", str(folder / "raw"), list_images(folder / "raw", "auto", None, None).images, 0, 92)
+
+
+def finished_set(folder: Path) -> None:
+    packed_shard(folder)
+    # As one would be in which a shard is then found to be damaged.
+    write_manifest(folder, ImageManifest([], 0))
 
 
 def pack_again(folder: Path) -> None:
@@ -635,6 +641,7 @@ PARSERS = {
     "the record of a packed shard whose images are judged again": Parser(
         packed_shard, ".pack/shard-0.tar.record.json", pack_again, ()
     ),
+    "a manifest where a set is to be packed": Parser(finished_set, "manifest.json", pack_again),
     "a file that may be an image": Parser(
         lambda f: (image(f, "PNG", "x"), image(f, "PNG", "y.png")), "x", lambda f: list_images(f, "auto", None, None)
     ),
@@ -655,6 +662,9 @@ PARSERS = {
     ),
     "the part of a token set": Parser(
         part_files, "tokens/.parts/a.json", lambda f: token_parts(f).is_done(0) and token_parts(f).read_counts(0), ()
+    ),
+    "the part of a token shard that is written again": Parser(
+        part_files, "tokens/.parts/a.json", lambda f: token_parts(f).check_place(0), ()
     ),
     "the index of a token shard that is written again": Parser(written_shard, "a.index.json", written_shard, ()),
     "COCO annotations": Parser(annotated, "a.json", lambda f: read_coco(f / "a.json"), examples=100),
@@ -751,6 +761,9 @@ PARSERS = {
     ),
     "a tokenizer's card": Parser(tokenizer, "tokenizer.json", load_tokenizer, examples=60),
     "a VQ-KD tokenizer's card": Parser(vqkd_release, "tokenizer.json", load_tokenizer, examples=60),
+    "a tokenizer's card where a release is to be written": Parser(
+        tokenizer, "tokenizer.json", refuse_foreign_release, examples=60
+    ),
     "a tokenizer's tensors": Parser(tokenizer, "tokenizer.safetensors", load_tokenizer),
     "unilm's VQ-KD": Parser(vqkd, "vqkd.pth", lambda f: read_published([f / "vqkd.pth"]), examples=60),
     "a judge": Parser(plain_vit, "judge.pth", lambda f: load_feature_net(str(f / "judge.pth")), examples=20),
@@ -982,6 +995,10 @@ NOT_FROM_OUTSIDE = {
     "evaluation.features.FeatureFiles.write": "files that `create` made for it",
     "models.timm_classifier.load_timm_classifier": "a name of timm's own list",
     "runtime.rank_log._ends_cut_short": "the last byte of a log",
+    "data.image_shards._opens": "whether a file can be opened; nothing of it is used",
+    "data.instance_packing.Instances.write_beside": "a copy of the file that `read_coco` has read",
+    "data.instance_packing.InstancesJob.members": "the text and the image that it made a moment ago",
+    "evaluation.detection.detection_quality": "texts of the other ranks",
 }
 # whole by their hashes before they are read
 CHECKPOINTS_OF_THE_RUN = tuple(
@@ -1011,7 +1028,8 @@ def readers_in_the_package() -> set[str]:
                         isinstance(child.func, ast.Name) or getattr(child.func.value, "id", "") in ("Image", "tarfile")
                     )
                 )
-                if (called in READING or opens) and not of_own:
+                of_a_kernel = ast.dump(child.func).startswith("Attribute(value=Name(id='tl'")
+                if (called in READING or opens) and not of_own and not of_a_kernel:
                     found.add(place)
             visit(child, inner)
 
@@ -1041,5 +1059,5 @@ def test_every_function_that_reads_bytes_from_outside_is_reached_by_a_parser_of_
         finally:
             sys.setprofile(None)
     readers = {name for name in readers_in_the_package() if not name.startswith(CHECKPOINTS_OF_THE_RUN)}
-    assert readers - reached - NOT_FROM_OUTSIDE.keys() == set(), "readers without a parser in PARSERS"
+    assert sorted(readers - reached - NOT_FROM_OUTSIDE.keys()) == [], "readers without a parser in PARSERS"
     assert NOT_FROM_OUTSIDE.keys() <= readers - reached, "an exception that is none"
