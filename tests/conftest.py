@@ -309,7 +309,8 @@ def make_labelled_sets(real_data: RealData, root: Path) -> LabelledSets:
 LONGEST_FIRST = (
     *("test_slurm", "test_faults", "test_pretrain", "test_finetune", "test_parsers", "test_train_tokenizer"),
     *("test_convert_checkpoint", "test_many_ranks", "test_elastic", "test_evaluate", "test_stopping"),
-    *("test_engine_state", "test_traffic"),
+    *("test_engine_state", "test_traffic", "test_detect", "test_segment", "test_finite_state", "test_endings"),
+    *("test_benchmarks_run_gpu", "test_attention_forms", "test_read_layouts", "test_own_files"),
     *("test_linear_probe", "test_benchmarks_many_ranks", "test_benchmarks_launch", "test_benchmarks_collectives"),
     *("test_benchmarks_reproduce", "test_conv_feature_nets", "test_attacks", "test_code_atlas"),
     *("test_import_judge", "test_packaged_networks"),
