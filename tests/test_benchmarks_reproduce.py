@@ -80,7 +80,7 @@ def test_our_own_figures_stand_in_the_record_that_they_name():
     for table in PAPER.tables.values():
         if table.ours:
             record = (REPOSITORY / "docs" / re.search(r"\]\((\S+\.md)\)", table.ours)[1]).read_text()
-            figures = re.findall(r"\d+\.\d", table.ours.split("(")[0])
+            figures = re.findall(r"\d+\.\d+", table.ours.split("(")[0])
             assert figures and all(re.search(rf"\b{re.escape(figure)}\b", record) for figure in figures)
             checked += 1
     assert checked
