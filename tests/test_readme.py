@@ -242,6 +242,8 @@ def take(monkeypatch, tmp_path) -> Callable[[str, list[str]], None]:
                     runpy.run_path(str(REPOSITORY / program), run_name="__main__")
 
     monkeypatch.chdir(tmp_path)
+    # as the front page exports it
+    monkeypatch.setenv("PECO_DATA_ROOT", "/data/imagenet")
     (tmp_path / "ds_configs").symlink_to(REPOSITORY / "ds_configs")
     (tmp_path / "benchmarks").symlink_to(REPOSITORY / "benchmarks")
     write_files(tmp_path)
