@@ -170,7 +170,12 @@ def write_set(folder, count: int) -> ShardSet:
 
 
 def test_shards_are_asked_after_many_at_once_and_the_first_fault_is_named(tmp_path, monkeypatch):
-    shards, real, lock, at_once = write_set(tmp_path / "set", 40), indexed_tar._existing_bytes, threading.Lock(), [0, 0]
+    shards, real, lock, at_once = (
+        write_set(tmp_path / "set", 40),
+        indexed_tar._existing_status,
+        threading.Lock(),
+        [0, 0],
+    )
 
     def slow(path, what):
         with lock:
@@ -181,7 +186,7 @@ def test_shards_are_asked_after_many_at_once_and_the_first_fault_is_named(tmp_pa
             at_once[0] -= 1
         return real(path, what)
 
-    monkeypatch.setattr(indexed_tar, "_existing_bytes", slow)
+    monkeypatch.setattr(indexed_tar, "_existing_status", slow)
     shards.check("size")
     assert at_once[1] > 4
     (shards.folder / "train-000031.tar").unlink()
