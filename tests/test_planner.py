@@ -21,7 +21,6 @@ from webdataset import TarWriter
 from peco_ds.config import (
     AggregationSettings,
     EncodingSettings,
-    FinetuneRecipe,
     MaskSettings,
     ModelSettings,
     PretrainRecipe,
@@ -36,6 +35,7 @@ from peco_ds.models.mim import build_mim
 from peco_ds.models.tokenizers import build_tokenizer
 from peco_ds.models.vit import build_blocks, run_blocks, timm_arguments
 from peco_ds.objectives.hard_tokens import hard_tokens
+from peco_ds.planner.chain import recipe_type
 from peco_ds.planner.data_side import token_bytes
 from peco_ds.planner.memory import STAGES
 from peco_ds.planner.report import WORLD_SIZES, dry_run_report, tokenizing_report
@@ -430,12 +430,9 @@ PROBES = [path for path in RECIPES.glob("*.yaml") if "probe:" in sections(path)]
 
 @pytest.mark.parametrize("path", sorted(set(RECIPES.glob("*.yaml")) - set(PROBES)), ids=lambda path: path.stem)
 def test_every_shipped_recipe_has_a_report(path):
-    kind, needed = PretrainRecipe, []
-    if "tokenizer:" in sections(path):
-        kind = TokenizerRecipe
+    kind, needed = recipe_type(path.stem), []
+    if kind is TokenizerRecipe:
         needed = ["teacher.weights=teacher.pth" if "kind: vqkd" in path.read_text() else "perceptual.weight=0"]
-    elif "classifier:" in sections(path):
-        kind = FinetuneRecipe
     recipe = load_recipe(kind, path, needed, environ={}).recipe
     text = dry_run_report(recipe, num_samples=IMAGENET_1K_TRAIN, ds_config={})
     assert text.startswith(recipe.name) and "parameters" in text
