@@ -34,6 +34,7 @@ from peco_ds.models.mim import build_mim
 from peco_ds.models.tokenizers import build_tokenizer
 from peco_ds.models.vit import TransformerBlock
 from peco_ds.objectives import build_objective
+from peco_ds.planner.chain import recipe_type
 from peco_ds.planner.shapes import (
     FLOPS_PER_MAC,
     backbone_parameters,
@@ -61,9 +62,9 @@ from peco_ds.recipe_files import RECIPES, load_recipe
 from peco_ds.schedules import images_taken
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-FINETUNE = [name for name in NAMES if name.startswith("finetune")]
-TOKENIZER = [name for name in NAMES if "tokenizer" in name]
-PRETRAIN = [name for name in NAMES if name not in FINETUNE + TOKENIZER and not name.startswith("probe")]
+FINETUNE, TOKENIZER, PRETRAIN = (
+    [name for name in NAMES if recipe_type(name) is kind] for kind in (FinetuneRecipe, TokenizerRecipe, PretrainRecipe)
+)
 
 
 def recipe_of(name: str, *overrides: str):
