@@ -57,10 +57,12 @@ def train(args, resolved) -> int:
     from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.optim import layer_scales
     from peco_ds.runtime.run import START_UP, Run
+    from peco_ds.runtime.run_folder import refuse_foreign_folder
     from peco_ds.runtime.start_weights import origin_from, origin_of, read_start, tell_origin
 
     START_UP.ends("imports")
     cfg, settings = resolved.recipe, resolved.recipe.segmenter
+    refuse_foreign_folder(args.out)
     images, held_out, classes = scene_sets(
         *(data_path(cfg.data, path) for path in (cfg.data.images, cfg.data.val_images))
     )

@@ -278,9 +278,9 @@ def test_a_profile_names_the_attention_operator_that_ran():
 
 def test_a_record_says_command_versions_and_hardware_and_is_written_anew(tmp_path):
     path = tmp_path / "new" / "record.md"
-    write_record(path, "A title", "python x.py --y", "first", "no-such-package")
-    text = write_record(path, "A title", "python x.py --y", "| a |\n", "timm")
-    assert path.read_text() == text and "first" not in text and "`python x.py --y`" in text
+    write_record(path, "A title", "python -m benchmarks.step --y", "first", "no-such-package")
+    text = write_record(path, "A title", "python -m benchmarks.step --y", "| a |\n", "timm")
+    assert path.read_text() == text and "first" not in text and "`python -m benchmarks.step --y`" in text
     assert f"torch {torch.__version__.split('+')[0]}" in text and "timm 1" in text
     assert "no-such-package not installed" in versions("no-such-package") and [path.name] == os.listdir(path.parent)
 

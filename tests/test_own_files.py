@@ -160,6 +160,8 @@ def cases() -> list:
     )
     found += entry("pretrain", plain(), *run_folder, "provenance.json", "starts.jsonl", "deepspeed.json")
     found += entry("finetune", plain(), *run_folder, "evaluation.jsonl", "tensorboard/events")
+    for stage in ("segment", "detect"):
+        found += entry(stage, plain(), *run_folder, "evaluation.jsonl", "provenance.json")
     of_layers = ("layers/block_01.json", "features/train_block_01.npy", "features/val_labels.npy")
     found += entry(
         "linear_probe",

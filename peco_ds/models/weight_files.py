@@ -350,6 +350,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         # Readers of Hugging Face's ask for the format.
         save_file(contiguous, path, metadata={"format": "pt", MADE_BY: PACKAGE})
+        _sort_metadata(path)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
@@ -357,6 +358,18 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     # safetensors makes the file readable by its owner only; a release is for others too.
     path.chmod(0o644)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in an order of chance; equal tensors are to give equal files."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same words in another order"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def save_pickle(content, file: BinaryIO) -> None:
