@@ -18,6 +18,8 @@ from peco_ds.own_files import own_json, refuse_foreign, written_whole
 
 # Of a stage that is done.
 OWN_RECORD = own_json("benchmarks", "command", "seconds")
+# What a process writes of itself when it joins a group.
+OF_A_RANK = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 STAGES = Path(__file__).resolve().parent.parent / "peco_ds"
 
 
@@ -35,6 +37,11 @@ def launcher(name: str, ranks: int) -> list[str]:
     return [sys.executable]
 
 
+def without_ranks() -> dict[str, str]:
+    """The environment for a process that is no rank of this one's group, whose port is taken."""
+    return {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
+
+
 def call(command: list, env: dict[str, str] | None = None, timeout_s: float | None = None) -> str:
     """Run a command to its end.
 
@@ -42,6 +49,7 @@ def call(command: list, env: dict[str, str] | None = None, timeout_s: float | No
     Raises: UserError with the end of its output if it fails.
     """
     words = [str(word) for word in command]
+    env = without_ranks() if env is None else env
     done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=timeout_s)
     if done.returncode:
         raise ended(words, done.returncode, done.stdout + done.stderr)

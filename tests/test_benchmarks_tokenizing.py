@@ -49,7 +49,7 @@ def test_ratios_are_taken_round_by_round():
     [
         (["--gpu"], "--gpu: torch finds no GPU"),
         (["views.count=0"], "views.count 0: must be at least 1"),
-        (["--images", "/nowhere"], "no image"),
+        (["--images", "/nowhere"], "no such folder"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(words, told):

@@ -7,7 +7,6 @@ goes through without a stop. Both must end in the same bits.
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.gpu.parts import Part
 from benchmarks.record import markdown_table
+from benchmarks.stages import without_ranks
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RECIPE = "peco_vittiny16"
@@ -42,7 +42,7 @@ def resume(part: Part) -> None:
     settings += [f"schedule.steps={STEPS[part.small]}", "schedule.warmup_steps=3"]
     runs = {name: part.work / name for name in (WHOLE, STOPPED)}
     commands = {name: command(out, settings) for name, out in runs.items()}
-    env = os.environ | ({"DS_ACCELERATOR": "cpu"} if part.small else {})
+    env = without_ranks() | ({"DS_ACCELERATOR": "cpu"} if part.small else {})
     begun = time.monotonic()
     whole = part.processes.start(commands[WHOLE], part.logs / f"{part.name}_{WHOLE}.log", env)
     log = part.logs / f"{part.name}_{STOPPED}.log"
@@ -136,7 +136,7 @@ def tests(part: Part) -> None:
         return
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-q", "-p", "no:cacheprovider", "--no-header"]
     try:
-        code = part.processes.run([*command, *files], part.log, part.left_s(), dict(os.environ))
+        code = part.processes.run([*command, *files], part.log, part.left_s(), without_ranks())
     finally:
         lines = part.log.read_text(errors="replace").splitlines()
         counts = counts_of(lines)

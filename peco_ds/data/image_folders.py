@@ -124,8 +124,10 @@ def list_images(folder: Path, labels: str, synsets: Path | None, classes_file: P
 def image_files(folder: Path) -> list[str]:
     """The paths of all images below a folder, relative to it, as `list_images` takes them.
 
-    Raises: UserError if a folder in it cannot be read.
+    Raises: UserError if there is no such folder, or one in it cannot be read.
     """
+    if not folder.is_dir():
+        raise UserError(f"--images {folder}: no such folder; correct the path")
     return [file.path for file in _walk_or_refuse(folder).files]
 
 
