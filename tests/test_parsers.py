@@ -995,7 +995,6 @@ NOT_FROM_OUTSIDE = {
     "evaluation.features.FeatureFiles.write": "files that `create` made for it",
     "models.timm_classifier.load_timm_classifier": "a name of timm's own list",
     "runtime.rank_log._ends_cut_short": "the last byte of a log",
-    "models.weight_files._sort_metadata": "a file that it wrote a moment ago",
     "data.image_shards._opens": "whether a file can be opened; nothing of it is used",
     "data.instance_packing.Instances.write_beside": "a copy of the file that `read_coco` has read",
     "data.instance_packing.InstancesJob.members": "the text and the image that it made a moment ago",
