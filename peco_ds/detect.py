@@ -68,7 +68,7 @@ def train(args, resolved) -> int:
         weights = read_start(read_weights, cfg.init) if cfg.init.weights and not run.resumes else None
         run.record({"classes": list(images.classes), "category_ids": list(images.category_ids)})
         run.seed_weights()
-        origin = origin_of(args.out) if run.resumes else origin_from(weights, ["pyramid", "heads"] if weights else [])
+        origin = origin_of(args.out) if run.resumes else origin_from(weights, ["pyramid", "heads"])
         model = build(cfg, len(images.classes), run.world, origin)
         if weights:
             start(model, weights, cfg)

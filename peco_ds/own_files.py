@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peco_ds.errors import UserError
-from peco_ds.user_paths import check_folder_takes_files
+from peco_ds.user_paths import check_can_write
 
 MADE_BY = "made_by"
 # As `made_by` in JSON, as the software of a PNG; the tars of this package name it as their owner.
@@ -159,13 +159,8 @@ def check_output(path: Path, own: Own, option: str = "") -> None:
         option: that named the file, for messages.
     Raises: UserError if the folder is missing or takes no file, or if something stands there that is not the command's.
     """
-    place = f"{option} {path}".strip()
-    if not path.parent.is_dir():
-        raise UserError(f"{place}: no folder {path.parent}; make it, or give another file")
-    if path.is_dir():
-        raise UserError(f"{place}: is a folder; give the name of a file")
+    check_can_write(option, path)
     refuse_foreign(path, own)
-    check_folder_takes_files(path.parent, place)
 
 
 def is_same_file(one: Path, other: Path) -> bool:

@@ -46,15 +46,16 @@ def check_can_write(option: str, path: Path) -> None:
     """Found out before the work, not when its result is to be written.
 
     Args:
-        option: that names the file, for the error.
+        option: that names the file, for the error; "": none does.
         path: of a file, in a folder that exists.
     Raises: UserError if the file could not be written.
     """
+    place = f"{option} {path}".strip()
     if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder; give the name of a file")
+        raise UserError(f"{place}: is a folder; give the name of a file")
     if not path.parent.is_dir():
-        raise UserError(f"{option} {path}: no folder {path.parent}; make it, or give another file")
-    check_folder_takes_files(path.parent, f"{option} {path}".strip())
+        raise UserError(f"{place}: no folder {path.parent}; make it, or give another file")
+    check_folder_takes_files(path.parent, place)
 
 
 def check_can_make(option: str, folder: Path) -> None:
