@@ -28,21 +28,18 @@ def dry_run(args, resolved) -> int:
     from peco_ds.convert.read import read_weights
     from peco_ds.data.objects import object_sets
     from peco_ds.planner.dry_run import dry_run
-    from peco_ds.runtime.start_weights import read_start
+    from peco_ds.runtime.start_weights import lines_of_start, read_start
 
     cfg = resolved.recipe
 
     def look(manifest) -> tuple[dict, list[str]]:
         sets = {name: data_path(cfg.data, getattr(cfg.data, name)) for name in ("images", "val_images")}
-        missing = [f"{name} {path}: no such folder yet" for name, path in sets.items() if not path.exists()]
-        classes = () if missing else object_sets(sets["images"], sets["val_images"])[0].classes
-        start = "scratch: init.weights is empty"
-        if cfg.init.weights:
-            weights = read_start(read_weights, cfg.init)
-            if not cfg.detector.resample_patch:
-                check_sizes(weights, cfg.model)
-            start = f"{weights.source} ({weights.kind})"
-        return {"num_classes": len(classes) or None}, [f"starts from         {start}", *missing]
+        there = all(path.exists() for path in sets.values())
+        classes = object_sets(sets["images"], sets["val_images"])[0].classes if there else ()
+        weights = read_start(read_weights, cfg.init) if cfg.init.weights else None
+        if weights and not cfg.detector.resample_patch:
+            check_sizes(weights, cfg.model)
+        return {"num_classes": len(classes) or None}, lines_of_start(weights, sets)
 
     return dry_run(args, resolved, look)
 

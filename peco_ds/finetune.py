@@ -29,7 +29,7 @@ def dry_run(args, resolved) -> int:
     from peco_ds.data.augment import TrainCrop
     from peco_ds.data.labelled import labelled_sets
     from peco_ds.planner.dry_run import dry_run
-    from peco_ds.runtime.start_weights import read_start
+    from peco_ds.runtime.start_weights import lines_of_start, read_start
 
     cfg = resolved.recipe
 
@@ -37,15 +37,12 @@ def dry_run(args, resolved) -> int:
         TrainCrop(cfg.augment, cfg.model.image_px)
         sets = {name: data_path(cfg.data, getattr(cfg.data, name)) for name in ("images", "val_images")}
         classes = labelled_sets(sets["images"], sets["val_images"])[2] if manifest else ()
-        start = "scratch: init.weights is empty"
-        if cfg.init.weights:
-            weights = read_start(read_weights, cfg.init)
+        weights = read_start(read_weights, cfg.init) if cfg.init.weights else None
+        if weights:
             check_sizes(weights, cfg.model)
             if classes and weights.kind == "classifier" and cfg.init.head == "auto":
                 check_head(weights, classes)
-            start = f"{weights.source} ({weights.kind})"
-        missing = [f"{name} {path}: no such folder yet" for name, path in sets.items() if not path.exists()]
-        return {"num_classes": len(classes) or None}, [f"starts from         {start}", *missing]
+        return {"num_classes": len(classes) or None}, lines_of_start(weights, sets)
 
     return dry_run(args, resolved, look)
 

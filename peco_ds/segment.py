@@ -29,20 +29,17 @@ def dry_run(args, resolved) -> int:
     from peco_ds.convert.read import read_weights
     from peco_ds.data.scenes import scene_sets
     from peco_ds.planner.dry_run import dry_run
-    from peco_ds.runtime.start_weights import read_start
+    from peco_ds.runtime.start_weights import lines_of_start, read_start
 
     cfg = resolved.recipe
 
     def look(manifest) -> tuple[dict, list[str]]:
         sets = {name: data_path(cfg.data, getattr(cfg.data, name)) for name in ("images", "val_images")}
         classes = scene_sets(*sets.values())[2] if all(path.exists() for path in sets.values()) else ()
-        start = "scratch: init.weights is empty"
-        if cfg.init.weights:
-            weights = read_start(read_weights, cfg.init)
+        weights = read_start(read_weights, cfg.init) if cfg.init.weights else None
+        if weights:
             check_sizes(weights, cfg.model)
-            start = f"{weights.source} ({weights.kind})"
-        missing = [f"{name} {path}: no such folder yet" for name, path in sets.items() if not path.exists()]
-        return {"num_classes": len(classes) or None}, [f"starts from         {start}", *missing]
+        return {"num_classes": len(classes) or None}, lines_of_start(weights, sets)
 
     return dry_run(args, resolved, look)
 

@@ -45,6 +45,17 @@ def origin_of(run_folder: Path) -> dict:
     }
 
 
+def lines_of_start(weights: BeitWeights | None, sets: dict[str, Path]) -> list[str]:
+    """What a dry run says of the start, and of image sets that are not there yet.
+
+    Args:
+        sets: folder of each set by the name of its setting.
+    """
+    start = f"{weights.source} ({weights.kind})" if weights else "scratch: init.weights is empty"
+    missing = [f"{name} {path}: no such folder yet" for name, path in sets.items() if not path.exists()]
+    return [f"starts from         {start}", *missing]
+
+
 def tell_origin(origin: dict, run) -> None:
     """One line on rank 0: what this start goes on from."""
     if not run.world.is_main:
