@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peco_ds.models.attention import ALIGNMENT, attend, bias_of_positions, biased_attention, biased_attention_backward
+from peco_ds.models.attention import (
+    ALIGNMENT,
+    _sorted_places,
+    attend,
+    bias_of_positions,
+    biased_attention,
+    biased_attention_backward,
+    sum_by_position,
+    sum_sorted,
+)
 
 B, T, H, D = 3, 17, 4, 8
 
@@ -120,3 +129,14 @@ def test_the_gpu_path_asks_for_the_fused_kernels_with_shapes_and_alignment_they_
             and all(stride % ALIGNMENT == 0 for stride in seen_bias.stride()[:-1])
         )
     assert sum(batches) == images and max(batches) * heads * tokens * tokens * 2 <= attention.GPU_BYTES
+
+
+def test_sums_by_a_sorted_index_are_those_of_the_plain_sum():
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(H, T, T, generator=generator)
+    # twice, and number 7 never: what is kept of one index serves its equals, and no other one
+    for index in (torch.randint(7, (T, T), generator=generator) for _ in range(2)):
+        for same in (index, index.clone()):
+            got = sum_sorted(grad.permute(1, 2, 0).flatten(0, 1), *_sorted_places(same, 8))
+            torch.testing.assert_close(got, sum_by_position(grad, index, 8))
+            assert not got[7].any()

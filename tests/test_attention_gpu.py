@@ -4,7 +4,9 @@ import pytest
 import torch
 from attention_interpreted import drawn, formula
 
-from peco_ds.models.attention import attend, form_fault
+from timm.models.beit import gen_relative_position_index
+
+from peco_ds.models.attention import attend, form_fault, sum_by_position
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,3 +37,13 @@ def test_a_form_gives_the_formula_and_the_same_bits_twice(form, dtype, name):
     for one, other, right in zip(first, second, expected):
         assert torch.equal(one, other)
         assert (one.double() - right).abs().max() <= TOLERANCES[dtype] * right.abs().max()
+
+
+def test_the_gradient_of_a_table_is_the_cpus_and_has_the_same_bits_twice():
+    grid = 14
+    index = gen_relative_position_index((grid, grid))
+    positions = int(index.max()) + 1
+    grad = torch.randn(12, *index.shape, generator=torch.Generator().manual_seed(0))
+    first, second = (sum_by_position(grad.cuda(), index.cuda(), positions) for _ in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first.cpu(), sum_by_position(grad, index, positions))

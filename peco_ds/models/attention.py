@@ -19,6 +19,7 @@ give equal bits in every form: no sum is in the order in which threads arrive.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -265,7 +266,45 @@ def sum_by_position(grad: torch.Tensor, index: torch.Tensor, positions: int) -> 
 
     The order of the additions is fixed; a compiler's own scatter would add in the order in which the threads arrive.
     """
-    return torch.ops.aten.embedding_dense_backward(grad.permute(1, 2, 0).contiguous(), index, positions, -1, False)
+    rows = grad.permute(1, 2, 0).flatten(0, 1)
+    if grad.device.type == "cpu":
+        return torch.ops.aten.embedding_dense_backward(rows.contiguous(), index.flatten(), positions, -1, False)
+    return sum_sorted(rows, *_sorted_places(index, positions))
+
+
+def sum_sorted(rows: torch.Tensor, places: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Sums of rows [N, H] by group -> [P, H].
+
+    Args:
+        places: int64 [N], the rows of the first group, then those of the second, ...
+        counts: int64 [P], how many rows each group has; may be 0.
+    """
+    return torch.segment_reduce(rows[places], "sum", lengths=counts, axis=0, unsafe=True)
+
+
+def sorted_places(index: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places and counts of `sum_sorted` for groups of equal numbers of index; equal numbers keep their order."""
+    flat = index.flatten()
+    return torch.argsort(flat, stable=True), torch.bincount(flat, minlength=positions)
+
+
+# An index never changes, and a run has few: one for a grid. PyTorch's own backward sorts it in every layer and step.
+# An entry holds its index, so that no other one gets its address; blocks with equal indexes share the places.
+_SORTED: OrderedDict[tuple, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = OrderedDict()
+_SORTED_BYTES = 2**29
+
+
+def _sorted_places(index: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sorted_places`, made once for an index."""
+    alike = (index.shape, index.device, positions)
+    key = (*alike, index.data_ptr(), index._version)
+    if key not in _SORTED:
+        same = (made for (*other, _, _), (old, made) in _SORTED.items() if tuple(other) == alike and old.equal(index))
+        _SORTED[key] = index, next(same, None) or sorted_places(index, positions)
+        while len(_SORTED) > 1 and sum(old.nbytes for old, _ in _SORTED.values()) > _SORTED_BYTES:
+            _SORTED.popitem(last=False)
+    _SORTED.move_to_end(key)
+    return _SORTED[key][1]
 
 
 @sum_by_position.register_fake
