@@ -3,7 +3,6 @@
 import pytest
 import torch
 from attention_interpreted import drawn, formula
-
 from timm.models.beit import gen_relative_position_index
 
 from peco_ds.models.attention import attend, form_fault, sum_by_position
