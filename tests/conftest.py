@@ -100,6 +100,14 @@ def _rank_and_port_go_with_the_test():
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True)
+def _pytest_outlives_the_stages_it_runs(monkeypatch):
+    """Where a process group was joined, an entry point ends its process at once. Here that process is pytest's, and the
+    group may be one that an earlier test left.
+    """
+    monkeypatch.setattr("peco_ds.command_line.leave", sys.exit)
+
+
 _server: ForkServer | None = None
 
 
