@@ -69,6 +69,9 @@ class ConvFeatureNet(FeatureNet):
 
     def after_blocks(self, images_norm: torch.Tensor, blocks: list[int]) -> list[torch.Tensor]:
         """Maps [B, C, H, W] as [B, H * W, C]."""
+        if images_norm.is_cuda:
+            # Tensor cores take channels-last alone; otherwise every convolution changes the layout there and back.
+            images_norm = images_norm.contiguous(memory_format=torch.channels_last)
         maps = self._maps(images_norm, blocks[-1])
         return [maps[number - 1].flatten(2).transpose(1, 2) for number in blocks]
 
