@@ -23,6 +23,9 @@ if __package__ in (None, ""):
 from peco_ds.command_line import Parser, run, user_path
 from peco_ds.errors import EXIT_DONE, UserError
 
+# Kind of model -> the libraries that have it.
+TARGETS = {"backbone": ("timm", "hf", "unilm"), "segmenter": ("hf", "unilm")}
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0], epilog="exit codes: 0 done, 2 bad input (one line says what)")
@@ -93,9 +96,11 @@ def convert(args: argparse.Namespace) -> int:
     from peco_ds.convert.to_timm import to_timm
     from peco_ds.convert.to_unilm import FILE, to_unilm
     from peco_ds.convert.verify import COMPARED, LOADERS, compare, model_outputs
-    from peco_ds.runtime.run_weights import is_segmenter_run, read_run
+    from peco_ds.runtime.run_weights import read_run
 
-    if is_segmenter_run(args.source):
+    kind = kind_of_source(args.source)
+    check_target(args, kind)
+    if kind == "segmenter":
         return convert_segmenter(args)
     refuse_foreign_files(args.out, (CARD, CONFIG, FILE if args.to == "unilm" else WEIGHTS))
     weights = read_weights(
@@ -118,23 +123,54 @@ def convert(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def convert_segmenter(args: argparse.Namespace) -> int:
-    """The same of a run of segment.py; in unilm's layout nothing installed can load it, so it is not verified."""
-    from peco_ds.convert.release import write_files
-    from peco_ds.convert.segmenter_layouts import segmenter_card, segmenter_release
-    from peco_ds.convert.verify import compare, segmenter_outputs
-    from peco_ds.runtime.run_weights import read_segmenter_run
+def kind_of_source(source: Path) -> str:
+    """What is to be converted: "segmenter", or "backbone" with or without a head of its own."""
+    from peco_ds.convert.read_segmenter import is_segmenter
+    from peco_ds.runtime.run_weights import stage_of
 
-    if args.to == "timm" or args.weights == "ema":
-        asked = "--to timm: timm has no segmenter" if args.to == "timm" else "--weights ema: a segmenter keeps none"
-        raise UserError(f"{args.source}: a run of segment.py and {asked}; give --to hf or --to unilm, and raw weights")
-    weights = read_segmenter_run(args.source)
+    stage = stage_of(source)
+    return "segmenter" if stage == "segment" or (stage is None and is_segmenter(source)) else "backbone"
+
+
+def check_target(args: argparse.Namespace, kind: str) -> None:
+    """Raises: UserError if the library has no model of this kind."""
+    if args.to in TARGETS[kind]:
+        return
+    theirs = " or ".join(f"--to {target}" for target in TARGETS[kind])
+    raise UserError(f"{args.source}: a {kind}, and {args.to} has none as it is made here; give {theirs}")
+
+
+def convert_segmenter(args: argparse.Namespace) -> int:
+    """The same of a run of segment.py, or of a segmenter's release or file. In unilm's layout nothing installed can
+    load it: the written file is read again, and holds the same tensors.
+    """
+    from peco_ds.convert.read_segmenter import read_stated, read_weights_or_segmenter
+    from peco_ds.convert.release import CARD, CONFIG, WEIGHTS, refuse_foreign_files, write_files
+    from peco_ds.convert.segmenter_layouts import segmenter_card, segmenter_release
+    from peco_ds.convert.to_unilm import FILE
+    from peco_ds.convert.verify import compare, refuse_other_tensors, segmenter_outputs
+    from peco_ds.models.segmenter_weights import SegmenterWeights
+    from peco_ds.runtime.dense_weights import read_run_or_segmenter
+
+    refuse_foreign_files(args.out, (CARD, CONFIG, FILE if args.to == "unilm" else WEIGHTS))
+    weights = read_weights_or_segmenter(
+        args.source,
+        layout=args.layout,
+        average=args.weights,
+        statistics=args.statistics,
+        read_run=read_run_or_segmenter,
+    )
+    assert isinstance(weights, SegmenterWeights), args.source
     release = segmenter_release(weights, args.to)
+    expected = segmenter_outputs(weights) if args.verify else None
     write_files(args.out, release, segmenter_card(release, weights))
     compared = "not verified"
-    if args.verify and args.to == "hf":
-        difference = compare(args.out, release.library, segmenter_outputs(weights))
+    if expected is not None and args.to == "hf":
+        difference = compare(args.out, release.library, expected)
         compared = f"logits in transformers equal our own model's to {difference:.1e}"
+    elif args.verify:
+        refuse_other_tensors(args.out, read_stated(args.out)[0], weights)
+        compared = f"{FILE} read again holds the same {len(weights.tensors)} tensors"
     sys.stdout.write(f"{args.out}: {weights.source}; {compared}\n")
     return EXIT_DONE
 

@@ -26,17 +26,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args, resolved) -> int:
     from peco_ds.convert.initialize import check_sizes
-    from peco_ds.convert.read import read_weights
+    from peco_ds.convert.read_segmenter import read_weights_or_segmenter
     from peco_ds.data.scenes import scene_sets
     from peco_ds.planner.dry_run import dry_run
-    from peco_ds.runtime.start_weights import lines_of_start, read_start
+    from peco_ds.runtime.dense_weights import read_segmenter_start
+    from peco_ds.runtime.start_weights import lines_of_start
 
     cfg = resolved.recipe
 
     def look(manifest) -> tuple[dict, list[str]]:
         sets = {name: data_path(cfg.data, getattr(cfg.data, name)) for name in ("images", "val_images")}
         classes = scene_sets(*sets.values())[2] if all(path.exists() for path in sets.values()) else ()
-        weights = read_start(read_weights, cfg.init) if cfg.init.weights else None
+        weights = read_segmenter_start(read_weights_or_segmenter, cfg.init) if cfg.init.weights else None
         if weights:
             check_sizes(weights, cfg.model)
         return {"num_classes": len(classes) or None}, lines_of_start(weights, sets)
@@ -45,17 +46,18 @@ def dry_run(args, resolved) -> int:
 
 
 def train(args, resolved) -> int:
-    from peco_ds.convert.initialize import start_backbone
-    from peco_ds.convert.read import read_weights
+    from peco_ds.convert.read_segmenter import read_weights_or_segmenter
+    from peco_ds.convert.start_segmenter import BRANCHES, HEADS, start_segmenter
     from peco_ds.data.scenes import scene_batches, scene_sets
     from peco_ds.models.dense_backbone import DenseBlock
     from peco_ds.models.segmenter import build_segmenter
     from peco_ds.objectives.pixel_loss import segmentation_loss
     from peco_ds.planner.mfu import training_flops
+    from peco_ds.runtime.dense_weights import read_segmenter_start
     from peco_ds.runtime.optim import layer_scales
     from peco_ds.runtime.run import START_UP, Run
     from peco_ds.runtime.run_folder import refuse_foreign_folder
-    from peco_ds.runtime.start_weights import origin_from, origin_of, read_start, tell_origin
+    from peco_ds.runtime.start_weights import origin_from, origin_of, tell_origin
 
     START_UP.ends("imports")
     cfg, settings = resolved.recipe, resolved.recipe.segmenter
@@ -65,7 +67,8 @@ def train(args, resolved) -> int:
     )
     with Run.start(args, resolved, "segment", images) as run:
         check_statistics_batch(cfg, run.world.size)
-        weights = read_start(read_weights, cfg.init) if cfg.init.weights and not run.resumes else None
+        starts = cfg.init.weights and not run.resumes
+        weights = read_segmenter_start(read_weights_or_segmenter, cfg.init) if starts else None
         run.record({"classes": list(classes)})
         run.seed_weights()
         model = build_segmenter(
@@ -75,9 +78,7 @@ def train(args, resolved) -> int:
             activation_checkpointing=cfg.run.activation_checkpointing,
             all_reduce=run.world.all_reduce,
         )
-        if weights:
-            start_backbone(model.backbone, weights, cfg.model)
-        fresh = ["branches", "heads"]
+        fresh = start_segmenter(model, weights, cfg, classes) if weights else [BRANCHES, HEADS]
         origin = origin_of(args.out) if run.resumes else origin_from(weights, fresh)
         # Otherwise every rank of a node keeps a copy on the host for the whole run.
         del weights

@@ -37,9 +37,22 @@ from safetensors.torch import save_file
 from vqkd_samples import released_layout
 
 from peco_ds import run_status
-from peco_ds.config import FinetuneRecipe, ModelSettings, PretrainRecipe, TokenizerSettings, TokenizerVitSettings
+from peco_ds.config import (
+    FinetuneRecipe,
+    ModelSettings,
+    PretrainRecipe,
+    SegmenterSettings,
+    TokenizerSettings,
+    TokenizerVitSettings,
+)
 from peco_ds.convert.read import read_weights
-from peco_ds.convert.release import refuse_foreign_files, write_release
+from peco_ds.convert.read_segmenter import (
+    is_segmenter,
+    read_segmenter,
+    told_by_mmcv_config,
+)
+from peco_ds.convert.release import refuse_foreign_files, write_files, write_release
+from peco_ds.convert.segmenter_layouts import segmenter_card, segmenter_release
 from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.convert.to_unilm import to_unilm
@@ -64,6 +77,8 @@ from peco_ds.import_judge import refuse_occupied
 from peco_ds.models.feature_nets import load_feature_net
 from peco_ds.models.packaged_networks import NETWORKS
 from peco_ds.models.published_tokenizers import read_published
+from peco_ds.models.segmenter import build_segmenter
+from peco_ds.models.segmenter_weights import SegmenterWeights
 from peco_ds.models.timm_classifier import is_foreign_release, load_timm_release
 from peco_ds.models.tokenizers import build_tokenizer, load_tokenizer, refuse_foreign_release, save_tokenizer
 from peco_ds.models.torchscript_files import read_torchscript
@@ -281,6 +296,20 @@ def tensors_of(name: str, **options) -> Callable[[Path], None]:
 def release_of(convert) -> Callable[[Path], None]:
     weights = sample("classifier", SMALL, classes=("cat", "dog", "cow", "ape", "fox", "hen", "bee"))
     return lambda folder: write_release(folder, convert(weights), weights)
+
+
+def segmenter(to: str) -> Callable[[Path], None]:
+    """A segmenter's release; as small as may be, so that a change falls on what is not numbers."""
+
+    def make(folder: Path) -> None:
+        model = ModelSettings(image_px=32, patch_px=16, width=6, depth=4, heads=3, mlp_ratio=1, drop_path=0.0)
+        settings = SegmenterSettings(taps=(0, 1, 2, 3), head_width=2, auxiliary_width=2)
+        tensors = build_segmenter(model, settings, 2).state_dict()
+        weights = SegmenterWeights(model, settings, tensors, "a toy", classes=("cat", "dog"))
+        release = segmenter_release(weights, to)
+        write_files(folder, release, segmenter_card(release, weights))
+
+    return make
 
 
 def tokenizer(folder: Path) -> None:
@@ -755,6 +784,17 @@ PARSERS = {
     "timm's config": Parser(release_of(to_timm), "config.json", read_weights, examples=60),
     "transformers' config": Parser(release_of(to_hf), "config.json", read_weights, examples=60),
     "transformers' preprocessor": Parser(release_of(to_hf), "preprocessor_config.json", read_weights, examples=60),
+    "a segmenter's file": Parser(segmenter("unilm"), "model.pth", lambda f: read_segmenter(f / "model.pth")),
+    "unilm's config of a segmenter": Parser(
+        segmenter("unilm"), "config.json", lambda f: is_segmenter(f) and read_segmenter(f)
+    ),
+    "transformers' config of a segmenter": Parser(segmenter("hf"), "config.json", read_segmenter, examples=60),
+    "mmcv's text of a config": Parser(
+        text("x", "out_indices=[3, 5]\nmean=[1, 2, 3]\nauxiliary_head = dict(loss_weight=0.4)"),
+        "x",
+        lambda f: told_by_mmcv_config((f / "x").read_bytes().decode("latin-1")),
+        (),
+    ),
     "unilm's config": Parser(release_of(to_unilm), "config.json", read_weights, examples=60),
     "a release that stands where another shall": Parser(
         release_of(to_timm), "config.json", over_a_release, examples=20

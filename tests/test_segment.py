@@ -6,15 +6,17 @@ import beit_samples
 import pytest
 import torch
 from conftest import REPOSITORY, run_stage
-from scene_samples import make_scenes
+from scene_samples import CLASSES, make_scenes
 
-from peco_ds import segment
+from peco_ds import convert_checkpoint, segment
+from peco_ds.convert.read_segmenter import read_segmenter
 from peco_ds.convert.release import write_release
 from peco_ds.convert.to_timm import to_timm
 from peco_ds.errors import UserError
 from peco_ds.runtime.checkpoint.consolidate import fp32_weights
 from peco_ds.runtime.checkpoint.files import newest_whole
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
+from peco_ds.runtime.run_folder import read_provenance
 
 STAGES = (0, 1, 2, 3)
 HALF = ["model.drop_path=0.3", "segmenter.dropout=0.1", "checkpoint.every_steps=2", "evaluation.every_steps=3"]
@@ -50,6 +52,7 @@ def runs(scenes, tmp_path_factory):
     add(2, "whole", *HALF)
     add(2, "half", *HALF, "schedule.stop_at_step=3")
     add(2, "rest", *HALF, folder_name="half")
+    add(1, "goes_on", f"init.weights={folder / 'zero1_1'}", "run.micro_batch=4", "schedule.steps=2", zero=1)
     add(3, "three", "run.global_batch=6", "schedule.steps=2", "evaluation.batch=1")
     for ranks, of_ranks in cases.items():
         listing = folder / f"cases_{ranks}.json"
@@ -103,6 +106,22 @@ def test_every_held_out_scene_is_counted_once_on_one_two_and_three_ranks(runs, n
 def test_miou_does_not_depend_on_the_ranks(runs):
     one, two = (read_evaluation(runs / name)[-1] for name in ("zero3_1", "zero3_2"))
     assert one["miou"] == pytest.approx(two["miou"], abs=0.5) and one["aacc"] == pytest.approx(two["aacc"], abs=0.5)
+
+
+def test_a_run_starts_from_a_whole_segmenter_where_that_one_ended(runs):
+    assert read_provenance(runs / "goes_on")["fresh"] == []
+    assert losses(runs / "goes_on")[0] < losses(runs / "zero1_1")[0]
+
+
+def test_a_run_is_released_with_the_tensors_of_its_last_checkpoint(runs, tmp_path):
+    out = tmp_path / "unilm"
+    assert convert_checkpoint.main([str(runs / "zero3_2"), "--to", "unilm", "--out", str(out)]) == 0
+    found, trained = read_segmenter(out), tensors(runs / "zero3_2")
+    assert found.classes == CLASSES and found.segmenter.taps == (0, 1, 2, 3) and found.tensors.keys() == trained.keys()
+    assert all(torch.equal(found.tensors[name].float(), trained[name].float()) for name in trained)
+    words = "a segmenter, and timm has none as it is made here; give --to hf or --to unilm"
+    with pytest.raises(UserError, match=words):
+        convert_checkpoint.main([str(runs / "zero3_2"), "--to", "timm", "--out", str(tmp_path / "timm")])
 
 
 @pytest.mark.parametrize("zero", (1, 2, 3))

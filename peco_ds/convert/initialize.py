@@ -17,6 +17,7 @@ from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import PLACES, SHARED_TABLE, TABLE, BeitWeights
 from peco_ds.models.classifier import Classifier, build_classifier
 from peco_ds.models.dense_backbone import DenseBackbone
+from peco_ds.models.segmenter_weights import SegmenterWeights
 from peco_ds.models.vit import timm_arguments
 from peco_ds.models.window_backbone import WindowBackbone, WindowBlock
 
@@ -197,7 +198,7 @@ def check_classes(
     logger.warning("%s; they are taken for two spellings of the same classes, in the same order", differs)
 
 
-def check_sizes(weights: BeitWeights, settings: ModelSettings) -> None:
+def check_sizes(weights: BeitWeights | SegmenterWeights, settings: ModelSettings) -> None:
     """Raises: UserError naming the sizes in which the weights and the recipe's model differ; image size may."""
     names = [
         name

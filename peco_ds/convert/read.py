@@ -45,7 +45,7 @@ DIVERGED = (
     "the training that wrote it had diverged, or the file is damaged: give an earlier checkpoint, or fetch it again"
 )
 # Keys under which training scripts put the weights into their checkpoint; a moving average is asked for by name.
-_CONTAINERS = ("model", "module", "state_dict")
+CONTAINERS = ("model", "module", "state_dict")
 # Keys of unilm and of timm's training script.
 _AVERAGES = ("model_ema", "state_dict_ema")
 _BRANCH_V2 = ("cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head.")
@@ -110,7 +110,7 @@ def _read(
 def _read_file(path: Path, layout: Layout, average: Average, statistics: Asked) -> BeitWeights:
     content = read_tensor_file(path)
     tensors, averaged = _tensors_of_file(content, path, average)
-    where = _named(path, path.name) + (", moving average" if averaged else "")
+    where = named(path, path.name) + (", moving average" if averaged else "")
     beside: dict = {"arguments": content.get("args"), "path": path}
     if layout == "hf" or has_hf_names(tensors):
         return _with_statistics(_checked(from_hf(tensors, where), where), statistics, None, **beside)
@@ -142,7 +142,7 @@ def _layout_of(path: Path, wanted: Layout) -> Layout:
         if wanted == "run":
             raise UserError(f"{path}: a file, not a run folder; give the --out folder of a training run")
         return wanted
-    config = _json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    config = json_of(path / CONFIG) if (path / CONFIG).is_file() else {}
     found: Layout
     if any((path / name).is_file() for name in _RUN_FILES):
         found = "run"
@@ -152,6 +152,8 @@ def _layout_of(path: Path, wanted: Layout) -> Layout:
         found = "timm"
     elif config.get("model_type") == "beit":
         found = "hf"
+    elif config.get("model_type") == "upernet" or config.get("layout") == f"{to_unilm.LAYOUT}_segmentation":
+        raise UserError(f"{path}: a segmenter, which segment.py starts from; give the BEiT that it was fine-tuned from")
     elif "model_type" in config:
         raise UserError(f"{path}: a {config['model_type']} of transformers; this reads BEiT (model_type beit)")
     elif config:
@@ -176,26 +178,26 @@ _Folder = tuple[BeitWeights, tuple[tuple[float, ...], tuple[float, ...]] | None]
 
 
 def _from_timm_folder(folder: Path) -> _Folder:
-    config = _json(folder / CONFIG)
-    file = _weights_file(folder)
+    config = json_of(folder / CONFIG)
+    file = weights_file(folder)
     head = read_tensor_file(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else {}
-    where = _named(file, f"{folder.name}/{file.name}")
+    where = named(file, f"{folder.name}/{file.name}")
     stated = _checked_statements(lambda: _preprocessing_of_timm(config), where)
-    tensors = tensors_of_checkpoint(read_tensor_file(file), _CONTAINERS)
+    tensors = tensors_of_checkpoint(read_tensor_file(file), CONTAINERS)
     statistics = _statistics_in(stated)
     return _checked(from_timm(from_unilm(tensors), head, where), where, **stated), statistics
 
 
 def _from_hf_folder(folder: Path) -> _Folder:
-    config = _json(folder / CONFIG)
-    file = _weights_file(folder)
-    where = _named(file, f"{folder.name}/{file.name}")
+    config = json_of(folder / CONFIG)
+    file = weights_file(folder)
+    where = named(file, f"{folder.name}/{file.name}")
     to_hf.check_config(config, where)
     preprocessor = folder / to_hf.PREPROCESSOR
-    processing = _json(preprocessor) if preprocessor.is_file() else {}
+    processing = json_of(preprocessor) if preprocessor.is_file() else {}
     stated = _checked_statements(lambda: to_hf.preprocessing_of(processing, config), where)
     statistics = _statistics_in(stated)
-    tensors = from_hf(tensors_of_checkpoint(read_tensor_file(file), _CONTAINERS), where)
+    tensors = from_hf(tensors_of_checkpoint(read_tensor_file(file), CONTAINERS), where)
     heads = config.get("num_attention_heads", 12)
     if type(heads) is not int or heads < 1:
         raise UserError(f"{where}: num_attention_heads is {short(heads)} in its {CONFIG}; fetch the folder again")
@@ -214,11 +216,11 @@ def _from_hf_folder(folder: Path) -> _Folder:
 
 def _from_unilm_folder(folder: Path) -> _Folder:
     file = folder / to_unilm.FILE
-    where = _named(file, f"{folder.name}/{file.name}")
-    config = _json(folder / CONFIG)
+    where = named(file, f"{folder.name}/{file.name}")
+    config = json_of(folder / CONFIG)
     stated = _checked_statements(lambda: to_unilm.preprocessing_of(config), where)
     statistics = _statistics_in(stated)
-    tensors = from_unilm(tensors_of_checkpoint(read_tensor_file(file), _CONTAINERS))
+    tensors = from_unilm(tensors_of_checkpoint(read_tensor_file(file), CONTAINERS))
     return _checked(tensors, where, **stated), statistics
 
 
@@ -271,7 +273,7 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _weights_file(folder: Path) -> Path:
+def weights_file(folder: Path) -> Path:
     for name in (WEIGHTS, _PICKLED):
         if (folder / name).is_file():
             return folder / name
@@ -284,11 +286,11 @@ def _tensors_of_file(content: dict, path: Path, average: Average) -> tuple[dict[
     if average == "ema" and average_of is None:
         raise UserError(f"{path}: holds no moving average ({', '.join(_AVERAGES)}); take the raw weights")
     if average_of is None or average == "raw":
-        return from_unilm(tensors_of_checkpoint(content, _CONTAINERS)), False
-    return from_unilm(tensors_of_checkpoint(average_of, _CONTAINERS)), True
+        return from_unilm(tensors_of_checkpoint(content, CONTAINERS)), False
+    return from_unilm(tensors_of_checkpoint(average_of, CONTAINERS)), True
 
 
-def _json(path: Path) -> dict:
+def json_of(path: Path) -> dict:
     try:
         value = read_json(path)
     except ValueError as error:
@@ -300,7 +302,7 @@ def _json(path: Path) -> dict:
     return value
 
 
-def _named(file: Path, name: str) -> str:
+def named(file: Path, name: str) -> str:
     """The file's name with its hash, for messages and cards; a missing file is refused by its reader."""
     return f"{name} (sha256 {sha256_of_file(file)[:12]})" if file.is_file() else name
 
@@ -316,13 +318,8 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, *, heads: int | None 
         stated: fields of `BeitWeights` that a config states.
     """
     _refuse_other_backbones(tensors, where)
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.numel():
-            raise UserError(
-                f"{where}: tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, no weights; fetch "
-                "the file again"
-            )
-    for name in ("head.weight", "lm_head.weight", "blocks.0.mlp.fc1.weight"):
+    _refuse_odd_tensors(tensors, where)
+    for name in ("head.weight", "lm_head.weight"):
         if name in tensors and tensors[name].ndim != 2:
             raise UserError(
                 f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, a linear layer's has two "
@@ -344,18 +341,8 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, *, heads: int | None 
         if "head.weight" in tensors
         else "features"
     )
-    stand_ins = _stand_ins(tensors, kind, where, heads)
-    if stand_ins:
-        parts = [("bias tables of zeros", "table"), ("layer scales of ones", "gamma")]
-        words = " and ".join(what for what, part in parts if any(part in name for name in stand_ins))
-        facts["added"] = f"{words}, which the weights lack; with them the backbone here computes the same"
-        logger.info("%s: %s", where, facts["added"])
-        tensors = tensors | stand_ins
-    settings = _settings_of(tensors, where)
-    if kind == "classifier" and SHARED_TABLE in tensors and TABLE.format(0) not in tensors:
-        shared = tensors.pop(SHARED_TABLE)
-        tensors |= {TABLE.format(block): shared.clone() for block in range(settings.depth)}
-        facts["bias tables"] = "one for all blocks in the file, copied into every block"
+    tensors, settings, more = with_stand_ins(tensors, kind, where, heads)
+    facts |= more
     _check_shapes(tensors, kind, settings, where)
     stated.setdefault("crop", default_crop(settings.image_px))
     weights = BeitWeights(kind, settings, tensors, where, facts=facts, **stated)
@@ -365,6 +352,51 @@ def _checked(tensors: dict[str, torch.Tensor], where: str, *, heads: int | None 
             f"{weights.num_classes}; correct the folder"
         )
     return weights
+
+
+def with_stand_ins(
+    tensors: dict[str, torch.Tensor], kind: str, where: str, heads: int | None = None
+) -> tuple[dict[str, torch.Tensor], ModelSettings, dict[str, str]]:
+    """A backbone's tensors with what its file lacks and the network here has, its settings, and what a card says of it.
+
+    Args:
+        tensors: by canonical names.
+        kind: of `BeitWeights`; a classifier's blocks each have a bias table.
+        heads: as of `_checked`.
+    Raises: UserError if the tensors are those of no BEiT.
+    """
+    _refuse_other_backbones(tensors, where)
+    _refuse_odd_tensors(tensors, where)
+    facts = {}
+    stand_ins = _stand_ins(tensors, kind, where, heads)
+    if stand_ins:
+        parts = [("bias tables of zeros", "table"), ("layer scales of ones", "gamma")]
+        words = " and ".join(what for what, part in parts if any(part in name for name in stand_ins))
+        facts["added"] = f"{words}, which the weights lack; with them the backbone here computes the same"
+        logger.info("%s: %s", where, facts["added"])
+        tensors = tensors | stand_ins
+    settings = _settings_of(tensors, where)
+    if kind == "classifier" and SHARED_TABLE in tensors and TABLE.format(0) not in tensors:
+        tensors = dict(tensors)
+        shared = tensors.pop(SHARED_TABLE)
+        tensors |= {TABLE.format(block): shared.clone() for block in range(settings.depth)}
+        facts["bias tables"] = "one for all blocks in the file, copied into every block"
+    return tensors, settings, facts
+
+
+def _refuse_odd_tensors(tensors: dict[str, torch.Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            raise UserError(
+                f"{where}: tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, no weights; fetch "
+                "the file again"
+            )
+    name = "blocks.0.mlp.fc1.weight"
+    if name in tensors and tensors[name].ndim != 2:
+        raise UserError(
+            f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, a linear layer's has two "
+            "numbers; fetch the file again"
+        )
 
 
 def _refuse_other_backbones(tensors: dict[str, torch.Tensor], where: str) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,12 +35,17 @@ class Release:
 
     # The library's name in the front matter of a model card, as model hubs spell it.
     library: str
-    # File name -> tensors: .safetensors, or .pth, which holds them under "model".
+    # File name -> tensors: .safetensors, or .pth, which holds them under `container`.
     tensors: dict[str, dict[str, torch.Tensor]]
     # File name -> JSON; config.json is among them.
     configs: dict[str, dict]
     # Markdown: how to load it, and what each file is for.
     usage: str
+    container: str = "model"
+    # What a .pth holds beside its tensors: plain numbers, texts and lists.
+    pickled: dict = field(default_factory=dict)
+    # File name -> text.
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 def write_release(out: Path, release: Release, weights: BeitWeights) -> None:
@@ -57,7 +62,7 @@ def write_files(out: Path, release: Release, card: str) -> None:
     Raises: UserError if the folder holds a file of a release of another kind, which a reader would take along, or one
         that no release of ours wrote, or a tensor is not finite; OSError that names the file.
     """
-    names = {CARD, *release.tensors, *release.configs}
+    names = {CARD, *release.tensors, *release.configs, *release.texts}
     for name, tensors in release.tensors.items():
         check_finite(tensors, f"no release in {out}: {name}", "give the weights of an earlier checkpoint")
     _refuse_other_release(out, release)
@@ -73,8 +78,10 @@ def write_files(out: Path, release: Release, card: str) -> None:
 
             for name in sorted(release.configs, key=lambda name: name != CONFIG):
                 draft(name).write_text(json_text(release.configs[name]), encoding="utf-8")
+            for name, text in release.texts.items():
+                draft(name).write_text(text, encoding="utf-8")
             for name, tensors in release.tensors.items():
-                _write_tensors(draft(name), tensors, safe=name.endswith(".safetensors"))
+                _write_tensors(draft(name), tensors, release, safe=name.endswith(".safetensors"))
             draft(CARD).write_text(card + _record(names), encoding="utf-8", errors="backslashreplace")
             refuse_foreign_files(out, names)
             (out / CONFIG).unlink(missing_ok=True)
@@ -129,12 +136,13 @@ def _recorded_files(card: Path) -> frozenset[str]:
     return frozenset({CARD, CONFIG, *_WEIGHTS_OF_ANY}) if any(words in text for words in _WORDS_OF_OLD) else frozenset()
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], *, safe: bool) -> None:
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], release: Release, *, safe: bool) -> None:
     if safe:
         save_tensors(tensors, path)
         return
     with open(path, "wb") as file:
-        save_pickle({"model": {key: _alone(tensor) for key, tensor in tensors.items()}}, file)
+        held = {key: _alone(tensor) for key, tensor in tensors.items()}
+        save_pickle({**release.pickled, release.container: held}, file)
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

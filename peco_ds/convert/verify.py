@@ -168,6 +168,13 @@ def segmenter_outputs(weights: SegmenterWeights) -> ModelOutputs:
     return ModelOutputs("classifier", images, unmasked, {"logits": logits.numpy()})
 
 
+def refuse_other_tensors(release: Path, found: SegmenterWeights, expected: SegmenterWeights) -> None:
+    """Raises: UserError if a release that was read again does not hold what was written, bit for bit."""
+    same = found.tensors.keys() == expected.tensors.keys() and found.segmenter.taps == expected.segmenter.taps
+    if not same or any(not torch.equal(found.tensors[name], expected.tensors[name]) for name in expected.tensors):
+        raise UserError(f"{release}: read again, it is not what was written; do not publish it, convert again")
+
+
 def _assembled(build: Callable[[], nn.Module], tensors: dict[str, torch.Tensor]) -> nn.Module:
     """A model around the tensors: no initialisation, no second copy of a large backbone."""
     with torch.device("meta"):

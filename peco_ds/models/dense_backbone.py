@@ -86,13 +86,13 @@ def build_dense_backbone(
     """A freshly initialised backbone without norm and head.
 
     Args:
-        taps: blocks whose outputs are returned, from 0, rising; the last one is the last block, since a later one would
-            learn nothing.
+        taps: blocks whose outputs are returned, from 0, rising. In a recipe the last one is the last block, since a
+            later one would learn nothing.
         table_grid: patches a side of the square that the bias tables are for; None: that of settings.image_px.
         activation_checkpointing: of each block in the backward pass.
     Source: BEiT (arXiv 2106.08254), released `semantic_segmentation/backbone/beit.py`: no final norm, none on a tap.
     """
-    assert list(taps) == sorted(set(taps)) and taps[-1] == settings.depth - 1, (taps, settings.depth)
+    assert list(taps) == sorted(set(taps)) and taps[-1] < settings.depth, (taps, settings.depth)
     model = DenseBackbone(**timm_arguments(settings, shared_bias=False) | {"depth": 0})
     model.norm = nn.Identity()
     model.patch_embed.strict_img_size = False

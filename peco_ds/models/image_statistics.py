@@ -55,6 +55,9 @@ _RELEASED: tuple[tuple[re.Pattern, str, _Pair], ...] = tuple(
     for pattern, who, pair in (
         (rf"beitv2_{_SIZE}_patch16_\d+", "BEiT v2", IMAGENET),
         (rf"beitv2_{_SIZE}_3rdparty", "BEiT v2", IMAGENET),
+        # The released segmentation code takes ImageNet's, whatever pre-training saw.
+        (rf"(upernet_)?beit_{_SIZE}_[a-z0-9_]*ade20k", "BEiT on ADE20K", IMAGENET),
+        (rf"upernet_beit_{_SIZE}_", "BEiT on ADE20K", IMAGENET),
         (rf"beit_{_SIZE}_patch16_\d+_pt1k", "BEiT on ImageNet-1K", IMAGENET),
         (rf"beit_{_SIZE}_patch16_\d+_pt22k", "BEiT on ImageNet-22K", HALF),
         (rf"beit_{_SIZE}_(finetuned_ade|3rdparty)", "BEiT on ImageNet-22K", HALF),
@@ -153,7 +156,7 @@ def statistics_of_arguments(arguments: object) -> ImageStatistics | None:
     flag = arguments.get("imagenet_default_mean_and_std")
     if isinstance(flag, bool):
         return ImageStatistics(*(IMAGENET if flag else HALF), f"as its imagenet_default_mean_and_std={flag} tells")
-    mean, std = _three(arguments.get("mean")), _three(arguments.get("std"))
+    mean, std = three_numbers(arguments.get("mean")), three_numbers(arguments.get("std"))
     if mean is not None and std is not None and min(std) > 0:
         return ImageStatistics(mean, std, "as the arguments of its training tell")
     family = next((family for name, family in _ARGUMENTS_OF.items() if name in arguments), None)
@@ -192,7 +195,7 @@ def stated_in(config: dict) -> _Pair | None:
     """What timm's config.json states; None: not both, or not as three numbers each."""
     inner = config.get("pretrained_cfg")
     cfg = inner if isinstance(inner, dict) else config
-    mean, std = _three(cfg.get("mean")), _three(cfg.get("std"))
+    mean, std = three_numbers(cfg.get("mean")), three_numbers(cfg.get("std"))
     return None if mean is None or std is None else (mean, std)
 
 
@@ -212,7 +215,8 @@ def _names_of(path: Path) -> list[str]:
     return [path.name, *hub, *folder]
 
 
-def _three(value: object) -> tuple[float, ...] | None:
+def three_numbers(value: object) -> tuple[float, ...] | None:
+    """A mean or standard deviation of images in [0, 1], one number a colour; None: it is none."""
     if not isinstance(value, (list, tuple)) or len(value) != 3:
         return None
     fits = all(

@@ -27,6 +27,8 @@ class SegmenterWeights:
     std: tuple[float, ...] = IMAGENET_STD
     # For the model card: name -> text.
     facts: dict = field(default_factory=dict)
+    # As that of `BeitWeights`, in what a dry run says.
+    kind = "segmenter"
 
     @property
     def num_classes(self) -> int:

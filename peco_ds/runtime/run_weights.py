@@ -83,9 +83,9 @@ def read_run(path: Path, average: Average = "auto") -> BeitWeights:
     return BeitWeights(kind, recipe.model, kept, source, facts=facts)
 
 
-def is_segmenter_run(path: Path) -> bool:
-    """Whether a path is the folder of a run of segment.py, or of one of its checkpoints."""
-    return (path / SETTINGS).is_file() and read_settings(path)["stage"] == "segment"
+def stage_of(path: Path) -> str | None:
+    """The stage of the run whose folder, or one of whose checkpoints, a path is; None: it is none of these."""
+    return read_settings(path)["stage"] if (path / SETTINGS).is_file() else None
 
 
 def read_segmenter_run(path: Path) -> SegmenterWeights:

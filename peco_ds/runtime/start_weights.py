@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peco_ds.config import InitSettings
 from peco_ds.models.beit_weights import BeitWeights
+from peco_ds.models.segmenter_weights import SegmenterWeights
 from peco_ds.runtime.run_folder import read_provenance
 from peco_ds.runtime.run_weights import read_run
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
@@ -23,7 +24,7 @@ def read_start(read_weights: Callable[..., BeitWeights], init: InitSettings) -> 
     return read_weights(init.weights, average=init.average, statistics=init.statistics, read_run=read_run)
 
 
-def origin_from(weights: BeitWeights | None, fresh: list[str]) -> dict:
+def origin_from(weights: BeitWeights | SegmenterWeights | None, fresh: list[str]) -> dict:
     """What a run folder records of its start."""
     if weights is None:
         return {"init": "scratch", "init_facts": {}, "fresh": [], "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
@@ -45,7 +46,7 @@ def origin_of(run_folder: Path) -> dict:
     }
 
 
-def lines_of_start(weights: BeitWeights | None, sets: dict[str, Path]) -> list[str]:
+def lines_of_start(weights: BeitWeights | SegmenterWeights | None, sets: dict[str, Path]) -> list[str]:
     """What a dry run says of the start, and of image sets that are not there yet.
 
     Args:
