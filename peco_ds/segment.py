@@ -63,7 +63,7 @@ def train(args, resolved) -> int:
     images, held_out, classes = scene_sets(
         *(data_path(cfg.data, path) for path in (cfg.data.images, cfg.data.val_images))
     )
-    with Run.start(args, resolved, "segment", images) as run:
+    with Run.start(args, resolved, "segment", images, held_out) as run:
         check_statistics_batch(cfg, run.world.size)
         weights = read_start(read_weights, cfg.init) if cfg.init.weights and not run.resumes else None
         run.record({"classes": list(classes)})

@@ -516,8 +516,7 @@ class ShardSet:
         if found_bytes != shard.bytes:
             fault = "cut short" if found_bytes < shard.bytes else "changed"
             raise UserError(
-                f"{tar_path}: shard is {fault}: {found_bytes} bytes, the manifest says {shard.bytes}; copy or "
-                "make it again"
+                f"{tar_path}: shard is {fault}: {found_bytes} bytes, the manifest says {shard.bytes}; {_remedy(shard)}"
             )
         _existing_status(index_path, "index")
         # Its owner may have made it anew, of the same size. (A set of our own may be a copy, of any time.)
@@ -526,8 +525,7 @@ class ShardSet:
             for path, sha256 in ((index_path, shard.index_sha256), (tar_path, shard.sha256)):
                 if sha256_of_file(path) != sha256:
                     raise UserError(
-                        f"{path}: changed since the set was made (sha256 differs from the manifest's); copy or "
-                        "make it again"
+                        f"{path}: changed since the set was made (sha256 differs from the manifest's); {_remedy(shard)}"
                     )
 
     def _paths(self, shard: Shard) -> tuple[Path, Path]:
@@ -545,6 +543,12 @@ class ShardSet:
                 "again or copy it whole"
             )
         return tar
+
+
+def _remedy(shard: Shard) -> str:
+    if not shard.path:
+        return "copy or make it again"
+    return "put the old one back, or index the tars again (pack_images.py --index_tars)"
 
 
 def _shard_set(folder: Path, manifest: ImageManifest | TokenManifest, max_open: int) -> ShardSet:
