@@ -22,8 +22,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from peco_ds.data.left_out import HIDDEN, file_of_a_system, folder_of_a_system
 from peco_ds.errors import UserError
 from peco_ds.schema import (
@@ -443,6 +441,9 @@ class ShardSet:
     """
 
     def __init__(self, folder: str | Path, manifest: ImageManifest | TokenManifest, *, max_open: int = 64) -> None:
+        # Not needed to index a tar, and a fifth of what `pack_images.py --help` would wait for.
+        import numpy as np
+
         self.folder, self.manifest, self._max_open = Path(folder), manifest, max_open
         self.shard_sizes = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
         self._ends = np.cumsum(self.shard_sizes).tolist()
