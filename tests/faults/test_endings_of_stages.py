@@ -9,8 +9,10 @@ import endings
 import pytest
 from conftest import fork_server
 
+from peco_ds.data.indexed_tar import index_name
 from peco_ds.errors import EXIT_BAD_INPUT
 from peco_ds.runtime.checkpoint.files import newest_whole
+from peco_ds.schema import IMAGE_EXTENSIONS, read_json
 
 STAGES = ("linear_probe", "evaluate", "tokenize_shards", "train_tokenizer", "segment", "detect", "convert_checkpoint")
 
@@ -23,9 +25,10 @@ def tasks(small_sets, labelled_sets, tmp_path_factory):
 
 def damaged(shard: Path) -> None:
     """Zeros in the middle of the first image of a shard."""
+    members = read_json(shard.with_name(index_name(shard.name)))["samples"][0]["members"]
+    offset, size, _ = next(span for extension, span in members.items() if extension in IMAGE_EXTENSIONS)
     data = bytearray(shard.read_bytes())
-    at = data.find(b"\xff\xd8\xff")
-    data[at + 50 : at + 400] = bytes(350)
+    data[offset + size // 4 : offset + size // 2] = bytes(size // 2 - size // 4)
     shard.write_bytes(data)
 
 
