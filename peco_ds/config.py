@@ -40,7 +40,8 @@ AttentionForm = Literal["auto", "triton", "unfused", "efficient"]
 # V, codes of a codebook.
 NumCodes = Annotated[int, Bounds(at_least=1, at_most=65536, because="codes are stored as uint16")]
 
-_strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+# Built when the first of its kind is made: a start needs the settings of one stage alone, and --help of none.
+_strict = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 @dataclass(frozen=True, config=_strict)

@@ -61,7 +61,7 @@ def train(args, resolved) -> int:
     images, held_out = object_sets(data_path(cfg.data, cfg.data.images), data_path(cfg.data, cfg.data.val_images))
     # A damaged file shows here, not after the first epoch.
     annotations = read_annotations(held_out.annotation_file)
-    with Run.start(args, resolved, "detect", images) as run:
+    with Run.start(args, resolved, "detect", images, held_out) as run:
         weights = read_start(read_weights, cfg.init) if cfg.init.weights and not run.resumes else None
         run.record({"classes": list(images.classes), "category_ids": list(images.category_ids)})
         run.seed_weights()

@@ -273,6 +273,7 @@ def open_classifier(args):
     from peco_ds.data.image_set import ImageSet
     from peco_ds.data.labelled import check_labels
     from peco_ds.evaluation.evaluate_classifier import evaluate_classifier
+    from peco_ds.runtime.set_check import check_shared
 
     images = ImageSet(args.images)
     model, settings, source = load_classifier(
@@ -281,6 +282,7 @@ def open_classifier(args):
     how, attack = forward_settings(args), attack_settings(args)
 
     def measure(world):
+        check_shared(world, images.shards)
         result, line = evaluate_classifier(model, images, settings, how, world, attack=attack)
         return {"kind": "classifier", **source, "images": images.facts(), **result}, f"{source['source']}: {line}"
 
@@ -402,6 +404,7 @@ def open_tokenizer(args, release: Path, own_px: int | None):
     from peco_ds.data.labelled import check_labels, labelled_sets
     from peco_ds.evaluation.evaluate_tokenizer import TokenizerEvaluation
     from peco_ds.evaluation.pixel_classifier import PixelClassifier
+    from peco_ds.runtime.set_check import check_shared
 
     train = None
     if args.train_images:
@@ -419,6 +422,7 @@ def open_tokenizer(args, release: Path, own_px: int | None):
     card, how = evaluation.card, forward_settings(args)
 
     def measure(world):
+        check_shared(world, *(opened.shards for opened in (images, train) if opened is not None))
         result, line = evaluation.measure(
             images,
             how,

@@ -69,7 +69,7 @@ def train(args, resolved) -> int:
     )
     # A misspelt augment.auto_augment shows here.
     TrainCrop(cfg.augment, cfg.model.image_px)
-    with Run.start(args, resolved, "finetune", images) as run:
+    with Run.start(args, resolved, "finetune", images, held_out) as run:
         weights = read_start(read_weights, cfg.init) if cfg.init.weights and not run.resumes else None
         run.record({"classes": list(classes)})
         run.seed_weights()

@@ -87,6 +87,7 @@ def run_probe(args, resolved) -> int:
     from peco_ds.evaluation.probe_results import LAYERS, LayerResults, check_places
     from peco_ds.evaluation.stopping import Stopped
     from peco_ds.runtime.distributed import start_world
+    from peco_ds.runtime.set_check import check_shared
     from peco_ds.schema import sha256_of_json
 
     cfg: ProbeRecipe = resolved.recipe
@@ -98,6 +99,7 @@ def run_probe(args, resolved) -> int:
     blocks = blocks_of(cfg, weights)
 
     world = start_world()
+    check_shared(world, train.shards, val.shards)
     made_from = features_made_from(cfg, weights, blocks, train, val)
     sizes = {TRAIN: train.num_samples, VAL: val.num_samples}
     files = FeatureFiles(

@@ -391,9 +391,12 @@ def plan_indexes(source: str) -> Plan:
         IndexJob(printable(path.name if count[path.name] == 1 else "_".join(path.parts[1:])), str(path))
         for path in paths
     ]
-    same = [name for name, number in Counter(index_name(job.name) for job in jobs).items() if number > 1]
+    # A file system may not tell small letters from capitals.
+    same = [name for name, number in Counter(index_name(job.name).casefold() for job in jobs).items() if number > 1]
     if same:
-        raise UserError(f"--index_tars {source}: two tars would share the index {same[0]!r}; rename one")
+        raise UserError(
+            f"--index_tars {source}: two tars would share the index {same[0]!r}, but for capitals; rename one"
+        )
     return Plan(jobs, {"source": source, "in_place": "True"}, "tars", left_out=left_out)
 
 

@@ -48,6 +48,9 @@ TOKENIZER_FACTS = ("recipe", "origin", "licence", "judge", "judge_licence")
 
 # The target of a place that only fills up a row, since the masks of a batch may differ in size.
 IGNORED = -100
+# In the place of a code where the tokenizer's numbers are not finite, since the arg max of NaN would be a code like any
+# other. Never stored.
+NO_CODE = -1
 
 _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 

@@ -65,7 +65,7 @@ def train(args, resolved) -> int:
     images, held_out, classes = scene_sets(
         *(data_path(cfg.data, path) for path in (cfg.data.images, cfg.data.val_images))
     )
-    with Run.start(args, resolved, "segment", images) as run:
+    with Run.start(args, resolved, "segment", images, held_out) as run:
         check_statistics_batch(cfg, run.world.size)
         starts = cfg.init.weights and not run.resumes
         weights = read_segmenter_start(read_weights_or_segmenter, cfg.init) if starts else None

@@ -93,9 +93,11 @@ def main(argv: list[str] | None = None) -> int:
 
     from peco_ds.runtime.distributed import start_world
     from peco_ds.runtime.rank_log import stacks_path
+    from peco_ds.runtime.set_check import check_shared
     from peco_ds.runtime.watchdog import Watchdog
 
     world = start_world()
+    check_shared(world, images.shards)
     tokenizer, _ = load_tokenizer(folder)
     tokenizer.to(world.device)
     with Watchdog(cfg.run.hang_timeout_s, stacks_path(parts.folder, world.rank), rank=world.rank) as watchdog:

@@ -7,6 +7,8 @@ import json
 
 import pytest
 from conftest import REPOSITORY, run_stage
+from drawn_objects import make_drawn_sets
+from scene_samples import make_scenes
 from test_train_tokenizer import SMALL as SMALL_TOKENIZER
 
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
@@ -25,13 +27,15 @@ OF_OLD = ("weights", "average")
 
 
 @pytest.fixture(scope="module")
-def starts(small_sets, labelled_sets, tmp_path_factory):
+def starts(small_sets, labelled_sets, real_data, tmp_path_factory):
     """Folder of the runs, and what each start of each said: (name, number of the start) -> code or refusal."""
     folder = tmp_path_factory.mktemp("finite")
     arguments = {
         "pretrain": ["--recipe", "peco_vitb16", *small_sets.overrides],
         "train_tokenizer": ["--recipe", "peco_tokenizer", f"data.root={small_sets.root}", *SMALL_TOKENIZER],
         "finetune": ["--recipe", "finetune_vitb16", *labelled_sets.overrides],
+        "segment": ["--recipe", "segment_vitb16", *make_scenes(real_data, tmp_path_factory.mktemp("scenes"))],
+        "detect": ["--recipe", "detect_vitb16", *make_drawn_sets(tmp_path_factory.mktemp("drawn")).overrides],
     }
 
     def start(stage, name, *extra, zero=1, **faults):
@@ -91,7 +95,7 @@ def test_what_one_rank_finds_ends_all_of_them(starts):
     assert starts[1]["zero3", 0].startswith("step 4: the weights of rank 0 hold values that are not finite")
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "train_tokenizer", "finetune"])
+@pytest.mark.parametrize("stage", ["pretrain", "train_tokenizer", "finetune", "segment", "detect"])
 def test_a_run_that_skipped_every_step_ends_with_an_error_and_has_no_score_and_no_release(starts, stage):
     folder, said = starts
     run_folder = folder / f"none of {stage}"

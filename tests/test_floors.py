@@ -169,14 +169,14 @@ try:
     else:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
 except SystemExit as end:
-    heavy = sorted({"torch", "torchvision", "timm", "deepspeed"} & set(sys.modules))
+    heavy = sorted({"torch", "torchvision", "timm", "deepspeed", "numpy"} & set(sys.modules))
     sys.stderr.write(f"code={end.code} heavy={heavy}")
 """
 
 
 @pytest.mark.parametrize("how", ["path", "module"])
 @pytest.mark.parametrize("path", ENTRY_POINTS, ids=lambda path: path.stem)
-def test_an_entry_point_started_by_path_or_as_a_module_helps_without_importing_torch(path, how, tmp_path):
+def test_an_entry_point_started_by_path_or_as_a_module_helps_without_importing_torch_or_numpy(path, how, tmp_path):
     target = str(path) if how == "path" else f"peco_ds.{path.stem}"
     # By path nothing but the file itself may be needed to find the package: no PYTHONPATH, another working directory.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

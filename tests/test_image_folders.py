@@ -205,7 +205,7 @@ def test_a_class_folder_of_what_is_left_out_says_what_that_is(tree):
     for number in range(3):
         (tree / "n99999999" / f"{number}.heic").write_bytes(b"\0\0\0\x1cftypheic")
     line = refusal(tree, "auto", None, None)
-    assert "n99999999' holds no image (3 HEIF image, not decoded, e.g. 'n99999999/0.heic')" in line
+    assert "n99999999' holds no image (3 HEIF image, not decoded, e.g. 'n99999999/0.heic'; what is not" in line
 
 
 def test_a_class_folder_that_is_a_link_to_another_is_refused_with_both(tree):
@@ -216,11 +216,76 @@ def test_a_class_folder_that_is_a_link_to_another_is_refused_with_both(tree):
     assert len(listing.images) == NUM_IMAGES and listing.left_out[0][0] == "alias/"
 
 
+def test_a_tree_of_links_is_packed_as_what_it_links_to_and_counted(tree, tmp_path):
+    """Class folders that are links, out of the tree; and real class folders of links to files."""
+    expected = list_images(tree, "folders", None, None)
+    folders, files = tmp_path / "folders", tmp_path / "files"
+    folders.mkdir()
+    for class_folder in tree.iterdir():
+        (folders / class_folder.name).symlink_to(class_folder, target_is_directory=True)
+        (files / class_folder.name).mkdir(parents=True)
+        for path in class_folder.iterdir():
+            (files / class_folder.name / path.name).symlink_to(path)
+    for linked in (folders, files):
+        found = list_images(linked, "folders", None, None)
+        assert found[:3] == expected[:3]
+        assert found.remarks.numbers() == {"reached by a link": NUM_IMAGES}
+    (files / "n00000000" / "again.jpg").symlink_to(tree / "n00000001" / "n00000001_1.JPEG")
+    found = list_images(files, "folders", None, None)
+    assert len(found.images) == NUM_IMAGES + 1
+    # in path order the link of the first class comes before
+    assert "1 linked a second time, so in the set twice" in found.remarks.text()
+
+
+@pytest.mark.parametrize("target", ["nowhere", "circle"])
+def test_a_class_folder_that_is_a_link_to_nothing_is_refused_and_not_missed(tree, target):
+    (tree / "circle").symlink_to(tree / "elcric", target_is_directory=True)
+    (tree / "elcric").symlink_to(tree / target, target_is_directory=True)
+    assert "circle' is a link to nothing, or round in a circle (2 such)" in refusal(tree, "folders", None, None)
+    listing = list_images(tree, "none", None, None)
+    assert len(listing.images) == NUM_IMAGES
+    assert [reason for _, reason in listing.left_out] == ["link to nothing"] * 2
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tree, tmp_path):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "me.jpg").touch()
+    (tree / "n00000000" / "up").symlink_to(tmp_path, target_is_directory=True)
+    listing = list_images(tree, "folders", None, None)
+    assert len(listing.images) == NUM_IMAGES
+    assert listing.left_out == [("n00000000/up/", "link to a folder that this one lies in")]
+
+
+def test_names_are_told_apart_by_capitals_and_remarked_and_classes_are_not(tree):
+    for name in ("a.jpg", "A.JPG", "a.JPG", "b.png"):
+        (tree / "n00000002" / name).touch()
+    listing = list_images(tree, "folders", None, None)
+    keys = {image.path.partition("/")[2]: image.key for image in listing.images if image.label == 2}
+    assert len(set(keys.values())) == len(keys) and keys["A.JPG"] == "A" and keys["b.png"] == "b"
+    assert "2 named as another but for capitals" in listing.remarks.text()
+    (tree / "N00000002").mkdir()
+    assert "'N00000002' and 'n00000002' look like one class" in refusal(tree, "folders", None, None)
+    assert len(list_images(tree, "none", None, None).images) == NUM_IMAGES + 4
+
+
+def test_a_list_of_labels_tells_names_apart_by_capitals(tmp_path):
+    for name in ("a.jpg", "A.jpg"):
+        (tmp_path / "flat" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "flat" / name).touch()
+    listing = tmp_path / "list.csv"
+    listing.write_text("A.jpg,owl\na.jpg,fox\n")
+    found = list_images(tmp_path / "flat", "auto", listing, None)
+    assert {image.path: found.classes[image.label] for image in found.images} == {"a.jpg": "fox", "A.jpg": "owl"}
+    listing.write_text("a.jpg,owl\na.jpg,fox\n")
+    assert "lines 1 and 2 both name image 'a.jpg'" in refusal(tmp_path / "flat", "auto", listing, None)
+
+
 def test_a_folder_without_images_says_what_it_holds(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.heic").write_bytes(b"\0\0\0\x1cftypheic")
     line = refusal(tmp_path / "images", "auto", None, None)
     assert "holds no image" in line and "1 HEIF image, not decoded, e.g. 'a.heic'" in line
+    assert "can be converted to JPEG or PNG" in line
 
 
 def test_images_below_their_class_folder_have_its_label_and_are_remarked(tree):

@@ -36,6 +36,8 @@ def test_other_images_are_known_and_not_decoded(name, kind):
     "head, kind",
     [
         (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIF image"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heicmiaf", "HEIF image"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF image"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0", "film"),
         (b"\xff\x0a\xfa\x1f", "JPEG XL image"),
         (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg">', "SVG image"),

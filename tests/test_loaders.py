@@ -18,7 +18,14 @@ from peco_ds.config import PretrainRecipe
 from peco_ds.data import retry
 from peco_ds.data.image_set import BadImages, ImageSet
 from peco_ds.data.indexed_tar import IndexedTar
-from peco_ds.data.loaders import Codes, crop_batches, held_out_images, masked_batches, training_order
+from peco_ds.data.loaders import (
+    Codes,
+    crop_batches,
+    held_out_images,
+    masked_batches,
+    training_order,
+    without_lost,
+)
 from peco_ds.data.order import rank_positions
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.data.workers import MAX_WORKER_DEATHS, WORKER_STRETCH, RawBatch, load_raw
@@ -27,7 +34,7 @@ from peco_ds.errors import UserError
 from peco_ds.models.tokenizers import load_tokenizer
 from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.token_source import online_tokenizer
-from peco_ds.schema import IGNORED
+from peco_ds.schema import IGNORED, NO_CODE
 
 CPU = torch.device("cpu")
 
@@ -107,6 +114,13 @@ def test_stored_codes_equal_codes_computed_online_for_every_view(small_sets):
         seen |= {(key, tuple(target.tolist())) for key, target in zip(stored.keys, stored.targets.codes)}
         compared += stored.targets.codes.numel()
     assert compared == 3 * 96 * 6 and len({key for key, _ in seen}) == 96
+
+
+def test_an_image_without_codes_makes_its_own_loss_not_finite_and_changes_no_other():
+    images_norm, codes = torch.rand(3, 3, 4, 4), Codes(torch.tensor([[1, 2], [NO_CODE, 5], [0, 63]]))
+    poisoned, usable = without_lost(images_norm, codes)
+    assert poisoned[1].isnan().all() and torch.equal(poisoned[[0, 2]], images_norm[[0, 2]])
+    assert usable.codes.tolist() == [[1, 2], [0, 5], [0, 63]]
 
 
 def test_every_stored_code_and_crop_is_what_the_record_replays(small_sets):

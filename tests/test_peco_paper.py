@@ -49,6 +49,20 @@ def test_the_header_tells_what_is_stated_and_what_is_inferred(path):
         assert "2111.12710" in header and ("Stated" in header or "stated" in header)
 
 
+def test_every_pre_training_recipe_that_jitters_says_that_the_crop_is_jittered_and_not_the_image():
+    jitters = []
+    for path in sorted(RECIPES.glob("*.yaml")):
+        name = path.stem
+        if name.startswith(("finetune", "probe", "segment", "detect")) or "tokenizer" in name:
+            continue
+        if shipped(name).views.color_jitter > 0:
+            jitters.append(name)
+            # beit_vitb16 and beitv2_vitb16 say what it comes to, and the others refer to one of them.
+            header = path.read_text().partition("\nname:")[0]
+            assert "jittered" in header or "jitter of the crop" in header or "their jitter" in header, name
+    assert {"peco_vitb16", "peco_vitl16", "peco_vith14", "beit_vitl16", "beitv2_vitb16"} <= set(jitters)
+
+
 def parameters(module: torch.nn.Module) -> float:
     return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 

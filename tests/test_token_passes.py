@@ -10,6 +10,7 @@ from peco_ds.config import TokenizerSettings, TokenizerVitSettings
 from peco_ds.errors import UserError
 from peco_ds.models.token_passes import TokenPasses, even_pass_size
 from peco_ds.models.tokenizers import build_tokenizer
+from peco_ds.schema import NO_CODE
 
 SIZES = dict(channels=16, channel_mults=(1, 1, 2, 2), blocks_per_level=1, z_channels=16, num_codes=256, code_dim=8)
 VIT = TokenizerVitSettings(
@@ -26,6 +27,7 @@ VIT = TokenizerVitSettings(
 KINDS = {
     "vqgan": TokenizerSettings(**SIZES),
     "vqkd": TokenizerSettings(kind="vqkd", vit=VIT, num_codes=256, code_dim=8, l2_normalized=True),
+    "vqvit": TokenizerSettings(kind="vqvit", vit=VIT, num_codes=256, code_dim=8, l2_normalized=True),
     "gumbel": TokenizerSettings(kind="gumbel", **SIZES),
     "dvae": TokenizerSettings(kind="dvae", **SIZES | {"attention": False}),
 }
@@ -91,13 +93,44 @@ def test_fp16_rounds_the_network_less_than_bf16(tokenizer, images_11):
     assert 1e-6 < error("fp16") < error("bf16") / 3
 
 
-def test_a_network_that_outgrows_fp16_is_refused_and_not_given_codes(tokenizer, images_11):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_an_image_on_which_the_network_is_not_finite_has_no_codes_and_costs_the_others_none(
+    tokenizer, images_11, precision, value
+):
+    """One number of its outputs is enough, since the layers behind may hide it."""
+    passes = TokenPasses(tokenizer, precision=precision, images=4, compiled=False)
+    expected = passes.tokenize(images_11)
+    trunk, seen = passes._trunk, []
+
+    def overflowing(images):
+        outputs = trunk(images).clone()
+        if not seen:
+            outputs[(2, *[0] * (outputs.dim() - 1))] = value
+        seen.append(len(images))
+        return outputs
+
+    for tokenize in (passes.tokenize, lambda images: passes.tokenize_soft(images, 2).codes):
+        passes._trunk = overflowing
+        seen.clear()
+        codes = tokenize(images_11)
+        assert (codes[2] == NO_CODE).all()
+        assert torch.equal(codes[[0, 1, *range(3, 7)]], expected[[0, 1, *range(3, 7)]])
+
+
+def test_a_tokenizer_whose_numbers_are_not_finite_is_refused_where_it_is_measured(tokenizer, images_11):
     trunk = tokenizer.trunk
-    tokenizer.trunk = lambda images: trunk(images) * float("inf")
-    passes = TokenPasses(tokenizer, precision="fp16", images=4, compiled=False)
-    for tokenize in (passes.tokenize, lambda images: passes.tokenize_soft(images, 2)):
-        with pytest.raises(UserError, match="outgrow it; set views.tokenizer_precision=bf16 or fp32"):
+    tokenizer.trunk = lambda images: torch.cat([trunk(images[:5]), trunk(images[5:]) * float("nan")])
+    for tokenize in (tokenizer.tokenize, lambda images: tokenizer.tokenize_soft(images, 2)):
+        with pytest.raises(UserError, match="not finite on 2 of 7 images, so they have no codes"):
             tokenize(images_11)
+
+
+def test_the_search_for_a_code_finds_none_for_what_is_not_finite(tokenizer):
+    with torch.no_grad():
+        outputs = torch.full_like(tokenizer.trunk(torch.zeros(1, 3, 32, 32)), float("nan"))
+        for found in (tokenizer.choose(outputs), tokenizer.choose_soft(outputs, 2).codes):
+            assert (found == NO_CODE).all()
 
 
 def test_in_bf16_the_network_is_rounded_and_the_choice_is_not(tokenizer, images_11):

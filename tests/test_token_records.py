@@ -10,7 +10,7 @@ from peco_ds.data.loaders import Codes, ViewsBatch
 from peco_ds.data.token_shards import TokenRecord
 from peco_ds.errors import UserError
 from peco_ds.runtime.token_records import ShardWriter, record_batches
-from peco_ds.schema import VIEW_COLUMNS
+from peco_ds.schema import NO_CODE, VIEW_COLUMNS
 
 
 def batch(first: int, images: int, views: int = 3) -> ViewsBatch:
@@ -75,6 +75,16 @@ def test_soft_codes_that_are_not_finite_are_not_recorded():
         return found
 
     with pytest.raises(UserError, match="not finite, first among k0, k1"):
+        next(record_batches([batch(0, 2)], codes))
+
+
+def test_an_image_without_codes_is_not_recorded_and_named():
+    def codes(images):
+        found = codes_like(images)
+        found.codes[4:, 1] = NO_CODE
+        return found
+
+    with pytest.raises(UserError, match="not finite on 1 of a batch of 2 images, first k1, so they have no codes"):
         next(record_batches([batch(0, 2)], codes))
 
 

@@ -6,6 +6,7 @@ import torch
 
 from peco_ds.models import vq
 from peco_ds.models.vq import Codebook, usage
+from peco_ds.schema import NO_CODE
 
 
 def features_of(seed: int, batch: int = 4, dim: int = 6, side: int = 5) -> torch.Tensor:
@@ -162,6 +163,24 @@ def test_evaluation_and_a_discarded_step_leave_no_trace():
     codebook.eval()(features_of(0))
     for name, value in codebook.named_buffers():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("l2_normalized", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_features_that_overflow_have_no_code_and_a_loss_that_the_step_is_skipped_for(l2_normalized, value):
+    """1e30 is finite, its square is not, and what is divided by an infinite norm is as near to every unit code."""
+    codebook, features = filled_codebook(l2_normalized=l2_normalized), features_of(0)
+    expected = codebook.eval().nearest(features)
+    features = features.detach().clone()
+    features[0, :, 0, 0] = value
+    if value != 1e30 or l2_normalized:
+        for codes in (codebook.nearest(features), codebook.topk(features, 2)[0]):
+            assert codes[0, 0] == NO_CODE and torch.equal(codes.flatten()[1:], expected.flatten()[1:])
+    out = codebook.train()(features)
+    assert not out.commitment.isfinite()
+    before = codebook.codes.clone()
+    codebook.update(applied=False)
+    assert torch.equal(codebook.codes, before) and not codebook.pending.any()
 
 
 def test_a_unit_code_that_nothing_chose_keeps_its_vector():

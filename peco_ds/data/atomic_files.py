@@ -31,6 +31,24 @@ def temporary_file(path: Path) -> Iterator[BinaryIO]:
             return
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that one process alone writes: on disk, whole, under a draft's name, and only then under its own.
+
+    Raises: OSError; what stood there stays, and no draft is left.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     """Remove temporary files of these names whose writers have died.
 

@@ -2,6 +2,13 @@
 
 A file that is named as an image is taken by its name, and opened when it is packed. Of any other file the first bytes
 decide.
+
+Links are followed, in the folder and out of it, and what they lead to goes by the link's own path. A folder that is met
+a second time is not entered again, and one that this folder lies in not at all. A link to nothing or round in a circle
+is no image. In the place of a class folder it is refused, since without its class the later ones would be renumbered.
+
+Names are told apart by their capitals: `a.jpg` and `A.JPG` are two images. Class folders that differ in capitals alone
+are refused.
 """
 
 from __future__ import annotations
@@ -25,12 +32,17 @@ from peco_ds.data.image_formats import (
 )
 from peco_ds.data.label_lists import labels_from_list
 from peco_ds.data.left_out import (
+    CASE_APART,
     DANGLING,
     EMPTY,
+    LINKED,
+    LINKED_TWICE,
     NO_IMAGE,
+    NOT_DECODED,
     NOT_REGULAR,
     RAW,
     SEEN_BEFORE,
+    UPWARDS,
     Account,
     file_of_a_system,
     folder_of_a_system,
@@ -82,6 +94,9 @@ class _Walk:
     left_out: list[tuple[str, str]] = field(default_factory=list)
     # A folder that was met a second time -> where it was met first.
     again: dict[str, str] = field(default_factory=dict)
+    # Taken files that are links or lie below one, and those of them whose file another link led to before.
+    linked: list[str] = field(default_factory=list)
+    linked_twice: list[str] = field(default_factory=list)
 
     def account(self) -> Account:
         account = Account()
@@ -103,7 +118,7 @@ def list_images(folder: Path, labels: str, synsets: Path | None, classes_file: P
         others = f"; left out: {found.account().text()}" if found.left_out else ""
         raise UserError(f"--images {folder}: holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}){others}; correct it")
     paths = [file.path for file in found.files]
-    remarks, classes, labels_from = Account(), None, ""
+    remarks, classes, labels_from = _remarks_on_names(found), None, ""
     if synsets is not None:
         if labels != "auto":
             raise UserError(f"--labels {labels} and --synsets both say where labels come from; drop one")
@@ -119,6 +134,20 @@ def list_images(folder: Path, labels: str, synsets: Path | None, classes_file: P
         for file, key, label in zip(found.files, keys, label_of)
     ]
     return Listing(images, classes, found.left_out, remarks, labels_from)
+
+
+def _remarks_on_names(found: _Walk) -> Account:
+    remarks = Account()
+    for remark, paths in ((LINKED, found.linked), (LINKED_TWICE, found.linked_twice)):
+        for path in sorted(paths):
+            remarks.add(remark, printable(path))
+    # Most likely one image that two systems have copied.
+    plain: set[str] = set()
+    for path in (file.path for file in found.files):
+        if (folded := path.casefold()) in plain:
+            remarks.add(CASE_APART, printable(path))
+        plain.add(folded)
+    return remarks
 
 
 def image_files(folder: Path) -> list[str]:
@@ -142,9 +171,13 @@ def _walk(folder: Path) -> _Walk:
     """Links are followed; a folder met a second time (a loop, or two links to one folder) is not entered again."""
     found = _Walk()
     seen: dict[tuple[int, int], str] = {}
+    linked_files: set[tuple[int, int]] = set()
+    above = set(folder.resolve().parents)
     # Links wait until all real folders were entered, so that of two names the real one counts.
     waiting, links = [""], list[str]()
+    below_a_link = False
     while waiting or links:
+        below_a_link = below_a_link or not waiting
         relative = waiting.pop() if waiting else links.pop(0)
         status = os.stat(folder / relative)
         first = seen.setdefault((status.st_dev, status.st_ino), relative)
@@ -159,6 +192,8 @@ def _walk(folder: Path) -> _Walk:
                 path = f"{relative}/{entry.name}" if relative else entry.name
                 if _is_folder(entry):
                     reason = folder_of_a_system(entry.name)
+                    if not reason and entry.is_symlink() and Path(entry.path).resolve() in above:
+                        reason = UPWARDS
                     if reason:
                         found.left_out.append((f"{path}/", reason))
                     else:
@@ -167,11 +202,26 @@ def _walk(folder: Path) -> _Walk:
                 reason, file = _looked_at(entry, path)
                 if reason:
                     found.left_out.append((path, reason))
-                else:
-                    found.files.append(file)
+                    continue
+                found.files.append(file)
+                if below_a_link or entry.is_symlink():
+                    found.linked.append(path)
+                    _note_second_link(found, linked_files, entry, path)
     found.files.sort()
     found.left_out.sort()
     return found
+
+
+def _note_second_link(found: _Walk, linked_files: set[tuple[int, int]], entry: os.DirEntry, path: str) -> None:
+    try:
+        status = entry.stat()
+    except OSError:
+        # A link to nothing, which the reader rejects by name.
+        return
+    place = status.st_dev, status.st_ino
+    if place in linked_files:
+        found.linked_twice.append(path)
+    linked_files.add(place)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -222,7 +272,7 @@ def reason_of_content(name: str, head: bytes) -> str:
     if is_decoded(kind):
         return ""
     return {"": NO_IMAGE, "archive": "archive, not unpacked", "tar": "tar, not unpacked", "film": "film"}.get(
-        kind, f"{kind}, not decoded"
+        kind, f"{kind}{NOT_DECODED}"
     )
 
 
@@ -242,8 +292,9 @@ def _labels_from_folders(folder: Path, found: _Walk, labels: str) -> tuple[list[
     classes = sorted(name for name in found.folders if "/" not in name)
     alike: dict[str, str] = {}
     for name in classes:
-        # As archives from macOS, which writes accents as two characters, and hasty hands leave them.
-        first = alike.setdefault(unicodedata.normalize("NFC", printable(name)).strip(), name)
+        # As archives from macOS, which writes accents as two characters, file systems that do not know capitals, and
+        # hasty hands leave them. Lists of labels are read by the same rule.
+        first = alike.setdefault(unicodedata.normalize("NFC", printable(name)).strip().casefold(), name)
         if first != name:
             raise UserError(
                 f"class folders {first!r} and {name!r} look like one class; give them one name, or use --labels none"
@@ -264,7 +315,9 @@ def _labels_from_folders(folder: Path, found: _Walk, labels: str) -> tuple[list[
 
 
 def _refuse_linked_classes(folder: Path, found: _Walk) -> None:
-    """Two class folders that are one folder: either class would hold the other's images."""
+    """Two class folders that are one folder: either class would hold the other's images. And one that leads nowhere:
+    without it the later classes would have other numbers.
+    """
     for name, first in sorted(found.again.items()):
         # A link back to the root is a loop, and no class.
         if "/" not in name and first:
@@ -272,6 +325,12 @@ def _refuse_linked_classes(folder: Path, found: _Walk) -> None:
                 f"class folder {str(folder / name)!r} is a link to {str(folder / first)!r}, whose images have a class "
                 "already; remove one of the two, or use --labels none"
             )
+    lost = [name for name, reason in found.left_out if reason == DANGLING and "/" not in name]
+    if lost:
+        raise UserError(
+            f"class folder {str(folder / lost[0])!r} is a link to nothing, or round in a circle ({len(lost)} such); "
+            "restore what it led to, or remove the link"
+        )
 
 
 def unique_keys(paths: list[str]) -> list[str]:

@@ -76,7 +76,9 @@ def kind_of(head: bytes) -> str:
         return "PPM"
     if head[4:8] == b"ftyp":
         brand = head[8:12]
-        if brand in (b"avif", b"avis"):
+        # An AVIF may begin with HEIF's general brand; its own then stands among the compatible ones.
+        box = head[8 : int.from_bytes(head[:4], "big")]
+        if brand in (b"avif", b"avis") or brand == b"mif1" and b"avif" in box:
             return "AVIF image"
         return "HEIF image" if brand[:3] in (b"hei", b"hev", b"mif", b"msf") else "film"
     if head[257:262] == b"ustar":

@@ -22,8 +22,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from peco_ds.data.left_out import HIDDEN, file_of_a_system, folder_of_a_system
 from peco_ds.errors import UserError
 from peco_ds.schema import (
@@ -443,6 +441,9 @@ class ShardSet:
     """
 
     def __init__(self, folder: str | Path, manifest: ImageManifest | TokenManifest, *, max_open: int = 64) -> None:
+        # Not needed to index a tar, and a fifth of what `pack_images.py --help` would wait for.
+        import numpy as np
+
         self.folder, self.manifest, self._max_open = Path(folder), manifest, max_open
         self.shard_sizes = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
         self._ends = np.cumsum(self.shard_sizes).tolist()
@@ -516,8 +517,7 @@ class ShardSet:
         if found_bytes != shard.bytes:
             fault = "cut short" if found_bytes < shard.bytes else "changed"
             raise UserError(
-                f"{tar_path}: shard is {fault}: {found_bytes} bytes, the manifest says {shard.bytes}; copy or "
-                "make it again"
+                f"{tar_path}: shard is {fault}: {found_bytes} bytes, the manifest says {shard.bytes}; {_remedy(shard)}"
             )
         _existing_status(index_path, "index")
         # Its owner may have made it anew, of the same size. (A set of our own may be a copy, of any time.)
@@ -526,8 +526,7 @@ class ShardSet:
             for path, sha256 in ((index_path, shard.index_sha256), (tar_path, shard.sha256)):
                 if sha256_of_file(path) != sha256:
                     raise UserError(
-                        f"{path}: changed since the set was made (sha256 differs from the manifest's); copy or "
-                        "make it again"
+                        f"{path}: changed since the set was made (sha256 differs from the manifest's); {_remedy(shard)}"
                     )
 
     def _paths(self, shard: Shard) -> tuple[Path, Path]:
@@ -545,6 +544,12 @@ class ShardSet:
                 "again or copy it whole"
             )
         return tar
+
+
+def _remedy(shard: Shard) -> str:
+    if not shard.path:
+        return "copy or make it again"
+    return "put the old one back, or index the tars again (pack_images.py --index_tars)"
 
 
 def _shard_set(folder: Path, manifest: ImageManifest | TokenManifest, max_open: int) -> ShardSet:

@@ -67,12 +67,18 @@ def check_labels(images: ImageSet, what: str) -> tuple[str, ...]:
             f"{what} {images.folder}: holds images without labels; pack class folders with "
             "pack_images.py --labels folders, or index tars with .cls members"
         )
-    if len(images.manifest.classes) == 1:
-        raise UserError(
-            f"{what} {images.folder}: all images are of one class, {images.manifest.classes[0]!r}, so there is nothing "
-            "to tell apart; pack a folder with two or more class folders"
-        )
+    refuse_one_class(images, what, "images are", "pack a folder with two or more class folders")
     return tuple(images.manifest.classes)
+
+
+def refuse_one_class(images: ImageSet, what: str, things: str, remedy: str) -> None:
+    """Raises: UserError if a set has one class: whatever is trained on it is always right."""
+    classes = images.manifest.classes or []
+    if len(classes) == 1:
+        raise UserError(
+            f"{what} {images.folder}: all {things} of one class, {classes[0]!r}, so there is nothing to tell apart; "
+            f"{remedy}"
+        )
 
 
 def labelled_sets(

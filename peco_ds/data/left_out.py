@@ -29,11 +29,18 @@ SYSTEM_FILE = "file of a system"
 SYSTEM_FOLDER = "folder of a system, with all in it"
 HIDDEN_FOLDER = "hidden folder, with all in it"
 SEEN_BEFORE = "link to a folder that is there already"
+UPWARDS = "link to a folder that this one lies in"
 DANGLING = "link to nothing"
 NOT_REGULAR = "no regular file"
 EMPTY = "empty file"
 NO_IMAGE = "no image"
-RAW = "camera raw, not decoded"
+NOT_DECODED = ", not decoded"
+RAW = f"camera raw{NOT_DECODED}"
+
+# Remarks on what is taken.
+LINKED = "reached by a link"
+LINKED_TWICE = "linked a second time, so in the set twice"
+CASE_APART = "named as another but for capitals"
 
 # In a line for people: the reasons that are told, and the characters of a name.
 _MOST_REASONS, _LONGEST_NAME = 6, 80
@@ -90,11 +97,18 @@ class Account:
         return sum(number for number, _ in self._counts.values())
 
     def text(self) -> str:
-        """`3 hidden, e.g. '.DS_Store'; 1 AVIF image, e.g. 'f.avif'`, commonest first; "" where there is none."""
+        """`3 hidden, e.g. '.DS_Store'; 1 AVIF image, e.g. 'f.avif'`, commonest first; "" where there is none.
+
+        With the remedy for images that are not decoded.
+        """
         ranked = sorted(self._counts.items(), key=lambda item: (-item[1][0], item[0]))
         told = [f"{number} {reason}, e.g. {_shown(example)}" for reason, (number, example) in ranked[:_MOST_REASONS]]
         rest = sum(number for _, (number, _) in ranked[_MOST_REASONS:])
-        return "; ".join([*told, f"{rest} for other reasons"] if rest else told)
+        if rest:
+            told.append(f"{rest} for other reasons")
+        if any(reason.endswith(NOT_DECODED) for reason in self._counts):
+            told.append("what is not decoded can be converted to JPEG or PNG")
+        return "; ".join(told)
 
 
 def _shown(name: str) -> str:

@@ -8,6 +8,7 @@ longer the one of the manifest, stops the run.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from peco_ds.data.views import center_view, cut, draw_view, jitter, room_for_cut
 from peco_ds.data.workers import RawBatch
 from peco_ds.data_paths import data_path
 from peco_ds.errors import UserError
-from peco_ds.schema import IGNORED, VIEW_COLUMNS
+from peco_ds.schema import IGNORED, NO_CODE, VIEW_COLUMNS
 
 logger = logging.getLogger("peco_ds")
 
@@ -226,13 +227,27 @@ def masked_batches(
         images_norm, masked, known = ready
         # An online tokenizer runs here and not ahead: beside the step on another stream it would take the same GPU's
         # time, and memory of its own for its activations.
-        codes = Codes(*known) if isinstance(tokens, TokenSet) else tokens(*known)
+        if isinstance(tokens, TokenSet):
+            codes = Codes(*known)
+        else:
+            images_norm, codes = without_lost(images_norm, tokens(*known))
         return MaskedBatch(images_norm, masked, masked_targets(codes, masked), raw.keys)
 
     bad = bad or BadImages(recipe.data.max_bad_share)
     yield from device_batches(
         make, positions, prepare, finish, num_workers=recipe.data.num_workers, device=device, in_turn=bad.add_batch
     )
+
+
+def without_lost(images_norm: torch.Tensor, codes: Codes) -> tuple[torch.Tensor, Codes]:
+    """Turn an image that has NO_CODE into NaN, and its codes into some that exist.
+
+    Its loss is then not finite, so that the step is skipped, counted and named by its keys on all ranks, and nothing
+    has to be read back from the device.
+    """
+    is_lost = (codes.codes == NO_CODE).any(dim=1)
+    images_norm = images_norm.masked_fill(is_lost[:, None, None, None], math.nan)
+    return images_norm, codes._replace(codes=codes.codes.clamp(min=0))
 
 
 def masked_targets(codes: Codes, masked: torch.Tensor) -> MaskedTargets:

@@ -15,7 +15,7 @@ from peco_ds.data.decode import DecodeError, decode_map, decode_rgb
 from peco_ds.data.device_feed import device_batches
 from peco_ds.data.image_set import BadImages, ImageSet
 from peco_ds.data.indexed_tar import DamagedRecord
-from peco_ds.data.labelled import PADDING, rank_samples
+from peco_ds.data.labelled import PADDING, rank_samples, refuse_one_class
 from peco_ds.data.order import AUGMENT, SampleOrder, generator
 from peco_ds.data.retry import UnreadableRecord, read_with_retries
 from peco_ds.data.scene_augment import IGNORED_PIXEL, Scene, SceneCrop
@@ -104,9 +104,10 @@ def label_table(maps: SceneMaps, num_classes: int) -> torch.Tensor:
 def scene_sets(images: Path, val_images: Path) -> tuple[SceneSet, SceneSet, tuple[str, ...]]:
     """A set to train on, a set to measure on, and the class names of both.
 
-    Raises: UserError if one is missing or has no class maps, or their classes differ.
+    Raises: UserError if one is missing or has no class maps, they have one class, or their classes differ.
     """
     sets = SceneSet(images), SceneSet(val_images, "data.val_images")
+    refuse_one_class(sets[0], "data.images", "labelled pixels are", "pack maps with two or more classes")
     classes, others = (tuple(found.manifest.classes or ()) for found in sets)
     if classes != others:
         raise UserError(

@@ -171,8 +171,13 @@ class TokenParts:
             # The index holds every member's checksum. A writer that replaces a tar removes the index first.
             whole = (
                 expected
-                and (self.folder / shard.name).stat().st_size == shard.bytes
+                and (tar := (self.folder / shard.name).stat()).st_size == shard.bytes
                 and sha256_of_file(self.folder / index_name(shard.name)) == shard.index_sha256
+                # A tar that was written to after its part file.
+                and (
+                    tar.st_mtime_ns <= self._part_file(number).stat().st_mtime_ns
+                    or sha256_of_file(self.folder / shard.name) == shard.sha256
+                )
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -234,8 +234,9 @@ class _Workers:
             if process.is_alive():
                 process.kill()
                 process.join()
-            assert process.exitcode is not None and process.pid is not None
-            if process.exitcode < 0:
+            assert process.pid is not None
+            # None: another thread was quicker to wait for it, so that the system no longer tells.
+            if process.exitcode is None or process.exitcode < 0:
                 _unlink_shared_memory_of(process.pid, self._since)
 
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from peco_ds.config import TokenizerSettings
+from peco_ds.errors import UserError
 from peco_ds.models.vq import Codebook, full_float32, no_tf32
+from peco_ds.schema import NO_CODE
 
 
 class SoftTokens(NamedTuple):
@@ -40,7 +42,10 @@ class ImageTokenizer(nn.Module):
         raise NotImplementedError
 
     def choose(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Codes int64 [B, N] from the trunk's outputs, compared in float32 whatever autocast asks for."""
+        """Codes int64 [B, N] from the trunk's outputs, compared in float32 whatever autocast asks for.
+
+        NO_CODE where the logits or features are not finite.
+        """
         raise NotImplementedError
 
     def choose_soft(self, outputs: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
@@ -52,10 +57,13 @@ class ImageTokenizer(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
-        """Codes int64 [B, N]. Needs eval mode, in which a codebook does not count."""
+        """Codes int64 [B, N]. Needs eval mode, in which a codebook does not count.
+
+        Raises: UserError if the network's numbers are not finite.
+        """
         self.check_eval()
         with no_tf32():
-            return self.choose(self.trunk(images_11))
+            return check_codes(self.choose(self.trunk(images_11)))
 
     @torch.no_grad()
     def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
@@ -63,10 +71,13 @@ class ImageTokenizer(nn.Module):
 
         Args:
             k: 1 to V.  temperature: > 0.
+        Raises: UserError as `tokenize`.
         """
         self.check_eval()
         with no_tf32():
-            return self.choose_soft(self.trunk(images_11), k, temperature=temperature)
+            soft = self.choose_soft(self.trunk(images_11), k, temperature=temperature)
+        check_codes(soft.codes)
+        return soft
 
     def decode_codes(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Codes int64 [B, N] of a (height, width) grid -> images float32 [B, 3, H, W], about [-1, 1]."""
@@ -108,7 +119,7 @@ class LogitTokenizer(ImageTokenizer):
             return self.code_logits(outputs).float()
 
     def choose(self, outputs: torch.Tensor) -> torch.Tensor:
-        return self._logits(outputs).argmax(dim=1).flatten(1)
+        return largest(self._logits(outputs), dim=1).flatten(1)
 
     def choose_soft(self, outputs: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
         return soft_tokens(self._logits(outputs).flatten(2).transpose(1, 2), k, temperature)
@@ -152,4 +163,22 @@ def soft_tokens(logits: torch.Tensor, k: int, temperature: float) -> SoftTokens:
     """Soft tokens from the logits [B, N, V] of a tokenizer that computes them all."""
     scaled = logits.float() / temperature
     values, indices = scaled.topk(k, dim=-1)
-    return SoftTokens(logits.argmax(dim=-1), indices, (values - scaled.logsumexp(dim=-1, keepdim=True)).exp())
+    return SoftTokens(largest(logits, dim=-1), indices, (values - scaled.logsumexp(dim=-1, keepdim=True)).exp())
+
+
+def largest(logits: torch.Tensor, dim: int) -> torch.Tensor:
+    """The arg max; NO_CODE where the largest logit is not finite."""
+    codes = logits.argmax(dim=dim, keepdim=True)
+    is_lost = logits.gather(dim, codes).isfinite().logical_not()
+    return codes.masked_fill(is_lost, NO_CODE).squeeze(dim)
+
+
+def check_codes(codes: torch.Tensor) -> torch.Tensor:
+    """The codes [B, N], read back to the host. Raises: UserError where an image has NO_CODE."""
+    lost = int((codes == NO_CODE).any(dim=1).sum())
+    if lost:
+        raise UserError(
+            f"the tokenizer's numbers are not finite on {lost} of {len(codes)} images, so they have no codes; take "
+            "weights of an earlier step, or more precision (fp32)"
+        )
+    return codes

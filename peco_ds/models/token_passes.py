@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 
-from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import ImageTokenizer, SoftTokens
 from peco_ds.models.vq import no_tf32
+from peco_ds.schema import NO_CODE
 
 _SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,21 +45,20 @@ class TokenPasses:
 
     @torch.no_grad()
     def tokenize(self, images_11: torch.Tensor) -> torch.Tensor:
-        """As `ImageTokenizer.tokenize`.
-
-        Raises: UserError if the network's numbers outgrow fp16.
+        """As `ImageTokenizer.tokenize`, without reading back: NO_CODE all over an image on which the network's numbers
+        are not finite, as where they outgrow fp16, whose largest is 65504.
         """
-        return torch.cat([self._tokenizer.choose(outputs) for outputs in self.outputs(images_11)])
+        return torch.cat(
+            [_without_lost(self._tokenizer.choose(outputs), outputs) for outputs in self.outputs(images_11)]
+        )
 
     @torch.no_grad()
     def tokenize_soft(self, images_11: torch.Tensor, k: int, *, temperature: float = 1.0) -> SoftTokens:
-        """As `ImageTokenizer.tokenize_soft`.
-
-        Raises: UserError as `tokenize`.
-        """
-        found = [
-            self._tokenizer.choose_soft(outputs, k, temperature=temperature) for outputs in self.outputs(images_11)
-        ]
+        """As `ImageTokenizer.tokenize_soft`, without reading back: NO_CODE among the codes as by `tokenize`."""
+        found = []
+        for outputs in self.outputs(images_11):
+            soft = self._tokenizer.choose_soft(outputs, k, temperature=temperature)
+            found.append(soft._replace(codes=_without_lost(soft.codes, outputs)))
         return SoftTokens(*(torch.cat(values) for values in zip(*found)))
 
     @torch.no_grad()
@@ -71,13 +70,16 @@ class TokenPasses:
                 piece = torch.cat([piece, piece.new_zeros(self._images - number, *piece.shape[1:])])
             with no_tf32(), torch.autocast(piece.device.type, self._dtype, enabled=self._dtype is not None):
                 outputs = self._trunk(piece.contiguous(memory_format=self._layout))
-            # float16 ends at 65504, and infinity or NaN would become a code like any other.
-            if self._dtype == torch.float16 and not bool(outputs[:number].isfinite().all()):
-                raise UserError(
-                    "views.tokenizer_precision fp16: the tokenizer's numbers outgrow it; set "
-                    "views.tokenizer_precision=bf16 or fp32"
-                )
             yield outputs[:number]
+
+
+def _without_lost(codes: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """The codes [B, N]; NO_CODE in every place of an image whose outputs [B, ...] are not finite.
+
+    The layers behind them need not show it: a tanh makes 1 of infinity.
+    """
+    is_lost = outputs.flatten(1).isfinite().all(dim=1, keepdim=True).logical_not()
+    return codes.masked_fill(is_lost, NO_CODE)
 
 
 def even_pass_size(images: int, at_most: int) -> int:

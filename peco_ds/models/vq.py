@@ -7,6 +7,7 @@ number of ranks and micro-batches it is cut into, up to the order of float addit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peco_ds.config import TokenizerSettings
+from peco_ds.schema import NO_CODE
 
 # Elements of one [rows, V] block of similarities: 2 ** 25 float32 are 128 MiB, however many patches a batch has.
 BLOCK_ELEMENTS = 2**25
@@ -163,10 +165,11 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def nearest(self, features: torch.Tensor) -> torch.Tensor:
         """Nearest code of every position, as `forward` finds it, and nothing else: features [B, C, H, W], any float
-        dtype -> int64 [B, N].
+        dtype -> int64 [B, N]; NO_CODE where they are not finite.
         """
         with full_float32(features.device):
-            return self._nearest(self._rows(features)).view(len(features), -1)
+            rows = self._rows(features)
+            return _only_of_finite(self._nearest(rows), rows).view(len(features), -1)
 
     @torch.no_grad()
     def topk(
@@ -188,7 +191,7 @@ class Codebook(nn.Module):
             nearest, codes, probs = [], [], []
             for block in self._rows(features).split(self._block_rows()):
                 similarity = self._similarity(block)
-                nearest.append(similarity.argmax(dim=-1))
+                nearest.append(_only_of_finite(similarity.argmax(dim=-1), block))
                 # Of -|x - c|^2 = 2 (x c - |c|^2 / 2) - |x|^2 the last term is the same for all codes and leaves the
                 # softmax.
                 logits = (similarity if self.l2_normalized else 2 * similarity) / temperature
@@ -209,7 +212,11 @@ class Codebook(nn.Module):
 
     def _rows(self, features: torch.Tensor) -> torch.Tensor:
         rows = features.float().permute(0, 2, 3, 1).reshape(-1, self.code_dim)
-        return F.normalize(rows, dim=-1) if self.l2_normalized else rows
+        if not self.l2_normalized:
+            return rows
+        # Where the norm leaves float32, the quotient would be zero, which is as near to every code.
+        is_lost = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True).isinf()
+        return F.normalize(rows, dim=-1).masked_fill(is_lost, math.nan)
 
     def _block_rows(self) -> int:
         return max(1, BLOCK_ELEMENTS // self.num_codes)
@@ -370,6 +377,11 @@ class Codebook(nn.Module):
 
     def _on_sphere(self, codes: torch.Tensor) -> torch.Tensor:
         return F.normalize(codes, dim=-1) if self.l2_normalized else codes
+
+
+def _only_of_finite(codes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Codes [S] of rows [S, C]; NO_CODE for a row that is not finite."""
+    return codes.masked_fill(rows.isfinite().all(dim=-1).logical_not(), NO_CODE)
 
 
 def usage(counts: torch.Tensor) -> dict[str, float]:

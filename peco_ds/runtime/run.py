@@ -52,6 +52,7 @@ from peco_ds.runtime.metrics import Meter
 from peco_ds.runtime.optim import use_layer_norm
 from peco_ds.runtime.rank_log import log_to, stacks_path
 from peco_ds.runtime.run_folder import open_run_folder, read_provenance, record_provenance
+from peco_ds.runtime.set_check import check_shared
 from peco_ds.runtime.step_guard import StepGuard
 from peco_ds.runtime.timeline import START_UP
 from peco_ds.runtime.watchdog import LONG_S, Watchdog
@@ -100,16 +101,16 @@ class Run:
 
     @classmethod
     def start(
-        cls, args, resolved: Resolved[TrainingRecipe], stage: str, images, *, num_samples: int | None = None
+        cls, args, resolved: Resolved[TrainingRecipe], stage: str, images, *measured_on, num_samples: int | None = None
     ) -> Run:
         """Join the ranks, open the run folder, its log and its watchdog. Collective.
 
         Args:
             args: `out`, `deepspeed_config`.  stage: name that the folder records.
-            images: the set that is read; its fingerprint ties checkpoints to it.
+            images: the set that is read; its fingerprint ties checkpoints to it.  measured_on: further sets.
             num_samples: images of an epoch, where a part of the set is held out.
-        Raises: UserError if DeepSpeed's JSON, the durations or the run folder do not fit; before any rank joins another
-            where no rank is needed to tell.
+        Raises: UserError if DeepSpeed's JSON, the durations or the run folder do not fit, before any rank joins another
+            where no rank is needed to tell; or if a shard of a set is missing or has changed since.
         """
         cfg = resolved.recipe
         ds_config = read_deepspeed_json(args.deepspeed_config)
@@ -120,6 +121,8 @@ class Run:
         START_UP.ends("data")
         world = start_world()
         START_UP.ends("ranks")
+        check_shared(world, *(opened.shards for opened in (images, *measured_on)))
+        START_UP.ends("data")
         ds_config = merge_deepspeed(ds_config, args.deepspeed_config, cfg.run, cfg.optim, world.size)
         open_run_folder(args.out, stage, resolved, ds_config, world)
         log_to(args.out, world.rank)

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from peco_ds.data.atomic_files import write_whole
 from peco_ds.errors import EXIT_DONE, UserError
 from peco_ds.old_spellings import current_record
 
@@ -148,13 +149,8 @@ def drop_rows_after(path: Path, step: int) -> list[dict]:
             dropped.append(row)
     text = b"".join(line + b"\n" for line in kept)
     if text != path.read_bytes():
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            with open(temporary, "wb") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            write_whole(path, text)
         except OSError as error:
             raise _not_written(path, error.strerror) from None
     return dropped

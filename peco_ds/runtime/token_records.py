@@ -13,7 +13,10 @@ import torch
 from peco_ds.data.loaders import Codes, ViewsBatch
 from peco_ds.data.token_parts import TokenParts
 from peco_ds.data.token_shards import TokenRecord
-from peco_ds.errors import UserError
+from peco_ds.errors import UserError, printable
+from peco_ds.schema import NO_CODE
+
+_REMEDY = "set views.tokenizer_precision=fp32, or bf16 in place of fp16, or take another tokenizer"
 
 
 def record_batches(
@@ -26,6 +29,7 @@ def record_batches(
 
     Args:
         codes: images_11 [b * K, 3, T, T] -> Codes (`token_source.codes_function`).
+    Raises: UserError naming an image that has no codes.
     """
     ahead, fault = None, None
     batches = iter(batches)
@@ -68,19 +72,29 @@ class _Fetched:
         if self._done is not None:
             self._done.synchronize()
         images, views = self._rows.shape[:2]
+        self._refuse_lost(images)
         stored = [
             values.numpy().astype(kind).reshape(images, views, *values.shape[1:])
             for values, kind in zip(self._host, (np.uint16, np.uint16, np.float16))
         ]
         if len(stored) > 2 and not np.isfinite(stored[2]).all():
             raise UserError(
-                f"the tokenizer gives soft codes that are not finite, first among {', '.join(self._keys[:4])}; set "
-                "views.tokenizer_precision=fp32, or take another tokenizer"
+                "the tokenizer gives soft codes that are not finite, first among "
+                f"{', '.join(self._keys[:4])}; {_REMEDY}"
             )
         return [
             TokenRecord(key, stored[0][place], self._rows[place], *(values[place] for values in stored[1:]))
             for place, key in enumerate(self._keys)
         ]
+
+    def _refuse_lost(self, images: int) -> None:
+        is_lost = (self._host[0].numpy() == NO_CODE).reshape(images, -1).any(axis=1)
+        if is_lost.any():
+            first = self._keys[int(is_lost.argmax())]
+            raise UserError(
+                f"the tokenizer's numbers are not finite on {is_lost.sum()} of a batch of {images} images, first "
+                f"{printable(first)}, so they have no codes; {_REMEDY}"
+            )
 
 
 class _Batch(NamedTuple):

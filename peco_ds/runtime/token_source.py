@@ -5,22 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from peco_ds.config import ONLINE, PretrainRecipe
 from peco_ds.data.image_set import ImageSet
-from peco_ds.data.indexed_tar import ShardSet
 from peco_ds.data.loaders import Codes, codes_of
 from peco_ds.data.token_shards import TokenSet
 from peco_ds.data_paths import data_path
-from peco_ds.errors import UserError, describe_os_error
+from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import ImageTokenizer
 from peco_ds.models.token_passes import TokenPasses, even_pass_size
 from peco_ds.models.tokenizers import TokenizerCard, load_tokenizer, read_card
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.engine import compiles
+from peco_ds.runtime.set_check import check_shared
 
 logger = logging.getLogger("peco_ds")
 
@@ -61,10 +60,12 @@ def open_tokens(
     Raises: UserError naming a shard that is missing or damaged.
     """
     data = recipe.data
-    check_shared(images.shards, "all" if data.verify == "all" else "size", world)
+    # Their sizes were compared when the run was opened.
+    if data.verify == "all":
+        check_shared(world, images.shards, verify="all")
     if not isinstance(found, TokenSet):
         return online_tokenizer(data_path(data, data.tokenizer), recipe, world.device)
-    check_shared(found.shards, "size" if data.verify == "size" else "all", world)
+    check_shared(world, found.shards, verify="size" if data.verify == "size" else "all")
     return found
 
 
@@ -80,18 +81,6 @@ def token_provenance(recipe: PretrainRecipe, tokens) -> dict:
         assert card is not None, f"{folder}: the tokenizer that computes the codes"
         fingerprint, facts = card.fingerprint, {}
     return {"tokenizer_fingerprint": fingerprint, "tokenizer": facts | (card.extra if card else {})}
-
-
-def check_shared(shards: ShardSet, verify: Literal["size", "all"], world: World) -> None:
-    """Each rank checks its share of the shards; a fault found by one rank is raised by all."""
-    fault = ""
-    try:
-        shards.check_shards(range(world.rank, len(shards.manifest.shards), world.size), verify)
-    except UserError as error:
-        fault = str(error)
-    except OSError as error:
-        fault = describe_os_error(error)
-    world.agree(fault)
 
 
 def check_pair(card: TokenizerCard, recipe: PretrainRecipe, where: str) -> None:

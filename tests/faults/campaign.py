@@ -15,6 +15,8 @@ it;
 - in the end metrics.jsonl has every step once. At the same number of ranks its losses are those of the uninterrupted
 run bit for bit; else within a tolerance.
 
+Then the disk fails under every stage that this does not run, at many of its writes (tests/faults/endings.py).
+
 The table at the end, also written to --out, has a row a scenario; promises that were broken are listed below it with
 the plan that breaks them, and the exit code is 1.
 """
@@ -835,6 +837,27 @@ class Campaign:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+# So many of each stage's writes.
+DISK_FAULTS = 12
+
+
+def failing_disks(work: Path, stages: dict[str, Stage], seed: int) -> dict[str, Row]:
+    """A row a stage of `endings.try_disks`."""
+    from endings import make_tasks, try_disks
+
+    folder, rows = Path(tempfile.mkdtemp(prefix="disks_", dir=work)), {}
+    tasks = make_tasks(folder / "sets", list(stages["pretrain"].overrides), list(stages["finetune"].overrides))
+    with ForkServer(folder / "server") as server:
+        for task in tasks:
+            begun, name = time.monotonic(), f"failing disks, {task.stage}"
+            trial = try_disks(server, task, folder / task.stage, seed=seed, most=DISK_FAULTS)
+            rows[name] = Row(name, faults=trial.faults, starts=trial.starts, codes=trial.codes, broken=trial.broken)
+            rows[name].seconds = time.monotonic() - begun
+            sys.stdout.write(f"{name}: {trial.starts} starts, {trial.faults} faults{', BROKEN' * bool(trial.broken)}\n")
+            sys.stdout.flush()
+    return rows
+
+
 def table(rows: list[Row], seed: int, seconds: float) -> str:
     """Markdown: a row a scenario, a sum, and what was broken."""
     total = Row("all")
@@ -919,6 +942,8 @@ def main(argv: list[str] | None = None) -> int:
         lane.start()
     for lane in lanes:
         lane.join()
+    if not args.only or re.search(args.only, "failing_disks"):
+        campaign.rows |= failing_disks(work, stages, args.seed)
     rows = sorted(campaign.rows.values(), key=lambda row: row.name)
     text = table(rows, args.seed, time.monotonic() - begun)
     sys.stdout.write(text)

@@ -11,6 +11,9 @@ A fault is a dict with "kind":
     {"kind": "batch", "step": 7, "micro": 0, "for_good": false, "do": "kill" | "signal" | "sleep" | "stop" | "nan" |
     "kill_worker", "seconds": 3600, "number": 15}
         when the loop takes the batch of that optimiser step (counted from 0 over the whole run)
+    {"kind": "disk", "folder": PATH, "nth": 3, "do": "full_disk" | "read_only" | "vanish" | "note"}
+        from the nth time on that something below the folder is made, opened for writing, renamed or flushed; "vanish"
+        removes the folder that once
     {"kind": "clock", "offset_s": -3600}, {"kind": "host", "name": "node7"}
 
 Noted, one JSON object a line, in the start's logs: committed.jsonl (checkpoints renamed to their final name),
@@ -20,11 +23,15 @@ to pass).
 
 from __future__ import annotations
 
+import _io
+import builtins
 import errno
+import io
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -58,6 +65,8 @@ def install(faults: list[dict], rank: int, logs: Path) -> None:
     for fault in faults:
         if fault["kind"] == "call":
             break_call(notes, fault)
+        elif fault["kind"] == "disk":
+            break_disk(notes, fault)
         elif fault["kind"] == "clock":
             true_time, offset_s = time.time, fault["offset_s"]
             time.time = lambda: true_time() + offset_s
@@ -166,6 +175,47 @@ def break_call(notes: Notes, fault: dict) -> None:
         return original(*arguments, **options) if fault.get("when", "before") == "before" else result
 
     wrap(fault["function"], make)
+
+
+def break_disk(notes: Notes, fault: dict) -> None:
+    """A disk whose every write fails from some moment on, or whose folder goes. Reading is left alone."""
+    folder, lock, writes = os.path.abspath(fault["folder"]), threading.Lock(), [0]
+    number = {"full_disk": errno.ENOSPC, "read_only": errno.EROFS}.get(fault["do"])
+
+    def look(path) -> None:
+        path = os.path.abspath(path_of(path) or "/") if not isinstance(path, bytes) else ""
+        if path != folder and not path.startswith(folder + os.sep):
+            return
+        with lock:
+            writes[0] += 1
+            count = writes[0]
+        if count < fault["nth"]:
+            return
+        notes.write("struck.jsonl", {"fault": fault, "path": path})
+        if number:
+            raise OSError(number, os.strerror(number), path)
+        if fault["do"] == "vanish" and count == fault["nth"]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def before(function, position: int, is_write: Callable[..., bool] = lambda *_, **__: True):
+        def broken(*arguments, **options):
+            if len(arguments) > position and is_write(*arguments, **options):
+                look(arguments[position])
+            return function(*arguments, **options)
+
+        return broken
+
+    def opens_to_write(_path, mode="r", *_, **__) -> bool:
+        return isinstance(mode, str) and bool(set(mode) & set("wax+"))
+
+    def makes(_path, flags=0, *_, **__) -> bool:
+        return bool(flags & (os.O_WRONLY | os.O_RDWR))
+
+    opened = before(io.open, 0, opens_to_write)
+    builtins.open = io.open = _io.open = opened
+    os.open = before(os.open, 0, makes)
+    os.mkdir, os.fsync = before(os.mkdir, 0), before(os.fsync, 0)
+    os.rename, os.replace = before(os.rename, 1), before(os.replace, 1)
 
 
 # --- batches ---------------------------------------------------------------------------------------------

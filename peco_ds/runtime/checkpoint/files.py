@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peco_ds.config import CheckpointSettings
-from peco_ds.data.atomic_files import flush_folder
+from peco_ds.data.atomic_files import flush_folder, write_whole
 from peco_ds.data.order import Cursor
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS
@@ -80,7 +80,7 @@ def commit(temporary: Path, final: Path, files: Files) -> None:
         _set_aside(final)
     os.rename(temporary, final)
     flush_folder(final.parent)
-    write_text(final.parent / LATEST, final.name)
+    write_whole(final.parent / LATEST, final.name.encode())
 
 
 def verify(folder: Path, world: World | None = None) -> str:
@@ -224,12 +224,3 @@ def wait_for_removals(within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
     while _removals:
         _removals.pop().join(max(0.0, deadline - time.monotonic()))
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -1,0 +1,29 @@
+"""Look at the shards of a set when a stage starts: what has changed or gone since its manifest is named then."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from peco_ds.data.indexed_tar import ShardSet
+from peco_ds.errors import UserError, describe_os_error
+from peco_ds.runtime.distributed import World
+
+
+def check_shared(world: World, *sets: ShardSet, verify: Literal["size", "all"] = "size") -> None:
+    """`ShardSet.check_shards`, each rank a share of the shards; a fault found by one rank is raised by all. Collective.
+
+    Every stage that opens an image set calls it once its ranks have met: with "size" this costs one look at each tar,
+    and a tar that was indexed in place is hashed where it has another time since. Without it a tar that its owner has
+    made anew would pass for so many unreadable images.
+
+    Raises: UserError naming the first shard that is missing, cut short or changed.
+    """
+    fault = ""
+    try:
+        for shards in sets:
+            shards.check_shards(range(world.rank, len(shards.manifest.shards), world.size), verify)
+    except UserError as error:
+        fault = str(error)
+    except OSError as error:
+        fault = describe_os_error(error)
+    world.agree(fault)
