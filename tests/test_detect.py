@@ -7,16 +7,19 @@ import json
 import pytest
 import torch
 from conftest import REPOSITORY, run_stage
-from drawn_objects import make_drawn_sets
+from drawn_objects import DISC, RECTANGLE, make_drawn_sets
 from PIL import Image
 
+from peco_ds import convert_checkpoint
 from peco_ds.config import DetectRecipe
 from peco_ds.data.objects import ObjectSet, object_batches
 from peco_ds.data.order import rank_positions
+from peco_ds.errors import UserError
 from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.checkpoint.consolidate import fp32_weights
 from peco_ds.runtime.checkpoint.files import newest_whole
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
+from peco_ds.schema import read_json
 
 STAGES = (0, 1, 2, 3)
 HALF = ["model.drop_path=0.3", "checkpoint.every_steps=2", "detector.branch_norm=batch", "evaluation.every_epochs=0.5"]
@@ -116,6 +119,29 @@ def test_ranks_do_not_change_what_is_measured(runs):
 @pytest.mark.parametrize("name", ("bf16", "square"))
 def test_windows_square_images_both_pyramids_and_bf16_train(runs, name):
     assert len(losses(runs / name)) == 2 and all(0 < loss < 20 for loss in losses(runs / name))
+
+
+def test_a_run_is_released_for_torchvision_and_finds_there_what_it_finds_here(runs, tmp_path, capsys):
+    out = tmp_path / "release"
+    assert convert_checkpoint.main([str(runs / "square"), "--to", "torchvision", "--out", str(out)]) == 0
+    assert "maps and heads in torchvision equal our own detector's" in capsys.readouterr().out
+    assert [entry["id"] for entry in read_json(out / "config.json")["categories"]] == [RECTANGLE, DISC]
+    measured = read_evaluation(runs / "square")[-1]
+    assert f"| box AP | {measured['box_ap']:.2f} |" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--to", "timm"], "a detector, and timm has none as it is made here; give --to torchvision"),
+        (["--to", "torchvision", "--weights", "ema"], "--weights ema: "),
+        (["--to", "torchvision", "--from", "hf"], "is of layout run, not hf"),
+    ],
+)
+def test_what_no_library_has_of_a_detector_is_refused_in_one_line(runs, tmp_path, more, words):
+    with pytest.raises(UserError) as refused:
+        convert_checkpoint.main([str(runs / "square"), "--out", str(tmp_path / "release"), *more])
+    assert words in str(refused.value) and not (tmp_path / "release").exists()
 
 
 def test_an_image_of_what_was_found_is_left_in_the_run_folder(runs):
