@@ -10,7 +10,7 @@ from conftest import REPOSITORY, run_stage
 from drawn_objects import DISC, RECTANGLE, make_drawn_sets
 from PIL import Image
 
-from peco_ds import convert_checkpoint
+from peco_ds import convert_checkpoint, evaluate
 from peco_ds.config import DetectRecipe
 from peco_ds.data.objects import ObjectSet, object_batches
 from peco_ds.data.order import rank_positions
@@ -65,6 +65,10 @@ def runs(sets, tmp_path_factory):
     case(2, "bf16", "run.precision=bf16", *SIMPLE, "schedule.steps=2", zero=3)
     case(2, "square", *SQUARE, "schedule.steps=2", zero=2)
     case(3, "three", "run.global_batch=6", "schedule.steps=2", zero=3)
+    val = ["--images", str(sets.root / "images" / "val"), "--num_workers", "0"]
+    for ranks in (1, 2, 3):
+        out = ["--out", str(folder / f"measured_{ranks}.json")]
+        cases[ranks]["measured"] = {"stage": "evaluate", "arguments": [str(folder / "zero0_1"), *val, *out]}
     codes = {}
     for ranks, of_ranks in cases.items():
         listing = folder / f"cases_{ranks}.json"
@@ -114,6 +118,29 @@ def test_ranks_do_not_change_what_is_measured(runs):
     one, other = (read_evaluation(runs / name)[-1] for name in ("zero0_1", "zero1_2"))
     assert one.keys() == other.keys() and {"box_ap", "mask_ap50"} <= one.keys()
     assert all(one[key] == pytest.approx(other[key], abs=0.05) for key in one)
+
+
+def test_evaluate_measures_a_run_as_it_measured_itself_whatever_the_ranks(runs, sets):
+    own = read_evaluation(runs / "zero0_1")[-1]
+    found = [read_json(runs / f"measured_{ranks}.json") for ranks in (1, 2, 3)]
+    for result in found:
+        assert result["kind"] == "detector" and result["quality"]["images"] == sets.val_images
+        assert all(result["quality"][name] == pytest.approx(own[name], abs=0.05) for name in ("box_ap", "mask_ap50"))
+    assert (found[0]["settings"]["short_px"], found[0]["settings"]["batch"]) == (96, 1)
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--crop", "1"], "--crop: has no meaning for a detector"),
+        (["--statistics", "half"], "--statistics: has no meaning for a detector"),
+    ],
+)
+def test_what_has_no_meaning_for_a_detector_is_refused(runs, sets, tmp_path, more, words):
+    val = ["--images", str(sets.root / "images" / "val"), "--out", str(tmp_path / "e.json")]
+    with pytest.raises(UserError) as refused:
+        evaluate.main([str(runs / "zero0_1"), *val, *more])
+    assert words in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ("bf16", "square"))

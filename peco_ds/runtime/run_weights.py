@@ -110,6 +110,7 @@ def read_segmenter_run(path: Path) -> SegmenterWeights:
         tuple(provenance["mean"]),
         tuple(provenance["std"]),
         _dense_facts(recipe, progress, provenance, run_folder, _SCORES),
+        evaluation=recipe.evaluation,
     )
 
 
