@@ -248,7 +248,8 @@ def table_page(number: int, paper: Paper) -> str:
     if not made:
         rows = [[row.row, *published(row), row.why] for row in table.rows]
         body = markdown_table(["row", *table.columns, "here"], rows)
-        return "\n\n".join([f"## Table {number}: {table.title}", body, *([table.note] if table.note else [])])
+        after = " ".join(filter(None, (table.note, table.ours)))
+        return "\n\n".join([f"## Table {number}: {table.title}", body, *([_wrapped(after)] if after else [])])
     first, *others = made.values()
     shared = [fact for fact in first if others and all(fact in other for other in others)]
     distinct: dict[str, Step] = {}

@@ -1,11 +1,12 @@
-"""Convert a run, release or weights file into a release for timm, Hugging Face transformers or unilm.
+"""Convert a run, release or weights file into a release for timm, Hugging Face transformers, unilm or torchvision.
 
-The library loads the release with its own loader.
+The library loads the release with its own loader; a detector's for torchvision holds the module that does.
 
-    python -m peco_ds.convert_checkpoint SRC --to timm|hf|unilm --out RELEASE_DIR
+    python -m peco_ds.convert_checkpoint SRC --to timm|hf|unilm|torchvision --out RELEASE_DIR
 
-SRC is a run folder of pretrain.py or finetune.py (its newest whole checkpoint is taken; any ZeRO stage, any number of
-ranks), one of its checkpoints/step_N folders, a release folder of one of the three libraries, or a weights file.
+SRC is a run folder of pretrain.py, finetune.py, segment.py or detect.py (its newest whole checkpoint is taken; any ZeRO
+stage, any number of ranks), one of its checkpoints/step_N folders, a release folder of one of the first three
+libraries, or a weights file. Segmenters are for hf and unilm, detectors for torchvision.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from peco_ds.command_line import Parser, run, user_path
 from peco_ds.errors import EXIT_DONE, UserError
 
 # Kind of model -> the libraries that have it.
-TARGETS = {"backbone": ("timm", "hf", "unilm"), "segmenter": ("hf", "unilm")}
+TARGETS = {"backbone": ("timm", "hf", "unilm"), "segmenter": ("hf", "unilm"), "detector": ("torchvision",)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         help="run folder, one checkpoint of it, release folder or weights file",
     )
     parser.add_argument(
-        "--to", choices=["timm", "hf", "unilm"], required=True, help="library that shall load the release"
+        "--to",
+        choices=["timm", "hf", "unilm", "torchvision"],
+        required=True,
+        help="library that shall load the release",
     )
     parser.add_argument("--out", type=user_path, required=True, metavar="RELEASE_DIR", help="folder to write")
     parser.add_argument(
@@ -102,6 +106,8 @@ def convert(args: argparse.Namespace) -> int:
     check_target(args, kind)
     if kind == "segmenter":
         return convert_segmenter(args)
+    if kind == "detector":
+        return convert_detector(args)
     refuse_foreign_files(args.out, (CARD, CONFIG, FILE if args.to == "unilm" else WEIGHTS))
     weights = read_weights(
         args.source, layout=args.layout, average=args.weights, statistics=args.statistics, read_run=read_run
@@ -124,11 +130,13 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def kind_of_source(source: Path) -> str:
-    """What is to be converted: "segmenter", or "backbone" with or without a head of its own."""
+    """What is to be converted: "segmenter", "detector", or "backbone" with or without a head of its own."""
     from peco_ds.convert.read_segmenter import is_segmenter
     from peco_ds.runtime.run_weights import stage_of
 
     stage = stage_of(source)
+    if stage == "detect":
+        return "detector"
     return "segmenter" if stage == "segment" or (stage is None and is_segmenter(source)) else "backbone"
 
 
@@ -171,6 +179,37 @@ def convert_segmenter(args: argparse.Namespace) -> int:
     elif args.verify:
         refuse_other_tensors(args.out, read_stated(args.out)[0], weights)
         compared = f"{FILE} read again holds the same {len(weights.tensors)} tensors"
+    sys.stdout.write(f"{args.out}: {weights.source}; {compared}\n")
+    return EXIT_DONE
+
+
+def convert_detector(args: argparse.Namespace) -> int:
+    """The same of a run of detect.py, for torchvision by a module that lies in the release."""
+    from peco_ds.convert.release import CARD, CONFIG, WEIGHTS, refuse_foreign_files, write_files
+    from peco_ds.convert.to_torchvision import MODULE, detector_card, detector_release
+    from peco_ds.convert.verify import compare_detector, detector_outputs
+    from peco_ds.runtime.run_weights import read_detector_run
+
+    for option in ("weights", "statistics"):
+        if getattr(args, option) not in ("auto", "raw"):
+            raise UserError(
+                f"--{option} {getattr(args, option)}: {args.source} is a run of detect.py, which keeps one set of "
+                "weights and records their statistics; leave it out"
+            )
+    if args.layout not in ("auto", "run"):
+        raise UserError(f"{args.source}: is of layout run, not {args.layout}; leave the layout to auto")
+    refuse_foreign_files(args.out, (CARD, CONFIG, WEIGHTS, MODULE))
+    weights = read_detector_run(args.source)
+    release = detector_release(weights)
+    expected = detector_outputs(weights) if args.verify else None
+    write_files(args.out, release, detector_card(release, weights))
+    compared = "not verified"
+    if expected is not None:
+        difference, share = compare_detector(args.out, *expected)
+        compared = (
+            f"maps and heads in torchvision equal our own detector's to {difference:.1e}, {share:.1%} of its boxes, "
+            "scores and masks too"
+        )
     sys.stdout.write(f"{args.out}: {weights.source}; {compared}\n")
     return EXIT_DONE
 

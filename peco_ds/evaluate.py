@@ -1,8 +1,10 @@
-r"""Measure a finished model: top-1 and robustness of a classifier, or reconstructions and codes of a tokenizer.
+r"""Measure a finished model: top-1 of a classifier, codes of a tokenizer, mIoU of a segmenter, AP of a detector.
 
     python peco_ds/evaluate.py runs/finetune_vith14 --images data/images/val
     python peco_ds/evaluate.py vit_base_patch16_224.augreg_in1k --images data/images/val
     python peco_ds/evaluate.py runs/finetune_vitb16 --images data/images/val --attack bim --epsilon 2/255 --steps 20
+    python peco_ds/evaluate.py runs/segment_vitb16 --images data/ade20k/val
+    python peco_ds/evaluate.py runs/detect_vitb16 --images data/coco/val
     torchrun --nproc_per_node 8 peco_ds/evaluate.py runs/peco_tokenizer --images data/images/val \
         --train_images data/images/train --lpips vgg16-397923af.pth --classifier deit_tiny_patch16_224.fb_in1k
 """
@@ -37,13 +39,19 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     check(args)
     tokenizer = find_tokenizer(Path(args.target))
-    check_kind(args, is_tokenizer=tokenizer is not None)
+    dense = None if tokenizer else find_dense(Path(args.target))
+    if dense is None:
+        check_kind(args, is_tokenizer=tokenizer is not None)
+    else:
+        check_dense(args, dense)
 
     from peco_ds.evaluation.stopping import Stopped
     from peco_ds.runtime.distributed import start_world
 
     # Bad input is refused before any rank joins another.
-    measure, draw = open_classifier(args) if tokenizer is None else open_tokenizer(args, *tokenizer)
+    measure, draw = (
+        open_tokenizer(args, *tokenizer) if tokenizer else open_dense(args, dense) if dense else open_classifier(args)
+    )
     world = start_world()
     try:
         result, line = measure(world)
@@ -67,15 +75,16 @@ def arguments() -> Parser:
         "target",
         type=user_text,
         metavar="TARGET",
-        help="run folder of finetune.py or train_tokenizer.py, release folder (timm, Hugging Face, unilm, "
-        "tokenizer), weights file, or name of a timm model",
+        help="run folder of finetune.py, train_tokenizer.py, segment.py or detect.py, release folder (timm, Hugging "
+        "Face, unilm, tokenizer), weights file, or name of a timm model",
     )
     parser.add_argument(
         "--images",
         type=user_path,
         required=True,
         metavar="FOLDER",
-        help="image set (pack_images.py) to measure on; labelled for a classifier",
+        help="image set (pack_images.py) to measure on; labelled for a classifier, with maps for a segmenter, with "
+        "objects for a detector",
     )
     parser.add_argument(
         "--out",
@@ -90,7 +99,12 @@ def arguments() -> Parser:
         help="side of the image (default: the model's own; of a tokenizer's release what gives 14 x 14 codes)",
     )
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=64, help="images a forward pass, a rank (default: %(default)s)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="images a forward pass, a rank, or a segmenter's windows (default: 64; of a segmenter 8, of a detector 1, "
+        "since images that are filled up to one shape are seen a little differently)",
+    )
     parser.add_argument(
         "--num_workers",
         type=int,
@@ -187,13 +201,13 @@ def fraction(text: str) -> Fraction:
 
 def check(args) -> None:
     """What can be said of the options alone."""
-    for name in ("image_px", "classifier_images", "steps"):
+    for name in ("image_px", "classifier_images", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.crop is not None and not 0 < args.crop <= 1:
         raise UserError(f"--crop {args.crop}: in (0, 1]")
-    if args.batch < 1 or args.num_workers < 0:
-        raise UserError(f"--batch {args.batch} --num_workers {args.num_workers}: at least 1 and 0")
+    if args.num_workers < 0:
+        raise UserError(f"--num_workers {args.num_workers}: must be at least 0")
     if args.epsilon is not None and not 0 <= args.epsilon <= 1:
         raise UserError(f"--epsilon {args.epsilon}: in [0, 1], as pixel values are; write it as 2/255")
     if args.step_size is not None and args.step_size <= 0:
@@ -240,6 +254,15 @@ def check_kind(args, *, is_tokenizer: bool) -> None:
             f"--checkpoint {args.checkpoint}: goes with the name of a timm model, and {classifier} is a "
             "path; give one of the two"
         )
+
+
+def check_dense(args, kind: str) -> None:
+    """Raises: UserError for an option that would be of no effect on a segmenter or detector."""
+    options = [name for name in (*OF_CLASSIFIERS, *OF_TOKENIZERS, "image_px", "checkpoint") if getattr(args, name)]
+    if kind == "detector":
+        options += [name for name in ("weights", "statistics") if getattr(args, name) != "auto"]
+    if options:
+        raise UserError(f"--{options[0]}: has no meaning for a {kind}, and {args.target} is one; leave it out")
 
 
 def tell(args, result: dict, line: str) -> None:
@@ -438,13 +461,77 @@ def open_tokenizer(args, release: Path, own_px: int | None):
     return measure, lambda: evaluation.draw_atlas(args.atlas, images) if args.atlas is not None else None
 
 
+# --------------------------------------------------------------------------- segmenters and detectors
+
+
+def find_dense(target: Path) -> str | None:
+    """Whether the target is a segmenter's run, release or file ("segmenter") or a detector's run ("detector"); None for
+    anything else.
+    """
+    from peco_ds.convert.read_segmenter import is_segmenter
+    from peco_ds.runtime.run_weights import stage_of
+
+    stage = stage_of(target)
+    if stage is None:
+        return "segmenter" if is_segmenter(target) else None
+    return {"segment": "segmenter", "detect": "detector"}.get(stage)
+
+
+def open_dense(args, kind: str):
+    """The function world -> (result, line) that measures a segmenter or a detector, and one that draws: nothing.
+
+    Raises: UserError for images without maps or objects, weights that cannot be read, or other classes.
+    """
+    from peco_ds.evaluation.evaluate_dense import evaluate_detector, evaluate_segmenter
+
+    weights, images = (load_segmenter if kind == "segmenter" else load_detector)(args)
+    how = forward_settings(args, default_batch=8 if kind == "segmenter" else 1)
+    evaluate = evaluate_segmenter if kind == "segmenter" else evaluate_detector
+
+    def measure(world):
+        result, line = evaluate(weights, images, how, world)
+        source = {"kind": kind, "source": weights.source, "facts": weights.facts, "images": images.facts()}
+        return {**source, **result}, f"{weights.source}: {line}"
+
+    return measure, lambda: None
+
+
+def load_segmenter(args):
+    from peco_ds.convert.initialize import check_classes
+    from peco_ds.convert.read_segmenter import read_weights_or_segmenter
+    from peco_ds.data.scenes import SceneSet
+    from peco_ds.runtime.dense_weights import read_run_or_segmenter
+
+    images = SceneSet(args.images, "--images")
+    weights = read_weights_or_segmenter(
+        args.target, average=args.weights, statistics=args.statistics, read_run=read_run_or_segmenter
+    )
+    classes = tuple(images.manifest.classes or ())
+    remedy = "or train it on these with segment.py"
+    check_classes(weights.source, weights.num_classes, weights.classes, classes, what=str(args.images), remedy=remedy)
+    return weights, images
+
+
+def load_detector(args):
+    from peco_ds.data.objects import ObjectSet
+    from peco_ds.runtime.run_weights import read_detector_run
+
+    images, weights = ObjectSet(args.images, "--images"), read_detector_run(Path(args.target))
+    if (images.category_ids, images.classes) != (weights.category_ids, weights.classes):
+        raise UserError(
+            f"{args.images}: its categories are not those that {weights.source} was trained for, or stand in another "
+            "order; pack it from a file with the same categories"
+        )
+    return weights, images
+
+
 # ---------------------------------------------------------------------------------------------- common
 
 
-def forward_settings(args):
+def forward_settings(args, default_batch: int = 64):
     from peco_ds.evaluation.forward import ForwardSettings
 
-    return ForwardSettings(args.precision, args.batch, args.num_workers)
+    return ForwardSettings(args.precision, args.batch or default_batch, args.num_workers)
 
 
 if __name__ == "__main__":

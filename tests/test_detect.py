@@ -7,16 +7,19 @@ import json
 import pytest
 import torch
 from conftest import REPOSITORY, run_stage
-from drawn_objects import make_drawn_sets
+from drawn_objects import DISC, RECTANGLE, make_drawn_sets
 from PIL import Image
 
+from peco_ds import convert_checkpoint, evaluate
 from peco_ds.config import DetectRecipe
 from peco_ds.data.objects import ObjectSet, object_batches
 from peco_ds.data.order import rank_positions
+from peco_ds.errors import UserError
 from peco_ds.recipe_files import load_recipe
 from peco_ds.runtime.checkpoint.consolidate import fp32_weights
 from peco_ds.runtime.checkpoint.files import newest_whole
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
+from peco_ds.schema import read_json
 
 STAGES = (0, 1, 2, 3)
 HALF = ["model.drop_path=0.3", "checkpoint.every_steps=2", "detector.branch_norm=batch", "evaluation.every_epochs=0.5"]
@@ -62,6 +65,10 @@ def runs(sets, tmp_path_factory):
     case(2, "bf16", "run.precision=bf16", *SIMPLE, "schedule.steps=2", zero=3)
     case(2, "square", *SQUARE, "schedule.steps=2", zero=2)
     case(3, "three", "run.global_batch=6", "schedule.steps=2", zero=3)
+    val = ["--images", str(sets.root / "images" / "val"), "--num_workers", "0"]
+    for ranks in (1, 2, 3):
+        out = ["--out", str(folder / f"measured_{ranks}.json")]
+        cases[ranks]["measured"] = {"stage": "evaluate", "arguments": [str(folder / "zero0_1"), *val, *out]}
     codes = {}
     for ranks, of_ranks in cases.items():
         listing = folder / f"cases_{ranks}.json"
@@ -113,9 +120,55 @@ def test_ranks_do_not_change_what_is_measured(runs):
     assert all(one[key] == pytest.approx(other[key], abs=0.05) for key in one)
 
 
+def test_evaluate_measures_a_run_as_it_measured_itself_whatever_the_ranks(runs, sets):
+    own = read_evaluation(runs / "zero0_1")[-1]
+    found = [read_json(runs / f"measured_{ranks}.json") for ranks in (1, 2, 3)]
+    for result in found:
+        assert result["kind"] == "detector" and result["quality"]["images"] == sets.val_images
+        assert all(result["quality"][name] == pytest.approx(own[name], abs=0.05) for name in ("box_ap", "mask_ap50"))
+    assert (found[0]["settings"]["short_px"], found[0]["settings"]["batch"]) == (96, 1)
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--crop", "1"], "--crop: has no meaning for a detector"),
+        (["--statistics", "half"], "--statistics: has no meaning for a detector"),
+    ],
+)
+def test_what_has_no_meaning_for_a_detector_is_refused(runs, sets, tmp_path, more, words):
+    val = ["--images", str(sets.root / "images" / "val"), "--out", str(tmp_path / "e.json")]
+    with pytest.raises(UserError) as refused:
+        evaluate.main([str(runs / "zero0_1"), *val, *more])
+    assert words in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ("bf16", "square"))
 def test_windows_square_images_both_pyramids_and_bf16_train(runs, name):
     assert len(losses(runs / name)) == 2 and all(0 < loss < 20 for loss in losses(runs / name))
+
+
+def test_a_run_is_released_for_torchvision_and_finds_there_what_it_finds_here(runs, tmp_path, capsys):
+    out = tmp_path / "release"
+    assert convert_checkpoint.main([str(runs / "square"), "--to", "torchvision", "--out", str(out)]) == 0
+    assert "maps and heads in torchvision equal our own detector's" in capsys.readouterr().out
+    assert [entry["id"] for entry in read_json(out / "config.json")["categories"]] == [RECTANGLE, DISC]
+    measured = read_evaluation(runs / "square")[-1]
+    assert f"| box AP | {measured['box_ap']:.2f} |" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--to", "timm"], "a detector, and timm has none as it is made here; give --to torchvision"),
+        (["--to", "torchvision", "--weights", "ema"], "--weights ema: "),
+        (["--to", "torchvision", "--from", "hf"], "is of layout run, not hf"),
+    ],
+)
+def test_what_no_library_has_of_a_detector_is_refused_in_one_line(runs, tmp_path, more, words):
+    with pytest.raises(UserError) as refused:
+        convert_checkpoint.main([str(runs / "square"), "--out", str(tmp_path / "release"), *more])
+    assert words in str(refused.value) and not (tmp_path / "release").exists()
 
 
 def test_an_image_of_what_was_found_is_left_in_the_run_folder(runs):

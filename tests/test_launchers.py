@@ -51,7 +51,7 @@ def test_there_is_a_launcher_for_every_stage_of_the_way_from_images_to_top_1():
         *("pretrain_vitb", "pretrain_vitl", "pretrain_vith"),
         *("finetune_vitb", "finetune_vitl", "finetune_vith", "finetune_vith_448"),
         *("segment_vitb", "segment_vitl", "segment_vith"),
-        *("detect_vitb", "detect_vitl", "detect_vith"),
+        *("detect_vitb", "detect_vitl", "detect_vith", "detect_mcbeit_vitb16"),
     }
 
 
@@ -139,6 +139,12 @@ def test_detection_starts_where_the_pretraining_launcher_of_its_size_ends(echoin
     stage, recipe, out = resolved(echoing_home, f"detect_{size}")
     assert (stage, recipe.name, out) == ("detect", f"detect_{name}", f"/runs/detect_{name}")
     assert recipe.init.weights == ends
+
+
+def test_detection_of_mcbeit_starts_from_its_pretraining(echoing_home):
+    stage, recipe, out = resolved(echoing_home, "detect_mcbeit_vitb16")
+    assert (stage, recipe.name, out) == ("detect", "detect_mcbeit_vitb16", "/runs/detect_mcbeit_vitb16")
+    assert recipe.init.weights == "/runs/mcbeit_vitb16" and recipe.augment.kind == "scale_jitter"
 
 
 @pytest.mark.parametrize("size, name", [("vitb", "vitb16"), ("vitl", "vitl16"), ("vith", "vith14")])

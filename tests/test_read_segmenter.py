@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections import OrderedDict
 
+import beit_samples
 import pytest
 import torch
 from scene_samples import CLASSES as FOUR
@@ -24,9 +25,10 @@ from peco_ds.convert.read_segmenter import (
     read_weights_or_segmenter,
     told_by_mmcv_config,
 )
-from peco_ds.convert.release import write_files
+from peco_ds.convert.release import write_files, write_release
 from peco_ds.convert.segmenter_layouts import segmenter_card, segmenter_release, to_unilm_names
 from peco_ds.convert.start_segmenter import start_segmenter
+from peco_ds.convert.to_timm import to_timm
 from peco_ds.errors import UserError
 from peco_ds.models.image_statistics import HALF, IMAGENET
 from peco_ds.models.segmenter import build_segmenter
@@ -318,6 +320,16 @@ def test_what_no_library_or_file_has_is_refused_in_one_line(tmp_path, more, word
     with pytest.raises(UserError) as refused:
         convert_checkpoint.main([str(path), "--out", str(tmp_path / "out"), *more])
     assert words in str(refused.value) and not (tmp_path / "out").exists()
+
+
+def test_torchvision_is_for_detectors(tmp_path):
+    path = save(tmp_path / "upernet.pth", to_unilm_names(toy().tensors), meta=META)
+    with pytest.raises(UserError, match="a segmenter, and torchvision has none as it is made here"):
+        convert_checkpoint.main([str(path), "--to", "torchvision", "--out", str(tmp_path / "out")])
+    weights = beit_samples.sample("classifier")
+    write_release(tmp_path / "release", to_timm(weights), weights)
+    with pytest.raises(UserError, match="a backbone, and torchvision has none .*; give --to timm or --to hf or"):
+        convert_checkpoint.main([str(tmp_path / "release"), "--to", "torchvision", "--out", str(tmp_path / "out")])
 
 
 def test_readers_of_backbones_refuse_segmenters_by_name(tmp_path):

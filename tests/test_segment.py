@@ -8,7 +8,7 @@ import torch
 from conftest import REPOSITORY, run_stage
 from scene_samples import CLASSES, make_scenes
 
-from peco_ds import convert_checkpoint, segment
+from peco_ds import convert_checkpoint, evaluate, segment
 from peco_ds.convert.read_segmenter import read_segmenter
 from peco_ds.convert.release import write_release
 from peco_ds.convert.to_timm import to_timm
@@ -17,6 +17,7 @@ from peco_ds.runtime.checkpoint.consolidate import fp32_weights
 from peco_ds.runtime.checkpoint.files import newest_whole
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.run_folder import read_provenance
+from peco_ds.schema import read_json
 
 STAGES = (0, 1, 2, 3)
 HALF = ["model.drop_path=0.3", "segmenter.dropout=0.1", "checkpoint.every_steps=2", "evaluation.every_steps=3"]
@@ -54,6 +55,14 @@ def runs(scenes, tmp_path_factory):
     add(2, "rest", *HALF, folder_name="half")
     add(1, "goes_on", f"init.weights={folder / 'zero1_1'}", "run.micro_batch=4", "schedule.steps=2", zero=1)
     add(3, "three", "run.global_batch=6", "schedule.steps=2", "evaluation.batch=1")
+    released = str(folder / "released")
+    into = ["--to", "unilm", "--out", released]
+    cases[1].append({"stage": "convert_checkpoint", "arguments": [str(folder / "zero1_1"), *into]})
+    val = ["--images", scenes[0].removeprefix("data.root=") + "/images/val", "--num_workers", "0"]
+    for ranks in (1, 2, 3):
+        for name, source in (("run", str(folder / "zero1_1")), ("release", released)):
+            out = ["--out", str(folder / f"{name}_{ranks}.json")]
+            cases[ranks].append({"stage": "evaluate", "arguments": [source, *val, *out]})
     for ranks, of_ranks in cases.items():
         listing = folder / f"cases_{ranks}.json"
         listing.write_text(json.dumps(of_ranks))
@@ -106,6 +115,40 @@ def test_every_held_out_scene_is_counted_once_on_one_two_and_three_ranks(runs, n
 def test_miou_does_not_depend_on_the_ranks(runs):
     one, two = (read_evaluation(runs / name)[-1] for name in ("zero3_1", "zero3_2"))
     assert one["miou"] == pytest.approx(two["miou"], abs=0.5) and one["aacc"] == pytest.approx(two["aacc"], abs=0.5)
+
+
+def test_evaluate_measures_a_run_as_it_measured_itself_whatever_the_ranks(runs):
+    found = [read_json(runs / f"run_{ranks}.json") for ranks in (1, 2, 3)]
+    own = read_evaluation(runs / "zero1_1")[-1]
+    assert {result["quality"]["images"] for result in found} == {7} and found[0]["kind"] == "segmenter"
+    for name in ("miou", "aacc", "macc"):
+        assert [result["quality"][name] for result in found] == pytest.approx([own[name]] * 3, abs=0.1)
+    assert found[0]["settings"]["stride_px"] == 20 and found[2]["settings"]["ranks"] == 3
+    assert found[0]["facts"]["mIoU"] == f"{own['miou']:.2f}"
+
+
+def test_evaluate_measures_a_release_by_the_published_settings(runs):
+    one, three = (read_json(runs / f"release_{ranks}.json") for ranks in (1, 3))
+    assert one["quality"]["images"] == three["quality"]["images"] == 7
+    assert one["quality"]["miou"] == pytest.approx(three["quality"]["miou"], abs=0.1)
+    assert [one["settings"][name] for name in ("crop_px", "short_px", "long_px", "stride_px")] == [32, 32, 128, 21]
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--attack", "bim"], "--attack: has no meaning for a segmenter"),
+        (["--image_px", "64"], "--image_px: has no meaning for a segmenter"),
+        (["--lpips", "x"], "--lpips: has no meaning for a segmenter"),
+        (["--weights", "ema"], "keeps no moving average"),
+        (["--batch", "0"], "--batch 0: must be at least 1"),
+    ],
+)
+def test_what_has_no_meaning_for_a_segmenter_is_refused(runs, scenes, tmp_path, more, words):
+    val = ["--images", scenes[0].removeprefix("data.root=") + "/images/val", "--out", str(tmp_path / "e.json")]
+    with pytest.raises(UserError) as refused:
+        evaluate.main([str(runs / "zero1_1"), *val, *more])
+    assert words in str(refused.value)
 
 
 def test_a_run_starts_from_a_whole_segmenter_where_that_one_ended(runs):

@@ -152,6 +152,8 @@ def _layout_of(path: Path, wanted: Layout) -> Layout:
         found = "timm"
     elif config.get("model_type") == "beit":
         found = "hf"
+    elif config.get("layout") == "torchvision_detection":
+        raise UserError(f"{path}: a detector's release, which its own detector.py loads; give the run of detect.py")
     elif config.get("model_type") == "upernet" or config.get("layout") == f"{to_unilm.LAYOUT}_segmentation":
         raise UserError(f"{path}: a segmenter, which segment.py starts from; give the BEiT that it was fine-tuned from")
     elif "model_type" in config:

@@ -21,8 +21,11 @@ import torch.nn.functional as F
 from timm.models.beit import Beit, gen_relative_position_index
 from torch import nn
 
+from peco_ds.data.object_augment import resized_shape
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import SHARED_TABLE, BeitWeights
+from peco_ds.models.detector_weights import DetectorWeights, detector_of
+from peco_ds.models.mask_rcnn import batch_images, paste_masks
 from peco_ds.models.mim import MaskedImageModel
 from peco_ds.models.segmenter_weights import SegmenterWeights, segmenter_of
 from peco_ds.models.vit import timm_arguments
@@ -30,7 +33,12 @@ from peco_ds.models.vit import timm_arguments
 # In float32, largest difference over largest value; the worst case measured on B/16 and H-wide models is 2e-6.
 TOLERANCE = 1e-5
 COMPARED = {"mim": "token logits and features", "features": "features", "classifier": "class logits"}
-LOADERS = {"timm": "timm", "transformers": "transformers", "unilm": "timm's port of unilm"}
+LOADERS = {
+    "timm": "timm",
+    "transformers": "transformers",
+    "unilm": "timm's port of unilm",
+    "torchvision": "its own module on torchvision",
+}
 _MASKED_SHARE = 0.4
 
 _START = """
@@ -44,8 +52,10 @@ import json, numpy, torch
 import torch.nn.functional as F
 folder, kind, inputs, outputs = sys.argv[1:]
 given = numpy.load(inputs)
-images, is_masked = torch.from_numpy(given["images"]), torch.from_numpy(given["is_masked"])
 torch.set_grad_enabled(False)
+"""
+_OF_IMAGES = """
+images, is_masked = torch.from_numpy(given["images"]), torch.from_numpy(given["is_masked"])
 def answers_of_timm(model, head):
     if kind == "classifier":
         return {"logits": model(images)}
@@ -101,6 +111,32 @@ for name, buffer in buffers.items():
     if not torch.equal(buffer, expected[name]):
         raise ValueError(f"{name} is not the port's")
 found = answers_of_timm(model, head)
+"""
+_TORCHVISION = """
+sys.path.insert(0, folder)
+from detector import load
+model = load(folder)
+image = torch.from_numpy(given["image"])
+seen = model.resized(image)
+batch = model.batch([seen])
+features = model.features(batch)
+found = {f"map {level}": value for level, value in features.items()}
+found["objectness"], found["proposals"] = (
+    torch.cat([each.flatten() for each in values]) for values in model.rpn.head(list(features.values()))
+)
+height, width = seen.shape[1:]
+boxes = []
+for parts in (1, 2, 3):
+    high, wide = height / parts, width / parts
+    boxes += [[x * wide, y * high, (x + 1) * wide, (y + 1) * high] for y in range(parts) for x in range(parts)]
+boxes, heads = [torch.tensor(boxes)], model.roi_heads
+pooled = heads.box_roi_pool(features, boxes, batch.image_sizes)
+found["classes"], found["boxes of classes"] = heads.box_predictor(heads.box_head(pooled))
+pooled = heads.mask_roi_pool(features, boxes, batch.image_sizes)
+found["masks of classes"] = heads.mask_predictor(heads.mask_head(pooled))
+(best,) = model([image])
+found |= {f"found {name}": best[name] for name in ("boxes", "scores", "labels")}
+found["found masks"] = (best["masks"][:, 0] >= 0.5).float()
 """
 _END = """
 numpy.savez(outputs, **{name: value.numpy() for name, value in found.items()})
@@ -168,6 +204,89 @@ def segmenter_outputs(weights: SegmenterWeights) -> ModelOutputs:
     return ModelOutputs("classifier", images, unmasked, {"logits": logits.numpy()})
 
 
+@torch.no_grad()
+def detector_outputs(weights: DetectorWeights) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+    """An image, and our own detector's outputs for it: maps and heads, which a rounding changes by as much, and what
+    was found, where it may swap two boxes of nearly one score.
+
+    Returns: uint8 [3, H, W]; float32 arrays by name.
+    """
+    model, draw = detector_of(weights), torch.Generator().manual_seed(0)
+    # Coarse squares: unlike noise they give boxes of unlike scores. Not of the size that the detector sees.
+    coarse = torch.randint(0, 256, (1, 3, 9, 12), generator=draw).float()
+    short = max(32, weights.short_px * 3 // 4)
+    image = F.interpolate(coarse, (short, short * 4 // 3), mode="bilinear").round().to(torch.uint8)[0]
+    height, width = image.shape[1:]
+    size = resized_shape(height, width, weights.short_px, weights.long_px)
+    seen = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+    batch = batch_images([seen], weights.mean, weights.std, weights.square_px)
+    maps = model.pyramid(model.backbone(batch.tensors))
+    features = {str(level): found.float() for level, found in enumerate(maps)}
+    values = {f"map {level}": found for level, found in features.items()}
+    values["objectness"], values["proposals"] = (torch.cat([each.flatten() for each in found])
+                                                 for found in model.rpn.head(list(features.values())))  # fmt: skip
+    boxes = [boxes_of_parts(*size)]
+    pooled = model.roi_heads.box_roi_pool(features, boxes, batch.image_sizes)
+    values["classes"], values["boxes of classes"] = model.roi_heads.box_predictor(model.roi_heads.box_head(pooled))
+    pooled = model.roi_heads.mask_roi_pool(features, boxes, batch.image_sizes)
+    values["masks of classes"] = model.roi_heads.mask_predictor(model.roi_heads.mask_head(pooled))
+    broken = next((name for name, value in values.items() if not value.isfinite().all()), None)
+    if broken:
+        raise UserError(f"{weights.source}: its {broken} are not finite; do not publish it, take an older checkpoint")
+    (found,) = model([seen])
+    scale = torch.tensor([width / size[1], height / size[0]] * 2)
+    masks = paste_masks(found.masks, found.boxes * scale, height, width)
+    values |= {"found boxes": found.boxes * scale, "found scores": found.scores, "found labels": found.labels.float(),
+               "found masks": masks.float()}  # fmt: skip
+    return image, {name: value.numpy() for name, value in values.items()}
+
+
+def boxes_of_parts(height: int, width: int) -> torch.Tensor:
+    """Boxes of several sizes over an image: float32 [14, 4]."""
+    boxes = []
+    for parts in (1, 2, 3):
+        high, wide = height / parts, width / parts
+        boxes += [[x * wide, y * high, (x + 1) * wide, (y + 1) * high] for y in range(parts) for x in range(parts)]
+    return torch.tensor(boxes)
+
+
+def compare_detector(release: Path, image: torch.Tensor, expected: dict[str, np.ndarray]) -> tuple[float, float]:
+    """How a detector's release, loaded by its own module in a process without this package, differs from the run's.
+
+    Args:
+        image, expected: of `detector_outputs`.
+    Returns: the largest difference of maps and heads, relative to the largest value of the same output; the share of
+        the boxes found, with label, score and mask, that the release finds too.
+    Raises: UserError if it cannot be loaded, the difference exceeds TOLERANCE, or more than a hundredth of the boxes is
+        not found.
+    """
+    found = _answers(release, "torchvision", "detector", image=image.numpy())
+    apart = [name for name in expected if not name.startswith("found ")]
+    worst = float(np.max([np.abs(found[name] - expected[name]).max() / np.abs(expected[name]).max() for name in apart]))
+    share = _share_found(found, expected)
+    if not (worst <= TOLERANCE and share >= 0.99):
+        raise UserError(
+            f"{release}: maps and heads differ from the trained detector's by {worst:.1e}, and {share:.1%} of its "
+            "boxes are found; do not publish it"
+        )
+    return worst, share
+
+
+def _share_found(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Share of expected boxes for which one was found of the same label, within 0.1 px and 0.001, masks equal in 99
+    pixels of 100.
+    """
+    matched = 0
+    for place, box in enumerate(expected["found boxes"]):
+        near = (
+            (np.abs(found["found boxes"] - box).max(axis=1) <= 0.1)
+            & (found["found labels"] == expected["found labels"][place])
+            & (np.abs(found["found scores"] - expected["found scores"][place]) <= 1e-3)
+        ).nonzero()[0]
+        matched += any(np.mean(found["found masks"][each] == expected["found masks"][place]) >= 0.99 for each in near)
+    return matched / max(1, len(expected["found boxes"]))
+
+
 def refuse_other_tensors(release: Path, found: SegmenterWeights, expected: SegmenterWeights) -> None:
     """Raises: UserError if a release that was read again does not hold what was written, bit for bit."""
     same = found.tensors.keys() == expected.tensors.keys() and found.segmenter.taps == expected.segmenter.taps
@@ -197,17 +316,36 @@ def compare(release: Path, library: str, expected: ModelOutputs) -> float:
         library: `Release.library`.
     Raises: UserError if the library cannot load the release, or the difference exceeds TOLERANCE.
     """
+    given = {"images": expected.images_norm.numpy(), "is_masked": expected.is_masked.numpy()}
+    found = _answers(release, library, expected.kind, **given)
+    # np.max keeps a NaN, which then exceeds the tolerance.
+    worst = float(
+        np.max([np.abs(found[name] - value).max() / np.abs(value).max() for name, value in expected.values.items()])
+    )
+    if not worst <= TOLERANCE:
+        raise UserError(
+            f"{release}: {COMPARED[expected.kind]} in {LOADERS[library]} differ from the trained model's "
+            f"by {worst:.1e}, more than {TOLERANCE:.0e}; do not publish it"
+        )
+    return worst
+
+
+def _answers(release: Path, library: str, kind: str, **given: np.ndarray) -> dict[str, np.ndarray]:
+    """What the script of the library computes from the given arrays, in a process that cannot import this package.
+
+    Raises: UserError if it fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
-        np.savez(inputs, images=expected.images_norm.numpy(), is_masked=expected.is_masked.numpy())
+        np.savez(inputs, allow_pickle=False, **given)
         # -I: no PYTHONPATH and no current folder, as on a user's machine.
         command = [
             sys.executable,
             "-I",
             "-c",
-            _START + _SCRIPTS[library] + _END,
+            _START + (_TORCHVISION if kind == "detector" else _OF_IMAGES + _SCRIPTS[library]) + _END,
             str(release.resolve()),
-            expected.kind,
+            kind,
             str(inputs),
             str(outputs),
         ]
@@ -216,15 +354,4 @@ def compare(release: Path, library: str, expected: ModelOutputs) -> float:
             lines = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
             raise UserError(f"{release}: {LOADERS[library]} does not load it: {lines[-1]}")
         with np.load(outputs) as found:
-            # np.max keeps a NaN, which then exceeds the tolerance.
-            worst = float(
-                np.max(
-                    [np.abs(found[name] - value).max() / np.abs(value).max() for name, value in expected.values.items()]
-                )
-            )
-    if not worst <= TOLERANCE:
-        raise UserError(
-            f"{release}: {COMPARED[expected.kind]} in {LOADERS[library]} differ from the trained model's "
-            f"by {worst:.1e}, more than {TOLERANCE:.0e}; do not publish it"
-        )
-    return worst
+            return dict(found)

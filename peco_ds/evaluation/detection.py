@@ -14,34 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from peco_ds.data.labelled import PADDING
 from peco_ds.errors import UserError, describe_os_error
+from peco_ds.models.mask_rcnn import paste_masks
 
 # Names of COCO's first six numbers.
 _AP = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 # Masks pasted at once: of an image of 640 x 480 px, 80 MB.
 _PASTED = 64
-
-
-def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Masks of boxes -> masks of the whole image.
-
-    Args:
-        masks: float [N, m, m], probabilities over the box.  boxes: [N, 4], x1 y1 x2 y2 in pixels of the image.
-    Returns: bool [N, height, width], where the probability is at least a half; bilinear, at the pixels' centres.
-    """
-    across, down = (torch.arange(side, device=masks.device) + 0.5 for side in (width, height))
-    left, top, right, bottom = (side[:, None] for side in boxes.unbind(1))
-    # [-1, 1] over the box, as grid_sample takes them.
-    x = (across[None] - left) / (right - left) * 2 - 1
-    y = (down[None] - top) / (bottom - top) * 2 - 1
-    grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=3)
-    return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0] >= 0.5
 
 
 def coco_rows(detection, image_id: int, shown: tuple[int, int], original: tuple[int, int], ids) -> list[dict]:

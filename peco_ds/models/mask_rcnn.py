@@ -55,6 +55,22 @@ class Detection(NamedTuple):
     masks: torch.Tensor  # float32 [N, 28, 28], probabilities inside the box
 
 
+def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Masks of boxes -> masks of the whole image.
+
+    Args:
+        masks: float [N, m, m], probabilities over the box.  boxes: [N, 4], x1 y1 x2 y2 in pixels of the image.
+    Returns: bool [N, height, width], where the probability is at least a half; bilinear, at the pixels' centres.
+    """
+    across, down = (torch.arange(side, device=masks.device) + 0.5 for side in (width, height))
+    left, top, right, bottom = (side[:, None] for side in boxes.unbind(1))
+    # [-1, 1] over the box, as grid_sample takes them.
+    x = (across[None] - left) / (right - left) * 2 - 1
+    y = (down[None] - top) / (bottom - top) * 2 - 1
+    grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=3)
+    return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0] >= 0.5
+
+
 class Detector(nn.Module):
     """Training: (images_u8, targets) -> losses by name. Evaluation: images_u8 -> one `Detection` an image.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peco_ds.config import ModelSettings, SegmenterSettings
+from peco_ds.config import ModelSettings, SegmentationSettings, SegmenterSettings
 from peco_ds.models.segmenter import Segmenter, build_segmenter
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
 
@@ -27,6 +27,8 @@ class SegmenterWeights:
     std: tuple[float, ...] = IMAGENET_STD
     # For the model card: name -> text.
     facts: dict = field(default_factory=dict)
+    # How the run measured it; None: no run tells.
+    evaluation: SegmentationSettings | None = None
     # As that of `BeitWeights`, in what a dry run says.
     kind = "segmenter"
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
-from peco_ds.config import Average, FinetuneRecipe, PretrainRecipe, SegmentRecipe
+from peco_ds.config import Average, DetectRecipe, FinetuneRecipe, PretrainRecipe, SegmentRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.beit_weights import JUDGE_LICENCE, TOKENIZER_LICENCE, BeitWeights
+from peco_ds.models.detector_weights import DetectorWeights
 from peco_ds.models.image_statistics import FACT
 from peco_ds.models.segmenter_weights import SegmenterWeights
 from peco_ds.registry import OBJECTIVES
@@ -28,11 +30,12 @@ from peco_ds.runtime.run_folder import PROVENANCE, SETTINGS, read_provenance, re
 
 # Names of a card -> of a row of evaluation.jsonl.
 _SCORES = {"mIoU": "miou", "aAcc": "aacc", "mAcc": "macc"}
+_SCORES_OF_DETECTION = {"box AP": "box_ap", "mask AP": "mask_ap"}
 # The prefix of a masked image model's backbone; a classifier has the canonical names already.
 _PREFIX = "backbone."
 # Further tensors of a masked image model whose head works on the backbone's tokens.
 _HEAD_NAMES = ("mask_token", "lm_head.weight", "lm_head.bias")
-_RECIPES = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "segment": SegmentRecipe}
+_RECIPES = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "segment": SegmentRecipe, "detect": DetectRecipe}
 # Stages whose weights are a BEiT, with or without a head.
 _OF_BEIT = ("pretrain", "finetune")
 
@@ -97,11 +100,68 @@ def read_segmenter_run(path: Path) -> SegmenterWeights:
     """
     run_folder, checkpoint = find_checkpoint(Path(path).resolve(), ("segment",))
     recipe, progress, provenance = _recipe_of(checkpoint), read_progress(checkpoint), read_provenance(checkpoint)
-    missing = sorted({"classes", "mean", "std"} - provenance.keys())
+    _check_told(checkpoint, provenance, "classes", "mean", "std")
+    return SegmenterWeights(
+        recipe.model,
+        recipe.segmenter,
+        _dense_tensors(checkpoint),
+        f"{recipe.name}, {checkpoint.name}",
+        tuple(provenance["classes"]),
+        tuple(provenance["mean"]),
+        tuple(provenance["std"]),
+        _dense_facts(recipe, progress, provenance, run_folder, _SCORES),
+        evaluation=recipe.evaluation,
+    )
+
+
+def read_detector_run(path: Path) -> DetectorWeights:
+    """float32 weights of a run of detect.py.
+
+    Args:
+        path: the run folder, or one of its checkpoints/step_N.
+    Raises: UserError if there is no whole checkpoint, or its records do not tell categories and statistics.
+    """
+    run_folder, checkpoint = find_checkpoint(Path(path).resolve(), ("detect",))
+    recipe, progress, provenance = _recipe_of(checkpoint), read_progress(checkpoint), read_provenance(checkpoint)
+    _check_told(checkpoint, provenance, "classes", "category_ids", "mean", "std")
+    return DetectorWeights(
+        recipe.model,
+        recipe.detector,
+        _dense_tensors(checkpoint),
+        f"{recipe.name}, {checkpoint.name}",
+        tuple(provenance["classes"]),
+        tuple(provenance["category_ids"]),
+        short_px=recipe.augment.short_px,
+        long_px=recipe.augment.long_px,
+        square_px=recipe.augment.long_px if recipe.augment.kind == "scale_jitter" else 0,
+        mean=tuple(provenance["mean"]),
+        std=tuple(provenance["std"]),
+        facts=_dense_facts(recipe, progress, provenance, run_folder, _SCORES_OF_DETECTION),
+    )
+
+
+def _check_told(checkpoint: Path, provenance: dict, *names: str) -> None:
+    missing = sorted(set(names) - provenance.keys())
     if missing:
         raise UserError(
             f"{checkpoint / PROVENANCE}: does not tell {', '.join(missing)}; restore it, or give another checkpoint"
         )
+
+
+def _dense_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    # Consolidated buffers are float32, this one among them.
+    return {
+        name: tensor.long() if name.endswith("num_batches_tracked") else tensor
+        for name, tensor in fp32_weights(checkpoint).items()
+    }
+
+
+def _dense_facts(recipe, progress: Progress, provenance: dict, run_folder: Path, scores: dict[str, str]) -> dict:
+    """For the card of a segmenter or detector.
+
+    Args:
+        scores: name of a card -> of a row of evaluation.jsonl.
+    """
     facts = {
         "recipe": recipe.name,
         "optimiser steps": f"{progress.step}",
@@ -111,24 +171,10 @@ def read_segmenter_run(path: Path) -> SegmenterWeights:
         "started from": provenance.get("init", "scratch"),
     }
     measured = [row for row in read_evaluation(run_folder) if row["step"] == progress.step]
-    facts |= {name: f"{measured[-1][key]:.2f}" for name, key in _SCORES.items() if measured and key in measured[-1]}
+    facts |= {name: f"{measured[-1][key]:.2f}" for name, key in scores.items() if measured and key in measured[-1]}
     facts |= _licences_of_origin(provenance.get("init_facts", {}))
     facts["code"] = f"peco_ds, commit `{provenance.get('commit', '?')}`"
-    # Consolidated buffers are float32, this one among them.
-    tensors = {
-        name: tensor.long() if name.endswith("num_batches_tracked") else tensor
-        for name, tensor in fp32_weights(checkpoint).items()
-    }
-    return SegmenterWeights(
-        recipe.model,
-        recipe.segmenter,
-        tensors,
-        f"{recipe.name}, {checkpoint.name}",
-        tuple(provenance["classes"]),
-        tuple(provenance["mean"]),
-        tuple(provenance["std"]),
-        facts,
-    )
+    return facts
 
 
 def _left_out(names: set[str]) -> dict[str, str]:
