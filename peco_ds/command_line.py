@@ -58,7 +58,7 @@ _BROKEN_DEVICE = re.compile(
 
 def user_path(text: str) -> Path:
     """`type` of an option that names a path."""
-    if not text:
+    if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a path, . for the folder you are in")
     try:
         return expand_path(text)

@@ -27,6 +27,7 @@ from peco_ds.schema import short
 def check_recipe(recipe: Recipe) -> None:
     """Raises: UserError for the first value out of its range, else for the first two that do not go together."""
     check_bounds(recipe)
+    _check_sources(recipe)
     if not isinstance(recipe, ProbeRecipe):
         _check_training(recipe)
     if isinstance(recipe, (PretrainRecipe, TokenizerRecipe)):
@@ -64,6 +65,18 @@ def check_bounds(settings, prefix: str = "") -> None:
 
 def _written(value) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) and len(value) <= 16 else short(value)
+
+
+def _check_sources(recipe) -> None:
+    """A path that is left empty would be the folder data.root itself."""
+    wanted = {"images": "the folder of an image set (pack_images.py)"}
+    if isinstance(recipe, PretrainRecipe):
+        wanted |= {
+            "tokens": "the folder of a token set (tokenize_shards.py), or online",
+            "tokenizer": "the release folder of a tokenizer",
+        }
+    for name, what in wanted.items():
+        _require(getattr(recipe.data, name).strip() != "", f"data.{name} is empty; give {what}")
 
 
 def _check_training(recipe) -> None:

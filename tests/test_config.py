@@ -146,6 +146,9 @@ def test_a_mistyped_value_names_key_value_and_source_in_one_line(recipe_file, ov
         "schedule.warmup_epochs=-1",
         "schedule.stop_at_step=-2",
         "data.num_workers=-1",
+        "data.images=",
+        "data.tokens=",
+        "data.tokenizer=",
     ],
 )
 def test_a_value_out_of_range_names_its_key_and_value(recipe_file, override):

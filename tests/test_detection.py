@@ -123,6 +123,18 @@ def found_by(images, batch):
     return found
 
 
+def test_a_detector_that_is_not_finite_has_no_score(drawn):
+    world = SimpleNamespace(rank=0, size=1, device=CPU, is_main=True, gather_objects=lambda value: [value])
+    batches = detection_batches(drawn, PLAIN, world, batch=1, num_workers=0)
+
+    def forward(images_u8):
+        nothing = torch.zeros(0)
+        return [Detection(nothing.view(0, 4), nothing, nothing.long(), nothing.view(0, 28, 28), is_finite=False)]
+
+    with pytest.raises(UserError, match="not finite on image .*so there is no score"):
+        detection_quality(forward, batches, drawn, read_annotations(drawn.annotation_file), world)
+
+
 @pytest.mark.parametrize(("ranks", "batch"), ((1, 1), (1, 3), (2, 2), (3, 1), (3, 4)))
 def test_every_image_counts_once_whatever_the_ranks_and_batches(drawn, ranks, batch):
     annotations, texts, seen, qualities = read_annotations(drawn.annotation_file), [], [], []

@@ -241,7 +241,9 @@ def test_a_tree_of_links_is_packed_as_what_it_links_to_and_counted(tree, tmp_pat
 def test_a_class_folder_that_is_a_link_to_nothing_is_refused_and_not_missed(tree, target):
     (tree / "circle").symlink_to(tree / "elcric", target_is_directory=True)
     (tree / "elcric").symlink_to(tree / target, target_is_directory=True)
-    assert "circle' is a link to nothing, or round in a circle (2 such)" in refusal(tree, "folders", None, None)
+    assert "circle' stands among the class folders and is a link to nothing, or round in a circle (2 such)" in refusal(
+        tree, "folders", None, None
+    )
     listing = list_images(tree, "none", None, None)
     assert len(listing.images) == NUM_IMAGES
     assert [reason for _, reason in listing.left_out] == ["link to nothing"] * 2

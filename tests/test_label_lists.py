@@ -123,6 +123,8 @@ REFUSED = {
     "an image that is not listed": ("a.jpg,fox\nc.jpg,owl", "image 'b.jpg' is not in"),
     "label before name": ("fox,a.jpg\nowl,b.jpg\nfox,c.jpg", "write the image name before the label"),
     "a header of no stated words": ("what,ever\na.jpg,fox\nb.jpg,owl\nc.jpg,fox", "line 1: image 'what' is listed"),
+    "a name and a name": ("a.jpg,a.jpg\nb.jpg,owl\nc.jpg,fox", "line 1: 'a.jpg' is the name of an image, no label"),
+    "capitals in names": ("A.jpg,fox\nb.jpg,owl\nc.jpg,fox", "names 'A.jpg', which is no image but for capitals"),
     "a header alone": ("filename,label\n", "holds a header alone"),
     "names alone": ("a.jpg\nb.jpg\nc.jpg", "holds an image's name"),
     "names without suffixes alone": ("a\nb\nc", "are the names of the images"),

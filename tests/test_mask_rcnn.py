@@ -146,6 +146,17 @@ def test_a_detection_of_an_image_does_not_change_with_its_neighbours_where_all_h
     torch.testing.assert_close(together[1].scores, alone[0].scores, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("part", ["roi_heads.box_predictor.cls_score.bias", "pyramid", None])
+def test_an_image_without_objects_and_one_whose_numbers_are_not_finite_are_told_apart(part):
+    """What is NaN passes no threshold of a score, so nothing would be found in either."""
+    model = detector().eval()
+    if part:
+        next(value for name, value in model.named_parameters() if name.startswith(part)).data.fill_(float("nan"))
+    with torch.no_grad():
+        found = model([image(96, 80), image(64, 112)])
+    assert [each.is_finite for each in found] == [part is None] * 2
+
+
 # ------------------------------------------------------------------------------------------- windows
 
 

@@ -1,6 +1,8 @@
 """Segmentation through DeepSpeed on CPU: ZeRO x ranks x precision, batch norm over ranks, exact counts, resume."""
 
 import json
+import shutil
+from pathlib import Path
 
 import beit_samples
 import pytest
@@ -17,7 +19,7 @@ from peco_ds.runtime.checkpoint.consolidate import fp32_weights
 from peco_ds.runtime.checkpoint.files import newest_whole
 from peco_ds.runtime.metrics import read_evaluation, read_metrics
 from peco_ds.runtime.run_folder import read_provenance
-from peco_ds.schema import read_json
+from peco_ds.schema import MANIFEST_NAME, read_json
 
 STAGES = (0, 1, 2, 3)
 HALF = ["model.drop_path=0.3", "segmenter.dropout=0.1", "checkpoint.every_steps=2", "evaluation.every_steps=3"]
@@ -217,3 +219,13 @@ def test_weights_of_another_patch_size_are_refused(scenes, tmp_path):
     write_release(tmp_path / "release", to_timm(weights), weights)
     words = refusal(scenes, tmp_path, f"init.weights={tmp_path / 'release'}", "model.width=96", "--dry_run")
     assert "patch_px 16, " in words and "the recipe's model has patch_px 8" in words
+
+
+def test_maps_of_one_class_are_refused_since_whatever_is_trained_on_them_is_right(scenes, tmp_path):
+    root = Path(scenes[0].partition("=")[2])
+    for split in ("train", "val"):
+        shutil.copytree(root / "images" / split, tmp_path / "images" / split)
+        manifest = json.loads((tmp_path / "images" / split / MANIFEST_NAME).read_text())
+        (tmp_path / "images" / split / MANIFEST_NAME).write_text(json.dumps(manifest | {"classes": ["sky"]}))
+    words = refusal([f"data.root={tmp_path}", *scenes[1:]], tmp_path)
+    assert "all labelled pixels are of one class, 'sky'" in words and not (tmp_path / "run").exists()

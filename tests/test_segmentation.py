@@ -125,6 +125,22 @@ def test_several_views_are_averaged_as_probabilities():
     assert predicted_classes(views, 1, 1).item() == expected == 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("views", [1, 2])
+def test_logits_that_are_not_finite_are_no_prediction_and_give_no_score(value, views):
+    logits = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = predicted_classes([logits] * views, 4, 4)
+    broken = logits.clone()
+    broken[1, 2, 3] = value
+    found = predicted_classes([broken] * views, 4, 4)
+    assert found[2, 3] == IGNORED_PIXEL and torch.equal(found[0], expected[0])
+    confusion = Confusion(3, torch.device("cpu"))
+    for predictions in (expected, found):
+        confusion.add(torch.zeros(4, 4, dtype=torch.uint8), predictions)
+    with pytest.raises(UserError, match="not finite on 1 of 2 scenes, so there is no score"):
+        confusion.result(alone)
+
+
 def test_the_picture_has_a_row_for_each_scene_and_colours_far_apart():
     image, labels = coloured(30, 60)
     grid = scene_grid([(image, labels, labels)] * 2)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from peco_ds import pack_images
 from peco_ds.config import DataSettings, FinetuneRecipe, PretrainRecipe, TokenizerRecipe
 from peco_ds.convert.read import read_weights
 from peco_ds.data_paths import data_path
@@ -182,3 +183,9 @@ def test_a_place_that_takes_no_file_is_found_out_before_the_work(tmp_path):
 def test_a_disk_that_takes_no_file_is_said_before_anything_is_read(entry, arguments):
     with pytest.raises(UserError, match="--out /proc/self/x: cannot be written"):
         importlib.import_module(f"peco_ds.{entry}").main([*arguments, "--out", "/proc/self/x"])
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t"])
+def test_a_blank_path_is_no_folder(blank):
+    with pytest.raises(UserError, match="--out: is empty; give a path"):
+        pack_images.main(["--images", ".", "--out", blank])

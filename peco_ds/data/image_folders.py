@@ -328,8 +328,8 @@ def _refuse_linked_classes(folder: Path, found: _Walk) -> None:
     lost = [name for name, reason in found.left_out if reason == DANGLING and "/" not in name]
     if lost:
         raise UserError(
-            f"class folder {str(folder / lost[0])!r} is a link to nothing, or round in a circle ({len(lost)} such); "
-            "restore what it led to, or remove the link"
+            f"{str(folder / lost[0])!r} stands among the class folders and is a link to nothing, or round in a circle "
+            f"({len(lost)} such); restore what it led to, or remove the link"
         )
 
 

@@ -484,9 +484,9 @@ def _image_of(tar_path: str, key: str, members: dict) -> str:
     images = [extension for extension in members if f".{extension}" in IMAGE_LIKE_SUFFIXES]
     if not any(extension in IMAGE_EXTENSIONS for extension in images):
         known, has = " .".join(IMAGE_EXTENSIONS), " .".join(members)
+        remedy = "convert what it has to JPEG or PNG" if images else "unpack it and use --images"
         raise UserError(
-            f"{tar_path}: key {key!r} has no image (.{known}), but .{short(has)[1:-1]}; leave this tar out, or unpack "
-            "it and use --images"
+            f"{tar_path}: key {key!r} has no image (.{known}), but .{short(has)[1:-1]}; leave this tar out, or {remedy}"
         )
     if len(images) > 1:
         raise UserError(

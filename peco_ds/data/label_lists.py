@@ -297,6 +297,7 @@ def _rows_by_name(rows: list[_Row], paths: list[str], synsets: Path, left_out: M
             f"--synsets {synsets}: image {missing[0]!r} is not in {synsets} ({len(missing)} such); "
             + ("write the image name before the label" if swapped else "complete the folder or the list")
             + (f"; line {unknown[0].line} names {short(unknown[0].fields[0])}, which is no image" if unknown else "")
+            + (" but for capitals" if unknown and _but_for_capitals(unknown[0].fields[0], paths) else "")
         )
     if unknown:
         others = list(left_out)
@@ -308,6 +309,10 @@ def _rows_by_name(rows: list[_Row], paths: list[str], synsets: Path, left_out: M
         )
     _refuse_running_numbers(rows, synsets)
     return [row_of[number] for number in range(len(paths))]
+
+
+def _but_for_capitals(name: str, paths: list[str]) -> bool:
+    return bool(_Spellings([path.casefold() for path in paths]).find(name.casefold()))
 
 
 def _refuse_second_row(first: _Row, second: _Row, synsets: Path) -> None:
@@ -448,6 +453,11 @@ def _refuse_doubtful_names(
             raise UserError(
                 f"--synsets {synsets}: line {row.line}: {row.label!r} is no name of a class; write names on all "
                 "lines, or whole numbers on all lines, or list the classes with --classes FILE"
+            )
+        if suffix_of(row.label) in IMAGE_SUFFIXES:
+            raise UserError(
+                f"--synsets {synsets}: line {row.line}: {row.label!r} is the name of an image, no label; write the "
+                "label after the name, or list the classes with --classes FILE"
             )
         like = spelt.setdefault(unicodedata.normalize("NFC", row.label).casefold(), row)
         if like.label != row.label:

@@ -65,6 +65,7 @@ def found_rows(forward, batches: Iterable, category_ids: tuple[int, ...]) -> lis
     Args:
         forward: images_u8 -> one `Detection` an image.
         batches: `data.objects.DetectionBatch`es.
+    Raises: UserError if the model's numbers on an image are not finite.
     """
     rows: list[dict] = []
     for batch in batches:
@@ -72,6 +73,11 @@ def found_rows(forward, batches: Iterable, category_ids: tuple[int, ...]) -> lis
             if batch.samples[place] != PADDING:
                 shown = batch.images_u8[place].shape[1], batch.images_u8[place].shape[2]
                 image_id, original = batch.image_ids[place], batch.original_sizes[place]
+                if not detection.is_finite:
+                    raise UserError(
+                        f"the detector gives values that are not finite on image {image_id}, so there is no score; "
+                        "take weights of an earlier step, or more precision (fp32)"
+                    )
                 rows += coco_rows(detection, image_id, shown, original, category_ids)
     return rows
 

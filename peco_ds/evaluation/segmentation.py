@@ -141,7 +141,7 @@ def predicted_classes(views: list[torch.Tensor], height: int, width: int) -> tor
 
     Args:
         views: float32 [C, h_i, w_i].
-    Returns: uint8 [height, width].
+    Returns: uint8 [height, width]; IGNORED_PIXEL where the scores are not finite: the arg max of NaN is class 0.
     """
     rows = max(1, BAND_ELEMENTS // (views[0].shape[0] * width))
     found = torch.empty(height, width, dtype=torch.uint8, device=views[0].device)
@@ -149,7 +149,7 @@ def predicted_classes(views: list[torch.Tensor], height: int, width: int) -> tor
         last = min(first + rows, height)
         bands = [resized_rows(view, first, last, height, width) for view in views]
         scores = bands[0] if len(bands) == 1 else sum(band.softmax(0) for band in bands)
-        found[first:last] = scores.argmax(0)
+        found[first:last] = scores.argmax(0).masked_fill(~scores.amax(0).isfinite(), IGNORED_PIXEL)
     return found
 
 
@@ -168,27 +168,36 @@ class Confusion:
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self._counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        self._scenes = torch.zeros((), dtype=torch.int64, device=device)
+        # Scenes, and those with a pixel that has no prediction.
+        self._scenes = torch.zeros(2, dtype=torch.int64, device=device)
 
     def add(self, labels: torch.Tensor, predictions: torch.Tensor) -> None:
         """
         Args:
-            labels: uint8 [H, W]; IGNORED_PIXEL is counted nowhere.  predictions: uint8 [H, W].
+            labels: uint8 [H, W]; IGNORED_PIXEL is counted nowhere.  predictions: uint8 [H, W]; IGNORED_PIXEL: none.
         """
-        classes, valid = len(self._counts), labels != IGNORED_PIXEL
+        has_none = predictions == IGNORED_PIXEL
+        classes, valid = len(self._counts), (labels != IGNORED_PIXEL) & ~has_none
         pairs = labels[valid].long() * classes + predictions[valid].long()
         self._counts += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-        self._scenes += 1
+        self._scenes += torch.stack([torch.ones_like(has_none[0, 0]), has_none.any()])
 
     def result(self, all_reduce: Callable[[torch.Tensor], object]) -> dict[str, float]:
         """miou, aacc, macc (percent), images (scenes counted). Collective.
 
+        Raises: UserError on every rank if no pixel is labelled, or the logits of one were not finite.
         Source: mmsegmentation: IoU = I / (P + L - I), mean over classes with a union; aAcc = sum I / sum L; mAcc = mean
             I / L over classes with labels.
         """
-        counts = torch.cat([self._counts.flatten(), self._scenes[None]])
+        counts = torch.cat([self._counts.flatten(), self._scenes])
         all_reduce(counts)
-        return iou_scores(counts[:-1].view_as(self._counts)) | {"images": int(counts[-1])}
+        scenes, lost = counts[-2:].tolist()
+        if lost:
+            raise UserError(
+                f"the segmenter gives values that are not finite on {lost} of {scenes} scenes, so there is no score; "
+                "take weights of an earlier step, or more precision (fp32)"
+            )
+        return iou_scores(counts[:-2].view_as(self._counts)) | {"images": scenes}
 
 
 def iou_scores(confusion: torch.Tensor) -> dict[str, float]:

@@ -53,6 +53,8 @@ class Detection(NamedTuple):
     scores: torch.Tensor  # float32 [N]
     labels: torch.Tensor  # int64 [N], from 1
     masks: torch.Tensor  # float32 [N, 28, 28], probabilities inside the box
+    # Of features and class logits: what is NaN passes no threshold, and so would be an image without objects.
+    is_finite: bool = True
 
 
 def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -110,7 +112,7 @@ class Detector(nn.Module):
         found, more = self.roi_heads(features, proposals, images.image_sizes, wanted)
         if self.training:
             return losses | more
-        return [Detection(each["boxes"], each["scores"], each["labels"], each["masks"]) for each in found]
+        return [Detection(**each) for each in found]
 
 
 def batch_images(
@@ -258,8 +260,13 @@ class Heads(RoIHeads):
         masks = self._masks(features, boxes, image_shapes).sigmoid()
         picked = masks[torch.arange(len(masks), device=masks.device), torch.cat(labels)]
         split = picked.split([len(each) for each in boxes])
-        parts = zip(boxes, scores, labels, split)
-        return [dict(zip(("boxes", "scores", "labels", "masks"), each)) for each in parts], {}
+        of_images = logits.split([len(each) for each in proposals])
+        finite = [
+            all(bool(found[place].isfinite().all()) for found in (*features.values(), of_images))
+            for place in range(len(proposals))
+        ]
+        parts = zip(boxes, scores, labels, split, finite)
+        return [dict(zip(Detection._fields, each)) for each in parts], {}
 
     def _boxes(self, features, proposals, image_shapes):
         return self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
