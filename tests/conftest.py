@@ -319,6 +319,7 @@ LONGEST_FIRST = (
     *("test_convert_checkpoint", "test_many_ranks", "test_elastic", "test_evaluate", "test_stopping"),
     *("test_engine_state", "test_traffic", "test_detect", "test_segment", "test_finite_state", "test_endings"),
     *("test_benchmarks_run_gpu", "test_attention_forms", "test_read_layouts", "test_own_files"),
+    *("test_endings_of_stages", "test_read_segmenter", "test_to_torchvision", "test_dense_flops", "test_set_check"),
     *("test_linear_probe", "test_benchmarks_many_ranks", "test_benchmarks_launch", "test_benchmarks_collectives"),
     *("test_benchmarks_reproduce", "test_conv_feature_nets", "test_attacks", "test_code_atlas"),
     *("test_import_judge", "test_packaged_networks"),
