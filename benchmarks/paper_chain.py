@@ -207,7 +207,7 @@ def script(number: int, paper: Paper | None = None) -> str:
     paper = paper or read_paper()
     table = paper.tables[number]
     lines = [f"# Table {number} of PeCo's paper: {table.title}"]
-    lines += [f"# {line}" for line in (table.note,) if line]
+    lines += [f"# {line}" for line in textwrap.wrap(table.note, 118)]
     rows = [(row, steps_of(row.arm, table.measures, paper)) for row in table.rows if row.arm]
     for row in table.rows:
         lines.append(f"#   {row.row}: {', '.join(_figures(table, row))}{f' ({row.why})' if row.why else ''}")
@@ -248,8 +248,7 @@ def table_page(number: int, paper: Paper) -> str:
     if not made:
         rows = [[row.row, *published(row), row.why] for row in table.rows]
         body = markdown_table(["row", *table.columns, "here"], rows)
-        after = " ".join(filter(None, (table.note, table.ours)))
-        return "\n\n".join([f"## Table {number}: {table.title}", body, *([_wrapped(after)] if after else [])])
+        return "\n\n".join([f"## Table {number}: {table.title}", body, *([_wrapped(table.note)] if table.note else [])])
     first, *others = made.values()
     shared = [fact for fact in first if others and all(fact in other for other in others)]
     distinct: dict[str, Step] = {}

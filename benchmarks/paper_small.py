@@ -121,10 +121,8 @@ class SmallTable:
         self.table: Table = paper.tables[number]
         self.out = args.out.resolve()
         if self.table.full_only or not self.table.measures:
-            raise UserError(
-                f"--table {number}: not at small scale ({self.table.full_only or self.table.note.rstrip('.')}); "
-                "--list names the tables that are"
-            )
+            reason = self.table.full_only or self.table.note.partition(". ")[0].rstrip(".")
+            raise UserError(f"--table {number}: not at small scale ({reason}); --list names the tables that are")
         # what was left out, and why
         self.left_out: list[str] = []
         self.images = count_images(args.images)
