@@ -1030,7 +1030,9 @@ READING = {
 }
 NOT_FROM_OUTSIDE = {
     "planner.hardware": "the catalogue that comes with the package",
-    "convert.verify.compare": "answers of a process that the program itself started a moment ago",
+    "convert.to_torchvision.detector_release": "the text of a module of the package",
+    "convert.torchvision_detector.load": "the release that its copy lies in, in a program of the user's",
+    "convert.verify._answers": "answers of a process that the program itself started a moment ago",
     "evaluation.features.FeatureFiles.create": "files that it makes",
     "evaluation.features.FeatureFiles.write": "files that `create` made for it",
     "models.timm_classifier.load_timm_classifier": "a name of timm's own list",
