@@ -10,7 +10,8 @@ the standard deviation of every parameter as the engine holds it before the firs
 images of each pass, to FILE.RANK; with "lrs", the groups of the engine's optimiser after the last step's learning
 rate was set; with "stop", rank 0 is asked to stop when so many steps are done; with "poisoned", {"part": P, "step": N},
 one value of that part of the training state becomes NaN on rank 0 at the end of step N; with "unchecked", checkpoints
-are saved as they were before they were looked at for such values.
+are saved as they were before they were looked at for such values; with "unwritten", memory that the engine takes and
+does not write holds NaN.
 """
 
 import importlib
@@ -156,6 +157,25 @@ def save_unchecked(_asked: bool):
     return lambda: setattr(module, "part_not_finite", original)
 
 
+def fill_unwritten(_asked: bool):
+    """Wrap start_engine so that memory it takes is full of NaN, as memory that was used before may be."""
+    import torch
+
+    from peco_ds.runtime import run as module
+
+    original = module.start_engine
+
+    def wrapped(*positional, **arguments):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            return original(*positional, **arguments)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    module.start_engine = wrapped
+    return lambda: setattr(module, "start_engine", original)
+
+
 def leave_unmended(_asked: bool):
     from peco_ds.runtime.checkpoint import elastic as module
 
@@ -194,6 +214,7 @@ def main():
             "unmended": leave_unmended,
             "poisoned": poison,
             "unchecked": save_unchecked,
+            "unwritten": fill_unwritten,
         }
         undo = [wrap(case[name]) for name, wrap in wrappers.items() if case.get(name)]
         codes.append(outcome(stage_module(case["stage"]).main, case["arguments"]))

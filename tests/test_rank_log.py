@@ -88,6 +88,8 @@ def test_the_traceback_behind_a_line_on_stderr_is_in_the_log(tmp_path):
 def test_a_second_run_in_one_process_has_its_own_log(tmp_path):
     from peco_ds.runtime import rank_log
 
+    # a stage that an earlier test ran in this process may have left its log open
+    rank_log.close()
     logger = logging.getLogger("peco_ds")
     before = (list(logger.handlers), logger.level, sys.excepthook)
     try:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from deepspeed import comm as dist
 from torch import nn
 
 from peco_ds.errors import UserError
@@ -93,6 +94,28 @@ def local_masters(engine) -> list[torch.Tensor]:
     if hasattr(optimizer, "fp32_groups"):
         return [master for group in optimizer.fp32_groups for master in group]
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@torch.no_grad()
+def clear_padding(engine, shards: list[torch.Tensor]) -> None:
+    """Set to 0 what ZeRO-3 appends to a weight whose values do not divide by the ranks.
+
+    DeepSpeed takes that memory as it finds it and never writes it. It is no weight, but what lies there may be NaN, and
+    two checkpoints of equal weights would differ in it.
+
+    Args:
+        shards: laid out as `local_masters` are; changed in place. An empty one (its weights are on NVMe) stays.
+    """
+    if not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
+        return
+    for shard, parameters in zip(shards, engine.optimizer.fp16_groups, strict=True):
+        start = 0
+        for parameter in parameters if shard.numel() else ():
+            held = parameter.partition_numel()
+            before = held * dist.get_rank(group=parameter.ds_process_group)
+            real = min(held, max(0, parameter.ds_numel - before))
+            shard[start + real : start + held] = 0
+            start += held
 
 
 @torch.no_grad()

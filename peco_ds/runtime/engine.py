@@ -16,6 +16,7 @@ from torch import nn
 from peco_ds.config import OptimSettings, RunSettings, ScheduleSettings
 from peco_ds.durations import Durations
 from peco_ds.errors import UserError
+from peco_ds.runtime.ema import clear_padding, local_masters
 from peco_ds.runtime.optim import build_optimizer, decay_groups
 from peco_ds.schedules import cosine_with_warmup, drops_with_warmup, linear_with_warmup
 
@@ -58,6 +59,7 @@ def start_engine(
     optimizer = build_optimizer(decay_groups(model, optim.weight_decay, lr_scales), optim, offloaded=offloaded)
     check_deepspeed_config(ds_config, source)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    clear_padding(engine, local_masters(engine))
     if leaf_modules and compiles(run):
         logger.info("transformer blocks are compiled (run.compile %s): the first step takes longer", run.compile)
         compile_each(engine.module, leaf_modules)

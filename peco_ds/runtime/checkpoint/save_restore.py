@@ -48,7 +48,7 @@ from peco_ds.runtime.checkpoint.files import (
 from peco_ds.runtime.checkpoint.pickles import load_known, refuse_foreign_classes
 from peco_ds.runtime.checkpoint.writer import BackgroundWriter, HostCopies
 from peco_ds.runtime.distributed import World, seed_all
-from peco_ds.runtime.ema import WeightEma
+from peco_ds.runtime.ema import WeightEma, clear_padding, local_masters
 from peco_ds.runtime.finite_state import part_not_finite
 from peco_ds.runtime.metrics import Meter
 from peco_ds.runtime.run_folder import check_same_run
@@ -294,6 +294,9 @@ def restore(
             ema.load(load_known(folder / ema_name(world.rank if zero_stage else 0)))
     else:
         load_elastic(engine, folder, saved, world, ema)
+    clear_padding(engine, local_masters(engine))
+    if ema is not None:
+        clear_padding(engine, ema.shards)
     if part := part_not_finite(engine, ema):
         part = (
             f"{folder}: {part} of rank {world.rank} hold values that are not finite, so no run goes on from it; remove "
