@@ -63,8 +63,10 @@ def read_arguments(argv: list[str] | None):
     for name in ("pretrain", "segment"):
         add(f"--{name}", nargs="*", default=[], metavar="key=value", help=f"settings over the {name} recipe")
     args = parse(parser, argv)
-    if not (args.tokenizer / "config.json").is_file():
-        raise UserError(f"--tokenizer {args.tokenizer}: no config.json there; give RUN/tokenizer of train_tokenizer.py")
+    if not (args.tokenizer / "tokenizer.json").is_file():
+        raise UserError(
+            f"--tokenizer {args.tokenizer}: no tokenizer.json there; give RUN/tokenizer of train_tokenizer.py"
+        )
     args.record = args.record or args.out / "results.md"
     for name, own in {"results.json": RESULTS, "results.png": OWN_PICTURE}.items():
         refuse_foreign(args.out / name, own)
