@@ -50,12 +50,17 @@ def count_images(images: Path, option: str = "--images") -> dict[str, int]:
 
 def unpack(tar_file: Path, out: Path) -> Path:
     """The folder with train/ and val/ that a tar holds, whole or absent."""
+    return folder_of(unpack_all(tar_file, out))
+
+
+def unpack_all(tar_file: Path, out: Path) -> Path:
+    """A tar's members in `out`, which is whole or absent."""
     if not out.exists():
         part = out.with_name(f"{out.name}.part")
         with tarfile.open(tar_file) as tar:
             tar.extractall(part, filter="data")
         part.rename(out)
-    return folder_of(out)
+    return out
 
 
 def folder_of(out: Path) -> Path:

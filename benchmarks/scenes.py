@@ -20,7 +20,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.paper_inputs import unpack
+from benchmarks.paper_inputs import unpack_all
 from benchmarks.plots import drawing
 from benchmarks.record import OWN_PICTURE, at_least, benchmark_parser, markdown_table, own_record, parse, publish
 from benchmarks.stages import Stages
@@ -64,9 +64,7 @@ def read_arguments(argv: list[str] | None):
         add(f"--{name}", nargs="*", default=[], metavar="key=value", help=f"settings over the {name} recipe")
     args = parse(parser, argv)
     if not (args.tokenizer / "tokenizer.json").is_file():
-        raise UserError(
-            f"--tokenizer {args.tokenizer}: no tokenizer.json there; give RUN/tokenizer of train_tokenizer.py"
-        )
+        raise UserError(f"--tokenizer {args.tokenizer}: no tokenizer.json there; give a run's tokenizer/")
     args.record = args.record or args.out / "results.md"
     for name, own in {"results.json": RESULTS, "results.png": OWN_PICTURE}.items():
         refuse_foreign(args.out / name, own)
@@ -133,7 +131,7 @@ class Scenes:
 
         Raises: UserError if it lies nowhere.
         """
-        root = path.resolve() if path.is_dir() else unpack(path, self.out / "sources" / path.stem)
+        root = path.resolve() if path.is_dir() else unpack_all(path, self.out / "sources" / path.stem)
         found = next((place / inside for place in (root, *sorted(root.iterdir())) if (place / inside).is_dir()), None)
         if found is None:
             raise UserError(f"{path}: holds no {inside}/; give a folder or a tar that does")
