@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 from conftest import run_stage
+from scene_samples import CLASSES, photographs, write_scene
 from slurm_cluster import FINISHED, PATIENCE, SlurmCluster, missing_programs, slurm_cluster
 
 from peco_ds.runtime.timeline import STARTS_FILE, read_evaluation, read_metrics, read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES = ("pack_images", "train_tokenizer", "tokenize_shards", "pretrain", "convert_checkpoint")
+SCENES, VAL_SCENES = 9, 3
 ONE_RANK_A_NODE = {"SBATCH_GPUS_PER_NODE": "1"}
 
 # Writes down how it was started and when it ended; ends with the code that RECORDS/<stage>.codes lists for this
@@ -394,7 +396,7 @@ TINY_TOKENIZER = """
     data.holdout=4 data.num_workers=0
 """
 TINY_MODEL = """
-    views.tokenizer_px=64 views.count=2 model.image_px=56 model.width=32 model.depth=2 model.heads=2
+    views.tokenizer_px=64 views.count=2 model.image_px=56 model.width=32 model.depth=4 model.heads=2
     mask.count=6 mask.min_block=2 objective.num_codes=32 data.num_workers=0
 """
 TINY_PRETRAINING = """
@@ -403,17 +405,28 @@ TINY_PRETRAINING = """
     run.log_every_steps=1
 """
 TINY_CLASSIFIER = f"""
-    {TINY_PRETRAINING} model.width=32 model.depth=2 model.heads=2 data.num_workers=0 run.precision=fp32 ema.decay=0.5
+    {TINY_PRETRAINING} model.width=32 model.depth=4 model.heads=2 data.num_workers=0 run.precision=fp32 ema.decay=0.5
     optim.lr=1e-2 classifier.head_scale=1 checkpoint.every_epochs=null evaluation.every_epochs=0
 """
 
 
+TINY_SEGMENTER = """
+    model.image_px=56 model.width=32 model.depth=4 model.heads=2 segmenter.taps=[0,1,2,3] segmenter.head_width=16
+    segmenter.auxiliary_width=8 augment.long_px=128 augment.short_px=56 evaluation.long_px=128 evaluation.short_px=56
+    evaluation.stride_px=28 evaluation.every_steps=0 schedule.steps=2 schedule.warmup_steps=1 run.global_batch=4
+    run.micro_batch=2 run.precision=fp32 checkpoint.every_steps=null data.num_workers=0
+"""
+
+
 @pytest.fixture(scope="module")
-def real_run(cluster: SlurmCluster, labelled_sets, tmp_path_factory):
-    """The pipeline over class folders of real images on two nodes: its folder, the states of its jobs by stage, its
-    environment.
+def real_run(cluster: SlurmCluster, labelled_sets, real_data, tmp_path_factory):
+    """The pipeline over class folders and scenes of real images on two nodes: its folder, the states of its jobs by
+    stage, its environment.
     """
     folder = tmp_path_factory.mktemp("pipeline")
+    for number, image in enumerate(photographs(real_data, SCENES)):
+        write_scene(folder, "train" if number < SCENES - VAL_SCENES else "val", f"scene_{number}", image)
+    (folder / "classes.txt").write_text("\n".join(CLASSES))
     env = ONE_RANK_A_NODE | {
         "PATH": f"{Path(sys.executable).parent}:{cluster.env['PATH']}",
         "PECO_VENV": sys.prefix,
@@ -427,6 +440,11 @@ def real_run(cluster: SlurmCluster, labelled_sets, tmp_path_factory):
         "FINETUNE_ARGS": " ".join(["model.image_px=56", *TINY_CLASSIFIER.split()]),
         "FINETUNE_448_ARGS": " ".join(["model.image_px=112", *TINY_CLASSIFIER.split()]),
         "EVALUATE_ARGS": "--batch 25 --num_workers 0",
+        "SCENES_DIR": str(folder / "images" / "train"),
+        "SCENES_VAL_DIR": str(folder / "images" / "val"),
+        "PREPARE_SCENES_ARGS": f"--reduce_zero_label --classes {folder / 'classes.txt'} --workers 1",
+        "SEGMENT_ARGS": " ".join(TINY_SEGMENTER.split()),
+        "EVALUATE_SEGMENTER_ARGS": "--num_workers 0",
         "PECO_SBATCH_TRAIN_ARGS": "--nodes=2",
     }
     done = cluster.command(
@@ -463,7 +481,7 @@ def test_pipeline_takes_real_images_to_a_converted_release(real_run):
     out, states, _ = real_run
     assert states["convert"] == "COMPLETED", f"{states}\n{logs(out / 'logs')}"
     model = timm.create_model(f"local-dir:{out}/release", pretrained=True, num_classes=0)
-    assert model.num_features == 32 and len(model.blocks) == 2
+    assert model.num_features == 32 and len(model.blocks) == 4
 
 
 @pytest.mark.slurm
@@ -485,6 +503,18 @@ def test_pipeline_goes_on_to_the_top_1_of_the_released_classifier_at_twice_the_s
     assert f"top-1 {quality['top1']:.2f}" in log.read_text()
     starts = [json.loads((out / name / "provenance.json").read_text())["init"] for name in ("finetune", "finetune_448")]
     assert starts == ["peco_vith14, step_00000002", "finetune_vith14, step_00000002, moving average"]
+
+
+@pytest.mark.slurm
+def test_pipeline_goes_on_to_the_miou_of_the_released_segmenter(real_run):
+    out, states, _ = real_run
+    assert set(states.values()) == {"COMPLETED"}, f"{states}\n{logs(out / 'logs')}"
+    trained = read_evaluation(out / "segment")[-1]
+    assert json.loads((out / "segment" / "provenance.json").read_text())["init"].startswith(f"{out}/release")
+    progress = next((out / "segment" / "checkpoints").glob("step_*/progress.json"))
+    assert json.loads(progress.read_text())["world_size"] == 2
+    measured = json.loads((out / "miou.json").read_text())["quality"]
+    assert measured["images"] == trained["images"] == VAL_SCENES and 0 <= measured["miou"] <= 100
 
 
 @pytest.mark.slurm
