@@ -17,6 +17,7 @@ import os
 import shlex
 import sys
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -27,8 +28,9 @@ from peco_ds.command_line import Parser, run, user_path, user_text
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from peco_ds.own_files import ATLAS, check_output, own_json, write_own_json
 
-# Options that only a classifier has a use for, and those that only a tokenizer has; both are None unless given.
+# Options that only a classifier has a use for, only a segmenter, only a tokenizer; all are None unless given.
 OF_CLASSIFIERS = ("crop", "attack", "epsilon", "steps", "step_size")
+OF_SEGMENTERS = ("windows", "stride_px", "scales", "flip")
 OF_TOKENIZERS = ("train_images", "lpips", "classifier", "classifier_images", "atlas")
 # PeCo's budget of an attack (arXiv 2111.12710, table 11).
 EPSILON, STEPS = Fraction(2, 255), 20
@@ -154,6 +156,21 @@ def arguments() -> Parser:
         help="change of a pixel value in one iteration (default: mim epsilon / steps, bim 2.5 epsilon / steps)",
     )
 
+    segmenter = parser.add_argument_group("how a segmenter sees a scene (default: as its run did, or BEiT's configs)")
+    segmenter.add_argument(
+        "--windows",
+        choices=["slide", "whole"],
+        help="slide: windows of the crop's size, their logits averaged; whole: the resized image in one pass",
+    )
+    segmenter.add_argument("--stride_px", type=int, help="pixels from one window to the next")
+    segmenter.add_argument(
+        "--scales",
+        type=factors,
+        metavar="F,F,...",
+        help="factors on the resized image's size, each a prediction; their probabilities are averaged",
+    )
+    segmenter.add_argument("--flip", action="store_true", default=None, help="each of them mirrored too")
+
     tokenizer = parser.add_argument_group("measures of a tokenizer")
     tokenizer.add_argument(
         "--train_images",
@@ -199,9 +216,20 @@ def fraction(text: str) -> Fraction:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number; write it as 2/255 or 0.0078") from None
 
 
+def factors(text: str) -> tuple[float, ...]:
+    """0.75,1,1.25"""
+    try:
+        found = tuple(map(float, text.split(",")))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < factor <= 16 for factor in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: factors above 0 and at most 16, apart by commas, as 0.75,1,1.25")
+    return found
+
+
 def check(args) -> None:
     """What can be said of the options alone."""
-    for name in ("image_px", "classifier_images", "steps", "batch"):
+    for name in ("image_px", "classifier_images", "steps", "batch", "stride_px"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.crop is not None and not 0 < args.crop <= 1:
@@ -224,8 +252,9 @@ def check_kind(args, *, is_tokenizer: bool) -> None:
     asked for, or of weights that nothing reads.
     """
     kind, other = ("tokenizer", "classifier") if is_tokenizer else ("classifier", "tokenizer")
-    for name in OF_CLASSIFIERS if is_tokenizer else OF_TOKENIZERS:
+    for name in (*(OF_CLASSIFIERS if is_tokenizer else OF_TOKENIZERS), *OF_SEGMENTERS):
         if getattr(args, name) is not None:
+            other = "segmenter" if name in OF_SEGMENTERS else other
             remedy = " (linear_probe.py probes a backbone)" if name == "train_images" else ""
             raise UserError(f"--{name}: measures a {other}, and {args.target} is a {kind}; leave it out{remedy}")
     for name in ("epsilon", "steps", "step_size"):
@@ -260,7 +289,10 @@ def check_dense(args, kind: str) -> None:
     """Raises: UserError for an option that would be of no effect on a segmenter or detector."""
     options = [name for name in (*OF_CLASSIFIERS, *OF_TOKENIZERS, "image_px", "checkpoint") if getattr(args, name)]
     if kind == "detector":
+        options += [name for name in OF_SEGMENTERS if getattr(args, name) is not None]
         options += [name for name in ("weights", "statistics") if getattr(args, name) != "auto"]
+    elif args.windows == "whole" and args.stride_px is not None:
+        raise UserError("--stride_px: whole images have no windows; leave it out, or set --windows slide")
     if options:
         raise UserError(f"--{options[0]}: has no meaning for a {kind}, and {args.target} is one; leave it out")
 
@@ -482,11 +514,15 @@ def open_dense(args, kind: str):
 
     Raises: UserError for images without maps or objects, weights that cannot be read, or other classes.
     """
-    from peco_ds.evaluation.evaluate_dense import evaluate_detector, evaluate_segmenter
+    from peco_ds.evaluation.evaluate_dense import evaluate_detector, evaluate_segmenter, segmentation_settings
 
     weights, images = (load_segmenter if kind == "segmenter" else load_detector)(args)
     how = forward_settings(args, default_batch=8 if kind == "segmenter" else 1)
-    evaluate = evaluate_segmenter if kind == "segmenter" else evaluate_detector
+    if kind == "segmenter":
+        asked = {name: getattr(args, name) for name in OF_SEGMENTERS if getattr(args, name) is not None}
+        evaluate = partial(evaluate_segmenter, settings=segmentation_settings(weights, **asked))
+    else:
+        evaluate = evaluate_detector
 
     def measure(world):
         result, line = evaluate(weights, images, how, world)

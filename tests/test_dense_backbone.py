@@ -84,6 +84,24 @@ def test_a_part_of_the_tables_square_is_seen_as_with_a_table_of_its_own_size():
         assert [tuple(found.shape) for found in large(images(1, 3, 32, 112))] == [(1, 96, 2, 7)] * 2
 
 
+def test_an_oblong_image_takes_the_absolute_places_of_its_own_patches():
+    weights = sample("classifier", replace(SMALL, absolute_positions=True))
+    weights.tensors["pos_embed"] = images(1, 1 + SMALL.grid**2, SMALL.width)
+    backbone, image = started(weights, image_px=128), images(1, 3, 48, 96)
+    # the same places on a grid of its own
+    places = backbone.pos_embed[:, 1:].unflatten(1, (8, 8))[:, :3, :6].flatten(1, 2)
+    tokens = with_class_token(backbone, patches_of(backbone, image), torch.cat([backbone.pos_embed[:, :1], places], 1))
+    with torch.no_grad():
+        for block in backbone.blocks:
+            tokens = block(tokens, backbone.position_index(3, 6))
+        last = backbone(image)[-1]
+        torch.testing.assert_close(last, tokens[:, 1:].transpose(1, 2).reshape(1, 96, 3, 6), rtol=0, atol=1e-5)
+        backbone.pos_embed[:, 1 + 7] += 1
+        moved = (backbone(image)[-1] - last).abs().amax()
+    # the eighth patch of the first row lies beyond six columns
+    assert moved == 0
+
+
 def test_weights_of_another_patch_size_are_refused():
     weights = sample("classifier")
     with pytest.raises(UserError, match="patch_px 16, but the recipe's model has patch_px 8"):

@@ -56,6 +56,7 @@ def runs(scenes, tmp_path_factory):
     add(2, "half", *HALF, "schedule.stop_at_step=3")
     add(2, "rest", *HALF, folder_name="half")
     add(1, "goes_on", f"init.weights={folder / 'zero1_1'}", "run.micro_batch=4", "schedule.steps=2", zero=1)
+    add(1, "scaled", "run.micro_batch=4", "evaluation.scales=[1,1.5]", "evaluation.flip=true", zero=1)
     add(3, "three", "run.global_batch=6", "schedule.steps=2", "evaluation.batch=1")
     released = str(folder / "released")
     into = ["--to", "unilm", "--out", released]
@@ -65,6 +66,8 @@ def runs(scenes, tmp_path_factory):
         for name, source in (("run", str(folder / "zero1_1")), ("release", released)):
             out = ["--out", str(folder / f"{name}_{ranks}.json")]
             cases[ranks].append({"stage": "evaluate", "arguments": [source, *val, *out]})
+    asked = ["--scales", "1,1.5", "--flip", "--out", str(folder / "asked.json")]
+    cases[1].append({"stage": "evaluate", "arguments": [str(folder / "zero1_1"), *val, *asked]})
     for ranks, of_ranks in cases.items():
         listing = folder / f"cases_{ranks}.json"
         listing.write_text(json.dumps(of_ranks))
@@ -136,9 +139,20 @@ def test_evaluate_measures_a_release_by_the_published_settings(runs):
     assert [one["settings"][name] for name in ("crop_px", "short_px", "long_px", "stride_px")] == [32, 32, 128, 21]
 
 
+def test_scales_and_flips_asked_for_are_those_of_a_run_that_had_them(runs):
+    found, own = read_json(runs / "asked.json"), read_evaluation(runs / "scaled")[-1]
+    assert (found["settings"]["scales"], found["settings"]["flip"]) == ([1, 1.5], True)
+    plain = read_json(runs / "run_1.json")["quality"]
+    for name in ("miou", "aacc", "macc"):
+        assert found["quality"][name] == pytest.approx(own[name], abs=0.1)
+    assert found["quality"]["miou"] != plain["miou"], "another prediction than that of one scale"
+
+
 @pytest.mark.parametrize(
     "more, words",
     [
+        (["--windows", "whole", "--stride_px", "8"], "--stride_px: whole images have no windows"),
+        (["--stride_px", "33"], "--stride_px 33: windows are 32 px"),
         (["--attack", "bim"], "--attack: has no meaning for a segmenter"),
         (["--image_px", "64"], "--image_px: has no meaning for a segmenter"),
         (["--lpips", "x"], "--lpips: has no meaning for a segmenter"),

@@ -21,6 +21,8 @@ WINDOWS = dict(window=3, global_blocks=(1, 3))
 KINDS = {
     "branches": (dict(taps=(0, 1, 2, 3)), 0),
     "absolute": (dict(taps=(0, 1, 2, 3), branch_norm="batch"), 128),
+    "absolute, of any shape": (dict(taps=(0, 1, 2, 3)), 0),
+    "absolute in windows": (dict(taps=(0, 1, 2, 3), **WINDOWS), 0),
     "windows": (dict(taps=(0, 1, 2, 3), **WINDOWS, head_norm="batch", box_convs=1, rpn_convs=2), 128),
     "simple": (dict(taps=(3,), pyramid="simple", **WINDOWS, head_norm="layer", box_convs=1, box_layers=1), 128),
 }
@@ -30,7 +32,7 @@ def drawn(kind="branches"):
     """Every parameter matters, and scores lie apart."""
     settings, square = KINDS[kind]
     model = ModelSettings(
-        image_px=128, width=48, depth=4, heads=3, drop_path=0.0, absolute_positions=kind == "absolute"
+        image_px=128, width=48, depth=4, heads=3, drop_path=0.0, absolute_positions=kind.startswith("absolute")
     )
     detector = DetectorSettings(**SMALL | settings)
     torch.manual_seed(0)

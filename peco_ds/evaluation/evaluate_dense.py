@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from peco_ds.config import ObjectAugmentSettings, SegmentationSettings
 from peco_ds.data.objects import ObjectSet, detection_batches
 from peco_ds.data.scenes import SceneSet, evaluation_scenes
+from peco_ds.errors import UserError
 from peco_ds.evaluation.detection import detection_quality, read_annotations
 from peco_ds.evaluation.forward import ForwardSettings, in_precision
 from peco_ds.evaluation.segmentation import ScenePredictor, segmentation_quality
@@ -27,16 +28,33 @@ def default_segmentation(image_px: int) -> SegmentationSettings:
     return SegmentationSettings(short_px=image_px, long_px=4 * image_px, stride_px=image_px * 2 // 3)
 
 
-def evaluate_segmenter(weights: SegmenterWeights, images: SceneSet, how: ForwardSettings, world) -> tuple[dict, str]:
+def segmentation_settings(weights: SegmenterWeights, **asked) -> SegmentationSettings:
+    """How a segmenter sees scenes: as its run did, where none tells as the published configs, but for what is asked.
+
+    Args:
+        asked: fields of `SegmentationSettings`.
+    Raises: UserError if windows would leave pixels between them.
+    """
+    settings = replace(weights.evaluation or default_segmentation(weights.model.image_px), **asked)
+    if settings.windows == "slide" and settings.stride_px > weights.model.image_px:
+        raise UserError(
+            f"--stride_px {settings.stride_px}: windows are {weights.model.image_px} px, and pixels between them would "
+            "not be seen; lower it"
+        )
+    return settings
+
+
+def evaluate_segmenter(
+    weights: SegmenterWeights, images: SceneSet, how: ForwardSettings, world, *, settings: SegmentationSettings
+) -> tuple[dict, str]:
     """Collective.
 
     Args:
-        images: of the weights' classes.  how: its batch counts windows.
+        images: of the weights' classes.  how: its batch counts windows.  settings: how it sees them.
         world: the ranks (`runtime.distributed.World`).
     Returns: settings, quality and throughput as they are recorded, and one line about them.
     Raises: Stopped if the ranks were asked to stop; UserError for a scene that cannot be read, or no labelled pixel.
     """
-    settings = weights.evaluation or default_segmentation(weights.model.image_px)
     model = segmenter_of(weights).to(world.device)
     predict = ScenePredictor(
         in_precision(lambda images_norm: model(images_norm).logits, how.precision, world.device),

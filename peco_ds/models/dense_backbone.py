@@ -3,7 +3,8 @@
 Its parameters have the names of the fine-tuned classifier (`classifier.py`), less norm and head: a bias table in every
 block. The table is that of a square grid; an image of h x w patches, each side at most the grid's, takes the rows that
 its own distances need. So one table serves all shapes, with exact distances and nothing interpolated at run time.
-Maps are the residual stream after chosen blocks, without a norm, the class token left out.
+Absolute places, of weights that have such, are likewise those of the square's upper left. Maps are the residual stream
+after chosen blocks, without a norm, the class token left out.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class DenseBackbone(Beit):
     def forward(self, images_norm: torch.Tensor) -> list[torch.Tensor]:
         patch = self.patch_embed.patch_size[0]
         height, width = (side // patch for side in images_norm.shape[2:])
-        tokens = with_class_token(self, patches_of(self, images_norm))
+        tokens = with_class_token(self, patches_of(self, images_norm), self.places(height, width))
         index = self.position_index(height, width)
         maps = []
         # Maps are taken from what blocks return: ZeRO-3 gathers a block's weights for the backward pass by its outputs.
@@ -66,6 +67,15 @@ class DenseBackbone(Beit):
             if number in self.taps:
                 maps.append(tokens[:, 1:].unflatten(1, (height, width)).permute(0, 3, 1, 2))
         return maps
+
+    def places(self, height: int, width: int) -> torch.Tensor | None:
+        """The vectors [1, 1 + h w, D] of an image's places, which begin in the upper left of the square; None where
+        the backbone has none.
+        """
+        if self.pos_embed is None or height == width == self.table_grid:
+            return self.pos_embed
+        square = self.pos_embed[:, 1:].unflatten(1, (self.table_grid, self.table_grid))
+        return torch.cat([self.pos_embed[:, :1], square[:, :height, :width].flatten(1, 2)], dim=1)
 
     def position_index(self, height: int, width: int) -> torch.Tensor:
         """`position_index` for this grid, on the parameters' device; the one of the last grid is kept."""
@@ -97,6 +107,8 @@ def build_dense_backbone(
     model.norm = nn.Identity()
     model.patch_embed.strict_img_size = False
     model.taps, model.table_grid = tuple(taps), table_grid or settings.grid
+    if model.pos_embed is not None:
+        model.pos_embed = nn.Parameter(torch.zeros(1, 1 + model.table_grid**2, settings.width))
     model.blocks = nn.ModuleList(
         DenseBlock(
             settings.width,

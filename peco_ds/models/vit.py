@@ -337,10 +337,15 @@ def run_blocks(blocks: Iterable[TransformerBlock], x: torch.Tensor, bias: torch.
     return x
 
 
-def with_class_token(backbone: Beit, patches: torch.Tensor) -> torch.Tensor:
-    """[B, N, D] -> [B, 1 + N, D], with the places' vectors added where the backbone has them."""
+def with_class_token(backbone: Beit, patches: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+    """[B, N, D] -> [B, 1 + N, D], with the places' vectors added where the backbone has them.
+
+    Args:
+        places: [1, 1 + N, D], where they are not the backbone's `pos_embed` as it stands.
+    """
     tokens = torch.cat([backbone.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
-    return tokens if backbone.pos_embed is None else tokens + backbone.pos_embed.to(tokens.dtype)
+    places = backbone.pos_embed if places is None else places
+    return tokens if places is None else tokens + places.to(tokens.dtype)
 
 
 def patches_of(backbone: Beit, images_norm: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,8 @@ class WindowBackbone(DenseBackbone):
         patch = self.patch_embed.patch_size[0]
         height, width = (side // patch for side in images_norm.shape[2:])
         tokens = self.patch_embed(images_norm.to(weight.dtype))
+        if (places := self.places(height, width)) is not None:
+            tokens = tokens + places[:, 1:].to(tokens.dtype)
         whole = self._kept("whole", height, width, self.table_grid)
         inside = self._kept("inside", self.window, self.window, self.window), height, width
         maps = []
