@@ -20,6 +20,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from benchmarks.compare import OF_TOKENS
 from benchmarks.paper_inputs import unpack_all
 from benchmarks.plots import drawing
 from benchmarks.record import OWN_PICTURE, at_least, benchmark_parser, markdown_table, own_record, parse, publish
@@ -94,10 +95,13 @@ class Scenes:
             name, "pack_images.py", "--images", self.unlabelled(), "--out", self.out / "unlabelled", *settings
         )
         settings = [f"data.tokenizer={self.args.tokenizer.resolve()}", f"data.images={self.out / 'unlabelled'}"]
-        settings += [f"data.tokens={self.out / 'tokens'}", *self.args.pretrain]
+        settings.append(f"data.tokens={self.out / 'tokens'}")
+        # codes that stand serve any schedule
+        of_tokens = [setting for setting in self.args.pretrain if setting.startswith(OF_TOKENS)]
         recipe = RECIPES / "vit.yaml"
-        self.stages.python("tokens", "tokenize_shards.py", "--recipe", recipe, f"data.root={self.out}", *settings)
-        self.stages.train("pretrain", "pretrain.py", recipe, self.out / "pretrain", *settings)
+        words = ["--recipe", recipe, f"data.root={self.out}", *settings, *of_tokens]
+        self.stages.python("tokens", "tokenize_shards.py", *words)
+        self.stages.train("pretrain", "pretrain.py", recipe, self.out / "pretrain", *settings, *self.args.pretrain)
 
     def segment(self, arm: str, seed: int) -> None:
         out = self.out / f"{arm}_{seed}"

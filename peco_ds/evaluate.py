@@ -16,6 +16,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -497,13 +498,16 @@ def open_tokenizer(args, release: Path, own_px: int | None):
 
 
 def find_dense(target: Path) -> str | None:
-    """Whether the target is a segmenter's run, release or file ("segmenter") or a detector's run ("detector"); None for
-    anything else.
+    """Whether the target is a segmenter's run, release or file ("segmenter") or a detector's run or release
+    ("detector"); None for anything else.
     """
+    from peco_ds.convert.read_detector import is_detector_release
     from peco_ds.convert.read_segmenter import is_segmenter
     from peco_ds.runtime.run_weights import stage_of
 
     stage = stage_of(target)
+    if stage is None and is_detector_release(target):
+        return "detector"
     if stage is None:
         return "segmenter" if is_segmenter(target) else None
     return {"segment": "segmenter", "detect": "detector"}.get(stage)
@@ -518,11 +522,10 @@ def open_dense(args, kind: str):
 
     weights, images = (load_segmenter if kind == "segmenter" else load_detector)(args)
     how = forward_settings(args, default_batch=8 if kind == "segmenter" else 1)
+    evaluate: Callable = evaluate_detector
     if kind == "segmenter":
         asked = {name: getattr(args, name) for name in OF_SEGMENTERS if getattr(args, name) is not None}
         evaluate = partial(evaluate_segmenter, settings=segmentation_settings(weights, **asked))
-    else:
-        evaluate = evaluate_detector
 
     def measure(world):
         result, line = evaluate(weights, images, how, world)
@@ -549,10 +552,12 @@ def load_segmenter(args):
 
 
 def load_detector(args):
+    from peco_ds.convert.read_detector import is_detector_release, read_detector_release
     from peco_ds.data.objects import ObjectSet
     from peco_ds.runtime.run_weights import read_detector_run
 
-    images, weights = ObjectSet(args.images, "--images"), read_detector_run(Path(args.target))
+    read = read_detector_release if is_detector_release(args.target) else read_detector_run
+    images, weights = ObjectSet(args.images, "--images"), read(Path(args.target))
     if (images.category_ids, images.classes) != (weights.category_ids, weights.classes):
         raise UserError(
             f"{args.images}: its categories are not those that {weights.source} was trained for, or stand in another "

@@ -38,6 +38,7 @@ from vqkd_samples import released_layout
 
 from peco_ds import run_status
 from peco_ds.config import (
+    DetectorSettings,
     FinetuneRecipe,
     ModelSettings,
     PretrainRecipe,
@@ -46,6 +47,7 @@ from peco_ds.config import (
     TokenizerVitSettings,
 )
 from peco_ds.convert.read import read_weights
+from peco_ds.convert.read_detector import is_detector_release, read_detector_release
 from peco_ds.convert.read_segmenter import (
     is_segmenter,
     read_segmenter,
@@ -55,6 +57,7 @@ from peco_ds.convert.release import refuse_foreign_files, write_files, write_rel
 from peco_ds.convert.segmenter_layouts import segmenter_card, segmenter_release
 from peco_ds.convert.to_hf import to_hf
 from peco_ds.convert.to_timm import to_timm
+from peco_ds.convert.to_torchvision import detector_card, detector_release
 from peco_ds.convert.to_unilm import to_unilm
 from peco_ds.data.coco_annotations import read_coco
 from peco_ds.data.decode import DecodeError, decode_map, decode_rgb, image_kind
@@ -74,7 +77,9 @@ from peco_ds.evaluate import find_tokenizer
 from peco_ds.evaluation.features import FeatureFiles
 from peco_ds.evaluation.probe_results import LayerResults
 from peco_ds.import_judge import refuse_occupied
+from peco_ds.models.detector_weights import DetectorWeights
 from peco_ds.models.feature_nets import load_feature_net
+from peco_ds.models.mask_rcnn import build_detector
 from peco_ds.models.packaged_networks import NETWORKS
 from peco_ds.models.published_tokenizers import read_published
 from peco_ds.models.segmenter import build_segmenter
@@ -310,6 +315,16 @@ def segmenter(to: str) -> Callable[[Path], None]:
         write_files(folder, release, segmenter_card(release, weights))
 
     return make
+
+
+def detector(folder: Path) -> None:
+    """As `segmenter`."""
+    model = ModelSettings(image_px=32, patch_px=16, width=6, depth=4, heads=3, mlp_ratio=1, drop_path=0.0)
+    settings = DetectorSettings(taps=(0, 1, 2, 3), channels=2, box_width=2, mask_convs=1)
+    tensors = build_detector(model, settings, 2).state_dict()
+    weights = DetectorWeights(model, settings, tensors, "a toy", ("cat", "dog"), (1, 2), 32, 64)
+    release = detector_release(weights)
+    write_files(folder, release, detector_card(release, weights))
 
 
 def tokenizer(folder: Path) -> None:
@@ -789,6 +804,9 @@ PARSERS = {
         segmenter("unilm"), "config.json", lambda f: is_segmenter(f) and read_segmenter(f)
     ),
     "transformers' config of a segmenter": Parser(segmenter("hf"), "config.json", read_segmenter, examples=60),
+    "a detector's config": Parser(
+        detector, "config.json", lambda f: is_detector_release(f) and read_detector_release(f), examples=60
+    ),
     "mmcv's text of a config": Parser(
         text("x", "out_indices=[3, 5]\nmean=[1, 2, 3]\nauxiliary_head = dict(loss_weight=0.4)"),
         "x",

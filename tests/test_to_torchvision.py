@@ -1,12 +1,14 @@
 """A detector's release, loaded without this package by the module in it, finds what our own detector finds."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from torch import nn
 
 from peco_ds.config import DetectorSettings, ModelSettings
+from peco_ds.convert.read_detector import is_detector_release, read_detector_release
 from peco_ds.convert.release import write_files
 from peco_ds.convert.to_torchvision import detector_card, detector_release
 from peco_ds.convert.torchvision_detector import load
@@ -65,6 +67,39 @@ def test_a_release_finds_in_a_process_without_this_package_what_our_detector_fin
     assert len(expected["found boxes"]) == 20 and expected["found masks"].any()
     difference, share = compare_detector(released(weights, tmp_path), image, expected)
     assert difference < 1e-5 and share == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_release_is_read_as_what_was_written(tmp_path, kind):
+    weights = drawn(kind)
+    found = read_detector_release(released(weights, tmp_path))
+    assert is_detector_release(tmp_path) and found.tensors.keys() == weights.tensors.keys()
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in weights.tensors.items())
+    told = ("classes", "category_ids", "short_px", "long_px", "square_px", "mean", "std")
+    assert [getattr(found, name) for name in told] == [getattr(weights, name) for name in told]
+    image, expected = detector_outputs(weights)
+    again = detector_outputs(found)[1]
+    assert all((again[name] == expected[name]).all() for name in expected)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (("depth", 5), "its config says depth 5, its tensors are of 4 blocks"),
+        (("width", 64), "its config asks for (1, 1, 64)"),
+        (("patch_px", "16"), "backbone.patch_px: Input should be a valid integer"),
+        (("heads", 7), "width 48 and 7 heads, which do not divide it"),
+        (("layer_scale", False), "gamma_1 has no place in the network that its config describes"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_tensors_is_refused(tmp_path, change, words):
+    folder = released(drawn(), tmp_path)
+    config = read_json(folder / "config.json")
+    config["backbone"][change[0]] = change[1]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as refused:
+        read_detector_release(folder)
+    assert words in str(refused.value)
 
 
 def test_a_changed_weight_is_noticed(tmp_path):

@@ -210,7 +210,7 @@ class Backbone(nn.Module):
         if self.cls_token is not None:
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         if self.pos_embed is not None:
-            tokens = tokens + self.places(height, width)[:, 1 - first :]
+            tokens = tokens + places(self.pos_embed, height, width, self.table_grid)[:, 1 - first :]
         whole = position_index(height, width, self.table_grid, tokens.device)[1 - first :, 1 - first :]
         inside = position_index(self.window, self.window, self.window, tokens.device)[1:, 1:]
         maps = []
@@ -220,10 +220,11 @@ class Backbone(nn.Module):
                 maps.append(tokens[:, first:].unflatten(1, (height, width)).permute(0, 3, 1, 2))
         return maps
 
-    def places(self, height: int, width: int) -> torch.Tensor:
-        """The class token's vector and those of the upper left height x width patches: [1, 1 + h w, D]."""
-        square = self.pos_embed[:, 1:].unflatten(1, (self.table_grid, self.table_grid))
-        return torch.cat([self.pos_embed[:, :1], square[:, :height, :width].flatten(1, 2)], dim=1)
+
+def places(square: torch.Tensor, height: int, width: int, grid: int) -> torch.Tensor:
+    """The class token's vector and those of the upper left height x width places of grid x grid: [1, 1 + h w, D]."""
+    rows = square[:, 1:].unflatten(1, (grid, grid))[:, :height, :width]
+    return torch.cat([square[:, :1], rows.flatten(1, 2)], dim=1)
 
 
 def position_index(height: int, width: int, grid: int, device: torch.device) -> torch.Tensor:
