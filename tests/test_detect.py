@@ -69,6 +69,11 @@ def runs(sets, tmp_path_factory):
     for ranks in (1, 2, 3):
         out = ["--out", str(folder / f"measured_{ranks}.json")]
         cases[ranks]["measured"] = {"stage": "evaluate", "arguments": [str(folder / "zero0_1"), *val, *out]}
+    released = str(folder / "released")
+    into = [str(folder / "zero0_1"), "--to", "torchvision", "--out", released]
+    cases[1]["released"] = {"stage": "convert_checkpoint", "arguments": into}
+    out = ["--out", str(folder / "measured_release.json")]
+    cases[1]["measured_release"] = {"stage": "evaluate", "arguments": [released, *val, *out]}
     codes = {}
     for ranks, of_ranks in cases.items():
         listing = folder / f"cases_{ranks}.json"
@@ -127,6 +132,11 @@ def test_evaluate_measures_a_run_as_it_measured_itself_whatever_the_ranks(runs, 
         assert result["kind"] == "detector" and result["quality"]["images"] == sets.val_images
         assert all(result["quality"][name] == pytest.approx(own[name], abs=0.05) for name in ("box_ap", "mask_ap50"))
     assert (found[0]["settings"]["short_px"], found[0]["settings"]["batch"]) == (96, 1)
+
+
+def test_evaluate_measures_a_release_as_the_run_it_was_made_of(runs):
+    run, release = (read_json(runs / f"{name}.json")["quality"] for name in ("measured_1", "measured_release"))
+    assert release == pytest.approx(run, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_a_release_is_read_as_what_was_written(tmp_path, kind):
     "change, words",
     [
         (("depth", 5), "its config says depth 5, its tensors are of 4 blocks"),
-        (("width", 64), "its config asks for (1, 1, 64)"),
+        (("width", 96), "its config asks for (1, 1, 96)"),
         (("patch_px", "16"), "backbone.patch_px: Input should be a valid integer"),
         (("heads", 7), "width 48 and 7 heads, which do not divide it"),
         (("layer_scale", False), "gamma_1 has no place in the network that its config describes"),

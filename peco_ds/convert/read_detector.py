@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -101,7 +102,8 @@ def read_detector_release(path: str | Path) -> DetectorWeights:
     """
     folder = expand_path(path)
     try:
-        config = TypeAdapter(_Config).validate_python(json_of(folder / CONFIG))
+        # As JSON: strict types of Python would ask for the dataclasses themselves.
+        config = TypeAdapter(_Config).validate_json(json.dumps(json_of(folder / CONFIG)))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
