@@ -116,6 +116,11 @@ class ModelSettings:
     mlp_ratio: float = 4.0
     # Initial value of the scale on both residual branches.
     layer_scale: float = 0.1
+    # The gradient of that scale is taken from the gradient of the weight before it, so that nothing is kept for it. The
+    # same function, the same loss; gradients differ by their rounding.
+    fold_layer_scale: Annotated[
+        bool, AbsentMeans(False, stage="pretrain"), AbsentMeans(False, stage="finetune"), FreeOnResume()
+    ] = True
     # Stochastic depth of the last block. It grows linearly from 0 at the first block.
     drop_path: ShareBelowOne = 0.1
     # image: every image skips a branch by its own coin. subset: a fixed share of a pass's images, drawn anew for each
