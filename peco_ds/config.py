@@ -270,6 +270,9 @@ class RunSettings:
     # blocks: torch.compile for each transformer block, and for a tokenizer's network while codes are computed. auto:
     # blocks on a GPU unless layer_norm is apex, else none.
     compile: Annotated[Literal["auto", "blocks", "none"], FreeOnResume()] = "auto"
+    # Products of transformer blocks in training: output and gradient of the input in 8 bits (e4m3, e5m2), the weight's
+    # gradient in bf16. Needs a GPU of compute capability 8.9; a CPU computes the same rounding, slowly.
+    fp8: bool = False
     # On a GPU convolutions add up in one order. Costs little, because they are few. Off: cuDNN takes what it likes.
     deterministic: Annotated[bool, FreeOnResume()] = True
     # Whose kernel.

@@ -7,7 +7,7 @@ import torch
 from test_planner import bytes_kept
 
 from peco_ds.config import ModelSettings
-from peco_ds.models.block_linear import scaled_linear
+from peco_ds.models.block_linear import block_linear
 from peco_ds.models.vit import TransformerBlock, build_backbone, run_blocks
 from peco_ds.models.window_backbone import build_window_backbone
 from peco_ds.runtime.engine import compile_each
@@ -50,18 +50,18 @@ def test_the_layer_and_all_its_gradients_are_the_formulas():
     torch.manual_seed(0)
     sizes = ((2, 5, 6), (4, 6), (4,), (4,))
     inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
-    assert torch.autograd.gradcheck(scaled_linear, inputs)
+    assert torch.autograd.gradcheck(block_linear, inputs)
     with torch.no_grad():
         # a scale of 0 is no special case
         inputs[3][1] = 0
-    assert torch.autograd.gradcheck(scaled_linear, inputs)
+    assert torch.autograd.gradcheck(block_linear, inputs)
     x, weight, bias, scale = inputs
-    assert torch.equal(scaled_linear(*inputs), scale * torch.nn.functional.linear(x, weight, bias))
+    assert torch.equal(block_linear(*inputs), scale * torch.nn.functional.linear(x, weight, bias))
 
 
 def test_weights_that_do_not_learn_have_no_gradient_and_those_of_the_input_stay():
     x, weight, bias, scale = torch.ones(3, 2, requires_grad=True), torch.ones(4, 2), torch.ones(4), torch.ones(4)
-    scaled_linear(x, weight, bias, scale).sum().backward()
+    block_linear(x, weight, bias, scale).sum().backward()
     assert torch.equal(x.grad, torch.full((3, 2), 4.0)) and weight.grad is None
 
 
