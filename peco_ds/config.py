@@ -267,8 +267,8 @@ class RunSettings:
     micro_batch: Annotated[AtLeastOne, FreeOnResume()] = 64
     # selective: matrix products and attention are kept, the rest is computed again. full: whole blocks are.
     activation_checkpointing: Annotated[Literal["none", "selective", "full"], FreeOnResume()] = "none"
-    # blocks: torch.compile for each transformer block, and for a tokenizer's network while codes are computed. auto:
-    # blocks on a GPU unless layer_norm is apex, else none.
+    # blocks: torch.compile for each transformer block, for a tokenizer's network while codes are computed, and for the
+    # judge or teacher that a tokenizer learns from. auto: blocks on a GPU unless layer_norm is apex, else none.
     compile: Annotated[Literal["auto", "blocks", "none"], FreeOnResume()] = "auto"
     # Products of transformer blocks in training: output and gradient of the input in 8 bits (e4m3, e5m2), the weight's
     # gradient in bf16. Needs a GPU of compute capability 8.9; a CPU computes the same rounding, slowly.

@@ -316,13 +316,12 @@ def _check_probe(recipe: ProbeRecipe) -> None:
 
 
 def _check_tokenizer(recipe: TokenizerRecipe) -> None:
-    for name in ("activation_checkpointing", "compile"):
-        asked = getattr(recipe.run, name)
-        _require(
-            asked in ("none", "auto"),
-            f"run.{name} {asked}: is of transformers that are pre-trained or fine-tuned; a tokenizer is "
-            "trained without, drop it",
-        )
+    kind = recipe.run.activation_checkpointing
+    _require(
+        kind == "none",
+        f"run.activation_checkpointing {kind}: is of transformers that are pre-trained or fine-tuned; a tokenizer is "
+        "trained without, drop it",
+    )
     _require(
         not recipe.run.fp8,
         "run.fp8: is of transformers that are pre-trained or fine-tuned; a tokenizer is trained without, drop it",
