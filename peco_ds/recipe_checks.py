@@ -316,10 +316,10 @@ def _check_probe(recipe: ProbeRecipe) -> None:
 
 
 def _check_tokenizer(recipe: TokenizerRecipe) -> None:
-    kind = recipe.run.activation_checkpointing
+    kept = recipe.run.activation_checkpointing
     _require(
-        kind == "none",
-        f"run.activation_checkpointing {kind}: is of transformers that are pre-trained or fine-tuned; a tokenizer is "
+        kept == "none",
+        f"run.activation_checkpointing {kept}: is of transformers that are pre-trained or fine-tuned; a tokenizer is "
         "trained without, drop it",
     )
     _require(
