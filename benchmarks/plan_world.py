@@ -97,6 +97,8 @@ class Network:
             scaled=bool(self.scale),
             dropped=self.trained and self.drop > 0,
             bias="own" if self.bias and not self.stored_attention else "none",
+            # Of PyTorch's kernels these alone take a bias that learns; without a gradient others do too.
+            attention="efficient" if self.bias and self.trained and not self.stored_attention else "fused",
         )
         passes = list(block_work(block)[:2])
         if self.stored_attention:

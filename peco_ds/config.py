@@ -116,6 +116,11 @@ class ModelSettings:
     mlp_ratio: float = 4.0
     # Initial value of the scale on both residual branches.
     layer_scale: float = 0.1
+    # The gradient of that scale is taken from the gradient of the weight before it, so that nothing is kept for it. The
+    # same function, the same loss; gradients differ by their rounding.
+    fold_layer_scale: Annotated[
+        bool, AbsentMeans(False, stage="pretrain"), AbsentMeans(False, stage="finetune"), FreeOnResume()
+    ] = True
     # Stochastic depth of the last block. It grows linearly from 0 at the first block.
     drop_path: ShareBelowOne = 0.1
     # image: every image skips a branch by its own coin. subset: a fixed share of a pass's images, drawn anew for each
@@ -262,9 +267,12 @@ class RunSettings:
     micro_batch: Annotated[AtLeastOne, FreeOnResume()] = 64
     # selective: matrix products and attention are kept, the rest is computed again. full: whole blocks are.
     activation_checkpointing: Annotated[Literal["none", "selective", "full"], FreeOnResume()] = "none"
-    # blocks: torch.compile for each transformer block, and for a tokenizer's network while codes are computed. auto:
-    # blocks on a GPU unless layer_norm is apex, else none.
+    # blocks: torch.compile for each transformer block, for a tokenizer's network while codes are computed, and for the
+    # judge or teacher that a tokenizer learns from. auto: blocks on a GPU unless layer_norm is apex, else none.
     compile: Annotated[Literal["auto", "blocks", "none"], FreeOnResume()] = "auto"
+    # Products of transformer blocks in training: output and gradient of the input in 8 bits (e4m3, e5m2), the weight's
+    # gradient in bf16. Needs a GPU of compute capability 8.9; a CPU computes the same rounding, slowly.
+    fp8: bool = False
     # On a GPU convolutions add up in one order. Costs little, because they are few. Off: cuDNN takes what it likes.
     deterministic: Annotated[bool, FreeOnResume()] = True
     # Whose kernel.

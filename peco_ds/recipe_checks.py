@@ -87,6 +87,11 @@ def _check_training(recipe) -> None:
         "layer norm; set run.layer_norm=torch, or run.compile=none",
     )
     _require(
+        not recipe.run.fp8 or recipe.run.precision == "bf16",
+        f"run.fp8 and run.precision {recipe.run.precision}: 8-bit products go with bf16; set run.precision=bf16, or "
+        "run.fp8=false",
+    )
+    _require(
         schedule.epochs is None or schedule.steps is None,
         "schedule.epochs and schedule.steps are both set; a duration has one spelling, drop one",
     )
@@ -311,13 +316,16 @@ def _check_probe(recipe: ProbeRecipe) -> None:
 
 
 def _check_tokenizer(recipe: TokenizerRecipe) -> None:
-    for name in ("activation_checkpointing", "compile"):
-        asked = getattr(recipe.run, name)
-        _require(
-            asked in ("none", "auto"),
-            f"run.{name} {asked}: is of transformers that are pre-trained or fine-tuned; a tokenizer is "
-            "trained without, drop it",
-        )
+    kept = recipe.run.activation_checkpointing
+    _require(
+        kept == "none",
+        f"run.activation_checkpointing {kept}: is of transformers that are pre-trained or fine-tuned; a tokenizer is "
+        "trained without, drop it",
+    )
+    _require(
+        not recipe.run.fp8,
+        "run.fp8: is of transformers that are pre-trained or fine-tuned; a tokenizer is trained without, drop it",
+    )
     check_tokenizer_settings(recipe.tokenizer)
     kind, stride, size = recipe.tokenizer.kind, recipe.tokenizer.stride_px, recipe.views.tokenizer_px
     _require(size % stride == 0, f"views.tokenizer_px {size} is not a multiple of the tokenizer's stride {stride}")

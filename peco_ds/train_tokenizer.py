@@ -48,6 +48,7 @@ def train(args, resolved) -> int:
     from peco_ds.objectives.tokenizer_losses import build_tokenizer_objective
     from peco_ds.planner.mfu import training_flops
     from peco_ds.runtime.codebook_init import init_codebook
+    from peco_ds.runtime.frozen_passes import compile_frozen
     from peco_ds.runtime.run import START_UP, Run
     from peco_ds.runtime.run_folder import refuse_foreign_folder
 
@@ -77,6 +78,7 @@ def train(args, resolved) -> int:
         critic_lr = {"critic.": cfg.adversarial.lr / cfg.optim.lr}
         run.attach(model, training_flops=training_flops(cfg), lr_scales=critic_lr)
         frozen = frozen.to(world.device) if frozen else None
+        compile_frozen(frozen, cfg, world.device)
         objective = build_tokenizer_objective(cfg, frozen)
         evaluation = HeldOut(held_out, run, tokenizer=tokenizer, frozen=frozen)
         evaluation.measure(run.first_step)

@@ -112,7 +112,7 @@ def test_one_bad_node_costs_what_a_played_step_takes_longer(bill):
         simulate_step(inputs, steps=50, slow_network=0.5),
         simulate_step(inputs, steps=50, slow_network=0.1),
     )
-    assert list(costs.values()) == pytest.approx([step.mean_s / usual - 1 for step in played], abs=0.01)
+    assert list(costs.values()) == pytest.approx([step.mean_s / usual - 1 for step in played], abs=0.012)
     (line,) = bad_node_lines(bill)
     assert all(f"{case} {share:+.1%}" in line for case, share in costs.items())
     alone = make_bill(CHAIN, H100, 8)

@@ -169,7 +169,7 @@ def test_a_value_out_of_range_names_its_key_and_value(recipe_file, override):
         "tokenizer.num_codes=70000",
         "tokenizer.average=directions",
         "run.activation_checkpointing=full",
-        "run.compile=blocks",
+        "run.fp8=true",
     ],
 )
 def test_tokenizer_values_out_of_range_are_refused(recipe_file, override):

@@ -9,7 +9,15 @@ import pytest
 from peco_ds.config import PretrainRecipe
 from peco_ds.errors import UserError
 from peco_ds.planner.hardware import HARDWARE, Hardware
-from peco_ds.planner.step_cost import LAUNCH_S, MEMORY_PACE, PACES, optimizer_seconds, segment_seconds, work_seconds
+from peco_ds.planner.step_cost import (
+    BATCHED_SHARE,
+    LAUNCH_S,
+    MEMORY_PACE,
+    PACES,
+    optimizer_seconds,
+    segment_seconds,
+    work_seconds,
+)
 from peco_ds.planner.work import Segment, Work, model_flops, pretrain_segments
 from peco_ds.recipe_files import load_recipe
 
@@ -40,8 +48,12 @@ def seconds(recipe: str, hardware: Hardware, pace: str = "typical", *overrides: 
 
 
 def test_products_take_their_share_of_the_peak_and_attention_its_own():
-    work = Work(products=3e9, attention=1e9)
-    assert work_seconds(work, 10, MACHINE, "bf16") == pytest.approx(10 * (2e9 / (0.5 * 1e12) + 1e9 / (0.2 * 1e12)))
+    work = Work(products=3e9, attention=1e9, tiles=1.5e9)
+    assert work_seconds(work, 10, MACHINE, "bf16") == pytest.approx(10 * (2e9 / (0.5 * 1e12) + 1.5e9 / (0.2 * 1e12)))
+    batched = Work(products=3e9, attention=1e9, batched=1.1e9)
+    assert work_seconds(batched, 10, MACHINE, "bf16") == pytest.approx(
+        10 * (2e9 / (0.5 * 1e12) + 1.1e9 / (BATCHED_SHARE * 0.5 * 1e12))
+    )
 
 
 def test_moved_bytes_take_the_memorys_share_and_what_is_moved_once_a_pass_does_not_grow_with_the_images():

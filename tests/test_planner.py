@@ -226,11 +226,18 @@ def bytes_kept(module: torch.nn.Module, call) -> int:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize(
-    "layer_scale, variant", [(0.1, "plain"), (0.0, "plain"), (0.1, "aggregation"), (0.1, "visible")]
+    "layer_scale, folded, variant",
+    [
+        (0.1, True, "plain"),
+        (0.1, False, "plain"),
+        (0.0, True, "plain"),
+        (0.1, True, "aggregation"),
+        (0.1, True, "visible"),
+    ],
 )
-def test_saved_activation_bytes_are_those_autograd_keeps(precision, checkpointing, layer_scale, variant):
+def test_saved_activation_bytes_are_those_autograd_keeps(precision, checkpointing, layer_scale, folded, variant):
     batch, masked, codes = 16, 25, 512
-    settings = replace(SMALL, layer_scale=layer_scale)
+    settings = replace(SMALL, layer_scale=layer_scale, fold_layer_scale=folded)
     module = mim_of(settings, codes, variant, activation_checkpointing=checkpointing).to(
         torch.bfloat16 if precision == "bf16" else torch.float32
     )
@@ -254,10 +261,10 @@ def test_saved_activation_bytes_are_those_autograd_keeps(precision, checkpointin
     assert predicted.saved * batch == pytest.approx(bytes_kept(module, call), rel=0.02)
 
 
-@pytest.mark.parametrize("layer_scale", [0.1, 0.0])
+@pytest.mark.parametrize("layer_scale, folded", [(0.1, True), (0.1, False), (0.0, True)])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_bytes_of_blocks_under_every_checkpointing_are_those_a_profiler_sees(checkpointing, layer_scale):
-    settings, batch = replace(SMALL, layer_scale=layer_scale), 16
+def test_bytes_of_blocks_under_every_checkpointing_are_those_a_profiler_sees(checkpointing, layer_scale, folded):
+    settings, batch = replace(SMALL, layer_scale=layer_scale, fold_layer_scale=folded), 16
     tokens = settings.grid**2 + 1
     blocks = build_blocks(settings, activation_checkpointing=checkpointing).train()
     x, bias = (
@@ -288,7 +295,7 @@ def test_checkpointing_keeps_less_and_grows_by_one_input_a_block():
     full = mim_activation_bytes(deep, checkpointing="full", **sizes)
     assert full.total < mim_activation_bytes(deep, checkpointing="none", **sizes).total / 5
     selective = mim_activation_bytes(deep, checkpointing="selective", **sizes)
-    assert full.total < selective.total < 0.7 * mim_activation_bytes(deep, checkpointing="none", **sizes).total
+    assert full.total < selective.total < 0.72 * mim_activation_bytes(deep, checkpointing="none", **sizes).total
     assert full.total - mim_activation_bytes(shallow, checkpointing="full", **sizes).total == 257 * 1280 * 2
 
 

@@ -119,6 +119,7 @@ def build_dense_backbone(
             drop_path=rate,
             drop_path_by=settings.drop_path_by,
             activation_checkpointing=activation_checkpointing,
+            fold_layer_scale=settings.fold_layer_scale,
         )
         for rate in calculate_drop_path_rates(settings.drop_path, settings.depth)
     )

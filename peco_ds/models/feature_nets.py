@@ -7,6 +7,7 @@ of a convolutional network timm's stages (`conv_feature_nets`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -69,6 +70,7 @@ class FeatureNet(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.image_px, self.grid, self.depth, self.target_width = image_px, grid, depth, target_width
         self.description, self.licence, self.statistics = description, licence, statistics
+        self.compile_passes(0)
 
     def after_blocks(self, images_norm: torch.Tensor, blocks: list[int]) -> list[torch.Tensor]:
         """Features after stages.
@@ -116,7 +118,7 @@ class FeatureNet(nn.Module):
         ascending = sorted(set(blocks))
         images_norm = self._normalized(images_01)
         with self._autocast(images_norm.device):
-            after = dict(zip(ascending, self.after_blocks(images_norm, ascending)))
+            after = dict(zip(ascending, self._pass("after_blocks", images_norm)(images_norm, ascending)))
         return [after[number].float() for number in blocks]
 
     def targets(self, images_01: torch.Tensor) -> torch.Tensor:
@@ -128,7 +130,16 @@ class FeatureNet(nn.Module):
         """
         images_norm = self._normalized(images_01)
         with self._autocast(images_norm.device):
-            return self.final(images_norm).float()
+            return self._pass("final", images_norm)(images_norm).float()
+
+    def compile_passes(self, images: int) -> None:
+        """Compile passes of so many images, as a training has them; others run as they are. 0: none is compiled."""
+        self._compiled_images = images
+        names = ("after_blocks", "final") if images else ()
+        self._compiled = {name: torch.compile(getattr(self, name), dynamic=False) for name in names}
+
+    def _pass(self, name: str, images: torch.Tensor) -> Callable:
+        return self._compiled[name] if len(images) == self._compiled_images else getattr(self, name)
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")

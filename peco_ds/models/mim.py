@@ -136,6 +136,7 @@ class AggregatingImageModel(MaskedImageModel):
                 drop_path_by=settings.drop_path_by,
                 activation_checkpointing=activation_checkpointing,
                 attention=settings.attention,
+                fold_layer_scale=settings.fold_layer_scale,
             )
             for place in range(first, first + aggregation.blocks)
         )

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from peco_ds.config import AttentionForm, ModelSettings
 from peco_ds.models.attention import attend, bias_of_positions
+from peco_ds.models.block_linear import block_linear, fits_fp8
 from peco_ds.schedules import images_taken
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
@@ -39,6 +40,7 @@ class TransformerBlock(Block):
         activation_checkpointing: in the backward pass, "selective": all but the matrix products and attention, "full":
             all.
         attention: see `attention.attend`.
+        fold_layer_scale: take the gammas' gradients from those of the weights (`block_linear.block_linear`).
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class TransformerBlock(Block):
         drop_path_by: Literal["image", "subset"] = "image",
         activation_checkpointing: ActivationCheckpointing = "none",
         attention: AttentionForm = "auto",
+        fold_layer_scale: bool = True,
     ) -> None:
         super().__init__(
             width,
@@ -68,6 +71,9 @@ class TransformerBlock(Block):
             activation_checkpointing,
         )
         self.attention_form: AttentionForm = attention
+        self.fold_layer_scale = fold_layer_scale
+        # Products in 8 bits while it trains (`runtime/fp8_choice.py`).
+        self.fp8 = False
 
     def draw_paths(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The random choice of stochastic depth for attention and MLP in this pass; None where nothing is dropped.
@@ -133,17 +139,30 @@ class TransformerBlock(Block):
             self.norm1(x), attn.qkv.weight, torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
         )
         attended = attend(qkv.unflatten(2, (3, attn.num_heads, -1)), bias, self.attention_form)
-        out = self._linear(attended, attn.proj.weight, attn.proj.bias)
-        return out if self.gamma_1 is None else self.gamma_1 * out
+        return self._scaled(attended, attn.proj, self.gamma_1)
 
     def _mlp(self, x: torch.Tensor, _bias) -> torch.Tensor:
         mlp = self.mlp
         hidden = mlp.act(self._linear(self.norm2(x), mlp.fc1.weight, mlp.fc1.bias))
-        out = self._linear(hidden, mlp.fc2.weight, mlp.fc2.bias)
-        return out if self.gamma_2 is None else self.gamma_2 * out
+        return self._scaled(hidden, mlp.fc2, self.gamma_2)
+
+    def _scaled(self, x: torch.Tensor, layer: nn.Linear, gamma: torch.Tensor | None) -> torch.Tensor:
+        """The layer that ends a branch, times its layer scale where there is one."""
+        if gamma is not None and self.fold_layer_scale and not torch.is_autocast_enabled(x.device.type):
+            return block_linear(x, layer.weight, layer.bias, gamma, fp8=self._takes_fp8(layer.weight))
+        out = self._linear(x, layer.weight, layer.bias)
+        return out if gamma is None else gamma * out
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        if self._takes_fp8(weight) and not torch.is_autocast_enabled(x.device.type):
+            return block_linear(x, weight, bias, fp8=True)
+        return self._plain_linear(x, weight, bias)
+
+    def _takes_fp8(self, weight: torch.Tensor) -> bool:
+        return self.fp8 and self.training and fits_fp8(weight)
 
     @property
-    def _linear(self):
+    def _plain_linear(self):
         # ZeRO-3 replaces F.linear by a function that saves the weight and not a view, which would keep it gathered. But
         # that function adds the bias in place, to the very product that selective checkpointing keeps, and would add it
         # a second time. There nothing is saved for the weight, so the plain operator will do.
@@ -167,6 +186,7 @@ _aten = torch.ops.aten
 _PRODUCTS = {
     _aten.mm.default,
     _aten.addmm.default,
+    _aten._scaled_mm.default,
     torch.ops.peco_ds.biased_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention.default,
@@ -197,6 +217,7 @@ def build_blocks(
             drop_path_by=settings.drop_path_by,
             activation_checkpointing=activation_checkpointing,
             attention=settings.attention,
+            fold_layer_scale=settings.fold_layer_scale,
         )
         for rate in calculate_drop_path_rates(settings.drop_path, settings.depth)
     )

@@ -35,9 +35,8 @@ class WindowBlock(DenseBlock):
         qkv = self._linear(
             windows, attn.qkv.weight, torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
         )
-        out = attend(qkv.unflatten(2, (3, attn.num_heads, -1)), table)
-        out = self._linear(from_windows(out, height, width, self.window), attn.proj.weight, attn.proj.bias)
-        return out if self.gamma_1 is None else self.gamma_1 * out
+        out = attend(qkv.unflatten(2, (3, attn.num_heads, -1)), table, self.attention_form)
+        return self._scaled(from_windows(out, height, width, self.window), attn.proj, self.gamma_1)
 
 
 class WindowBackbone(DenseBackbone):

@@ -150,6 +150,8 @@ def _notes(bill: Bill, made: Sequence[Estimate]) -> list[str]:
         unknown = frozen_of_unknown_cost(each.stage.recipe) if each.stage.kind == "tokenizer" else ""
         if unknown:
             notes.append(f"  {name}: what its {unknown} costs is not known; neither its memory nor its time is counted")
+        if stage.trains and stage.run.fp8:
+            notes.append(f"  {name}: run.fp8 is not counted, products are planned at the pace of 16 bits")
         peak = machine.peak_flops
         if each.precision == "bf16" and peak["bf16"] <= peak.get("fp32", 0.0):
             notes.append(

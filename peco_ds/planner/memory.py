@@ -43,9 +43,6 @@ PREFETCH_BUCKET = 5e7
 MAX_LIVE = 1e9
 MAX_REUSE_DISTANCE = 1e9
 
-# Bytes of the next power of two over the bytes asked for: 1.39 on average (2 log 2), if sizes lie evenly between two
-# powers.
-ROUNDED_UP = 1.4
 MASTER_BYTES = 4
 MOMENTS_BYTES = 8
 DTYPE_BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "bf16": 2, "bfloat16": 2}
@@ -219,18 +216,17 @@ def host_bytes_per_node(
     """Bytes on the host of the node of rank 0: what its ranks have offloaded, and the copies that a save in flight
     writes from.
 
-    Page-locked memory comes in powers of two (torch's allocator for it): a partition's flat tensors are rounded up as
-    such, single tensors by what that costs on average.
+    Page-locked memory of offloading comes in powers of two (torch's allocator for it), that of saves as it is asked
+    for (runtime/checkpoint/pinned.py).
 
     Args:
         state: `gpu_memory` of a rank.  average: as `saved_bytes`.
     """
     part = num_parameters / world_size if stage else 0.0
-    rounded = 2 ** ceil(log2(part)) / part if part else ROUNDED_UP
+    rounded = 2 ** ceil(log2(part)) / part if part else 1.0
     offloaded = state.host + (rounded - 1) * state.pinned
     moved_average = ema_bytes(num_parameters, stage=stage, world_size=world_size) if average and state.host else 0.0
     sizes: dict[str, Any] = dict(stage=stage, world_size=world_size, precision=precision, average=average)
     first, other = (saved_bytes(num_parameters, first_rank=first_rank, **sizes) for first_rank in (True, False))
-    # Rank 0 alone writes the weights, tensor by tensor.
-    single = first - other
-    return ranks_per_node * (offloaded + moved_average + rounded * other) + ROUNDED_UP * single
+    # Rank 0 alone writes the weights.
+    return ranks_per_node * (offloaded + moved_average + other) + first - other

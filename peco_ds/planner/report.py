@@ -252,6 +252,8 @@ def _compute_lines(planned: Stage, forward_macs: int, training_flops: float, wit
         "training": f"{training_flops / 1e9:.1f} GFLOP an image{with_what}, {training_flops * batch / 1e12:.1f} TFLOP "
         f"a step, {training_flops * planned.images:.3g} FLOP the run (recomputation not counted)",
     }
+    if planned.run.fp8:
+        lines["fp8"] = "not counted: products are planned at the pace of 16 bits"
     model = getattr(planned.recipe, "model", None)
     if model and model.drop_path_by == "subset":
         skipped = skipped_by_subsets(model, planned.run.micro_batch)

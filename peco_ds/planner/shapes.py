@@ -18,6 +18,7 @@ from peco_ds.costs import (
     ObjectiveCost,
     TokenizerCost,
 )
+from peco_ds.planner.attention_tiles import Form, form_of, score_gradient_bytes, unfused_weight_bytes
 from peco_ds.registry import OBJECTIVES, TOKENIZERS
 from peco_ds.schedules import images_taken
 
@@ -196,16 +197,18 @@ def mim_activation_bytes(
     (D), the two branch outputs that layer scale multiplies (2 D), the MLP's hidden layer before and after GELU (2 F);
     and in 32 bits two statistics a row of each norm and one log-sum-exp a row of each head. With F = 4 D that is 36 T D
     bytes in 16 bits; the classic
-    34 T D counts two dropout masks, which this network has not, and no layer scale. Beyond the blocks: the image,
+    34 T D counts two dropout masks, which this network has not, and no layer scale. Folded layer scale keeps no branch
+    output, and unfused attention keeps its weights instead of log-sums. Beyond the blocks: the image,
     input and output of the final norm, and at M masked patches the head's input, its logits and the log-probabilities,
     these in 32 bits; a second branch has a norm and logits of its own. An encoder that sees n tokens has a bias of its
     own for each image, n x n a head.
 
     The working part is an estimate of the worst moment: in a block's backward pass the gradients of the hidden layer
     before and after GELU, of the block's input and of a branch, and of an attention bias that is an image's own, [H,
-    T, T]; that of a shared one is summed some images at a time (at most 128 MiB a pass, not counted here); in the
-    head's the gradient of the logits in both precisions. The caching allocator's fragmentation is not in it, nor is
-    what an objective keeps beside the log-probabilities (soft targets are made some images at a time and not kept).
+    T, T]; or in attention's the gradient of the scores, of query, key, value and output, if that is more (above 2 GiB
+    a pass they are taken some images at a time, which is not counted); in the head's the
+    gradient of the logits in both precisions. The caching allocator's fragmentation is not in it, nor is what an
+    objective keeps beside the log-probabilities (soft targets are made some images at a time and not kept).
 
     Args:
         checkpointing: "none"; "full": every block keeps its input alone and is recomputed in the backward pass;
@@ -213,12 +216,15 @@ def mim_activation_bytes(
         precision: "bf16", "fp16" or "fp32".
     """
     assert checkpointing in ("none", "selective", "full"), checkpointing
-    element, tokens, scaled = ELEMENT_BYTES[precision], model.grid**2 + 1, bool(model.layer_scale)
+    element, tokens, form = ELEMENT_BYTES[precision], model.grid**2 + 1, form_of(model.attention)
+    # Whether the branch outputs are kept.
+    scaled = bool(model.layer_scale) and not model.fold_layer_scale
     image = IMAGE_CHANNELS * model.image_px**2 * element
     if encoding.kind == "visible":
         seen, narrow = tokens - masked, encoding.decoder_width
         encoder = _BlockActivations(seen, model.width, _hidden(model), model.heads, scaled, element, own_bias=True)
-        decoder = _BlockActivations(tokens, narrow, _hidden(model, narrow), encoding.decoder_heads, False, element)
+        hidden, decoder_heads = _hidden(model, narrow), encoding.decoder_heads
+        decoder = _BlockActivations(tokens, narrow, hidden, decoder_heads, False, element, attention=form)
         stacks = [(model.depth, encoder), (encoding.decoder_depth, decoder)]
         # One-hot rows, and the bias that they pick.
         places = seen * tokens * element + model.heads * seen**2 * element
@@ -228,7 +234,7 @@ def mim_activation_bytes(
         ends = image + places + encoder.norm + decoder.norm + head
     else:
         block, extra = (
-            _BlockActivations(tokens, model.width, _hidden(model), model.heads, scaled, element),
+            _BlockActivations(tokens, model.width, _hidden(model), model.heads, scaled, element, attention=form),
             _extra_blocks(aggregation),
         )
         stacks = [(model.depth + extra, block)]
@@ -276,6 +282,7 @@ class _BlockActivations:
     element: int
     # Whether each image has an attention bias of its own.
     own_bias: bool = False
+    attention: Form = "fused"
 
     @property
     def input(self) -> int:
@@ -284,9 +291,14 @@ class _BlockActivations:
     @property
     def products(self) -> int:
         """Bytes of input, query, key, value, attention's output, log-sums and projection, both layers of the MLP."""
-        return (
-            self.tokens * ((1 + 3 + 1 + 1 + 1) * self.width + self.hidden) * self.element + self.tokens * 4 * self.heads
-        )
+        return self.tokens * ((1 + 3 + 1 + 1 + 1) * self.width + self.hidden) * self.element + self.of_attention
+
+    @property
+    def of_attention(self) -> int:
+        """Bytes that attention keeps beside its output: a log-sum a row in 32 bits, or the weights."""
+        if self.attention == "unfused":
+            return unfused_weight_bytes(self.tokens, self.heads, self.element)
+        return self.tokens * 4 * self.heads
 
     @property
     def norm(self) -> int:
@@ -296,13 +308,15 @@ class _BlockActivations:
     @property
     def saved(self) -> int:
         values = (8 + (2 if self.scaled else 0)) * self.width + 2 * self.hidden
-        return self.tokens * values * self.element + self.tokens * (2 * 2 * 4 + 4 * self.heads)
+        return self.tokens * values * self.element + self.tokens * 2 * 2 * 4 + self.of_attention
 
     @property
     def backward(self) -> int:
-        return (
+        of_mlp = (
             self.tokens * (2 * self.hidden + 2 * self.width) + self.own_bias * self.heads * self.tokens**2
         ) * self.element
+        scores = score_gradient_bytes(self.attention, self.tokens, self.heads, self.element)
+        return max(of_mlp, self.tokens * 4 * self.width * self.element + scores)
 
 
 def _head_activations(masked: int, width: int, num_codes: int, element: int) -> tuple[int, int]:

@@ -58,6 +58,8 @@ CONVOLUTION_SHARE = {"slow": 0.45, "typical": 0.60, "fast": 0.80}
 # In float32 attention's kernels and the products use the same units; assumed half of what products reach, for short
 # rows.
 FP32_ATTENTION_SHARE = 0.5
+# Of what products reach. Assumed: products of a head's 64 to 80 columns, with an output of T x T.
+BATCHED_SHARE = 0.5
 # Of a machine's memory_share. Assumed: the share is that of long copies; sums over the rows of a batch and kernels of
 # odd widths reach less.
 MEMORY_PACE = {"slow": 0.85, "typical": 1.0, "fast": 1.08}
@@ -118,7 +120,8 @@ def work_seconds(work: Work, images: int, hardware: Hardware, precision: str, pa
     attention_share = FP32_ATTENTION_SHARE * share if precision == "fp32" else hardware.attention_share[place]
     computing = (
         (work.products - work.attention) / share
-        + work.attention / attention_share
+        + work.tiles / attention_share
+        + work.batched / (BATCHED_SHARE * share)
         + work.convolutions / (CONVOLUTION_SHARE[pace] * share)
     )
     moving = (work.moved_bytes * images + work.pass_bytes) / (

@@ -29,6 +29,7 @@ from peco_ds.config import (
     ViewSettings,
 )
 from peco_ds.costs import FLOPS_PER_MAC, FP32_BYTES, IMAGE_CHANNELS, Blocks, Cost, FrozenCost, ObjectiveCost, conv
+from peco_ds.planner.attention_tiles import AttentionCost, Form, aligned, attention_cost, bias_sum_bytes, form_of
 from peco_ds.planner.shapes import ELEMENT_BYTES, objective_cost, relative_positions, tokenizer_cost
 from peco_ds.registry import TOKENIZERS, family_of
 from peco_ds.schedules import images_taken
@@ -36,9 +37,6 @@ from peco_ds.schedules import images_taken
 # `autocast` is eager with weights and residual stream in float32 and products in 16 bits.
 Kernels = Literal["compiled", "eager", "autocast"]
 
-# In models/attention.py, rows of the bias start at multiples of ALIGNMENT elements. Its gradient is summed some images
-# at a time, of at most SUM_BYTES.
-ALIGNMENT, SUM_BYTES = 16, 2**27
 # PyTorch sorts the T x T places of a bias table to add its gradient up: assumed 8 passes of a radix sort over keys and
 # values of 8 bytes each, read and written.
 SORT_BYTES = 8 * 2 * (8 + 8)
@@ -55,10 +53,14 @@ class Work:
     moved_bytes: float = 0.0
     # Kernels launched in a pass, whatever its number of images.
     kernels: float = 0.0
-    # FLOP of `products` that run inside the attention kernel
+    # FLOP of `products` that are attention's, without what pads them. Their time is that of the next two.
     attention: float = 0.0
     # Bytes moved once a pass, whatever its number of images: bias tables, gradients of weights.
     pass_bytes: float = 0.0
+    # FLOP of the tiles that attention kernels compute, as `attention_tiles.AttentionCost`.
+    tiles: float = 0.0
+    # FLOP of attention's batched products, with what pads them.
+    batched: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(mine + theirs for mine, theirs in zip(_values(self), _values(other))))
@@ -72,7 +74,10 @@ class Work:
 
 
 def _values(work: Work) -> tuple[float, ...]:
-    return work.products, work.convolutions, work.moved_bytes, work.kernels, work.attention, work.pass_bytes
+    return (
+        *(work.products, work.convolutions, work.moved_bytes, work.kernels, work.attention, work.pass_bytes),
+        *(work.tiles, work.batched),
+    )
 
 
 @dataclass(frozen=True)
@@ -136,11 +141,15 @@ class BlockShape:
     element: int  # E
     kernels: Kernels
     scaled: bool = False  # layer scale
+    # Its gradient is taken from those of the weights.
+    folded: bool = False
     # Stochastic depth that drops images one by one.
     dropped: bool = False
     # `shared` is a table for all blocks, `own` one of this block, `image` values of each image that are made outside.
     bias: Literal["none", "shared", "own", "image"] = "none"
     trained: bool = True
+    # Attention's form. The bias that images have of their own is taken by the efficient one alone.
+    attention: Form = "fused"
 
     @property
     def stream(self) -> int:
@@ -150,6 +159,20 @@ class BlockShape:
     @property
     def scores(self) -> int:
         return self.heads * self.tokens**2
+
+    @property
+    def folds(self) -> bool:
+        return self.scaled and self.folded and self.kernels != "autocast"
+
+    @property
+    def ending_weights(self) -> int:
+        """Elements of the weights before both layer scales: attention's output and the MLP's."""
+        return self.width * (self.width + self.hidden)
+
+    def attention_cost(self) -> tuple[AttentionCost, AttentionCost]:
+        form: Form = "efficient" if self.bias == "image" else self.attention
+        biased = self.bias in ("shared", "own")
+        return attention_cost(form, self.tokens, self.heads, self.width // self.heads, self.element, biased=biased)
 
     @property
     def tensor_elements(self) -> tuple[int, ...]:
@@ -222,9 +245,12 @@ def _eager(block: BlockShape) -> tuple[list[Kernel], list[Kernel]]:
             # Casts of the branches' gradients to 16 bits.
             backward.append(Kernel(2, 2 * row * (R + E)))
     if scaled:
-        # Layer scale. Forward: read, write. Backward: gradient times scale, gradient times branch, and the sum of that.
+        # Layer scale. Forward: read, write. Backward: gradient times scale; where it is not folded, gradient times
+        # branch, and the sum of that.
         forward.append(Kernel(2, 2 * row * (E + S)))
-        backward.append(Kernel(6, 2 * row * ((R + E) + (R + E + R) + R)))
+        backward.append(Kernel(2, 2 * row * (R + E)))
+        if not block.folds:
+            backward.append(Kernel(4, 2 * row * ((R + E + R) + R)))
     if dropped:
         # Stochastic depth: random draws, then read and write.
         forward.append(Kernel(7, 2 * row * 2 * S))
@@ -239,6 +265,8 @@ def _compiled(block: BlockShape) -> tuple[list[Kernel], list[Kernel]]:
     """
     E, row, hidden_row = block.element, block.tokens * block.width, block.tokens * block.hidden
     scale = 1 if block.scaled else 0
+    # A sum over the rows of gradient and branch, where layer scale is not folded.
+    summed = scale and not block.folds
     forward = [
         # First norm: read the input, write the output.
         Kernel(1, row * 2 * E),
@@ -251,11 +279,11 @@ def _compiled(block: BlockShape) -> tuple[list[Kernel], list[Kernel]]:
     ]
     backward = [
         # Second branch: gradient read for the bias, then scaled, and read with the branch for the scale's gradient.
-        Kernel(1 + 2 * scale, row * (1 + 4 * scale) * E),
+        Kernel(1 + scale + summed, row * (1 + 2 * scale + 2 * summed) * E),
         # GELU: read gradient and input, write the input's gradient; then the bias.
         Kernel(2, hidden_row * 4 * E),
         # Second norm, sum with the residual stream, first branch scaled. Sums for weights, biases and scale read again.
-        Kernel(3 + 2 * scale, row * (8 + 4 * scale) * E),
+        Kernel(3 + scale + summed, row * (8 + 2 * scale + 2 * summed) * E),
         # Gradients of the biases of query, key and value.
         Kernel(1, row * 3 * E),
         # First norm, sum with the residual stream. Sums for weight and bias read again.
@@ -269,22 +297,12 @@ def _attention_moves(block: BlockShape) -> list[Kernel]:
 
     The attention operator is opaque to the compiler, so it costs the same either way.
     """
-    E, row = block.element, block.tokens * block.width
-    # Gradients of query, key and value copied together.
-    found = [Kernel(3, row * 6 * E)]
+    cost = block.attention_cost()[1]
+    found = [Kernel(cost.kernels, cost.moved_bytes)]
     if block.bias == "image":
         # Gradient of the bias: written, read, and added to that of the other blocks.
-        found.append(Kernel(2, block.scores * (2 + 3) * E))
-    elif block.bias != "none":
-        padded = block.heads * block.tokens * _aligned(block.tokens)
-        together = max(1, SUM_BYTES // (padded * E))
-        # Gradient of the bias: written once an image, read, summed some images at a time.
-        found.append(Kernel(3, 2 * padded * E + 4 * FP32_BYTES * block.scores / together))
+        found.append(Kernel(2, block.scores * (2 + 3) * block.element))
     return found
-
-
-def _aligned(tokens: int) -> int:
-    return -(-tokens // ALIGNMENT) * ALIGNMENT
 
 
 def block_work(block: BlockShape, *, share: float = 1.0) -> tuple[Work, Work, Work]:
@@ -297,7 +315,9 @@ def block_work(block: BlockShape, *, share: float = 1.0) -> tuple[Work, Work, Wo
     tokens, width = block.tokens, block.width
     linear = share * FLOPS_PER_MAC * tokens * (4 * width**2 + 2 * width * block.hidden)
     quadratic = share * FLOPS_PER_MAC * 2 * tokens**2 * width
-    again = quadratic / 2  # query times key
+    ahead, behind = (Work(tiles=share * cost.tiles, batched=share * cost.batched) for cost in block.attention_cost())
+    # Query times key, unless the weights were kept.
+    again = 0.0 if block.attention == "unfused" else quadratic / 2
     moves = [
         Work(
             moved_bytes=sum(item.moved_bytes * (share if item.in_branch else 1) for item in side),
@@ -316,6 +336,8 @@ def block_work(block: BlockShape, *, share: float = 1.0) -> tuple[Work, Work, Wo
     casts = parameters * (FP32_BYTES + block.element) if block.kernels == "autocast" else 0
     # The bias is cast and padded, in one kernel if compiled; then the attention kernel runs.
     launched = 2 if block.kernels == "compiled" else 3
+    moves[0] += ahead + Work(moved_bytes=share * block.attention_cost()[0].moved_bytes)
+    moves[1] += behind
     forward = moves[0] + Work(
         products=linear + quadratic, attention=quadratic, kernels=4 + launched, pass_bytes=table[0] + casts
     )
@@ -330,24 +352,34 @@ def block_work(block: BlockShape, *, share: float = 1.0) -> tuple[Work, Work, Wo
         products=2 * (linear + quadratic) + again,
         attention=2 * quadratic + again,
         kernels=8 + launched + 4 + 2 * len(block.tensor_elements),
-        pass_bytes=table[1] + gradient_sum_bytes(parameters, block.element) + casts,
+        pass_bytes=table[1] + gradient_sum_bytes(parameters, block.element) + casts + folded_bytes(block),
     )
     return forward, backward, Work(products=again, attention=again)
+
+
+def folded_bytes(block: BlockShape) -> float:
+    """Bytes moved once a pass for folded layer scale: the weights' gradients are scaled, and summed with the weights.
+
+    Compiled, both in one kernel: gradient and weight read, gradient written.
+    """
+    if not block.folds:
+        return 0.0
+    return block.ending_weights * block.element * (3 if block.kernels == "compiled" else 6)
 
 
 def _table_bytes(block: BlockShape) -> tuple[float, float]:
     """Bytes moved for the bias once a pass: forward, backward.
 
-    Forward: cast, padded, and for a table of the block's own spread out. Backward: the same casts, zeros for its
+    Forward: cast, padded, and for a table of the block's own spread out. Backward: the same casts, the sum of its
     gradient, and that added to the other blocks' or summed into the table.
     """
     if block.bias in ("none", "image"):
         return 0.0, 0.0
-    padded = block.heads * block.tokens * _aligned(block.tokens)
+    padded = block.heads * block.tokens * aligned(block.tokens)
     cast = block.scores * (FP32_BYTES + block.element) + padded * 2 * block.element
     spread = block.scores * 3 * FP32_BYTES + 8 * block.tokens**2 if block.bias == "own" else 0
     gathered = block.scores * 3 * FP32_BYTES + (SORT_BYTES * block.tokens**2 if block.bias == "own" else 0)
-    return cast + spread, cast + FP32_BYTES * block.scores + gathered
+    return cast + spread, cast + bias_sum_bytes(block.tokens, block.heads) + gathered
 
 
 def gradient_sum_bytes(parameters: int, element: int) -> float:
@@ -430,8 +462,10 @@ def _block_of(model: ModelSettings, run: RunSettings, number: int) -> BlockShape
         element=ELEMENT_BYTES[run.precision],
         kernels=kernels_of(run),
         scaled=bool(model.layer_scale),
+        folded=model.fold_layer_scale,
         dropped=model.drop_path_by == "image" and _rate(model, number) > 0,
         bias="shared",
+        attention=form_of(model.attention),
     )
 
 
@@ -535,10 +569,13 @@ def _visible_segments(recipe: PretrainRecipe) -> tuple[Segment, ...]:
         element,
         kernels_of(run),
         bool(model.layer_scale),
+        model.fold_layer_scale,
         bias="image",
     )
     decoder = BlockShape(
-        tokens, narrow, int(narrow * model.mlp_ratio), encoding.decoder_heads, element, kernels_of(run), bias="shared"
+        *(tokens, narrow, int(narrow * model.mlp_ratio), encoding.decoder_heads, element, kernels_of(run)),
+        bias="shared",
+        attention=form_of(model.attention),
     )
     blocks = [
         _block_segment(
@@ -741,6 +778,7 @@ def _convolutions(name: str, cost: Cost, element: int, *, compiled: bool = False
         products=attention,
         convolutions=flops,
         attention=attention,
+        tiles=attention,
         moved_bytes=sum((COMPILED_FORWARD if compiled else EAGER_FORWARD).values()) / SAVED_A_LAYER * saved,
         kernels=(2 if compiled else 5) * cost.convolutions,
     )
@@ -749,6 +787,7 @@ def _convolutions(name: str, cost: Cost, element: int, *, compiled: bool = False
         products=2.5 * attention,
         convolutions=2 * flops,
         attention=2.5 * attention,
+        tiles=2.5 * attention,
         moved_bytes=sum(EAGER_BACKWARD.values()) / SAVED_A_LAYER * saved,
         kernels=10 * cost.convolutions + 2 * cost.tensors,
         pass_bytes=gradient_sum_bytes(cost.parameters, element),

@@ -48,6 +48,7 @@ from peco_ds.runtime.checkpoint.save_restore import Saver, continues, restore
 from peco_ds.runtime.distributed import World, seed_all, start_world
 from peco_ds.runtime.ema import WeightEma
 from peco_ds.runtime.engine import set_lr, start_engine
+from peco_ds.runtime.fp8_choice import settle_fp8
 from peco_ds.runtime.metrics import Meter
 from peco_ds.runtime.optim import use_layer_norm
 from peco_ds.runtime.rank_log import log_to, stacks_path
@@ -175,6 +176,7 @@ class Run:
         cfg, world = self.cfg, self.world
         START_UP.ends("model")
         recorded = read_provenance(self.out).get("attention")
+        settle_fp8(model, cfg.run, world)
         if form := settle_attention(model, cfg, world, resumes=self.resumes, recorded=recorded):
             self.record(form)
         self.engine = start_engine(

@@ -22,6 +22,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from peco_ds.errors import describe_os_error
 from peco_ds.runtime.checkpoint.files import Files
 from peco_ds.runtime.checkpoint.pickles import load_known, refuse_foreign_classes
+from peco_ds.runtime.checkpoint.pinned import host_buffer
 
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY}
 
@@ -30,7 +31,7 @@ class HostCopies(CheckpointEngine):
     """Collects the files that DeepSpeed would write, their tensors copied to host memory; `take` hands them over.
 
     The next save uses the copies' memory again: as much as this rank's part of a checkpoint, pinned where there is a
-    GPU (torch then rounds the memory of every tensor up to a power of two).
+    GPU.
     """
 
     def __init__(self) -> None:
@@ -78,9 +79,7 @@ class HostCopies(CheckpointEngine):
     def _host_copy(self, tensor: torch.Tensor, place: tuple) -> torch.Tensor:
         buffer = self._buffers.get(place)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = self._buffers[place] = torch.empty(
-                tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available()
-            )
+            buffer = self._buffers[place] = host_buffer(tensor.shape, tensor.dtype)
         return buffer.copy_(tensor, non_blocking=True)
 
 
