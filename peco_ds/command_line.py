@@ -26,6 +26,7 @@ from peco_ds.errors import (
     EXIT_REQUEUE,
     FULL,
     OF_STORAGE,
+    StoreFault,
     UserError,
     describe_os_error,
     env_rank,
@@ -114,8 +115,8 @@ def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None)
         description=description,
         epilog="exit codes: 0 done, 2 bad input (one line says what), 75 stopped in good order, start again "
         "to continue, "
-        "76 lost the other ranks or hung, start again to continue from the newest checkpoint; 1 is a "
-        "fault of this program",
+        "76 lost the other ranks or the store of the data, or hung, start again to continue from the newest "
+        "checkpoint; 1 is a fault of this program",
     )
     parser.add_argument(
         "--recipe",
@@ -235,6 +236,8 @@ def _interruption(error: Exception) -> str:
 
     "" for any other exception.
     """
+    if isinstance(error, StoreFault):
+        return f"rank {env_rank()}: {error}"
     if reason := lost_ranks(error):
         if not sys.modules["torch.distributed"].is_initialized():
             place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
@@ -276,6 +279,8 @@ def lost_ranks(error: BaseException) -> str:
 
 def ending(error: BaseException) -> tuple[int, str]:
     """For records: the exit code that an error which leaves a training loop ends in, and why, in one line."""
+    if isinstance(error, StoreFault):
+        return EXIT_INTERRUPTED, str(error)[:500]
     if lost := lost_ranks(error):
         return EXIT_INTERRUPTED, f"lost the other ranks: {lost}"[:500]
     code = EXIT_BAD_INPUT if isinstance(error, Exception) and _bad_input(error) else EXIT_FAULT

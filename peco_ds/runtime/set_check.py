@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from peco_ds.data.indexed_tar import ShardSet
-from peco_ds.errors import UserError, describe_os_error
+from peco_ds.data.range_cache import check_cache
+from peco_ds.errors import StoreFault, UserError, describe_os_error
+from peco_ds.remote_paths import RemotePath
 from peco_ds.runtime.distributed import World
 
 
@@ -18,12 +20,16 @@ def check_shared(world: World, *sets: ShardSet, verify: Literal["size", "all"] =
 
     Raises: UserError naming the first shard that is missing, cut short or changed.
     """
-    fault = ""
+    fault: str | StoreFault = ""
     try:
+        for access in {shards.folder.access for shards in sets if isinstance(shards.folder, RemotePath)}:
+            check_cache(access)
         for shards in sets:
             shards.check_shards(range(world.rank, len(shards.manifest.shards), world.size), verify)
     except UserError as error:
         fault = str(error)
+    except StoreFault as error:
+        fault = error
     except OSError as error:
         fault = describe_os_error(error)
     world.agree(fault)
