@@ -34,7 +34,8 @@ from peco_ds.errors import (
     printable,
 )
 from peco_ds.recipe_files import R, Resolved, load_recipe
-from peco_ds.user_paths import expand_path
+from peco_ds.remote_paths import Place, place_of
+from peco_ds.user_paths import expand, expand_path
 
 logger = logging.getLogger("peco_ds")
 
@@ -67,9 +68,17 @@ def user_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def user_place(text: str) -> Place:
+    """As `user_path`, for an option that may name a place in a store."""
+    try:
+        return place_of(expand(text)) if "://" in text or "$" in text else user_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def user_text(text: str) -> str:
     """As `user_path`, for an option that names a path or something else."""
-    return str(user_path(text)) if text[:1] == "~" or "$" in text else text
+    return (text if "://" in text else str(user_path(text))) if text[:1] == "~" or "$" in text else text
 
 
 class Parser(argparse.ArgumentParser):

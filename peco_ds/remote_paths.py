@@ -304,7 +304,8 @@ def parse_url(text: str, access: Access | None = None) -> Place:
     found = _URL.match(text)
     assert found is not None, text
     protocol, rest = found[1].lower(), found[2]
-    place, _, query = rest.partition("?")
+    # A key of an object store may hold a "?".
+    place, _, query = rest.partition("?") if protocol in ("http", "https") else (rest, "", "")
     shown = redact(text)
     if protocol in _LOCAL:
         if not place.startswith("/"):

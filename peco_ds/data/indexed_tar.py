@@ -16,14 +16,16 @@ import stat
 import tarfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, cast
 
+from peco_ds.data.image_formats import HEAD_BYTES
 from peco_ds.data.left_out import HIDDEN, file_of_a_system, folder_of_a_system
-from peco_ds.data.remote_tar import RemoteTar, Span, chunks_of, read_index
+from peco_ds.data.remote_tar import ForwardReader, RemoteTar, Span, chunks_of, read_index
 from peco_ds.errors import UserError
 from peco_ds.remote_paths import Place, RemotePath, RemoteStatus, is_url, place_of
 from peco_ds.schema import (
@@ -62,7 +64,13 @@ class _TarFile(tarfile.TarFile):
     members: list[tarfile.TarInfo]
 
 
-def build_index(tar_path: str | Path, left_out: list[tuple[str, str]] | None = None) -> dict:
+def build_index(
+    tar_path: str | Place,
+    left_out: list[tuple[str, str]] | None = None,
+    *,
+    stream: ForwardReader | None = None,
+    heads: dict[int, bytes] | None = None,
+) -> dict:
     """Read a tar from end to end and list its samples.
 
     Grouping is WebDataset's: the key is the path up to the first dot of the file name, the extension is the rest in
@@ -72,21 +80,23 @@ def build_index(tar_path: str | Path, left_out: list[tuple[str, str]] | None = N
     Args:
         left_out: for a tar that was not made here: (member, reason) of each file that is of no sample is added to it,
             and what systems keep (`__MACOSX/`, `@eaDir/`, `Thumbs.db`) is of none.
+        stream: of a tar in a store; it is read once.
+        heads: where given, the first `HEAD_BYTES` of each member are added to it, by the member's offset.
     Returns: {"format_version", "tar": file name, "tar_bytes", "samples": [{"key", "members": {extension: [offset, size,
         crc32]}}]}, samples in tar order.
     Raises: UserError naming tar and member if the tar is compressed, cut short or damaged, goes on after its end mark,
         holds a link, device, absolute path or `..`, repeats a member, or comes back to a key it had left.
     Source: WebDataset's format description (github.com/webdataset/webdataset, "The WebDataset Format").
     """
-    tar_path = Path(tar_path)
+    tar_path = place_of(tar_path)
     samples: list[dict] = []
     end = 0
-    if tar_path.exists() and not tar_path.is_file():
+    if stream is None and tar_path.exists() and not tar_path.is_file():
         # To read a pipe would block for ever.
         raise UserError(f"{tar_path}: a folder, pipe or device, no tar; correct the path")
     try:
         tar_bytes = tar_path.stat().st_size
-        with _TarFile.open(tar_path, "r:", encoding="utf-8") as tar, open(tar_path, "rb") as file:
+        with _opened(tar_path, stream) as (tar, file):
             add = _Samples(tar_path, samples).add
             for member in tar:
                 # tarfile would keep every member in memory.
@@ -101,7 +111,7 @@ def build_index(tar_path: str | Path, left_out: list[tuple[str, str]] | None = N
                 if reason and left_out is not None:
                     left_out.append((member.name, reason))
                 if not reason:
-                    add(member, [member.offset_data, member.size, _crc32(tar_path, file, member)])
+                    add(member, [member.offset_data, member.size, _crc32(tar_path, file, member, heads)])
             # tarfile takes a missing end mark and a damaged header alike for the end of the archive.
             file.seek(end)
             mark = file.read(tarfile.BLOCKSIZE)
@@ -121,7 +131,21 @@ def build_index(tar_path: str | Path, left_out: list[tuple[str, str]] | None = N
     return {"format_version": FORMAT_VERSION, "tar": tar_path.name, "tar_bytes": tar_bytes, "samples": samples}
 
 
-def _refuse_odd_end(tar_path: Path, samples: list[dict], end: int, mark: bytes, more: int) -> None:
+@contextmanager
+def _opened(tar_path: Place, stream: ForwardReader | None) -> Iterator[tuple[_TarFile, BinaryIO]]:
+    """The tar, for its headers, and a file, for its members; of a tar in a store both are the one stream."""
+    if stream is not None:
+        # All that tarfile asks of a file.
+        file = cast(BinaryIO, stream)
+        with _TarFile.open(tar_path.name, "r:", fileobj=file, encoding="utf-8") as tar:
+            yield tar, file
+        return
+    assert isinstance(tar_path, Path)
+    with _TarFile.open(tar_path, "r:", encoding="utf-8") as tar, open(tar_path, "rb") as file:
+        yield tar, file
+
+
+def _refuse_odd_end(tar_path: Place, samples: list[dict], end: int, mark: bytes, more: int) -> None:
     """Raises: UserError unless zeros follow the last member and nothing follows them.
 
     Args:
@@ -146,7 +170,7 @@ class _Samples:
         samples: where they are added.
     """
 
-    def __init__(self, tar_path: Path, samples: list[dict]) -> None:
+    def __init__(self, tar_path: Place, samples: list[dict]) -> None:
         self._tar_path, self._samples = tar_path, samples
         self._keys: set[str] = set()
 
@@ -195,7 +219,7 @@ def _first_byte_after(file) -> int:
     return -1
 
 
-def _refuse_unsafe(tar_path: Path, member: tarfile.TarInfo) -> None:
+def _refuse_unsafe(tar_path: Place, member: tarfile.TarInfo) -> None:
     if member.name.startswith("/") or ".." in member.name.split("/"):
         raise UserError(
             f"{tar_path}: member {member.name!r} points outside the archive; make the tar again with relative paths"
@@ -212,13 +236,15 @@ def _refuse_unsafe(tar_path: Path, member: tarfile.TarInfo) -> None:
         )
 
 
-def _crc32(tar_path: Path, file, member: tarfile.TarInfo) -> int:
+def _crc32(tar_path: Place, file, member: tarfile.TarInfo, heads: dict[int, bytes] | None) -> int:
     file.seek(member.offset_data)
     crc, left = 0, member.size
     while left:
         chunk = file.read(min(left, _CHUNK_BYTES))
         if not chunk:
             raise UserError(f"{tar_path}: is cut short inside member {member.name!r}; copy or make it again")
+        if heads is not None and left == member.size:
+            heads[member.offset_data] = chunk[:HEAD_BYTES]
         crc = zlib.crc32(chunk, crc)
         left -= len(chunk)
     return crc

@@ -196,6 +196,46 @@ def chunks_of(path: RemotePath, size: int, see: Callable[[int], None] = lambda _
         yield chunk
 
 
+class ForwardReader:
+    """A file of a store, read once from its start to its end; `tarfile` looks back by one block at most.
+
+    Attributes:
+        digest: sha256 of what was read.
+    """
+
+    _LOOKBACK_BYTES = 1 << 16
+
+    def __init__(self, path: RemotePath, size: int) -> None:
+        self._chunks, self._size = chunks_of(path, size), size
+        self._start, self._buffer, self._position = 0, bytearray(), 0
+        self.digest = hashlib.sha256()
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> int:
+        assert position >= self._start, "read once, from start to end"
+        self._position = position
+        return position
+
+    def read(self, size: int) -> bytes:
+        end = min(self._position + size, self._size)
+        while self._start + len(self._buffer) < end:
+            self._drop_read()
+            chunk = next(self._chunks)
+            self.digest.update(chunk)
+            self._buffer += chunk
+        data = bytes(self._buffer[self._position - self._start : max(end, self._position) - self._start])
+        self._position += len(data)
+        return data
+
+    def _drop_read(self) -> None:
+        done = min(self._position - self._LOOKBACK_BYTES - self._start, len(self._buffer))
+        if done > 0:
+            del self._buffer[:done]
+            self._start += done
+
+
 @lru_cache(maxsize=4)
 def pool_of(_process: int, requests: int) -> ThreadPoolExecutor:
     """The threads of this process that wait for answers. Those of a parent are not inherited over a fork."""
