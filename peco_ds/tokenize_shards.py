@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = resolved.recipe
 
     from peco_ds.data.image_set import ImageSet
-    from peco_ds.data.token_parts import TokenParts
+    from peco_ds.data.store_token_parts import token_parts_at
     from peco_ds.models.tokenizers import load_tokenizer, read_card
     from peco_ds.runtime.token_source import check_pair
     from peco_ds.schema import ViewRecipe
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = tokenizer_path(cfg.data)
     card, views = read_card(folder), cfg.views
     check_pair(card, cfg, str(folder))
-    parts = TokenParts(
+    parts = token_parts_at(
         data_path(cfg.data, cfg.data.tokens),
         images.manifest,
         tokenizer_fingerprint=card.fingerprint,

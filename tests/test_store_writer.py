@@ -17,9 +17,11 @@ from peco_ds.data import remote_tar, store_writer
 from peco_ds.data.image_set import ImageSet
 from peco_ds.data.indexed_tar import build_index
 from peco_ds.data.remote_tar import ForwardReader
+from peco_ds.data.store_token_parts import token_parts_at
+from peco_ds.data.token_shards import TokenRecord
 from peco_ds.errors import UserError
 from peco_ds.remote_paths import parse_url
-from peco_ds.schema import ImageManifest, read_manifest
+from peco_ds.schema import ImageManifest, ViewRecipe, read_manifest
 
 
 def png(path: Path, seed: int) -> bytes:
@@ -194,3 +196,47 @@ def test_tars_of_a_bucket_are_listed_and_indexed_into_the_bucket(s3, tars, tmp_p
     assert images.num_samples == 6 and images.manifest.left_out["no tar"] == 1
     assert json.loads((images.folder / "manifest.json").read_text())["shards"][0]["path"] == f"{s3}/wds/00000.tar"
     assert images.decode(5)[0] == "000010002"
+
+
+# ---------------------------------------------------------------------------------------------- tokens
+
+
+def test_a_token_set_in_a_store_is_made_shard_by_shard_and_goes_on(photos, s3, tmp_path):
+    pack(photos, tmp_path / "set")
+    images, place = ImageSet(tmp_path / "set"), parse_url(f"{s3}/tokens")
+    made_of = dict(tokenizer_fingerprint="0" * 64, num_codes=64, grid=2, num_views=1, topk=0, topk_temperature=1.0)
+    recorded = ViewRecipe(32, (0.1, 1.0), (0.75, 1.3), 0.5, 0.4, 0)
+
+    def open_parts(where, **other):
+        return token_parts_at(where, images.manifest, **{**made_of, "views": recorded, **other})
+
+    def write(parts, number):
+        first = sum(images.shards.shard_sizes[:number])
+        view = np.array([[0, 0, 12, 12, 0, 1, 1, 1, 0]], dtype=np.float32)
+        parts.write(
+            number,
+            (
+                TokenRecord(images.key(first + place), np.full((1, 4), place, dtype=np.uint16), view)
+                for place in range(images.shards.shard_sizes[number])
+            ),
+        )
+
+    parts = open_parts(place)
+    write(parts, 0)
+    with pytest.raises(UserError, match=f"{s3}/tokens: 2 of 3 shards are not tokenized yet"):
+        parts.finish()
+    assert not (place / "manifest.json").is_file()
+    parts, here = open_parts(place), open_parts(tmp_path / "tokens")
+    assert [parts.is_done(number) for number in range(3)] == [True, False, False]
+    assert parts.read_counts(0) == {"count": 0, "read": images.shards.shard_sizes[0]}
+    for number in range(3):
+        if not parts.is_done(number):
+            write(parts, number)
+        write(here, number)
+    assert parts.finish() == here.finish()
+    assert (place / "shard-000002.tar").read_bytes() == (tmp_path / "tokens" / "shard-000002.tar").read_bytes()
+    with pytest.raises(UserError, match=f"{s3}/tokens: holds a finished token set with num_codes = 64"):
+        open_parts(place, num_codes=128)
+    (parse_url(f"{s3}/mine") / "shard-000000.tar").write_bytes(b"mine")
+    with pytest.raises(UserError, match="mine/shard-000000.tar: stands there already"):
+        open_parts(parse_url(f"{s3}/mine"))
