@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from peco_ds.config import NO_CACHE, DataSettings
@@ -34,10 +35,17 @@ def tokenizer_path(data: DataSettings) -> Path:
 
 
 def access_of(data: DataSettings) -> Access:
+    """How the recipe reads stores. PECO_STAGE_DIR stands for a cache of whole shards that is filled before the first
+    step.
+    """
+    staged = os.environ.get("PECO_STAGE_DIR", "")
+    cache = staged or ("" if data.cache == NO_CACHE else data.cache)
     return Access(
-        "" if data.cache == NO_CACHE else str(expand_path(data.cache).absolute()),
-        int(data.cache_gib * (1 << 30)),
-        data.cache_whole_shards,
+        str(expand_path(cache).absolute()) if cache else "",
+        # Nothing is evicted of a set that is to be there whole.
+        1 << 62 if staged else int(data.cache_gib * (1 << 30)),
+        bool(staged) or data.cache_whole_shards,
         data.store_retry_s,
         data.store_requests,
+        bool(staged),
     )

@@ -60,6 +60,7 @@ class Access:
         whole_shards: keep whole shards, not ranges of them.
         retry_s: how long a request is repeated.
         requests: at a time, of one process.
+        staged: all shards are brought into the cache before the first step.
     """
 
     cache: str = ""
@@ -67,6 +68,7 @@ class Access:
     whole_shards: bool = False
     retry_s: float = 120.0
     requests: int = 8
+    staged: bool = False
 
 
 class RemoteStatus(NamedTuple):

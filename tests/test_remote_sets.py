@@ -24,6 +24,8 @@ from peco_ds.data.token_shards import TokenRecord, TokenSet, write_token_shard
 from peco_ds.data_paths import data_path
 from peco_ds.errors import StoreFault, UserError
 from peco_ds.recipe_files import load_recipe
+from peco_ds.runtime.distributed import World
+from peco_ds.runtime.set_check import check_shared
 from peco_ds.schema import (
     VIEW_COLUMNS,
     ImageManifest,
@@ -199,6 +201,16 @@ def test_neighbours_are_one_request_and_requests_are_bounded(server):
     seen(batches(recipe, last_step=3))
     # an epoch of 24 samples: of each window of two small shards everything is near
     assert server.requests < 2 * 24
+
+
+def test_a_staged_set_is_on_the_disk_before_the_first_step(server, local, tmp_path, monkeypatch):
+    monkeypatch.setenv("PECO_STAGE_DIR", str(tmp_path / "stage"))
+    recipe = recipe_at(server.url)
+    images, tokens = open_sets(recipe)
+    check_shared(World(0, 1, torch.device("cpu")), images.shards, tokens.shards)
+    server.forget()
+    server.fault = lambda handler: ".tar" in handler.path and (handler.answer(503) or True)
+    assert_same(seen(batches(recipe)), local)
 
 
 # --------------------------------------------------------------------------------------------- faults

@@ -300,9 +300,9 @@ class IndexedTar:
         self._tar_bytes, self._samples = (_cut(text) if index_sha256 else None) or self._checked(text)
         # The sample that was read last.
         self._parsed: tuple[int, dict] | None = None
-        self._remote = None
+        self.remote = None
         if isinstance(self.tar_path, RemotePath):
-            self._remote = RemoteTar(self.tar_path, self._tar_bytes, tar_sha256)
+            self.remote = RemoteTar(self.tar_path, self._tar_bytes, tar_sha256)
             if index_sha256:
                 # Its size was compared at the start, and every member is compared with its CRC.
                 return
@@ -377,10 +377,10 @@ class IndexedTar:
 
     def prefetch(self, samples: Iterable[int], extensions: Iterable[str] | None = None) -> None:
         """Ask a store for samples that will be read next. Of a tar on a disk: nothing."""
-        if self._remote is None:
+        if self.remote is None:
             return
         wanted = None if extensions is None else frozenset(extensions)
-        self._remote.prefetch(
+        self.remote.prefetch(
             Span(*span)
             for i in samples
             for extension, span in self._sample(i)["members"].items()
@@ -388,8 +388,8 @@ class IndexedTar:
         )
 
     def _read_member(self, i: int, extension: str, offset: int, size: int, crc32: int) -> bytes:
-        if self._remote is not None:
-            return self._remote.read(Span(offset, size, crc32))
+        if self.remote is not None:
+            return self.remote.read(Span(offset, size, crc32))
         if self._file_descriptor < 0:
             assert isinstance(self.tar_path, Path)
             self._file_descriptor = os.open(_existing(self.tar_path, "tar"), os.O_RDONLY | os.O_CLOEXEC)
@@ -418,7 +418,7 @@ class IndexedTar:
         if descriptor >= 0:
             os.close(descriptor)
         # Absent where the tar was refused.
-        remote = getattr(self, "_remote", None)
+        remote = getattr(self, "remote", None)
         if remote is not None:
             remote.close()
 
@@ -427,8 +427,8 @@ class IndexedTar:
 
     def __getstate__(self) -> dict:
         state = {**self.__dict__, "_file_descriptor": -1}
-        if self._remote is not None:
-            state["_remote"] = self._remote.unopened()
+        if self.remote is not None:
+            state["remote"] = self.remote.unopened()
         return state
 
 
@@ -561,6 +561,15 @@ class ShardSet:
         Raises: UserError if it is missing or not the one of the manifest.
         """
         return self._open_shard(shard_number)
+
+    def stage(self, shard_number: int) -> None:
+        """Bring a shard of a store into the cache of the node, whole, with its index.
+
+        Raises: StoreFault, UserError as `read`; OSError of the disk.
+        """
+        tar = self._load_shard(shard_number)
+        if tar.remote is not None:
+            tar.remote.stage()
 
     def check(self, verify: Literal["size", "all"]) -> None:
         """`check_shards` over the whole set."""

@@ -85,6 +85,11 @@ class RemoteTar:
         self._keep(span, data)
         return data
 
+    def stage(self) -> None:
+        """Bring the whole tar into the cache. Raises: StoreFault; OSError of the disk."""
+        if self._cache is not None:
+            self._cache.whole(self._name, self._tar_bytes, self._download)
+
     def unopened(self) -> RemoteTar:
         """For another process."""
         return RemoteTar(self._path, self._tar_bytes, self._sha256)

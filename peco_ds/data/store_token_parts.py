@@ -40,16 +40,14 @@ class StoreTokenParts(TokenParts):
     def _refuse_foreign_shards(self) -> None:
         listing = self.store.listing()
         if listing is None:
-            raise UserError(
-                f"{self.store}: a web server takes no files; set data.tokens to an object store or a folder"
-            )
+            raise UserError(f"{self.store}: a web server takes no files; set data.tokens to an object store or folder")
         parts = set((self.store / PARTS).listing() or {})
         for number, shard in enumerate(self._images.shards):
             stands = next((name for name in (shard.name, index_name(shard.name)) if name in listing), None)
             if stands and self._part_file(number).name not in parts and shard.name not in self._finished:
                 raise UserError(
-                    f"{self.store / stands}: stands there already and was not made by tokenize_shards.py in this place; "
-                    "give another one, or move it away"
+                    f"{self.store / stands}: stands there already and was not made by tokenize_shards.py in "
+                    "this place; give another one, or move it away"
                 )
 
     def _part_of_store(self, number: int) -> dict:
