@@ -26,6 +26,7 @@ from peco_ds.errors import (
     EXIT_REQUEUE,
     FULL,
     OF_STORAGE,
+    StoreFault,
     UserError,
     describe_os_error,
     env_rank,
@@ -33,7 +34,8 @@ from peco_ds.errors import (
     printable,
 )
 from peco_ds.recipe_files import R, Resolved, load_recipe
-from peco_ds.user_paths import expand_path
+from peco_ds.remote_paths import Place, place_of
+from peco_ds.user_paths import expand, expand_path
 
 logger = logging.getLogger("peco_ds")
 
@@ -66,9 +68,17 @@ def user_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def user_place(text: str) -> Place:
+    """As `user_path`, for an option that may name a place in a store."""
+    try:
+        return place_of(expand(text)) if "://" in text or "$" in text else user_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def user_text(text: str) -> str:
     """As `user_path`, for an option that names a path or something else."""
-    return str(user_path(text)) if text[:1] == "~" or "$" in text else text
+    return (text if "://" in text else str(user_path(text))) if text[:1] == "~" or "$" in text else text
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,8 +124,8 @@ def stage_parser(description: str, *, recipe: str, deepspeed_config: str | None)
         description=description,
         epilog="exit codes: 0 done, 2 bad input (one line says what), 75 stopped in good order, start again "
         "to continue, "
-        "76 lost the other ranks or hung, start again to continue from the newest checkpoint; 1 is a "
-        "fault of this program",
+        "76 lost the other ranks or the store of the data, or hung, start again to continue from the newest "
+        "checkpoint; 1 is a fault of this program",
     )
     parser.add_argument(
         "--recipe",
@@ -235,6 +245,8 @@ def _interruption(error: Exception) -> str:
 
     "" for any other exception.
     """
+    if isinstance(error, StoreFault):
+        return f"rank {env_rank()}: {error}"
     if reason := lost_ranks(error):
         if not sys.modules["torch.distributed"].is_initialized():
             place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
@@ -276,6 +288,8 @@ def lost_ranks(error: BaseException) -> str:
 
 def ending(error: BaseException) -> tuple[int, str]:
     """For records: the exit code that an error which leaves a training loop ends in, and why, in one line."""
+    if isinstance(error, StoreFault):
+        return EXIT_INTERRUPTED, str(error)[:500]
     if lost := lost_ranks(error):
         return EXIT_INTERRUPTED, f"lost the other ranks: {lost}"[:500]
     code = EXIT_BAD_INPUT if isinstance(error, Exception) and _bad_input(error) else EXIT_FAULT

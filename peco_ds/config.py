@@ -22,6 +22,8 @@ from peco_ds.registry import OBJECTIVES, TOKENIZERS, Option
 
 # A value of data.tokens: the codes are computed in the training loop.
 ONLINE = "online"
+# A value of data.cache: nothing is kept.
+NO_CACHE = "none"
 
 AtLeastOne = Annotated[int, Bounds(at_least=1)]
 AtLeastZero = Annotated[int, Bounds(at_least=0)]
@@ -48,7 +50,8 @@ _strict = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 class DataSettings:
     """Where the data lie and how they are read. Relative paths are taken under `root`.
 
-    Paths may change on resume: what lies there is compared by its fingerprint.
+    Paths may change on resume: what lies there is compared by its fingerprint. Each may be a URL (s3://, https://,
+    ...), without credentials: those come from where fsspec's libraries look, or as a $VARIABLE in the URL.
     """
 
     root: Annotated[str, FreeOnResume()] = "data"
@@ -70,7 +73,19 @@ class DataSettings:
     # and counted.
     max_bad_share: Annotated[Share, FreeOnResume()] = 1e-4
     # What is hashed at the start. The CRC of every record is checked in any case, when it is read.
+    # What lies in a store is hashed with "all" alone: that reads it from end to end.
     verify: Annotated[Literal["size", "tokens", "all"], FreeOnResume()] = "tokens"
+    # Folder on a disk of the node that keeps what was read from stores, for all ranks of the node. none: nothing is
+    # kept.
+    cache: Annotated[str, FreeOnResume()] = NO_CACHE
+    # Bound of the cache. What was used longest ago goes first.
+    cache_gib: Annotated[Positive, FreeOnResume()] = 100.0
+    # Keep whole shards, which a node reads once: for few nodes. False: only what its ranks ask for.
+    cache_whole_shards: Annotated[bool, FreeOnResume()] = False
+    # Seconds a request to a store is repeated before the run ends with the code that launchers requeue.
+    store_retry_s: Annotated[NotNegative, FreeOnResume()] = 120.0
+    # Requests to stores at a time, of each loader process.
+    store_requests: Annotated[AtLeastOne, FreeOnResume()] = 8
 
 
 @dataclass(frozen=True, config=_strict)

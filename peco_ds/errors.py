@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
+import shlex
 import sys
 
 EXIT_DONE = 0
@@ -39,8 +41,36 @@ class UserError(ValueError):
     """
 
     def __init__(self, line: str) -> None:
-        half = LONGEST_LINE // 2
+        line, half = redact(line), LONGEST_LINE // 2
         super().__init__(line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}")
+
+
+class StoreFault(Exception):
+    """A store did not give what was asked of it for as long as it was asked; a later start may find it mended."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(redact(line))
+
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s'\"<>]*)")
+
+
+def redact(text: str) -> str:
+    """The text with `***` for users, passwords and queries of the URLs in it: a query may be a signature."""
+    return _URL.sub(_without_credentials, text) if "://" in text else text
+
+
+def _without_credentials(url: re.Match) -> str:
+    place, query, _ = url[2].partition("?")
+    host, _, port = place.partition("/")[0].partition(":")
+    # What is no port is a password, which may hold a slash. (The hub's owner/name@branch has an @ of its own.)
+    end = place.rfind("@") if "@" in host or (port and not port.isdigit()) else -1
+    return url[1] + ("***" if end >= 0 else "") + place[max(end, 0) :] + ("?***" if query else "")
+
+
+def shown_command() -> str:
+    """The command line of this process, for records."""
+    return redact(shlex.join(sys.argv))
 
 
 def describe_os_error(error: OSError, place: object = "") -> str:
@@ -56,9 +86,9 @@ def describe_os_error(error: OSError, place: object = "") -> str:
 
 def printable(text: str) -> str:
     """The text on one line, without what a terminal would obey: control characters, and signs that turn the direction
-    of writing, as names of files and of samples may hold them, become escapes.
+    of writing, as names of files and of samples may hold them, become escapes. Credentials in URLs become `***`.
     """
-    return "".join(sign if sign.isprintable() else _escaped(sign) for sign in text)
+    return "".join(sign if sign.isprintable() else _escaped(sign) for sign in redact(text))
 
 
 def _escaped(sign: str) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -26,7 +25,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peco_ds.command_line import Parser, run, user_path, user_text
-from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
+from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError, shown_command
 from peco_ds.own_files import ATLAS, check_output, own_json, write_own_json
 
 # Options that only a classifier has a use for, only a segmenter, only a tokenizer; all are None unless given.
@@ -307,7 +306,7 @@ def tell(args, result: dict, line: str) -> None:
     sys.stdout.write(line)
     sys.stdout.flush()
     result["settings"]["weights"] = args.weights
-    provenance = {"command": shlex.join(sys.argv), "commit": commit(), "versions": versions()}
+    provenance = {"command": shown_command(), "commit": commit(), "versions": versions()}
     record = {"target": args.target, **result, **provenance}
     try:
         write_own_json(args.out, RESULT, record)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import sys
 import time
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ if __package__ in (None, ""):
 
 from peco_ds.command_line import parse_stage, run, stage_parser, user_path
 from peco_ds.config import ProbeRecipe
-from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
+from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError, shown_command
 
 logger = logging.getLogger("peco_ds")
 
@@ -294,7 +293,7 @@ def report(out: Path, resolved, layers: list[dict], made_from: dict, weights, nu
         "weights": {"source": weights.source, "kind": weights.kind, "facts": weights.facts},
         "made_from": made_from,
         "settings": json.loads(json.dumps(resolved.as_dict())),
-        "command": shlex.join(sys.argv),
+        "command": shown_command(),
         "commit": commit(),
         "versions": versions(),
     }

@@ -22,15 +22,15 @@ import glob
 import hashlib
 import multiprocessing
 import os
-import re
 import threading
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 
-from peco_ds.command_line import Parser, run, user_path, user_text
+from peco_ds.command_line import Parser, run, user_path, user_place, user_text
 from peco_ds.data.image_folders import Image, list_images, printable
 from peco_ds.data.image_formats import HEAD_BYTES, kind_of, suffix_of
 from peco_ds.data.image_shards import (
@@ -54,15 +54,17 @@ from peco_ds.data.scene_packing import (
     check_scene_options,
     list_scenes,
 )
+from peco_ds.data.store_tars import COMPRESSED_TAR, tars_of_store
+from peco_ds.data.store_writer import finish_in_store, make_shard_in_store, prepare_store
 from peco_ds.errors import EXIT_INTERRUPTED, UserError, describe_os_error
 from peco_ds.progress_bar import Progress
+from peco_ds.remote_paths import Place, RemotePath, is_url
 from peco_ds.schema import ImageManifest, SceneMaps, write_manifest
 
 _FOLDER_ONLY = (
     *("labels", "synsets", "short_side", "quality", "samples_per_shard", "shuffle_seed"),
     *(*SCENE_OPTIONS, "annotations", "only_with_objects"),
 )
-_COMPRESSED_TAR = re.compile(r"\.(tar\.\w{1,4}|tgz|tbz2?|txz|tzst|taz)", re.IGNORECASE)
 
 
 @dataclass
@@ -99,12 +101,16 @@ def main(argv: list[str] | None = None) -> None:
             f"{_told('left out', others)}{_told('remarks', plan.remarks)}\n"
         )
         return
+    if isinstance(args.out, RemotePath):
+        _pack(args, plan)
+        return
     with sole_writer(args.out):
         _pack(args, plan)
 
 
 def _pack(args: argparse.Namespace, plan: Plan) -> None:
-    done, todo = prepare_folder(args.out, plan.jobs, plan.options)
+    prepare = prepare_store if isinstance(args.out, RemotePath) else prepare_folder
+    done, todo = prepare(args.out, plan.jobs, plan.options)
     units_done = sum(record.units for record in done)
     done += make_shards(args.out, todo, args.workers, Progress(plan.total, units_done, plan.units))
     records = sorted(done, key=lambda record: record.shard.name)
@@ -119,27 +125,32 @@ def _pack(args: argparse.Namespace, plan: Plan) -> None:
         )
     if samples == 0:
         raise UserError(f"{args.images or args.index_tars}: holds no image that can be decoded; correct the path")
-    if plan.instances is not None:
-        plan.instances.write_beside(args.out)
     left_out = [*plan.left_out, *(entry for record in records for entry in record.left_out)]
-    write_list(args.out / LEFT_OUT, left_out)
     for record in records:
         plan.remarks.merge(record.remarks)
     account = _account_of(left_out)
     shards = [record.shard for record in records]
-    write_manifest(
-        args.out,
-        ImageManifest(
-            shards,
-            samples,
-            classes,
-            rejected,
-            left_out=account.numbers(),
-            remarks=plan.remarks.numbers(),
-            packed_as=plan.options,
-            maps=plan.maps,
-        ),
+    manifest = ImageManifest(
+        shards,
+        samples,
+        classes,
+        rejected,
+        left_out=account.numbers(),
+        remarks=plan.remarks.numbers(),
+        packed_as=plan.options,
+        maps=plan.maps,
     )
+
+    def write(folder: Path) -> None:
+        if plan.instances is not None:
+            plan.instances.write_beside(folder)
+        write_list(folder / LEFT_OUT, left_out)
+        write_manifest(folder, manifest)
+
+    if isinstance(args.out, RemotePath):
+        finish_in_store(args.out, write)
+    else:
+        write(args.out)
     labels = "no labels" if classes is None else f"{len(classes)} classes"
     labels = labels if plan.instances is None else plan.instances.told()
     size_bytes, reencoded = sum(shard.bytes for shard in shards), sum(record.reencoded for record in records)
@@ -180,11 +191,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument(
         "--index_tars",
         type=user_text,
-        metavar="GLOB|DIR",
-        help="WebDataset tars, indexed in place, not rewritten; their images are not decoded",
+        metavar="GLOB|DIR|URL",
+        help="WebDataset tars, indexed in place, not rewritten; their images are not decoded; a URL may hold a glob, "
+        "or names in braces (https://host/train-{0000..0099}.tar)",
     )
     parser.add_argument(
-        "--out", type=user_path, required=True, metavar="DIR", help="folder of the shards and their manifest"
+        "--out",
+        type=user_place,
+        required=True,
+        metavar="DIR|URL",
+        help="folder of the shards and their manifest, or a place in an object store (s3://bucket/folder)",
     )
     parser.add_argument(
         "--labels",
@@ -272,7 +288,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
                 raise UserError(
                     f"--{name} has no effect on tars indexed in place; drop it, or unpack the tars and use --images"
                 )
-    elif args.out.resolve().is_relative_to(args.images.resolve()):
+    elif isinstance(args.out, Path) and args.out.resolve().is_relative_to(args.images.resolve()):
         raise UserError(f"--out {args.out} lies inside --images {args.images}; give a folder outside it")
     check_scene_options(args)
     if args.classes is not None and args.images is not None and args.synsets is None and args.labels != "scenes":
@@ -373,6 +389,8 @@ def plan_indexes(source: str) -> Plan:
 
     Raises: UserError if there is none, one is compressed, cannot be reached, or stands there twice.
     """
+    if is_url(source):
+        return _plan_store(source)
     folder, left_out = Path(source), list[tuple[str, str]]()
     found = _tars_in(folder, left_out) if folder.is_dir() else glob.glob(source, recursive=True)
     # Links are not resolved: in a hub's cache only they carry the name.
@@ -384,19 +402,34 @@ def plan_indexes(source: str) -> Plan:
             "quoted glob"
         )
     _refuse_one_tar_twice(source, paths)
+    names = _names_of_shards(source, paths)
+    jobs = [IndexJob(name, str(path)) for name, path in zip(names, paths)]
+    return Plan(jobs, {"source": source, "in_place": "True"}, "tars", left_out=left_out)
+
+
+def _names_of_shards(source: str, paths: Sequence[Place]) -> list[str]:
+    """Raises: UserError for two that a file system may not tell apart."""
     # Where two folders have tars of one name, as train/0.tar and val/0.tar, the folder becomes part of the shard's
     # name.
     count = Counter(path.name for path in paths)
-    jobs = [
-        IndexJob(printable(path.name if count[path.name] == 1 else "_".join(path.parts[1:])), str(path))
-        for path in paths
-    ]
+    names = [printable(path.name if count[path.name] == 1 else "_".join(path.parts[1:])) for path in paths]
     # A file system may not tell small letters from capitals.
-    same = [name for name, number in Counter(index_name(job.name).casefold() for job in jobs).items() if number > 1]
+    same = [name for name, number in Counter(index_name(name).casefold() for name in names).items() if number > 1]
     if same:
         raise UserError(
             f"--index_tars {source}: two tars would share the index {same[0]!r}, but for capitals; rename one"
         )
+    return names
+
+
+def _plan_store(source: str) -> Plan:
+    """As `plan_indexes`, for tars in a store; they are read once, in one pass, and not kept.
+
+    Raises: UserError for an address that holds credentials, since the manifest names the tars; StoreFault.
+    """
+    tars, left_out = tars_of_store(source)
+    names = _names_of_shards(source, [tar for tar, _ in tars])
+    jobs = [IndexJob(name, tar.url, status) for name, (tar, status) in zip(names, tars)]
     return Plan(jobs, {"source": source, "in_place": "True"}, "tars", left_out=left_out)
 
 
@@ -414,7 +447,7 @@ def _tars_in(folder: Path, left_out: list[tuple[str, str]]) -> list[Path]:
                 left_out.append((f"{entry.name}/", reason))
             elif reason := file_of_a_system(entry.name):
                 left_out.append((entry.name, reason))
-            elif _COMPRESSED_TAR.search(entry.name):
+            elif COMPRESSED_TAR.search(entry.name):
                 raise UserError(
                     f"--index_tars {folder}: {entry.name!r} is a compressed tar, which has no places to read from; "
                     "unpack it to a .tar, or give a quoted glob of the tars that are meant"
@@ -477,7 +510,7 @@ def _count_one() -> None:
         _counter.value += 1
 
 
-def make_shards(out: Path, jobs: list, workers: int, progress: Progress) -> list[ShardRecord]:
+def make_shards(out: Place, jobs: list, workers: int, progress: Progress) -> list[ShardRecord]:
     """Do the jobs, one process each at a time.
 
     Raises: UserError where a shard cannot be written or a worker was killed; finished shards are kept.
@@ -495,7 +528,8 @@ def make_shards(out: Path, jobs: list, workers: int, progress: Progress) -> list
         executor = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(counter,))
     records = []
     try:
-        waiting = {executor.submit(make_shard, out, job, _count_one) for job in jobs}
+        make: Callable[..., ShardRecord] = make_shard_in_store if isinstance(out, RemotePath) else make_shard
+        waiting = {executor.submit(make, out, job, _count_one) for job in jobs}
         while waiting:
             finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             records += [future.result() for future in finished]

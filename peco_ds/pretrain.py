@@ -14,7 +14,7 @@ if __package__ in (None, ""):
 
 from peco_ds import command_line
 from peco_ds.config import ONLINE, PretrainRecipe
-from peco_ds.data_paths import data_path
+from peco_ds.data_paths import data_path, tokenizer_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def dry_run(args, resolved) -> int:
 
     def look(manifest) -> tuple[dict, list[str]]:
         found = "not there yet" if cfg.data.tokens != ONLINE else "computed online"
-        tokens, tokenizer = data_path(cfg.data, cfg.data.tokens), data_path(cfg.data, cfg.data.tokenizer)
+        tokens, tokenizer = data_path(cfg.data, cfg.data.tokens), tokenizer_path(cfg.data)
         fingerprint = None
         if tokenizer.exists():
             from peco_ds.models.tokenizers import read_card

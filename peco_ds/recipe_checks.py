@@ -20,6 +20,7 @@ from peco_ds.config import (
 from peco_ds.errors import UserError
 from peco_ds.field_marks import Bounds, settings_fields
 from peco_ds.registry import OBJECTIVES, TOKENIZERS, check_options, kinds_learning_from
+from peco_ds.remote_paths import holds_credentials
 from peco_ds.schedules import images_taken
 from peco_ds.schema import short
 
@@ -77,6 +78,22 @@ def _check_sources(recipe) -> None:
         }
     for name, what in wanted.items():
         _require(getattr(recipe.data, name).strip() != "", f"data.{name} is empty; give {what}")
+    _refuse_credentials(recipe)
+
+
+def _refuse_credentials(settings, prefix: str = "") -> None:
+    """Settings are saved with the run, shown in its log, and copied into recipes."""
+    settings_type: type = type(settings)
+    for name, _, _ in settings_fields(settings_type):
+        value = getattr(settings, name)
+        if is_dataclass(value):
+            _refuse_credentials(value, f"{prefix}{name}.")
+        _require(
+            not (isinstance(value, str) and holds_credentials(value)),
+            f"{prefix}{name} {value}: a URL of a recipe holds no user, password or query, for settings are saved with "
+            "the run; give credentials where the store's library looks (~/.aws, ~/.netrc, environment), or write "
+            f"$VARIABLE in their place ('{prefix}{name}=https://host/set?$SIGNATURE')",
+        )
 
 
 def _check_training(recipe) -> None:

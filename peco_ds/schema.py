@@ -29,6 +29,7 @@ from pydantic.dataclasses import dataclass
 
 from peco_ds.errors import UserError
 from peco_ds.own_files import written_whole
+from peco_ds.remote_paths import Place, RemotePath, fault_of_shard_url, is_url, place_of
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -66,6 +67,10 @@ def _file_name(name: str) -> str:
 
 
 def _place(path: str) -> str:
+    if is_url(path):
+        if fault := fault_of_shard_url(path):
+            raise ValueError(fault)
+        return path
     if path and (not path.startswith("/") or ".." in path.split("/") or "\0" in path):
         raise ValueError(f"{path[:80]!r} is no absolute path without '..'")
     return path
@@ -85,10 +90,12 @@ class Shard:
     bytes: _Count
     sha256: _Sha256
     index_sha256: _Sha256
-    # Set when the tar lies elsewhere and was indexed in place; its index lies beside the manifest.
+    # Set when the tar lies elsewhere and was indexed in place, as a path or a URL; its index lies beside the manifest.
     path: Annotated[str, AfterValidator(_place)] = ""
     # Of such a tar: when it was last changed before it was indexed; 0: not known, or a tar of the set's own.
     modified_ns: _Count = 0
+    # Of a tar in a store, indexed in place: what the store marked its content by; "": nothing.
+    etag: str = ""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -189,16 +196,25 @@ def garbage_collection_paused() -> Iterator[None]:
 
 
 @garbage_collection_paused()
-def read_manifest(folder: str | Path, manifest_type: type[_Manifest]) -> _Manifest:
+def read_manifest(folder: str | Place, manifest_type: type[_Manifest]) -> _Manifest:
     """Read and check `folder/manifest.json`.
 
     Raises: UserError if the folder or the manifest is missing, is not JSON, is of another kind or version, misses a
         field, has one of another type or range or a shard name that leads out of the folder, or contradicts itself.
     """
-    folder = Path(folder)
+    folder = place_of(folder)
     path = folder / MANIFEST_NAME
     kind = manifest_type.kind
     maker = "pack_images.py" if kind == "images" else "tokenize_shards.py"
+    if isinstance(path, RemotePath):
+        try:
+            return _parse_manifest(path, path.read_bytes(), manifest_type, maker)
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder}: no {MANIFEST_NAME} of {kind} shards there, or no such bucket or host; correct the address, "
+                f"or make the set with {maker}"
+            ) from None
+    assert isinstance(folder, Path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of {kind} shards; make it with {maker} or correct the path")
     if not path.is_file():
@@ -213,9 +229,19 @@ def read_manifest(folder: str | Path, manifest_type: type[_Manifest]) -> _Manife
             + ("" if tars or kind != "images" else f" --images {folder} --out ANOTHER_FOLDER")
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); make it again with {maker}") from None
+    return _parse_manifest(path, data, manifest_type, maker)
+
+
+def _parse_manifest(path: Place, data: bytes, manifest_type: type[_Manifest], maker: str) -> _Manifest:
+    kind = manifest_type.kind
+    try:
+        # As a file that is opened as text: any of the three ends of a line is one.
+        text = data.decode("utf-8")
         raw = parse_json(text)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not readable as JSON ({error}); make it again with {maker}") from None
     found = raw.get("kind") if isinstance(raw, dict) else None
     if found != kind:
@@ -267,13 +293,13 @@ def stem_of(tar_name: str) -> str:
     return tar_name[:-4] if tar_name.endswith(".tar") and len(tar_name) > 4 else Path(tar_name).stem
 
 
-def read_json(path: str | Path):
+def read_json(path: str | Place):
     """The value of a JSON file, read strictly.
 
     Raises: ValueError saying why it is none: not UTF-8, not JSON, nested too deep, a key twice in one object, a number
         that is not finite. OSError if it cannot be read.
     """
-    return parse_json(Path(path).read_text(encoding="utf-8"))
+    return parse_json(place_of(path).read_text(encoding="utf-8"))
 
 
 def parse_json(text: str):

@@ -17,7 +17,7 @@ if __package__ in (None, ""):
 
 from peco_ds.command_line import parse_stage, run, stage_parser
 from peco_ds.config import PretrainRecipe
-from peco_ds.data_paths import data_path
+from peco_ds.data_paths import data_path, tokenizer_path
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from peco_ds.progress_bar import Progress
 
@@ -44,16 +44,16 @@ def main(argv: list[str] | None = None) -> int:
     cfg = resolved.recipe
 
     from peco_ds.data.image_set import ImageSet
-    from peco_ds.data.token_parts import TokenParts
+    from peco_ds.data.store_token_parts import token_parts_at
     from peco_ds.models.tokenizers import load_tokenizer, read_card
     from peco_ds.runtime.token_source import check_pair
     from peco_ds.schema import ViewRecipe
 
     images = ImageSet(data_path(cfg.data, cfg.data.images))
-    folder = data_path(cfg.data, cfg.data.tokenizer)
+    folder = tokenizer_path(cfg.data)
     card, views = read_card(folder), cfg.views
     check_pair(card, cfg, str(folder))
-    parts = TokenParts(
+    parts = token_parts_at(
         data_path(cfg.data, cfg.data.tokens),
         images.manifest,
         tokenizer_fingerprint=card.fingerprint,

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from peco_ds.errors import UserError, describe_os_error
+from peco_ds.remote_paths import is_url
 
 # Enough to show that a disk is full, of the small files that a measurement ends in.
 _PROBE_BYTES = 1 << 16
@@ -38,8 +39,17 @@ def expand(text: str) -> str:
 
 
 def expand_path(text: str | Path) -> Path:
-    """As `expand`."""
-    return Path(expand(str(text)))
+    """As `expand`, for what has to lie on a file system.
+
+    Raises: UserError for a URL too: `Path` would make another path of it.
+    """
+    text = expand(str(text))
+    if is_url(text):
+        raise UserError(
+            f"{text}: is a URL, where a path of this machine is needed; only data (data.*, pack_images.py) may lie in "
+            "a store: weights, checkpoints and results lie on a file system"
+        )
+    return Path(text)
 
 
 def check_can_write(option: str, path: Path) -> None:

@@ -20,7 +20,7 @@ FLOOR_0 = (
     *("__init__", "errors", "config", "deepspeed_json", "schema", "schedules", "command_line", "stop_signals"),
     *("registry", "costs", "kinds", "tensor_names"),
     *("field_marks", "old_spellings", "strict_yaml", "recipe_files", "recipe_checks", "durations", "data_paths"),
-    *("own_files", "progress_bar", "user_paths"),
+    *("own_files", "progress_bar", "user_paths", "remote_paths"),
 )
 ONLY_IN_RUNTIME = ("deepspeed", "apex", "torch.distributed")
 

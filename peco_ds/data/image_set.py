@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 
@@ -12,6 +12,7 @@ from peco_ds.data.indexed_tar import DamagedRecord, ShardSet
 from peco_ds.data.retry import UnreadableRecord, read_with_retries
 from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
+from peco_ds.remote_paths import Place, place_of
 from peco_ds.schema import IMAGE_EXTENSIONS, ImageManifest, read_manifest
 
 logger = logging.getLogger("peco_ds")
@@ -20,12 +21,16 @@ logger = logging.getLogger("peco_ds")
 class ImageSet:
     """Decoded images of an image set by global sample number.
 
+    Attributes:
+        read_ahead: extensions of the members that a batch of the set reads, but for labels.
     Args:
         folder: of image shards, with its manifest.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    read_ahead: tuple[str, ...] = IMAGE_EXTENSIONS
+
+    def __init__(self, folder: str | Place) -> None:
+        self.folder = place_of(folder)
         self.manifest = read_manifest(folder, ImageManifest)
         self.shards = ShardSet(folder, self.manifest)
         self.num_samples = self.shards.num_samples
@@ -60,6 +65,10 @@ class ImageSet:
             return key, decode_rgb(next(iter(members.values())))
         except DecodeError as error:
             raise DecodeError(f"{key}: {error}") from None
+
+    def prefetch(self, samples: Iterable[int], *, labels: bool = False) -> None:
+        """As `ShardSet.prefetch`. Args: labels: they are read too."""
+        self.shards.prefetch(samples, (*self.read_ahead, "cls") if labels else self.read_ahead)
 
     def key(self, sample: int) -> str:
         return self.shards.key(sample)

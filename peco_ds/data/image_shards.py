@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, NoReturn
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -24,8 +24,10 @@ from peco_ds.data.indexed_tar import INDEX_SUFFIX, build_index, index_name
 from peco_ds.data.label_lists import read_classes
 from peco_ds.data.left_out import Account
 from peco_ds.data.own_shards import ShardWriterOf
-from peco_ds.errors import UserError, describe_os_error
+from peco_ds.data.remote_tar import ForwardReader
+from peco_ds.errors import StoreFault, UserError, describe_os_error
 from peco_ds.own_files import TAR_OWNER, Own, refuse_foreign
+from peco_ds.remote_paths import Place, RemotePath, RemoteStatus, is_url, place_of
 from peco_ds.schema import (
     IMAGE_EXTENSIONS,
     MANIFEST_NAME,
@@ -44,8 +46,8 @@ _LABEL_DIGITS = 6
 # A largest label above this, and above the number of samples, is taken for a slip where no file names the classes.
 _USUAL_CLASSES = 1000
 # The folder in --out that records what each finished shard was made from, for a restart.
-_RECORDS = ".pack"
-_RECORD = ".record.json"
+RECORDS = ".pack"
+RECORD_SUFFIX = ".record.json"
 _WRITER = ShardWriterOf("pack_images.py", first_ends=tuple(f".{kind}" for kind in (*IMAGE_EXTENSIONS, "cls")))
 
 
@@ -54,17 +56,21 @@ def _is_manifest(path: Path) -> bool:
         raw = read_json(path)
     except ValueError:
         # A damaged one is made again, where the folder tells of packing.
-        return (path.parent / _RECORDS / "plan.json").is_file()
+        return (path.parent / RECORDS / "plan.json").is_file()
     return isinstance(raw, dict) and raw.get("kind") == ImageManifest.kind
 
 
 _OWN_MANIFEST = Own("pack_images.py", _is_manifest)
 # In that folder: what is not in the set, one name a line.
-LEFT_OUT = f"{_RECORDS}/left_out.txt"
+LEFT_OUT = f"{RECORDS}/left_out.txt"
 # Of an image, in words that follow a number.
 _MISNAMED = "of another format than the suffix says, taken by content"
 # Extensions of members beside an image that are told apart.
 _MOST_EXTENSIONS = 12
+
+
+# The first bytes of a member (offset, size, CRC-32).
+Heads = Callable[[list[int]], bytes]
 
 
 class Members(NamedTuple):
@@ -108,16 +114,24 @@ class PackJob:
 
 @dataclass(frozen=True)
 class IndexJob:
-    """One tar to be indexed where it lies."""
+    """One tar to be indexed where it lies.
+
+    Attributes:
+        tar_path: or its URL.
+        status: of a tar in a store.
+    """
 
     name: str
     tar_path: str
+    status: RemoteStatus | None = None
 
     @property
     def units(self) -> int:
         return 1
 
     def digest(self) -> str:
+        if self.status is not None:
+            return sha256_of_json([self.name, self.tar_path, *self.status])
         status = os.stat(self.tar_path)
         return sha256_of_json([self.name, self.tar_path, status.st_size, status.st_mtime_ns])
 
@@ -142,6 +156,9 @@ class ShardRecord:
     # As `Account.as_json`: what is in the shard and is worth a word.
     remarks: dict[str, tuple[int, str]] = field(default_factory=dict)
 
+    def as_json(self) -> dict:
+        return asdict(self)
+
 
 # --------------------------------------------------------------------------------------------- restart
 
@@ -152,8 +169,8 @@ def sole_writer(out: Path) -> Iterator[None]:
 
     Raises: UserError if another run is at work in it.
     """
-    _make_folder(out, out / _RECORDS)
-    with lock_file(out / _RECORDS / "lock", wait=False) as nobody_else:
+    _make_folder(out, out / RECORDS)
+    with lock_file(out / RECORDS / "lock", wait=False) as nobody_else:
         if not nobody_else:
             raise UserError(
                 f"--out {out}: another pack_images.py is at work in it; wait for it to end, or give another folder"
@@ -174,21 +191,16 @@ def prepare_folder(out: Path, jobs: list, options: dict[str, str]) -> tuple[list
     Returns: records of finished shards, jobs still to be done.
     Raises: UserError if the folder holds a finished set made with other options, or tars of unknown origin.
     """
-    records = out / _RECORDS
+    records = out / RECORDS
     refuse_foreign(out / MANIFEST_NAME, _OWN_MANIFEST, remedy="give another folder, or move it away")
     plan_path = records / "plan.json"
     plan = _json_or_none(plan_path)
     if (out / MANIFEST_NAME).exists() and plan != options:
-        names = sorted(
-            name for name in options | (plan or {}) if plan is not None and plan.get(name) != options.get(name)
-        )
-        changed = [f"{name} was {plan.get(name)!r}, is {options.get(name)!r}" for name in names] or ["made elsewhere"]
-        raise UserError(
-            f"--out {out}: already holds a finished set ({'; '.join(changed)}); give another folder, or "
-            "remove this one to make it again"
-        )
+        refuse_other_options(out, plan, options)
     _make_folder(out, records)
-    recorded = {path.name.removesuffix(_RECORD): _read_record(path) for path in sorted(records.glob(f"*{_RECORD}"))}
+    recorded = {
+        path.name.removesuffix(RECORD_SUFFIX): _read_record(path) for path in sorted(records.glob(f"*{RECORD_SUFFIX}"))
+    }
     for job in jobs:
         _refuse_foreign(out, job, recorded)
     if plan != options:
@@ -203,17 +215,27 @@ def prepare_folder(out: Path, jobs: list, options: dict[str, str]) -> tuple[list
             record is not None
             and digest_of.get(record.shard.name) == record.job_digest
             and _is_whole(out, record.shard, _record_path(out, name))
-            and not _to_be_judged_again(job_of[record.shard.name], record)
+            and not to_be_judged_again(job_of[record.shard.name], record)
         ):
             kept[record.shard.name] = record
         elif name not in digest_of:
             _remove_shard(out, name, record)
-            (records / f"{name}{_RECORD}").unlink()
+            (records / f"{name}{RECORD_SUFFIX}").unlink()
     todo = [job for job in jobs if job.name not in kept]
     if todo:
         # A manifest never stands beside a shard that it does not describe.
         (out / MANIFEST_NAME).unlink(missing_ok=True)
     return list(kept.values()), todo
+
+
+def refuse_other_options(out: Place, plan: dict[str, str] | None, options: dict[str, str]) -> NoReturn:
+    """Args: plan: options that the finished set in `out` was made with; None: not known."""
+    names = sorted(name for name in options | (plan or {}) if plan is not None and plan.get(name) != options.get(name))
+    changed = [f"{name} was {(plan or {}).get(name)!r}, is {options.get(name)!r}" for name in names]
+    raise UserError(
+        f"--out {out}: already holds a finished set ({'; '.join(changed or ['made elsewhere'])}); give another folder, "
+        "or remove this one to make it again"
+    )
 
 
 def _refuse_foreign(out: Path, job: PackJob | IndexJob, recorded: dict[str, ShardRecord | None]) -> None:
@@ -240,7 +262,11 @@ def _remove_shard(out: Path, name: str, record: ShardRecord | None) -> None:
 
 
 def _read_record(path: Path) -> ShardRecord | None:
-    raw = _json_or_none(path)
+    return read_record(_json_or_none(path))
+
+
+def read_record(raw) -> ShardRecord | None:
+    """A record by its JSON value; None where that is none."""
     try:
         return ShardRecord(**raw)
     except (TypeError, KeyError, ValueError):
@@ -257,6 +283,9 @@ def _json_or_none(path: Path):
 def _is_whole(out: Path, shard: Shard, record_path: Path) -> bool:
     """Whether tar and index are those of the record."""
     tar_path, index_path = out / (shard.path or shard.name), out / index_name(shard.name)
+    if is_url(shard.path):
+        # Its size and mark in the store are in its job's digest.
+        return index_path.is_file() and sha256_of_file(index_path) == shard.index_sha256
     if not tar_path.is_file() or not index_path.is_file() or tar_path.stat().st_size != shard.bytes:
         return False
     if sha256_of_file(index_path) != shard.index_sha256:
@@ -266,7 +295,7 @@ def _is_whole(out: Path, shard: Shard, record_path: Path) -> bool:
     return not is_younger or sha256_of_file(tar_path) == shard.sha256
 
 
-def _to_be_judged_again(job: PackJob | IndexJob, record: ShardRecord) -> bool:
+def to_be_judged_again(job: PackJob | IndexJob, record: ShardRecord) -> bool:
     """Whether a file that was rejected has changed since, in content, permissions or place, or can be read now."""
     if isinstance(job, IndexJob):
         return False
@@ -322,11 +351,11 @@ def make_shard(out: Path, job: PackJob | IndexJob, count_one: Callable[[], None]
 
 
 def _record_path(out: Path, name: str) -> Path:
-    return out / _RECORDS / f"{name}{_RECORD}"
+    return out / RECORDS / f"{name}{RECORD_SUFFIX}"
 
 
 def _keep_record(out: Path, record: ShardRecord) -> None:
-    write_json(_record_path(out, record.shard.name), asdict(record))
+    write_json(_record_path(out, record.shard.name), record.as_json())
 
 
 def _write_shard(out: Path, job: PackJob, count_one: Callable[[], None]) -> ShardRecord:
@@ -430,18 +459,17 @@ def packed_bytes(path: Path, short_side_px: int, quality: int) -> PackedImage:
 
 def _index_in_place(out: Path, job: IndexJob, count_one: Callable[[], None]) -> ShardRecord:
     # Taken before reading, so that a tar that changes meanwhile is indexed again.
-    digest, status = job.digest(), os.stat(job.tar_path)
+    digest = job.digest()
     path = _record_path(out, job.name)
     _refuse_foreign(out, job, {job.name: _read_record(path)} if path.is_file() else {})
     left_out: list[tuple[str, str]] = []
-    index = build_index(job.tar_path, left_out)
-    samples, rejected, remarks, labelled, largest = [], [], Account(), 0, -1
-    with open(job.tar_path, "rb") as file:
+    with _read_tar(job, left_out) as (index, head_of, facts):
+        samples, rejected, remarks, labelled, largest = [], [], Account(), 0, -1
         for sample in index["samples"]:
             key, members = sample["key"], sample["members"]
             extension = _image_of(job.tar_path, key, members)
-            label = _label_of(job.tar_path, key, members, file)
-            head = _head(file, members[extension])
+            label = _label_of(job.tar_path, key, members, head_of)
+            head = head_of(members[extension])
             reason = reason_of_content(f"k.{extension}", head)
             if reason:
                 rejected.append(f"{job.name}: {key}.{extension}: {reason}")
@@ -455,11 +483,10 @@ def _index_in_place(out: Path, job: IndexJob, count_one: Callable[[], None]) -> 
     shard = Shard(
         job.name,
         len(samples),
-        status.st_size,
-        sha256_of_file(job.tar_path),
-        sha256_of_file(written),
+        index["tar_bytes"],
+        index_sha256=sha256_of_file(written),
         path=job.tar_path,
-        modified_ns=status.st_mtime_ns,
+        **facts(),
     )
     count_one()
     printed = [(f"{job.name}: {printable(name)}", reason) for name, reason in left_out]
@@ -473,6 +500,37 @@ def _index_in_place(out: Path, job: IndexJob, count_one: Callable[[], None]) -> 
         largest,
         left_out=printed,
         remarks=remarks.as_json(),
+    )
+
+
+@contextmanager
+def _read_tar(job: IndexJob, left_out: list[tuple[str, str]]) -> Iterator[tuple[dict, Heads, Callable[[], dict]]]:
+    """The index of a tar; what reads the beginnings of its members; and what a manifest says of the tar's content."""
+    if job.status is None:
+        status = os.stat(job.tar_path)
+        index = build_index(job.tar_path, left_out)
+        with open(job.tar_path, "rb") as file:
+
+            def head(span: list[int]) -> bytes:
+                file.seek(span[0])
+                return file.read(min(span[1], HEAD_BYTES))
+
+            yield (
+                index,
+                head,
+                lambda: {"sha256": sha256_of_file(job.tar_path), "modified_ns": status.st_mtime_ns},
+            )
+        return
+    tar = place_of(job.tar_path)
+    assert isinstance(tar, RemotePath)
+    stream, heads = ForwardReader(tar, job.status.st_size), dict[int, bytes]()
+    index = build_index(tar, left_out, stream=stream, heads=heads)
+    if tar.status() != job.status:
+        raise StoreFault(f"{tar}: was changed while it was indexed; start again when nobody writes to it")
+    yield (
+        index,
+        lambda span: heads.get(span[0], b""),
+        lambda: {"sha256": stream.digest.hexdigest(), "etag": job.status.etag if job.status else ""},
     )
 
 
@@ -496,25 +554,19 @@ def _image_of(tar_path: str, key: str, members: dict) -> str:
     return images[0]
 
 
-def _label_of(tar_path: str, key: str, members: dict, file: BinaryIO) -> int:
+def _label_of(tar_path: str, key: str, members: dict, head: Heads) -> int:
     """The class number of a sample; -1 where it has none.
 
     Raises: UserError if its .cls holds anything else.
     """
     if "cls" not in members:
         return -1
-    text = _head(file, members["cls"])
+    text = head(members["cls"])
     if not text.strip().isdigit() or len(text.strip()) > _LABEL_DIGITS:
         raise UserError(
             f"{tar_path}: key {key!r}: .cls holds {text[:20]!r}, not a class number; correct it or leave the .cls out"
         )
     return int(text)
-
-
-def _head(file: BinaryIO, span: list[int]) -> bytes:
-    """The first bytes of a member (offset, size, CRC-32)."""
-    file.seek(span[0])
-    return file.read(min(span[1], HEAD_BYTES))
 
 
 def _remark_others(remarks: Account, key: str, extensions: list[str]) -> None:

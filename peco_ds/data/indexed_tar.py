@@ -1,4 +1,4 @@
-"""A WebDataset tar as a random-access list of samples, and a whole set of such tars.
+"""A WebDataset tar as a random-access list of samples, and a whole set of such tars; on a disk or in a store.
 
 The index is a JSON file beside the tar (or beside the manifest, where the tar was indexed in place): byte offset, size
 and CRC-32 of every member. With it any process reads any sample by one `pread` a member, in any order, and knows that
@@ -16,14 +16,18 @@ import stat
 import tarfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, cast
 
+from peco_ds.data.image_formats import HEAD_BYTES
 from peco_ds.data.left_out import HIDDEN, file_of_a_system, folder_of_a_system
+from peco_ds.data.remote_tar import ForwardReader, RemoteTar, Span, chunks_of, read_index
 from peco_ds.errors import UserError
+from peco_ds.remote_paths import Place, RemotePath, RemoteStatus, is_url, place_of
 from peco_ds.schema import (
     FORMAT_VERSION,
     ImageManifest,
@@ -60,7 +64,13 @@ class _TarFile(tarfile.TarFile):
     members: list[tarfile.TarInfo]
 
 
-def build_index(tar_path: str | Path, left_out: list[tuple[str, str]] | None = None) -> dict:
+def build_index(
+    tar_path: str | Place,
+    left_out: list[tuple[str, str]] | None = None,
+    *,
+    stream: ForwardReader | None = None,
+    heads: dict[int, bytes] | None = None,
+) -> dict:
     """Read a tar from end to end and list its samples.
 
     Grouping is WebDataset's: the key is the path up to the first dot of the file name, the extension is the rest in
@@ -70,21 +80,23 @@ def build_index(tar_path: str | Path, left_out: list[tuple[str, str]] | None = N
     Args:
         left_out: for a tar that was not made here: (member, reason) of each file that is of no sample is added to it,
             and what systems keep (`__MACOSX/`, `@eaDir/`, `Thumbs.db`) is of none.
+        stream: of a tar in a store; it is read once.
+        heads: where given, the first `HEAD_BYTES` of each member are added to it, by the member's offset.
     Returns: {"format_version", "tar": file name, "tar_bytes", "samples": [{"key", "members": {extension: [offset, size,
         crc32]}}]}, samples in tar order.
     Raises: UserError naming tar and member if the tar is compressed, cut short or damaged, goes on after its end mark,
         holds a link, device, absolute path or `..`, repeats a member, or comes back to a key it had left.
     Source: WebDataset's format description (github.com/webdataset/webdataset, "The WebDataset Format").
     """
-    tar_path = Path(tar_path)
+    tar_path = place_of(tar_path)
     samples: list[dict] = []
     end = 0
-    if tar_path.exists() and not tar_path.is_file():
+    if stream is None and tar_path.exists() and not tar_path.is_file():
         # To read a pipe would block for ever.
         raise UserError(f"{tar_path}: a folder, pipe or device, no tar; correct the path")
     try:
         tar_bytes = tar_path.stat().st_size
-        with _TarFile.open(tar_path, "r:", encoding="utf-8") as tar, open(tar_path, "rb") as file:
+        with _opened(tar_path, stream) as (tar, file):
             add = _Samples(tar_path, samples).add
             for member in tar:
                 # tarfile would keep every member in memory.
@@ -99,7 +111,7 @@ def build_index(tar_path: str | Path, left_out: list[tuple[str, str]] | None = N
                 if reason and left_out is not None:
                     left_out.append((member.name, reason))
                 if not reason:
-                    add(member, [member.offset_data, member.size, _crc32(tar_path, file, member)])
+                    add(member, [member.offset_data, member.size, _crc32(tar_path, file, member, heads)])
             # tarfile takes a missing end mark and a damaged header alike for the end of the archive.
             file.seek(end)
             mark = file.read(tarfile.BLOCKSIZE)
@@ -119,7 +131,21 @@ def build_index(tar_path: str | Path, left_out: list[tuple[str, str]] | None = N
     return {"format_version": FORMAT_VERSION, "tar": tar_path.name, "tar_bytes": tar_bytes, "samples": samples}
 
 
-def _refuse_odd_end(tar_path: Path, samples: list[dict], end: int, mark: bytes, more: int) -> None:
+@contextmanager
+def _opened(tar_path: Place, stream: ForwardReader | None) -> Iterator[tuple[_TarFile, BinaryIO]]:
+    """The tar, for its headers, and a file, for its members; of a tar in a store both are the one stream."""
+    if stream is not None:
+        # All that tarfile asks of a file.
+        file = cast(BinaryIO, stream)
+        with _TarFile.open(tar_path.name, "r:", fileobj=file, encoding="utf-8") as tar:
+            yield tar, file
+        return
+    assert isinstance(tar_path, Path)
+    with _TarFile.open(tar_path, "r:", encoding="utf-8") as tar, open(tar_path, "rb") as file:
+        yield tar, file
+
+
+def _refuse_odd_end(tar_path: Place, samples: list[dict], end: int, mark: bytes, more: int) -> None:
     """Raises: UserError unless zeros follow the last member and nothing follows them.
 
     Args:
@@ -144,7 +170,7 @@ class _Samples:
         samples: where they are added.
     """
 
-    def __init__(self, tar_path: Path, samples: list[dict]) -> None:
+    def __init__(self, tar_path: Place, samples: list[dict]) -> None:
         self._tar_path, self._samples = tar_path, samples
         self._keys: set[str] = set()
 
@@ -193,7 +219,7 @@ def _first_byte_after(file) -> int:
     return -1
 
 
-def _refuse_unsafe(tar_path: Path, member: tarfile.TarInfo) -> None:
+def _refuse_unsafe(tar_path: Place, member: tarfile.TarInfo) -> None:
     if member.name.startswith("/") or ".." in member.name.split("/"):
         raise UserError(
             f"{tar_path}: member {member.name!r} points outside the archive; make the tar again with relative paths"
@@ -210,13 +236,15 @@ def _refuse_unsafe(tar_path: Path, member: tarfile.TarInfo) -> None:
         )
 
 
-def _crc32(tar_path: Path, file, member: tarfile.TarInfo) -> int:
+def _crc32(tar_path: Place, file, member: tarfile.TarInfo, heads: dict[int, bytes] | None) -> int:
     file.seek(member.offset_data)
     crc, left = 0, member.size
     while left:
         chunk = file.read(min(left, _CHUNK_BYTES))
         if not chunk:
             raise UserError(f"{tar_path}: is cut short inside member {member.name!r}; copy or make it again")
+        if heads is not None and left == member.size:
+            heads[member.offset_data] = chunk[:HEAD_BYTES]
         crc = zlib.crc32(chunk, crc)
         left -= len(chunk)
     return crc
@@ -248,6 +276,7 @@ class IndexedTar:
 
     Args:
         index_sha256: of the index file, as a manifest holds it; empty to trust the file.
+        tar_sha256: of the tar, by which the cache of a store knows it; empty: it is not kept there.
     Raises: UserError if tar or index is missing, the index is not the one expected or damaged, or the tar has another
         size than was indexed.
     """
@@ -255,9 +284,11 @@ class IndexedTar:
     # -1: the tar is not open.
     _file_descriptor = -1
 
-    def __init__(self, tar_path: str | Path, index_path: str | Path, index_sha256: str = "") -> None:
-        self.tar_path, self.index_path = Path(tar_path), Path(index_path)
-        text = _existing(self.index_path, "index").read_bytes()
+    def __init__(
+        self, tar_path: str | Place, index_path: str | Place, index_sha256: str = "", tar_sha256: str = ""
+    ) -> None:
+        self.tar_path, self.index_path = place_of(tar_path), place_of(index_path)
+        text = _index_text(self.index_path, index_sha256)
         if index_sha256 and hashlib.sha256(text).hexdigest() != index_sha256:
             raise UserError(
                 f"{self.index_path}: is not the index its manifest names (sha256 differs); make the set again "
@@ -269,6 +300,12 @@ class IndexedTar:
         self._tar_bytes, self._samples = (_cut(text) if index_sha256 else None) or self._checked(text)
         # The sample that was read last.
         self._parsed: tuple[int, dict] | None = None
+        self.remote = None
+        if isinstance(self.tar_path, RemotePath):
+            self.remote = RemoteTar(self.tar_path, self._tar_bytes, tar_sha256)
+            if index_sha256:
+                # Its size was compared at the start, and every member is compared with its CRC.
+                return
         tar_bytes = _existing_bytes(self.tar_path, "tar")
         if tar_bytes != self._tar_bytes:
             raise UserError(
@@ -338,8 +375,23 @@ class IndexedTar:
             if wanted is None or extension in wanted
         }
 
+    def prefetch(self, samples: Iterable[int], extensions: Iterable[str] | None = None) -> None:
+        """Ask a store for samples that will be read next. Of a tar on a disk: nothing."""
+        if self.remote is None:
+            return
+        wanted = None if extensions is None else frozenset(extensions)
+        self.remote.prefetch(
+            Span(*span)
+            for i in samples
+            for extension, span in self._sample(i)["members"].items()
+            if wanted is None or extension in wanted
+        )
+
     def _read_member(self, i: int, extension: str, offset: int, size: int, crc32: int) -> bytes:
+        if self.remote is not None:
+            return self.remote.read(Span(offset, size, crc32))
         if self._file_descriptor < 0:
+            assert isinstance(self.tar_path, Path)
             self._file_descriptor = os.open(_existing(self.tar_path, "tar"), os.O_RDONLY | os.O_CLOEXEC)
         # One call reads at most about 2 GiB, and a network filesystem may answer with less.
         parts, left = [], size
@@ -365,12 +417,19 @@ class IndexedTar:
         descriptor, self._file_descriptor = self._file_descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+        # Absent where the tar was refused.
+        remote = getattr(self, "remote", None)
+        if remote is not None:
+            remote.close()
 
     def __del__(self) -> None:
         self.close()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_file_descriptor": -1}
+        state = {**self.__dict__, "_file_descriptor": -1}
+        if self.remote is not None:
+            state["remote"] = self.remote.unopened()
+        return state
 
 
 def _fault_of_index(index: dict) -> str:
@@ -440,16 +499,20 @@ class ShardSet:
             270 bytes a sample of three members.
     """
 
-    def __init__(self, folder: str | Path, manifest: ImageManifest | TokenManifest, *, max_open: int = 64) -> None:
+    def __init__(self, folder: str | Place, manifest: ImageManifest | TokenManifest, *, max_open: int = 64) -> None:
         # Not needed to index a tar, and a fifth of what `pack_images.py --help` would wait for.
         import numpy as np
 
-        self.folder, self.manifest, self._max_open = Path(folder), manifest, max_open
+        self.folder, self.manifest, self._max_open = place_of(folder), manifest, max_open
         self.shard_sizes = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
         self._ends = np.cumsum(self.shard_sizes).tolist()
         self.num_samples = self._ends[-1] if self._ends else 0
+        # Only then is there anything to ask for ahead.
+        self._is_remote = isinstance(self.folder, RemotePath) or any(is_url(shard.path) for shard in manifest.shards)
         # An evicted shard is closed by its last reference, so a thread that still reads from it is not cut off.
         self._open_shard = lru_cache(maxsize=max_open)(self._load_shard)
+        # Shards of which samples were asked for ahead.
+        self._asked: set[int] = set()
 
     # Open shards are not sent to loader processes.
     def __reduce__(self):
@@ -470,6 +533,23 @@ class ShardSet:
         shard = self._open_shard(shard_number)
         return shard.key(index), shard.read(index, extensions)
 
+    def prefetch(self, samples: Iterable[int], extensions: Iterable[str] | None = None) -> None:
+        """Ask a store for samples that will be read next, neighbours in one request. Of a set on a disk: nothing.
+
+        What one call asked for is forgotten by the next one.
+        """
+        if not self._is_remote:
+            return
+        wanted: dict[int, list[int]] = {}
+        for sample in samples:
+            shard_number, index = self.locate(sample)
+            wanted.setdefault(shard_number, []).append(index)
+        for shard_number in self._asked - wanted.keys():
+            self._open_shard(shard_number).prefetch(())
+        self._asked = set(wanted)
+        for shard_number, indices in wanted.items():
+            self._open_shard(shard_number).prefetch(indices, extensions)
+
     def key(self, sample: int) -> str:
         """Key of a sample; no member is read."""
         shard_number, index = self.locate(sample)
@@ -481,6 +561,15 @@ class ShardSet:
         Raises: UserError if it is missing or not the one of the manifest.
         """
         return self._open_shard(shard_number)
+
+    def stage(self, shard_number: int) -> None:
+        """Bring a shard of a store into the cache of the node, whole, with its index.
+
+        Raises: StoreFault, UserError as `read`; OSError of the disk.
+        """
+        tar = self._load_shard(shard_number)
+        if tar.remote is not None:
+            tar.remote.stage()
 
     def check(self, verify: Literal["size", "all"]) -> None:
         """`check_shards` over the whole set."""
@@ -495,12 +584,17 @@ class ShardSet:
         """
         assert verify in ("size", "all"), verify
         numbers = list(shard_numbers)
+        if isinstance(self.folder, RemotePath) and numbers:
+            # A server that has no ranges shows here, and not by sending a whole shard for a sample.
+            (self.folder / index_name(self.manifest.shards[numbers[0]].name)).read_range(0, 1)
+        # One request for the whole folder, where the store answers that.
+        listing = self.folder.listing() if isinstance(self.folder, RemotePath) and len(numbers) > 1 else None
         # To hand them over one by one would take longer than a local disk's answer.
         few = min(32, max(1, len(numbers) // (8 * _CHECKED_AT_ONCE)))
 
         def check_few(first: int) -> None:
             for number in numbers[first : first + few]:
-                self._check_shard(self.manifest.shards[number], verify)
+                self._check_shard(self.manifest.shards[number], verify, listing)
 
         pool = ThreadPoolExecutor(_CHECKED_AT_ONCE)
         try:
@@ -510,34 +604,36 @@ class ShardSet:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _check_shard(self, shard: Shard, verify: Literal["size", "all"]) -> None:
+    def _check_shard(
+        self, shard: Shard, verify: Literal["size", "all"], listing: dict[str, RemoteStatus] | None
+    ) -> None:
         tar_path, index_path = self._paths(shard)
-        found = _existing_status(tar_path, "shard")
+        listed = None if listing is None or shard.path else listing.get(shard.name)
+        found = listed or _existing_status(tar_path, "shard")
         found_bytes = found.st_size
         if found_bytes != shard.bytes:
             fault = "cut short" if found_bytes < shard.bytes else "changed"
             raise UserError(
                 f"{tar_path}: shard is {fault}: {found_bytes} bytes, the manifest says {shard.bytes}; {_remedy(shard)}"
             )
-        _existing_status(index_path, "index")
+        if listing is None or index_path.name not in listing:
+            _existing_status(index_path, "index")
         # Its owner may have made it anew, of the same size. (A set of our own may be a copy, of any time.)
-        is_suspect = shard.modified_ns not in (0, found.st_mtime_ns)
+        is_suspect = _is_suspect(shard, found)
         if verify == "all" or is_suspect:
             for path, sha256 in ((index_path, shard.index_sha256), (tar_path, shard.sha256)):
-                if sha256_of_file(path) != sha256:
+                if sha256_of_place(path) != sha256:
                     raise UserError(
                         f"{path}: changed since the set was made (sha256 differs from the manifest's); {_remedy(shard)}"
                     )
 
-    def _paths(self, shard: Shard) -> tuple[Path, Path]:
-        # An absolute path replaces the folder.
-        tar_path = self.folder / (shard.path or shard.name)
-        return tar_path, self.folder / index_name(shard.name)
+    def _paths(self, shard: Shard) -> tuple[Place, Place]:
+        return tar_path_of(self.folder, shard), self.folder / index_name(shard.name)
 
     def _load_shard(self, shard_number: int) -> IndexedTar:
         shard = self.manifest.shards[shard_number]
         tar_path, index_path = self._paths(shard)
-        tar = IndexedTar(tar_path, index_path, shard.index_sha256)
+        tar = IndexedTar(tar_path, index_path, shard.index_sha256, shard.sha256)
         if len(tar) != shard.samples:
             raise UserError(
                 f"{tar_path}: its index lists {len(tar)} samples, the manifest {shard.samples}; make the set "
@@ -546,13 +642,55 @@ class ShardSet:
         return tar
 
 
+def tar_path_of(folder: Place, shard: Shard) -> Place:
+    """Where the tar of a shard lies.
+
+    Raises: UserError for one of this machine that a manifest of a store names: whoever wrote that may mean any file.
+    """
+    if is_url(shard.path):
+        return place_of(shard.path, folder.access if isinstance(folder, RemotePath) else None)
+    if shard.path and isinstance(folder, RemotePath):
+        raise UserError(
+            f"{folder}: its manifest names {short(shard.path)}, a file of this machine, which no store may; index the "
+            "tars where they lie (pack_images.py --index_tars)"
+        )
+    # An absolute path replaces the folder.
+    return folder / (shard.path or shard.name)
+
+
+def _is_suspect(shard: Shard, found: os.stat_result | RemoteStatus) -> bool:
+    if isinstance(found, RemoteStatus):
+        # Of a set of our own it tells nothing: a copy in another store has another one.
+        return bool(shard.path and shard.etag) and shard.etag != found.etag
+    return shard.modified_ns not in (0, found.st_mtime_ns)
+
+
+def sha256_of_place(path: Place) -> str:
+    """As `sha256_of_file`, of a file of a store too."""
+    if isinstance(path, Path):
+        return sha256_of_file(path)
+    digest = hashlib.sha256()
+    for chunk in chunks_of(path, path.status().st_size):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _index_text(path: Place, sha256: str) -> bytes:
+    if isinstance(path, Path):
+        return _existing(path, "index").read_bytes()
+    try:
+        return read_index(path, sha256)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such index; copy the set whole or make it again") from None
+
+
 def _remedy(shard: Shard) -> str:
     if not shard.path:
         return "copy or make it again"
     return "put the old one back, or index the tars again (pack_images.py --index_tars)"
 
 
-def _shard_set(folder: Path, manifest: ImageManifest | TokenManifest, max_open: int) -> ShardSet:
+def _shard_set(folder: Place, manifest: ImageManifest | TokenManifest, max_open: int) -> ShardSet:
     return ShardSet(folder, manifest, max_open=max_open)
 
 
@@ -561,12 +699,17 @@ def _existing(path: Path, what: str) -> Path:
     return path
 
 
-def _existing_bytes(path: Path, what: str) -> int:
+def _existing_bytes(path: Place, what: str) -> int:
     return _existing_status(path, what).st_size
 
 
-def _existing_status(path: Path, what: str) -> os.stat_result:
+def _existing_status(path: Place, what: str) -> os.stat_result | RemoteStatus:
     """Size and time of a file, asked for once: a shared file system takes a millisecond to answer."""
+    if isinstance(path, RemotePath):
+        try:
+            return path.status()
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such {what}; copy the set whole or make it again") from None
     try:
         found = path.stat()
     except OSError as error:

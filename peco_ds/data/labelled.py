@@ -5,7 +5,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from peco_ds.data.order import AUGMENT, SampleOrder
 from peco_ds.data.views import normalize
 from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
+from peco_ds.remote_paths import Place
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD, short
 
 # The label and the sample number of a row that only fills up a batch.
@@ -82,7 +82,7 @@ def refuse_one_class(images: ImageSet, what: str, things: str, remedy: str) -> N
 
 
 def labelled_sets(
-    images: Path, val_images: Path, names: tuple[str, str] = ("data.images", "data.val_images")
+    images: Place, val_images: Place, names: tuple[str, str] = ("data.images", "data.val_images")
 ) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     """A set to train on, a set to measure on, and the class names of both.
 
@@ -129,6 +129,7 @@ class _TrainMaker:
     def __call__(self, positions: np.ndarray) -> RawBatch:
         raw, cuts, labels, used = RawBatch(slice_number=int(positions[0]) // len(positions)), [], [], []
         shown = -1
+        self.images.prefetch(map(self.order.sample_at, map(int, positions)), labels=True)
         for position in map(int, positions):
             sample = self.order.sample_at(position)
             # Repeats of an image stand side by side, so it is decoded once.
@@ -208,6 +209,7 @@ class CropMaker:
     def __call__(self, samples: np.ndarray) -> RawBatch:
         images_u8 = torch.zeros(len(samples), 3, self.image_px, self.image_px, dtype=torch.uint8)
         labels = torch.full((len(samples),), PADDING)
+        self.images.prefetch((sample for sample in map(int, samples) if sample != PADDING), labels=True)
         for row, sample in enumerate(map(int, samples)):
             if sample == PADDING:
                 continue

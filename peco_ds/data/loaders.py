@@ -135,6 +135,7 @@ class MaskedMaker:
         # What needs no pixel is drawn for the whole batch at once: between two images, whose pixels have filled the
         # caches, it takes several times as long.
         chosen = [(self.order.epoch_of(position), self.order.sample_at(position)) for position in positions.tolist()]
+        self._ask_for([sample for _, sample in chosen])
         first_views = [self._view(epoch, sample) for epoch, sample in chosen]
         for place, ((epoch, sample), view) in enumerate(zip(chosen, first_views)):
             sample, key, image, view, record, bad = self._read(epoch, sample, view)
@@ -157,6 +158,11 @@ class MaskedMaker:
         raw.masked = torch.from_numpy(np.stack(masked))
         raw.stored = tuple(torch.from_numpy(np.stack(values)) for values in zip(*stored))
         return raw
+
+    def _ask_for(self, samples: list[int]) -> None:
+        self.images.prefetch(samples)
+        if self.tokens is not None:
+            self.tokens.prefetch(samples)
 
     def _view(self, epoch: int, sample: int) -> int:
         return view_at(self.recipe.run.seed, epoch, sample, self.recipe.views.count)
@@ -267,6 +273,7 @@ class _CropMaker:
 
     def __call__(self, positions: np.ndarray) -> RawBatch:
         raw, cuts, rows = RawBatch(), room_for_cuts(len(positions), self.views.tokenizer_px), []
+        self.images.prefetch(self.order.sample_at(int(position)) for position in positions)
         for place, position in enumerate(positions):
             epoch = self.order.epoch_of(int(position))
             sample, key, image, bad = self.images.decode_or_next(self.order.sample_at(int(position)))
@@ -322,6 +329,7 @@ class _ViewsMaker:
         raw, kind = RawBatch(), tokenizer_crop(self.views)
         rows: list[np.ndarray] = []
         cuts = room_for_cuts(len(samples) * self.views.count, kind[0])
+        self.images.prefetch(map(int, samples))
         for sample in samples:
             key = self.images.key(int(sample))
             try:

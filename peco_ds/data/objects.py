@@ -23,7 +23,8 @@ from peco_ds.data.order import AUGMENT, OBJECTS, SampleOrder, generator
 from peco_ds.data.retry import UnreadableRecord, read_with_retries
 from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
-from peco_ds.schema import parse_json, read_json, short
+from peco_ds.remote_paths import Place, local_copy
+from peco_ds.schema import IMAGE_EXTENSIONS, parse_json, read_json, short
 
 # The largest seed of a device's generator, plus one.
 _MAX_SEED = 2**62
@@ -35,7 +36,9 @@ class ObjectSet(ImageSet):
     Raises: UserError if the set was packed without.
     """
 
-    def __init__(self, folder: Path, what: str = "data.images") -> None:
+    read_ahead = (*IMAGE_EXTENSIONS, INSTANCES)
+
+    def __init__(self, folder: Place, what: str = "data.images") -> None:
         super().__init__(folder)
         try:
             self.categories = read_json(self.folder / CATEGORIES_NAME)["categories"]
@@ -54,7 +57,7 @@ class ObjectSet(ImageSet):
     @property
     def annotation_file(self) -> Path:
         """The file that the set was packed from."""
-        return self.folder / ANNOTATIONS_NAME
+        return local_copy(self.folder / ANNOTATIONS_NAME)
 
     @cached_property
     def label_of(self) -> dict[int, int]:
@@ -88,7 +91,7 @@ class ObjectSet(ImageSet):
 
 
 def object_sets(
-    images: Path, val_images: Path, names: tuple[str, str] = ("data.images", "data.val_images")
+    images: Place, val_images: Place, names: tuple[str, str] = ("data.images", "data.val_images")
 ) -> tuple[ObjectSet, ObjectSet]:
     """A set to train on and a set to measure on.
 
@@ -144,6 +147,7 @@ class _TrainMaker:
 
     def __call__(self, positions: np.ndarray) -> RawBatch:
         raw, seeds = RawBatch(), []
+        self.images.prefetch(self.order.sample_at(position) for position in map(int, positions))
         for row, position in enumerate(map(int, positions)):
             sample, epoch = self.order.sample_at(position), self.order.epoch_of(position)
             substitute, key, image, bad = self.images.decode_or_next(sample)
@@ -215,6 +219,7 @@ class _PlainMaker:
 
     def __call__(self, samples: np.ndarray) -> RawBatch:
         raw, rows = RawBatch(samples=torch.from_numpy(samples)), []
+        self.images.prefetch(sample for sample in map(int, samples) if sample != PADDING)
         for row, sample in enumerate(map(int, samples)):
             if sample == PADDING:
                 blank = self.augment.short_px

@@ -25,7 +25,10 @@ def read_with_retries(
 ) -> tuple[str, dict[str, bytes]]:
     """As `ShardSet.read`, tried again after a pause where the system reports an error (EIO, ESTALE, ETIMEDOUT, ...).
 
-    Raises: UnreadableRecord when no try has helped; DamagedRecord and UserError at once, as `ShardSet.read`.
+    A store's requests are repeated where they are made (`remote_paths.py`).
+
+    Raises: UnreadableRecord when no try has helped; DamagedRecord, UserError and StoreFault at once, as
+        `ShardSet.read`.
     """
     waits_s = iter(WAITS_S)
     while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from peco_ds.data.scene_augment import IGNORED_PIXEL, Scene, SceneCrop
 from peco_ds.data.views import normalize
 from peco_ds.data.workers import RawBatch
 from peco_ds.errors import UserError
+from peco_ds.remote_paths import Place
 from peco_ds.schema import IMAGE_EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD, MAP_EXTENSION, SceneMaps
 
 
@@ -47,7 +47,9 @@ class SceneSet(ImageSet):
     Raises: UserError if its images have no class maps.
     """
 
-    def __init__(self, folder: Path, what: str = "data.images") -> None:
+    read_ahead = (*IMAGE_EXTENSIONS, MAP_EXTENSION)
+
+    def __init__(self, folder: Place, what: str = "data.images") -> None:
         super().__init__(folder)
         if self.manifest.maps is None or not self.manifest.classes:
             raise UserError(
@@ -101,7 +103,7 @@ def label_table(maps: SceneMaps, num_classes: int) -> torch.Tensor:
     return table
 
 
-def scene_sets(images: Path, val_images: Path) -> tuple[SceneSet, SceneSet, tuple[str, ...]]:
+def scene_sets(images: Place, val_images: Place) -> tuple[SceneSet, SceneSet, tuple[str, ...]]:
     """A set to train on, a set to measure on, and the class names of both.
 
     Raises: UserError if one is missing or has no class maps, they have one class, or their classes differ.
@@ -132,6 +134,7 @@ class _CropMaker:
         images = torch.zeros(len(positions), 3, side, side, dtype=torch.uint8)
         labels = torch.full((len(positions), side, side), IGNORED_PIXEL, dtype=torch.uint8)
         sizes = torch.zeros(len(positions), 2, dtype=torch.int64)
+        self.images.prefetch(self.order.sample_at(position) for position in map(int, positions))
         for place, position in enumerate(map(int, positions)):
             sample = self.order.sample_at(position)
             key, scene, bad = self.images.scene_or_next(sample)

@@ -32,7 +32,7 @@ from peco_ds.schema import (
 )
 
 # One small file for each finished shard: its entry in the manifest, and what it was made from.
-_PARTS = ".parts"
+PARTS = ".parts"
 _WRITER = ShardWriterOf("tokenize_shards.py", first_ends=(".codes.npy",))
 
 
@@ -127,7 +127,7 @@ class TokenParts:
         """
         # A file system may not tell small letters from capitals.
         standing = {name.casefold() for name in _names_in(self.folder)}
-        parts = set(_names_in(self.folder / _PARTS))
+        parts = set(_names_in(self.folder / PARTS))
         for number, shard in enumerate(self._images.shards if standing else ()):
             stands = shard.name.casefold() in standing or index_name(shard.name).casefold() in standing
             if stands and self._part_file(number).name not in parts and shard.name not in self._finished:
@@ -152,25 +152,18 @@ class TokenParts:
             return self._finished.get(name, "")
 
     def _part_file(self, number: int) -> Path:
-        return self.folder / _PARTS / f"{Path(self._images.shards[number].name).stem}.json"
+        return self.folder / PARTS / f"{Path(self._images.shards[number].name).stem}.json"
 
     def _part(self, number: int) -> Shard | None:
         """The entry of a finished shard that was made from the same things and is still there, else None.
 
         A part file that cannot be read counts as none.
         """
-        images = self._images.shards[number]
         try:
-            part = read_json(self._part_file(number))
-            shard = Shard(**part["shard"])
-            expected = part["made_from"] == self._made_from and (shard.name, shard.samples, shard.path) == (
-                images.name,
-                images.samples,
-                "",
-            )
+            shard = self._shard_of(number, read_json(self._part_file(number)))
             # The index holds every member's checksum. A writer that replaces a tar removes the index first.
             whole = (
-                expected
+                shard is not None
                 and (tar := (self.folder / shard.name).stat()).st_size == shard.bytes
                 and sha256_of_file(self.folder / index_name(shard.name)) == shard.index_sha256
                 # A tar that was written to after its part file.
@@ -183,9 +176,19 @@ class TokenParts:
             return None
         return shard if whole else None
 
+    def _shard_of(self, number: int, part: dict) -> Shard | None:
+        """The shard that a part file describes; None where it was made from other things.
+
+        Raises: KeyError, TypeError, ValueError where it is no part file.
+        """
+        images, shard = self._images.shards[number], Shard(**part["shard"])
+        expected = images.name, images.samples, ""
+        fits = part["made_from"] == self._made_from and (shard.name, shard.samples, shard.path) == expected
+        return shard if fits else None
+
     def _naming_lock(self) -> AbstractContextManager[bool]:
         """The lock that one process at a time holds while files take their final names."""
-        return lock_file(self.folder / _PARTS / "lock", wait=True)
+        return lock_file(self.folder / PARTS / "lock", wait=True)
 
     def _remove_leftovers(self) -> None:
         """Remove temporary files of writers that were killed before this start.
@@ -194,7 +197,7 @@ class TokenParts:
         """
         if self._tidy:
             return
-        found = [*find_temporary_files(self.folder), *find_temporary_files(self.folder / _PARTS)]
+        found = [*find_temporary_files(self.folder), *find_temporary_files(self.folder / PARTS)]
         if found:
             # Under the lock no other process is between a JSON file's temporary name and its final one.
             with self._naming_lock():
@@ -245,7 +248,10 @@ class TokenParts:
 
     def read_counts(self, number: int) -> dict[str, int]:
         """How many images of a finished shard were read and were unreadable, as a state of `image_set.BadImages`."""
-        unreadable = read_json(self._part_file(number)).get("unreadable")
+        return self._counts_of(number, read_json(self._part_file(number)))
+
+    def _counts_of(self, number: int, part: dict) -> dict[str, int]:
+        unreadable = part.get("unreadable")
         return {"count": unreadable if type(unreadable) is int else 0, "read": self._images.shards[number].samples}
 
     def finish(self, num_parts: int = 1) -> TokenManifest:
@@ -274,6 +280,6 @@ class TokenParts:
         )
         with self._naming_lock():
             # Those of writers that were killed since `_remove_leftovers` ran.
-            remove_abandoned([*find_temporary_files(self.folder), *find_temporary_files(self.folder / _PARTS)])
+            remove_abandoned([*find_temporary_files(self.folder), *find_temporary_files(self.folder / PARTS)])
             write_manifest(self.folder, manifest)
         return manifest

@@ -25,6 +25,7 @@ from peco_ds.data.retry import UnreadableRecord, read_with_retries
 from peco_ds.data.views import fault_of_views
 from peco_ds.errors import UserError
 from peco_ds.own_files import TAR_OWNER
+from peco_ds.remote_paths import Place
 from peco_ds.schema import (
     VIEW_COLUMNS,
     ImageManifest,
@@ -201,7 +202,7 @@ class TokenSet:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         images: ImageManifest,
         *,
         num_codes: int,
@@ -278,6 +279,10 @@ class TokenSet:
                     f"{folder}: views were recorded with views.{name} = {recorded}, the recipe has "
                     f"{getattr(views, name)}; set it to the recorded one or tokenize again"
                 )
+
+    def prefetch(self, samples: Iterable[int]) -> None:
+        """As `ShardSet.prefetch`."""
+        self.shards.prefetch(samples, self._members)
 
     def read(self, sample: int, expected_key: str | None = None, view: int | None = None) -> TokenRecord:
         """The record of a global sample number.

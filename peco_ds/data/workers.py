@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from peco_ds.errors import UserError, describe_os_error
+from peco_ds.errors import StoreFault, UserError, describe_os_error
 from peco_ds.stop_signals import ignore_stop_signals
 
 logger = logging.getLogger("peco_ds")
@@ -42,6 +42,8 @@ class RawBatch:
     slice_number: int = 0
     keys: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
+    # The text of a StoreFault raised in the worker, as `error`.
+    fault: str = ""
     # The text of a UserError raised in the worker; the main process raises it again, in one line.
     error: str = ""
 
@@ -67,6 +69,8 @@ class _Dataset(Dataset):
             return self._make(places)
         except UserError as error:
             return RawBatch(error=str(error))
+        except StoreFault as fault:
+            return RawBatch(fault=str(fault))
         except OSError as error:
             return RawBatch(error=describe_os_error(error, "reading the data"))
 
@@ -98,7 +102,7 @@ def load_raw(
 
     Args:
         pin: copy the batches to page-locked memory, from which a GPU fetches them while the host goes on.
-    Raises: UserError that `make` raised, or when workers keep dying.
+    Raises: UserError or StoreFault that `make` raised; UserError when workers keep dying.
     """
     places = _Places(places)
     deaths = num_yielded = 0
@@ -107,6 +111,8 @@ def load_raw(
         died = None
         try:
             for raw in workers:
+                if raw.fault:
+                    raise StoreFault(raw.fault)
                 if raw.error:
                     raise UserError(raw.error)
                 places.drop_first()

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 
-from peco_ds.errors import UserError
+from peco_ds.errors import StoreFault, UserError
 from peco_ds.stop_signals import on_stop_signal
 
 logger = logging.getLogger("peco_ds")
@@ -141,14 +141,16 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def agree(self, fault: str) -> None:
+    def agree(self, fault: str | StoreFault) -> None:
         """Raise one rank's fault on all ranks, so that none is left waiting for the others. Collective.
 
         Args:
             fault: "" if this rank has none.
-        Raises: UserError with the first rank's fault.
+        Raises: UserError or StoreFault with the first rank's fault.
         """
         first = next(filter(None, self.gather_objects(fault)), "")
+        if isinstance(first, StoreFault):
+            raise first
         if first:
             raise UserError(first)
 

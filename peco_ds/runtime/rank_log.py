@@ -6,7 +6,6 @@ import importlib.metadata
 import logging
 import os
 import platform
-import shlex
 import socket
 import sys
 import threading
@@ -14,6 +13,8 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+from peco_ds.errors import shown_command
 
 FOLDER = "logs"
 
@@ -71,7 +72,7 @@ def log_to(run_folder: Path, rank: int) -> Path:
         socket.gethostname(),
         os.getpid(),
         _versions(),
-        shlex.join(sys.argv),
+        shown_command(),
     )
     return path
 

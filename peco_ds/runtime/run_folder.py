@@ -7,9 +7,7 @@ import json
 import logging
 import os
 import platform
-import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +18,7 @@ import yaml
 
 from peco_ds.config import Recipe, TrainingRecipe
 from peco_ds.data.atomic_files import lock_file
-from peco_ds.errors import UserError
+from peco_ds.errors import UserError, shown_command
 from peco_ds.field_marks import FreeOnResume, keys_with, values_before
 from peco_ds.old_spellings import current_settings
 from peco_ds.own_files import written_whole
@@ -113,7 +111,7 @@ def _write(folder: Path, stage: str, resolved: Resolved[TrainingRecipe], ds_conf
         )
     write_json(folder / DEEPSPEED, ds_config)
     with open(folder / COMMANDS, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(shlex.join(sys.argv) + "\n")
+        file.write(shown_command() + "\n")
     write_json(folder / PROVENANCE, {**origins, "commit": commit(), "versions": versions()})
 
 

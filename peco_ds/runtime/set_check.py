@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from peco_ds.data.indexed_tar import ShardSet
-from peco_ds.errors import UserError, describe_os_error
+from peco_ds.data.range_cache import check_cache
+from peco_ds.errors import StoreFault, UserError, describe_os_error
+from peco_ds.progress_bar import Progress
+from peco_ds.remote_paths import RemotePath
 from peco_ds.runtime.distributed import World
 
 
@@ -18,12 +22,34 @@ def check_shared(world: World, *sets: ShardSet, verify: Literal["size", "all"] =
 
     Raises: UserError naming the first shard that is missing, cut short or changed.
     """
-    fault = ""
+    fault: str | StoreFault = ""
     try:
+        for access in {shards.folder.access for shards in sets if isinstance(shards.folder, RemotePath)}:
+            check_cache(access)
         for shards in sets:
             shards.check_shards(range(world.rank, len(shards.manifest.shards), world.size), verify)
+        for shards in sets:
+            if isinstance(shards.folder, RemotePath) and shards.folder.access.staged:
+                _stage(world, shards)
     except UserError as error:
         fault = str(error)
+    except StoreFault as error:
+        fault = error
     except OSError as error:
         fault = describe_os_error(error)
     world.agree(fault)
+
+
+def _stage(world: World, shards: ShardSet) -> None:
+    """Bring a set to the disk of the node; its ranks begin at different places, and no shard is brought twice."""
+    num_shards = len(shards.manifest.shards)
+    first = int(os.environ.get("LOCAL_RANK", "0")) * num_shards // max(1, world.size)
+    progress = Progress(num_shards, 0, f"shards of {shards.folder} staged") if world.is_main else None
+    try:
+        for done in range(num_shards):
+            shards.stage((first + done) % num_shards)
+            if progress is not None:
+                progress.show(done + 1)
+    finally:
+        if progress is not None:
+            progress.close()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from peco_ds.config import InitSettings
 from peco_ds.models.beit_weights import BeitWeights
 from peco_ds.models.segmenter_weights import SegmenterWeights
+from peco_ds.remote_paths import Place
 from peco_ds.runtime.run_folder import read_provenance
 from peco_ds.runtime.run_weights import read_run
 from peco_ds.schema import IMAGENET_MEAN, IMAGENET_STD
@@ -46,7 +47,7 @@ def origin_of(run_folder: Path) -> dict:
     }
 
 
-def lines_of_start(weights: BeitWeights | SegmenterWeights | None, sets: dict[str, Path]) -> list[str]:
+def lines_of_start(weights: BeitWeights | SegmenterWeights | None, sets: Mapping[str, Place]) -> list[str]:
     """What a dry run says of the start, and of image sets that are not there yet.
 
     Args:

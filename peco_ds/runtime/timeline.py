@@ -20,16 +20,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from peco_ds.data.atomic_files import write_whole
-from peco_ds.errors import EXIT_DONE, UserError
+from peco_ds.errors import EXIT_DONE, UserError, shown_command
 from peco_ds.old_spellings import current_record
 
 METRICS_FILE = "metrics.jsonl"
@@ -230,7 +228,7 @@ def record_start(run_folder: Path, *, ranks: int, step: int, total_steps: int, s
         "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
         "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT", ""),
         "commit": _read_object(run_folder / "provenance.json").get("commit", "unknown"),
-        "command": shlex.join(sys.argv),
+        "command": shown_command(),
     }
     append_row(run_folder / STARTS_FILE, row)
     return number

@@ -12,11 +12,12 @@ from peco_ds.config import ONLINE, PretrainRecipe
 from peco_ds.data.image_set import ImageSet
 from peco_ds.data.loaders import Codes, codes_of
 from peco_ds.data.token_shards import TokenSet
-from peco_ds.data_paths import data_path
+from peco_ds.data_paths import data_path, tokenizer_path
 from peco_ds.errors import UserError
 from peco_ds.models.image_tokenizer import ImageTokenizer
 from peco_ds.models.token_passes import TokenPasses, even_pass_size
 from peco_ds.models.tokenizers import TokenizerCard, load_tokenizer, read_card
+from peco_ds.remote_paths import RemotePath
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.engine import compiles
 from peco_ds.runtime.set_check import check_shared
@@ -32,7 +33,7 @@ def find_tokens(recipe: PretrainRecipe, images: ImageSet, *, tokenizer_named: bo
     Raises: UserError naming what is missing, or belongs to other images or another tokenizer.
     """
     data = recipe.data
-    tokenizer = data_path(data, data.tokenizer)
+    tokenizer = tokenizer_path(data)
     if data.tokens == ONLINE:
         card = read_card(tokenizer)
         check_pair(card, recipe, str(tokenizer))
@@ -64,8 +65,10 @@ def open_tokens(
     if data.verify == "all":
         check_shared(world, images.shards, verify="all")
     if not isinstance(found, TokenSet):
-        return online_tokenizer(data_path(data, data.tokenizer), recipe, world.device)
-    check_shared(world, found.shards, verify="size" if data.verify == "size" else "all")
+        return online_tokenizer(tokenizer_path(data), recipe, world.device)
+    is_remote = isinstance(found.folder, RemotePath)
+    hashed = data.verify == "all" or (data.verify == "tokens" and not is_remote)
+    check_shared(world, found.shards, verify="all" if hashed else "size")
     return found
 
 
@@ -73,7 +76,7 @@ def token_provenance(recipe: PretrainRecipe, tokens) -> dict:
     """The fingerprint and facts of the tokenizer that the codes come from: from its release where that exists, else
     from the token set.
     """
-    folder = data_path(recipe.data, recipe.data.tokenizer)
+    folder = tokenizer_path(recipe.data)
     card = read_card(folder) if folder.exists() else None
     if isinstance(tokens, TokenSet):
         fingerprint, facts = tokens.manifest.tokenizer_fingerprint, tokens.manifest.tokenizer_facts
