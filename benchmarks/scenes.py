@@ -64,12 +64,16 @@ def read_arguments(argv: list[str] | None):
     for name in ("pretrain", "segment"):
         add(f"--{name}", nargs="*", default=[], metavar="key=value", help=f"settings over the {name} recipe")
     args = parse(parser, argv)
+    args.record = args.record or args.out / "results.md"
+    refuse_foreign(args.out / "results.json", RESULTS)
+    refuse_foreign(args.record.with_suffix(".png"), OWN_PICTURE)
+    refuse_foreign(args.record, own_record(args.command))
     if not (args.tokenizer / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer {args.tokenizer}: no tokenizer.json there; give a run's tokenizer/")
-    args.record = args.record or args.out / "results.md"
-    for name, own in {"results.json": RESULTS, "results.png": OWN_PICTURE}.items():
-        refuse_foreign(args.out / name, own)
-    refuse_foreign(args.record, own_record(args.command))
+    for name, paths in {"scenes": [args.scenes], "classes": [args.classes], "images": args.images}.items():
+        for path in paths:
+            if not path.exists():
+                raise UserError(f"--{name} {path}: is not there; correct the path")
     return args
 
 
@@ -81,9 +85,10 @@ class Scenes:
         self.stages = Stages(self.out, ranks=1, deepspeed_config=args.deepspeed_config)
 
     def run(self) -> None:
-        self.pretrain()
+        # First, so that what is wrong with the maps is found before the hours of pre-training.
         for split in (TRAIN, TEST):
             self.pack_scenes(split)
+        self.pretrain()
         for seed in range(self.args.seeds):
             for arm in ARMS:
                 self.segment(arm, seed)
@@ -96,7 +101,7 @@ class Scenes:
         )
         settings = [f"data.tokenizer={self.args.tokenizer.resolve()}", f"data.images={self.out / 'unlabelled'}"]
         settings.append(f"data.tokens={self.out / 'tokens'}")
-        # codes that stand serve any schedule
+        # Codes that stand serve any schedule.
         of_tokens = [setting for setting in self.args.pretrain if setting.startswith(OF_TOKENS)]
         recipe = RECIPES / "vit.yaml"
         words = ["--recipe", recipe, f"data.root={self.out}", *settings, *of_tokens]

@@ -43,6 +43,7 @@ NEEDED = {
     "compare": ["compare.yaml", "--images", "images"],
     "soft_target_mass": ["tokenizer", "--images", "images", "--image_px", "32"],
     "reproduce": ["--table", "1"],
+    "scenes": ["--scenes", "scenes", "--classes", "classes.txt", "--tokenizer", "tokenizer"],
 }
 
 
