@@ -9,6 +9,7 @@ import os
 import re
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,6 +152,10 @@ def s3_server(bucket: str) -> Iterator[str]:
     try:
         import s3fs
 
+        # What an earlier server of this process was given is kept for the process.
+        urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
+        # fsspec hands out file systems again, one of an earlier server too.
+        s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir(bucket)
         yield f"s3://{bucket}"
     finally:

@@ -276,6 +276,6 @@ def test_file_names_are_those_that_training_and_tokenizing_write():
     assert (run_status.SETTINGS, run_status.CHECKPOINTS, run_status.PARTS) == (
         run_folder.SETTINGS,
         checkpoint_files.FOLDER,
-        token_parts._PARTS,
+        token_parts.PARTS,
     )
     assert run_status.MANIFEST_NAME == checkpoint_files.MANIFEST
