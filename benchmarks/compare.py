@@ -47,7 +47,7 @@ from benchmarks.step_time import step_costs, training_flops
 from peco_ds.command_line import run
 from peco_ds.config import PretrainRecipe
 from peco_ds.deepspeed_json import DS_CONFIGS
-from peco_ds.durations import micro_steps
+from peco_ds.durations import settle_micro_batch
 from peco_ds.errors import EXIT_DONE, UserError
 from peco_ds.own_files import own_json, refuse_foreign, write_own_json
 from peco_ds.recipe_files import load_recipe
@@ -172,7 +172,7 @@ class Comparisons:
         self.trained = [name for name, arm in comparison.arms.items() if arm.tokenizer]
         for name in self.trained:
             # refused before hours of stages, not after
-            micro_steps(self.resolved(name).run, args.ranks)
+            settle_micro_batch(self.resolved(name).run, args.ranks)
 
     def run(self) -> None:
         for split in ("train", "val"):

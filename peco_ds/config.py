@@ -278,7 +278,8 @@ class RunSettings:
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     # Images an optimiser step, over all ranks.
     global_batch: AtLeastOne = 2048
-    # Images a forward pass and rank. Gradient accumulation follows from it.
+    # Images a forward pass and rank, at most: the most that go evenly into a rank's part of the global batch are taken.
+    # Gradient accumulation follows from it.
     micro_batch: Annotated[AtLeastOne, FreeOnResume()] = 64
     # selective: matrix products and attention are kept, the rest is computed again. full: whole blocks are.
     activation_checkpointing: Annotated[Literal["none", "selective", "full"], FreeOnResume()] = "none"

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from peco_ds.config import OptimSettings, RunSettings
-from peco_ds.durations import micro_steps
+from peco_ds.durations import micro_steps, settle_micro_batch
 from peco_ds.errors import UserError, nearest
 from peco_ds.schema import read_json, short
 from peco_ds.user_paths import expand_path
@@ -114,6 +114,7 @@ def merge_deepspeed(raw: dict, path: str | Path, run: RunSettings, optim: OptimS
     Returns: a complete DeepSpeed config; keys the recipe does not own are passed through untouched.
     Raises: UserError naming both values where the JSON holds a plain value that differs from the recipe's.
     """
+    run = settle_micro_batch(run, world_size)
     accumulation = micro_steps(run, world_size)
     # 16-bit gradients are summed in 32 bits unless the JSON says otherwise: DeepSpeed's own default for bf16 is bf16.
     # Without ZeRO it sums them in the weights' type and refuses any other.

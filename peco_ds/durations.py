@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peco_ds.config import DetectRecipe, FinetuneRecipe, RunSettings, SegmentRecipe
 from peco_ds.errors import UserError
@@ -73,18 +73,52 @@ def resolve_durations(recipe, num_samples: int) -> Durations:
     )
 
 
+def mixes_pairs(recipe) -> bool:
+    """Whether the images of a pass are mixed in pairs, so that it needs an even number."""
+    if not isinstance(recipe, FinetuneRecipe):
+        return False
+    augment = recipe.augment
+    return augment.mix_probability > 0 and (augment.mixup > 0 or augment.cutmix > 0)
+
+
+def micro_batches(run: RunSettings, world_size: int, *, pairs: bool = False) -> list[int]:
+    """Numbers of images a pass that divide a rank's part of the global batch, smallest first.
+
+    [] if the ranks do not divide it.
+
+    Args:
+        pairs: even numbers alone.
+    """
+    part, left = divmod(run.global_batch, world_size)
+    if left:
+        return []
+    return [size for size in range(1, part + 1) if part % size == 0 and not (pairs and size % 2)]
+
+
+def settle_micro_batch(run: RunSettings, world_size: int, *, pairs: bool = False) -> RunSettings:
+    """The settings with the images of a pass that so many ranks take: the most, up to run.micro_batch, that divide a
+    rank's part of the global batch.
+
+    Raises: UserError if there are none.
+    """
+    fitting = [size for size in micro_batches(run, world_size, pairs=pairs) if size <= run.micro_batch]
+    if not fitting:
+        unit = world_size * (2 if pairs else 1)
+        low = run.global_batch // unit * unit
+        near = f"{low} or {low + unit}" if low else f"{unit}"
+        raise UserError(
+            f"global_batch {run.global_batch} is not a multiple of {world_size} ranks"
+            f"{' x 2 images, which mixup and cutmix pair' if pairs else ''}; use {near}, or other ranks"
+        )
+    return replace(run, micro_batch=fitting[-1])
+
+
 def micro_steps(run: RunSettings, world_size: int) -> int:
     """Gradient accumulation: forward passes a rank makes for one optimiser step.
 
-    Raises: UserError if the global batch does not divide.
+    Args:
+        run: as `settle_micro_batch` gives it for these ranks.
     """
-    per_pass = run.micro_batch * world_size
-    if run.global_batch % per_pass:
-        low = run.global_batch // per_pass * per_pass
-        near = f"{low} or {low + per_pass}" if low else f"{per_pass}"
-        raise UserError(
-            f"global_batch {run.global_batch} is not a multiple of micro_batch {run.micro_batch} x "
-            f"{world_size} ranks = {per_pass}; "
-            f"use {near}, or change run.micro_batch"
-        )
-    return run.global_batch // per_pass
+    steps, left = divmod(run.global_batch, run.micro_batch * world_size)
+    assert left == 0, (run.global_batch, run.micro_batch, world_size)
+    return steps

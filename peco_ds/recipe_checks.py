@@ -5,7 +5,8 @@ The range of a single value stands at its field (`field_marks.Bounds`); here sta
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
+from typing import TypeVar
 
 from peco_ds.config import (
     DetectRecipe,
@@ -16,13 +17,17 @@ from peco_ds.config import (
     SegmentRecipe,
     TokenizerRecipe,
     TokenizerSettings,
+    TrainingRecipe,
 )
+from peco_ds.durations import mixes_pairs, settle_micro_batch
 from peco_ds.errors import UserError
 from peco_ds.field_marks import Bounds, settings_fields
 from peco_ds.registry import OBJECTIVES, TOKENIZERS, check_options, kinds_learning_from
 from peco_ds.remote_paths import holds_credentials
 from peco_ds.schedules import images_taken
 from peco_ds.schema import short
+
+R = TypeVar("R", bound=TrainingRecipe)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -47,6 +52,16 @@ def check_recipe(recipe: Recipe) -> None:
         _check_segment(recipe)
     elif isinstance(recipe, ProbeRecipe):
         _check_probe(recipe)
+
+
+def recipe_of_ranks(recipe: R, world_size: int) -> R:
+    """The recipe with the micro-batch that so many ranks take (`settle_micro_batch`).
+
+    Raises: UserError if the ranks do not divide the global batch, or as `check_recipe`.
+    """
+    settled = replace(recipe, run=settle_micro_batch(recipe.run, world_size, pairs=mixes_pairs(recipe)))
+    check_recipe(settled)
+    return settled
 
 
 def check_bounds(settings, prefix: str = "") -> None:
@@ -219,11 +234,10 @@ def _check_variants(recipe: PretrainRecipe) -> None:
 def _check_finetune(recipe: FinetuneRecipe) -> None:
     augment = recipe.augment
     _check_crops("augment", augment)
-    mixes = augment.mix_probability > 0 and (augment.mixup > 0 or augment.cutmix > 0)
     _require(
-        not mixes or recipe.run.micro_batch % 2 == 0,
-        f"run.micro_batch {recipe.run.micro_batch} is odd: mixup and cutmix pair the images of a "
-        "pass; make it even, or set augment.mixup=0 augment.cutmix=0",
+        recipe.run.micro_batch > 1 or not mixes_pairs(recipe),
+        "run.micro_batch 1: mixup and cutmix pair the images of a pass; make it 2 or more, or set augment.mixup=0 "
+        "augment.cutmix=0",
     )
     _require(
         recipe.data.val_images != "", "data.val_images is empty; give the labelled images that top-1 is measured on"

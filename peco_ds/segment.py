@@ -66,7 +66,7 @@ def train(args, resolved) -> int:
         *(data_path(cfg.data, path) for path in (cfg.data.images, cfg.data.val_images))
     )
     with Run.start(args, resolved, "segment", images, held_out) as run:
-        check_statistics_batch(cfg, run.world.size)
+        check_statistics_batch(run.cfg.run.micro_batch, run.world.size)
         starts = cfg.init.weights and not run.resumes
         weights = read_segmenter_start(read_weights_or_segmenter, cfg.init) if starts else None
         run.record({"classes": list(classes)})
@@ -111,13 +111,13 @@ def train(args, resolved) -> int:
     return run.exit_code
 
 
-def check_statistics_batch(cfg: SegmentRecipe, world_size: int) -> None:
+def check_statistics_batch(micro_batch: int, world_size: int) -> None:
     """Raises: UserError if batch norm would see one image a pass: where a map is pooled to one place, that is one
     value.
     """
-    if cfg.run.micro_batch * world_size < 2:
+    if micro_batch * world_size < 2:
         raise UserError(
-            f"run.micro_batch {cfg.run.micro_batch} x {world_size} rank: batch norm needs two images a pass over all "
+            f"run.micro_batch {micro_batch} x {world_size} rank: batch norm needs two images a pass over all "
             "ranks; set run.micro_batch=2, or start more ranks"
         )
 

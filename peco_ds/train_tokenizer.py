@@ -9,6 +9,7 @@ The last act writes OUT/tokenizer, the release folder that tokenize_shards.py an
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def train(args, resolved) -> int:
         critic_lr = {"critic.": cfg.adversarial.lr / cfg.optim.lr}
         run.attach(model, training_flops=training_flops(cfg), lr_scales=critic_lr)
         frozen = frozen.to(world.device) if frozen else None
-        compile_frozen(frozen, cfg, world.device)
+        compile_frozen(frozen, replace(cfg, run=run.cfg.run), world.device)
         objective = build_tokenizer_objective(cfg, frozen)
         evaluation = HeldOut(held_out, run, tokenizer=tokenizer, frozen=frozen)
         evaluation.measure(run.first_step)

@@ -92,7 +92,7 @@ def main(out: Path) -> None:
         run_folder = out.parent / stage
         run_folder.mkdir()
         merged = merge_deepspeed(read_deepspeed_json(config), config, cfg.run, cfg.optim, 1)
-        run = Run(run_folder, resolved, merged, world, durations, source=str(config), fingerprint="f", num_samples=100)
+        run = Run(run_folder, cfg, merged, world, durations, source=str(config), fingerprint="f", num_samples=100)
         run.attach(model, training_flops=1.0, leaf_modules=(TransformerBlock,))
         masked = torch.tensor([[0, 3], [1, 2]])
         batch = MaskedBatch(

@@ -18,6 +18,7 @@ from peco_ds.config import (
     DataSettings,
     DetectRecipe,
     FinetuneRecipe,
+    ModelSettings,
     OptimSettings,
     PretrainRecipe,
     ProbeRecipe,
@@ -28,10 +29,11 @@ from peco_ds.config import (
 )
 from peco_ds.data_paths import data_path
 from peco_ds.deepspeed_json import DEEPSPEED_KEYS, merge_deepspeed, read_deepspeed_json
-from peco_ds.durations import micro_steps, resolve_durations
+from peco_ds.durations import micro_steps, resolve_durations, settle_micro_batch
 from peco_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
 from peco_ds.field_marks import known_keys
 from peco_ds.planner.report import dry_run_report
+from peco_ds.recipe_checks import recipe_of_ranks
 from peco_ds.recipe_files import RECIPES, find_recipe, load_recipe
 
 ENOUGH = "schedule.epochs=1"  # the one setting without a default
@@ -284,7 +286,7 @@ def test_every_shipped_recipe_loads_under_its_own_name_and_gives_a_schedule(path
         return
     durations = resolve_durations(recipe, num_samples=1_281_167)
     assert 0 <= durations.warmup_steps < durations.total_steps
-    assert micro_steps(recipe.run, 1) >= 1
+    assert recipe_of_ranks(recipe, 1).run == recipe.run
 
 
 FINETUNE_FAULTS = {
@@ -365,18 +367,42 @@ def test_a_schedule_without_a_step_and_a_warm_up_longer_than_the_run_are_refused
     )
 
 
-@given(micro_batch=st.integers(1, 300), world_size=st.integers(1, 600), global_batch=st.integers(1, 10_000))
-def test_a_batch_that_does_not_divide_names_batches_that_do(micro_batch, world_size, global_batch):
-    sizes = RunSettings(global_batch=global_batch, micro_batch=micro_batch)
-    if global_batch % (micro_batch * world_size) == 0:
-        assert micro_steps(sizes, world_size) * micro_batch * world_size == global_batch
+@given(
+    micro_batch=st.integers(2, 300),
+    world_size=st.integers(1, 600),
+    global_batch=st.integers(1, 10_000),
+    pairs=st.booleans(),
+)
+def test_a_pass_has_the_most_images_that_divide_and_a_batch_that_does_not_names_batches_that_do(
+    micro_batch, world_size, global_batch, pairs
+):
+    sizes, settle = RunSettings(global_batch=global_batch, micro_batch=micro_batch), settle_micro_batch
+    unit = 2 if pairs else 1
+    if global_batch % (world_size * unit) == 0:
+        settled = settle(sizes, world_size, pairs=pairs)
+        assert settled.micro_batch <= micro_batch and settled.micro_batch % unit == 0
+        assert micro_steps(settled, world_size) * settled.micro_batch * world_size == global_batch
+        part = global_batch // world_size
+        larger = range(settled.micro_batch + 1, min(micro_batch, part) + 1)
+        assert all(part % size or size % unit for size in larger)
         return
-    message = refusal(micro_steps, sizes, world_size)
-    assert str(global_batch) in message and str(micro_batch) in message and str(world_size) in message
+    message = refusal(lambda: settle(sizes, world_size, pairs=pairs))
+    assert str(global_batch) in message and str(world_size) in message
     usable = [int(number) for number in re.search(r"use (\d+)(?: or (\d+))?,", message).groups() if number]
     for batch in usable:
-        assert micro_steps(replace(sizes, global_batch=batch), world_size) >= 1
-    assert min(abs(batch - global_batch) for batch in usable) < micro_batch * world_size
+        assert settle(replace(sizes, global_batch=batch), world_size, pairs=pairs).micro_batch >= unit
+    assert min(abs(batch - global_batch) for batch in usable) < world_size * unit
+
+
+def test_a_pass_that_leaves_no_block_out_is_refused_for_the_ranks_that_take_it():
+    """Of 4 images a rate of 0.1 leaves out none, of the 64 that one rank would take it does."""
+    recipe = PretrainRecipe(
+        model=ModelSettings(drop_path=0.1, drop_path_by="subset"),
+        run=RunSettings(global_batch=64, micro_batch=64),
+        schedule=ScheduleSettings(epochs=1),
+    )
+    assert recipe_of_ranks(recipe, 1).run.micro_batch == 64
+    assert "of run.micro_batch 4 images" in refusal(recipe_of_ranks, recipe, 16)
 
 
 def test_a_relative_path_lies_under_the_root_and_an_absolute_one_where_it_says(tmp_path):

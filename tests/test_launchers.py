@@ -13,7 +13,7 @@ import pytest
 from peco_ds.command_line import parse_stage, stage_parser
 from peco_ds.config import DetectRecipe, FinetuneRecipe, PretrainRecipe, ProbeRecipe, SegmentRecipe, TokenizerRecipe
 from peco_ds.data.left_out import SYSTEM_FOLDERS
-from peco_ds.durations import micro_steps
+from peco_ds.recipe_checks import recipe_of_ranks
 from peco_ds.recipe_files import RECIPES, load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -176,8 +176,10 @@ def test_the_batch_of_a_training_launchers_recipe_divides_by_its_gpus(path):
     stage, recipe = re.search(r"peco_ds/(\w+)\.py\" --recipe (\w+)", path.read_text()).groups()
     found = directives(path)
     needs = {TokenizerRecipe: ["perceptual.weight=0"]}.get(RECIPE_TYPES[stage], [])
-    run = load_recipe(RECIPE_TYPES[stage], recipe, needs).recipe.run
-    assert micro_steps(run, int(found["--nodes"]) * int(found["--gpus-per-node"])) >= 1
+    whole, ranks = load_recipe(RECIPE_TYPES[stage], recipe, needs).recipe, int(found["--nodes"])
+    ranks *= int(found["--gpus-per-node"])
+    taken = recipe_of_ranks(whole, ranks).run.micro_batch
+    assert taken == min(whole.run.micro_batch, whole.run.global_batch // ranks)
 
 
 def test_an_array_launcher_writes_a_log_for_each_task():

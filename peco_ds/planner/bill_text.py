@@ -144,9 +144,8 @@ def _notes(bill: Bill, made: Sequence[Estimate]) -> list[str]:
                 f"* {name}: data run short: {each.loader_cores:.0f} cores a node would feed "
                 f"{each.computed_images_s():,.0f} images/s; {_more_cores(each)}"
             )
-        if stage.trains and each.micro_batch < asked:
-            why = "which does not fit" if each.room.largest_micro_batch < asked else "which does not divide"
-            notes.append(f"  {name}: run.micro_batch={each.micro_batch} in place of {asked}, {why}")
+        if stage.trains and each.micro_batch < asked and each.room.largest_micro_batch < asked:
+            notes.append(f"  {name}: run.micro_batch={each.micro_batch} in place of {asked}, which does not fit")
         unknown = frozen_of_unknown_cost(each.stage.recipe) if each.stage.kind == "tokenizer" else ""
         if unknown:
             notes.append(f"  {name}: what its {unknown} costs is not known; neither its memory nor its time is counted")

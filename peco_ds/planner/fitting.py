@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Literal
 
 from peco_ds.deepspeed_json import DS_CONFIGS, merge_deepspeed, read_deepspeed_json
+from peco_ds.durations import micro_batches
 from peco_ds.errors import UserError
 from peco_ds.planner.hardware import GIB, Hardware
 from peco_ds.planner.memory import GpuMemory, gpu_memory, offload_device, zero_stage
@@ -125,10 +126,7 @@ def shares(stage: Stage, gpus: int) -> list[int]:
 
     [] if the GPUs do not divide it.
     """
-    part, left = divmod(stage.run.global_batch, gpus)
-    if left:
-        return []
-    return [size for size in range(1, part + 1) if part % size == 0 and not (stage.mixes and size % 2)]
+    return micro_batches(stage.run, gpus, pairs=stage.mixes)
 
 
 def gpus_that_divide(stage: Stage, gpus: int, hardware: Hardware) -> int:

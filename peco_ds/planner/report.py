@@ -14,7 +14,7 @@ from peco_ds.config import (
     TokenizerRecipe,
     TokenizerSettings,
 )
-from peco_ds.durations import micro_steps
+from peco_ds.durations import settle_micro_batch
 from peco_ds.errors import UserError
 from peco_ds.planner import detection
 from peco_ds.planner.bill_text import aligned, figure, images_of, labelled, ranged
@@ -292,7 +292,7 @@ def _memory_lines(planned: Stage, ds_config: dict) -> list[str]:
     The same figures as plan.py has for the recipe's micro-batch.
     """
     run, hardware = planned.run, find_hardware(HARDWARE)
-    accumulation = {world_size: _accumulation(run, world_size) for world_size in WORLD_SIZES}
+    taken = {world_size: _micro_batch(planned, world_size) for world_size in WORLD_SIZES}
     found = {
         (world_size, stage): room(
             planned, hardware, world_size, DeepSpeedChoice("the DeepSpeed JSON", _with_stage(ds_config, stage, run))
@@ -304,22 +304,21 @@ def _memory_lines(planned: Stage, ds_config: dict) -> list[str]:
     names = ["weights", "gradients", "optimiser", "buffers", "other", "state", "activations", "total"]
     names += ["host"] if offloads else []
     lines = [
-        f"memory a GPU in GiB, {run.precision}, micro-batch {run.micro_batch}, activation checkpointing "
-        f"{run.activation_checkpointing}; * is the DeepSpeed JSON's stage; other: {RESERVED_BYTES / GIB:g} for context "
-        f"and communicators, and what ZeRO does not divide; activations with {FRAGMENTATION - 1:.0%} lost in the "
-        "allocator",
-        f"{'GPUs':>6} {'ZeRO':>5} {'accumulation':>12}" + "".join(f" {name:>11}" for name in names),
+        f"memory a GPU in GiB, {run.precision}, micro-batch {run.micro_batch} at most, activation checkpointing "
+        f"{run.activation_checkpointing}; * is the DeepSpeed JSON's stage; passes: their images x number a step; other: "
+        f"{RESERVED_BYTES / GIB:g} for context and communicators, and what ZeRO does not divide; activations with "
+        f"{FRAGMENTATION - 1:.0%} lost in the allocator",
+        f"{'GPUs':>6} {'ZeRO':>5} {'passes':>12}" + "".join(f" {name:>11}" for name in names),
     ]
     for (world_size, stage), each in found.items():
         mark = "*" if stage == zero_stage(ds_config) else " "
-        values = "".join(f" {value / GIB:>11.2f}" for value in _columns(each, run.micro_batch, offloads))
-        lines.append(f"{world_size:>6} {stage:>4}{mark} {accumulation[world_size]:>12}{values}")
-    indivisible = " or ".join(str(world_size) for world_size, steps in accumulation.items() if steps == "-")
+        micro_batch = taken[world_size] or run.micro_batch
+        values = "".join(f" {value / GIB:>11.2f}" for value in _columns(each, micro_batch, offloads))
+        passes = f"{micro_batch}x{run.global_batch // (micro_batch * world_size)}" if taken[world_size] else "-"
+        lines.append(f"{world_size:>6} {stage:>4}{mark} {passes:>12}{values}")
+    indivisible = " or ".join(str(world_size) for world_size, size in taken.items() if not size)
     if indivisible:
-        lines.append(
-            f"- : global_batch {run.global_batch} is not a multiple of micro_batch {run.micro_batch} x {indivisible} "
-            "GPUs; such a run needs another run.micro_batch"
-        )
+        lines.append(f"- : global_batch {run.global_batch} is not a multiple of {indivisible} GPUs")
     return lines
 
 
@@ -340,11 +339,12 @@ def _with_stage(ds_config: dict, stage: int, run: RunSettings) -> dict:
     return changed
 
 
-def _accumulation(run: RunSettings, world_size: int) -> str:
+def _micro_batch(planned: Stage, world_size: int) -> int:
+    """Images of a pass on so many GPUs. 0: they do not divide the global batch."""
     try:
-        return str(micro_steps(run, world_size))
+        return settle_micro_batch(planned.run, world_size, pairs=planned.mixes).micro_batch
     except UserError:
-        return "-"
+        return 0
 
 
 def _time_lines(planned: Stage, ds_config: dict) -> list[str]:

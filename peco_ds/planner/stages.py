@@ -16,7 +16,7 @@ from peco_ds.config import (
     TokenizerRecipe,
     TokenizerSettings,
 )
-from peco_ds.durations import Durations, resolve_durations
+from peco_ds.durations import Durations, mixes_pairs, resolve_durations
 from peco_ds.errors import UserError
 from peco_ds.planner import detection
 from peco_ds.planner.dense import segment_activation_bytes, segment_segments
@@ -234,10 +234,7 @@ class Stage:
     @property
     def mixes(self) -> bool:
         """Whether the images of a pass are mixed in pairs, so that it needs an even number."""
-        if self.kind != "fine-tuning":
-            return False
-        augment = self.recipe.augment
-        return augment.mix_probability > 0 and (augment.mixup > 0 or augment.cutmix > 0)
+        return mixes_pairs(self.recipe)
 
 
 def stage_of(recipe: Recipe, num_samples: int = IMAGENET_1K_TRAIN, **more) -> Stage:

@@ -41,6 +41,7 @@ from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
 from peco_ds.durations import Durations, micro_steps, resolve_durations
 from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from peco_ds.planner import mfu
+from peco_ds.recipe_checks import recipe_of_ranks
 from peco_ds.recipe_files import Resolved
 from peco_ds.runtime.attention_choice import settle_attention
 from peco_ds.runtime.checkpoint.files import list_checkpoints
@@ -64,15 +65,16 @@ logger = logging.getLogger("peco_ds")
 class Run:
     """One training run of any stage, on this rank.
 
-    Attributes after `start`: `cfg` (the recipe), `out`, `world`, `durations`, `bad_images`, and `resumes`: whether
-    there are checkpoints that this start continues. After `attach` also `engine`, `ema` (None where none is kept),
-    `meter`, `first_step`. In the loop `stopping`: whether the run was asked to stop.
+    Attributes after `start`: `cfg` (the recipe, with the micro-batch that these ranks take), `out`, `world`,
+    `durations`, `bad_images`, and `resumes`: whether there are checkpoints that this start continues. After `attach`
+    also `engine`, `ema` (None where none is kept), `meter`, `first_step`. In the loop `stopping`: whether the run was
+    asked to stop.
     """
 
     def __init__(
         self,
         out: Path,
-        resolved: Resolved[TrainingRecipe],
+        cfg: TrainingRecipe,
         ds_config: dict,
         world: World,
         durations: Durations,
@@ -89,7 +91,7 @@ class Run:
             fingerprint, num_samples: of the images that an epoch reads.
         """
         self.out, self.world, self.durations, self.resumes = out, world, durations, resumes
-        self.cfg = resolved.recipe
+        self.cfg = cfg
         self.bad_images = BadImages(self.cfg.data.max_bad_share)
         self.first_step, self.stopping = 0, False
         self._ds_config, self._source = ds_config, source
@@ -124,12 +126,15 @@ class Run:
         START_UP.ends("ranks")
         check_shared(world, *(opened.shards for opened in (images, *measured_on)))
         START_UP.ends("data")
+        cfg = recipe_of_ranks(cfg, world.size)
         ds_config = merge_deepspeed(ds_config, args.deepspeed_config, cfg.run, cfg.optim, world.size)
         open_run_folder(args.out, stage, resolved, ds_config, world)
         log_to(args.out, world.rank)
+        if world.is_main and cfg.run.micro_batch < resolved.recipe.run.micro_batch:
+            logger.info("%d images a pass, which divide the part of %d ranks", cfg.run.micro_batch, world.size)
         run = cls(
             args.out,
-            resolved,
+            cfg,
             ds_config,
             world,
             durations,
