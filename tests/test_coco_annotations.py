@@ -6,10 +6,11 @@ import tarfile
 
 import numpy as np
 import pytest
-from drawn_objects import draw_objects, pack
+from drawn_objects import pack
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from benchmarks.drawing import draw_objects
 from peco_ds.data.coco_annotations import _runs_of_text, masks_of, read_coco
 from peco_ds.data.objects import ObjectSet, object_sets
 from peco_ds.errors import UserError

@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 from conftest import REPOSITORY, run_stage
-from drawn_objects import DISC, RECTANGLE, make_drawn_sets
+from drawn_objects import make_drawn_sets
 from PIL import Image
 
+from benchmarks.drawing import DISC, RECTANGLE
 from peco_ds import convert_checkpoint, evaluate
 from peco_ds.config import DetectRecipe
 from peco_ds.data.objects import ObjectSet, object_batches

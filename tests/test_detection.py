@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from drawn_objects import draw_objects, pack
+from drawn_objects import pack
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from benchmarks.drawing import draw_objects
 from peco_ds.config import ObjectAugmentSettings
 from peco_ds.data.objects import PADDING, ObjectSet, detection_batches
 from peco_ds.errors import UserError

@@ -305,7 +305,7 @@ def _memory_lines(planned: Stage, ds_config: dict) -> list[str]:
     names += ["host"] if offloads else []
     lines = [
         f"memory a GPU in GiB, {run.precision}, micro-batch {run.micro_batch} at most, activation checkpointing "
-        f"{run.activation_checkpointing}; * is the DeepSpeed JSON's stage; passes: their images x number a step; other: "
+        f"{run.activation_checkpointing}; * is the DeepSpeed JSON's stage; passes: images x number a step; other: "
         f"{RESERVED_BYTES / GIB:g} for context and communicators, and what ZeRO does not divide; activations with "
         f"{FRAGMENTATION - 1:.0%} lost in the allocator",
         f"{'GPUs':>6} {'ZeRO':>5} {'passes':>12}" + "".join(f" {name:>11}" for name in names),
