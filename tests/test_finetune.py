@@ -428,7 +428,8 @@ def test_a_checkpoint_that_was_moved_elsewhere_is_still_a_start(runs, tmp_path):
 
 
 def test_an_odd_micro_batch_cannot_be_mixed(labelled_sets, tmp_path):
-    assert "even" in refusal(start(labelled_sets, tmp_path / "out", "run.micro_batch=3", "run.global_batch=6"))
+    assert "2 or more" in refusal(start(labelled_sets, tmp_path / "out", "run.micro_batch=1", "run.global_batch=6"))
+    assert "use 6 or 8" in refusal(start(labelled_sets, tmp_path / "out", "run.micro_batch=4", "run.global_batch=7"))
 
 
 def test_a_dry_run_without_images_counts_the_full_size_model(capsys):

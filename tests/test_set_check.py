@@ -66,3 +66,18 @@ def test_a_stage_refuses_a_tar_that_was_made_anew_before_it_writes_anything(
     with pytest.raises(UserError, match=rf"{changed.name}: .*(changed|were indexed).* back, or index|again, or index"):
         main(arguments_of(stage, indexed, tmp_path / "out", small_sets))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changed", [("train", "longer"), ("val", "longer")], indirect=True, ids=lambda how: " ".join(how)
+)
+@pytest.mark.parametrize("stage", ["finetune", "train_tokenizer", "pretrain"])
+def test_a_dry_run_names_it_too(stage, indexed, changed, tmp_path, small_sets, capsys):
+    main = importlib.import_module(f"peco_ds.{stage}").main
+    arguments = [*arguments_of(stage, indexed, tmp_path / "out", small_sets), "--dry_run"]
+    if changed.parent.name == "val" and stage != "finetune":
+        # They read no such set.
+        assert main(arguments) == 0
+        return
+    with pytest.raises(UserError, match=changed.name):
+        main(arguments)
