@@ -44,6 +44,9 @@ _CONNECT_S, _SILENCE_S = 10, 30
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 15.0
 # Repeating a request does not help against these.
 _FINAL_STATUS = frozenset({400, 405, 410, 414, 501})
+# Every file system that was opened. A forked loader process that drops its parent's closes the connections, which takes
+# them from the list of what the parent waits for: the two share it, and the parent would not see its next answer.
+_held: dict[int, object] = {}
 
 
 def is_url(text: str) -> bool:
@@ -280,7 +283,9 @@ class RemotePath:
 
         package, extra = _EXTRAS.get(self.protocol, ("", ""))
         try:
-            return fsspec.core.url_to_fs(self.url, **_options(self.protocol))
+            store, place = fsspec.core.url_to_fs(self.url, **_options(self.protocol))
+            _held[id(store)] = store
+            return store, place
         except ImportError:
             named = f"pip install {package or 'the package that fsspec names for it'}"
             remedy = f"pip install 'peco_ds[{extra}]', or {named}" if extra else named
