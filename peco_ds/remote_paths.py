@@ -74,6 +74,20 @@ class Access:
     staged: bool = False
 
 
+# Of the recipe that this process runs, for the tars that a set on a disk names in a store.
+_access = Access()
+
+
+def use_access(access: Access) -> None:
+    """Read stores so wherever nothing else is said; loader processes inherit it."""
+    global _access
+    _access = access
+
+
+def usual_access() -> Access:
+    return _access
+
+
 class RemoteStatus(NamedTuple):
     """What a store tells of a file."""
 
@@ -241,13 +255,14 @@ class RemotePath:
                 return call()
             except UserError:
                 raise
-            except FileNotFoundError as error:
-                if missing_is_final:
-                    raise FileNotFoundError(2, "no such file", str(self)) from None
-                reason = _reason(error)
-            except Exception as error:
+            except Exception as caught:
                 # Each library has errors of its own, and not all of them are OSErrors.
-                self._refuse_final(error)
+                error = _cause_of(caught)
+                if isinstance(error, FileNotFoundError):
+                    if missing_is_final:
+                        raise FileNotFoundError(2, "no such file", str(self)) from None
+                else:
+                    self._refuse_final(error)
                 reason = _reason(error)
             left_s = end - time.monotonic()
             if left_s <= 0:
@@ -324,7 +339,7 @@ def parse_url(text: str, access: Access | None = None) -> Place:
     if not place.strip("/") or ".." in place.split("/"):
         fault = "leads out of its folder by '..'" if place else "names no place"
         raise UserError(f"{shown}: {fault}; write the address out, as s3://bucket/folder")
-    return RemotePath(protocol, place, query, access or Access())
+    return RemotePath(protocol, place, query, access or _access)
 
 
 def place_of(path: str | Place, access: Access | None = None) -> Place:
@@ -421,8 +436,23 @@ def _status_of(info: dict) -> RemoteStatus:
 def _or_missing(call: Callable[[], T]) -> T | None:
     try:
         return call()
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if _cause_of(error) is not error:
+            raise
         return None
+
+
+def _cause_of(error: Exception) -> Exception:
+    """The error; of fsspec's "no such file" what it stands for: it says so of a web server that fails or is away too."""
+    cause = error.__cause__
+    if (
+        not isinstance(error, FileNotFoundError)
+        or not isinstance(cause, Exception)
+        or isinstance(cause, FileNotFoundError)
+        or _http_status(cause) in (404, 410)
+    ):
+        return error
+    return cause if isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp") else error
 
 
 def _http_status(error: Exception) -> int | None:
