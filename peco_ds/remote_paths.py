@@ -217,6 +217,19 @@ class RemotePath:
 
         return self.request(read, missing_is_final=False)
 
+    def download(self, local: Path) -> None:
+        """Raises: FileNotFoundError; StoreFault, UserError as `request`; OSError of the disk."""
+        store, place = self._store()
+        expected = self.status().st_size
+
+        def fetch() -> None:
+            store.get_file(place, str(local))
+            size = local.stat().st_size
+            if expected >= 0 and size != expected:
+                raise _Faulty(f"{size} of {expected} bytes came")
+
+        self.request(fetch)
+
     # ---------------------------------------------------------------------------------------- writing
 
     def write_bytes(self, data: bytes) -> None:
@@ -367,12 +380,41 @@ def local_folder(folder: Place, names: tuple[str, ...]) -> Path:
     return _copies_of(folder.url)
 
 
+# Files of releases (convert/, models/tokenizers.py, and what others release with theirs), for stores that list nothing.
+_OF_RELEASES = (
+    *("config.json", "model.safetensors", "mim_head.safetensors", "model.pth", "pytorch_model.bin"),
+    *("preprocessor_config.json", "open_clip_config.json", "open_clip_model.safetensors"),
+    *("open_clip_pytorch_model.bin", "tokenizer.json", "tokenizer.safetensors", "README.md"),
+)
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin")
+
+
+def local_release(place: Place) -> Path:
+    """Weights or a release folder as a path of this machine; of a store, a copy that lives as long as this process.
+
+    Raises: UserError if nothing is there, or as `RemotePath.request`; StoreFault.
+    """
+    if isinstance(place, Path):
+        return place
+    is_file = place.name.endswith(_WEIGHTS)
+    folder = place.parent if is_file else place
+    listing = folder.listing()
+    names = [name for name in _OF_RELEASES if listing is None or name in listing]
+    if is_file:
+        # A config beside a file tells what the file does not.
+        names = [name for name in names if name.endswith(".json")] + [place.name]
+    copies = local_folder(folder, tuple(names))
+    found = copies / place.name if is_file else copies
+    if not found.exists():
+        raise UserError(f"{place}: no weights and no release there; correct the address")
+    return found
+
+
 @cache
 def _copy_of(path: RemotePath, _url: str) -> Path:
     copy = _copies_of(path.parent.url) / path.name
-    data = path.read_bytes()
     copy.parent.mkdir(exist_ok=True)
-    copy.write_bytes(data)
+    path.download(copy)
     return copy
 
 
@@ -443,7 +485,7 @@ def _or_missing(call: Callable[[], T]) -> T | None:
 
 
 def _cause_of(error: Exception) -> Exception:
-    """The error; of fsspec's "no such file" what it stands for: it says so of a web server that fails or is away too."""
+    """The error; of fsspec's "no such file" what it stands for: a web server that fails or is away is called so too."""
     cause = error.__cause__
     if (
         not isinstance(error, FileNotFoundError)

@@ -151,6 +151,8 @@ def s3_server(bucket: str) -> Iterator[str]:
     try:
         import s3fs
 
+        # One of an earlier server knows another port.
+        s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir(bucket)
         yield f"s3://{bucket}"
     finally:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from peco_ds.runtime.distributed import local_size, _translate_environment
+from peco_ds.runtime.distributed import _translate_environment, local_size
 
 SLURM = {
     "SLURM_JOB_ID": "77",

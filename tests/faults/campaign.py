@@ -5,7 +5,8 @@ Long version, on two cores about ten minutes:
     python -m tests.faults.campaign --kills 120 --seed 0 --out report.md
 
 Runs are started, killed, stopped, stalled, fed with NaN, their disks filled, their checkpoints damaged and their sets
-read from a server that fails; each is started again until it is done. After every start the judge looks at the run folder alone:
+read from a server that fails; each is started again until it is done. After every start the judge looks at the run
+folder alone:
 
 - a committed checkpoint (renamed, with its manifest) still verifies, unless the plan damaged it or retention removed
 it;
