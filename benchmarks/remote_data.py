@@ -199,9 +199,10 @@ def measure(args: argparse.Namespace) -> str:
 
 def epochs(args: argparse.Namespace, overrides: list[str], folder: Path, server: Server) -> dict[str, Epochs]:
     found = {way: Epochs() for way in WAYS}
-    warm, number = folder / "warm", 0
-    for counted, way in by_turns(WAYS, args.rounds):
-        number += 1
+    warm = folder / "warm"
+    # The first epoch fills the warm cache, and brings the sets into the page cache.
+    turns = [(False, WARM), *by_turns(WAYS, args.rounds, warm_up=0)]
+    for number, (counted, way) in enumerate(turns):
         root = folder / "sets" if way == DISK else server.url
         cold = folder / f"cold_{number}"
         cache = {COLD: str(cold), WHOLE: str(cold), WARM: str(warm)}.get(way, "")
@@ -220,7 +221,6 @@ def epochs(args: argparse.Namespace, overrides: list[str], folder: Path, server:
         ]
         told = json.loads(call(command, dict(os.environ)).strip().splitlines()[-1])
         shutil.rmtree(cold, ignore_errors=True)
-        # the first turn of the warm one fills it, and is not counted
         if counted:
             one = found[way]
             one.images_s.append(told["images"] / told["seconds"])

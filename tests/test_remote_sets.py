@@ -564,3 +564,14 @@ def test_a_cache_that_fills_up_costs_time_and_no_run(server, local, tmp_path, mo
     monkeypatch.setattr("peco_ds.data.remote_tar.os.pwrite", full)
     assert_same(seen(batches(recipe_at(server.url, f"data.cache={tmp_path}/cache"))), local)
     assert "No space left on device; what is read is not kept" in caplog.text
+
+
+def test_a_read_only_cache_is_named_at_the_start(server, tmp_path, monkeypatch):
+    images, _ = open_sets(recipe_at(server.url, f"data.cache={tmp_path}/cache"))
+
+    def read_only(self, *_args, **_options):
+        raise OSError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr("peco_ds.data.range_cache.RangeCache.__init__", read_only)
+    with pytest.raises(UserError, match="data.cache .*Read-only file system; give a folder that can be written"):
+        check_alone(images)

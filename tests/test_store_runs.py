@@ -1,5 +1,5 @@
-"""Whole stages on an S3 store: packed and tokenized there, pre-trained from there on two ranks, stopped and continued on
-two and on one. Losses and weights are those of the disk, and no record holds a credential.
+"""Whole stages on an S3 store: packed and tokenized there, pre-trained from there on two ranks, stopped and continued
+on two and on one. Losses and weights are those of the disk, and no record holds a credential.
 """
 
 from __future__ import annotations
