@@ -81,7 +81,9 @@ def requests_of(stored: StoredSet, batch: int, window_shards: int) -> tuple[floa
     reach = 1 + int(GAP_BYTES / stored.sample_bytes)
     alone, gap_bytes = 1.0, 0.0
     for places in range(1, reach + 1):
-        gap_bytes += alone * share * (places - 1) * stored.sample_bytes
+        # Of the samples of a shard, so many have none so far before them.
+        inner = max(0.0, 1 - places * stored.shards / stored.samples)
+        gap_bytes += alone * share * (places - 1) * stored.sample_bytes * inner
         alone *= 1 - share
     size = stored.samples * (stored.sample_bytes + gap_bytes)
     # The first samples of a shard have fewer before them.
