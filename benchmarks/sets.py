@@ -81,9 +81,9 @@ def evenly_spread(total: int, count: int) -> list[int]:
     return [number * total // count for number in range(count)]
 
 
-def pack(files: Path, out: Path, short_side: int = 0) -> Path:
+def pack(files: Path, out: Path, short_side: int = 0, *, samples_per_shard: int = 500) -> Path:
     """Image shards of a folder of images."""
-    size = ["--short_side", short_side, "--samples_per_shard", 500, "--workers", 1]
+    size = ["--short_side", short_side, "--samples_per_shard", samples_per_shard, "--workers", 1]
     command = [sys.executable, STAGES / "pack_images.py", "--images", files, "--out", out, *size]
     call(command, {**os.environ, "OMP_NUM_THREADS": "1"})
     return out

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from peco_ds.config import NO_CACHE, DataSettings
-from peco_ds.remote_paths import Access, Place, is_url, local_folder, parse_url
+from peco_ds.remote_paths import Access, Place, is_url, local_folder, parse_url, use_access
 from peco_ds.user_paths import expand, expand_path
 
 # Files of a tokenizer's release (models/tokenizers.py).
@@ -20,6 +20,7 @@ def data_path(data: DataSettings, value: str) -> Place:
 
     Raises: UserError for a variable that is not set, a URL that is none, or a path that leads out of a store.
     """
+    use_access(access_of(data))
     root, value = expand(data.root), expand(value)
     if is_url(value):
         return parse_url(value, access_of(data))

@@ -24,9 +24,11 @@ if __package__ in (None, ""):
     # Started by path: Python's path needs the package's parent, not the package's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from peco_ds.command_line import Parser, run, user_path, user_text
-from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError, shown_command
+from peco_ds.command_line import Parser, run, user_path, user_place, user_text
+from peco_ds.errors import EXIT_DONE, EXIT_REQUEUE, UserError, redact, shown_command
 from peco_ds.own_files import ATLAS, check_output, own_json, write_own_json
+from peco_ds.remote_paths import is_url
+from peco_ds.user_paths import released_path
 
 # Options that only a classifier has a use for, only a segmenter, only a tokenizer; all are None unless given.
 OF_CLASSIFIERS = ("crop", "attack", "epsilon", "steps", "step_size")
@@ -40,6 +42,10 @@ RESULT = own_json("evaluate", "target", "kind", "settings", "command", "commit",
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     check(args)
+    args.shown_target = redact(args.target)
+    for name in ("target", "classifier"):
+        if is_url(getattr(args, name) or ""):
+            setattr(args, name, str(released_path(getattr(args, name))))
     tokenizer = find_tokenizer(Path(args.target))
     dense = None if tokenizer else find_dense(Path(args.target))
     if dense is None:
@@ -82,7 +88,7 @@ def arguments() -> Parser:
     )
     parser.add_argument(
         "--images",
-        type=user_path,
+        type=user_place,
         required=True,
         metavar="FOLDER",
         help="image set (pack_images.py) to measure on; labelled for a classifier, with maps for a segmenter, with "
@@ -303,11 +309,14 @@ def tell(args, result: dict, line: str) -> None:
     """
     from peco_ds.runtime.run_folder import commit, versions
 
+    # The place of a copy says nothing.
+    line = line.replace(args.target, args.shown_target)
+    result |= {"source": result["source"].replace(args.target, args.shown_target)} if "source" in result else {}
     sys.stdout.write(line)
     sys.stdout.flush()
     result["settings"]["weights"] = args.weights
     provenance = {"command": shown_command(), "commit": commit(), "versions": versions()}
-    record = {"target": args.target, **result, **provenance}
+    record = {"target": args.shown_target, **result, **provenance}
     try:
         write_own_json(args.out, RESULT, record)
     except (OSError, UserError):

@@ -20,6 +20,7 @@ from peco_ds.command_line import Parser, run, user_path
 from peco_ds.data_paths import data_path
 from peco_ds.errors import EXIT_DONE, UserError
 from peco_ds.own_files import check_output, own_json, own_png, png_text, write_own_json, written_whole
+from peco_ds.user_paths import expand
 
 BILLS = own_json("plan", "recipe", "samples", "bills", "assumptions")
 SCALING = own_png("plan")
@@ -37,6 +38,7 @@ SAMPLES = "images of the training set (default: those of data.images where it is
 FINETUNE_SAMPLES = "labelled images of the fine-tunings (default: as many)"
 VAL_SAMPLES = "images that a classifier is measured on (default: ImageNet-1K's 50,000)"
 BAD_NODE = "also say how much longer a step takes when one node computes slowly or has a slow network"
+STORE = "also say what an epoch asks of an object store: requests and bytes (by itself where data lie at a URL)"
 OVERRIDES = "settings over the recipe's, or over those of another recipe of the chain"
 NO_SIMULATION = (
     "--simulate: steps are no longer played rank by rank (closed form and simulation differed by at most 1.8 %: "
@@ -57,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--finetune_samples", type=_count, help=FINETUNE_SAMPLES)
     add("--val_samples", type=_count, default=None, help=VAL_SAMPLES)
     add("--bad_node", action="store_true", help=BAD_NODE)
+    add("--store", action="store_true", help=STORE)
     add("--simulate", action="store_true", help=argparse.SUPPRESS)
     add("--json", type=user_path, default=None, metavar="FILE", help="also write all numbers")
     add("--plot", type=user_path, metavar="FILE.png", help="also draw images/s and days over the GPU counts")
@@ -100,6 +103,7 @@ def plan(args) -> int:
         if path is not None:
             check_output(path, own, f"--{option}")
     chain, assumed = _chain(args)
+    stored = _stored(args, chain.main)
     asked = _asked_json(args.deepspeed_config, chain.main) if args.deepspeed_config else None
     for machine in machines:
         for count in args.gpus:
@@ -113,6 +117,12 @@ def plan(args) -> int:
         sys.stderr.write(NO_SIMULATION)
     if args.bad_node or args.simulate:
         lines += ["", *(line for bill in bills for line in bad_node_lines(bill))]
+    if stored:
+        from peco_ds.planner.store_costs import store_facts, store_lines
+
+        sets, guessed = stored
+        for bill in bills:
+            lines += ["", *store_lines(bill.main, sets, assumed=guessed)]
     lines += ["", "On these assumptions (slow, typical, fast where there are three):", *assumptions]
     sys.stdout.write("\n".join(lines) + "\n")
     if args.json:
@@ -122,6 +132,8 @@ def plan(args) -> int:
             "bills": [bill_facts(bill) for bill in bills],
             "assumptions": [line.strip() for line in assumptions],
         }
+        if stored:
+            facts["store"] = [store_facts(bill.main, stored[0]) for bill in bills]
         write_own_json(args.json, BILLS, facts)
     if args.plot:
         scaling_plot(args.plot, bills)
@@ -147,6 +159,29 @@ def _chain(args):
     elif samples < 1:
         raise UserError(f"--samples {samples}: at least 1 image")
     return read_chain(args.recipe, args.overrides, num_samples=samples, **named), False
+
+
+def _stored(args, main):
+    """The sets of the main stage as they are read from a store, and whether their sizes are guesses; None where nobody
+    asked and nothing lies in a store.
+    """
+    from peco_ds.planner.store_costs import assumed_sets, set_of
+    from peco_ds.remote_paths import is_url
+    from peco_ds.schema import ImageManifest, TokenManifest, read_manifest
+
+    data = main.recipe.data
+    sets = assumed_sets(main)
+    places = {"images": (data.images, ImageManifest), "tokens": (data.tokens, TokenManifest)}
+    if not args.store and not any(is_url(expand(value)) for value in (data.root, *(places[s.name][0] for s in sets))):
+        return None
+    if args.samples is not None:
+        return sets, True
+    found = []
+    for assumed in sets:
+        value, kind = places[assumed.name]
+        place = data_path(data, value)
+        found.append(set_of(assumed.name, read_manifest(place, kind)) if place.exists() else None)
+    return [known or assumed for known, assumed in zip(found, sets)], None in found
 
 
 def _asked_json(path: str, main):

@@ -44,6 +44,9 @@ _CONNECT_S, _SILENCE_S = 10, 30
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 15.0
 # Repeating a request does not help against these.
 _FINAL_STATUS = frozenset({400, 405, 410, 414, 501})
+# Every file system that was opened. A forked loader process that drops its parent's closes the connections, which takes
+# them from the list of what the parent waits for: the two share it, and the parent would not see its next answer.
+_held: dict[int, object] = {}
 
 
 def is_url(text: str) -> bool:
@@ -69,6 +72,20 @@ class Access:
     retry_s: float = 120.0
     requests: int = 8
     staged: bool = False
+
+
+# Of the recipe that this process runs, for the tars that a set on a disk names in a store.
+_access = Access()
+
+
+def use_access(access: Access) -> None:
+    """Read stores so wherever nothing else is said; loader processes inherit it."""
+    global _access
+    _access = access
+
+
+def usual_access() -> Access:
+    return _access
 
 
 class RemoteStatus(NamedTuple):
@@ -200,6 +217,19 @@ class RemotePath:
 
         return self.request(read, missing_is_final=False)
 
+    def download(self, local: Path) -> None:
+        """Raises: FileNotFoundError; StoreFault, UserError as `request`; OSError of the disk."""
+        store, place = self._store()
+        expected = self.status().st_size
+
+        def fetch() -> None:
+            store.get_file(place, str(local))
+            size = local.stat().st_size
+            if expected >= 0 and size != expected:
+                raise _Faulty(f"{size} of {expected} bytes came")
+
+        self.request(fetch)
+
     # ---------------------------------------------------------------------------------------- writing
 
     def write_bytes(self, data: bytes) -> None:
@@ -238,13 +268,14 @@ class RemotePath:
                 return call()
             except UserError:
                 raise
-            except FileNotFoundError as error:
-                if missing_is_final:
-                    raise FileNotFoundError(2, "no such file", str(self)) from None
-                reason = _reason(error)
-            except Exception as error:
+            except Exception as caught:
                 # Each library has errors of its own, and not all of them are OSErrors.
-                self._refuse_final(error)
+                error = _cause_of(caught)
+                if isinstance(error, FileNotFoundError):
+                    if missing_is_final:
+                        raise FileNotFoundError(2, "no such file", str(self)) from None
+                else:
+                    self._refuse_final(error)
                 reason = _reason(error)
             left_s = end - time.monotonic()
             if left_s <= 0:
@@ -280,7 +311,9 @@ class RemotePath:
 
         package, extra = _EXTRAS.get(self.protocol, ("", ""))
         try:
-            return fsspec.core.url_to_fs(self.url, **_options(self.protocol))
+            store, place = fsspec.core.url_to_fs(self.url, **_options(self.protocol))
+            _held[id(store)] = store
+            return store, place
         except ImportError:
             named = f"pip install {package or 'the package that fsspec names for it'}"
             remedy = f"pip install 'peco_ds[{extra}]', or {named}" if extra else named
@@ -319,7 +352,7 @@ def parse_url(text: str, access: Access | None = None) -> Place:
     if not place.strip("/") or ".." in place.split("/"):
         fault = "leads out of its folder by '..'" if place else "names no place"
         raise UserError(f"{shown}: {fault}; write the address out, as s3://bucket/folder")
-    return RemotePath(protocol, place, query, access or Access())
+    return RemotePath(protocol, place, query, access or _access)
 
 
 def place_of(path: str | Place, access: Access | None = None) -> Place:
@@ -347,12 +380,41 @@ def local_folder(folder: Place, names: tuple[str, ...]) -> Path:
     return _copies_of(folder.url)
 
 
+# Files of releases (convert/, models/tokenizers.py, and what others release with theirs), for stores that list nothing.
+_OF_RELEASES = (
+    *("config.json", "model.safetensors", "mim_head.safetensors", "model.pth", "pytorch_model.bin"),
+    *("preprocessor_config.json", "open_clip_config.json", "open_clip_model.safetensors"),
+    *("open_clip_pytorch_model.bin", "tokenizer.json", "tokenizer.safetensors", "README.md"),
+)
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin")
+
+
+def local_release(place: Place) -> Path:
+    """Weights or a release folder as a path of this machine; of a store, a copy that lives as long as this process.
+
+    Raises: UserError if nothing is there, or as `RemotePath.request`; StoreFault.
+    """
+    if isinstance(place, Path):
+        return place
+    is_file = place.name.endswith(_WEIGHTS)
+    folder = place.parent if is_file else place
+    listing = folder.listing()
+    names = [name for name in _OF_RELEASES if listing is None or name in listing]
+    if is_file:
+        # A config beside a file tells what the file does not.
+        names = [name for name in names if name.endswith(".json")] + [place.name]
+    copies = local_folder(folder, tuple(names))
+    found = copies / place.name if is_file else copies
+    if not found.exists():
+        raise UserError(f"{place}: no weights and no release there; correct the address")
+    return found
+
+
 @cache
 def _copy_of(path: RemotePath, _url: str) -> Path:
     copy = _copies_of(path.parent.url) / path.name
-    data = path.read_bytes()
     copy.parent.mkdir(exist_ok=True)
-    copy.write_bytes(data)
+    path.download(copy)
     return copy
 
 
@@ -416,8 +478,23 @@ def _status_of(info: dict) -> RemoteStatus:
 def _or_missing(call: Callable[[], T]) -> T | None:
     try:
         return call()
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if _cause_of(error) is not error:
+            raise
         return None
+
+
+def _cause_of(error: Exception) -> Exception:
+    """The error; of fsspec's "no such file" what it stands for: a web server that fails or is away is called so too."""
+    cause = error.__cause__
+    if (
+        not isinstance(error, FileNotFoundError)
+        or not isinstance(cause, Exception)
+        or isinstance(cause, FileNotFoundError)
+        or _http_status(cause) in (404, 410)
+    ):
+        return error
+    return cause if isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp") else error
 
 
 def _http_status(error: Exception) -> int | None:

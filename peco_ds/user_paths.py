@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from peco_ds.errors import UserError, describe_os_error
-from peco_ds.remote_paths import is_url
+from peco_ds.remote_paths import is_url, local_release, parse_url
 
 # Enough to show that a disk is full, of the small files that a measurement ends in.
 _PROBE_BYTES = 1 << 16
@@ -46,10 +46,16 @@ def expand_path(text: str | Path) -> Path:
     text = expand(str(text))
     if is_url(text):
         raise UserError(
-            f"{text}: is a URL, where a path of this machine is needed; only data (data.*, pack_images.py) may lie in "
-            "a store: weights, checkpoints and results lie on a file system"
+            f"{text}: is a URL, where a path of this machine is needed; only data (data.*, pack_images.py) and "
+            "releases may lie in a store: runs, checkpoints and results lie on a file system"
         )
     return Path(text)
+
+
+def released_path(text: str | Path) -> Path:
+    """Of weights or a release, which may lie in a store: as `remote_paths.local_release`."""
+    text = expand(str(text))
+    return local_release(parse_url(text)) if is_url(text) else Path(text)
 
 
 def check_can_write(option: str, path: Path) -> None:

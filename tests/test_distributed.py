@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from peco_ds.runtime.distributed import _local_size, _translate_environment
+from peco_ds.runtime.distributed import _translate_environment, local_size
 
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -34,7 +34,7 @@ def test_a_task_of_srun_is_a_rank(environment):
         "node1",
         "12345",
     )
-    assert _local_size() == 4
+    assert local_size() == 4
 
 
 def test_all_tasks_of_a_job_agree_on_a_port_where_the_launcher_gave_none(environment):

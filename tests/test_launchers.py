@@ -679,3 +679,10 @@ def test_a_number_of_fault_restarts_that_is_none_is_refused(tmp_path, value):
     )
     refused = done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "PECO_FAULT_RESTARTS" in done.stderr
     assert refused == (value != "")  # empty stands for the default
+
+
+def test_jobs_hand_the_staging_disk_on_to_their_ranks():
+    ask = f"source {LAUNCHERS / 'cluster.env'} && env"
+    inside = shell("bash", "-c", ask, SLURM_JOB_ID="1", PECO_STAGE_DIR="/scratch/me").stdout.splitlines()
+    assert "PECO_STAGE_DIR=/scratch/me" in inside
+    assert "PECO_STAGE_DIR=" in shell("bash", "-c", ask, SLURM_JOB_ID="1").stdout.splitlines(), "off by default"

@@ -14,6 +14,7 @@ import webdataset
 from PIL import Image
 from store_servers import WebServer, s3_server
 
+from peco_ds import pack_images
 from peco_ds.config import PretrainRecipe
 from peco_ds.data.image_set import ImageSet
 from peco_ds.data.indexed_tar import write_index
@@ -24,6 +25,7 @@ from peco_ds.data.token_shards import TokenRecord, TokenSet, write_token_shard
 from peco_ds.data_paths import data_path
 from peco_ds.errors import StoreFault, UserError
 from peco_ds.recipe_files import load_recipe
+from peco_ds.remote_paths import parse_url
 from peco_ds.runtime.distributed import World
 from peco_ds.runtime.set_check import check_shared
 from peco_ds.schema import (
@@ -425,3 +427,151 @@ def test_results_and_weights_at_a_url_are_refused_in_one_line():
 def test_read_manifest_of_a_folder_without_one(server):
     with pytest.raises(UserError, match="no manifest.json of images shards there"):
         read_manifest(data_path(recipe_at(server.url).data, "elsewhere"), ImageManifest)
+
+
+# ------------------------------------------------------------------------------------------- releases
+
+
+@pytest.fixture
+def release(server) -> Path:
+    """A small classifier's release, on the server."""
+    import beit_samples
+
+    from peco_ds.convert.release import write_release
+    from peco_ds.convert.to_timm import to_timm
+
+    weights = beit_samples.sample("classifier")
+    write_release(server.folder / "release", to_timm(weights), weights)
+    return server.folder / "release"
+
+
+@pytest.mark.parametrize("name", ["release", "release/model.safetensors"])
+def test_weights_of_a_store_are_those_of_the_disk_and_name_their_address(server, release, name, monkeypatch):
+    from peco_ds.convert.read import read_weights
+
+    monkeypatch.setenv("LOGIN", "me:hushhush")
+    here, there = read_weights(release.parent / name), read_weights(f"{server.url}/{name}".replace("://", "://$LOGIN@"))
+    assert here.tensors.keys() == there.tensors.keys() and here.model == there.model
+    assert all(torch.equal(tensor, there.tensors[key]) for key, tensor in here.tensors.items())
+    assert there.source.endswith(name) and "://" in there.source and "hushhush" not in there.source + str(there.facts)
+
+
+def test_a_release_in_a_bucket_is_listed_and_a_missing_one_named(server, release):
+    from peco_ds.convert.read import read_weights
+
+    with s3_server("bucket") as url:
+        for path in release.iterdir():
+            (parse_url(f"{url}/models/release") / path.name).upload(path)
+        assert read_weights(f"{url}/models/release").num_classes == read_weights(release).num_classes
+        with pytest.raises(UserError, match="models/nowhere: no weights and no release there"):
+            read_weights(f"{url}/models/nowhere")
+    with pytest.raises(UserError, match="no weights and no release there"):
+        read_weights(f"{server.url}/elsewhere/model.pth")
+
+
+# ------------------------------------------------------------------------ staging, and tars elsewhere
+
+
+def check_alone(*sets) -> None:
+    check_shared(World(0, 1, torch.device("cpu")), *(opened.shards for opened in sets))
+
+
+def test_staging_that_was_cut_off_goes_on_with_the_shards_that_are_missing(server, local, tmp_path, monkeypatch):
+    monkeypatch.setenv("PECO_STAGE_DIR", str(tmp_path / "stage"))
+    recipe = recipe_at(server.url)
+    images, tokens = open_sets(recipe)
+    images.shards.stage(1)
+    (tmp_path / "stage" / "peco_ds_cache" / ".tmp-left-by-a-kill").write_bytes(b"half")
+    server.forget()
+    check_alone(images, tokens)
+    whole = sum(path.stat().st_size for path in server.folder.rglob("*.tar"))
+    assert whole - images.manifest.shards[1].bytes <= server.bytes < whole
+    assert len(list((tmp_path / "stage").rglob("*.tar"))) == 2 * SHARDS
+    server.forget()
+    check_alone(images, tokens)
+    assert server.bytes < images.manifest.shards[1].bytes, "a set that is there is not brought again"
+
+
+def test_ranks_of_a_node_bring_no_shard_twice(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("PECO_STAGE_DIR", str(tmp_path / "stage"))
+    recipe = recipe_at(server.url)
+    ranks = [open_sets(recipe)[0] for _ in range(3)]
+    server.forget()
+    threads = [threading.Thread(target=lambda one=one: [one.shards.stage(n) for n in range(SHARDS)]) for one in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    whole = sum(path.stat().st_size for path in (server.folder / "images").rglob("*.tar"))
+    assert whole <= server.bytes < whole + 64_000
+
+
+def test_a_full_disk_under_the_staging_is_one_line(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("PECO_STAGE_DIR", str(tmp_path / "stage"))
+    images, _ = open_sets(recipe_at(server.url))
+
+    def full(*_args):
+        raise OSError(28, "No space left on device", str(tmp_path / "stage"))
+
+    monkeypatch.setattr("peco_ds.data.remote_tar.RemoteTar._download", full)
+    with pytest.raises(UserError, match="stage: No space left on device"):
+        check_alone(images)
+
+
+def test_tars_of_a_store_under_a_set_of_the_disk_are_cached_and_staged_too(server, tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    source = f"{server.url}/images/train/shard-{{000000..000002}}.tar"
+    pack_images.main(["--index_tars", source, "--out", str(index), "--workers", "1"])
+    monkeypatch.setenv("PECO_STAGE_DIR", str(tmp_path / "stage"))
+    recipe = recipe_at(tmp_path, "data.images=index")
+    images = ImageSet(data_path(recipe.data, recipe.data.images))
+    check_alone(images)
+    assert len(list((tmp_path / "stage").rglob("*.tar"))) == SHARDS
+    server.stop()
+    assert images.decode(SHARDS * SAMPLES - 1)[0] == "2/0007"
+    server.start()
+    server.fault = lambda handler: handler.answer(503) or True
+    monkeypatch.delenv("PECO_STAGE_DIR")
+    images = ImageSet(data_path(recipe.data, recipe.data.images))
+    with pytest.raises(StoreFault, match="for 0.5 s"):
+        images.decode(0)
+
+
+@pytest.mark.parametrize("answer", [503, 403, 0])
+def test_a_server_that_fails_at_the_start_is_a_fault_and_no_missing_file(server, answer):
+    recipe = recipe_at(server.url)
+    images, _ = open_sets(recipe)
+
+    def fault(handler) -> bool:
+        if answer:
+            handler.answer(answer)
+        handler.close_connection = True
+        return True
+
+    server.fault = fault
+    with pytest.raises(StoreFault):
+        check_alone(images)
+    with pytest.raises(StoreFault):
+        open_sets(recipe)
+    with pytest.raises(StoreFault):
+        (data_path(recipe.data, "images/train") / "manifest.json").is_file()
+
+
+def test_a_cache_that_fills_up_costs_time_and_no_run(server, local, tmp_path, monkeypatch, caplog):
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("peco_ds.data.remote_tar.os.pwrite", full)
+    assert_same(seen(batches(recipe_at(server.url, f"data.cache={tmp_path}/cache"))), local)
+    assert "No space left on device; what is read is not kept" in caplog.text
+
+
+def test_a_read_only_cache_is_named_at_the_start(server, tmp_path, monkeypatch):
+    images, _ = open_sets(recipe_at(server.url, f"data.cache={tmp_path}/cache"))
+
+    def read_only(self, *_args, **_options):
+        raise OSError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr("peco_ds.data.range_cache.RangeCache.__init__", read_only)
+    with pytest.raises(UserError, match="data.cache .*Read-only file system; give a folder that can be written"):
+        check_alone(images)

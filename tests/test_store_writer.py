@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -240,3 +241,35 @@ def test_a_token_set_in_a_store_is_made_shard_by_shard_and_goes_on(photos, s3, t
     (parse_url(f"{s3}/mine") / "shard-000000.tar").write_bytes(b"mine")
     with pytest.raises(UserError, match="mine/shard-000000.tar: stands there already"):
         open_parts(parse_url(f"{s3}/mine"))
+
+
+def test_odd_members_of_a_tar_in_a_store_are_taken_as_those_of_a_disk(tars, tmp_path):
+    """Folders with dots, keys that go on behind a dot, a sample without an image, one without a label, a link."""
+    image = png(tmp_path / "odd.png", 7)
+    with tarfile.open(tars.folder / "00000.tar", "w") as tar:
+        for name, data in (
+            ("v1.0/0001.png", image),
+            ("v1.0/0001.cls", b"1"),
+            ("v1.0/0002.seg.png", image),
+            ("v1.0/0002.png", image),
+            ("v1.0/0002.cls", b"0"),
+            ("v1.0/0003.json", b"{}"),
+            ("v1.0/0003.cls", b"0"),
+            ("v1.0/0004.png", image),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        link = tarfile.TarInfo("v1.0/0005.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    ends = []
+    for number, source in enumerate((str(tars.folder / "00000.tar"), f"{tars.url}/00000.tar")):
+        out = tmp_path / f"odd_{number}"
+        try:
+            pack_images.main(["--index_tars", source, "--out", str(out), "--workers", "1"])
+            ends.append((out / "00000.index.json").read_bytes())
+        except UserError as error:
+            ends.append(str(error).partition("00000.tar: ")[2])
+    assert ends[0] == ends[1] and ends[0]
+    assert b"passwd" not in (ends[0] if isinstance(ends[0], bytes) else b"")

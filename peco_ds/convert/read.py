@@ -26,14 +26,15 @@ from peco_ds.convert.resample import CLASS_ROWS, grid_of
 from peco_ds.convert.to_hf import from_hf, has_hf_names
 from peco_ds.convert.to_timm import HEAD_FILE, from_timm
 from peco_ds.convert.to_unilm import from_unilm
-from peco_ds.errors import UserError
+from peco_ds.errors import UserError, redact
 from peco_ds.models.beit_weights import PLACES, SHARED_TABLE, TABLE, BeitWeights, default_crop
 from peco_ds.models.image_statistics import FACT, Asked, statistics_of_weights
 from peco_ds.models.vit import mlp_ratio_of, timm_arguments
 from peco_ds.models.vit_layouts import assumed_beside, terms_beside
 from peco_ds.models.weight_files import check_finite, read_tensor_file, tensors_of_checkpoint
+from peco_ds.remote_paths import is_url
 from peco_ds.schema import read_json, sha256_of_file, short
-from peco_ds.user_paths import expand_path
+from peco_ds.user_paths import released_path
 
 logger = logging.getLogger("peco_ds")
 
@@ -74,8 +75,11 @@ def read_weights(
     Raises: UserError if there is nothing to read, or it is of another layout or model family, or a tensor is missing,
         left over, of another shape or not finite.
     """
-    weights = _read(expand_path(path), layout, average, statistics, read_run)
+    weights = _read(released_path(path), layout, average, statistics, read_run)
     check_finite(weights.tensors, weights.source, DIVERGED)
+    if is_url(str(path)):
+        # A copy's place says nothing, and a credential is no source.
+        return replace(weights, source=redact(str(path)))
     return weights
 
 

@@ -20,7 +20,7 @@ from peco_ds.models.mask_rcnn import build_detector
 from peco_ds.models.vit import mlp_ratio_of
 from peco_ds.models.vit_layouts import terms_beside
 from peco_ds.models.weight_files import check_finite, count_of, read_tensor_file
-from peco_ds.user_paths import expand_path
+from peco_ds.user_paths import released_path
 
 _strict = ConfigDict(extra="forbid", strict=True)
 # Bounds that no detector reaches, so that a damaged number builds no network that fills the memory.
@@ -87,7 +87,7 @@ class _Config:
 
 def is_detector_release(path: str | Path) -> bool:
     """Whether a path is a detector's release. A folder that cannot be read is none."""
-    folder = expand_path(path)
+    folder = released_path(path)
     try:
         return (folder / CONFIG).is_file() and json_of(folder / CONFIG).get("layout") == LAYOUT
     except (UserError, OSError):
@@ -100,7 +100,7 @@ def read_detector_release(path: str | Path) -> DetectorWeights:
     Raises: UserError if its config is not what `to_torchvision.py` writes, or a tensor is missing, left over, of
         another shape, or not finite.
     """
-    folder = expand_path(path)
+    folder = released_path(path)
     try:
         # As JSON: strict types of Python would ask for the dataclasses themselves.
         config = TypeAdapter(_Config).validate_json(json.dumps(json_of(folder / CONFIG)))

@@ -45,7 +45,7 @@ from peco_ds.models.uper_head import POOL_SCALES
 from peco_ds.models.vit_layouts import assumed_beside, terms_beside
 from peco_ds.models.weight_files import check_finite, read_tensor_file, tensors_of_checkpoint
 from peco_ds.schema import short
-from peco_ds.user_paths import expand_path
+from peco_ds.user_paths import released_path
 
 logger = logging.getLogger("peco_ds")
 
@@ -82,7 +82,7 @@ def is_segmenter(path: str | Path) -> bool:
     """Whether a path is a release folder or a weights file of a segmenter. A path that cannot be read is none: what is
     wrong with it is said by the reader of weights.
     """
-    path = expand_path(path)
+    path = released_path(path)
     try:
         if path.is_dir():
             return (path / CONFIG).is_file() and _is_segmenter_config(json_of(path / CONFIG))
@@ -121,7 +121,7 @@ def read_segmenter(
     Raises: UserError if there is no segmenter, or it is of another layout, backbone or head, or a tensor is missing,
         left over, of another shape or not finite.
     """
-    path = expand_path(path)
+    path = released_path(path)
     if average == "ema":
         raise UserError(f"{path}: a segmenter, which keeps no moving average; leave the average out")
     weights, stated = read_stated(path, layout)

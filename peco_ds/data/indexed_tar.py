@@ -27,7 +27,7 @@ from peco_ds.data.image_formats import HEAD_BYTES
 from peco_ds.data.left_out import HIDDEN, file_of_a_system, folder_of_a_system
 from peco_ds.data.remote_tar import ForwardReader, RemoteTar, Span, chunks_of, read_index
 from peco_ds.errors import UserError
-from peco_ds.remote_paths import Place, RemotePath, RemoteStatus, is_url, place_of
+from peco_ds.remote_paths import Access, Place, RemotePath, RemoteStatus, is_url, place_of, usual_access
 from peco_ds.schema import (
     FORMAT_VERSION,
     ImageManifest,
@@ -508,11 +508,16 @@ class ShardSet:
         self._ends = np.cumsum(self.shard_sizes).tolist()
         self.num_samples = self._ends[-1] if self._ends else 0
         # Only then is there anything to ask for ahead.
-        self._is_remote = isinstance(self.folder, RemotePath) or any(is_url(shard.path) for shard in manifest.shards)
+        self.is_remote = isinstance(self.folder, RemotePath) or any(is_url(shard.path) for shard in manifest.shards)
         # An evicted shard is closed by its last reference, so a thread that still reads from it is not cut off.
         self._open_shard = lru_cache(maxsize=max_open)(self._load_shard)
         # Shards of which samples were asked for ahead.
         self._asked: set[int] = set()
+
+    @property
+    def access(self) -> Access:
+        """How its files of stores are read."""
+        return self.folder.access if isinstance(self.folder, RemotePath) else usual_access()
 
     # Open shards are not sent to loader processes.
     def __reduce__(self):
@@ -538,7 +543,7 @@ class ShardSet:
 
         What one call asked for is forgotten by the next one.
         """
-        if not self._is_remote:
+        if not self.is_remote:
             return
         wanted: dict[int, list[int]] = {}
         for sample in samples:

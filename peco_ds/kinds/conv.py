@@ -15,7 +15,7 @@ from peco_ds.costs import IMAGE_CHANNELS, Cost, FrozenCost, FrozenStage
 from peco_ds.registry import FeatureNetFamily, later
 from peco_ds.schema import read_json
 from peco_ds.tensor_names import tensor_names
-from peco_ds.user_paths import expand_path
+from peco_ds.user_paths import released_path
 
 CONFIG = "config.json"
 # Beginnings of the names under which training scripts keep a network. The first that fits is taken: an encoder before
@@ -106,7 +106,7 @@ def named_architecture(weights: str, architecture: str) -> str:
     """
     if architecture != "auto":
         return architecture
-    path = expand_path(weights)
+    path = released_path(weights)
     try:
         if path.is_dir():
             config = read_json(path / CONFIG)
@@ -121,7 +121,7 @@ def _recognises(weights: str, architecture: str) -> bool:
     name = named_architecture(weights, architecture)
     if name:
         return _CONVOLUTIONAL.search(name) is not None and _TRANSFORMER.match(name) is None
-    return network_of(tensor_names(expand_path(weights))) is not None
+    return network_of(tensor_names(released_path(weights))) is not None
 
 
 # --------------------------------------------------------------------------------------------- cost
@@ -175,7 +175,7 @@ def _cost(weights: str, architecture: str, image_px: int) -> FrozenCost | None:
     name, image_px = named_architecture(weights, architecture).partition(".")[0], image_px or MEASURED_PX
     shape = _shape_of(name) if name else None
     if not name:
-        told = network_of(tensor_names(expand_path(weights)))
+        told = network_of(tensor_names(released_path(weights)))
         shape = told[1] if told else None
     if isinstance(shape, ResNet):
         return _frozen(shape.title, image_px, _resnet_stages(shape, image_px))

@@ -43,7 +43,7 @@ from peco_ds.models.timm_weights import (
 from peco_ds.models.vit_layouts import licence_beside, object_in, statistics_of_release
 from peco_ds.models.weight_files import check_finite, read_tensor_file, tensors_of_checkpoint
 from peco_ds.schema import sha256_of_file
-from peco_ds.user_paths import expand_path
+from peco_ds.user_paths import released_path
 
 # Size of ImageNet's crops, for files that no config tells it of.
 _IMAGE_PX = 224
@@ -126,7 +126,7 @@ def load_conv(
     Raises: UserError if the file is missing or unreadable, does not hold such a network, misses a tensor of the stages,
         has one left over or one that is not finite, or if a download fails.
     """
-    path = expand_path(weights)
+    path = released_path(weights)
     if path.is_dir():
         found = _from_folder(path, architecture, section)
     elif path.is_file():

@@ -8,7 +8,7 @@ from peco_ds.config import TokenizerRecipe
 from peco_ds.errors import UserError
 from peco_ds.models.feature_nets import FeatureNet, load_feature_net
 from peco_ds.registry import TOKENIZERS
-from peco_ds.user_paths import expand_path
+from peco_ds.user_paths import released_path
 
 
 def load_frozen_net(recipe: TokenizerRecipe) -> FeatureNet | None:
@@ -28,7 +28,7 @@ def frozen_net_at_hand(recipe: TokenizerRecipe) -> str:
     named = recipe.teacher.weights if _taught(recipe) else judge
     if not named:
         return "none"
-    if not expand_path(named).exists():
+    if not released_path(named).exists():
         return f"not there yet ({named})"
     network = load_frozen_net(recipe)
     assert network is not None

@@ -49,7 +49,7 @@ from peco_ds.models.vit_layouts import (
 )
 from peco_ds.models.weight_files import check_finite
 from peco_ds.schema import sha256_of_file
-from peco_ds.user_paths import expand_path
+from peco_ds.user_paths import released_path
 
 
 class VitFeatureNet(FeatureNet):
@@ -122,7 +122,7 @@ def load_vit(weights: str, architecture: str = "auto", *, image_px: int = 0, sec
     Raises: UserError if the file is missing or unreadable, does not hold a ViT, does not fit the architecture, misses a
         tensor or has one left over, if one is not finite, if its activation cannot be told, or if a download fails.
     """
-    path = expand_path(weights)
+    path = released_path(weights)
     if path.is_dir():
         loaded = _from_folder(path, architecture, section)
     elif path.is_file():

@@ -224,7 +224,7 @@ def start_world() -> World:
         device = torch.device("cpu")
         # The deepspeed launcher sets OMP_NUM_THREADS to 1.
         if "OMP_NUM_THREADS" not in os.environ or "LOCAL_SIZE" in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _local_size()))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size()))
     rank = int(os.environ["RANK"])
     _configure_logging(rank)
     deepspeed.init_distributed(
@@ -249,7 +249,8 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _local_size() -> int:
+def local_size() -> int:
+    """Ranks on this node."""
     # The first is set by deepspeed's launcher, the second by torchrun.
     for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         if name in os.environ:

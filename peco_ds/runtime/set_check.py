@@ -9,8 +9,7 @@ from peco_ds.data.indexed_tar import ShardSet
 from peco_ds.data.range_cache import check_cache
 from peco_ds.errors import StoreFault, UserError, describe_os_error
 from peco_ds.progress_bar import Progress
-from peco_ds.remote_paths import RemotePath
-from peco_ds.runtime.distributed import World
+from peco_ds.runtime.distributed import World, local_size
 
 
 def check_shared(world: World, *sets: ShardSet, verify: Literal["size", "all"] = "size") -> None:
@@ -24,12 +23,12 @@ def check_shared(world: World, *sets: ShardSet, verify: Literal["size", "all"] =
     """
     fault: str | StoreFault = ""
     try:
-        for access in {shards.folder.access for shards in sets if isinstance(shards.folder, RemotePath)}:
+        for access in {shards.access for shards in sets if shards.is_remote}:
             check_cache(access)
         for shards in sets:
             shards.check_shards(range(world.rank, len(shards.manifest.shards), world.size), verify)
         for shards in sets:
-            if isinstance(shards.folder, RemotePath) and shards.folder.access.staged:
+            if shards.is_remote and shards.access.staged:
                 _stage(world, shards)
     except UserError as error:
         fault = str(error)
@@ -43,7 +42,7 @@ def check_shared(world: World, *sets: ShardSet, verify: Literal["size", "all"] =
 def _stage(world: World, shards: ShardSet) -> None:
     """Bring a set to the disk of the node; its ranks begin at different places, and no shard is brought twice."""
     num_shards = len(shards.manifest.shards)
-    first = int(os.environ.get("LOCAL_RANK", "0")) * num_shards // max(1, world.size)
+    first = int(os.environ.get("LOCAL_RANK", "0")) * num_shards // local_size()
     progress = Progress(num_shards, 0, f"shards of {shards.folder} staged") if world.is_main else None
     try:
         for done in range(num_shards):

@@ -4,8 +4,9 @@ Long version, on two cores about ten minutes:
 
     python -m tests.faults.campaign --kills 120 --seed 0 --out report.md
 
-Runs are started, killed, stopped, stalled, fed with NaN, their disks filled and their checkpoints damaged; each is
-started again until it is done. After every start the judge looks at the run folder alone:
+Runs are started, killed, stopped, stalled, fed with NaN, their disks filled, their checkpoints damaged and their sets
+read from a server that fails; each is started again until it is done. After every start the judge looks at the run
+folder alone:
 
 - a committed checkpoint (renamed, with its manifest) still verifies, unless the plan damaged it or retention removed
 it;
@@ -46,6 +47,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[depth]) for depth in (0, 1,
 
 from fork_server import REPOSITORY, Ended, ForkServer
 from injection import SAVE_CALLS
+from store_servers import WebServer
 
 from peco_ds.own_files import markdown_mark, own_markdown, refuse_foreign, written_whole
 
@@ -194,7 +196,7 @@ class Run:
         overrides: tuple[str, ...] = (),
     ) -> None:
         self.folder, self.stage, self.row, self.reference = folder, stage, row, reference
-        self._server, self._overrides = server, overrides
+        self.overrides, self._server = overrides, server
         self._grace_s = patience_s(reference)
         self._committed: set[int] = set()
         self._damaged: dict[int, str] = {}  # step -> what the plan did to it
@@ -229,7 +231,7 @@ class Run:
             "--out",
             self.folder,
             *self.stage.overrides,
-            *self._overrides,
+            *self.overrides,
         ]
         ended = self._server.start(
             self.stage.entry,
@@ -337,6 +339,12 @@ class Run:
         for word in words:
             if errors and word not in errors[0]:
                 self._broken(f"the error line does not tell {word!r}: {errors[0]}")
+
+    def expect_store_fault(self, ended: Ended, words: str) -> None:
+        """Of one rank at least; the others may have lost it first."""
+        errors = [line for line in ended.stderr().splitlines() if line.startswith("error: ")]
+        if "Traceback" in ended.stderr() or not any(words in line for line in errors):
+            self._broken(f"no line tells {words!r}: {errors or ended.stderr()[-300:]!r}")
 
     def expect_stack_dump(self) -> None:
         """Of at least one rank: the first to dump ends itself, and the others then lose it instead of waiting
@@ -546,6 +554,11 @@ def requeued(codes: list[int]) -> bool:
     return set(codes) == {EXIT_REQUEUE}
 
 
+def interrupted(codes: list[int]) -> bool:
+    """To be started again later, which launchers do; the launcher may end a rank that waits for another."""
+    return EXIT_INTERRUPTED in codes and set(codes) <= {EXIT_INTERRUPTED, -signal.SIGTERM}
+
+
 def stopped_in_good_order(codes: list[int]) -> bool:
     """All done, all to be requeued, or struck before the handlers were there: then nobody pretends to be done."""
     too_early = {-signal.SIGTERM, -signal.SIGUSR2}
@@ -721,6 +734,94 @@ def elastic(scene: Scene, stage: Stage, zero: int, most: int = 4) -> None:
         run.start(zero=zero, ranks=ranks, faults={rng.randrange(ranks): [kill]})
 
 
+# Of a store that fails: its answers, in turn.
+STORE_ANSWERS = ("503", "403", "cut", "hang up")
+
+
+class FailingStore:
+    """The sets of a stage behind a web server that fails: one request of `every`, all of them for a while, or for good.
+
+    Attributes:
+        failed: requests that were not answered as they should be.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.server, self.failed, self._every, self._asked = WebServer(folder), 0, every, 0
+        self.away, self._lock = False, threading.Lock()
+        self._gone_at, self._gone_s = 0, 0.0
+        self.server.fault = self._fault
+
+    def go_away(self, after: int, seconds: float) -> None:
+        """Be killed when so many more requests have come, and started again later."""
+        self._gone_at, self._gone_s = self._asked + after, seconds
+
+    def _fault(self, handler) -> bool:
+        with self._lock:
+            self._asked += 1
+            number = self._asked
+        if number == self._gone_at:
+            threading.Thread(target=self._restart, daemon=True).start()
+        if not self.away and number % self._every:
+            return False
+        self.failed += 1
+        answer = "503" if self.away else STORE_ANSWERS[number // self._every % len(STORE_ANSWERS)]
+        if answer == "cut":
+            handler.answer(206, b"x" * 1000, {"Content-Range": "bytes 0-999/5000"}, cut=300)
+        elif answer == "hang up":
+            handler.close_connection = True
+        else:
+            handler.answer(int(answer))
+        return True
+
+    def _restart(self) -> None:
+        self.server.stop()
+        time.sleep(self._gone_s)
+        self.failed += 1
+        self.server.start()
+
+
+def store_faults(scene: Scene, stage: Stage, zero: int) -> None:
+    """The sets come from a web server of which one request in twenty fails, which is killed and started again in
+    mid-epoch, stays away, and has a shard replaced; the run is killed in between. No image is another's: the losses are
+    those of the run from a disk.
+    """
+    served = scene.folder / "served"
+    root = Path(stage.overrides[0].partition("=")[2])
+    for name in ("images", "tokens"):
+        if (root / name).is_dir():
+            shutil.copytree(root / name, served / name)
+    store = FailingStore(served, every=20)
+    # The reference reads the same images from a disk.
+    run = scene.run(stage, zero, f"data.root={store.server.url}", "data.store_retry_s=60", "data.store_requests=2")
+    brief = Run(
+        scene.server,
+        run.folder,
+        stage,
+        scene.row,
+        run.reference,
+        overrides=(*run.overrides, "data.store_retry_s=1"),
+    )
+    try:
+        rank = scene.rng.randrange(2)
+        run.start(zero=zero, faults={rank: [{"kind": "batch", "step": scene.rng.randint(3, 5), "do": "kill"}]})
+        store.away = True
+        ended = brief.start(zero=zero, codes=interrupted)
+        run.expect_store_fault(ended, "for 1 s; start again when the store answers")
+        store.away = False
+        shard = scene.rng.choice(sorted((served / "images" / "train").glob("*.tar")))
+        whole = shard.read_bytes()
+        # of the same size, so that only the bytes tell
+        shard.write_bytes(bytes(byte ^ 1 for byte in whole))
+        ended = brief.start(zero=zero, codes=interrupted)
+        run.expect_store_fault(ended, f"{shard.name}: ")
+        shard.write_bytes(whole)
+        store.go_away(after=30, seconds=2.0)
+        run.finish(zero=zero)
+    finally:
+        store.server.stop()
+    scene.row.faults += store.failed
+
+
 # --- the campaign ----------------------------------------------------------------------------------------
 
 
@@ -779,6 +880,7 @@ SCENARIOS = (
     dead_worker,
     clock_and_host,
     elastic,
+    store_faults,
 )
 
 

@@ -50,6 +50,7 @@ SHORT = [
     ),
     pytest.param(campaign.spoilt_batch, PRETRAIN, {}, id="a_batch_of_nan_is_skipped_by_all_and_counted"),
     pytest.param(campaign.dead_worker, PRETRAIN, {}, id="a_dead_loader_worker_changes_no_batch"),
+    pytest.param(campaign.store_faults, PRETRAIN, {}, id="sets_come_from_a_server_that_fails"),
     pytest.param(campaign.elastic, FINETUNE, {"most": 1}, id="another_number_of_ranks_sees_the_same_global_batches"),
 ]
 
