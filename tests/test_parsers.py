@@ -1059,7 +1059,7 @@ NOT_FROM_OUTSIDE = {
     "data.remote_tar.read_index": "bytes that are compared with the sha256 of the manifest, and read by IndexedTar",
     "data.remote_tar.read_index.write": "bytes that are compared with the sha256 of the manifest",
     "data.store_token_parts.StoreTokenParts.__init__": "a copy of the manifest, which TokenParts reads",
-    "data.store_token_parts.StoreTokenParts._part_of_store": "parse_json alone; the reader of parts checks what it says",
+    "data.store_token_parts.StoreTokenParts._part_of_store": "parse_json alone; readers of parts check what it says",
     "data.store_writer._json_or_none": "parse_json alone; the readers of records and plans check what it says",
     "remote_paths.RemotePath.read_text": "text for other readers",
     "data.image_shards._opens": "whether a file can be opened; nothing of it is used",
