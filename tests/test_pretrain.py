@@ -9,6 +9,7 @@ import json
 import pytest
 import yaml
 from conftest import REPOSITORY, run_stage
+from deepspeed.accelerator import get_accelerator
 
 from peco_ds.runtime.metrics import read_metrics
 
@@ -278,11 +279,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_one_alone_refused(runs, tmp_pat
     assert "manifest.json" in verify(newest), "one without a manifest is named, not overlooked"
 
 
-def test_fp16_on_a_cpu_is_refused_in_one_line(small_sets, tmp_path):
+def test_fp16_on_a_cpu_without_it_is_refused_in_one_line(small_sets, tmp_path):
     done = run_stage(
         "pretrain", *case(small_sets, tmp_path, "fp16", zero=1)["arguments"], "run.precision=fp16", check=False
     )
-    assert done.returncode == 2 and "use bf16 or fp32" in done.stderr.splitlines()[-1]
+    # Some CPUs have it, for some versions of torch; there it trains.
+    if get_accelerator().is_fp16_supported():
+        assert done.returncode == 0
+    else:
+        assert done.returncode == 2 and "use bf16 or fp32" in done.stderr.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------------ the family
