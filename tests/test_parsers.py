@@ -1062,6 +1062,7 @@ NOT_FROM_OUTSIDE = {
     "data.store_token_parts.StoreTokenParts._part_of_store": "parse_json alone; readers of parts check what it says",
     "data.store_writer._json_or_none": "parse_json alone; the readers of records and plans check what it says",
     "remote_paths.RemotePath.read_text": "text for other readers",
+    "runtime.checkpoint.pinned.host_buffer": "memory that was just asked for",
     "data.image_shards._opens": "whether a file can be opened; nothing of it is used",
     "data.instance_packing.Instances.write_beside": "a copy of the file that `read_coco` has read",
     "data.instance_packing.InstancesJob.members": "the text and the image that it made a moment ago",
