@@ -414,7 +414,13 @@ def local_release(place: Place) -> Path:
 def _copy_of(path: RemotePath, _url: str) -> Path:
     copy = _copies_of(path.parent.url) / path.name
     copy.parent.mkdir(exist_ok=True)
-    path.download(copy)
+    try:
+        path.download(copy)
+    except FileNotFoundError:
+        # A folder of which nothing is there is not there either.
+        with suppress(OSError):
+            copy.parent.rmdir()
+        raise
     return copy
 
 

@@ -151,7 +151,7 @@ def test_a_folder_that_takes_no_file_is_found_before_the_work(tmp_path):
 def test_an_evaluation_says_its_figures_though_they_cannot_be_written(tmp_path, capsys, fault):
     folder = tmp_path / "results"
     folder.mkdir()
-    args = argparse.Namespace(out=folder / "e.json", weights="auto", target="t")
+    args = argparse.Namespace(out=folder / "e.json", weights="auto", target="t", shown_target="t")
     if fault == "vanished":
         folder.rmdir()
     with files_of_at_most(10 if fault == "full" else 10**9):

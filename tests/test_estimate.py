@@ -74,9 +74,9 @@ def test_tokenizing_scales_with_the_gpus_and_sends_nothing():
 
 def test_the_recipes_micro_batch_is_made_smaller_where_it_does_not_divide_or_fit():
     assert estimate(PRETRAINING, H100, 512, JSON["zero1.json"]).micro_batch == 4
-    assert estimate(PRETRAINING, H100, 8, JSON["zero1.json"]).micro_batch == 32
+    assert estimate(PRETRAINING, H100, 8, JSON["zero1.json"]).micro_batch == 128
     small = estimate(PRETRAINING, replace(H100, memory_bytes=12e9), 8, JSON["zero3.json"])
-    assert small.micro_batch < 32 and small.room.used_bytes(small.micro_batch) <= 12e9
+    assert small.micro_batch < 128 and small.room.used_bytes(small.micro_batch) <= 12e9
 
 
 def test_what_does_not_fit_is_refused_with_what_would():
@@ -115,7 +115,7 @@ def test_offloaded_weights_cost_their_way_up_and_leave_the_optimiser_where_it_is
         estimate(PRETRAINING, H100, 8, choice).costs["typical"]
         for choice in (JSON["zero3.json"], DeepSpeedChoice("own.json", only_weights))
     )
-    up = PRETRAINING.parameters / 8 * 2 * 8 / 25e9  # bf16, eight passes
+    up = PRETRAINING.parameters / 8 * 2 * 2 / 25e9  # bf16, two passes
     assert moved.optimizer_s - plain.optimizer_s == pytest.approx(up, rel=0.01)
 
 

@@ -148,13 +148,13 @@ class TransformerBlock(Block):
 
     def _scaled(self, x: torch.Tensor, layer: nn.Linear, gamma: torch.Tensor | None) -> torch.Tensor:
         """The layer that ends a branch, times its layer scale where there is one."""
-        if gamma is not None and self.fold_layer_scale and not torch.is_autocast_enabled(x.device.type):
+        if gamma is not None and self.fold_layer_scale and not _autocasts(x):
             return block_linear(x, layer.weight, layer.bias, gamma, fp8=self._takes_fp8(layer.weight))
         out = self._linear(x, layer.weight, layer.bias)
         return out if gamma is None else gamma * out
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        if self._takes_fp8(weight) and not torch.is_autocast_enabled(x.device.type):
+        if self._takes_fp8(weight) and not _autocasts(x):
             return block_linear(x, weight, bias, fp8=True)
         return self._plain_linear(x, weight, bias)
 
@@ -180,6 +180,11 @@ def _add(x: torch.Tensor, branch, path: torch.Tensor | None, bias: torch.Tensor 
     out = branch(x[path], bias)
     # No two rows go to one place, so the order in which a device adds them does not matter.
     return x.index_add(0, path, (out * (len(x) / len(path))).to(x.dtype))
+
+
+def _autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast rules over products of x; a tensor without a device knows none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 _aten = torch.ops.aten

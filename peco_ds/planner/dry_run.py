@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from peco_ds.config import ONLINE, DataSettings
-from peco_ds.data.indexed_tar import ShardSet
 from peco_ds.data_paths import data_path
 from peco_ds.deepspeed_json import merge_deepspeed, read_deepspeed_json
 from peco_ds.errors import EXIT_DONE
 from peco_ds.planner.report import dry_run_report
-from peco_ds.schema import ImageManifest, TokenManifest, read_manifest
+from peco_ds.schema import ImageManifest, read_manifest
 
 
 def dry_run(args, resolved, look: Callable[[ImageManifest | None], tuple[dict, list[str]]]) -> int:
@@ -22,8 +20,7 @@ def dry_run(args, resolved, look: Callable[[ImageManifest | None], tuple[dict, l
         look: checks what the stage reads, given the manifest of data.images, or None where it is not there yet and
             ImageNet-1K is assumed. Returns further arguments of `dry_run_report`, and lines that follow it.
     Returns: the exit code.
-    Raises: UserError for whatever a start would refuse before its ranks join, and for shards that are missing or cut
-        short.
+    Raises: UserError for whatever a start would refuse before its ranks join.
     """
     cfg = resolved.recipe
     ds_config = read_deepspeed_json(args.deepspeed_config)
@@ -31,22 +28,7 @@ def dry_run(args, resolved, look: Callable[[ImageManifest | None], tuple[dict, l
     folder = data_path(cfg.data, cfg.data.images)
     manifest = read_manifest(folder, ImageManifest) if folder.exists() else None
     more, lines = look(manifest)
-    _check_shards(cfg.data)
     num_samples = manifest.samples if manifest else None
     text = dry_run_report(cfg, ds_config=ds_config, num_samples=num_samples, **more)
     sys.stdout.write("\n".join([text, "", *lines]) + "\n")
     return EXIT_DONE
-
-
-def _check_shards(data: DataSettings) -> None:
-    """Hold the tars of every set that is there against its manifest, by their sizes.
-
-    Raises: UserError as `ShardSet.check`.
-    """
-    for name in ("images", "val_images", "tokens"):
-        setting = getattr(data, name, "")
-        folder = data_path(data, setting) if setting and setting != ONLINE else None
-        if folder is not None and folder.exists():
-            of_tokens = name == "tokens"
-            manifest = read_manifest(folder, TokenManifest) if of_tokens else read_manifest(folder, ImageManifest)
-            ShardSet(folder, manifest).check("size")
