@@ -14,16 +14,13 @@ the cores of one machine, so that at no delay streaming costs more here than it 
 from __future__ import annotations
 
 import argparse
-import http.server
 import json
 import os
-import re
 import resource
 import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +29,7 @@ from benchmarks.record import at_least, benchmark_parser, markdown_table, parse,
 from benchmarks.sets import DRAWN, chosen_files, pack, write_tokens
 from benchmarks.stages import call
 from benchmarks.turns import by_turns, ratios, spread
+from benchmarks.web_server import WebServer
 from peco_ds.command_line import run
 from peco_ds.config import PretrainRecipe
 from peco_ds.data.image_set import ImageSet
@@ -42,70 +40,6 @@ from peco_ds.schema import ImageManifest, TokenManifest, read_manifest
 DISK, STREAMED, COLD, WARM, WHOLE = "local disk", "streamed", "cold cache", "warm cache", "cold cache of whole shards"
 WAYS = (DISK, STREAMED, COLD, WARM, WHOLE)
 OWN = ["views.count=4", "data.images=images", "data.tokens=tokens", "data.shuffle_window_shards=4"]
-
-
-class Server:
-    """The files of a folder by ranges, each answer after a delay.
-
-    Attributes:
-        requests, bytes: answered since `forget`.
-    """
-
-    def __init__(self, folder: Path, latency_s: float) -> None:
-        self.folder, self.latency_s, self._lock = folder, latency_s, threading.Lock()
-        self.forget()
-        handler = type("Handler", (_Handler,), {"owner": self})
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def forget(self) -> None:
-        self.requests = self.bytes = 0
-
-    def count(self, size: int) -> None:
-        with self._lock:
-            self.requests, self.bytes = self.requests + 1, self.bytes + size
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    # An answer's head and body are two writes; with Nagle's algorithm the second would wait for the reader.
-    disable_nagle_algorithm = True
-    owner: Server
-
-    def log_message(self, *_args) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        time.sleep(self.owner.latency_s)
-        path = self.owner.folder / self.path.lstrip("/")
-        if not path.is_file():
-            self._answer(404, b"", {})
-            return
-        size = path.stat().st_size
-        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        first, last = (int(span[1]), min(int(span[2]), size - 1)) if span else (0, size - 1)
-        head = {"Content-Range": f"bytes {first}-{last}/{size}"} if span else {}
-        with open(path, "rb") as file:
-            file.seek(first)
-            body = file.read(last - first + 1) if self.command == "GET" else b""
-        self._answer(206 if span else 200, body, {**head, "Content-Length": str(last - first + 1)})
-
-    def _answer(self, status: int, body: bytes, head: dict[str, str]) -> None:
-        self.owner.count(len(body))
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **head}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
 
 
 @dataclass
@@ -173,11 +107,11 @@ def measure(args: argparse.Namespace) -> str:
         drawn = any(path.name.startswith(DRAWN) for path in files.iterdir())
         images = ImageSet(pack(files, folder / "sets" / "images", samples_per_shard=args.shard))
         write_tokens(images, cfg, folder / "sets" / "tokens")
-        server = Server(folder / "sets", args.latency_ms / 1e3)
+        server = WebServer(folder / "sets", args.latency_ms / 1e3)
         try:
             found = epochs(args, overrides, folder, server)
         finally:
-            server.close()
+            server.stop()
         sets = {
             "images": set_of("images", read_manifest(folder / "sets" / "images", ImageManifest)),
             "tokens": set_of("tokens", read_manifest(folder / "sets" / "tokens", TokenManifest)),
@@ -197,7 +131,7 @@ def measure(args: argparse.Namespace) -> str:
     return "\n\n".join([about, table(found), after])
 
 
-def epochs(args: argparse.Namespace, overrides: list[str], folder: Path, server: Server) -> dict[str, Epochs]:
+def epochs(args: argparse.Namespace, overrides: list[str], folder: Path, server: WebServer) -> dict[str, Epochs]:
     found = {way: Epochs() for way in WAYS}
     warm = folder / "warm"
     # The first epoch fills the warm cache, and brings the sets into the page cache.

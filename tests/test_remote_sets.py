@@ -12,8 +12,9 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
-from store_servers import WebServer, s3_server
+from store_servers import s3_server
 
+from benchmarks.web_server import WebServer
 from peco_ds import pack_images
 from peco_ds.config import PretrainRecipe
 from peco_ds.data.image_set import ImageSet

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
-from store_servers import WebServer, s3_server
+from store_servers import s3_server
 
+from benchmarks.web_server import WebServer
 from peco_ds import pack_images
 from peco_ds.data import remote_tar, store_writer
 from peco_ds.data.image_set import ImageSet

@@ -47,8 +47,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[depth]) for depth in (0, 1,
 
 from fork_server import REPOSITORY, Ended, ForkServer
 from injection import SAVE_CALLS
-from store_servers import WebServer
 
+from benchmarks.web_server import WebServer
 from peco_ds.own_files import markdown_mark, own_markdown, refuse_foreign, written_whole
 
 TABLE = own_markdown("tests.faults.campaign", older=lambda text: "\nBroken promises: " in text)
