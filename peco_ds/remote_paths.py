@@ -39,6 +39,10 @@ _EXTRAS = {
     **dict.fromkeys(("gs", "gcs"), ("gcsfs", "")),
     **dict.fromkeys(("az", "abfs", "abfss"), ("adlfs", "")),
 }
+# A request takes as long as some hundred kilobytes do, so smaller gaps are read with their neighbours.
+GAP_BYTES = 128 << 10
+# Of one request, so that several go side by side and a lost one costs little.
+REQUEST_BYTES = 8 << 20
 # Seconds: to reach a server, and without a byte from it.
 _CONNECT_S, _SILENCE_S = 10, 30
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 15.0

@@ -13,12 +13,7 @@ from typing import NamedTuple
 
 from peco_ds.data.range_cache import RangeCache, cache_of, warn_of
 from peco_ds.errors import StoreFault
-from peco_ds.remote_paths import RemotePath
-
-# A request takes as long as some hundred kilobytes do, so smaller gaps are read with their neighbours.
-GAP_BYTES = 128 << 10
-# Of one request, so that several go side by side and a lost one costs little.
-REQUEST_BYTES = 8 << 20
+from peco_ds.remote_paths import GAP_BYTES, REQUEST_BYTES, RemotePath
 
 
 class Span(NamedTuple):

@@ -8,10 +8,9 @@ from math import ceil
 
 from peco_ds.planner.data_side import SOURCE_BYTES, token_bytes
 from peco_ds.planner.estimate import Estimate
+from peco_ds.remote_paths import GAP_BYTES, REQUEST_BYTES
 from peco_ds.schema import ImageManifest, TokenManifest
 
-# As peco_ds/data/remote_tar.py reads: members with smaller gaps go in one request, up to a size.
-GAP_BYTES, REQUEST_BYTES = 128 << 10, 8 << 20
 # Of a set that is not packed yet: pack_images.py's usual number of samples a shard, what a tar holds of an image beside
 # its bytes (headers, class), and bytes that an index has of a sample.
 SHARD_SAMPLES, TAR_ROOM_BYTES, INDEX_SAMPLE_BYTES = 1000, 2048, 200
