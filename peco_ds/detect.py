@@ -26,15 +26,13 @@ def main(argv: list[str] | None = None) -> int:
 def dry_run(args, resolved) -> int:
     from peco_ds.convert.initialize import check_sizes
     from peco_ds.convert.read import read_weights
-    from peco_ds.data.named_sets import check_named_sets
     from peco_ds.data.objects import object_sets
-    from peco_ds.planner.dry_run import dry_run
+    from peco_ds.runtime.dry_run import dry_run
     from peco_ds.runtime.start_weights import lines_of_start, read_start
 
     cfg = resolved.recipe
 
     def look(manifest) -> tuple[dict, list[str]]:
-        check_named_sets(cfg.data)
         sets = {name: data_path(cfg.data, getattr(cfg.data, name)) for name in ("images", "val_images")}
         there = all(path.exists() for path in sets.values())
         classes = object_sets(sets["images"], sets["val_images"])[0].classes if there else ()

@@ -28,14 +28,12 @@ def dry_run(args, resolved) -> int:
     from peco_ds.convert.read import read_weights
     from peco_ds.data.augment import TrainCrop
     from peco_ds.data.labelled import labelled_sets
-    from peco_ds.data.named_sets import check_named_sets
-    from peco_ds.planner.dry_run import dry_run
+    from peco_ds.runtime.dry_run import dry_run
     from peco_ds.runtime.start_weights import lines_of_start, read_start
 
     cfg = resolved.recipe
 
     def look(manifest) -> tuple[dict, list[str]]:
-        check_named_sets(cfg.data)
         TrainCrop(cfg.augment, cfg.model.image_px)
         sets = {name: data_path(cfg.data, getattr(cfg.data, name)) for name in ("images", "val_images")}
         classes = labelled_sets(sets["images"], sets["val_images"])[2] if manifest else ()

@@ -24,13 +24,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dry_run(args, resolved) -> int:
-    from peco_ds.data.named_sets import check_named_sets
-    from peco_ds.planner.dry_run import dry_run
+    from peco_ds.runtime.dry_run import dry_run
 
     cfg = resolved.recipe
 
     def look(manifest) -> tuple[dict, list[str]]:
-        check_named_sets(cfg.data)
         found = "not there yet" if cfg.data.tokens != ONLINE else "computed online"
         tokens, tokenizer = data_path(cfg.data, cfg.data.tokens), tokenizer_path(cfg.data)
         fingerprint = None

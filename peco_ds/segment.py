@@ -27,16 +27,14 @@ def main(argv: list[str] | None = None) -> int:
 def dry_run(args, resolved) -> int:
     from peco_ds.convert.initialize import check_sizes
     from peco_ds.convert.read_segmenter import read_weights_or_segmenter
-    from peco_ds.data.named_sets import check_named_sets
     from peco_ds.data.scenes import scene_sets
-    from peco_ds.planner.dry_run import dry_run
     from peco_ds.runtime.dense_weights import read_segmenter_start
+    from peco_ds.runtime.dry_run import dry_run
     from peco_ds.runtime.start_weights import lines_of_start
 
     cfg = resolved.recipe
 
     def look(manifest) -> tuple[dict, list[str]]:
-        check_named_sets(cfg.data)
         sets = {name: data_path(cfg.data, getattr(cfg.data, name)) for name in ("images", "val_images")}
         classes = scene_sets(*sets.values())[2] if all(path.exists() for path in sets.values()) else ()
         weights = read_segmenter_start(read_weights_or_segmenter, cfg.init) if cfg.init.weights else None

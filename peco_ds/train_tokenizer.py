@@ -29,12 +29,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dry_run(args, resolved) -> int:
-    from peco_ds.data.named_sets import check_named_sets
     from peco_ds.models.frozen_net import frozen_net_at_hand
-    from peco_ds.planner.dry_run import dry_run
+    from peco_ds.runtime.dry_run import dry_run
 
     def look(_manifest) -> tuple[dict, list[str]]:
-        check_named_sets(resolved.recipe.data)
         return {}, [f"judge or teacher    {frozen_net_at_hand(resolved.recipe)}"]
 
     return dry_run(args, resolved, look)
